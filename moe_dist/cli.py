@@ -1,0 +1,144 @@
+"""The command line of train.py, and the run folder that it opens.
+
+    RUN/config.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report/*.png  RUN/wandb/
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from moe_dist import checkpoint, configs
+from moe_dist.config import Config, from_json, override, to_json
+from moe_dist.data.text import Vocabulary
+from moe_dist.engine import read_ds_config
+from moe_dist.models.lstm_lm import LSTMLanguageModel
+from moe_dist.parallel.collectives import from_main
+from moe_dist.parallel.mesh import Mesh, lay_out, world_size
+from moe_dist.summary import counts, table
+
+
+@dataclass
+class Run:
+    """What the command line asks for. `checkpoint` is where to go on from, None for a new run."""
+
+    config: Config
+    ds_config: dict[str, Any]
+    folder: Path | None
+    checkpoint: Path | None = None
+    evaluate: bool = False
+
+    @cached_property
+    def saved(self) -> dict[str, Any]:
+        """The state beside the checkpoint's tensors."""
+        return checkpoint.read_state(self.checkpoint) if self.checkpoint else {"step": 0}
+
+    @property
+    def first_step(self) -> int:
+        """Steps done."""
+        return self.saved["step"]
+
+    @property
+    def wandb_id(self) -> str | None:
+        return self.saved.get("wandb_id")
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Of the run that goes on; None for a new one."""
+        return Vocabulary(tuple(self.saved["vocabulary"])) if self.checkpoint else None
+
+    def open(self, mesh: Mesh) -> Path:
+        """Makes the run folder, the same on every rank, and writes the config into it."""
+        name = Path("runs") / f"{self.config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.folder = from_main(self.folder or name)
+        if mesh.is_main and not self.evaluate:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(to_json(self.config))
+        return self.folder
+
+
+def plan(argv: list[str], doc: str | None) -> Run:
+    """Reads the command line. Prints and exits for --list and --dry-run; a mistake is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="a named config; --list shows them")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
+    parser.add_argument("--folder", type=Path, metavar="PATH", help="run folder of a new run (default: runs/NAME-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="goes on from the newest checkpoint of a run folder")
+    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test perplexity of the newest checkpoint")
+    parser.add_argument("--list", action="store_true", help="lists the named configs")
+    parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
+    args = parser.parse_args(argv)
+    if args.list:
+        for name, make in sorted(configs.CONFIGS.items()):
+            print(f"{name:<20}{(make.__doc__ or '').splitlines()[0]}")
+        sys.exit(0)
+    with plain_errors():
+        run = _resolve(args)
+        layout = lay_out(run.config, world_size())
+    if args.dry_run or os.environ.get("RANK", "0") == "0":
+        with torch.device("meta"):
+            model = LSTMLanguageModel(run.config.model, run.config.data.vocabulary_size)
+        print(table(run.config, layout, run.ds_config, counts(model, run.config)), flush=True)
+    if args.dry_run:
+        sys.exit(0)
+    return run
+
+
+def _resolve(args: argparse.Namespace) -> Run:
+    earlier = args.resume or args.evaluate
+    if (args.name is None) == (earlier is None) or (args.resume and args.evaluate) or (args.folder and earlier):
+        raise ValueError("give one of: NAME, --resume RUN, --evaluate RUN (and --folder FOLDER with NAME alone)")
+    if earlier is None:
+        config = override(configs.get(args.name), args.set)
+        if args.folder and (args.folder / "config.json").exists():
+            raise ValueError(f"--folder {args.folder}: holds a run already; go on with --resume {args.folder}, or name another folder")
+        return Run(config, read_ds_config(config), args.folder)
+    if not (earlier / "config.json").is_file():
+        raise ValueError(f"{earlier}: not a run folder (no config.json)")
+    config = override(from_json((earlier / "config.json").read_text()), args.set)
+    run = Run(config, read_ds_config(config), earlier, checkpoint.latest(earlier), evaluate=bool(args.evaluate))
+    if not run.evaluate and run.saved["step"] >= config.steps:
+        raise ValueError(f"{earlier}: has all of its {config.steps} steps; --set steps=N goes on to more")
+    return run
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake, found before any work, is one line (on rank 0) and exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def result_lines(run: Run, result: dict[str, float], unigram: float) -> str:
+    """The test perplexity beside the unigram model's and, where the config names kept metrics, the baseline's."""
+    lines = [f"test perplexity {result['test/perplexity']:.2f}    unigram model {unigram:.1f}"]
+    if run.config.compare:
+        lines += _baseline(run.config, Path(run.config.compare))
+    return "\n".join([*lines, f"run folder: {run.folder}"])
+
+
+def _baseline(config: Config, kept_file: Path) -> list[str]:
+    if not kept_file.is_file():
+        return [f"no kept metrics {kept_file} to compare with"]
+    kept = json.loads(kept_file.read_text())
+    given = {key: asdict(config)[key] for key in ("steps", "data", "batch")}
+    if given != kept["given"]:
+        return [f"not comparable with {kept_file}: other data, batch or steps"]
+    lines = [f"kept runs of the same data and steps, each at its own best learning rate ({kept_file}):"]
+    for name, arm in kept["arms"].items():
+        seeds = arm["test_perplexity"]
+        lines.append(f"  {name:<18} mean {mean(seeds):.2f} over {len(seeds)} seeds ({', '.join(f'{p:.2f}' for p in seeds)}), lr {arm['lr']:g}")
+    return [*lines, f"  repeat with: {kept['command']}"]

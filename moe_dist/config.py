@@ -1,0 +1,173 @@
+"""What a run is: frozen dataclasses, overridden by `--set a.b=c`, kept as JSON in the run folder. Imports no torch.
+
+`num_experts` and every batch size are global numbers: what a rank holds follows from them and the mesh.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the ranks are used; the only part of a config that may not change the result."""
+
+    ep: int = 1  # expert-parallel degree: ranks that share one set of experts
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text of a language model: "embedded" (King James Bible and Shakespeare), a path, or a glob."""
+
+    text: str = "embedded"
+    vocabulary_size: int = 8000
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One mixture-of-experts layer (Shazeer et al. 2017)."""
+
+    num_experts: int = 32
+    k: int = 4  # experts per token
+    hidden: int = 1024  # ReLU units per expert
+    noise: bool = True  # Eq. 4's noise in training; without it Eq. 10's load falls back to counts
+    capacity_factor: float | None = None  # None: nothing is dropped
+    w_importance: float = 0.1  # Eq. 7
+    w_load: float = 0.1  # Eq. 11
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """LSTM language model of Appendix C.1: embedding, LSTM, middle layer, LSTM, softmax, all of width `dim`."""
+
+    dim: int = 512
+    middle: str = "moe"  # "moe", or "ffn": one ReLU layer of `ffn_hidden` units for every token (MoE-1-Wide)
+    ffn_hidden: int = 4096
+    dropout: float = 0.1
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """One optimizer step, over all ranks. A sample of a language model is a lane of text, `timesteps` words a step."""
+
+    samples: int = 64
+    timesteps: int = 32
+    accumulation: int = 1  # micro-batches per step
+    samples_per_balance_group: int | None = None  # None: the whole batch, and then accumulation must be 1
+    samples_per_token_group: int = 1  # capacity is counted within this many samples
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam for dense parameters; factored Adam with beta1 = 0 for expert matrices (Appendix D)."""
+
+    lr: float = 1e-3  # reached after warm-up
+    warmup_steps: int = 1000  # linear; then lr falls with 1/sqrt(step)
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0  # one norm over dense parameters and all experts
+    expert_form: str = "paper"  # "paper": v = r c / mean(r), then the root; "diet": roots first (tensor2tensor)
+    expert_beta2: float = 0.999
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Where curves go besides the run folder."""
+
+    mode: str = "online"  # "online" (offline when there is no login), "offline" or "off"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `ds_config` names a file of ds_configs/ (precision, ZeRO stage); `zero` overrides its stage."""
+
+    name: str
+    task: str = "language_model"
+    seed: int = 0
+    steps: int = 1000
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 500  # steps between evaluations on the validation split
+    save_every: int = 500  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2
+    ds_config: str = "fp32"
+    zero: int | None = None
+    compare: str | None = None  # kept metrics (JSON) of a baseline, printed beside the result
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """"; did you mean NAME?" or "; known: ..." for an error about an unknown `name`."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def dotted_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every field that `--set` may name, as {dotted key: type}."""
+    keys: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        keys |= dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}  # type: ignore[arg-type]
+    return keys
+
+
+def override(config: Config, assignments: typing.Iterable[str]) -> Config:
+    """Applies `a.b=value` strings in order. Raises ValueError for an unknown key (naming the nearest) or a bad value."""
+    known = dotted_keys()
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text!r}: expected KEY=VALUE, for example --set mesh.ep=2")
+        if key not in known:
+            raise ValueError(f"--set {text!r}: no field {key!r}; {nearest(key, known)}")
+        config = _replace(config, key.split("."), _parse(key, value, known[key]))
+    return config
+
+
+def _replace(node: Any, path: list[str], value: Any) -> Any:
+    child = value if len(path) == 1 else _replace(getattr(node, path[0]), path[1:], value)
+    return dataclasses.replace(node, **{path[0]: child})
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    """`text` from a command line as a value of type `kind`."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in options and text.lower() in ("none", "null"):
+        return None
+    (plain,) = [k for k in options if k is not types.NoneType]
+    try:
+        return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
+    except (KeyError, ValueError):
+        expected = " or ".join("none" if k is types.NoneType else k.__name__ for k in options)
+        raise ValueError(f"--set {key}={text}: expected {expected}") from None
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+    """Inverse of `to_json`. Raises ValueError for an unknown or missing key, naming it."""
+    return _build(Config, json.loads(text), "")
+
+
+def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise ValueError(f"config: no field {prefix + name!r}; {nearest(name, hints)}")
+    nested = {n: _build(hints[n], v, f"{prefix}{n}.") if dataclasses.is_dataclass(hints[n]) else v for n, v in values.items()}
+    try:
+        return cls(**nested)
+    except TypeError as error:
+        raise ValueError(f"config: {error}") from None

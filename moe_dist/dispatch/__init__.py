@@ -1,0 +1,1 @@
+"""Exchanges carry rows to their experts and back, and decide nothing."""

@@ -1,0 +1,168 @@
+"""The dense parameters under DeepSpeed ZeRO; the package's only import of deepspeed.
+
+DeepSpeed reduces and shards, and calls our optimizer; it neither clips nor sees an expert. A file of `ds_configs/`
+holds precision and ZeRO stage; batch sizes and clipping belong to the run's config.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.config import Config, nearest
+from moe_dist.optim import Optimizer
+from moe_dist.parallel.mesh import Layout
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+OF_THE_RUN = {  # keys of a DeepSpeed config that the run's config decides -> where
+    "train_batch_size": "batch.samples",
+    "train_micro_batch_size_per_gpu": "batch.samples, batch.accumulation and the mesh",
+    "gradient_accumulation_steps": "batch.accumulation",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim",
+}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_ds_config(config: Config) -> dict[str, Any]:
+    """The file that `config.ds_config` names, with the stage that `config.zero` asks for.
+
+    Raises ValueError for an unknown name, a key that contradicts the run's config, fp16, or a stage outside 0..3.
+    """
+    names = [path.stem for path in DS_CONFIGS.glob("*.json")]
+    if config.ds_config not in names:
+        raise ValueError(f"ds_config={config.ds_config!r}: no such file in ds_configs/; {nearest(config.ds_config, names)}")
+    ds = json.loads((DS_CONFIGS / f"{config.ds_config}.json").read_text())
+    for key in OF_THE_RUN.keys() & ds.keys():
+        raise ValueError(f"ds_configs/{config.ds_config}.json: {key!r} is set by {OF_THE_RUN[key]} of the run's config; remove it")
+    if ds.get("fp16", {}).get("enabled"):
+        raise ValueError(f"ds_configs/{config.ds_config}.json: fp16 is not supported; use bf16 or fp32")
+    stage = ds.get("zero_optimization", {}).get("stage", 0) if config.zero is None else config.zero
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero={stage}: a ZeRO stage is 0, 1, 2 or 3")
+    ds["zero_optimization"] = ds.get("zero_optimization", {}) | {"stage": stage}
+    return ds
+
+
+def compute_dtype(ds: dict[str, Any]) -> torch.dtype:
+    """Of parameters and activations."""
+    return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # On gloo DeepSpeed would compile a shared-memory op at start: 20 s, a compiler, and a build lock that a killed run
+    # leaves behind and that then hangs every later run. Told that the op is not for this machine, it uses gloo alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """Forward, backward and step of a model whose dense parameters DeepSpeed shards."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Optimizer, ds: dict[str, Any], layout: Layout) -> None:
+        self.deepspeed = _import_deepspeed()
+        self.optimizer = optimizer
+        self.stage: int = ds["zero_optimization"]["stage"]
+        self.world = layout.world
+        # one sub-group, so that ZeRO 3 calls step() once; nothing persistent, so that it shards small parameters too
+        zero = {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12} | ds["zero_optimization"]
+        full = ds | {
+            "train_micro_batch_size_per_gpu": layout.samples_per_rank,
+            "gradient_accumulation_steps": layout.accumulation,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+            "zero_optimization": zero,
+        }
+        self.names = {name: p for name, p in model.named_parameters()}
+        self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=full)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    @property
+    def module(self) -> Any:
+        return self.engine.module
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of this rank's part of the loss: the step's loss is the sum of `loss` over ranks and micro-batches."""
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # undoes the engine's averaging over ranks
+        self.engine.step()  # counts the micro-batch; at the last one of a step it updates, at `lr` of `set_lr`
+
+    def begin_step(self, lr: float) -> None:
+        """To be called before the first backward of a step."""
+        self.optimizer.clear_expert_gradients()
+        self.optimizer.norm = None
+        self.optimizer.param_groups[0]["lr"] = lr
+
+    @property
+    def norm(self) -> float:
+        """Gradient norm of the last step before clipping; not a number where the step was skipped as not finite."""
+        return float("nan") if self.optimizer.norm is None else self.optimizer.norm
+
+    def flat(self) -> list[torch.Tensor]:
+        """What the optimizer's state belongs to: whole parameters in order at ZeRO 0, this rank's partition above."""
+        if self.stage == 0:
+            return self.optimizer.param_groups[0]["params"]
+        zero = self.engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def dense_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors by meaning, on any stage: "NAME" (float32 master), "NAME.exp_avg", "NAME.exp_avg_sq".
+
+        A collective at stages 1 to 3: all ranks must run through it.
+        """
+        fragment = self.deepspeed.utils
+        for i, (name, p) in enumerate(self.names.items()):
+            if self.stage == 0:
+                master = self.flat()[i]
+                yield name, master.detach()
+                yield from ((f"{name}.{m}", self.optimizer.state[master][m]) for m in MOMENTS)
+            else:
+                yield name, fragment.safe_get_full_fp32_param(p).view(self.shape(p))
+                yield from ((f"{name}.{m}", fragment.safe_get_full_optimizer_state(p, m).view(self.shape(p))) for m in MOMENTS)
+
+    def empty_dense_state(self) -> dict[str, torch.Tensor]:
+        """Tensors to be filled by a checkpoint, with the keys and shapes of `dense_state`."""
+        keys = ((key, p) for name, p in self.names.items() for key in (name, *(f"{name}.{m}" for m in MOMENTS)))
+        return {key: torch.empty(self.shape(p), dtype=torch.float32) for key, p in keys}
+
+    def load_dense_state(self, state: dict[str, torch.Tensor], step: int) -> None:
+        """Inverse of `dense_state`, after `step` optimizer steps: parameters, their masters and Adam's moments."""
+        for flat in self.flat():  # as torch's fused Adam makes it at its first step
+            self.optimizer.state[flat] = {m: torch.zeros_like(flat) for m in MOMENTS}
+            self.optimizer.state[flat]["step"] = torch.tensor(float(step), device=flat.device)
+        fragment = self.deepspeed.utils
+        if self.stage in (1, 2):  # lets the safe_* functions find the moments, as after a first step
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for i, (name, p) in enumerate(self.names.items()):
+            with self.deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3), torch.no_grad():
+                p.copy_(state[name])
+            if self.stage == 0:
+                master = self.flat()[i]
+                with torch.no_grad():
+                    master.copy_(state[name])
+                for m in MOMENTS:
+                    self.optimizer.state[master][m].copy_(state[f"{name}.{m}"])
+            else:
+                fragment.safe_set_full_fp32_param(p, state[name].to(p.device))
+                for m in MOMENTS:
+                    fragment.safe_set_full_optimizer_state(p, state[f"{name}.{m}"].to(p.device), m)
+
+    @staticmethod
+    def shape(p: torch.Tensor) -> torch.Size:
+        """Of the whole parameter, which ZeRO 3 has taken away."""
+        return getattr(p, "ds_shape", p.shape)

@@ -1,0 +1,67 @@
+"""Experts as stacked weights and a grouped matmul.
+
+Legend: R rows sorted by expert, D width, F hidden units, e experts on this rank (all E of them before `parallelize`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_dist.context import Context
+from moe_dist.parameters import parameter
+
+
+class Experts(nn.Module):
+    """Two-layer ReLU networks without biases (Shazeer et al. 2017, Appendix C.1: 2 x dim x hidden parameters each)."""
+
+    needs_context = False
+
+    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1_eDF = parameter(num_experts, dim, hidden, bound=(3 / dim) ** 0.5)
+        self.w2_eFD = parameter(num_experts, hidden, dim, bound=(3 / hidden) ** 0.5)
+
+    def forward(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> tuple[torch.Tensor, None]:
+        """Rows (R, D), the first count_e[0] of them for expert 0 and so on -> (R, D)."""
+        hidden_RF = grouped_matmul(x_RD, self.w1_eDF, count_e).relu()
+        return grouped_matmul(hidden_RF, self.w2_eFD, count_e), None
+
+
+def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:
+    """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). Experts without rows get zero gradients."""
+    if native_grouped_matmul(x_RD, w_eDF):
+        return F.grouped_mm(x_RD, w_eDF, offs=count_e.cumsum(0).int())
+    return _GroupedMatmul.apply(x_RD, w_eDF, count_e.tolist())
+
+
+def native_grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor) -> bool:
+    """Whether torch has one kernel for it: CUDA, bf16, rows of a multiple of 16 bytes, under 1,024 experts."""
+    even = all(n % 8 == 0 for n in w_eDF.shape[1:])
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and even and len(w_eDF) < 1024
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """The portable path: a matmul per expert into one buffer. Indexing a stacked parameter under autograd would write
+    a gradient of the whole stack for every expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(x_RD, w_eDF)
+        ctx.count_e = count_e
+        y_RF = x_RD.new_empty(x_RD.shape[0], w_eDF.shape[2])
+        for x, w, y in zip(x_RD.split(count_e), w_eDF, y_RF.split(count_e), strict=True):
+            torch.mm(x, w, out=y)
+        return y_RF
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
+        x_RD, w_eDF = ctx.saved_tensors
+        dy_RF = grad[0].contiguous()
+        dx_RD, dw_eDF = torch.empty_like(x_RD), torch.empty_like(w_eDF)
+        parts = zip(x_RD.split(ctx.count_e), w_eDF, dy_RF.split(ctx.count_e), dx_RD.split(ctx.count_e), dw_eDF, strict=True)
+        for x, w, dy, dx, dw in parts:
+            torch.mm(dy, w.t(), out=dx)
+            torch.mm(x.t(), dy, out=dw)  # zeros where there are no rows
+        return dx_RD, dw_eDF, None

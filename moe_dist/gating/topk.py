@@ -1,0 +1,88 @@
+"""Noisy top-k gating (Shazeer et al. 2017, section 2.1 and Appendix A).
+
+Legend: T tokens, D width, E experts, K chosen, G balance groups.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_dist import keyed
+from moe_dist.context import Context
+from moe_dist.gating.losses import cv_squared
+from moe_dist.parameters import parameter
+from moe_dist.routing import GateStats, Routing, route, sum_by_group, within_capacity
+
+
+class NoisyTopK(nn.Module):
+    """Chooses the `k` highest of noisy logits; the weights are the softmax over those `k` alone.
+
+    Both matrices start at zero: no signal, noise of deviation softplus(0) = ln 2, so an even load (Appendix A).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        noise: bool = True,
+        capacity_factor: float | None = None,
+        w_importance: float = 0.1,
+        w_load: float = 0.1,
+    ) -> None:
+        """Raises ValueError where k is not in 1..num_experts."""
+        super().__init__()
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"k={k} experts per token: must be 1 to num_experts={num_experts}")
+        self.num_experts, self.k, self.noise, self.capacity_factor = num_experts, k, noise, capacity_factor
+        self.w_importance, self.w_load = w_importance, w_load
+        self.w_gate = parameter(dim, num_experts, bound=0.0)
+        self.w_noise = parameter(dim, num_experts, bound=0.0)
+
+    def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[Routing, GateStats]:
+        # a router narrower than float32 diverges (Fedus et al. 2021, Table 2)
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        clean_TE = x_TD @ self.w_gate.to(x_TD.dtype)
+        noisy = self.noise and ctx.train
+        if noisy:  # Eq. 4
+            std_TE = F.softplus(x_TD @ self.w_noise.to(x_TD.dtype)).clamp_min(MIN_STD)
+            expert_E = torch.arange(self.num_experts, device=x_TD.device)
+            score_TE = clean_TE + keyed.normal(ctx, "gate", expert_E, x_TD.dtype) * std_TE
+        else:
+            score_TE = clean_TE
+        top_TK, expert_TK = score_TE.topk(min(self.k + 1, self.num_experts), dim=1)
+        gate_TK = top_TK[:, : self.k].softmax(1)  # Eqs. 3 and 5: all others are -inf before the softmax
+        chosen_TK = expert_TK[:, : self.k]
+        if noisy:
+            load_TE = probability_in_top_k(clean_TE, std_TE, score_TE, top_TK, self.k)
+        else:  # Eq. 9 without noise is 0 or 1
+            load_TE = torch.zeros_like(clean_TE).scatter(1, chosen_TK, 1.0)
+        importance_TE = torch.zeros_like(clean_TE).scatter(1, chosen_TK, gate_TK)
+        keep_TK = within_capacity(chosen_TK, self.capacity_factor, ctx, self.num_experts)
+        dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()
+        stats = GateStats(sum_by_group(importance_TE, ctx), sum_by_group(load_TE, ctx), dropped)
+        return route(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
+
+    def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
+        """Sum over balance groups of w_importance CV(Importance)² + w_load CV(Load)² (Eqs. 7 and 11); sums are global."""
+        return (self.w_importance * cv_squared(importance_GE) + self.w_load * cv_squared(load_GE)).sum()
+
+
+# softplus underflows for logits below -100, and Eq. 9 divides by it; a noise of 1e-6 decides nothing
+MIN_STD = 1e-6
+
+
+def probability_in_top_k(
+    clean_TE: torch.Tensor, std_TE: torch.Tensor, score_TE: torch.Tensor, top_TK: torch.Tensor, k: int
+) -> torch.Tensor:
+    """P(x, i): the chance that expert i is among the top k if only its own noise were drawn again (Eqs. 8 and 9).
+
+    `top_TK` holds the k + 1 highest scores (k where there are only k experts, and then every P is 1). The k-th highest
+    score without i is the (k+1)-th of all where i is in the top k, else the k-th.
+    """
+    if top_TK.shape[1] == k:
+        return torch.ones_like(clean_TE)
+    kth, next_best = top_TK[:, k - 1 : k], top_TK[:, k : k + 1]
+    threshold_TE = torch.where(score_TE > next_best, next_best, kth)
+    return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)

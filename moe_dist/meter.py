@@ -1,0 +1,84 @@
+"""Sums between two log lines, over micro-batches and ranks: one all-reduce per line, none per step."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+
+from moe_dist.layer import LayerStats
+from moe_dist.parallel.collectives import sum_over
+from moe_dist.parallel.mesh import Mesh
+
+
+class Meter:
+    """Adds up what micro-batches tell; `read` gives the means over all ranks since the last reading."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+        self.seconds, self.sent = 0.0, 0
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one training step: counts it, its seconds, and the bytes that it sends."""
+        start, sent = time.perf_counter(), sum(self.mesh.ep.sent.values())
+        yield
+        self.steps += 1
+        self.seconds += time.perf_counter() - start
+        self.sent += sum(self.mesh.ep.sent.values()) - sent
+
+    def _add(self, key: str, value: torch.Tensor) -> None:
+        value = value.detach().double()
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def add(self, nll: torch.Tensor, words: torch.Tensor, stats: dict[str, LayerStats]) -> None:
+        """One micro-batch of this rank: summed nll (nats), valid words, statistics by layer name."""
+        self._add("nll", nll)
+        self._add("words", words)
+        for name, layer in stats.items():
+            # the balance loss is the same on every rank
+            self._add("balance", layer.balance_loss / self.mesh.dp.size)
+            self._add(f"{name}/importance", layer.importance_E)
+            self._add(f"{name}/load", layer.load_E)
+            self._add(f"{name}/dropped", layer.dropped)
+
+    def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
+        """Loss and perplexity per word and each layer's load; then starts anew. A collective: all ranks must call it."""
+        sums = self.sums | {"sent": torch.tensor(self.sent, dtype=torch.float64, device=self.mesh.device)}
+        flat = sum_over(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
+        total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
+        words = total["words"].item()
+        loss = total["nll"].item() / words
+        values: dict[str, float | list[float]] = {f"{prefix}/loss": loss, f"{prefix}/perplexity": perplexity(loss)}
+        if self.steps:
+            values["words_per_second"] = words / self.seconds
+            values["exchange_bytes_per_step"] = total["sent"].item() / self.steps
+            if "balance" in total:
+                values["train/balance_loss"] = total["balance"].item() / self.steps
+            for name in [key.removesuffix("/load") for key in total if key.endswith("/load")]:
+                values |= _layer(f"moe/{name}", total[f"{name}/importance"], total[f"{name}/load"])
+                values[f"moe/{name}/dropped"] = total[f"{name}/dropped"].item() / self.steps
+        self._clear()
+        return values
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _layer(prefix: str, importance_E: torch.Tensor, load_E: torch.Tensor) -> dict[str, float | list[float]]:
+    """Importance and load by expert, their coefficients of variation, and the largest load over the mean."""
+    return {
+        f"{prefix}/importance": importance_E.tolist(),
+        f"{prefix}/load": load_E.tolist(),
+        f"{prefix}/cv_importance": (importance_E.std(correction=0) / importance_E.mean()).item(),
+        f"{prefix}/cv_load": (load_E.std(correction=0) / load_E.mean()).item(),
+        f"{prefix}/max_over_mean_load": (load_E.max() / load_E.mean()).item(),
+    }

@@ -1,0 +1,218 @@
+"""What a user sees of a run: its curves on disk, its progress on the terminal, and wandb."""
+
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from tqdm import tqdm
+
+FILE_NAME = "metrics.jsonl"
+WANDB_MODES = ("online", "offline", "off")
+_LINE_SECONDS = 2.0  # least time between two progress lines
+_WANDB_INIT_SECONDS = 15.0
+_WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
+_WANDB_QUEUE = 10_000  # lines wandb may lie behind
+
+
+class Metrics:
+    """Writes the curves of one run to `run/metrics.jsonl`, the terminal and wandb.
+
+    `enabled` is true on rank 0 only; elsewhere every method does nothing. A line with step s describes the state
+    after s optimizer steps, so a run that goes on from `start_step` first drops the lines of later steps, and one that
+    starts at 0 starts an empty file: log step s before the checkpoint of step s is written.
+
+    `wandb_mode` is "online" (offline where nobody is logged in), "offline" or "off". Whatever goes wrong in wandb is
+    one warning on stderr, and the run goes on without it. `wandb_id` names the wandb run (None: a new one, or none);
+    keep it in the checkpoint and pass it back on resume.
+
+    Raises ValueError for an unknown `wandb_mode`, and for a metrics file that it cannot read on resume.
+    """
+
+    def __init__(
+        self,
+        run: pathlib.Path,
+        config: dict,
+        *,
+        enabled: bool,
+        wandb_mode: str,
+        total_steps: int,
+        start_step: int = 0,
+        wandb_id: str | None = None,
+    ) -> None:
+        if wandb_mode not in WANDB_MODES:
+            raise ValueError(f"wandb mode {wandb_mode!r} is unknown: use one of {', '.join(WANDB_MODES)}")
+        self.wandb_id = wandb_id
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._start_step, self._total_steps = start_step, total_steps
+        run.mkdir(parents=True, exist_ok=True)
+        _keep_until(run / FILE_NAME, start_step)
+        self._file = open(run / FILE_NAME, "a", encoding="utf-8")
+        self._wandb: _WandbThread | None = None
+        if wandb_mode != "off":
+            self.wandb_id = wandb_id or secrets.token_hex(4)
+            self._wandb = _WandbThread(run, config, online=wandb_mode == "online", run_id=self.wandb_id)
+        self._start_time, self._line_time = time.monotonic(), -_LINE_SECONDS
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            bar_format = "step {n_fmt}/{total_fmt} |{bar}| {desc}  eta {remaining}"
+            self._bar = tqdm(initial=start_step, total=total_steps, bar_format=bar_format, dynamic_ncols=True)
+
+    def log(self, step: int, values: Mapping[str, float | list[float]]) -> None:
+        """Appends one line to the metrics file; wandb gets its scalars (a list is for the file alone)."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(step, {key: value for key, value in values.items() if isinstance(value, int | float)})
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows how far the run is: a live bar on a terminal, elsewhere a plain line at most every two seconds."""
+        if not self._enabled:
+            return
+        text = "  ".join(f"{name} {_number(value)}" for name, value in values.items())
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step >= self._total_steps or now - self._line_time >= _LINE_SECONDS:
+            self._line_time = now
+            seconds = (now - self._start_time) * (self._total_steps - step) / max(1, step - self._start_step)
+            eta = tqdm.format_interval(seconds)
+            print(f"step {step}/{self._total_steps}  {text}  eta {eta}", file=sys.stderr, flush=True)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the bar, the file and wandb (`exit_code` 0 marks its run as finished, any other as failed)."""
+        if not self._enabled:
+            return
+        self._enabled = False
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        if self._wandb:
+            self._wandb.close(exit_code)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+
+def read_metrics(run: pathlib.Path) -> list[dict]:
+    """Returns the lines of `run/metrics.jsonl` in order, less a last line that a killed run left torn.
+
+    Raises ValueError if there is no such file or a line of it is not JSON.
+    """
+    path = run / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"no metrics file {path}: give the folder of a run that has started")
+    return [values for _, values in _lines(path)]
+
+
+def _lines(path: pathlib.Path) -> list[tuple[bytes, dict]]:
+    """Returns each complete line of a metrics file, as written and as read."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                lines.append((line, json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path} line {number} is not JSON ({line[:80]!r}): mend or remove it") from error
+    return lines
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+    """Drops the lines after `step` (at step 0: all, for the run starts anew) without ever leaving half a file."""
+    kept = [line for line, values in _lines(path) if values["step"] <= step] if step and path.exists() else []
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(b"".join(kept))
+    os.replace(beside, path)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:#.4g}"
+
+
+class _WandbThread(threading.Thread):
+    """Feeds wandb from a thread of its own, for wandb's calls block while its service starts, hangs or uploads."""
+
+    def __init__(self, folder: pathlib.Path, config: dict, *, online: bool, run_id: str) -> None:
+        super().__init__(name="wandb-feed", daemon=True)
+        self._folder, self._config, self._online, self._run_id = folder, config, online, run_id
+        self._queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self._exit_code = 0
+        self._failed = False
+        self.start()
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        if self._queue.qsize() >= _WANDB_QUEUE:
+            self._fail(f"it lies {_WANDB_QUEUE} lines behind")
+        if not self._failed:
+            self._queue.put((step, scalars))
+
+    def close(self, exit_code: int) -> None:
+        """Waits until wandb has finished, but never for long."""
+        self._exit_code = exit_code
+        self._queue.put(None)
+        self.join(_WANDB_INIT_SECONDS + _WANDB_FINISH_SECONDS)
+        if self.is_alive():
+            self._fail("it does not finish")
+            teardown = threading.Thread(target=_wandb_teardown, daemon=True)
+            teardown.start()
+            teardown.join(1.0)
+
+    def run(self) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # even offline it calls home, and exit waits for it
+        try:
+            import wandb
+
+            wandb.setup(wandb.Settings(silent=True))
+            online = self._online and wandb.login(prompt=False, verify=False)
+            run = wandb.init(
+                project="moe_dist",
+                name=self._folder.resolve().name,
+                dir=self._folder,
+                config=self._config,
+                id=self._run_id,
+                resume="allow",
+                mode="online" if online else "offline",
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=_WANDB_INIT_SECONDS,
+                    finish_timeout=_WANDB_FINISH_SECONDS,
+                    finish_timeout_raises=True,
+                ),
+            )
+            while (item := self._queue.get()) is not None:
+                step, scalars = item
+                run.log(scalars, step=step)
+            run.finish(self._exit_code)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            _wandb_teardown()
+
+    def _fail(self, reason: object) -> None:
+        if not self._failed:
+            self._failed = True
+            tqdm.write(f"warning: wandb is off for the rest of this run: {reason!r:.300}", file=sys.stderr)
+
+
+def _wandb_teardown() -> None:
+    """Ends wandb's service. Left to wandb's exit hook, a stuck service would keep the interpreter from exiting."""
+    with contextlib.suppress(Exception):
+        import wandb
+
+        wandb.teardown()

@@ -1,0 +1,1 @@
+"""Models: plain modules that know nothing of ranks."""

@@ -1,0 +1,166 @@
+"""One optimizer for what DeepSpeed shards and for what it never sees.
+
+DeepSpeed hands over the dense parameters (whole at ZeRO 0, this rank's flat float32 partition at 1 to 3) with gradients
+averaged over all ranks. Expert gradients are summed over the ranks that hold the same experts and divided by the
+number of all ranks, as if there were one rank. Then: one norm over everything, one clip factor, one update:
+
+  dense    Adam (torch's fused one, the base class)
+  experts  Adam with beta1 = 0 and a factored second moment (Shazeer et al. 2017, Appendix D): of the running mean of g²
+           only row means r and column means c are kept, and v_ij = r_i c_j / mean(r). Rows + columns numbers, not rows
+           x columns. "diet" is tensor2tensor's form of it: sqrt(v)_ij = sqrt(r_i) sqrt(c_j) / mean(sqrt(c)), a smaller
+           step. Stacked experts are a batch of matrices, each with a pair of its own.
+
+With bf16 experts the float32 master is kept here and the parameter is its rounded copy, for compute.
+
+Legend: e experts of this rank, D rows, F columns.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_dist.config import OptimConfig, nearest
+from moe_dist.parallel.collectives import sum_over
+from moe_dist.parallel.mesh import Mesh
+
+FORMS = ("paper", "diet")
+ELEMENTS_PER_CHUNK = 2**20  # an update's temporaries stay in cache
+
+
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Of optimizer step `step` (from 1): linear warm-up, then falling with 1/sqrt(step) (Appendix C.1)."""
+    warmup = max(1, config.warmup_steps)
+    return config.lr * min(step / warmup, (warmup / step) ** 0.5)
+
+
+class Optimizer(torch.optim.Adam):
+    """See the head of this file. The base class's `param_groups` are the dense parameters, which DeepSpeed replaces."""
+
+    def __init__(
+        self, dense: Iterable[nn.Parameter], experts: dict[str, nn.Parameter], config: OptimConfig, mesh: Mesh, zero: int
+    ) -> None:
+        """`zero`: the engine's ZeRO stage. Raises ValueError for an unknown `expert_form`."""
+        if config.expert_form not in FORMS:
+            raise ValueError(f"optim.expert_form={config.expert_form!r}; {nearest(config.expert_form, FORMS)}")
+        super().__init__(dense, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        self.experts = {name: ExpertState(p) for name, p in experts.items()}
+        self.config, self.mesh, self.zero = config, mesh, zero
+        self.expert_steps = 0
+        self.norm: float | None = None  # of the last step, before clipping; None where the engine refused to step
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update at `param_groups[0]["lr"]`. Where the norm is not finite nothing changes and `norm` says so."""
+        (group,) = self.param_groups  # a norm needs every gradient at once
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        states = list(self.experts.values())
+        for state in states:
+            sum_over(state.gradient(), self.mesh.edp)
+        world = self.mesh.dp.size
+        dense_square = _square(gradients, self.mesh.device)
+        if self.zero > 0:  # partitions; at stage 0 every rank holds the whole gradient
+            sum_over(dense_square, self.mesh.dp)
+        expert_square = sum_over(_square([s.gradient() for s in states], self.mesh.device), self.mesh.ep) / world**2
+        self.norm = math.sqrt((dense_square + expert_square).item())
+        if not math.isfinite(self.norm):
+            return
+        clip = self.config.clip_norm
+        factor = 1.0 if clip is None or self.norm <= clip else clip / self.norm
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+        super().step()
+        self.expert_steps += 1
+        for state in states:
+            state.update(factor / world, group["lr"], self.expert_steps, self.config)
+
+    def clear_expert_gradients(self) -> None:
+        for state in self.experts.values():
+            state.clear()
+
+
+def _square(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum of squares, float64: the same on every layout to more digits than the gradients have."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for t in tensors:
+        for chunk in t.flatten().split(ELEMENTS_PER_CHUNK):
+            total += torch.linalg.vector_norm(chunk).double().square()
+    return total
+
+
+class ExpertState:
+    """A stacked expert parameter (e, D, F), its float32 master where it is narrower, and its factored second moment."""
+
+    def __init__(self, p: nn.Parameter) -> None:
+        self.p = p
+        wide = torch.promote_types(p.dtype, torch.float32)
+        self.narrow = p.dtype != wide
+        self.master_eDF = p.detach().to(wide)  # the parameter itself where it is wide enough
+        self.row_eD = p.new_zeros(p.shape[:2], dtype=wide)
+        self.column_eF = p.new_zeros((p.shape[0], p.shape[2]), dtype=wide)
+        self.sum_eDF: torch.Tensor | None = None  # of narrow gradients over micro-batches
+        if self.narrow:
+            p.register_post_accumulate_grad_hook(self._widen)
+
+    def _widen(self, p: torch.Tensor) -> None:
+        """Adds a narrow gradient to the wide sum: micro-batches do not add up in bf16."""
+        assert p.grad is not None
+        self.sum_eDF = p.grad.to(self.master_eDF.dtype) if self.sum_eDF is None else self.sum_eDF.add_(p.grad)
+        p.grad = None
+
+    def gradient(self) -> torch.Tensor:
+        """Summed over this step's micro-batches, wide. Zeros where no backward came by."""
+        if self.narrow:
+            if self.sum_eDF is None:
+                self.sum_eDF = torch.zeros_like(self.master_eDF)
+            return self.sum_eDF
+        if self.p.grad is None:
+            self.p.grad = torch.zeros_like(self.p)
+        return self.p.grad
+
+    def clear(self) -> None:
+        self.p.grad = self.sum_eDF = None
+
+    def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
+        """One step with gradient `scale` x the sum."""
+        per_chunk = max(1, ELEMENTS_PER_CHUNK // self.p[0].numel())
+        parts = (t.split(per_chunk) for t in (self.master_eDF, self.gradient(), self.row_eD, self.column_eF))
+        for w, g, row, column in zip(*parts, strict=True):
+            factored_update(w, g, row, column, scale, lr, step, config)
+        self.round_master()
+
+    @torch.no_grad()
+    def round_master(self) -> None:
+        """The parameter follows its master."""
+        if self.narrow:
+            self.p.copy_(self.master_eDF)
+
+
+def factored_update(
+    w_eDF: torch.Tensor, g_eDF: torch.Tensor, row_eD: torch.Tensor, column_eF: torch.Tensor,
+    scale: float, lr: float, step: int, config: OptimConfig,
+) -> None:  # fmt: skip
+    """In place: weights, row means and column means of g² after one step of Adam with beta1 = 0 (Appendix D).
+
+    w -= lr g / (sqrt(v) + eps) with v from bias-corrected means. Rows and columns without any gradient give v = 0 and
+    g = 0: no update, not NaN.
+    """
+    beta, correction = config.expert_beta2, 1 - config.expert_beta2**step
+    rows, columns = g_eDF.shape[1:]
+    row_eD.lerp_(torch.linalg.vector_norm(g_eDF, dim=2).square_().mul_(scale**2 / columns), 1 - beta)
+    column_eF.lerp_(torch.linalg.vector_norm(g_eDF, dim=1).square_().mul_(scale**2 / rows), 1 - beta)
+    r_eD, c_eF = row_eD / correction, column_eF / correction
+    if config.expert_form == "paper":  # sqrt(r c / mean(r)), the root of each factor
+        left_eD = (r_eD / _or_one(r_eD.mean(1, keepdim=True))).sqrt_()
+        right_eF = c_eF.sqrt_()
+    else:  # tensor2tensor, diet.py: roots, then the mean
+        left_eD, right_eF = r_eD.sqrt_(), c_eF.sqrt_()
+        right_eF = right_eF / _or_one(right_eF.mean(1, keepdim=True))
+    root_eDF = left_eD[:, :, None] * right_eF[:, None, :]
+    w_eDF.addcdiv_(g_eDF, root_eDF.add_(config.eps), value=-lr * scale)
+
+
+def _or_one(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, x, 1)

@@ -1,0 +1,92 @@
+"""Everything ranks say to each other during a step; the only user of `all_to_all` in the package.
+
+Each exchange call carries a label (site, direction): `site` is the use of a layer, `direction` is "counts",
+"dispatch" or "combine", and ":grad" marks the way back in backward. Bytes sent to other ranks are counted under it.
+
+Legend: N rows sent by this rank, R rows received, E global experts, e experts of this rank, P ranks of the axis.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.parallel.mesh import Axis
+
+Label = tuple[int, str]
+
+
+def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Tensor:
+    """Tells every rank how many rows it will get for each of its experts. Returns count_Pe (int64), by sender."""
+    count_Pe = torch.empty_like(count_E)
+    _count_bytes(axis, (site, "counts"), count_E.nbytes * (axis.size - 1) // axis.size)
+    dist.all_to_all_single(count_Pe, count_E.contiguous(), group=axis.group)
+    return count_Pe.view(axis.size, -1)
+
+
+def all_to_all_rows(x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label) -> torch.Tensor:
+    """Sends `send_P[p]` consecutive rows to rank p and returns the rows received, by sender; differentiable.
+
+    Rows may have any trailing shape. Zero rows anywhere are fine: every rank always makes the call, both ways.
+    """
+    return _AllToAll.apply(x_N, send_P, receive_P, axis, label)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label) -> torch.Tensor:
+        ctx.back = (receive_P, send_P, axis, (label[0], f"{label[1]}:grad"))
+        return _exchange(x_N, send_P, receive_P, axis, label)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_R: torch.Tensor) -> tuple:
+        return _exchange(grad_R[0], *ctx.back), None, None, None, None
+
+
+def _exchange(x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label) -> torch.Tensor:
+    bytes_per_row = x_N.element_size() * x_N[:1].numel() if len(x_N) else 0
+    _count_bytes(axis, label, (sum(send_P) - send_P[axis.index]) * bytes_per_row)
+    x_R = x_N.new_empty((sum(receive_P), *x_N.shape[1:]))
+    dist.all_to_all_single(x_R, x_N.contiguous(), receive_P, send_P, group=axis.group)
+    return x_R
+
+
+def _count_bytes(axis: Axis, label: Label, sent: int) -> None:
+    axis.sent[label] += sent
+
+
+def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """In-place sum over the ranks of the axis; returns `x`. Not differentiable."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def shared_sum(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Sum over ranks, from which every rank computes one and the same term of the loss.
+
+    That term exists once, not once per rank, so its gradient goes back to each addend unchanged: backward is the
+    identity, where a plain all-reduce would multiply it by the number of ranks.
+    """
+    return _SharedSum.apply(x, axis)
+
+
+class _SharedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        return sum_over(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
+        return grad[0], None
+
+
+def from_main(value: Any) -> Any:
+    """The main rank's `value` on every rank (any picklable object)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    dist.barrier()

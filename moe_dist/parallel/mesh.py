@@ -1,0 +1,169 @@
+"""The mesh of ranks, and how a config is laid out on it.
+
+Axes: `ep`, the ranks that together hold one whole set of experts (consecutive ranks, so that an exchange stays inside
+a node where it can); `edp`, the ranks that hold the same experts as I do; `dp`, all ranks: every rank has data of its own.
+
+    rank = edp_index * ep + ep_index          world = edp * ep
+"""
+
+import os
+import socket
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe_dist.config import Config
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One group of ranks. `sent` counts bytes sent to other ranks by (site, direction)."""
+
+    size: int
+    index: int  # of this rank
+    group: dist.ProcessGroup
+    sent: Counter = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Built once by `start` and passed explicitly. Owns which experts are mine."""
+
+    ep: Axis
+    edp: Axis
+    dp: Axis
+    ranks_per_node: int
+    device: torch.device
+    device_mesh: DeviceMesh  # (edp, ep): for sharded tensors in checkpoints
+
+    @property
+    def is_main(self) -> bool:
+        return self.dp.index == 0
+
+    def my_experts(self, num_experts: int) -> range:
+        """Global ids of the experts (or groups of experts) on this rank: consecutive blocks along `ep`."""
+        per_rank = num_experts // self.ep.size
+        return range(self.ep.index * per_rank, (self.ep.index + 1) * per_rank)
+
+
+def world_size() -> int:
+    """Ranks that the launcher started; one without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(ep: int, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
+    """Joins the process group (NCCL where there is CUDA, gloo elsewhere) and builds the mesh.
+
+    Raises ValueError where `ep` does not divide the number of ranks.
+    """
+    world = world_size()
+    check_ep(ep, world)
+    if "MASTER_ADDR" not in os.environ:  # one process without a launcher is a world of one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    device_mesh = init_device_mesh(device.type, (world // ep, ep), mesh_dim_names=("edp", "ep"))
+    rank = dist.get_rank()
+    return Mesh(
+        ep=Axis(ep, rank % ep, device_mesh.get_group("ep")),
+        edp=Axis(world // ep, rank // ep, device_mesh.get_group("edp")),
+        dp=Axis(world, rank, dist.group.WORLD),
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        device=device,
+        device_mesh=device_mesh,
+    )
+
+
+def stop() -> None:
+    """Leaves the process group, all ranks together: a rank that ends before its peers can abort them."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check_ep(ep: int, world: int) -> None:
+    if ep < 1 or world % ep:
+        divisors = [d for d in range(1, world + 1) if world % d == 0]
+        raise ValueError(f"mesh.ep={ep} does not divide {world} ranks; possible: {', '.join(map(str, divisors))}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which samples of the global batch lie where: micro-batch m holds `samples_per_micro_batch` consecutive samples,
+    and each rank a consecutive share of those. So one rank's order of samples is the global order."""
+
+    world: int
+    samples: int
+    accumulation: int
+    samples_per_balance_group: int
+    samples_per_token_group: int
+
+    @property
+    def samples_per_micro_batch(self) -> int:
+        """Over all ranks."""
+        return self.samples // self.accumulation
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Of one micro-batch."""
+        return self.samples_per_micro_batch // self.world
+
+    def first_sample(self, micro: int) -> int:
+        """Global index of the first sample of micro-batch `micro`."""
+        return micro * self.samples_per_micro_batch
+
+    def my_samples(self, micro: int, rank: int) -> range:
+        """Global indices of the samples of `rank` in micro-batch `micro`."""
+        first = self.first_sample(micro) + rank * self.samples_per_rank
+        return range(first, first + self.samples_per_rank)
+
+
+def lay_out(config: Config, world: int) -> Layout:
+    """The layout of `config` on `world` ranks. Raises ValueError, naming the nearest legal number, where there is none."""
+    batch, ep = config.batch, config.mesh.ep
+    check_ep(ep, world)
+    if config.model.middle == "moe" and config.model.moe.num_experts % ep:
+        raise ValueError(
+            f"model.moe.num_experts={config.model.moe.num_experts} is not a multiple of mesh.ep={ep}; "
+            f"nearest: {_nearest_multiple(config.model.moe.num_experts, ep)}"
+        )
+    if batch.accumulation < 1:
+        raise ValueError(f"batch.accumulation={batch.accumulation}: at least 1")
+    parts = batch.accumulation * world
+    if batch.samples < 1 or batch.samples % parts:
+        raise ValueError(
+            f"batch.samples={batch.samples} is not a multiple of accumulation x ranks = {batch.accumulation} x {world}; "
+            f"nearest: {_nearest_multiple(batch.samples, parts)}"
+        )
+    micro = batch.samples // batch.accumulation
+    balance = batch.samples_per_balance_group or batch.samples
+    if micro % balance:
+        raise ValueError(
+            f"batch.samples_per_balance_group={balance} does not divide a micro-batch of {micro} samples "
+            f"({batch.samples} samples / {batch.accumulation} accumulation); nearest: {_nearest_divisor(micro, balance)}"
+        )
+    mine, token_group = batch.samples // parts, batch.samples_per_token_group
+    if config.model.moe.capacity_factor is not None and (token_group < 1 or mine % token_group):
+        raise ValueError(
+            f"batch.samples_per_token_group={token_group} does not divide a rank's micro-batch of {mine} samples; "
+            f"nearest: {_nearest_divisor(mine, token_group)}"
+        )
+    return Layout(world, batch.samples, batch.accumulation, balance, token_group)
+
+
+def _nearest_multiple(number: int, of: int) -> int:
+    return max(of, round(number / of) * of)
+
+
+def _nearest_divisor(number: int, to: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - to))

@@ -1,0 +1,121 @@
+"""What is trained on what: a task gives the plain model, this rank's micro-batches of a step, and their loss.
+
+Legend: B samples (lanes of text), S timesteps, T = B S tokens, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe_dist.config import Config
+from moe_dist.context import Context
+from moe_dist.data.text import Lanes, Vocabulary, read_lines, unigram_perplexity
+from moe_dist.layer import LayerStats
+from moe_dist.models.lstm_lm import LSTMLanguageModel
+from moe_dist.parallel.collectives import sum_over
+from moe_dist.parallel.mesh import Layout, Mesh
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of one micro-batch."""
+
+    micro: int
+    input_BS: torch.Tensor
+    target_BS: torch.Tensor
+    ctx: Context
+
+
+class LanguageModel:
+    """Next-word prediction on one long text. The state of each lane is carried from step to step."""
+
+    def __init__(self, config: Config, layout: Layout, mesh: Mesh, vocabulary: Vocabulary | None = None) -> None:
+        """Reads the text. `vocabulary`: of an earlier run; None builds it from the training split."""
+        self.config, self.layout, self.mesh = config, layout, mesh
+        train = read_lines(config.data.text, "train")
+        self.vocabulary = vocabulary or Vocabulary.build(train, config.data.vocabulary_size)
+        self.stream = {"train": self.vocabulary.encode(train)}
+        self.stream |= {s: self.vocabulary.encode(read_lines(config.data.text, s)) for s in ("valid", "test")}
+        self.lanes = {s: Lanes(self.stream[s], layout.samples, cyclic=s == "train") for s in self.stream}
+        self.state: list[Any] = []  # of this rank's lanes after the last window, by micro-batch
+
+    def model(self) -> nn.Module:
+        """The plain model, on the meta device."""
+        with torch.device("meta"):
+            return LSTMLanguageModel(self.config.model, len(self.vocabulary))
+
+    def start(self, dtype: torch.dtype) -> None:
+        """The state before a text's first words: zeros, of the model's `dtype`."""
+        zeros = torch.zeros(1, self.layout.samples_per_rank, self.config.model.dim, dtype=dtype, device=self.mesh.device)
+        self.state = [((zeros, zeros), (zeros, zeros))] * self.layout.accumulation
+
+    def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
+        """This rank's micro-batches of window `step` (from 0) of a split."""
+        timesteps = self.config.batch.timesteps
+        for micro in range(self.layout.accumulation):
+            lane_B = np.array(self.layout.my_samples(micro, self.mesh.dp.index))
+            window = self.lanes[split].window(step * timesteps, timesteps, lane_B)
+            input_BS, target_BS, valid_BS = (t.to(self.mesh.device) for t in window)
+            ctx = Context(
+                sample_T=torch.from_numpy(lane_B.repeat(timesteps)).to(self.mesh.device),
+                position_T=torch.arange(timesteps, device=self.mesh.device).repeat(len(lane_B)),
+                valid_T=valid_BS.flatten(),
+                seed=self.config.seed,
+                step=step,
+                train=split == "train",
+                first_sample=self.layout.first_sample(micro),
+                num_samples=self.layout.samples_per_micro_batch,
+                samples_per_balance_group=self.layout.samples_per_balance_group,
+                samples_per_token_group=self.layout.samples_per_token_group,
+            )
+            yield Batch(micro, input_BS, target_BS, ctx)
+
+    def words(self, batches: list[Batch]) -> torch.Tensor:
+        """Valid words of the whole step, over all ranks and micro-batches (float64 scalar)."""
+        return sum_over(sum(b.ctx.valid_T.sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
+
+    def loss(self, engine: Any, batch: Batch, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
+        """This micro-batch's part of the step's loss, its summed nll (nats), and its layers' statistics.
+
+        Summed over ranks and micro-batches the parts are: nll per valid word of the step, plus the mean over the
+        step's balance groups of the balance losses.
+        """
+        nll, state, stats = engine(batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx)
+        self.state[batch.micro] = tuple(tuple(t.detach() for t in lstm) for lstm in state)
+        num_groups = self.layout.samples // self.layout.samples_per_balance_group
+        balance = sum(s.balance_loss for s in stats.values()) / num_groups
+        return nll / words.to(nll.dtype) + balance / self.mesh.dp.size, nll, stats
+
+    def evaluation(self, split: str) -> Iterator[list[Batch]]:
+        """Every window of a split, the same number on every rank: who has no words left sends padding."""
+        for window in range(self.lanes[split].num_windows(self.config.batch.timesteps)):
+            yield list(self.batches(window, split))
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        """Whole hidden state by global lane: (4, B, D), the rows being h and c of the first LSTM, then of the second."""
+        whole = self.state[0][0][0].new_zeros(4, self.layout.samples, self.config.model.dim)
+        for micro, state in enumerate(self.state):
+            whole[:, self._mine(micro)] = torch.cat([t for lstm in state for t in lstm])
+        return {"hidden_state": sum_over(whole, self.mesh.dp)}
+
+    def load_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """Inverse of `save_state`, on any layout."""
+        for micro, state in enumerate(self.state):
+            rows = saved["hidden_state"][:, self._mine(micro)].to(state[0][0])
+            h1, c1, h2, c2 = rows.split(1)
+            self.state[micro] = ((h1.contiguous(), c1.contiguous()), (h2.contiguous(), c2.contiguous()))
+
+    def _mine(self, micro: int) -> slice:
+        mine = self.layout.my_samples(micro, self.mesh.dp.index)
+        return slice(mine.start, mine.stop)
+
+    def unigram_perplexity(self) -> float:
+        """Of the test split: what knowing only word frequencies gives."""
+        return unigram_perplexity(self.stream["train"], self.stream["test"], len(self.vocabulary))
+
+
+TASKS: dict[str, Callable[..., LanguageModel]] = {"language_model": LanguageModel}

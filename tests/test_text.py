@@ -1,0 +1,209 @@
+"""Text data: tokens, vocabulary, lanes and the embedded corpus, against numbers worked out by hand."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import moe_dist.data.text as text
+from moe_dist.data.text import SPLITS, Lanes, Vocabulary, read_lines, tokenize, unigram_perplexity
+
+ALL_LANES_3 = np.arange(3)
+
+
+def test_tokenize_separates_punctuation_and_keeps_inner_apostrophes() -> None:
+    assert tokenize("Don't go o'er--'tis star-cross'd, <unk>!") == [
+        *("Don't", "go", "o'er", "--", "'", "tis", "star", "-", "cross'd", ",", "<unk>", "!")
+    ]
+    assert tokenize("It\u2019s 1,5 \u00e9t\u00e9.") == ["It\u2019s", "1", ",", "5", "\u00e9t\u00e9", "."]
+    assert tokenize("  ") == []
+
+
+def test_vocabulary_ranks_by_count_then_word() -> None:
+    # b 3, then c and a 2 each (a before c), then d 1.
+    lines = ["c b a b", "a c b d"]
+    assert Vocabulary.build(lines, 6).words == ("<unk>", "<eos>", "b", "a", "c", "d")
+    vocabulary = Vocabulary.build(lines, 4)
+    assert vocabulary.words == ("<unk>", "<eos>", "b", "a")
+    assert len(vocabulary) == 4
+
+
+def test_vocabulary_encodes_unknown_words_as_0_and_line_ends_as_1() -> None:
+    vocabulary = Vocabulary(("<unk>", "<eos>", "b", "a"))
+    ids = vocabulary.encode(["a c b", "b <unk>"])
+    assert ids.dtype == np.int64
+    assert ids.tolist() == [3, 0, 2, 1, 2, 0, 1]
+    assert vocabulary.decode(ids[:4]) == "a <unk> b <eos>"
+
+
+def test_vocabulary_counts_no_word_for_unk_in_the_text() -> None:
+    assert Vocabulary.build(["<unk> <unk> a"], 3).words == ("<unk>", "<eos>", "a")
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_vocabulary_size_that_does_not_fit_says_what_would(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"size {size} .* 4 different words: at least 3 and at most 6"):
+        Vocabulary.build(["c b a b", "a c b d"], size)
+
+
+def test_cyclic_lanes_flow_on_into_the_next_lane_and_around() -> None:
+    lanes = Lanes(np.arange(10, 17), num_lanes=2, cyclic=True)  # N = 7, so lane_len = 7 // 2 = 3
+    assert lanes.lane_len == 3
+    assert [lanes.num_windows(steps) for steps in (1, 2, 3, 4)] == [3, 1, 1, 0]
+    input_BS, target_BS, valid_BS = lanes.window(0, 3, np.arange(2))
+    assert input_BS.tolist() == [[10, 11, 12], [13, 14, 15]]
+    assert target_BS.tolist() == [[11, 12, 13], [14, 15, 16]]
+    assert (input_BS.dtype, target_BS.dtype, valid_BS.dtype) == (torch.int64, torch.int64, torch.bool)
+    # Next pass: lane 0 reads lane 1's text; lane 1 reads index 6 (the remainder), then 7 mod 7 = 0 and 8 mod 7 = 1.
+    input_BS, target_BS, valid_BS = lanes.window(3, 3, np.arange(2))
+    assert input_BS.tolist() == [[13, 14, 15], [16, 10, 11]]
+    assert target_BS.tolist() == [[14, 15, 16], [10, 11, 12]]
+    assert valid_BS.all()
+    # Position 3 + 7 * 1000 is index 3 + 7000 = 3 mod 7 again.
+    assert lanes.window(3 + 7 * 1000, 3, np.arange(2))[0].equal(input_BS)
+
+
+def test_evaluation_lanes_pad_behind_their_own_end() -> None:
+    # N = 8 has 7 pairs; ceil(7 / 3) = 3 pairs a lane: pairs 0-2, 3-5 and 6 with 2 places of padding.
+    lanes = Lanes(np.arange(10, 18), num_lanes=3, cyclic=False)
+    assert lanes.lane_len == 3
+    assert [lanes.num_windows(steps) for steps in (1, 2, 3, 4)] == [3, 2, 1, 1]
+    input_BS, target_BS, valid_BS = lanes.window(2, 2, ALL_LANES_3)
+    assert input_BS.tolist() == [[12, 0], [15, 0], [0, 0]]
+    assert target_BS.tolist() == [[13, 0], [16, 0], [0, 0]]
+    assert valid_BS.tolist() == [[True, False], [True, False], [False, False]]
+    input_BS, target_BS, _ = lanes.window(0, 2, ALL_LANES_3)
+    assert input_BS[2].tolist() == [16, 0]
+    assert target_BS[2].tolist() == [17, 0]
+
+
+def test_lane_length_of_streams_that_divide_evenly() -> None:
+    assert Lanes(np.arange(6), num_lanes=2, cyclic=True).lane_len == 3  # 6 // 2
+    assert Lanes(np.arange(7), num_lanes=3, cyclic=False).lane_len == 2  # (7 - 1) / 3
+
+
+@pytest.mark.parametrize("num_tokens", [2, 8, 23])
+@pytest.mark.parametrize("num_lanes", [1, 3, 5, 9])
+@pytest.mark.parametrize("steps", [1, 4, 30])
+def test_evaluation_scores_every_token_but_the_first_once(num_tokens: int, num_lanes: int, steps: int) -> None:
+    lanes = Lanes(np.arange(num_tokens), num_lanes, cyclic=False)
+    pairs = []
+    for window in range(lanes.num_windows(steps)):
+        input_BS, target_BS, valid_BS = lanes.window(window * steps, steps, np.arange(num_lanes))
+        pairs += zip(input_BS[valid_BS].tolist(), target_BS[valid_BS].tolist(), strict=True)
+        assert not input_BS[~valid_BS].any()
+        assert not target_BS[~valid_BS].any()
+    assert sorted(pairs) == [(token, token + 1) for token in range(num_tokens - 1)]
+
+
+@pytest.mark.parametrize("cyclic", [True, False])
+def test_a_lane_is_the_same_whichever_lanes_are_asked_for(cyclic: bool) -> None:
+    lanes = Lanes(np.arange(100, 150), num_lanes=6, cyclic=cyclic)
+    every = lanes.window(5, 4, np.arange(6))
+    for asked in ([4], [5, 0, 2], [1, 1], []):
+        for part, whole in zip(lanes.window(5, 4, np.array(asked, dtype=np.int64)), every, strict=True):
+            assert part.equal(whole[asked])
+
+
+def test_lanes_too_many_for_the_stream() -> None:
+    with pytest.raises(ValueError, match="3 tokens, too few for 4 lanes: at least 4"):
+        Lanes(np.arange(3), num_lanes=4, cyclic=True)
+    with pytest.raises(ValueError, match="1 tokens, too few for 4 lanes: at least 2"):
+        Lanes(np.arange(1), num_lanes=4, cyclic=False)
+    with pytest.raises(ValueError, match="num_lanes is 0: at least 1"):
+        Lanes(np.arange(3), num_lanes=0, cyclic=True)
+
+
+@pytest.mark.parametrize("lane", [-1, 3])
+def test_lane_outside(lane: int) -> None:
+    with pytest.raises(ValueError, match=rf"lanes \[0, {lane}\] are not all within 0 .. 2"):
+        Lanes(np.arange(9), num_lanes=3, cyclic=True).window(0, 2, np.array([0, lane]))
+
+
+def test_unigram_perplexity_of_four_tokens() -> None:
+    # Counts of 0, 1, 2, 3 plus one: 2, 3, 2, 1, of 8. Targets 1, 1, 0 (the leading 3 is none): 3/8, 3/8, 2/8.
+    # Perplexity (8/3 * 8/3 * 8/2) ** (1/3) = (256 / 9) ** (1/3) = 3.0526...
+    perplexity = unigram_perplexity(np.array([0, 1, 1, 2]), np.array([3, 1, 1, 0]), 4)
+    assert perplexity == pytest.approx((256 / 9) ** (1 / 3), rel=1e-12)
+
+
+def test_unigram_perplexity_refuses() -> None:
+    with pytest.raises(ValueError, match="1 tokens: at least 2"):
+        unigram_perplexity(np.array([0]), np.array([0]), 1)
+    with pytest.raises(ValueError, match="token 4 is outside a vocabulary of 4: 5 would do"):
+        unigram_perplexity(np.array([0, 4]), np.array([0, 1]), 4)
+
+
+def test_read_lines_splits_all_matching_files_contiguously(tmp_path: Path) -> None:
+    # 39 + 1 lines: int(40 * 0.9) = 36 and int(40 * 0.95) = 38. b.txt sorts behind a.txt, so its line comes last.
+    (tmp_path / "b.txt").write_text("\n  last \n", encoding="utf-8")
+    (tmp_path / "a.txt").write_bytes(("\ufeff" + "".join(f" {i}\r\n\n" for i in range(39))).encode())
+    splits = {split: read_lines(str(tmp_path / "*.txt"), split) for split in SPLITS}
+    assert splits == {"train": [str(i) for i in range(36)], "valid": ["36", "37"], "test": ["38", "last"]}
+
+
+def test_read_lines_takes_an_existing_name_literally(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].txt"
+    for num_lines, sizes in ((20, [18, 1, 1]), (100, [90, 5, 5])):
+        path.write_text("x\n" * num_lines)
+        assert [len(read_lines(str(path), split)) for split in SPLITS] == sizes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file matches"),
+        (b" \n\n", "is empty"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"MZ\0\0" * 9, "is not UTF-8 text"),
+        (b"x\n" * 19, "has 19 lines, too few to split: give at least 20"),
+    ],
+    ids=["missing", "empty", "not utf-8", "nul bytes", "too few lines"],
+)
+def test_read_lines_refuses(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(repr(str(path)))}.*{message}|{message}.*{re.escape(str(path))}"):
+        read_lines(str(path), "train")
+
+
+def test_read_lines_refuses_a_folder_and_an_unknown_split(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no file matches"):
+        read_lines(str(tmp_path), "train")
+    with pytest.raises(ValueError, match="split 'dev' is unknown: give one of train, valid, test"):
+        read_lines("embedded", "dev")
+
+
+def test_embedded_sizes_are_those_of_its_readme() -> None:
+    folder = Path(text.__file__).parent / "embedded"
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    for split, *sizes in rows:
+        lines = read_lines("embedded", split)
+        tokens = sum(len(tokenize(line)) + 1 for line in lines)
+        assert [len(lines), tokens, (folder / f"{split}.txt.xz").stat().st_size] == [int(size) for size in sizes]
+    assert [row[0] for row in rows] == list(SPLITS)
+    assert sum(int(row[3]) for row in rows) < 3_000_000
+
+
+def test_embedded_text_is_clean_and_its_splits_are_disjoint() -> None:
+    lines = {split: read_lines("embedded", split) for split in SPLITS}
+    joined = "\n".join(line for split in SPLITS for line in lines[split])
+    assert joined.isascii()
+    assert not re.search(r"gutenberg|copyright|\betexts?\b|[@_{}*]", joined, re.IGNORECASE)
+    assert lines["train"][0] == "In the beginning God created the heaven and the earth."
+    # Short lines ("[Exeunt.]", "Jesus wept.") recur; of longer ones a single verse does.
+    long = {split: {line for line in lines[split] if len(re.findall(r"[\w']+", line)) > 8} for split in SPLITS}
+    assert not long["test"] & (long["train"] | long["valid"])
+    joshua_15_16 = "He that smiteth Kirjathsepher, and taketh it, to him will I give Achsah my daughter to wife."
+    assert long["valid"] & long["train"] == {f"And Caleb said, {joshua_15_16}"}
+
+
+def test_embedded_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
+    lines = {split: read_lines("embedded", split) for split in SPLITS}
+    vocabulary = Vocabulary.build(lines["train"], 8000)
+    ids = {split: vocabulary.encode(lines[split]) for split in SPLITS}
+    assert [round(100 * (ids[split] == 0).mean(), 1) for split in SPLITS] == [3.6, 5.5, 6.0]
+    assert [round(unigram_perplexity(ids["train"], ids[split], 8000)) for split in SPLITS[1:]] == [343, 361]

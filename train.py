@@ -1,0 +1,78 @@
+"""Trains a named config: config -> mesh -> task -> parallelize -> engine -> the loop.
+
+    python train.py --list                                                    names of configs
+    python train.py lstm_moe_demo                                             one process
+    torchrun --nproc-per-node 2 train.py lstm_moe_demo --set mesh.ep=2        two ranks, experts spread over both
+    torchrun --nproc-per-node 2 train.py lstm_moe_demo --set zero=3 --set optim.lr=1e-3
+    python train.py lstm_moe_demo --dry-run                                   the layout, and nothing else
+    torchrun --nproc-per-node 2 train.py --resume runs/NAME                   goes on where the run stopped
+    python train.py --evaluate runs/NAME                                      test perplexity of its newest checkpoint
+
+CPU with gloo or CUDA with NCCL, whatever is there.
+"""
+
+import sys
+from dataclasses import asdict
+
+from moe_dist import checkpoint, report
+
+from moe_dist.cli import Run, plain_errors, plan, result_lines
+from moe_dist.engine import Engine, compute_dtype
+from moe_dist.evaluate import evaluate
+from moe_dist.meter import Meter
+from moe_dist.metrics import Metrics
+from moe_dist.optim import Optimizer, learning_rate
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallelize import parallelize
+from moe_dist.tasks import TASKS
+
+
+def main(run: Run) -> None:
+    config, ds = run.config, run.ds_config
+    with plain_errors():
+        mesh = meshes.start(config.mesh.ep)
+        layout = meshes.lay_out(config, mesh.dp.size)
+        task = TASKS[config.task](config, layout, mesh, run.vocabulary())
+        model = parallelize(task.model(), mesh, config.seed, compute_dtype(ds))
+        optimizer = Optimizer(model.dense.parameters(), model.experts, config.optim, mesh, ds["zero_optimization"]["stage"])
+        engine = Engine(model.dense, optimizer, ds, layout)
+        task.start(compute_dtype(ds))
+        folder = run.open(mesh)
+        if run.checkpoint:
+            checkpoint.load(run.checkpoint, engine, task, mesh)
+
+    meter = Meter(mesh)
+    with Metrics(folder, asdict(config), enabled=mesh.is_main and not run.evaluate, wandb_mode=config.wandb.mode,
+                 total_steps=config.steps, start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
+        for step in () if run.evaluate else range(run.first_step + 1, config.steps + 1):
+            with meter.step():
+                lr = learning_rate(config.optim, step)
+                engine.begin_step(lr)
+                batches = list(task.batches(step - 1))
+                words = task.words(batches)
+                for batch in batches:
+                    loss, nll, stats = task.loss(engine, batch, words)
+                    engine.backward(loss)
+                    meter.add(nll, batch.ctx.valid_T.sum(), stats)
+            last = step == config.steps
+            if step % config.log_every == 0 or last:
+                line = meter.read() | {"train/lr": lr, "train/grad_norm": engine.norm}
+                metrics.progress(step, {"loss": line["train/loss"], "perplexity": line["train/perplexity"], "words/s": line["words_per_second"]})
+                metrics.log(step, line)
+            if step % config.eval_every == 0 or last:
+                metrics.log(step, evaluate(engine, task, "valid", mesh))
+            if step % config.save_every == 0 or last:
+                state = {"wandb_id": metrics.wandb_id, "vocabulary": task.vocabulary.words}
+                checkpoint.save(folder, step, engine, task, mesh, state, config.keep_checkpoints)
+        result = evaluate(engine, task, "test", mesh)
+        metrics.log(config.steps, result)
+
+    if mesh.is_main:
+        if not run.evaluate:
+            report.write_report(folder)
+        print(result_lines(run, result, task.unigram_perplexity()))
+    meshes.stop()
+
+
+if __name__ == "__main__":
+    main(plan(sys.argv[1:], __doc__))
