@@ -15,11 +15,10 @@ import sys
 from dataclasses import asdict
 
 from moe_dist import checkpoint, report
-
 from moe_dist.cli import Run, plain_errors, plan, result_lines
 from moe_dist.engine import Engine, compute_dtype
 from moe_dist.evaluate import evaluate
-from moe_dist.meter import Meter
+from moe_dist.meter import Meter, headline
 from moe_dist.metrics import Metrics
 from moe_dist.optim import Optimizer, learning_rate
 from moe_dist.parallel import mesh as meshes
@@ -34,7 +33,9 @@ def main(run: Run) -> None:
         layout = meshes.lay_out(config, mesh.dp.size)
         task = TASKS[config.task](config, layout, mesh, run.vocabulary())
         model = parallelize(task.model(), mesh, config.seed, compute_dtype(ds))
-        optimizer = Optimizer(model.dense.parameters(), model.experts, config.optim, mesh, ds["zero_optimization"]["stage"])
+        optimizer = Optimizer(
+            model.dense.parameters(), model.experts, config.optim, mesh, ds["zero_optimization"]["stage"]
+        )
         engine = Engine(model.dense, optimizer, ds, layout)
         task.start(compute_dtype(ds))
         folder = run.open(mesh)
@@ -47,7 +48,7 @@ def main(run: Run) -> None:
         for step in () if run.evaluate else range(run.first_step + 1, config.steps + 1):
             with meter.step():
                 lr = learning_rate(config.optim, step)
-                engine.begin_step(lr)
+                optimizer.begin(lr)
                 batches = list(task.batches(step - 1))
                 words = task.words(batches)
                 for batch in batches:
@@ -56,8 +57,8 @@ def main(run: Run) -> None:
                     meter.add(nll, batch.ctx.valid_T.sum(), stats)
             last = step == config.steps
             if step % config.log_every == 0 or last:
-                line = meter.read() | {"train/lr": lr, "train/grad_norm": engine.norm}
-                metrics.progress(step, {"loss": line["train/loss"], "perplexity": line["train/perplexity"], "words/s": line["words_per_second"]})
+                line = meter.read() | {"train/lr": lr, "train/grad_norm": optimizer.norm}
+                metrics.progress(step, headline(line))
                 metrics.log(step, line)
             if step % config.eval_every == 0 or last:
                 metrics.log(step, evaluate(engine, task, "valid", mesh))

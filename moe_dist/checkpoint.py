@@ -1,9 +1,9 @@
-"""Checkpoints keyed by meaning, so that no layout is in them: a parameter's name, an expert's global id, a lane's index.
+"""Checkpoints keyed by meaning: a parameter's name, an expert's global id, a lane's index. No layout is in them.
 
     RUN/checkpoints/step_00000425/
-        shard-*.safetensors   dense/NAME, dense/NAME.exp_avg, dense/NAME.exp_avg_sq     whole float32 tensors
-                              experts/NAME, experts/NAME.row, experts/NAME.column       row i belongs to global expert i
-                              task/hidden_state                                         column i belongs to global lane i
+        shard-*.safetensors   dense/NAME, dense/NAME.exp_avg, dense/NAME.exp_avg_sq   whole float32 tensors
+                              experts/NAME, experts/NAME.row, experts/NAME.column     row i belongs to global expert i
+                              task/hidden_state                                       column i belongs to global lane i
         state.json            step, wandb run id, vocabulary
 
 Every rank writes its part (torch.distributed.checkpoint, safetensors: nothing in it is ever executed). A checkpoint is
@@ -33,7 +33,9 @@ def latest(run: Path) -> Path:
     """The newest whole checkpoint of a run. Raises ValueError where there is none."""
     whole = sorted((run / "checkpoints").glob("step_????????"))
     if not whole:
-        raise ValueError(f"{run}: no checkpoint to go on from; is it a run folder, and did the run reach its first save?")
+        raise ValueError(
+            f"{run}: no checkpoint to go on from; is it a run folder, and did the run reach its first save?"
+        )
     return whole[-1]
 
 
@@ -49,7 +51,7 @@ def save(run: Path, step: int, engine: Engine, task: Any, mesh: Mesh, state: dic
     """
     tensors = _expert_tensors(engine.optimizer, mesh)
     for i, (key, tensor) in enumerate(engine.dense_state()):
-        if i % mesh.dp.size == mesh.dp.index:  # each rank keeps and writes a share of the whole tensors
+        if mesh.owns(i):  # each rank keeps and writes a share of the whole tensors
             tensors[f"dense/{key}"] = tensor.cpu()
     for key, tensor in task.save_state().items():
         if mesh.is_main:
@@ -89,8 +91,10 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh) -> None:
 
 def _expert_tensors(optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
     """Views of the experts' masters and second moments as shards of the global stack: replicas along edp are one."""
-    named = {}
+    named: dict[str, torch.Tensor] = {}
     for name, expert in optimizer.experts.items():
         named |= {name: expert.master_eDF, f"{name}.row": expert.row_eD, f"{name}.column": expert.column_eF}
     placements = [Replicate(), Shard(0)]
-    return {f"experts/{k}": DTensor.from_local(t, mesh.device_mesh, placements, run_check=False) for k, t in named.items()}
+    return {
+        f"experts/{k}": DTensor.from_local(t, mesh.device_mesh, placements, run_check=False) for k, t in named.items()
+    }

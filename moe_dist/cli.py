@@ -1,6 +1,6 @@
 """The command line of train.py, and the run folder that it opens.
 
-    RUN/config.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report/*.png  RUN/wandb/
+RUN/config.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report/*.png  RUN/wandb/
 """
 
 import argparse
@@ -100,7 +100,7 @@ def _resolve(args: argparse.Namespace) -> Run:
     if earlier is None:
         config = override(configs.get(args.name), args.set)
         if args.folder and (args.folder / "config.json").exists():
-            raise ValueError(f"--folder {args.folder}: holds a run already; go on with --resume {args.folder}, or name another folder")
+            raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
         return Run(config, read_ds_config(config), args.folder)
     if not (earlier / "config.json").is_file():
         raise ValueError(f"{earlier}: not a run folder (no config.json)")
@@ -140,5 +140,6 @@ def _baseline(config: Config, kept_file: Path) -> list[str]:
     lines = [f"kept runs of the same data and steps, each at its own best learning rate ({kept_file}):"]
     for name, arm in kept["arms"].items():
         seeds = arm["test_perplexity"]
-        lines.append(f"  {name:<18} mean {mean(seeds):.2f} over {len(seeds)} seeds ({', '.join(f'{p:.2f}' for p in seeds)}), lr {arm['lr']:g}")
+        each = ", ".join(f"{p:.2f}" for p in seeds)
+        lines.append(f"  {name:<18} mean {mean(seeds):.2f} over {len(seeds)} seeds ({each}), lr {arm['lr']:g}")
     return [*lines, f"  repeat with: {kept['command']}"]

@@ -107,7 +107,7 @@ class Config:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """"; did you mean NAME?" or "; known: ..." for an error about an unknown `name`."""
+    """ "; did you mean NAME?" or "; known: ..." for an error about an unknown `name`."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
@@ -122,7 +122,7 @@ def dotted_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: Config, assignments: typing.Iterable[str]) -> Config:
-    """Applies `a.b=value` strings in order. Raises ValueError for an unknown key (naming the nearest) or a bad value."""
+    """Applies `a.b=value` strings in order. Raises ValueError for a bad value or an unknown key, naming the nearest."""
     known = dotted_keys()
     for text in assignments:
         key, equals, value = text.partition("=")
@@ -166,7 +166,9 @@ def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     for name in values:
         if name not in hints:
             raise ValueError(f"config: no field {prefix + name!r}; {nearest(name, hints)}")
-    nested = {n: _build(hints[n], v, f"{prefix}{n}.") if dataclasses.is_dataclass(hints[n]) else v for n, v in values.items()}
+    nested = {
+        n: _build(hints[n], v, f"{prefix}{n}.") if dataclasses.is_dataclass(hints[n]) else v for n, v in values.items()
+    }
     try:
         return cls(**nested)
     except TypeError as error:

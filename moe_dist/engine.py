@@ -7,6 +7,7 @@ holds precision and ZeRO stage; batch sizes and clipping belong to the run's con
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,14 @@ def read_ds_config(config: Config) -> dict[str, Any]:
     """
     names = [path.stem for path in DS_CONFIGS.glob("*.json")]
     if config.ds_config not in names:
-        raise ValueError(f"ds_config={config.ds_config!r}: no such file in ds_configs/; {nearest(config.ds_config, names)}")
+        raise ValueError(
+            f"ds_config={config.ds_config!r}: no such file in ds_configs/; {nearest(config.ds_config, names)}"
+        )
     ds = json.loads((DS_CONFIGS / f"{config.ds_config}.json").read_text())
     for key in OF_THE_RUN.keys() & ds.keys():
-        raise ValueError(f"ds_configs/{config.ds_config}.json: {key!r} is set by {OF_THE_RUN[key]} of the run's config; remove it")
+        raise ValueError(
+            f"ds_configs/{config.ds_config}.json: {key!r} is set by {OF_THE_RUN[key]} of the run's config; remove it"
+        )
     if ds.get("fp16", {}).get("enabled"):
         raise ValueError(f"ds_configs/{config.ds_config}.json: fp16 is not supported; use bf16 or fp32")
     stage = ds.get("zero_optimization", {}).get("stage", 0) if config.zero is None else config.zero
@@ -59,6 +64,8 @@ def _import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates, at every step
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -98,20 +105,10 @@ class Engine:
         return self.engine.module
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward of this rank's part of the loss: the step's loss is the sum of `loss` over ranks and micro-batches."""
+        """Backward of this rank's part of one micro-batch's loss. Gradients are summed over ranks and micro-batches;
+        after the last micro-batch of a step comes the update."""
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # undoes the engine's averaging over ranks
-        self.engine.step()  # counts the micro-batch; at the last one of a step it updates, at `lr` of `set_lr`
-
-    def begin_step(self, lr: float) -> None:
-        """To be called before the first backward of a step."""
-        self.optimizer.clear_expert_gradients()
-        self.optimizer.norm = None
-        self.optimizer.param_groups[0]["lr"] = lr
-
-    @property
-    def norm(self) -> float:
-        """Gradient norm of the last step before clipping; not a number where the step was skipped as not finite."""
-        return float("nan") if self.optimizer.norm is None else self.optimizer.norm
+        self.engine.step()
 
     def flat(self) -> list[torch.Tensor]:
         """What the optimizer's state belongs to: whole parameters in order at ZeRO 0, this rank's partition above."""
@@ -133,7 +130,9 @@ class Engine:
                 yield from ((f"{name}.{m}", self.optimizer.state[master][m]) for m in MOMENTS)
             else:
                 yield name, fragment.safe_get_full_fp32_param(p).view(self.shape(p))
-                yield from ((f"{name}.{m}", fragment.safe_get_full_optimizer_state(p, m).view(self.shape(p))) for m in MOMENTS)
+                yield from (
+                    (f"{name}.{m}", fragment.safe_get_full_optimizer_state(p, m).view(self.shape(p))) for m in MOMENTS
+                )
 
     def empty_dense_state(self) -> dict[str, torch.Tensor]:
         """Tensors to be filled by a checkpoint, with the keys and shapes of `dense_state`."""

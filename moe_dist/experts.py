@@ -30,7 +30,7 @@ class Experts(nn.Module):
 
 
 def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:
-    """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). Experts without rows get zero gradients."""
+    """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). No rows: a zero gradient."""
     if native_grouped_matmul(x_RD, w_eDF):
         return F.grouped_mm(x_RD, w_eDF, offs=count_e.cumsum(0).int())
     return _GroupedMatmul.apply(x_RD, w_eDF, count_e.tolist())
@@ -60,7 +60,9 @@ class _GroupedMatmul(torch.autograd.Function):
         x_RD, w_eDF = ctx.saved_tensors
         dy_RF = grad[0].contiguous()
         dx_RD, dw_eDF = torch.empty_like(x_RD), torch.empty_like(w_eDF)
-        parts = zip(x_RD.split(ctx.count_e), w_eDF, dy_RF.split(ctx.count_e), dx_RD.split(ctx.count_e), dw_eDF, strict=True)
+        parts = zip(
+            x_RD.split(ctx.count_e), w_eDF, dy_RF.split(ctx.count_e), dx_RD.split(ctx.count_e), dw_eDF, strict=True
+        )
         for x, w, dy, dx, dw in parts:
             torch.mm(dy, w.t(), out=dx)
             torch.mm(x.t(), dy, out=dw)  # zeros where there are no rows

@@ -22,9 +22,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 def normal(ctx: Context, use: str, channel_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Standard normal numbers (T, C) for the channels named (int64 global ids, experts for example)."""
-    # 24 bits, centred in their cells: never 0 or 1, so the inverse CDF is finite (|z| <= 5.3)
-    uniform_TC = ((_bits(ctx, use, channel_C) >> 8) & 0xFFFFFF).to(dtype).add_(0.5).mul_(2.0**-24)
-    return uniform_TC.mul_(2).sub_(1).erfinv_().mul_(2**0.5)
+    return _normal_of(_bits(ctx, use, channel_C), dtype)
 
 
 def dropout(x_TD: torch.Tensor, p: float, ctx: Context) -> torch.Tensor:
@@ -49,6 +47,13 @@ def _bits(ctx: Context, use: str, channel_C: torch.Tensor) -> torch.Tensor:
     high_T = _mix(_mix(_int32(ctx.sample_T + (word_a >> 31))) + _int32(ctx.position_T + word_b))
     channel_C = _mix(_int32(channel_C + (word_b >> 31)))
     return _mix(low_T[:, None] ^ channel_C, high_T[:, None])
+
+
+def _normal_of(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse CDF of 23 bits, centred in their cells: odd multiples of 2^-23 in (-1, 1), which float32 holds exactly.
+    With one bit more the last cell would round to 1, and its normal to infinity. |z| <= 5.2."""
+    centred = ((bits >> 9) & 0x7FFFFF).to(dtype).mul_(2).add_(1 - 2**23).mul_(2.0**-23)
+    return centred.erfinv_().mul_(2**0.5)
 
 
 def _mix(x: torch.Tensor, between: torch.Tensor | int = 0) -> torch.Tensor:

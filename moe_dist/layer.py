@@ -36,6 +36,9 @@ class MoE(nn.Module):
     Made whole: `parallelize` slices the experts and sets `exchange` and `shared_sum` from the mesh.
     """
 
+    gate: Any  # gate(x_TD, ctx) -> Routing, GateStats; and gate.balance_loss
+    experts: Any  # see dispatch.exchange.ExpertModule
+
     def __init__(self, gate: nn.Module, experts: nn.Module) -> None:
         super().__init__()
         self.gate = gate

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ class Meter:
             self._add(f"{name}/dropped", layer.dropped)
 
     def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
-        """Loss and perplexity per word and each layer's load; then starts anew. A collective: all ranks must call it."""
+        """Loss and perplexity per word, load of each layer; then starts anew. A collective: all ranks must call it."""
         sums = self.sums | {"sent": torch.tensor(self.sent, dtype=torch.float64, device=self.mesh.device)}
         flat = sum_over(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
         total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
@@ -66,6 +67,15 @@ class Meter:
                 values[f"moe/{name}/dropped"] = total[f"{name}/dropped"].item() / self.steps
         self._clear()
         return values
+
+
+def headline(line: dict[str, Any]) -> dict[str, float]:
+    """What the progress bar shows of a line."""
+    return {
+        "loss": line["train/loss"],
+        "perplexity": line["train/perplexity"],
+        "words/s": line["words_per_second"],
+    }
 
 
 def perplexity(loss: float) -> float:

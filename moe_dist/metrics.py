@@ -56,7 +56,7 @@ class Metrics:
         self._start_step, self._total_steps = start_step, total_steps
         run.mkdir(parents=True, exist_ok=True)
         _keep_until(run / FILE_NAME, start_step)
-        self._file = open(run / FILE_NAME, "a", encoding="utf-8")
+        self._file = open(run / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
         self._wandb: _WandbThread | None = None
         if wandb_mode != "off":
             self.wandb_id = wandb_id or secrets.token_hex(4)

@@ -40,7 +40,12 @@ class Optimizer(torch.optim.Adam):
     """See the head of this file. The base class's `param_groups` are the dense parameters, which DeepSpeed replaces."""
 
     def __init__(
-        self, dense: Iterable[nn.Parameter], experts: dict[str, nn.Parameter], config: OptimConfig, mesh: Mesh, zero: int
+        self,
+        dense: Iterable[nn.Parameter],
+        experts: dict[str, nn.Parameter],
+        config: OptimConfig,
+        mesh: Mesh,
+        zero: int,
     ) -> None:
         """`zero`: the engine's ZeRO stage. Raises ValueError for an unknown `expert_form`."""
         if config.expert_form not in FORMS:
@@ -49,11 +54,22 @@ class Optimizer(torch.optim.Adam):
         self.experts = {name: ExpertState(p) for name, p in experts.items()}
         self.config, self.mesh, self.zero = config, mesh, zero
         self.expert_steps = 0
-        self.norm: float | None = None  # of the last step, before clipping; None where the engine refused to step
+        self.norm = math.nan  # of the last step, before clipping; not a number where DeepSpeed refused to step
+        self.begun = False
+
+    def begin(self, lr: float) -> None:
+        """To be called before the first backward of a step that is to use `lr`."""
+        self.param_groups[0]["lr"] = lr
+        self.norm, self.begun = math.nan, True
+        for state in self.experts.values():
+            state.clear()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update at `param_groups[0]["lr"]`. Where the norm is not finite nothing changes and `norm` says so."""
+        if not self.begun:  # DeepSpeed's bf16 optimizer of stage 0 takes a step on zeros when it is made
+            return
+        self.begun = False
         (group,) = self.param_groups  # a norm needs every gradient at once
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         states = list(self.experts.values())
@@ -75,10 +91,6 @@ class Optimizer(torch.optim.Adam):
         self.expert_steps += 1
         for state in states:
             state.update(factor / world, group["lr"], self.expert_steps, self.config)
-
-    def clear_expert_gradients(self) -> None:
-        for state in self.experts.values():
-            state.clear()
 
 
 def _square(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
 from moe_dist.layer import MoE
 from moe_dist.parallel.collectives import shared_sum
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parameters import initialize
+from moe_dist.parameters import bounds_of, initialize
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,23 @@ class ParallelModel:
 def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype) -> ParallelModel:
     """`model` must be on the meta device; afterwards it is on the mesh's, in `dtype`."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    ids: dict[str, range] = {}
+    ids = {name: mesh.my_experts(layer.gate.num_experts) for name, layer in layers.items()}
+    bounds = bounds_of(model)
     for name, layer in layers.items():  # 1
-        ids[name] = mesh.my_experts(layer.gate.num_experts)
-        for expert_module in layer.experts.modules():
-            for key, p in expert_module.named_parameters(recurse=False):
-                mine = nn.Parameter(p[ids[name].start : ids[name].stop].contiguous())
-                mine.init_bound = p.init_bound
-                setattr(expert_module, key, mine)
-    bounds = {name: p.init_bound for name, p in model.named_parameters()}
+        mine = slice(ids[name].start, ids[name].stop)
+        for module in layer.experts.modules():
+            for key, p in module.named_parameters(recurse=False):
+                setattr(module, key, nn.Parameter(p[mine].contiguous()))
     model.to_empty(device=mesh.device).to(dtype)
-    for name, p in model.named_parameters():
-        p.init_bound = bounds[name]
-    dense = {name: p for name, p in model.named_parameters() if not any(name.startswith(f"{n}.experts.") for n in layers)}
-    initialize(dense.items(), seed)  # 2
     experts: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         owned = {f"{name}.experts.{key}": p for key, p in layer.experts.named_parameters()}
-        initialize(owned.items(), seed, ids[name])
+        for key, p in owned.items():
+            initialize(p, key, bounds[key], seed, ids[name])  # 2
         experts |= owned
         layer.exchange = LocalExchange() if mesh.ep.size == 1 else RaggedExchange(mesh.ep)  # 3
         layer.shared_sum = partial(shared_sum, axis=mesh.dp)
         layer.__dict__["experts"] = layer._modules.pop("experts")  # 4: an attribute, no longer a submodule
+    for name, p in model.named_parameters():
+        initialize(p, name, bounds[name], seed)  # 2, the dense ones
     return ParallelModel(model, experts)

@@ -4,6 +4,7 @@ Legend: a stacked parameter has experts (global ids) along its first dimension.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,20 +17,25 @@ def parameter(*shape: int, bound: float) -> nn.Parameter:
     return with_bound(nn.Parameter(torch.empty(*shape)), bound)
 
 
-def with_bound(p: nn.Parameter, bound: float) -> nn.Parameter:
+def with_bound(p: Any, bound: float) -> nn.Parameter:
     """Tells `initialize` the bound of a parameter that another library made."""
-    p.init_bound = bound  # type: ignore[attr-defined]
+    p.init_bound = bound
     return p
 
 
-def initialize(named: Iterable[tuple[str, nn.Parameter]], seed: int, expert_ids: range | None = None) -> None:
-    """Fills parameters in place, keyed by (seed, name), and by the global expert id where they are stacked experts.
+def bounds_of(model: nn.Module) -> dict[str, float]:
+    """The bound of every parameter, by name."""
+    named: Iterable[tuple[str, Any]] = model.named_parameters()
+    return {name: p.init_bound for name, p in named}
 
-    `expert_ids`: global ids of the rows of the first dimension, None for parameters that are not stacked.
+
+@torch.no_grad()
+def initialize(p: nn.Parameter, name: str, bound: float, seed: int, expert_ids: range | None = None) -> None:
+    """Fills `p` in place, keyed by (seed, name), and by the global expert id where it is a stack of experts.
+
+    `expert_ids`: global ids along the first dimension, None for a parameter that is not stacked.
     """
-    for name, p in named:
-        bound = p.init_bound  # type: ignore[attr-defined]
-        rows = [(p, (seed, name))] if expert_ids is None else [(p[i], (seed, name, e)) for i, e in enumerate(expert_ids)]
-        for part, key in rows:
-            drawn = torch.empty(part.shape, dtype=torch.float64)
-            part.detach().copy_(drawn.uniform_(-bound, bound, generator=keyed.generator(*key)))
+    parts = [(p, (name,))] if expert_ids is None else [(p[i], (name, e)) for i, e in enumerate(expert_ids)]
+    for part, key in parts:
+        drawn = torch.empty(part.shape, dtype=torch.float64)
+        part.copy_(drawn.uniform_(-bound, bound, generator=keyed.generator(seed, *key)))

@@ -4,21 +4,21 @@ import argparse
 import pathlib
 import re
 import sys
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from moe_dist.metrics import FILE_NAME, read_metrics
 
 _LOAD_KEY = re.compile(r"moe/(.+)/load")
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
 _COLUMNS = 300  # most columns of a heat map: the lines of a longer run are summed in groups
-_STYLES = {
-    "train": dict(color="tab:blue", linewidth=1, alpha=0.8),
+_STYLES: dict[str, dict[str, Any]] = {
+    "train": dict(color="tab:blue", linewidth=1, marker=".", markersize=3),
     "valid": dict(color="tab:orange", linewidth=2, marker="o", markersize=4),
     "test": dict(color="tab:red", linestyle="none", marker="*", markersize=14),
 }
@@ -37,23 +37,29 @@ def write_report(run: pathlib.Path) -> list[pathlib.Path]:
         "loss": _curves(lines, "loss", f"{name}: loss", "loss (nats per word)"),
         "perplexity": _curves(lines, "perplexity", f"{name}: perplexity", "perplexity (log scale)"),
     }
-    figures["perplexity"].axes[0].set_yscale("log")
-    figures["perplexity"].axes[0].yaxis.set_major_formatter("{x:g}")
+    perplexity_axes = figures["perplexity"].axes[0]
+    perplexity_axes.set_yscale("log")
+    perplexity_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    perplexity_axes.yaxis.set_major_formatter("{x:g}")
     for layer in dict.fromkeys(match[1] for line in lines for key in line if (match := _LOAD_KEY.fullmatch(key))):
         figures[f"load_{layer.replace('/', '_')}"] = _load_map(lines, layer, f"{name}: load of MoE layer {layer}")
     folder = run / "report"
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{stem}.png" for stem in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        FigureCanvasAgg(figure).print_png(path)
+        figure.savefig(path)
     return paths
 
 
 def _figure(title: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="step (optimizer updates)", ylabel=ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_integers())
     return figure, axes
+
+
+def _integers() -> MaxNLocator:
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
 def _series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -68,9 +74,10 @@ def _curves(lines: list[dict], quantity: str, title: str, ylabel: str) -> Figure
     for split, style in _STYLES.items():
         steps, values = _series(lines, f"{split}/{quantity}")
         if len(steps):
-            axes.plot(steps, values, label=f"{split} (last {values[-1]:.4g})", **style)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+            axes.plot(steps, values, label=f"{split} (last {values[-1]:#.4g})", **style)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
     return figure
 
 
@@ -84,7 +91,7 @@ def _load_map(lines: list[dict], layer: str, title: str) -> Figure:
     relative = loads / np.maximum(loads.mean(axis=0), 1e-9)
 
     figure, axes = _figure(title, "expert")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(_integers())
     low, high = min(_LOAD_TICKS), max(_LOAD_TICKS)
     mesh = axes.pcolormesh(
         edges, np.arange(len(relative) + 1) - 0.5, relative.clip(low, high), norm=LogNorm(low, high), cmap="RdBu_r"

@@ -40,7 +40,9 @@ def route(expert_TK: torch.Tensor, gate_TK: torch.Tensor, keep_TK: torch.Tensor,
     )
 
 
-def within_capacity(expert_TK: torch.Tensor, capacity_factor: float | None, ctx: Context, num_experts: int) -> torch.Tensor:
+def within_capacity(
+    expert_TK: torch.Tensor, capacity_factor: float | None, ctx: Context, num_experts: int
+) -> torch.Tensor:
     """Which choices (T, K) are kept: those of valid tokens, and of each expert's the first `capacity` in a token group.
 
     capacity = ceil(capacity_factor * K * valid tokens of the group / num_experts), as Switch has it (Fedus et al.
@@ -54,7 +56,11 @@ def within_capacity(expert_TK: torch.Tensor, capacity_factor: float | None, ctx:
     tokens_G = torch.bincount(group_T[ctx.valid_T], minlength=ctx.num_token_groups)
     capacity_G = torch.ceil(capacity_factor * k * tokens_G / num_experts).long()
     # queue of (group, expert), choice-major: a stable sort by queue leaves each queue in order of precedence
-    queue_KT = torch.where(valid_TK, group_T[:, None] * num_experts + expert_TK, ctx.num_token_groups * num_experts).t().flatten()
+    queue_KT = (
+        torch.where(valid_TK, group_T[:, None] * num_experts + expert_TK, ctx.num_token_groups * num_experts)
+        .t()
+        .flatten()
+    )
     queue_N, order_N = queue_KT.sort(stable=True)
     length_Q = torch.bincount(queue_N, minlength=ctx.num_token_groups * num_experts + 1)
     start_Q = length_Q.cumsum(0) - length_Q

@@ -18,7 +18,9 @@ def counts(model: LSTMLanguageModel, config: Config) -> dict[str, int]:
     expert = {name for name in inner if any(name.startswith(f"{layer}.experts.") for layer in layers)}
     # a matrix costs a multiply-add per element, an expert's only for the k of num_experts that a word visits
     matrices = sum(p.numel() for name, p in inner.items() if name not in expert and p.dim() > 1)
-    active_experts = sum(p.numel() * config.model.moe.k // config.model.moe.num_experts for name, p in inner.items() if name in expert)
+    active_experts = sum(
+        p.numel() * config.model.moe.k // config.model.moe.num_experts for name, p in inner.items() if name in expert
+    )
     return {
         "parameters": sum(p.numel() for p in named.values()),
         "parameters_without_embedding_and_softmax": sum(p.numel() for p in inner.values()),

@@ -50,7 +50,9 @@ class LanguageModel:
 
     def start(self, dtype: torch.dtype) -> None:
         """The state before a text's first words: zeros, of the model's `dtype`."""
-        zeros = torch.zeros(1, self.layout.samples_per_rank, self.config.model.dim, dtype=dtype, device=self.mesh.device)
+        zeros = torch.zeros(
+            1, self.layout.samples_per_rank, self.config.model.dim, dtype=dtype, device=self.mesh.device
+        )
         self.state = [((zeros, zeros), (zeros, zeros))] * self.layout.accumulation
 
     def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
@@ -78,17 +80,20 @@ class LanguageModel:
         """Valid words of the whole step, over all ranks and micro-batches (float64 scalar)."""
         return sum_over(sum(b.ctx.valid_T.sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
 
-    def loss(self, engine: Any, batch: Batch, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
+    def loss(
+        self, engine: Any, batch: Batch, words: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
         """This micro-batch's part of the step's loss, its summed nll (nats), and its layers' statistics.
 
-        Summed over ranks and micro-batches the parts are: nll per valid word of the step, plus the mean over the
-        step's balance groups of the balance losses.
+        The step's loss is nll per valid word, of which every rank and micro-batch has a part, plus the mean over the
+        step's balance groups of the balance losses, which every rank has whole and differentiates for its own rows
+        (`shared_sum`).
         """
         nll, state, stats = engine(batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx)
         self.state[batch.micro] = tuple(tuple(t.detach() for t in lstm) for lstm in state)
         num_groups = self.layout.samples // self.layout.samples_per_balance_group
         balance = sum(s.balance_loss for s in stats.values()) / num_groups
-        return nll / words.to(nll.dtype) + balance / self.mesh.dp.size, nll, stats
+        return nll / words.to(nll.dtype) + balance, nll, stats
 
     def evaluation(self, split: str) -> Iterator[list[Batch]]:
         """Every window of a split, the same number on every rank: who has no words left sends padding."""
@@ -96,7 +101,7 @@ class LanguageModel:
             yield list(self.batches(window, split))
 
     def save_state(self) -> dict[str, torch.Tensor]:
-        """Whole hidden state by global lane: (4, B, D), the rows being h and c of the first LSTM, then of the second."""
+        """Hidden state of all lanes: (4, B, D), the rows being h and c of the first LSTM, then of the second."""
         whole = self.state[0][0][0].new_zeros(4, self.layout.samples, self.config.model.dim)
         for micro, state in enumerate(self.state):
             whole[:, self._mine(micro)] = torch.cat([t for lstm in state for t in lstm])

@@ -10,15 +10,15 @@ from moe_dist.config import BatchConfig, Config, DataConfig, ModelConfig, MoECon
 
 
 def lstm_moe_demo() -> Config:
-    """A width-128 model with 64 experts, two passes over the embedded text: minutes on two CPU cores.
+    """A width-128 model with 64 experts, one pass over the embedded text: minutes on two CPU cores.
 
     `make train`, which is `torchrun --nproc-per-node 2 train.py lstm_moe_demo --set mesh.ep=2`.
     """
     return Config(
         name="lstm_moe_demo",
-        steps=1700,
-        eval_every=425,
-        save_every=425,
+        steps=1000,
+        eval_every=250,
+        save_every=250,
         compare="experiments/results/lstm_moe_demo.json",
         model=ModelConfig(dim=128, dropout=0.1, moe=MoEConfig(num_experts=64, k=4, hidden=256)),
         batch=BatchConfig(samples=64, timesteps=32, samples_per_balance_group=32),

@@ -31,13 +31,17 @@ class ExpertModule(Protocol):
 
     needs_context: bool
 
-    def __call__(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> tuple[torch.Tensor, Any]: ...
+    def __call__(
+        self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None
+    ) -> tuple[torch.Tensor, Any]: ...
 
 
 class LocalExchange:
     """All experts are on this rank."""
 
-    def __call__(self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
+    ) -> tuple[torch.Tensor, Any]:
         ctx_N = ctx.rows(routing.token_N) if experts.needs_context else None
         y_ND, stats = experts(x_TD.index_select(0, routing.token_N), routing.count_E, ctx_N)
         return _combine(_weighted(y_ND, routing.gate_N), routing, x_TD), stats
@@ -49,7 +53,9 @@ class RaggedExchange:
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
 
-    def __call__(self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
+    ) -> tuple[torch.Tensor, Any]:
         count_Pe = all_to_all_counts(routing.count_E, self.axis, ctx.site)  # 1
         send_P = routing.count_E.view(self.axis.size, -1).sum(1).tolist()
         receive_P = count_Pe.sum(1).tolist()

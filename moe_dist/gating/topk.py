@@ -14,6 +14,22 @@ from moe_dist.parameters import parameter
 from moe_dist.routing import GateStats, Routing, route, sum_by_group, within_capacity
 
 
+class Projection(nn.Module):
+    """x @ w in float32 or wider (a router in bf16 diverges: Fedus et al. 2021, Table 2), w starting at zero.
+
+    A module of its own because ZeRO 3 brings a parameter back for backward at the output of the module that holds it,
+    where that output is a tensor.
+    """
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.w_DE = parameter(dim, num_experts, bound=0.0)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        return x_TD.to(wide) @ self.w_DE.to(wide)
+
+
 class NoisyTopK(nn.Module):
     """Chooses the `k` highest of noisy logits; the weights are the softmax over those `k` alone.
 
@@ -37,18 +53,16 @@ class NoisyTopK(nn.Module):
             raise ValueError(f"k={k} experts per token: must be 1 to num_experts={num_experts}")
         self.num_experts, self.k, self.noise, self.capacity_factor = num_experts, k, noise, capacity_factor
         self.w_importance, self.w_load = w_importance, w_load
-        self.w_gate = parameter(dim, num_experts, bound=0.0)
-        self.w_noise = parameter(dim, num_experts, bound=0.0)
+        self.w_gate = Projection(dim, num_experts)
+        self.w_noise = Projection(dim, num_experts)
 
     def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[Routing, GateStats]:
-        # a router narrower than float32 diverges (Fedus et al. 2021, Table 2)
-        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        clean_TE = x_TD @ self.w_gate.to(x_TD.dtype)
+        clean_TE = self.w_gate(x_TD)
         noisy = self.noise and ctx.train
         if noisy:  # Eq. 4
-            std_TE = F.softplus(x_TD @ self.w_noise.to(x_TD.dtype)).clamp_min(MIN_STD)
+            std_TE = F.softplus(self.w_noise(x_TD)).clamp_min(MIN_STD)
             expert_E = torch.arange(self.num_experts, device=x_TD.device)
-            score_TE = clean_TE + keyed.normal(ctx, "gate", expert_E, x_TD.dtype) * std_TE
+            score_TE = clean_TE + keyed.normal(ctx, "gate", expert_E, clean_TE.dtype) * std_TE
         else:
             score_TE = clean_TE
         top_TK, expert_TK = score_TE.topk(min(self.k + 1, self.num_experts), dim=1)
@@ -65,7 +79,7 @@ class NoisyTopK(nn.Module):
         return route(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """Sum over balance groups of w_importance CV(Importance)² + w_load CV(Load)² (Eqs. 7 and 11); sums are global."""
+        """w_importance CV(Importance)² + w_load CV(Load)² (Eqs. 7 and 11) of sums over all ranks, then over groups."""
         return (self.w_importance * cv_squared(importance_GE) + self.w_load * cv_squared(load_GE)).sum()
 
 

@@ -35,10 +35,18 @@ class _SoftmaxNLL(torch.autograd.Function):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         nll = x_TD.new_zeros((), dtype=wide)
         if train:
-            dx_TD, dw_VD, db_V = torch.empty_like(x_TD), torch.zeros_like(w_VD, dtype=wide), b_V.new_zeros(b_V.shape, dtype=wide)
+            dx_TD, dw_VD, db_V = (
+                torch.empty_like(x_TD),
+                torch.zeros_like(w_VD, dtype=wide),
+                b_V.new_zeros(b_V.shape, dtype=wide),
+            )
         per_chunk = max(1, LOGITS_PER_CHUNK // len(b_V))
         for i in range(0, len(x_TD), per_chunk):
-            x_CD, target_C1, valid_C = x_TD[i : i + per_chunk], target_T[i : i + per_chunk, None], valid_T[i : i + per_chunk].to(wide)
+            x_CD, target_C1, valid_C = (
+                x_TD[i : i + per_chunk],
+                target_T[i : i + per_chunk, None],
+                valid_T[i : i + per_chunk].to(wide),
+            )
             logit_CV = torch.addmm(b_V, x_CD, w_VD.t()).to(wide)
             logit_CV -= logit_CV.amax(1, keepdim=True)
             target_logit_C = logit_CV.gather(1, target_C1).squeeze(1)

@@ -24,7 +24,9 @@ def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Ten
     return count_Pe.view(axis.size, -1)
 
 
-def all_to_all_rows(x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label) -> torch.Tensor:
+def all_to_all_rows(
+    x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label
+) -> torch.Tensor:
     """Sends `send_P[p]` consecutive rows to rank p and returns the rows received, by sender; differentiable.
 
     Rows may have any trailing shape. Zero rows anywhere are fine: every rank always makes the call, both ways.
@@ -34,7 +36,9 @@ def all_to_all_rows(x_N: torch.Tensor, send_P: list[int], receive_P: list[int], 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label
+    ) -> torch.Tensor:
         ctx.back = (receive_P, send_P, axis, (label[0], f"{label[1]}:grad"))
         return _exchange(x_N, send_P, receive_P, axis, label)
 

@@ -1,7 +1,7 @@
 """The mesh of ranks, and how a config is laid out on it.
 
 Axes: `ep`, the ranks that together hold one whole set of experts (consecutive ranks, so that an exchange stays inside
-a node where it can); `edp`, the ranks that hold the same experts as I do; `dp`, all ranks: every rank has data of its own.
+a node where it can); `edp`, the ranks that hold the same experts as I do; `dp`, all ranks, each with data of its own.
 
     rank = edp_index * ep + ep_index          world = edp * ep
 """
@@ -49,32 +49,42 @@ class Mesh:
         per_rank = num_experts // self.ep.size
         return range(self.ep.index * per_rank, (self.ep.index + 1) * per_rank)
 
+    def owns(self, i: int) -> bool:
+        """Whether the i-th of many pieces of work is this rank's: they go round."""
+        return i % self.dp.size == self.dp.index
+
 
 def world_size() -> int:
     """Ranks that the launcher started; one without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(ep: int, timeout: timedelta = timedelta(minutes=10)) -> Mesh:
-    """Joins the process group (NCCL where there is CUDA, gloo elsewhere) and builds the mesh.
+def start(ep: int) -> Mesh:
+    """Joins the other ranks and arranges them. Raises ValueError where `ep` does not divide their number."""
+    check_ep(ep, world_size())
+    join()
+    return arrange(ep)
 
-    Raises ValueError where `ep` does not divide the number of ranks.
-    """
-    world = world_size()
-    check_ep(ep, world)
+
+def join(timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Enters the process group that the launcher's environment describes: NCCL where there is CUDA, gloo elsewhere."""
     if "MASTER_ADDR" not in os.environ:  # one process without a launcher is a world of one
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+
+
+def arrange(ep: int) -> Mesh:
+    """The mesh of the ranks that have joined; every rank must call it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    check_ep(ep, world)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     device_mesh = init_device_mesh(device.type, (world // ep, ep), mesh_dim_names=("edp", "ep"))
-    rank = dist.get_rank()
+    assert dist.group.WORLD is not None
     return Mesh(
         ep=Axis(ep, rank % ep, device_mesh.get_group("ep")),
         edp=Axis(world // ep, rank // ep, device_mesh.get_group("edp")),
@@ -129,7 +139,7 @@ class Layout:
 
 
 def lay_out(config: Config, world: int) -> Layout:
-    """The layout of `config` on `world` ranks. Raises ValueError, naming the nearest legal number, where there is none."""
+    """The layout of `config` on `world` ranks. Where there is none, ValueError names the nearest legal number."""
     batch, ep = config.batch, config.mesh.ep
     check_ep(ep, world)
     if config.model.middle == "moe" and config.model.moe.num_experts % ep:
@@ -142,7 +152,8 @@ def lay_out(config: Config, world: int) -> Layout:
     parts = batch.accumulation * world
     if batch.samples < 1 or batch.samples % parts:
         raise ValueError(
-            f"batch.samples={batch.samples} is not a multiple of accumulation x ranks = {batch.accumulation} x {world}; "
+            f"batch.samples={batch.samples} is not a multiple of accumulation x ranks = "
+            f"{batch.accumulation} x {world}; "
             f"nearest: {_nearest_multiple(batch.samples, parts)}"
         )
     micro = batch.samples // batch.accumulation
@@ -150,7 +161,8 @@ def lay_out(config: Config, world: int) -> Layout:
     if micro % balance:
         raise ValueError(
             f"batch.samples_per_balance_group={balance} does not divide a micro-batch of {micro} samples "
-            f"({batch.samples} samples / {batch.accumulation} accumulation); nearest: {_nearest_divisor(micro, balance)}"
+            f"({batch.samples} samples / {batch.accumulation} accumulation); "
+            f"nearest: {_nearest_divisor(micro, balance)}"
         )
     mine, token_group = batch.samples // parts, batch.samples_per_token_group
     if config.model.moe.capacity_factor is not None and (token_group < 1 or mine % token_group):

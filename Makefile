@@ -1,0 +1,44 @@
+# make train    sets up .venv and trains the demo on two ranks          make train CONFIG=moe_32 RANKS=4 ARGS='--set zero=3'
+# make test     sets up .venv and runs the tests
+# make check    linter, type checker, tests
+# make bench    words per second of moe_32 beside its dense baseline
+# make gpu      tests marked gpu, benchmark and a short training run on CUDA -> benchmarks/results/
+
+CONFIG ?= lstm_moe_demo
+RANKS ?= 2
+EP ?= $(RANKS)
+ARGS ?=
+PYTHON ?= python3.11
+BIN = .venv/bin
+# more threads than cores make small matrices ten times slower; torchrun would set the same and warn
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup train test check bench gpu
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: setup
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) train.py $(CONFIG) --set mesh.ep=$(EP) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python benchmarks/lm.py $(ARGS)
+
+gpu: setup
+	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu: no CUDA device')"
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/lm.py --json benchmarks/results/lm_gpu.json
+	$(BIN)/torchrun --standalone --nproc-per-node 1 train.py lstm_moe_demo --set steps=200 --set ds_config=bf16 --set wandb.mode=off

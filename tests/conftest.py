@@ -1,0 +1,15 @@
+"""Fixtures of several test files."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_dist.data.text import read_lines
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 1,500 verses, read in a moment."""
+    path = tmp_path_factory.mktemp("text") / "verses.txt"
+    path.write_text("\n".join(read_lines("embedded", "train")[:1500]))
+    return path

@@ -1,0 +1,116 @@
+"""Functions run by several ranks on this machine, for tests.
+
+def ranks(x: int) -> int:                          # in a module: it is imported by name
+    mesh = meshes.start(ep=2)
+    ...
+    meshes.stop()
+    return mesh.dp.index + x
+
+assert run_distributed(ranks, 2, 10) == [10, 11]   # by rank
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class RankFailed(Exception):
+    """A rank raised, or died without a word; the text is its traceback."""
+
+
+def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Runs `function(*args)` in `world` new processes that can join a process group; returns the results by rank.
+
+    `function`, arguments and results are pickled. Raises RankFailed for the first rank that fails, TimeoutError after
+    `timeout` seconds; no process is left in any case.
+    """
+    deadline = time.monotonic() + timeout
+    call = pickle.dumps((function, args))
+    port = _free_port()
+    spawn = multiprocessing.get_context("spawn")
+    processes: list[Any] = []
+    running: dict[Connection, int] = {}  # where a rank's answer comes from -> the rank
+    results: list[Any] = [None] * world
+    try:
+        for rank in range(world):
+            answer, say = spawn.Pipe(duplex=False)
+            processes.append(spawn.Process(target=_rank, args=(say, call, rank, world, port, timeout), daemon=True))
+            processes[rank].start()
+            say.close()  # the rank alone holds it now, so that its death is an end of file
+            running[answer] = rank
+        while running:
+            ready = wait(list(running), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(
+                    f"{_name(function)}: ranks {sorted(running.values())} of {world} not done after {timeout} s"
+                )
+            answers = [_receive(answer, running.pop(answer)) for answer in ready]  # type: ignore[arg-type, index]
+            failures = sorted((seconds, rank, value) for seconds, rank, failed, value in answers if failed)
+            if failures:  # the first: the others may only have lost their peer
+                _, rank, text = failures[0]
+                if not text:
+                    processes[rank].join(5)
+                    text = f"died without a traceback, exit code {processes[rank].exitcode}"
+                raise RankFailed(f"{_name(function)}: rank {rank} of {world}\n{text}")
+            for _, rank, _, value in answers:
+                results[rank] = pickle.loads(value)
+        for process in processes:
+            process.join(5)
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _receive(answer: Any, rank: int) -> tuple[float, int, bool, Any]:
+    """(seconds, rank, failed, pickled result or traceback)."""
+    try:
+        seconds, failed, value = answer.recv()
+        return seconds, rank, failed, value
+    except EOFError:
+        return 0.0, rank, True, ""  # before any failure that its peers report
+    finally:
+        answer.close()
+
+
+def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeout: float) -> None:
+    """One process. The environment is set before torch is imported, which unpickling the call may do."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    faulthandler.dump_traceback_later(0.8 * timeout)  # where it hangs, to stderr
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        function, args = pickle.loads(call)
+        message = (time.monotonic(), False, pickle.dumps(function(*args)))
+    except BaseException:  # the parent raises it
+        message = (time.monotonic(), True, traceback.format_exc())
+    faulthandler.cancel_dump_traceback_later()
+    say.send(message)
+    say.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", repr(function))

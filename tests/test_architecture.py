@@ -1,0 +1,131 @@
+"""What the layout of the code promises: imports run one way, and each danger has one place."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "moe_dist"
+
+# imports run from later to earlier; modules of one rank may import each other where they do not form a cycle
+ORDER = [
+    {"config"},
+    {"parallel"},
+    {"context", "keyed", "parameters", "routing"},
+    {"experts", "gating", "dispatch"},
+    {"layer"},
+    {"models", "optim", "data", "metrics", "report", "meter"},
+    {"parallelize", "engine", "checkpoint", "evaluate", "summary"},
+    {"tasks", "configs"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+
+
+def files() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py" or path.parent != PACKAGE]
+
+
+def part(path: Path) -> str:
+    """The first name below the package: `dispatch` of moe_dist/dispatch/exchange.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of everything that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_run_one_way() -> None:
+    for path in files():
+        for name in imported(path):
+            if name.startswith("moe_dist."):
+                target = name.split(".")[1]
+                assert RANK[target] <= RANK[part(path)], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_gating_and_dispatch_meet_in_routing_alone() -> None:
+    for path in files():
+        other = {"gating": "moe_dist.dispatch", "dispatch": "moe_dist.gating"}.get(part(path))
+        assert other is None or not any(name.startswith(other) for name in imported(path)), path
+
+
+def test_config_imports_no_torch() -> None:
+    for path in [PACKAGE / "config.py", *(PACKAGE / "configs").glob("*.py")]:
+        assert not any(name.split(".")[0] == "torch" for name in imported(path)), path
+
+
+def test_deepspeed_is_imported_once() -> None:
+    uses = [path for path in files() for name in imported(path) if name.split(".")[0] == "deepspeed"]
+    assert uses == [PACKAGE / "engine.py"]
+
+
+def test_only_the_mesh_and_collectives_know_torch_distributed() -> None:
+    """Models, gating and all the rest; checkpoint.py writes with torch's library of that name."""
+    for path in files():
+        if part(path) != "parallel":
+            uses = {n for n in imported(path) if n.startswith("torch.distributed")}
+            allowed = ("torch.distributed.checkpoint", "torch.distributed.tensor")
+            assert (part(path) == "checkpoint" and all(n.startswith(allowed) for n in uses)) or not uses, path
+
+
+def test_only_collectives_call_all_to_all() -> None:
+    for path in files():
+        assert path.name == "collectives.py" or "dist.all_to_all" not in path.read_text(), path
+
+
+def branches(path: Path) -> list[str]:
+    """Source of every condition of an if, a while, a conditional expression or a comprehension."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    tests = [n.test for n in nodes if isinstance(n, ast.If | ast.While | ast.IfExp)]
+    tests += [test for n in nodes if isinstance(n, ast.comprehension) for test in n.ifs]
+    return [ast.unparse(test) for test in tests]
+
+
+def test_nothing_branches_on_the_world_size() -> None:
+    """collectives.py may skip a call, parallelize.py chooses the exchange, and mesh.py refuses what cannot be laid
+    out; elsewhere a world of one runs the same lines as a world of many."""
+    about_size = re.compile(
+        r"\b(world|world_size|ep|edp|dp)(\.size)?\s*(==|!=|<=|>=|<|>)|(==|!=|<=|>=|<|>)\s*\w*\.?(world|ep|edp|dp)\b(\.size)?|\.size\b(?!\()"
+    )
+    for path in [*files(), ROOT / "train.py"]:
+        if path.name not in ("collectives.py", "parallelize.py", "mesh.py"):
+            assert not [b for b in branches(path) if about_size.search(b)], path
+
+
+def test_the_branch_finder_finds_one(tmp_path: Path) -> None:
+    path = tmp_path / "guilty.py"
+    path.write_text("if mesh.ep.size == 1:\n    pass\nx = 1 if world > 1 else 2\n")
+    assert branches(path) == ["mesh.ep.size == 1", "world > 1"]
+
+
+UNKEYED = re.compile(
+    r"torch\.(rand|randn|randint|randperm|normal|bernoulli|multinomial|manual_seed)\b|nn\.Dropout|F\.dropout|dropout_p"
+    r"|LSTM\([^)]*dropout|\brandom\.(random|shuffle|choice|seed|randint)|np\.random|\.(bernoulli_|normal_|exponential_)\("
+)
+
+
+def test_no_unkeyed_randomness() -> None:
+    """keyed.py makes every random number; parameters.py draws initial weights from its generators."""
+    for path in files():
+        found = UNKEYED.search(path.read_text())
+        assert found is None, f"{path.relative_to(ROOT)}: {found and found.group()}"
+        if part(path) != "parameters":
+            assert ".uniform_(" not in path.read_text(), path
+
+
+def test_every_named_equation_maps_to_code_and_a_test() -> None:
+    """docs/paper_map.md: every function and test that it names exists."""
+    text = (ROOT / "docs" / "paper_map.md").read_text()
+    targets = re.findall(r"`((?:moe_dist|tests)/[\w/]+\.py)::(\w+)(?:\.(\w+))?`", text)
+    assert len(targets) > 20
+    for file, name, method in targets:
+        source = (ROOT / file).read_text()
+        assert re.search(rf"^(def|class) {name}\b|^{name}\b.*=", source, re.M), f"{file}::{name}"
+        assert not method or re.search(rf"^    def {method}\b", source, re.M), f"{file}::{name}.{method}"

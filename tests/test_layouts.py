@@ -1,0 +1,109 @@
+"""The layout is not part of the result: ZeRO 0 to 3 x world 1, 2, 4 x every ep x accumulation 1, 2."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_distributed
+from runs import Run, tiny
+
+from moe_dist.parallel import mesh as meshes
+
+STEPS = 20
+Result = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def one_rank(small_text: Path) -> Result:
+    return run_distributed(train, 1, str(small_text), [(1, 0, 1)])[0][0]
+
+
+def train(text: str, layouts: list[tuple[int, int, int]]) -> list[Result]:
+    """Trains under each (ep, zero, accumulation) and tells norms, losses, weights and this rank's bytes."""
+    meshes.join()
+    results = []
+    for ep, zero, accumulation in layouts:
+        sets = [f"mesh.ep={ep}", f"zero={zero}", f"batch.accumulation={accumulation}", f"data.text={text}"]
+        run = Run(tiny(*sets)).steps(0, STEPS)
+        weights = run.weights()
+        keep = weights if run.mesh.is_main else None
+        results.append({"norms": run.norms, "losses": run.losses, "weights": keep, "bytes": bytes_of(run)})
+    meshes.stop()
+    return results
+
+
+def bytes_of(run: Run) -> dict[str, int]:
+    """What this rank holds."""
+    flat = run.engine.flat()
+    moments = [run.optimizer.state[p][m] for p in flat for m in ("exp_avg", "exp_avg_sq")]
+    parameters = [getattr(p, "ds_tensor", p) for p in run.engine.names.values()]
+    experts = run.optimizer.experts.values()
+    return {
+        "dense optimizer state": sum(t.nbytes for t in moments),
+        "dense parameters": sum(t.nbytes for t in parameters),
+        "experts": sum(e.p.nbytes for e in experts),
+        "expert optimizer state": sum(e.row_eD.nbytes + e.column_eF.nbytes for e in experts),
+    }
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_norm_loss_weights_and_bytes_on_every_layout(world: int, one_rank: Result, small_text: Path) -> None:
+    layouts = [(ep, zero, acc) for ep in (1, 2, 4) if world % ep == 0 for zero in (0, 1, 2, 3) for acc in (1, 2)]
+    by_rank = run_distributed(train, world, str(small_text), layouts, timeout=400)
+    assert min(one_rank["norms"]) > 0.3, "clipping at 0.3 is active at every step"
+    for i, (ep, zero, accumulation) in enumerate(layouts):
+        where = f"world {world}, ep {ep}, ZeRO {zero}, accumulation {accumulation}"
+        got = by_rank[0][i]
+        assert got["norms"] == pytest.approx(one_rank["norms"], rel=1e-5), where
+        assert got["losses"] == pytest.approx(one_rank["losses"], rel=1e-5), where
+        assert deviation(got["weights"], one_rank["weights"]) < 1e-5, where
+        for result in by_rank:
+            check_bytes(result[i]["bytes"], one_rank["bytes"], world, ep, zero, where)
+            assert result[i]["norms"] == got["norms"], f"one norm on every rank: {where}"
+
+
+def deviation(weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """The largest |difference| / |reference| of a tensor."""
+    assert weights.keys() == reference.keys()
+    return max(((weights[k] - r).norm() / r.norm()).item() for k, r in reference.items())
+
+
+def check_bytes(mine: dict[str, int], whole: dict[str, int], world: int, ep: int, zero: int, where: str) -> None:
+    """Exactly 1/ep of the experts; 1/world of what ZeRO shards, but for padding of a few elements a parameter."""
+    assert mine["experts"] == whole["experts"] // ep, where
+    assert mine["expert optimizer state"] == whole["expert optimizer state"] // ep, where
+    state_shards, parameter_shards = world if zero >= 1 else 1, world if zero == 3 else 1
+    assert mine["dense optimizer state"] == pytest.approx(whole["dense optimizer state"] / state_shards, rel=0.01), (
+        where
+    )
+    assert mine["dense parameters"] == pytest.approx(whole["dense parameters"] / parameter_shards, rel=0.01), where
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bf16_follows_float32(zero: int, small_text: Path) -> None:
+    """With bf16 compute and float32 masters of dense and expert weights the first norms are those of float32 to a few
+    units of bf16's 2^-8, and twenty steps of 1e-4 add up in the masters, which bf16 weights of 0.1 would round away."""
+    results = run_distributed(train_bf16, 2, str(small_text), zero, timeout=180)
+    for result in results:
+        assert result["bf16 norms"] == pytest.approx(result["fp32 norms"], rel=0.02)
+        assert result["moved"] == pytest.approx(1.0, abs=0.15)
+
+
+def train_bf16(text: str, zero: int) -> dict[str, Any]:
+    meshes.join()
+    sets = ["mesh.ep=2", f"zero={zero}", f"data.text={text}", "batch.accumulation=2"]
+    bf16, fp32 = Run(tiny(*sets, "ds_config=bf16")), Run(tiny(*sets))
+    before = {name: e.master_eDF.clone() for name, e in fp32.optimizer.experts.items()}
+    bf16.steps(0, STEPS), fp32.steps(0, STEPS)
+    moved = [
+        ((e.master_eDF - before[name]).norm() / (fp32.optimizer.experts[name].master_eDF - before[name]).norm()).item()
+        for name, e in bf16.optimizer.experts.items()
+    ]
+    for e in bf16.optimizer.experts.values():
+        assert e.p.dtype == torch.bfloat16 and e.master_eDF.dtype == torch.float32
+        assert torch.equal(e.p, e.master_eDF.bfloat16())
+    meshes.stop()
+    return {"bf16 norms": bf16.norms, "fp32 norms": fp32.norms, "moved": sum(moved) / len(moved)}

@@ -1,0 +1,413 @@
+"""The layer and the language model on 1, 2 and 4 ranks against a slow reference, in float64: values and every gradient.
+
+One global batch of 8 samples with up to 4 tokens each is cut over the ranks unevenly: on two ranks into 2 and 6 samples
+or 0 and 8; on four into 2, 2 (padding alone), none at all and 4. The reference sees the whole batch at once.
+
+Legend: T tokens, B samples, S timesteps, D width, E experts, e experts of a rank, G balance groups.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_distributed
+from reference import Expert, Gate, language_model, moe, relu_experts
+from torch import nn
+
+from moe_dist import keyed
+from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.context import Context
+from moe_dist.experts import Experts
+from moe_dist.gating.topk import NoisyTopK
+from moe_dist.layer import MoE
+from moe_dist.models.lstm_lm import LSTMLanguageModel
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallelize import ParallelModel, parallelize
+from moe_dist.parameters import initialize, parameter
+
+pytestmark = pytest.mark.timeout(300)
+
+EXACT = {"atol": 1e-10, "rtol": 0}
+SEED, DIM, HIDDEN, NUM_EXPERTS = 5, 6, 10, 8
+LENGTHS, TIMESTEPS = (4, 2, 0, 0, 1, 4, 3, 4), 4  # valid tokens of each sample
+NUM_SAMPLES, FIRST_SAMPLE = len(LENGTHS), 16  # the batch is the third micro-batch of its step
+NEVER = (4, 5)  # experts that no token chooses: with ep = 4 all of the rank that has no tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rank r holds samples cut[r] to cut[r + 1] of the batch."""
+
+    ep: int
+    cut: tuple[int, ...]
+
+    @property
+    def world(self) -> int:
+        return len(self.cut) - 1
+
+
+LAYOUTS = [
+    Layout(1, (0, 8)),
+    Layout(2, (0, 2, 8)),
+    Layout(1, (0, 0, 8)),
+    Layout(4, (0, 2, 4, 4, 8)),
+    Layout(2, (0, 2, 4, 4, 8)),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer."""
+
+    k: int = 2
+    noise: bool = True
+    train: bool = True
+    capacity_factor: float | None = None
+    samples_per_balance_group: int = NUM_SAMPLES
+    samples_per_token_group: int = 1
+    experts: str = "relu"
+
+
+CASES = {
+    "k1": Case(k=1),
+    "k2": Case(k=2),
+    "k4": Case(k=4),
+    "all_experts": Case(k=NUM_EXPERTS),
+    "no_noise": Case(noise=False),
+    "evaluation": Case(train=False),
+    "all_experts_no_noise": Case(k=NUM_EXPERTS, noise=False),
+    "capacity_by_sample": Case(k=2, capacity_factor=1.0),
+    "capacity_by_two_samples": Case(k=4, capacity_factor=0.75, samples_per_token_group=2),
+    "capacity_no_noise": Case(k=1, noise=False, capacity_factor=1.25, samples_per_token_group=2),
+    "balance_groups": Case(samples_per_balance_group=2),  # the second has no valid token
+    "context": Case(experts="by_place"),
+    "context_and_capacity": Case(k=4, experts="by_place", capacity_factor=1.0, samples_per_balance_group=4),
+}
+
+
+class ExpertsByPlace(nn.Module):
+    """Experts whose output depends on where a token stands: y = scale_e * x * sin(1 + sample + 10 position)."""
+
+    needs_context = True
+
+    def __init__(self, num_experts: int, dim: int) -> None:
+        super().__init__()
+        self.scale_eD = parameter(num_experts, dim, bound=1.0)
+
+    def forward(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context) -> tuple[torch.Tensor, None]:
+        assert ctx_R.valid_T.all()
+        place_R = 1 + ctx_R.sample_T + 10 * ctx_R.position_T
+        return self.scale_eD.repeat_interleave(count_e, 0) * x_RD * place_R.double().sin()[:, None], None
+
+
+def drawn(*shape: int, key: str) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.float64).normal_(generator=keyed.generator("test_parity", key))
+
+
+@functools.cache
+def batch() -> dict[str, torch.Tensor]:
+    """The whole batch and the gate of the layer cases."""
+    x_BSD = drawn(NUM_SAMPLES, TIMESTEPS, DIM, key="x")
+    x_BSD[:, :, 0] = 1.0  # lets the gate exclude experts
+    w_gate_DE = drawn(DIM, NUM_EXPERTS, key="w_gate")
+    w_gate_DE[0, list(NEVER)] = -30.0
+    return {
+        "x": x_BSD.flatten(0, 1),
+        "weight": drawn(NUM_SAMPLES * TIMESTEPS, DIM, key="weight"),  # L = sum of weight * y + balance loss
+        "w_gate": w_gate_DE,
+        "w_noise": 0.5 * drawn(DIM, NUM_EXPERTS, key="w_noise"),
+    }
+
+
+def context(first: int, last: int, case: Case) -> Context:
+    """Of samples `first` to `last` of the batch."""
+    position_S = torch.arange(TIMESTEPS)
+    return Context(
+        sample_T=torch.arange(FIRST_SAMPLE + first, FIRST_SAMPLE + last).repeat_interleave(TIMESTEPS),
+        position_T=position_S.repeat(last - first),
+        valid_T=(position_S < torch.tensor(LENGTHS)[first:last, None]).flatten(),
+        seed=SEED,
+        step=3,
+        train=case.train,
+        first_sample=FIRST_SAMPLE,
+        num_samples=NUM_SAMPLES,
+        samples_per_balance_group=case.samples_per_balance_group,
+        samples_per_token_group=case.samples_per_token_group,
+        site=1,
+    )
+
+
+def layer(case: Case) -> MoE:
+    gate = NoisyTopK(DIM, NUM_EXPERTS, case.k, noise=case.noise, capacity_factor=case.capacity_factor)
+    experts = Experts(NUM_EXPERTS, DIM, HIDDEN) if case.experts == "relu" else ExpertsByPlace(NUM_EXPERTS, DIM)
+    return MoE(gate, experts)
+
+
+class OneLayer(nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.moe = layer(case)
+
+
+MODEL = ModelConfig(dim=DIM, dropout=0.25, moe=MoEConfig(num_experts=NUM_EXPERTS, k=2, hidden=HIDDEN))
+DENSE_MODEL = ModelConfig(dim=DIM, dropout=0.25, middle="ffn", ffn_hidden=2 * HIDDEN)
+VOCABULARY_SIZE, WINDOWS = 11, (3, 4)  # windows are numbered by step
+
+
+def text(window: int) -> torch.Tensor:
+    """Words of all lanes (B, S + 1)."""
+    generator = keyed.generator("test_parity", "text", window)
+    return torch.randint(VOCABULARY_SIZE, (NUM_SAMPLES, TIMESTEPS + 1), generator=generator)
+
+
+def window_context(window: int, first: int, last: int) -> Context:
+    return dataclasses.replace(context(first, last, Case(samples_per_balance_group=4)), step=window, site=0)
+
+
+def fill_zeros(model: nn.Module) -> None:
+    """Gives the parameters that start at zero other values."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not p.any():
+                p.copy_(drawn(*p.shape, key=name))
+
+
+# what the ranks do
+
+
+def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
+    """This rank's values and gradients for each layout (all of one world): {case name: {quantity: tensor}}."""
+    meshes.join()
+    results = []
+    for layout in layouts:
+        mesh = meshes.arrange(layout.ep)
+        results.append({name: run_layer(case, layout, mesh) for name, case in CASES.items()})
+        results[-1]["model"] = run_model(MODEL, mesh)
+        results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh)
+    meshes.stop()
+    return results
+
+
+def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        plain = OneLayer(case)
+    model = parallelize(plain, mesh, SEED, torch.float64)
+    moe_layer: Any = model.dense.moe
+    with torch.no_grad():
+        moe_layer.gate.w_gate.w_DE.copy_(batch()["w_gate"])
+        moe_layer.gate.w_noise.w_DE.copy_(batch()["w_noise"])
+    first, last = layout.cut[mesh.dp.index : mesh.dp.index + 2]
+    mine = slice(first * TIMESTEPS, last * TIMESTEPS)
+    ctx = context(first, last, case)
+    x_TD = batch()["x"][mine].clone().requires_grad_()
+    y_TD, stats = moe_layer(x_TD, ctx)
+    ((batch()["weight"][mine] * y_TD).sum() + stats.balance_loss).backward()
+    with torch.no_grad():
+        _, told = moe_layer.gate(x_TD, ctx)
+    return gradients(model) | {
+        "y": y_TD.detach(),
+        "dx": x_TD.grad,
+        "balance_loss": stats.balance_loss.detach(),
+        "importance_E": stats.importance_E,
+        "importance_GE": told.importance_GE,
+        "load_GE": told.load_GE,
+        "rows_E": stats.load_E,
+        "dropped": stats.dropped,
+    }
+
+
+def run_model(config: ModelConfig, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
+    """Two windows of text, the second from the state that the first leaves; gradients flow through both."""
+    with torch.device("meta"):
+        plain = LSTMLanguageModel(config, VOCABULARY_SIZE)
+    model = parallelize(plain, mesh, SEED, torch.float64)
+    fill_zeros(model.dense)
+    share = NUM_SAMPLES // mesh.dp.size
+    mine = slice(mesh.dp.index * share, (mesh.dp.index + 1) * share)
+    zeros = torch.zeros(1, share, DIM, dtype=torch.float64)
+    state: Any = ((zeros, zeros), (zeros, zeros))
+    nlls, balance_loss = [], torch.zeros((), dtype=torch.float64)
+    for window in WINDOWS:
+        ctx = window_context(window, mine.start, mine.stop)
+        nll, state, stats = model.dense(text(window)[mine, :-1], text(window)[mine, 1:], state, ctx)
+        nlls.append(nll)
+        balance_loss = balance_loss + sum(s.balance_loss for s in stats.values())
+    (sum(nlls) + balance_loss).backward()
+    values = {"nlls": torch.stack(nlls).detach(), "balance_loss": balance_loss.detach()}
+    return gradients(model) | values | {f"state{i}": t[0].detach() for i, t in enumerate([*state[0], *state[1]])}
+
+
+def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """{"d NAME": gradient} and, of experts, {"NAME": value} too."""
+    told = {f"d {name}": p.grad for name, p in [*model.dense.named_parameters(), *model.experts.items()]}
+    return told | {name: p.detach() for name, p in model.experts.items()}
+
+
+# what they should have found
+
+
+@functools.cache
+def expected_layer(case: Case) -> dict[str, torch.Tensor]:
+    ctx = context(0, NUM_SAMPLES, case)
+    leaf = {name: value.clone().requires_grad_() for name, value in batch().items() if name != "weight"}
+    whole = layer(case).double()
+    initialize(((f"moe.experts.{name}", p) for name, p in whole.experts.named_parameters()), SEED, range(NUM_EXPERTS))
+    experts = {name: p.detach().requires_grad_() for name, p in whole.experts.named_parameters()}
+    noisy = case.noise and case.train
+    gate = Gate(
+        leaf["w_gate"],
+        leaf["w_noise"],
+        case.k,
+        keyed.normal(ctx, "gate", torch.arange(NUM_EXPERTS), torch.float64) if noisy else None,
+        valid_T=ctx.valid_T.tolist(),
+        balance_group_T=[t // (TIMESTEPS * case.samples_per_balance_group) for t in range(len(leaf["x"]))],
+        num_balance_groups=NUM_SAMPLES // case.samples_per_balance_group,
+        token_group_T=[t // (TIMESTEPS * case.samples_per_token_group) for t in range(len(leaf["x"]))],
+        capacity_factor=case.capacity_factor,
+    )
+    result = moe(
+        leaf["x"], gate, relu_experts(*experts.values()) if case.experts == "relu" else by_place(experts["scale_eD"])
+    )
+    ((batch()["weight"] * result.y_TD).sum() + result.balance_loss).backward()
+    grad = {name: torch.zeros_like(leaf[name]) if leaf[name].grad is None else leaf[name].grad for name in leaf}
+    return {
+        "y": result.y_TD.detach(),
+        "dx": grad["x"],
+        "d moe.gate.w_gate.w_DE": grad["w_gate"],
+        "d moe.gate.w_noise.w_DE": grad["w_noise"],
+        "balance_loss": result.balance_loss.detach(),
+        "importance_E": result.importance_GE.detach().sum(0),
+        "importance_GE": result.importance_GE.detach(),
+        "load_GE": result.load_GE.detach(),
+        "rows_E": torch.tensor(result.rows_E),
+        "dropped": torch.tensor(result.dropped),
+        **{f"moe.experts.{name}": p.detach() for name, p in experts.items()},
+        **{f"d moe.experts.{name}": p.grad for name, p in experts.items()},
+    }
+
+
+@functools.cache
+def expected_model(config: ModelConfig) -> dict[str, torch.Tensor]:
+    whole = LSTMLanguageModel(config, VOCABULARY_SIZE).double()
+    for name, p in whole.named_parameters():
+        initialize([(name, p)], SEED, range(NUM_EXPERTS) if ".experts." in name else None)
+    fill_zeros(whole)
+    parameters = {name: p.detach().requires_grad_() for name, p in whole.named_parameters()}
+    zeros = torch.zeros(NUM_SAMPLES, DIM, dtype=torch.float64)
+    state = ((zeros, zeros), (zeros, zeros))
+    nlls, balance_loss = [], torch.zeros((), dtype=torch.float64)
+    for window in WINDOWS:
+        ctx = window_context(window, 0, NUM_SAMPLES)
+        ones_TD = torch.ones(NUM_SAMPLES * TIMESTEPS, DIM, dtype=torch.float64)
+        result = language_model(
+            config,
+            parameters,
+            text(window)[:, :-1],
+            text(window)[:, 1:],
+            ctx.valid_T.view(NUM_SAMPLES, TIMESTEPS),
+            state,
+            mask=[keyed.dropout(ones_TD, config.dropout, ctx.at(site)) for site in range(4)],
+            noise_TE=keyed.normal(ctx.at(2), "gate", torch.arange(NUM_EXPERTS), torch.float64),
+            balance_group_B=[b // 4 for b in range(NUM_SAMPLES)],
+        )
+        state = result.state
+        nlls.append(result.nll)
+        balance_loss = balance_loss + (result.layer.balance_loss if result.layer else 0)
+    (sum(nlls) + balance_loss).backward()
+    return {
+        "nlls": torch.stack(nlls).detach(),
+        "balance_loss": balance_loss.detach(),
+        **{f"state{i}": t.detach() for i, t in enumerate([*state[0], *state[1]])},
+        **{f"d {name}": p.grad for name, p in parameters.items()},
+        **{name: p.detach() for name, p in parameters.items() if ".experts." in name},
+    }
+
+
+def by_place(scale_ED: torch.Tensor) -> Expert:
+    def expert(i: int, t: int, x_D: torch.Tensor) -> torch.Tensor:
+        sample, position = FIRST_SAMPLE + t // TIMESTEPS, t % TIMESTEPS
+        return scale_ED[i] * x_D * torch.tensor(1.0 + sample + 10 * position, dtype=torch.float64).sin()
+
+    return expert
+
+
+def gathered(by_rank: list[dict[str, torch.Tensor | None]], ep: int) -> dict[str, torch.Tensor]:
+    """Quantities of the whole batch from those of every rank.
+
+    Tokens' are joined; expert weights are joined along `ep`, their gradients summed over the ranks that share them; the
+    balance loss exists once; all others are sums over ranks.
+    """
+    whole = {}
+    for key, value in by_rank[0].items():
+        values = [rank[key] for rank in by_rank]
+        if value is None:  # a parameter out of use: on every rank
+            assert values == [None] * len(values)
+            continue
+        if ".experts." in key:
+            copies = [torch.cat(values[i : i + ep]) for i in range(0, len(values), ep)]
+            if not key.startswith("d "):
+                assert all(torch.equal(copy, copies[0]) for copy in copies)
+            whole[key] = sum(copies) if key.startswith("d ") else copies[0]
+        elif key in ("y", "dx") or key.startswith("state"):
+            whole[key] = torch.cat(values)
+        elif key == "balance_loss":
+            assert all(torch.equal(v, value) for v in values)
+            whole[key] = value
+        else:
+            whole[key] = torch.stack(values).sum(0)
+    return whole
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    unused = expected.keys() - actual.keys()  # noise that is off
+    assert all(key.startswith("d ") and not expected[key].any() for key in unused), unused
+    assert actual.keys() <= expected.keys()
+    for key, value in actual.items():
+        torch.testing.assert_close(value, expected[key], **EXACT, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}")
+def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
+    """A layout and what its ranks returned."""
+    layout = request.param
+    return layout, [results[_of_world(layout.world).index(layout)] for results in _spawned(layout.world)]
+
+
+def _of_world(world: int) -> list[Layout]:
+    return [layout for layout in LAYOUTS if layout.world == world]
+
+
+@functools.cache
+def _spawned(world: int) -> list[list[dict[str, Any]]]:
+    """One start of processes serves all layouts of a world."""
+    return run_distributed(ranks, world, _of_world(world), timeout=240)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_equals_reference(ran: tuple[Layout, list[dict[str, Any]]], case: str) -> None:
+    layout, by_rank = ran
+    assert_equal(gathered([rank[case] for rank in by_rank], layout.ep), expected_layer(CASES[case]))
+
+
+@pytest.mark.parametrize("name", ["model", "dense_model"])
+def test_language_model_equals_reference(ran: tuple[Layout, list[dict[str, Any]]], name: str) -> None:
+    layout, by_rank = ran
+    expected = expected_model({"model": MODEL, "dense_model": DENSE_MODEL}[name])
+    assert_equal(gathered([rank[name] for rank in by_rank], layout.ep), expected)
+
+
+def test_cases_are_what_they_say() -> None:
+    expected = {name: expected_layer(case) for name, case in CASES.items()}
+    valid = sum(LENGTHS)  # 18
+    assert [int(expected[name]["rows_E"].sum()) for name in ("k1", "k2", "k4")] == [valid, 2 * valid, 4 * valid]
+    assert all(expected[name]["rows_E"][list(NEVER)].sum() == 0 for name in CASES if CASES[name].k < NUM_EXPERTS)
+    assert all((expected["k4"]["rows_E"] > 0)[i] for i in range(NUM_EXPERTS) if i not in NEVER)
+    for name, case in CASES.items():
+        assert (expected[name]["dropped"] > 0) == (case.capacity_factor is not None), name
+        assert expected[name]["rows_E"].sum() + expected[name]["dropped"] == case.k * valid
+    assert expected["balance_groups"]["load_GE"].sum(1).tolist() == pytest.approx([12, 0, 10, 14], abs=3)
+    assert expected["balance_groups"]["load_GE"][1].tolist() == [0] * NUM_EXPERTS
+    assert expected["k2"]["d moe.gate.w_noise.w_DE"].abs().sum() > 0.01

@@ -1,0 +1,107 @@
+"""A run killed and resumed on the same layout continues bit-identically."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from distributed import run_distributed
+from runs import TINY, Run, tiny
+from safetensors.torch import load_file
+
+from moe_dist import checkpoint
+from moe_dist.config import to_json
+from moe_dist.parallel import mesh as meshes
+
+ROOT = Path(__file__).parent.parent
+STAGES = [(ds, zero) for ds in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
+
+
+@pytest.mark.timeout(240)
+def test_every_stage_and_precision_goes_on_bit_identically(small_text: Path, tmp_path: Path) -> None:
+    for same in run_distributed(interrupt, 2, str(small_text), tmp_path, timeout=220):
+        assert same == {stage: {"losses": True, "norms": True, "weights": True} for stage in STAGES}
+
+
+def interrupt(text: str, folder: Path) -> dict[tuple[str, int], dict[str, bool]]:
+    """Six steps without a break, and three, a checkpoint, and three more in a run made anew."""
+    meshes.join()
+    same = {}
+    for ds, zero in STAGES:
+        config = tiny("mesh.ep=2", f"ds_config={ds}", f"zero={zero}", f"data.text={text}", "batch.accumulation=2")
+        whole = Run(config).steps(0, 6)
+        first = Run(config).steps(0, 3)
+        path = folder / f"{ds}{zero}"
+        checkpoint.save(path, 3, first.engine, first.task, first.mesh, {}, keep=1)
+        second = Run(config)
+        checkpoint.load(checkpoint.latest(path), second.engine, second.task, second.mesh)
+        second.steps(3, 6)
+        expected, got = whole.weights(), second.weights()
+        same[ds, zero] = {
+            "losses": first.losses + second.losses == whole.losses,
+            "norms": first.norms + second.norms == whole.norms,
+            "weights": all(torch.equal(expected[k], got[k]) for k in expected),
+        }
+    meshes.stop()
+    return same
+
+
+def command(*args: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, str(ROOT / "train.py"), *args]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.timeout(240)
+def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_path: Path) -> None:
+    sets = [*TINY, "steps=150", "save_every=50", "eval_every=50", "log_every=1", f"data.text={small_text}", "mesh.ep=2"]
+    options = [part for s in sets for part in ("--set", s)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(
+        command("lstm_moe_demo", "--folder", str(whole), *options), env=environment(), check=True, timeout=100
+    )
+    process = psutil.Popen(command("lstm_moe_demo", "--folder", str(killed), *options), env=environment())
+    try:
+        deadline = time.monotonic() + 100
+        while not checkpoint.folder(killed, 50).exists():
+            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint of step 50"
+            time.sleep(0.01)
+    finally:
+        for each in [*process.children(recursive=True), process]:  # ranks outlive a killed launcher
+            each.kill()
+            each.wait(10)
+    assert not checkpoint.folder(killed, 150).exists(), "killed in the middle"
+    subprocess.run(command("--resume", str(killed)), env=environment(), check=True, timeout=100)
+
+    def curves(run: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "words_per_second"} for line in lines]
+
+    assert curves(killed) == curves(whole)
+    for shard in sorted(checkpoint.folder(whole, 150).glob("*.safetensors")):
+        expected, got = load_file(shard), load_file(checkpoint.folder(killed, 150) / shard.name)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def test_resume_from_nothing_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(to_json(tiny()))
+    for folder in (tmp_path / "missing", tmp_path):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "--resume", str(folder)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and str(folder) in done.stderr and done.stderr.count("\n") == 1
