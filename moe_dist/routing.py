@@ -4,6 +4,7 @@ Legend: T tokens, K choices per token, N assignments, E experts (global), G bala
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -54,7 +55,9 @@ def within_capacity(
         return valid_TK
     group_T = ctx.token_group_T
     tokens_G = torch.bincount(group_T[ctx.valid_T], minlength=ctx.num_token_groups)
-    capacity_G = torch.ceil(capacity_factor * k * tokens_G / num_experts).long()
+    # a ratio of integers: in floating point 1.2 x 50 / 4 comes out above 15 and would round up to 16
+    share = Fraction(str(capacity_factor)) * k / num_experts
+    capacity_G = -(-tokens_G * share.numerator // share.denominator)
     # queue of (group, expert), choice-major: a stable sort by queue leaves each queue in order of precedence
     queue_KT = (
         torch.where(valid_TK, group_T[:, None] * num_experts + expert_TK, ctx.num_token_groups * num_experts)

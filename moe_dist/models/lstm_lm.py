@@ -35,7 +35,8 @@ class LSTMLanguageModel(nn.Module):
         if config.middle not in MIDDLE:
             raise ValueError(f"model.middle={config.middle!r}; {nearest(config.middle, MIDDLE)}")
         self.p = config.dropout
-        self.embedding = nn.Embedding(vocabulary_size, config.dim)
+        # from a tensor: nn.Embedding's own initialisation costs seconds on the meta device, and ours follows
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocabulary_size, config.dim), freeze=False)
         with_bound(self.embedding.weight, EMBEDDING_BOUND)
         self.lstm1 = _lstm(config.dim)
         self.middle = MIDDLE[config.middle](config)
