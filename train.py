@@ -32,7 +32,7 @@ def main(run: Run) -> None:
         mesh = meshes.start(config.mesh.ep)
         layout = meshes.lay_out(config, mesh.dp.size)
         task = TASKS[config.task](config, layout, mesh, run.vocabulary())
-        model = parallelize(task.model(), mesh, config.seed, compute_dtype(ds))
+        model = parallelize(task.plain_model(config), mesh, config.seed, compute_dtype(ds))
         optimizer = Optimizer(
             model.dense.parameters(), model.experts, config.optim, mesh, ds["zero_optimization"]["stage"]
         )

@@ -16,16 +16,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from moe_dist import checkpoint, configs
-from moe_dist.config import Config, from_json, override, to_json
+from moe_dist.config import Config, check, from_json, override, to_json
 from moe_dist.data.text import Vocabulary
 from moe_dist.engine import read_ds_config
-from moe_dist.models.lstm_lm import LSTMLanguageModel
 from moe_dist.parallel.collectives import from_main
 from moe_dist.parallel.mesh import Mesh, lay_out, world_size
 from moe_dist.summary import counts, table
+from moe_dist.tasks import TASKS
 
 
 @dataclass
@@ -83,11 +81,11 @@ def plan(argv: list[str], doc: str | None) -> Run:
         sys.exit(0)
     with plain_errors():
         run = _resolve(args)
+        check(run.config)
         layout = lay_out(run.config, world_size())
+        count = counts(TASKS[run.config.task].plain_model(run.config), run.config)
     if args.dry_run or os.environ.get("RANK", "0") == "0":
-        with torch.device("meta"):
-            model = LSTMLanguageModel(run.config.model, run.config.data.vocabulary_size)
-        print(table(run.config, layout, run.ds_config, counts(model, run.config)), flush=True)
+        print(table(run.config, layout, run.ds_config, count), flush=True)
     if args.dry_run:
         sys.exit(0)
     return run

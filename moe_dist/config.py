@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -106,8 +107,36 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
+WANDB_MODES = ("online", "offline", "off")
+AT_LEAST_ONE = (
+    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "mesh.ep", "data.vocabulary_size",
+    "model.dim", "model.ffn_hidden", "model.moe.num_experts", "model.moe.hidden", "batch.samples", "batch.timesteps",
+    "batch.accumulation", "batch.samples_per_token_group",
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a number out of its range or an unknown wandb mode. Whether the parts fit together (a
+    layout, a gate, a DeepSpeed config) is checked where they meet."""
+    for key in AT_LEAST_ONE:
+        if (value := _get(config, key)) < 1:
+            raise ValueError(f"{key}={value}: at least 1")
+    for key in ("model.dropout", "optim.beta1", "optim.beta2", "optim.expert_beta2"):
+        if not 0 <= (value := _get(config, key)) < 1:
+            raise ValueError(f"{key}={value}: from 0 to below 1")
+    for key in ("optim.lr", "optim.eps", "optim.clip_norm", "model.moe.capacity_factor"):
+        if (value := _get(config, key)) is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{key}={value}: a positive number")
+    if config.wandb.mode not in WANDB_MODES:
+        raise ValueError(f"wandb.mode={config.wandb.mode!r}; {nearest(config.wandb.mode, WANDB_MODES)}")
+
+
+def _get(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """ "; did you mean NAME?" or "; known: ..." for an error about an unknown `name`."""
+    """What an error about an unknown `name` goes on with: the nearest known name, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -14,8 +14,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from moe_dist.config import WANDB_MODES
+
 FILE_NAME = "metrics.jsonl"
-WANDB_MODES = ("online", "offline", "off")
 _LINE_SECONDS = 2.0  # least time between two progress lines
 _WANDB_INIT_SECONDS = 15.0
 _WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`

@@ -79,7 +79,9 @@ class Optimizer(torch.optim.Adam):
         dense_square = _square(gradients, self.mesh.device)
         if self.zero > 0:  # partitions; at stage 0 every rank holds the whole gradient
             sum_over(dense_square, self.mesh.dp)
-        expert_square = sum_over(_square([s.gradient() for s in states], self.mesh.device), self.mesh.ep) / world**2
+        row_squares = [row_squares_of(state.gradient()) for state in states]
+        expert_square = torch.stack([torch.zeros_like(dense_square), *(r.double().sum() for r in row_squares)]).sum()
+        sum_over(expert_square, self.mesh.ep).div_(world**2)
         self.norm = math.sqrt((dense_square + expert_square).item())
         if not math.isfinite(self.norm):
             return
@@ -89,8 +91,8 @@ class Optimizer(torch.optim.Adam):
             torch._foreach_mul_(gradients, factor)
         super().step()
         self.expert_steps += 1
-        for state in states:
-            state.update(factor / world, group["lr"], self.expert_steps, self.config)
+        for state, row_square_eD in zip(states, row_squares, strict=True):
+            state.update(row_square_eD, factor / world, group["lr"], self.expert_steps, self.config)
 
 
 def _square(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -135,12 +137,12 @@ class ExpertState:
     def clear(self) -> None:
         self.p.grad = self.sum_eDF = None
 
-    def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
-        """One step with gradient `scale` x the sum."""
+    def update(self, row_square_eD: torch.Tensor, scale: float, lr: float, step: int, config: OptimConfig) -> None:
+        """One step with gradient `scale` x the sum, of which `row_square_eD` are the row sums of squares."""
         per_chunk = max(1, ELEMENTS_PER_CHUNK // self.p[0].numel())
-        parts = (t.split(per_chunk) for t in (self.master_eDF, self.gradient(), self.row_eD, self.column_eF))
-        for w, g, row, column in zip(*parts, strict=True):
-            factored_update(w, g, row, column, scale, lr, step, config)
+        whole = (self.master_eDF, self.gradient(), row_square_eD, self.row_eD, self.column_eF)
+        for w, g, square, row, column in zip(*(t.split(per_chunk) for t in whole), strict=True):
+            factored_update(w, g, square, row, column, scale, lr, step, config)
         self.round_master()
 
     @torch.no_grad()
@@ -150,9 +152,14 @@ class ExpertState:
             self.p.copy_(self.master_eDF)
 
 
+def row_squares_of(g_eDF: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of each row (e, D): the norm and the row means are both made of them."""
+    return torch.linalg.vector_norm(g_eDF, dim=2).square_()
+
+
 def factored_update(
-    w_eDF: torch.Tensor, g_eDF: torch.Tensor, row_eD: torch.Tensor, column_eF: torch.Tensor,
-    scale: float, lr: float, step: int, config: OptimConfig,
+    w_eDF: torch.Tensor, g_eDF: torch.Tensor, row_square_eD: torch.Tensor,
+    row_eD: torch.Tensor, column_eF: torch.Tensor, scale: float, lr: float, step: int, config: OptimConfig,
 ) -> None:  # fmt: skip
     """In place: weights, row means and column means of g² after one step of Adam with beta1 = 0 (Appendix D).
 
@@ -161,7 +168,7 @@ def factored_update(
     """
     beta, correction = config.expert_beta2, 1 - config.expert_beta2**step
     rows, columns = g_eDF.shape[1:]
-    row_eD.lerp_(torch.linalg.vector_norm(g_eDF, dim=2).square_().mul_(scale**2 / columns), 1 - beta)
+    row_eD.lerp_(row_square_eD * (scale**2 / columns), 1 - beta)
     column_eF.lerp_(torch.linalg.vector_norm(g_eDF, dim=1).square_().mul_(scale**2 / rows), 1 - beta)
     r_eD, c_eF = row_eD / correction, column_eF / correction
     if config.expert_form == "paper":  # sqrt(r c / mean(r)), the root of each factor

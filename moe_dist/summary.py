@@ -2,15 +2,16 @@
 
 from typing import Any
 
+from torch import nn
+
 from moe_dist.config import Config
 from moe_dist.layer import MoE
-from moe_dist.models.lstm_lm import LSTMLanguageModel
 from moe_dist.parallel.mesh import Layout
 
 OUTSIDE = ("embedding.", "softmax.")  # left out of the paper's parameter and operation counts
 
 
-def counts(model: LSTMLanguageModel, config: Config) -> dict[str, int]:
+def counts(model: nn.Module, config: Config) -> dict[str, int]:
     """Parameters and forward multiply-adds per word of a plain model, as Shazeer et al. 2017 count them (Table 7)."""
     named = dict(model.named_parameters())
     inner = {name: p for name, p in named.items() if not name.startswith(OUTSIDE)}

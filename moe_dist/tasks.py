@@ -3,7 +3,7 @@
 Legend: B samples (lanes of text), S timesteps, T = B S tokens, D width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,11 @@ class LanguageModel:
         self.lanes = {s: Lanes(self.stream[s], layout.samples, cyclic=s == "train") for s in self.stream}
         self.state: list[Any] = []  # of this rank's lanes after the last window, by micro-batch
 
-    def model(self) -> nn.Module:
-        """The plain model, on the meta device."""
+    @staticmethod
+    def plain_model(config: Config) -> nn.Module:
+        """On the meta device: shapes alone, no memory. Raises ValueError for a model that cannot be."""
         with torch.device("meta"):
-            return LSTMLanguageModel(self.config.model, len(self.vocabulary))
+            return LSTMLanguageModel(config.model, config.data.vocabulary_size)
 
     def start(self, dtype: torch.dtype) -> None:
         """The state before a text's first words: zeros, of the model's `dtype`."""
@@ -123,4 +124,4 @@ class LanguageModel:
         return unigram_perplexity(self.stream["train"], self.stream["test"], len(self.vocabulary))
 
 
-TASKS: dict[str, Callable[..., LanguageModel]] = {"language_model": LanguageModel}
+TASKS: dict[str, type[LanguageModel]] = {"language_model": LanguageModel}

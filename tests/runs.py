@@ -33,7 +33,7 @@ class Run:
         self.config, self.mesh = config, meshes.arrange(config.mesh.ep)
         self.layout = meshes.lay_out(config, self.mesh.dp.size)
         self.task = LanguageModel(config, self.layout, self.mesh)
-        self.model = parallelize(self.task.model(), self.mesh, config.seed, compute_dtype(ds))
+        self.model = parallelize(self.task.plain_model(config), self.mesh, config.seed, compute_dtype(ds))
         stage = ds["zero_optimization"]["stage"]
         self.optimizer = Optimizer(self.model.dense.parameters(), self.model.experts, config.optim, self.mesh, stage)
         self.engine = Engine(self.model.dense, self.optimizer, ds, self.layout)
