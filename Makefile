@@ -2,12 +2,14 @@
 # make test     sets up .venv and runs the tests
 # make check    linter, type checker, tests
 # make bench    words per second of moe_32 beside its dense baseline
-# make gpu      tests marked gpu, benchmark and a short training run on CUDA -> benchmarks/results/
+# make gpu      tests marked gpu, benchmark and a short training run on CUDA -> benchmarks/results/; with an environment
+#               of your own: make gpu READY= BIN=/usr/bin
 
 CONFIG ?= lstm_moe_demo
 RANKS ?= 2
 EP ?= $(RANKS)
 ARGS ?=
+READY ?= setup
 PYTHON ?= python3.11
 BIN = .venv/bin
 # more threads than cores make small matrices ten times slower; torchrun would set the same and warn
@@ -37,7 +39,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/lm.py $(ARGS)
 
-gpu: setup
+gpu: $(READY)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu: no CUDA device')"
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/lm.py --json benchmarks/results/lm_gpu.json

@@ -88,21 +88,26 @@ def branches(path: Path) -> list[str]:
     return [ast.unparse(test) for test in tests]
 
 
+SIZE = r"(world|world_size|ep|edp|dp)\b(\.size)?"
+COMPARE = r"\s*(==|!=|<=|>=|<|>)\s*"
+about_SIZE = re.compile(rf"\b{SIZE}{COMPARE}|{COMPARE}(\w+\.)*{SIZE}|\.size\b(?!\()")
+
+
 def test_nothing_branches_on_the_world_size() -> None:
     """collectives.py may skip a call, parallelize.py chooses the exchange, and mesh.py refuses what cannot be laid
     out; elsewhere a world of one runs the same lines as a world of many."""
-    about_size = re.compile(
-        r"\b(world|world_size|ep|edp|dp)(\.size)?\s*(==|!=|<=|>=|<|>)|(==|!=|<=|>=|<|>)\s*\w*\.?(world|ep|edp|dp)\b(\.size)?|\.size\b(?!\()"
-    )
     for path in [*files(), ROOT / "train.py"]:
         if path.name not in ("collectives.py", "parallelize.py", "mesh.py"):
-            assert not [b for b in branches(path) if about_size.search(b)], path
+            assert not [b for b in branches(path) if ABOUT_SIZE.search(b)], path
 
 
 def test_the_branch_finder_finds_one(tmp_path: Path) -> None:
     path = tmp_path / "guilty.py"
-    path.write_text("if mesh.ep.size == 1:\n    pass\nx = 1 if world > 1 else 2\n")
-    assert branches(path) == ["mesh.ep.size == 1", "world > 1"]
+    path.write_text(
+        "if mesh.ep.size == 1:\n    pass\nx = 1 if 1 < config.world else 2\ny = [s for s in x if s <= step]\n"
+    )
+    assert branches(path) == ["mesh.ep.size == 1", "1 < config.world", "s <= step"]
+    assert [bool(ABOUT_SIZE.search(b)) for b in branches(path)] == [True, True, False]
 
 
 UNKEYED = re.compile(

@@ -1,0 +1,50 @@
+"""What only a CUDA device can show (make gpu): its fast path and its bits are those of the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Run, tiny
+
+from moe_dist import keyed
+from moe_dist.context import Context
+from moe_dist.experts import grouped_matmul, native_grouped_matmul
+from moe_dist.parallel import mesh as meshes
+
+pytestmark = pytest.mark.gpu
+
+
+def test_native_grouped_matmul_equals_the_portable_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_RD, w_eDF = (torch.randn(*s, generator=generator, dtype=torch.bfloat16) for s in ((300, 64), (5, 64, 128)))
+    dy_RF = torch.randn(300, 128, generator=generator, dtype=torch.bfloat16)
+    count_e = torch.tensor([100, 0, 7, 193, 0])
+    results = []
+    for device in ("cpu", "cuda"):
+        x, w = x_RD.to(device).requires_grad_(), w_eDF.to(device).requires_grad_()
+        assert native_grouped_matmul(x, w) == (device == "cuda")
+        y = grouped_matmul(x, w, count_e.to(device))
+        y.backward(dy_RF.to(device))
+        assert x.grad is not None and w.grad is not None
+        results.append([t.float().cpu() for t in (y.detach(), x.grad, w.grad)])
+    for cpu, cuda in zip(*results, strict=True):
+        assert (cuda - cpu).norm() / cpu.norm() < 0.005  # bf16's rounding, 2^-8 of each element
+    assert results[1][2][1].count_nonzero() == 0, "an expert without rows has a zero gradient"
+
+
+def test_bits_are_those_of_the_cpu() -> None:
+    def normal(device: str) -> torch.Tensor:
+        sample_T = torch.arange(50, device=device)
+        ctx = Context(sample_T, sample_T % 7, sample_T >= 0, 3, 5, True, 0, 50, 50, 1, site=2)
+        return keyed.normal(ctx, "gate", torch.arange(33, device=device), torch.float64).cpu()
+
+    torch.testing.assert_close(normal("cuda"), normal("cpu"), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ds", ["fp32", "bf16"])
+def test_a_few_steps_on_every_stage_agree(ds: str, small_text: Path) -> None:
+    if not torch.distributed.is_initialized():
+        meshes.join()
+    norms = [Run(tiny(f"ds_config={ds}", f"zero={z}", f"data.text={small_text}")).steps(0, 5).norms for z in range(4)]
+    for other in norms[1:]:
+        assert other == pytest.approx(norms[0], rel=1e-5 if ds == "fp32" else 0.02)
