@@ -90,7 +90,7 @@ def branches(path: Path) -> list[str]:
 
 SIZE = r"(world|world_size|ep|edp|dp)\b(\.size)?"
 COMPARE = r"\s*(==|!=|<=|>=|<|>)\s*"
-about_SIZE = re.compile(rf"\b{SIZE}{COMPARE}|{COMPARE}(\w+\.)*{SIZE}|\.size\b(?!\()")
+ABOUT_SIZE = re.compile(rf"\b{SIZE}{COMPARE}|{COMPARE}(\w+\.)*{SIZE}|\.size\b(?!\()")
 
 
 def test_nothing_branches_on_the_world_size() -> None:
