@@ -23,10 +23,12 @@ class Experts(nn.Module):
         self.w1_eDF = parameter(num_experts, dim, hidden, bound=(3 / dim) ** 0.5)
         self.w2_eFD = parameter(num_experts, hidden, dim, bound=(3 / hidden) ** 0.5)
 
-    def forward(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> tuple[torch.Tensor, None]:
-        """Rows (R, D), the first count_e[0] of them for expert 0 and so on -> (R, D)."""
+    def forward(
+        self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None
+    ) -> tuple[torch.Tensor, None]:
+        """Rows (R, D) sorted by expert, and their weights (R,) -> weighted rows (R, D)."""
         hidden_RF = grouped_matmul(x_RD, self.w1_eDF, count_e).relu()
-        return grouped_matmul(hidden_RF, self.w2_eFD, count_e), None
+        return grouped_matmul(hidden_RF, self.w2_eFD, count_e) * gate_R.to(x_RD.dtype)[:, None], None
 
 
 def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:

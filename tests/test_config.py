@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from runs import TINY, tiny
+from wandb_file import wandb_log
 
-from moe_dist import configs, engine
+from moe_dist import checkpoint, configs, engine
 from moe_dist.cli import plan
 from moe_dist.config import Config, dotted_keys, from_json, override, to_json
 from moe_dist.parallel.mesh import Layout, lay_out
@@ -199,18 +200,28 @@ def test_list_and_dry_run() -> None:
 
 @pytest.mark.timeout(200)
 def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tmp_path: Path) -> None:
-    sets = [part for s in [*TINY, f"data.text={small_text}", "eval_every=10"] for part in ("--set", s)]
+    more = [f"data.text={small_text}", "eval_every=10", "wandb.mode=offline"]
+    sets = [part for s in [*TINY, *more] for part in ("--set", s)]
     run = tmp_path / "run"
     done = train("lstm_moe_demo", "--folder", str(run), *sets, timeout=100)
     assert done.returncode == 0, done.stderr
     assert f"run folder: {run}" in done.stdout and "unigram model" in done.stdout
-    assert from_json((run / "config.json").read_text()) == tiny(f"data.text={small_text}", "eval_every=10")
+    assert from_json((run / "config.json").read_text()) == tiny(*more)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 20 and losses[-1] < losses[0]
     assert (
         len(lines[0]["moe/middle/load"]) == 8 and sum(lines[0]["moe/middle/load"]) == 8 * 6 * 2
     )  # samples x words x k
+    run_id, config, history = wandb_log(run)
+    assert run_id == checkpoint.read_state(checkpoint.latest(run))["wandb_id"]
+    assert {key: config[key] for key in ("model", "optim", "batch")} == {
+        key: json.loads((run / "config.json").read_text())[key] for key in ("model", "optim", "batch")
+    }
+    assert [line["train/loss"] for line in history] == losses
+    assert [line["valid/loss"] for line in history if "valid/loss" in line] == [
+        line["valid/loss"] for line in lines if "valid/loss" in line
+    ]
     pictures = {path.name for path in (run / "report").glob("*.png")}
     assert pictures == {"loss.png", "perplexity.png", "load_middle.png"}
     before = sorted(run.rglob("*"))

@@ -1,16 +1,14 @@
 """What a user sees of a run: the curves on disk, on the terminal, in wandb and as pictures."""
 
-import json
 import math
 import pathlib
-import struct
 import threading
 import time
 
 import matplotlib.image
 import pytest
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_file import wandb_log
 
 from moe_dist import metrics, report
 from moe_dist.metrics import Metrics, read_metrics
@@ -35,38 +33,6 @@ def make(run: pathlib.Path, **options) -> Metrics:
 
 def values(step: int) -> dict:
     return {"train/loss": 1 / (step + 2), "moe/1/load": [step, 2 * step, 0.1, 0.0]}
-
-
-def wandb_records(path: pathlib.Path) -> list[Record]:
-    """Reads a .wandb file: a 7 byte header, then LevelDB log blocks of 32 KiB whose chunks make up the records."""
-    data, position, record, records = path.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left  # no chunk header fits: the block ends with padding
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # FULL or LAST
-            records.append(Record.FromString(record))
-            record = b""
-    return records
-
-
-def wandb_log(run: pathlib.Path) -> tuple[str, dict, list[dict]]:
-    """Returns the run id, the config and the history lines of the one offline log in the folder of a run."""
-    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    records = wandb_records(path)
-    (first,) = [record.run for record in records if record.HasField("run")]
-    config = {item.key: json.loads(item.value_json) for item in first.config.update}
-    history = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
-    ]
-    return first.run_id, config, history
 
 
 def test_lines_come_back_as_logged(tmp_path):

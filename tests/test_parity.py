@@ -26,7 +26,7 @@ from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import LSTMLanguageModel
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallelize import ParallelModel, parallelize
-from moe_dist.parameters import initialize, parameter
+from moe_dist.parameters import bounds_of, initialize, parameter
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -97,10 +97,13 @@ class ExpertsByPlace(nn.Module):
         super().__init__()
         self.scale_eD = parameter(num_experts, dim, bound=1.0)
 
-    def forward(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Context
+    ) -> tuple[torch.Tensor, None]:
         assert ctx_R.valid_T.all()
         place_R = 1 + ctx_R.sample_T + 10 * ctx_R.position_T
-        return self.scale_eD.repeat_interleave(count_e, 0) * x_RD * place_R.double().sin()[:, None], None
+        weight_R = gate_R * place_R.double().sin()
+        return self.scale_eD.repeat_interleave(count_e, 0) * x_RD * weight_R[:, None], None
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
@@ -254,7 +257,9 @@ def expected_layer(case: Case) -> dict[str, torch.Tensor]:
     ctx = context(0, NUM_SAMPLES, case)
     leaf = {name: value.clone().requires_grad_() for name, value in batch().items() if name != "weight"}
     whole = layer(case).double()
-    initialize(((f"moe.experts.{name}", p) for name, p in whole.experts.named_parameters()), SEED, range(NUM_EXPERTS))
+    for name, bound in bounds_of(whole.experts).items():
+        p = whole.experts.get_parameter(name)
+        initialize(p, f"moe.experts.{name}", bound, SEED, range(NUM_EXPERTS))
     experts = {name: p.detach().requires_grad_() for name, p in whole.experts.named_parameters()}
     noisy = case.noise and case.train
     gate = Gate(
@@ -292,8 +297,9 @@ def expected_layer(case: Case) -> dict[str, torch.Tensor]:
 @functools.cache
 def expected_model(config: ModelConfig) -> dict[str, torch.Tensor]:
     whole = LSTMLanguageModel(config, VOCABULARY_SIZE).double()
-    for name, p in whole.named_parameters():
-        initialize([(name, p)], SEED, range(NUM_EXPERTS) if ".experts." in name else None)
+    for name, bound in bounds_of(whole).items():
+        ids = range(NUM_EXPERTS) if ".experts." in name else None
+        initialize(whole.get_parameter(name), name, bound, SEED, ids)
     fill_zeros(whole)
     parameters = {name: p.detach().requires_grad_() for name, p in whole.named_parameters()}
     zeros = torch.zeros(NUM_SAMPLES, DIM, dtype=torch.float64)

@@ -22,7 +22,7 @@ def lstm_moe_demo() -> Config:
         compare="experiments/results/lstm_moe_demo.json",
         model=ModelConfig(dim=128, dropout=0.1, moe=MoEConfig(num_experts=64, k=4, hidden=256)),
         batch=BatchConfig(samples=64, timesteps=32, samples_per_balance_group=32),
-        optim=OptimConfig(lr=2e-3, warmup_steps=200),
+        optim=OptimConfig(lr=8e-3, warmup_steps=200),
     )
 
 
