@@ -34,7 +34,7 @@ def main(run: Run) -> None:
         task = TASKS[config.task](config, layout, mesh, run.vocabulary())
         model = parallelize(task.plain_model(config), mesh, config.seed, compute_dtype(ds))
         optimizer = Optimizer(
-            model.dense.parameters(), model.experts, config.optim, mesh, ds["zero_optimization"]["stage"]
+            model.dense.parameters(), model.experts, model.gates, config.optim, mesh, ds["zero_optimization"]["stage"]
         )
         engine = Engine(model.dense, optimizer, ds, layout)
         task.start(compute_dtype(ds))

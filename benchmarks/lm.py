@@ -40,7 +40,7 @@ class Stepper:
         self.task = LanguageModel(self.config, layout, mesh)
         model = parallelize(self.task.plain_model(self.config), mesh, self.config.seed, compute_dtype(ds))
         stage = ds["zero_optimization"]["stage"]
-        self.optimizer = Optimizer(model.dense.parameters(), model.experts, self.config.optim, mesh, stage)
+        self.optimizer = Optimizer(model.dense.parameters(), model.experts, model.gates, self.config.optim, mesh, stage)
         self.engine = Engine(model.dense, self.optimizer, ds, layout)
         self.task.start(compute_dtype(ds))
         self.words = lanes * self.config.batch.timesteps

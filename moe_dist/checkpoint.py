@@ -3,6 +3,7 @@
     RUN/checkpoints/step_00000425/
         shard-*.safetensors   dense/NAME, dense/NAME.exp_avg, dense/NAME.exp_avg_sq   whole float32 tensors
                               experts/NAME, experts/NAME.row, experts/NAME.column     row i belongs to global expert i
+                              gates/NAME, with .exp_avg and .exp_avg_sq               row i belongs to global group i
                               task/hidden_state                                       column i belongs to global lane i
         state.json            step, wandb run id, vocabulary
 
@@ -49,7 +50,7 @@ def save(run: Path, step: int, engine: Engine, task: Any, mesh: Mesh, state: dic
 
     `state`: what else to keep, JSON.
     """
-    tensors = _expert_tensors(engine.optimizer, mesh)
+    tensors = _expert_tensors(engine.optimizer, mesh, step)
     for i, (key, tensor) in enumerate(engine.dense_state()):
         if mesh.owns(i):  # each rank keeps and writes a share of the whole tensors
             tensors[f"dense/{key}"] = tensor.cpu()
@@ -77,7 +78,7 @@ def save(run: Path, step: int, engine: Engine, task: Any, mesh: Mesh, state: dic
 def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh) -> None:
     """Fills parameters, masters, optimizer state and the task's state, on any layout. A collective."""
     optimizer, step = engine.optimizer, read_state(checkpoint)["step"]
-    experts = _expert_tensors(optimizer, mesh)  # share storage with the optimizer's own
+    experts = _expert_tensors(optimizer, mesh, step)  # share storage with the optimizer's own
     dense = engine.empty_dense_state()
     task_state = {key: torch.empty_like(t, device="cpu") for key, t in task.save_state().items()}
     tensors = experts | {f"dense/{k}": t for k, t in dense.items()} | {f"task/{k}": t for k, t in task_state.items()}
@@ -89,12 +90,11 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh) -> None:
     task.load_state(task_state)
 
 
-def _expert_tensors(optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
-    """Views of the experts' masters and second moments as shards of the global stack: replicas along edp are one."""
-    named: dict[str, torch.Tensor] = {}
+def _expert_tensors(optimizer: Optimizer, mesh: Mesh, step: int) -> dict[str, Any]:
+    """Views of what belongs to experts and groups as shards of the global stack: replicas along edp are one."""
+    named = {f"gates/{name}": tensor for name, tensor in optimizer.gates.tensors(step).items()}
     for name, expert in optimizer.experts.items():
-        named |= {name: expert.master_eDF, f"{name}.row": expert.row_eD, f"{name}.column": expert.column_eF}
+        key = f"experts/{name}"
+        named |= {key: expert.master_eDF, f"{key}.row": expert.row_eD, f"{key}.column": expert.column_eF}
     placements = [Replicate(), Shard(0)]
-    return {
-        f"experts/{k}": DTensor.from_local(t, mesh.device_mesh, placements, run_check=False) for k, t in named.items()
-    }
+    return {k: DTensor.from_local(t, mesh.device_mesh, placements, run_check=False) for k, t in named.items()}

@@ -33,7 +33,10 @@ class MoEConfig:
     """One mixture-of-experts layer (Shazeer et al. 2017)."""
 
     num_experts: int = 32
-    k: int = 4  # experts per token
+    num_groups: int | None = (
+        None  # None: one flat gate; else a primary gate over groups, and a gate in each (Appendix B)
+    )
+    k: int = 4  # experts per token; with groups: groups per token, and experts per group
     hidden: int = 1024  # ReLU units per expert
     noise: bool = True  # Eq. 4's noise in training; without it Eq. 10's load falls back to counts
     capacity_factor: float | None = None  # None: nothing is dropped

@@ -21,7 +21,7 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def normal(ctx: Context, use: str, channel_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Standard normal numbers (T, C) for the channels named (int64 global ids, experts for example)."""
+    """Standard normal numbers (T, C) for the channels named: int64 global ids, experts for example; (C,) or (T, C)."""
     return _normal_of(_bits(ctx, use, channel_C), dtype)
 
 

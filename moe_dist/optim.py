@@ -5,6 +5,7 @@ averaged over all ranks. Expert gradients are summed over the ranks that hold th
 number of all ranks, as if there were one rank. Then: one norm over everything, one clip factor, one update:
 
   dense    Adam (torch's fused one, the base class)
+  gates    of groups of experts: the same Adam, on the rank of the group
   experts  Adam with beta1 = 0 and a factored second moment (Shazeer et al. 2017, Appendix D): of the running mean of g²
            only row means r and column means c are kept, and v_ij = r_i c_j / mean(r). Rows + columns numbers, not rows
            x columns. "diet" is tensor2tensor's form of it: sqrt(v)_ij = sqrt(r_i) sqrt(c_j) / mean(sqrt(c)), a smaller
@@ -43,6 +44,7 @@ class Optimizer(torch.optim.Adam):
         self,
         dense: Iterable[nn.Parameter],
         experts: dict[str, nn.Parameter],
+        gates: dict[str, nn.Parameter],
         config: OptimConfig,
         mesh: Mesh,
         zero: int,
@@ -52,6 +54,7 @@ class Optimizer(torch.optim.Adam):
             raise ValueError(f"optim.expert_form={config.expert_form!r}; {nearest(config.expert_form, FORMS)}")
         super().__init__(dense, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         self.experts = {name: ExpertState(p) for name, p in experts.items()}
+        self.gates = GateState(gates, config)
         self.config, self.mesh, self.zero = config, mesh, zero
         self.expert_steps = 0
         self.norm = math.nan  # of the last step, before clipping; not a number where DeepSpeed refused to step
@@ -61,6 +64,7 @@ class Optimizer(torch.optim.Adam):
         """To be called before the first backward of a step that is to use `lr`."""
         self.param_groups[0]["lr"] = lr
         self.norm, self.begun = math.nan, True
+        self.gates.clear()
         for state in self.experts.values():
             state.clear()
 
@@ -73,14 +77,15 @@ class Optimizer(torch.optim.Adam):
         (group,) = self.param_groups  # a norm needs every gradient at once
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         states = list(self.experts.values())
-        for state in states:
-            sum_over(state.gradient(), self.mesh.edp)
+        gate_gradients = self.gates.gradients()
+        for gradient in (*(state.gradient() for state in states), *gate_gradients):
+            sum_over(gradient, self.mesh.edp)
         world = self.mesh.dp.size
         dense_square = _square(gradients, self.mesh.device)
         if self.zero > 0:  # partitions; at stage 0 every rank holds the whole gradient
             sum_over(dense_square, self.mesh.dp)
         row_squares = [row_squares_of(state.gradient()) for state in states]
-        expert_square = torch.stack([torch.zeros_like(dense_square), *(r.double().sum() for r in row_squares)]).sum()
+        expert_square = _square(gate_gradients, self.mesh.device) + sum(r.double().sum() for r in row_squares)
         sum_over(expert_square, self.mesh.ep).div_(world**2)
         self.norm = math.sqrt((dense_square + expert_square).item())
         if not math.isfinite(self.norm):
@@ -93,6 +98,7 @@ class Optimizer(torch.optim.Adam):
         self.expert_steps += 1
         for state, row_square_eD in zip(states, row_squares, strict=True):
             state.update(row_square_eD, factor / world, group["lr"], self.expert_steps, self.config)
+        self.gates.update(factor / world, group["lr"])
 
 
 def _square(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -102,6 +108,45 @@ def _square(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
         for chunk in t.flatten().split(ELEMENTS_PER_CHUNK):
             total += torch.linalg.vector_norm(chunk).double().square()
     return total
+
+
+class GateState:
+    """The gates inside groups of experts (float32 always), under torch's Adam."""
+
+    def __init__(self, gates: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        self.named = gates
+        options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+        self.adam = torch.optim.Adam(list(gates.values()), **options) if gates else None
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Summed over this step's micro-batches. Zeros where no backward came by."""
+        for p in self.named.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.named.values() if p.grad is not None]
+
+    def clear(self) -> None:
+        for p in self.named.values():
+            p.grad = None
+
+    def update(self, scale: float, lr: float) -> None:
+        """One step with gradient `scale` x the sum."""
+        if self.adam:
+            torch._foreach_mul_(self.gradients(), scale)
+            self.adam.param_groups[0]["lr"] = lr
+            self.adam.step()
+
+    def tensors(self, step: int) -> dict[str, torch.Tensor]:
+        """Parameters and moments by name, the moments made where there are none yet, after `step` steps."""
+        named: dict[str, torch.Tensor] = {}
+        for name, p in self.named.items():
+            assert self.adam is not None
+            state = self.adam.state[p]
+            if not state:
+                state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                state["step"] = torch.tensor(float(step), device=p.device)
+            named |= {name: p.detach(), f"{name}.exp_avg": state["exp_avg"], f"{name}.exp_avg_sq": state["exp_avg_sq"]}
+        return named
 
 
 class ExpertState:

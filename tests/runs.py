@@ -35,7 +35,9 @@ class Run:
         self.task = LanguageModel(config, self.layout, self.mesh)
         self.model = parallelize(self.task.plain_model(config), self.mesh, config.seed, compute_dtype(ds))
         stage = ds["zero_optimization"]["stage"]
-        self.optimizer = Optimizer(self.model.dense.parameters(), self.model.experts, config.optim, self.mesh, stage)
+        self.optimizer = Optimizer(
+            self.model.dense.parameters(), self.model.experts, self.model.gates, config.optim, self.mesh, stage
+        )
         self.engine = Engine(self.model.dense, self.optimizer, ds, self.layout)
         self.task.start(compute_dtype(ds))
         self.losses: list[float] = []

@@ -14,6 +14,7 @@ ORDER = [
     {"context", "keyed", "parameters", "routing"},
     {"experts", "gating", "dispatch"},
     {"layer"},
+    {"hierarchical"},
     {"models", "optim", "data", "metrics", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary"},
     {"tasks", "configs"},

@@ -58,20 +58,9 @@ class NoisyTopK(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[Routing, GateStats]:
         clean_TE = self.w_gate(x_TD)
-        noisy = self.noise and ctx.train
-        if noisy:  # Eq. 4
-            std_TE = F.softplus(self.w_noise(x_TD)).clamp_min(MIN_STD)
-            expert_E = torch.arange(self.num_experts, device=x_TD.device)
-            score_TE = clean_TE + keyed.normal(ctx, "gate", expert_E, clean_TE.dtype) * std_TE
-        else:
-            score_TE = clean_TE
-        top_TK, expert_TK = score_TE.topk(min(self.k + 1, self.num_experts), dim=1)
-        gate_TK = top_TK[:, : self.k].softmax(1)  # Eqs. 3 and 5: all others are -inf before the softmax
-        chosen_TK = expert_TK[:, : self.k]
-        if noisy:
-            load_TE = probability_in_top_k(clean_TE, std_TE, score_TE, top_TK, self.k)
-        else:  # Eq. 9 without noise is 0 or 1
-            load_TE = torch.zeros_like(clean_TE).scatter(1, chosen_TK, 1.0)
+        std_TE = noise_std(self.w_noise(x_TD)) if self.noise and ctx.train else None
+        expert_E = torch.arange(self.num_experts, device=x_TD.device)
+        chosen_TK, gate_TK, load_TE = choose(clean_TE, std_TE, self.k, expert_E, ctx)
         importance_TE = torch.zeros_like(clean_TE).scatter(1, chosen_TK, gate_TK)
         keep_TK = within_capacity(chosen_TK, self.capacity_factor, ctx, self.num_experts)
         dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()
@@ -83,8 +72,27 @@ class NoisyTopK(nn.Module):
         return (self.w_importance * cv_squared(importance_GE) + self.w_load * cv_squared(load_GE)).sum()
 
 
-# softplus underflows for logits below -100, and Eq. 9 divides by it; a noise of 1e-6 decides nothing
-MIN_STD = 1e-6
+def noise_std(x_TE: torch.Tensor) -> torch.Tensor:
+    """Softplus (Eq. 4), held above 1e-6: it underflows below -100, and Eq. 9 divides by it."""
+    return F.softplus(x_TE).clamp_min(1e-6)
+
+
+def choose(
+    clean_TE: torch.Tensor, std_TE: torch.Tensor | None, k: int, expert_E: torch.Tensor, ctx: Context
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choices (T, K), their weights (T, K) and each token's part of the load (T, E), from clean logits.
+
+    `std_TE` scales the noise, None for none. `expert_E`: global ids, by which noise is keyed; (E,), or (T, E) where
+    rows choose among different experts.
+    """
+    # Eq. 4
+    score_TE = clean_TE if std_TE is None else clean_TE + keyed.normal(ctx, "gate", expert_E, clean_TE.dtype) * std_TE
+    top_TK, expert_TK = score_TE.topk(min(k + 1, score_TE.shape[1]), dim=1)
+    gate_TK = top_TK[:, :k].softmax(1)  # Eqs. 3 and 5: all others are -inf before the softmax
+    chosen_TK = expert_TK[:, :k]
+    if std_TE is None:  # Eq. 9 without noise is 0 or 1
+        return chosen_TK, gate_TK, torch.zeros_like(clean_TE).scatter(1, chosen_TK, 1.0)
+    return chosen_TK, gate_TK, probability_in_top_k(clean_TE, std_TE, score_TE, top_TK, k)
 
 
 def probability_in_top_k(

@@ -17,6 +17,7 @@ from moe_dist.config import ModelConfig, nearest
 from moe_dist.context import Context
 from moe_dist.experts import Experts
 from moe_dist.gating.topk import NoisyTopK
+from moe_dist.hierarchical import Groups, HierarchicalMoE
 from moe_dist.keyed import dropout
 from moe_dist.layer import LayerStats, MoE
 from moe_dist.models.softmax import Softmax
@@ -74,16 +75,25 @@ class FeedForward(nn.Module):
 
 def _moe(config: ModelConfig) -> MoE:
     moe = config.moe
+    if moe.num_groups is not None and moe.num_experts % moe.num_groups:
+        raise ValueError(f"model.moe.num_experts={moe.num_experts} is not a multiple of num_groups={moe.num_groups}")
+    if moe.num_groups is not None and moe.capacity_factor is not None:
+        raise ValueError(
+            f"model.moe.capacity_factor={moe.capacity_factor}: with num_groups nothing is dropped; unset it"
+        )
     gate = NoisyTopK(
         config.dim,
-        moe.num_experts,
+        moe.num_groups or moe.num_experts,
         moe.k,
         noise=moe.noise,
         capacity_factor=moe.capacity_factor,
         w_importance=moe.w_importance,
         w_load=moe.w_load,
     )
-    return MoE(gate, Experts(moe.num_experts, config.dim, moe.hidden))
+    if moe.num_groups is None:
+        return MoE(gate, Experts(moe.num_experts, config.dim, moe.hidden))
+    per_group = moe.num_experts // moe.num_groups
+    return HierarchicalMoE(gate, Groups(moe.num_groups, per_group, config.dim, moe.hidden, moe.k, moe.noise))
 
 
 def _ffn(config: ModelConfig) -> FeedForward:

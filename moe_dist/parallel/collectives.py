@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.parallel.mesh import Axis
+from moe_dist.parallel.mesh import Axis, Mesh
 
 Label = tuple[int, str]
 
@@ -83,6 +83,45 @@ class _SharedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
         return grad[0], None
+
+
+def from_owners(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """A value that every rank of the axis has, of which each uses a part of its own: backward sums over the ranks."""
+    return _FromOwners.apply(x, axis)
+
+
+class _FromOwners(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
+        return sum_over(grad[0].clone(), ctx.axis), None
+
+
+class Sums:
+    """What balance losses need of other ranks, on a mesh."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def everyone(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks: every rank has tokens of its own."""
+        return shared_sum(x, self.mesh.dp)
+
+    def replicas(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that hold the same experts: each got rows from an expert-parallel set of its own."""
+        return shared_sum(x, self.mesh.edp)
+
+    def owners(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that together hold all experts."""
+        return shared_sum(x, self.mesh.ep)
+
+    def from_owners(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` itself, of which each owner uses the part of its own experts."""
+        return from_owners(x, self.mesh.ep)
 
 
 def from_main(value: Any) -> Any:

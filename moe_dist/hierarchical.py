@@ -1,0 +1,124 @@
+"""Hierarchical mixture of experts (Shazeer et al. 2017, Appendix B): a layer whose experts are groups of experts, each
+with a gate of its own.
+
+The primary gate is an ordinary gate over the groups, so a token crosses the network once for each chosen group, and the
+secondary gates live with their group: no rank holds a matrix of width x all experts. The product of weights (Eq. 12)
+arises by nesting, for a group is given the weight that it was chosen with.
+
+Legend: T tokens, D width, R rows of this rank's groups, g groups of this rank, b experts per group, e = g b, K chosen,
+G balance groups, E all experts.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_dist.context import Context
+from moe_dist.dispatch.exchange import LocalExchange
+from moe_dist.experts import Experts, grouped_matmul
+from moe_dist.gating.losses import cv_squared
+from moe_dist.gating.topk import NoisyTopK, choose, noise_std
+from moe_dist.layer import LayerStats, MoE
+from moe_dist.parameters import parameter
+from moe_dist.routing import GateStats, Routing, route
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """Sums over the rows of this rank's groups, by balance group; gradients in the first two."""
+
+    importance_Ge: torch.Tensor  # Eq. 13
+    load_Ge: torch.Tensor  # Load_i(X^(i))_j of Eq. 14
+    rows_Gg: torch.Tensor  # |X^(i)|
+    count_e: torch.Tensor  # int64, rows by expert
+
+
+class GroupProjection(nn.Module):
+    """x @ w of the row's group, in float32 or wider, w starting at zero. Its parameters are never narrower."""
+
+    keep_wide = True
+
+    def __init__(self, num_groups: int, dim: int, experts_per_group: int) -> None:
+        super().__init__()
+        self.w_gDb = parameter(num_groups, dim, experts_per_group, bound=0.0)
+
+    def forward(self, x_RD: torch.Tensor, count_g: torch.Tensor) -> torch.Tensor:
+        return grouped_matmul(x_RD.to(self.w_gDb.dtype), self.w_gDb, count_g)
+
+
+class Groups(nn.Module):
+    """Groups of experts as the experts of a layer: rows sorted by group, each group with a noisy top-k gate."""
+
+    needs_context = True
+    first_group = 0  # global id of this rank's first group; `parallelize` sets it
+
+    def __init__(self, num_groups: int, experts_per_group: int, dim: int, hidden: int, k: int, noise: bool) -> None:
+        """Raises ValueError where k is not in 1..experts_per_group."""
+        super().__init__()
+        if not 1 <= k <= experts_per_group:
+            raise ValueError(f"k={k} experts per group: must be 1 to {experts_per_group}, the experts of a group")
+        self.experts_per_group, self.k, self.noise = experts_per_group, k, noise
+        self.w_gate = GroupProjection(num_groups, dim, experts_per_group)
+        self.w_noise = GroupProjection(num_groups, dim, experts_per_group)
+        self.experts = Experts(num_groups * experts_per_group, dim, hidden)
+        self.exchange = LocalExchange()
+
+    def forward(
+        self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_g: torch.Tensor, ctx_R: Context
+    ) -> tuple[torch.Tensor, GroupStats]:
+        """Rows (R, D) sorted by group, and their weights (R,) -> weighted rows (R, D)."""
+        ctx_R = dataclasses.replace(ctx_R, level=1)
+        b, num_groups = self.experts_per_group, len(count_g)
+        group_R = torch.arange(num_groups, device=x_RD.device).repeat_interleave(count_g)
+        expert_Rb = (self.first_group + group_R)[:, None] * b + torch.arange(b, device=x_RD.device)
+        clean_Rb = self.w_gate(x_RD, count_g)
+        std_Rb = noise_std(self.w_noise(x_RD, count_g)) if self.noise and ctx_R.train else None
+        chosen_RK, gate_RK, load_Rb = choose(clean_Rb, std_Rb, self.k, expert_Rb, ctx_R)
+        weight_RK = gate_R.to(gate_RK.dtype)[:, None] * gate_RK  # Eq. 12
+        local_RK = group_R[:, None] * b + chosen_RK
+        routing = route(local_RK, weight_RK, torch.ones_like(local_RK, dtype=torch.bool), num_groups * b)
+        y_RD, _ = self.exchange(x_RD, routing, self.experts, ctx_R)
+        spread = torch.zeros_like(clean_Rb)
+        return y_RD, GroupStats(
+            importance_Ge=_sum_by_group(spread.scatter(1, chosen_RK, weight_RK), group_R, num_groups, ctx_R),
+            load_Ge=_sum_by_group(load_Rb, group_R, num_groups, ctx_R),
+            rows_Gg=_sum_by_group(spread[:, :1] + 1, group_R, num_groups, ctx_R),
+            count_e=routing.count_E,
+        )
+
+
+def _sum_by_group(x_Rc: torch.Tensor, group_R: torch.Tensor, num_groups: int, ctx_R: Context) -> torch.Tensor:
+    """Sums of (R, c) over the rows of each balance group and group of experts: (G, g c)."""
+    key_R = ctx_R.balance_group_T * num_groups + group_R
+    sums = x_Rc.new_zeros(ctx_R.num_balance_groups * num_groups, x_Rc.shape[1]).index_add(0, key_R, x_Rc)
+    return sums.view(ctx_R.num_balance_groups, -1)
+
+
+class HierarchicalMoE(MoE):
+    """A layer over `Groups`; its balance losses are those of all experts (Eqs. 13 and 14).
+
+    They are formed where the rows are. CV² over all experts takes two scalars a balance group from other ranks.
+    """
+
+    gate: NoisyTopK
+    experts: Groups
+
+    def stats(self, routing: Routing, told: GateStats, inner: GroupStats) -> LayerStats:
+        num_groups, b = inner.rows_Gg.shape[1], self.experts.experts_per_group
+        first = self.experts.first_group
+        primary_GE = self.sums.from_owners(self.sums.everyone(told.load_GE))
+        primary_Gg = primary_GE[:, first : first + num_groups]
+        importance_Ge, load_Ge = self.sums.replicas(torch.stack([inner.importance_Ge, inner.load_Ge]))
+        rows_Gg = self.sums.replicas(inner.rows_Gg)
+        # a group without a token has no load: Eq. 14 as 0, not 0 / 0
+        share_Gg = torch.where(rows_Gg > 0, primary_Gg / torch.where(rows_Gg > 0, rows_Gg, 1), 0)
+        load_Ge = load_Ge * share_Gg.repeat_interleave(b, 1)  # Eq. 14
+        num_experts = self.gate.num_experts * b
+        importance_loss_G = self.gate.w_importance * cv_squared(importance_Ge, num_experts, self.sums.owners)
+        load_loss_G = self.gate.w_load * cv_squared(load_Ge, num_experts, self.sums.owners)
+        mine = slice(first * b, (first + num_groups) * b)
+        importance_E, load_E = told.importance_GE.new_zeros(num_experts), routing.count_E.new_zeros(num_experts)
+        importance_E[mine], load_E[mine] = inner.importance_Ge.detach().sum(0), inner.count_e
+        return LayerStats((importance_loss_G + load_loss_G).sum(), importance_E, load_E, told.dropped)
