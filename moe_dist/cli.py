@@ -74,6 +74,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test perplexity of the newest checkpoint")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
     args = parser.parse_args(argv)
     if args.list:
         for name, make in sorted(configs.CONFIGS.items()):
@@ -84,8 +85,10 @@ def plan(argv: list[str], doc: str | None) -> Run:
         check(run.config)
         layout = lay_out(run.config, world_size())
         count = counts(TASKS[run.config.task].plain_model(run.config), run.config)
-    if args.dry_run or os.environ.get("RANK", "0") == "0":
-        print(table(run.config, layout, run.ds_config, count), flush=True)
+    layout_json = {"config": run.config.name, **asdict(layout), "ep": run.config.mesh.ep, **count}
+    if os.environ.get("RANK", "0") == "0":
+        as_json = args.dry_run and args.json
+        print(json.dumps(layout_json) if as_json else table(run.config, layout, run.ds_config, count), flush=True)
     if args.dry_run:
         sys.exit(0)
     return run

@@ -1,10 +1,12 @@
 """What a config comes to on a mesh, counted on the meta device: no process group, no memory."""
 
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
 from moe_dist.config import Config
+from moe_dist.hierarchical import GroupProjection
 from moe_dist.layer import MoE
 from moe_dist.parallel.mesh import Layout
 
@@ -14,19 +16,22 @@ OUTSIDE = ("embedding.", "softmax.")  # left out of the paper's parameter and op
 def counts(model: nn.Module, config: Config) -> dict[str, int]:
     """Parameters and forward multiply-adds per word of a plain model, as Shazeer et al. 2017 count them (Table 7)."""
     named = dict(model.named_parameters())
-    inner = {name: p for name, p in named.items() if not name.startswith(OUTSIDE)}
-    layers = [name for name, module in model.named_modules() if isinstance(module, MoE)]
-    expert = {name for name in inner if any(name.startswith(f"{layer}.experts.") for layer in layers)}
-    # a matrix costs a multiply-add per element, an expert's only for the k of num_experts that a word visits
-    matrices = sum(p.numel() for name, p in inner.items() if name not in expert and p.dim() > 1)
-    active_experts = sum(
-        p.numel() * config.model.moe.k // config.model.moe.num_experts for name, p in inner.items() if name in expert
-    )
+    inner = {name: p.numel() for name, p in named.items() if not name.startswith(OUTSIDE)}
+    # a matrix costs a multiply-add per element, those of experts and groups only for the part that a word visits
+    active = {name: Fraction(1) if named[name].dim() > 1 else Fraction(0) for name in inner}
+    moe, expert_parameters = config.model.moe, 0
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, MoE):
+            for prefix, module in layer.experts.named_modules(prefix=f"{layer_name}.experts"):
+                for key, p in module.named_parameters(recurse=False):
+                    chosen = moe.k if moe.num_groups is None or isinstance(module, GroupProjection) else moe.k**2
+                    active[f"{prefix}.{key}"] = Fraction(chosen, p.shape[0])
+                    expert_parameters += p.numel()
     return {
         "parameters": sum(p.numel() for p in named.values()),
-        "parameters_without_embedding_and_softmax": sum(p.numel() for p in inner.values()),
-        "expert_parameters": sum(inner[name].numel() for name in expert),
-        "ops_per_timestep": matrices + active_experts,
+        "parameters_without_embedding_and_softmax": sum(inner.values()),
+        "expert_parameters": expert_parameters,
+        "ops_per_timestep": int(sum(numel * active[name] for name, numel in inner.items())),
     }
 
 
@@ -41,7 +46,10 @@ def table(config: Config, layout: Layout, ds: dict[str, Any], count: dict[str, i
         ("micro-batch per rank", f"{layout.samples_per_rank} samples, {layout.accumulation} per step"),
     ]
     if count["expert_parameters"]:
-        rows += [("experts", f"{moe.num_experts} in all, {moe.num_experts // ep} per rank, {moe.k} per word")]
+        chosen = moe.k if moe.num_groups is None else moe.k**2
+        rows += [("experts", f"{moe.num_experts} in all, {moe.num_experts // ep} per rank, {chosen} per word")]
+    if count["expert_parameters"] and moe.num_groups is not None:
+        rows += [("groups of experts", f"{moe.num_groups} in all, {moe.num_groups // ep} per rank, {moe.k} per word")]
     rows += [
         ("parameters", f"{count['parameters']:,}"),
         ("without embedding, softmax", f"{count['parameters_without_embedding_and_softmax']:,}"),

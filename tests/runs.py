@@ -62,8 +62,9 @@ class Run:
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole masters by name, experts stacked by global id."""
         whole = {name: t.detach().clone() for name, t in self.engine.dense_state() if "exp_avg" not in name}
-        for name, expert in self.optimizer.experts.items():
-            parts = [torch.empty_like(expert.master_eDF) for _ in range(self.mesh.ep.size)]
-            dist.all_gather(parts, expert.master_eDF, group=self.mesh.ep.group)
+        mine = {name: expert.master_eDF for name, expert in self.optimizer.experts.items()}
+        for name, part in (mine | {name: p.detach() for name, p in self.model.gates.items()}).items():
+            parts = [torch.empty_like(part) for _ in range(self.mesh.ep.size)]
+            dist.all_gather(parts, part, group=self.mesh.ep.group)
             whole[name] = torch.cat(parts)
         return whole

@@ -137,7 +137,16 @@ def test_an_unknown_ds_config_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "ops"), [("moe_32", 37.8e6, 8.4e6), ("moe_1_wide", 8.4e6, 8.4e6)]
+    ("name", "parameters", "ops"),
+    [
+        ("moe_4", 8.4e6, 8.4e6),
+        ("moe_32", 37.8e6, 8.4e6),
+        ("moe_256", 272.9e6, 8.6e6),
+        ("moe_256_h", 272.9e6, 8.4e6),
+        ("moe_1024_h", 1079.0e6, 8.5e6),
+        ("moe_4096_h", 4303.4e6, 8.9e6),
+        ("moe_1_wide", 8.4e6, 8.4e6),
+    ],
 )  # Table 7
 def test_parameters_and_ops_are_the_papers(name: str, parameters: float, ops: float) -> None:
     config = configs.get(name)
@@ -194,6 +203,13 @@ def check_one_line(stderr: str, says: str) -> None:
 def test_list_and_dry_run() -> None:
     listed = train("--list")
     assert listed.returncode == 0 and all(name in listed.stdout for name in configs.CONFIGS)
+    dry = train("moe_256_h", "--dry-run", "--json", "--set", "batch.samples=64")
+    assert dry.returncode == 0
+    said = json.loads(dry.stdout)
+    assert (said["world"], said["samples"]) == (1, 64)
+    # experts 256 x 2 x 512 x 1024, LSTMs 2 x (8 x 512 x 512 + 8 x 512), primary gate 2 x 512 x 16, others 16 times that
+    parameters = 268_435_456 + 4_202_496 + 16_384 + 262_144
+    assert said["parameters_without_embedding_and_softmax"] == parameters
     dry = train("moe_32", "--dry-run")
     assert dry.returncode == 0 and "32 in all, 32 per rank, 4 per word" in dry.stdout
 

@@ -1,5 +1,6 @@
 """The layout is not part of the result: ZeRO 0 to 3 x world 1, 2, 4 x every ep x accumulation 1, 2."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ def one_rank(small_text: Path) -> Result:
     return run_distributed(train, 1, str(small_text), [(1, 0, 1)])[0][0]
 
 
-def train(text: str, layouts: list[tuple[int, int, int]]) -> list[Result]:
+def train(text: str, layouts: list[tuple[int, int, int]], more: Sequence[str] = ()) -> list[Result]:
     """Trains under each (ep, zero, accumulation) and tells norms, losses, weights and this rank's bytes."""
     meshes.join()
     results = []
     for ep, zero, accumulation in layouts:
         sets = [f"mesh.ep={ep}", f"zero={zero}", f"batch.accumulation={accumulation}", f"data.text={text}"]
-        run = Run(tiny(*sets)).steps(0, STEPS)
+        run = Run(tiny(*sets, *more)).steps(0, STEPS)
         weights = run.weights()
         keep = weights if run.mesh.is_main else None
         results.append({"norms": run.norms, "losses": run.losses, "weights": keep, "bytes": bytes_of(run)})
@@ -79,6 +80,18 @@ def check_bytes(mine: dict[str, int], whole: dict[str, int], world: int, ep: int
         where
     )
     assert mine["dense parameters"] == pytest.approx(whole["dense parameters"] / parameter_shards, rel=0.01), where
+
+
+HIERARCHICAL = ["model.moe.num_experts=16", "model.moe.num_groups=4"]
+
+
+@pytest.mark.timeout(200)
+def test_hierarchical_layouts_agree(small_text: Path) -> None:
+    reference = run_distributed(train, 1, str(small_text), [(1, 0, 1)], HIERARCHICAL)[0][0]
+    layouts = [(ep, zero, acc) for ep in (1, 2, 4) for zero, acc in ((1, 2), (3, 1))]
+    for got, where in zip(run_distributed(train, 4, str(small_text), layouts, HIERARCHICAL)[0], layouts, strict=True):
+        assert got["norms"] == pytest.approx(reference["norms"], rel=1e-5), where
+        assert deviation(got["weights"], reference["weights"]) < 1e-5, where
 
 
 @pytest.mark.timeout(200)

@@ -44,9 +44,40 @@ def _billion_words(name: str, model: ModelConfig) -> Config:
     )
 
 
+def _moe(num_experts: int, num_groups: int | None = None, dropout: float = 0.1) -> ModelConfig:
+    """Experts of 1,024 units: 4 of a flat layer per word, or 2 in each of 2 groups."""
+    moe = MoEConfig(num_experts=num_experts, num_groups=num_groups, k=2 if num_groups else 4)
+    return ModelConfig(dropout=dropout, moe=moe)
+
+
+def moe_4() -> Config:
+    """MoE-4 of Table 7: 4 experts, all for every word. 8.4M ops per timestep, 8.4M parameters."""
+    return _billion_words("moe_4", _moe(4))
+
+
 def moe_32() -> Config:
     """MoE-32 of Table 7: 32 experts of 1,024 units, 4 for every word. 8.4M ops per timestep, 37.8M parameters."""
-    return _billion_words("moe_32", ModelConfig(moe=MoEConfig(num_experts=32)))
+    return _billion_words("moe_32", _moe(32))
+
+
+def moe_256() -> Config:
+    """MoE-256 of Table 7, flat. 8.6M ops per timestep, 272.9M parameters."""
+    return _billion_words("moe_256", _moe(256))
+
+
+def moe_256_h() -> Config:
+    """MoE-256-h of Table 7: 16 groups of 16 experts. 8.4M ops per timestep, 272.9M parameters."""
+    return _billion_words("moe_256_h", _moe(256, 16))
+
+
+def moe_1024_h() -> Config:
+    """MoE-1024-h of Table 7: 16 groups of 64 experts. 8.5M ops per timestep, 1,079M parameters."""
+    return _billion_words("moe_1024_h", _moe(1024, 16, dropout=0.2))
+
+
+def moe_4096_h() -> Config:
+    """MoE-4096-h of Table 7: 16 groups of 256 experts. 8.9M ops per timestep, 4,303.4M parameters."""
+    return _billion_words("moe_4096_h", _moe(4096, 16, dropout=0.2))
 
 
 def moe_1_wide() -> Config:
@@ -54,4 +85,4 @@ def moe_1_wide() -> Config:
     return _billion_words("moe_1_wide", ModelConfig(middle="ffn", ffn_hidden=4096))
 
 
-CONFIGS = (lstm_moe_demo, lstm_wide_demo, moe_32, moe_1_wide)
+CONFIGS = (lstm_moe_demo, lstm_wide_demo, moe_4, moe_32, moe_256, moe_256_h, moe_1024_h, moe_4096_h, moe_1_wide)

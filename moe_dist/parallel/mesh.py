@@ -142,11 +142,12 @@ def lay_out(config: Config, world: int) -> Layout:
     """The layout of `config` on `world` ranks. Where there is none, ValueError names the nearest legal number."""
     batch, ep = config.batch, config.mesh.ep
     check_ep(ep, world)
-    if config.model.middle == "moe" and config.model.moe.num_experts % ep:
-        raise ValueError(
-            f"model.moe.num_experts={config.model.moe.num_experts} is not a multiple of mesh.ep={ep}; "
-            f"nearest: {_nearest_multiple(config.model.moe.num_experts, ep)}"
-        )
+    if config.model.middle == "moe":
+        moe = config.model.moe
+        key, spread = ("num_experts", moe.num_experts) if moe.num_groups is None else ("num_groups", moe.num_groups)
+        if spread < 1 or spread % ep:
+            nearest = _nearest_multiple(spread, ep)
+            raise ValueError(f"model.moe.{key}={spread} is not a multiple of mesh.ep={ep}; nearest: {nearest}")
     if batch.accumulation < 1:
         raise ValueError(f"batch.accumulation={batch.accumulation}: at least 1")
     parts = batch.accumulation * world
