@@ -42,7 +42,7 @@ def main(run: Run) -> None:
         if run.checkpoint:
             checkpoint.load(run.checkpoint, engine, task, mesh)
 
-    meter = Meter(mesh)
+    meter = Meter(mesh, layout)
     with Metrics(folder, asdict(config), enabled=mesh.is_main and not run.evaluate, wandb_mode=config.wandb.mode,
                  total_steps=config.steps, start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
         for step in () if run.evaluate else range(run.first_step + 1, config.steps + 1):

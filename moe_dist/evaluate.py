@@ -11,7 +11,7 @@ from moe_dist.parallel.mesh import Mesh
 @torch.no_grad()
 def evaluate(engine: Any, task: Any, split: str, mesh: Mesh) -> dict[str, Any]:
     """{"SPLIT/loss": nats per word, "SPLIT/perplexity"}. A collective: all ranks must call it."""
-    meter = Meter(mesh)
+    meter = Meter(mesh, task.layout)
     training = task.state
     task.start(training[0][0][0].dtype)
     for batches in task.evaluation(split):

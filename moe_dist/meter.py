@@ -10,14 +10,14 @@ import torch
 
 from moe_dist.layer import LayerStats
 from moe_dist.parallel.collectives import sum_over
-from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.mesh import Layout, Mesh
 
 
 class Meter:
     """Adds up what micro-batches tell; `read` gives the means over all ranks since the last reading."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, layout: Layout) -> None:
+        self.mesh, self.layout = mesh, layout
         self._clear()
 
     def _clear(self) -> None:
@@ -61,7 +61,7 @@ class Meter:
             values["words_per_second"] = words / self.seconds
             values["exchange_bytes_per_step"] = total["sent"].item() / self.steps
             if "balance" in total:
-                values["train/balance_loss"] = total["balance"].item() / self.steps
+                values["train/balance_loss"] = total["balance"].item() / (self.steps * self.layout.num_balance_groups)
             for name in [key.removesuffix("/load") for key in total if key.endswith("/load")]:
                 values |= _layer(f"moe/{name}", total[f"{name}/importance"], total[f"{name}/load"])
                 values[f"moe/{name}/dropped"] = total[f"{name}/dropped"].item() / self.steps
@@ -84,8 +84,12 @@ def perplexity(loss: float) -> float:
 
 
 def _layer(prefix: str, importance_E: torch.Tensor, load_E: torch.Tensor) -> dict[str, float | list[float]]:
-    """Importance and load by expert, their coefficients of variation, and the largest load over the mean."""
+    """Importance and load by expert, their coefficients of variation, the largest load and the 10th, 50th and 90th
+    percentile over the mean, and how many experts got no row."""
+    percentiles = (load_E / load_E.mean()).quantile(load_E.new_tensor([0.1, 0.5, 0.9])).tolist()
     return {
+        **{f"{prefix}/p{p}_over_mean_load": value for p, value in zip((10, 50, 90), percentiles, strict=True)},
+        f"{prefix}/dead_experts": int((load_E == 0).sum().item()),
         f"{prefix}/importance": importance_E.tolist(),
         f"{prefix}/load": load_E.tolist(),
         f"{prefix}/cv_importance": (importance_E.std(correction=0) / importance_E.mean()).item(),

@@ -92,8 +92,7 @@ class LanguageModel:
         """
         nll, state, stats = engine(batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx)
         self.state[batch.micro] = tuple(tuple(t.detach() for t in lstm) for lstm in state)
-        num_groups = self.layout.samples // self.layout.samples_per_balance_group
-        balance = sum(s.balance_loss for s in stats.values()) / num_groups
+        balance = sum(s.balance_loss for s in stats.values()) / self.layout.num_balance_groups
         return nll / words.to(nll.dtype) + balance, nll, stats
 
     def evaluation(self, split: str) -> Iterator[list[Batch]]:

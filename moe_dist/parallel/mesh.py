@@ -128,6 +128,11 @@ class Layout:
         """Of one micro-batch."""
         return self.samples_per_micro_batch // self.world
 
+    @property
+    def num_balance_groups(self) -> int:
+        """Of the whole batch."""
+        return self.samples // self.samples_per_balance_group
+
     def first_sample(self, micro: int) -> int:
         """Global index of the first sample of micro-batch `micro`."""
         return micro * self.samples_per_micro_batch
