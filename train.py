@@ -13,6 +13,8 @@ CPU with gloo or CUDA with NCCL, whatever is there.
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from moe_dist import checkpoint, report
 from moe_dist.cli import Run, plain_errors, plan, result_lines
@@ -33,19 +35,32 @@ def main(run: Run) -> None:
         layout = meshes.lay_out(config, mesh.dp.size)
         task = TASKS[config.task](config, layout, mesh, run.vocabulary())
         model = parallelize(task.plain_model(config), mesh, config.seed, compute_dtype(ds))
-        optimizer = Optimizer(
-            model.dense.parameters(), model.experts, model.gates, config.optim, mesh, ds["zero_optimization"]["stage"]
-        )
+        stage = ds["zero_optimization"]["stage"]
+        optimizer = Optimizer(model.dense.parameters(), model.experts, model.gates, config.optim, mesh, stage)
         engine = Engine(model.dense, optimizer, ds, layout)
         task.start(compute_dtype(ds))
-        folder = run.open(mesh)
         if run.checkpoint:
             checkpoint.load(run.checkpoint, engine, task, mesh)
+        folder = run.open(mesh)
 
-    meter = Meter(mesh, layout)
-    with Metrics(folder, asdict(config), enabled=mesh.is_main and not run.evaluate, wandb_mode=config.wandb.mode,
-                 total_steps=config.steps, start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
-        for step in () if run.evaluate else range(run.first_step + 1, config.steps + 1):
+    if run.evaluate:
+        result = evaluate(engine, task, "test", mesh)
+    else:
+        result = train(run, folder, task, engine, optimizer, layout, mesh)
+        if mesh.is_main:
+            report.write_report(folder)
+    if mesh.is_main:
+        print(result_lines(run, result, task.unigram_perplexity()))
+    meshes.stop()
+
+
+def train(
+    run: Run, folder: Path, task: Any, engine: Engine, optimizer: Optimizer, layout: meshes.Layout, mesh: meshes.Mesh
+) -> dict[str, float]:
+    config, meter, result = run.config, Meter(mesh, layout), {}
+    with Metrics(folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
+                 start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
+        for step in range(run.first_step + 1, config.steps + 1):
             with meter.step():
                 lr = learning_rate(config.optim, step)
                 optimizer.begin(lr)
@@ -59,20 +74,16 @@ def main(run: Run) -> None:
             if step % config.log_every == 0 or last:
                 line = meter.read() | {"train/lr": lr, "train/grad_norm": optimizer.norm}
                 metrics.progress(step, headline(line))
-                metrics.log(step, line)
+                metrics.log(step, line | {"train/skipped_steps": step - optimizer.updates})
             if step % config.eval_every == 0 or last:
                 metrics.log(step, evaluate(engine, task, "valid", mesh))
+            if last:
+                result = evaluate(engine, task, "test", mesh)
+                metrics.log(step, result)
             if step % config.save_every == 0 or last:
                 state = {"wandb_id": metrics.wandb_id, "vocabulary": task.vocabulary.words}
                 checkpoint.save(folder, step, engine, task, mesh, state, config.keep_checkpoints)
-        result = evaluate(engine, task, "test", mesh)
-        metrics.log(config.steps, result)
-
-    if mesh.is_main:
-        if not run.evaluate:
-            report.write_report(folder)
-        print(result_lines(run, result, task.unigram_perplexity()))
-    meshes.stop()
+    return result
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe_dist.cli import given
 from moe_dist.configs import get
 from moe_dist.metrics import read_metrics
 
@@ -31,8 +31,7 @@ SEEDS = (0, 1, 2)
 def train(arm: str, lr: float, seed: int) -> Path:
     """One run in one process; a finished one is not run again."""
     folder = RUNS / f"{arm}-{lr:g}-{seed}"
-    done = folder / "checkpoints" / f"step_{get(arm).steps:08d}"
-    if not done.exists():
+    if not finished(folder):
         sets = [f"optim.lr={lr}", f"seed={seed}", "wandb.mode=off", f"save_every={get(arm).steps}"]
         command = [sys.executable, "train.py", arm, "--folder", str(folder), *(p for s in sets for p in ("--set", s))]
         shutil.rmtree(folder, ignore_errors=True)
@@ -45,11 +44,16 @@ def train(arm: str, lr: float, seed: int) -> Path:
     return folder
 
 
+def finished(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() and any("test/perplexity" in line for line in read_metrics(folder))
+
+
 def last(folder: Path, key: str) -> float:
     return [line[key] for line in read_metrics(folder) if key in line][-1]
 
 
 def main() -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     with ThreadPoolExecutor(2) as pool:
         grid = {(arm, lr): pool.submit(train, arm, lr, 0) for lr in GRID for arm in ARMS}
         valid = {arm: {lr: last(grid[arm, lr].result(), "valid/perplexity") for lr in GRID} for arm in ARMS}
@@ -64,14 +68,12 @@ def main() -> None:
                 "valid_perplexity": [last(folder, "valid/perplexity") for folder in folders],
                 "test_perplexity": [last(folder, "test/perplexity") for folder in folders],
             }
-    config = asdict(get(ARMS[0]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     result = {
         "command": "python experiments/lstm_moe_demo.py",
         "commit": commit.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU, float32",
         "seeds": SEEDS,
-        "given": {key: config[key] for key in ("steps", "data", "batch")},
+        "given": given(get(ARMS[0])),
         "arms": arms,
     }
     RESULT.parent.mkdir(exist_ok=True)

@@ -5,7 +5,7 @@
                               experts/NAME, experts/NAME.row, experts/NAME.column     row i belongs to global expert i
                               gates/NAME, with .exp_avg and .exp_avg_sq               row i belongs to global group i
                               task/hidden_state                                       column i belongs to global lane i
-        state.json            step, wandb run id, vocabulary
+        state.json            step, updates (steps not skipped), wandb run id, vocabulary
 
 Every rank writes its part (torch.distributed.checkpoint, safetensors: nothing in it is ever executed). A checkpoint is
 written beside and renamed when whole.
@@ -50,7 +50,7 @@ def save(run: Path, step: int, engine: Engine, task: Any, mesh: Mesh, state: dic
 
     `state`: what else to keep, JSON.
     """
-    tensors = _expert_tensors(engine.optimizer, mesh, step)
+    tensors = _expert_tensors(engine.optimizer, mesh)
     for i, (key, tensor) in enumerate(engine.dense_state()):
         if mesh.owns(i):  # each rank keeps and writes a share of the whole tensors
             tensors[f"dense/{key}"] = tensor.cpu()
@@ -62,37 +62,35 @@ def save(run: Path, step: int, engine: Engine, task: Any, mesh: Mesh, state: dic
     if mesh.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}))
+        (partial / "state.json").write_text(json.dumps({"step": step, "updates": engine.optimizer.updates, **state}))
     barrier()
     dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
     barrier()
     if mesh.is_main:
-        if final.exists():
-            shutil.rmtree(final)
         partial.rename(final)
-        for old in sorted(final.parent.glob("step_????????"))[: -max(1, keep)]:
+        for old in sorted(final.parent.glob("step_????????"))[:-keep]:
             shutil.rmtree(old)
     barrier()
 
 
 def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh) -> None:
     """Fills parameters, masters, optimizer state and the task's state, on any layout. A collective."""
-    optimizer, step = engine.optimizer, read_state(checkpoint)["step"]
-    experts = _expert_tensors(optimizer, mesh, step)  # share storage with the optimizer's own
+    optimizer = engine.optimizer
+    optimizer.updates = read_state(checkpoint)["updates"]
+    experts = _expert_tensors(optimizer, mesh)  # share storage with the optimizer's own
     dense = engine.empty_dense_state()
     task_state = {key: torch.empty_like(t, device="cpu") for key, t in task.save_state().items()}
     tensors = experts | {f"dense/{k}": t for k, t in dense.items()} | {f"task/{k}": t for k, t in task_state.items()}
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
-    engine.load_dense_state(dense, step)
-    optimizer.expert_steps = step
+    engine.load_dense_state(dense, optimizer.updates)
     for expert in optimizer.experts.values():
         expert.round_master()
     task.load_state(task_state)
 
 
-def _expert_tensors(optimizer: Optimizer, mesh: Mesh, step: int) -> dict[str, Any]:
+def _expert_tensors(optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
     """Views of what belongs to experts and groups as shards of the global stack: replicas along edp are one."""
-    named = {f"gates/{name}": tensor for name, tensor in optimizer.gates.tensors(step).items()}
+    named = {f"gates/{name}": tensor for name, tensor in optimizer.gates.tensors(optimizer.updates).items()}
     for name, expert in optimizer.experts.items():
         key = f"experts/{name}"
         named |= {key: expert.master_eDF, f"{key}.row": expert.row_eD, f"{key}.column": expert.column_eF}

@@ -6,6 +6,7 @@ RUN/config.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report/*.png  RUN/wand
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -17,9 +18,11 @@ from statistics import mean
 from typing import Any
 
 from moe_dist import checkpoint, configs
-from moe_dist.config import Config, check, from_json, override, to_json
+from moe_dist.config import Config, check, dotted_keys, from_json, nearest, override, to_json
 from moe_dist.data.text import Vocabulary
 from moe_dist.engine import read_ds_config
+from moe_dist.metrics import FILE_NAME as METRICS
+from moe_dist.metrics import read_metrics
 from moe_dist.parallel.collectives import from_main
 from moe_dist.parallel.mesh import Mesh, lay_out, world_size
 from moe_dist.summary import counts, table
@@ -55,12 +58,13 @@ class Run:
         return Vocabulary(tuple(self.saved["vocabulary"])) if self.checkpoint else None
 
     def open(self, mesh: Mesh) -> Path:
-        """Makes the run folder, the same on every rank, and writes the config into it."""
+        """Makes the run folder, the same on every rank, and writes the config into it (beside, then renamed)."""
         name = Path("runs") / f"{self.config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.folder = from_main(self.folder or name)
         if mesh.is_main and not self.evaluate:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(to_json(self.config))
+            (self.folder / "config.json.new").write_text(to_json(self.config))
+            (self.folder / "config.json.new").rename(self.folder / "config.json")
         return self.folder
 
 
@@ -78,20 +82,34 @@ def plan(argv: list[str], doc: str | None) -> Run:
     args = parser.parse_args(argv)
     if args.list:
         for name, make in sorted(configs.CONFIGS.items()):
-            print(f"{name:<20}{(make.__doc__ or '').splitlines()[0]}")
+            _say(f"{name:<20}{(make.__doc__ or '').splitlines()[0]}")
         sys.exit(0)
     with plain_errors():
         run = _resolve(args)
         check(run.config)
+        if run.config.task not in TASKS:
+            raise ValueError(f"task={run.config.task!r}; {nearest(run.config.task, TASKS)}")
         layout = lay_out(run.config, world_size())
         count = counts(TASKS[run.config.task].plain_model(run.config), run.config)
     layout_json = {"config": run.config.name, **asdict(layout), "ep": run.config.mesh.ep, **count}
-    if os.environ.get("RANK", "0") == "0":
-        as_json = args.dry_run and args.json
-        print(json.dumps(layout_json) if as_json else table(run.config, layout, run.ds_config, count), flush=True)
+    as_json = args.dry_run and args.json
+    _say(json.dumps(layout_json) if as_json else table(run.config, layout, run.ds_config, count))
     if args.dry_run:
         sys.exit(0)
     return run
+
+
+def _say(text: str) -> None:
+    """Prints on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+# what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
+MAY_CHANGE = (
+    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "ds_config", "zero", "compare", "mesh.ep",
+    "batch.accumulation", "optim.", "wandb.",
+)  # fmt: skip
 
 
 def _resolve(args: argparse.Namespace) -> Run:
@@ -105,7 +123,22 @@ def _resolve(args: argparse.Namespace) -> Run:
         return Run(config, read_ds_config(config), args.folder)
     if not (earlier / "config.json").is_file():
         raise ValueError(f"{earlier}: not a run folder (no config.json)")
-    config = override(from_json((earlier / "config.json").read_text()), args.set)
+    try:
+        config = from_json((earlier / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{earlier / 'config.json'}: {error}") from None
+    for key in (text.partition("=")[0] for text in args.set):
+        if key in dotted_keys() and not key.startswith(MAY_CHANGE):
+            raise ValueError(
+                f"--set {key}: {earlier} cannot go on with another; what may change: {', '.join(MAY_CHANGE)}"
+            )
+    if world_size() % config.mesh.ep:  # the layout is no part of the result, so any that fits will do
+        ep = math.gcd(config.mesh.ep, world_size())
+        _say(f"mesh.ep={ep}: {earlier} was trained with {config.mesh.ep}, which does not divide {world_size()} ranks")
+        config = override(config, [f"mesh.ep={ep}"])
+    config = override(config, args.set)
+    if args.resume and (earlier / METRICS).exists():
+        read_metrics(earlier)
     run = Run(config, read_ds_config(config), earlier, checkpoint.latest(earlier), evaluate=bool(args.evaluate))
     if not run.evaluate and run.saved["step"] >= config.steps:
         raise ValueError(f"{earlier}: has all of its {config.steps} steps; --set steps=N goes on to more")
@@ -114,12 +147,17 @@ def _resolve(args: argparse.Namespace) -> Run:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistake, found before any work, is one line (on rank 0) and exit status 2."""
+    """A user's mistake, found before any work, is one line and exit status 2.
+
+    Rank 0 speaks first, and its end ends the others; one that alone found a mistake is heard a little later.
+    """
     try:
         yield
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(3)
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -127,18 +165,22 @@ def result_lines(run: Run, result: dict[str, float], unigram: float) -> str:
     """The test perplexity beside the unigram model's and, where the config names kept metrics, the baseline's."""
     lines = [f"test perplexity {result['test/perplexity']:.2f}    unigram model {unigram:.1f}"]
     if run.config.compare:
-        lines += _baseline(run.config, Path(run.config.compare))
+        lines += _baseline(run.config, Path(__file__).parent.parent / run.config.compare)
     return "\n".join([*lines, f"run folder: {run.folder}"])
+
+
+def given(config: Config) -> dict[str, Any]:
+    """What two models must share for their results to be compared: text, words and steps, not the layout."""
+    return {"steps": config.steps, "data": asdict(config.data), "words": config.batch.samples * config.batch.timesteps}
 
 
 def _baseline(config: Config, kept_file: Path) -> list[str]:
     if not kept_file.is_file():
-        return [f"no kept metrics {kept_file} to compare with"]
+        return [f"no kept metrics {config.compare} to compare with"]
     kept = json.loads(kept_file.read_text())
-    given = {key: asdict(config)[key] for key in ("steps", "data", "batch")}
-    if given != kept["given"]:
-        return [f"not comparable with {kept_file}: other data, batch or steps"]
-    lines = [f"kept runs of the same data and steps, each at its own best learning rate ({kept_file}):"]
+    if given(config) != kept["given"]:
+        return [f"not comparable with {config.compare}: other data, batch or steps"]
+    lines = [f"kept runs of the same data and steps, each at its own best learning rate ({config.compare}):"]
     for name, arm in kept["arms"].items():
         seeds = arm["test_perplexity"]
         each = ", ".join(f"{p:.2f}" for p in seeds)

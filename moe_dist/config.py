@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the ranks are used; the only part of a config that may not change the result."""
+    """How the ranks are used; like the ZeRO stage and the accumulation, no part of the result."""
 
     ep: int = 1  # expert-parallel degree: ranks that share one set of experts
 
@@ -112,9 +112,8 @@ class Config:
 
 WANDB_MODES = ("online", "offline", "off")
 AT_LEAST_ONE = (
-    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "mesh.ep", "data.vocabulary_size",
-    "model.dim", "model.ffn_hidden", "model.moe.num_experts", "model.moe.hidden", "batch.samples", "batch.timesteps",
-    "batch.accumulation", "batch.samples_per_token_group",
+    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "data.vocabulary_size", "model.dim",
+    "model.ffn_hidden", "model.moe.num_experts", "model.moe.hidden", "batch.timesteps",
 )  # fmt: skip
 
 
@@ -130,6 +129,11 @@ def check(config: Config) -> None:
     for key in ("optim.lr", "optim.eps", "optim.clip_norm", "model.moe.capacity_factor"):
         if (value := _get(config, key)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value}: a positive number")
+    for key in ("model.moe.w_importance", "model.moe.w_load"):
+        if not 0 <= (value := _get(config, key)) < float("inf"):
+            raise ValueError(f"{key}={value}: 0 or more")
+    if config.save_every % config.log_every:  # else a resumed run's first line would hold fewer steps
+        raise ValueError(f"save_every={config.save_every} is not a multiple of log_every={config.log_every}")
     if config.wandb.mode not in WANDB_MODES:
         raise ValueError(f"wandb.mode={config.wandb.mode!r}; {nearest(config.wandb.mode, WANDB_MODES)}")
 
@@ -189,19 +193,24 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Inverse of `to_json`. Raises ValueError for an unknown or missing key, naming it."""
+    """Inverse of `to_json`. Raises ValueError for text that is no config, naming the field."""
     return _build(Config, json.loads(text), "")
 
 
-def _build(cls: Any, values: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for name in values:
+def _build(cls: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {prefix.rstrip('.') or 'the whole'} is {values!r}, expected an object")
+    hints, fields = typing.get_type_hints(cls), {}
+    for name, value in values.items():
         if name not in hints:
             raise ValueError(f"config: no field {prefix + name!r}; {nearest(name, hints)}")
-    nested = {
-        n: _build(hints[n], v, f"{prefix}{n}.") if dataclasses.is_dataclass(hints[n]) else v for n, v in values.items()
-    }
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            value = _build(kind, value, f"{prefix}{name}.")
+        elif not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
+            raise ValueError(f"config: {prefix}{name}={value!r}, expected {getattr(kind, '__name__', kind)}")
+        fields[name] = value
     try:
-        return cls(**nested)
+        return cls(**fields)
     except TypeError as error:
         raise ValueError(f"config: {error}") from None

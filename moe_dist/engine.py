@@ -94,15 +94,13 @@ class Engine:
             "steps_per_print": None,
             "zero_optimization": zero,
         }
+        if compute_dtype(ds) == torch.bfloat16 and self.stage >= 2:  # 0 and 1 add micro-batches up in float32 anyway
+            full |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         self.names = {name: p for name, p in model.named_parameters()}
         self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=full)
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
-
-    @property
-    def module(self) -> Any:
-        return self.engine.module
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of this rank's part of one micro-batch's loss. Gradients are summed over ranks and micro-batches;
@@ -139,11 +137,11 @@ class Engine:
         keys = ((key, p) for name, p in self.names.items() for key in (name, *(f"{name}.{m}" for m in MOMENTS)))
         return {key: torch.empty(self.shape(p), dtype=torch.float32) for key, p in keys}
 
-    def load_dense_state(self, state: dict[str, torch.Tensor], step: int) -> None:
-        """Inverse of `dense_state`, after `step` optimizer steps: parameters, their masters and Adam's moments."""
+    def load_dense_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
+        """Inverse of `dense_state`, after `updates` updates: parameters, their masters and Adam's moments."""
         for flat in self.flat():  # as torch's fused Adam makes it at its first step
             self.optimizer.state[flat] = {m: torch.zeros_like(flat) for m in MOMENTS}
-            self.optimizer.state[flat]["step"] = torch.tensor(float(step), device=flat.device)
+            self.optimizer.state[flat]["step"] = torch.tensor(float(updates), device=flat.device)
         fragment = self.deepspeed.utils
         if self.stage in (1, 2):  # lets the safe_* functions find the moments, as after a first step
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -56,7 +56,7 @@ class Optimizer(torch.optim.Adam):
         self.experts = {name: ExpertState(p) for name, p in experts.items()}
         self.gates = GateState(gates, config)
         self.config, self.mesh, self.zero = config, mesh, zero
-        self.expert_steps = 0
+        self.updates = 0  # steps that were not skipped
         self.norm = math.nan  # of the last step, before clipping; not a number where DeepSpeed refused to step
         self.begun = False
 
@@ -95,9 +95,9 @@ class Optimizer(torch.optim.Adam):
         if gradients:
             torch._foreach_mul_(gradients, factor)
         super().step()
-        self.expert_steps += 1
+        self.updates += 1
         for state, row_square_eD in zip(states, row_squares, strict=True):
-            state.update(row_square_eD, factor / world, group["lr"], self.expert_steps, self.config)
+            state.update(row_square_eD, factor / world, group["lr"], self.updates, self.config)
         self.gates.update(factor / world, group["lr"])
 
 

@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moe_dist"
 
@@ -82,9 +84,11 @@ def test_only_collectives_call_all_to_all() -> None:
 
 
 def branches(path: Path) -> list[str]:
-    """Source of every condition of an if, a while, a conditional expression or a comprehension."""
+    """Source of every condition of an if, a while, a conditional expression, an assertion, a match or a
+    comprehension."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    tests = [n.test for n in nodes if isinstance(n, ast.If | ast.While | ast.IfExp)]
+    tests = [n.test for n in nodes if isinstance(n, ast.If | ast.While | ast.IfExp | ast.Assert)]
+    tests += [n.subject for n in nodes if isinstance(n, ast.Match)]
     tests += [test for n in nodes if isinstance(n, ast.comprehension) for test in n.ifs]
     return [ast.unparse(test) for test in tests]
 
@@ -112,18 +116,33 @@ def test_the_branch_finder_finds_one(tmp_path: Path) -> None:
 
 
 UNKEYED = re.compile(
-    r"torch\.(rand|randn|randint|randperm|normal|bernoulli|multinomial|manual_seed)\b|nn\.Dropout|F\.dropout|dropout_p"
-    r"|LSTM\([^)]*dropout|\brandom\.(random|shuffle|choice|seed|randint)|np\.random|\.(bernoulli_|normal_|exponential_)\("
+    r"torch\.(rand|randn|randint|randperm|normal|bernoulli|multinomial|poisson|manual_seed)(_like)?\b|Dropout|F\.dropout"
+    r"|functional\.\w*dropout|dropout_p|LSTM\([^)]*dropout|\brandom\.\w+\(|np\.random|import random\b"
+    r"|\.(bernoulli|normal|exponential|random|xavier_\w+|kaiming_\w+|trunc_normal|orthogonal|geometric|cauchy)_\("
 )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.randn_like(x)",
+        "torch.nn.functional.dropout(x)",
+        "nn.init.xavier_uniform_(w)",
+        "nn.Dropout(0.1)",
+        "random.shuffle(x)",
+    ],
+)
+def test_the_search_for_randomness_finds_it(line: str) -> None:
+    assert UNKEYED.search(line)
 
 
 def test_no_unkeyed_randomness() -> None:
     """keyed.py makes every random number; parameters.py draws initial weights from its generators."""
-    for path in files():
+    for path in [*files(), ROOT / "train.py"]:
         found = UNKEYED.search(path.read_text())
         assert found is None, f"{path.relative_to(ROOT)}: {found and found.group()}"
-        if part(path) != "parameters":
-            assert ".uniform_(" not in path.read_text(), path
+        if path.name != "parameters.py":
+            assert "uniform_(" not in path.read_text(), path
 
 
 def test_every_named_equation_maps_to_code_and_a_test() -> None:

@@ -66,11 +66,21 @@ def test_json_round_trip_of_every_config(name: str) -> None:
     assert config.name == name and from_json(to_json(config)) == config
 
 
-def test_json_with_an_unknown_key_is_refused() -> None:
-    values = dataclasses.asdict(tiny())
-    values["optim"]["rate"] = 1
-    with pytest.raises(ValueError, match=r"no field 'optim\.rate'"):
-        from_json(json.dumps(values))
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"optim": {"rate": 1}}, "no field 'optim.rate'"),
+        ({"steps": "many"}, "steps='many', expected int"),
+        ({"mesh": 3}, "mesh is 3, expected an object"),
+        ({"data": {"text": 1}}, "data.text=1, expected str"),
+    ],
+)
+def test_a_spoilt_json_is_refused(change: dict, says: str) -> None:
+    with pytest.raises(ValueError) as error:
+        from_json(json.dumps(dataclasses.asdict(tiny()) | change))
+    assert says in str(error.value)
+    with pytest.raises(ValueError, match="expected an object"):
+        from_json("[]")
 
 
 def test_every_field_can_be_set() -> None:
@@ -175,6 +185,11 @@ def test_demo_and_its_baseline_have_equal_ops_and_differ_in_the_middle_alone() -
         (["lstm_moe_demo", "--set", "optim.lr=-1"], "optim.lr=-1.0: a positive number"),
         (["lstm_moe_demo", "--resume", "runs/x"], "give one of"),
         (["--resume", "runs/x"], "not a run folder"),
+        (["lstm_moe_demo", "--set", "task=translate"], "task='translate'"),
+        (["lstm_moe_demo", "--set", "batch.samples_per_balance_group=0"], "samples_per_balance_group=0"),
+        (["lstm_moe_demo", "--set", "model.moe.w_load=nan"], "w_load=nan: 0 or more"),
+        (["lstm_moe_demo", "--set", "save_every=25"], "not a multiple of log_every=10"),
+        (["lstm_moe_demo", "--set", "model.moe.num_groups=5"], "num_groups=5"),
         ([], "give one of"),
     ],
 )
@@ -249,5 +264,8 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
     said = [line for line in done.stdout.splitlines() if line.startswith("test perplexity")]
     assert said == [line for line in again.stdout.splitlines() if line.startswith("test perplexity")]
     assert sorted(run.rglob("*")) == before, "evaluation writes nothing"
+    wrong = train("--resume", str(run), "--set", "steps=40", "--set", "model.dim=32")
+    assert wrong.returncode == 2 and "--set model.dim" in wrong.stderr
+    assert from_json((run / "config.json").read_text()) == tiny(*more), "a refused resume changes nothing"
     taken = train("lstm_moe_demo", "--folder", str(run))
     assert taken.returncode == 2 and "holds a run already" in taken.stderr

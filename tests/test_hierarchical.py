@@ -20,16 +20,32 @@ from reference_hierarchical import Gates, HierarchicalLayer, hierarchical_moe, l
 from runs import Run, tiny
 from test_layouts import deviation
 from test_parity import (
-    DIM, HIDDEN, LAYOUTS, LENGTHS, NEVER, NUM_SAMPLES, SEED, TIMESTEPS, Case, Layout,
-    assert_equal, batch, context, drawn, gathered, gradients,
-)  # fmt: skip
+    DIM,
+    HIDDEN,
+    LAYOUTS,
+    LENGTHS,
+    NEVER,
+    NUM_SAMPLES,
+    SEED,
+    TIMESTEPS,
+    Case,
+    Layout,
+    assert_equal,
+    batch,
+    context,
+    drawn,
+    gathered,
+    gradients,
+)
 from test_parity import NUM_EXPERTS as NUM_GROUPS
 from torch import nn
 
 from moe_dist import checkpoint, keyed
+from moe_dist.config import OptimConfig
 from moe_dist.context import Context
 from moe_dist.gating.topk import NoisyTopK
 from moe_dist.hierarchical import Groups, GroupStats, HierarchicalMoE
+from moe_dist.optim import Optimizer
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallelize import ParallelModel, parallelize
 from moe_dist.parameters import bounds_of, initialize
@@ -41,7 +57,6 @@ PER_GROUP = 3
 NUM_EXPERTS = NUM_GROUPS * PER_GROUP
 BALANCE = {"w_importance": 0.3, "w_load": 0.7}
 SITE = 1  # of the context
-WORLDS = sorted({layout.world for layout in LAYOUTS})
 
 CASES = {
     "k1": Case(k=1),
@@ -91,7 +106,8 @@ def whole_layer(case: Case, **balance: float) -> HierarchicalMoE:
     model.moe = layer(case, **balance)
     model.double()
     for name, bound in bounds_of(model).items():
-        initialize(model.get_parameter(name), name, bound, SEED, range(NUM_EXPERTS) if ".experts." in name else None)
+        p = model.get_parameter(name)
+        initialize(p, name, bound, SEED, range(len(p)) if ".experts." in name else None)
     fill_primary(model.moe.gate)
     with torch.no_grad():
         for name, value in secondary().items():
@@ -118,7 +134,8 @@ def run_layout(layout: Layout) -> dict[str, Any]:
         mesh.ep.sent.clear()
         told["layer"][name] = run_layer(case, layout, mesh)
         told["sent"][name] = dict(mesh.ep.sent)
-    return told | {"narrow": run_narrow(layout, mesh), "gate_elements": gate_elements(mesh)}
+    told |= {"narrow": run_narrow(layout, mesh), "gate_elements": gate_elements(mesh), "step": run_step(mesh)}
+    return told
 
 
 def parallel_layer(case: Case, mesh: meshes.Mesh, dtype: torch.dtype) -> ParallelModel:
@@ -181,9 +198,20 @@ def gate_elements(mesh: meshes.Mesh) -> int:
     return sum(p.numel() for p in [*primary, *model.gates.values()])
 
 
+def run_step(mesh: meshes.Mesh) -> dict[str, Any]:
+    """One optimizer step of a dense parameter and a secondary gate, with gradients that make arithmetic easy."""
+    dense, gate = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1, 1, 2))
+    optimizer = Optimizer([dense], {}, {"gate": gate}, OptimConfig(clip_norm=2.5), mesh, zero=0)
+    optimizer.begin(lr=0.5)
+    dense.grad, gate.grad = torch.tensor([3.0, 4.0]), torch.tensor([[[1.0, -1.0]]]) * (1 + mesh.dp.index)
+    optimizer.step()
+    told = optimizer.gates.tensors(1)
+    return {"norm": optimizer.norm, "gate": gate.flatten().tolist(), "mean": told["gate.exp_avg"].flatten().tolist()}
+
+
 def train_alone(text: str, folder: Path) -> dict[str, Any]:
     run = Run(tiny(*TRAINING, f"data.text={text}")).steps(0, STEPS)
-    return {"weights": weights(run), "norms": run.norms, "losses": run.losses}
+    return {"weights": run.weights(), "norms": run.norms, "losses": run.losses}
 
 
 def train_in_two(text: str, folder: Path) -> dict[str, Any]:
@@ -193,20 +221,20 @@ def train_in_two(text: str, folder: Path) -> dict[str, Any]:
     whole, first, second = Run(config).steps(0, STEPS), Run(config).steps(0, SAVED), Run(config)
     checkpoint.save(folder, SAVED, first.engine, first.task, first.mesh, {}, keep=1)
     checkpoint.load(checkpoint.latest(folder), second.engine, second.task, second.mesh)
-    loaded = all(torch.equal(t, state(second)[k]) for k, t in state(first).items())
+    before, after = state(first), state(second)
     second.steps(SAVED, STEPS)
     moved = Run(tiny(*sets, "mesh.ep=1"))
     checkpoint.load(checkpoint.latest(folder), moved.engine, moved.task, moved.mesh)
     moved.steps(SAVED, STEPS)
     expected, got = state(whole), state(second)
     return {
-        "weights": weights(whole),
+        "weights": whole.weights(),
         "norms": whole.norms,
         "losses": whole.losses,
-        "moved weights": weights(moved),
+        "moved weights": moved.weights(),
         "same": {
-            "loaded": loaded,
-            "keys": expected.keys() == got.keys(),
+            "loaded": all(torch.equal(before[k], after[k]) for k in before),
+            "keys": before.keys() == after.keys() == expected.keys() == got.keys(),
             "state": all(torch.equal(expected[k], got[k]) for k in expected),
             "losses": first.losses + second.losses == whole.losses,
             "norms": first.norms + second.norms == whole.norms,
@@ -224,13 +252,10 @@ def state(run: Run) -> dict[str, torch.Tensor]:
     return whole
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {name: t for name, t in state(run).items() if ".exp_avg" not in name}
-
-
 # what they should have found
 
 
+@functools.cache
 def reference(case: Case) -> tuple[HierarchicalLayer, dict[str, torch.Tensor]]:
     """The layer over the whole batch, and its leaves by the names of their gradients."""
     ctx = context(0, NUM_SAMPLES, case)
@@ -336,7 +361,7 @@ def test_no_rank_holds_a_gate_over_all_experts(ran: tuple[Layout, list[dict[str,
 
 
 def test_secondary_gates_stay_in_float32(ran: tuple[Layout, list[dict[str, Any]]]) -> None:
-    layout, by_rank = ran
+    _, by_rank = ran
     for rank in by_rank:
         narrow = rank["narrow"]
         assert narrow["gates"] == narrow["gate gradients"] == {torch.float32} and narrow["finite"]
@@ -347,6 +372,19 @@ def test_secondary_gates_stay_in_float32(ran: tuple[Layout, list[dict[str, Any]]
 
 
 # training
+
+
+def test_gates_are_in_the_norm_and_under_adam(ran: tuple[Layout, list[dict[str, Any]]]) -> None:
+    """Rank r has a gradient of (1, -1) (1 + r) for its gate; that of the gate is the sum over its replicas, over all
+    ranks. The dense gradient is (3, 4), so norm² = 25 + 2 sum of squares of the gates'."""
+    layout, by_rank = ran
+    gradient = [sum(1 + r for r in range(e, layout.world, layout.ep)) / layout.world for e in range(layout.ep)]
+    norm = (25 + sum(2 * g**2 for g in gradient)) ** 0.5
+    for rank, result in enumerate(by_rank):
+        step, g = result["step"], gradient[rank % layout.ep] * 2.5 / norm  # clipped to 2.5
+        assert step["norm"] == pytest.approx(norm)
+        assert step["mean"] == pytest.approx([0.1 * g, -0.1 * g])  # 1 - beta1 = 0.1
+        assert step["gate"] == pytest.approx([-0.5, 0.5])  # the first step of Adam is the learning rate
 
 
 def test_training_on_two_ranks_is_training_on_one(spawned: Any) -> None:
@@ -499,4 +537,5 @@ def test_cases_are_what_they_say() -> None:
     assert results["evaluation"].load_GE[0].tolist() == pytest.approx(results["evaluation"].rows_E)
     by_group = results["balance_groups"].importance_GE.sum(1)
     assert by_group.tolist() == pytest.approx([6, 0, 5, 7])  # valid tokens of each
-    assert (results["balance_groups"].load_GE[0].view(NUM_GROUPS, -1).sum(1) == 0).sum() > len(NEVER), "empty by chance"
+    one_token_a = results["k1_balance_groups"].load_GE[4].view(NUM_GROUPS, PER_GROUP).sum(1)
+    assert (one_token_a == 0).sum() == NUM_GROUPS - 1, "groups empty in a balance group alone"

@@ -93,10 +93,9 @@ def test_diet_steps_are_smaller() -> None:
 
 
 @pytest.mark.parametrize("form", ["paper", "diet"])
-@pytest.mark.parametrize("eps", [0.0, 1e-8])
-def test_no_gradient_gives_no_update(form: str, eps: float) -> None:
+def test_no_gradient_gives_no_update(form: str) -> None:
     """A dead row, a dead column and an expert without a token: with g = 0 and v = 0 the update is 0, not NaN."""
-    config = dataclasses.replace(PLAIN, expert_form=form, eps=max(eps, 1e-30))
+    config = dataclasses.replace(PLAIN, expert_form=form, eps=1e-30)
     w, row, column = state(2, 3, 3)
     g = torch.zeros(2, 3, 3, dtype=torch.float64)
     g[0, 1, 1] = 2.0

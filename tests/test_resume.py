@@ -1,6 +1,7 @@
 """A run killed and resumed on the same layout continues bit-identically."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -50,6 +51,60 @@ def interrupt(text: str, folder: Path) -> dict[tuple[str, int], dict[str, bool]]
         }
     meshes.stop()
     return same
+
+
+@pytest.mark.timeout(200)
+def test_a_skipped_step_is_not_counted_after_resume(small_text: Path, tmp_path: Path) -> None:
+    for same in run_distributed(skip_and_resume, 2, str(small_text), tmp_path, timeout=180):
+        assert same == [True] * 4
+
+
+def skip_and_resume(text: str, folder: Path) -> list[bool]:
+    """At each stage: a step with an infinite gradient, a checkpoint, and two more steps in a run made anew."""
+    meshes.join()
+    same = []
+    for zero in (0, 1, 2, 3):
+        config = tiny("mesh.ep=2", f"zero={zero}", f"data.text={text}")
+        whole = Run(config).steps(0, 2)
+        handle = next(iter(whole.model.experts.values())).register_hook(lambda g: g * math.inf)
+        whole.steps(2, 3)
+        handle.remove()
+        checkpoint.save(folder / str(zero), 3, whole.engine, whole.task, whole.mesh, {}, keep=1)
+        again = Run(config)
+        checkpoint.load(checkpoint.latest(folder / str(zero)), again.engine, again.task, again.mesh)
+        assert again.optimizer.updates == 2
+        expected, got = whole.steps(3, 5).weights(), again.steps(3, 5).weights()
+        same.append(all(torch.equal(expected[k], got[k]) for k in expected))
+    meshes.stop()
+    return same
+
+
+@pytest.mark.timeout(200)
+def test_another_layout_goes_on_too(small_text: Path, tmp_path: Path) -> None:
+    saved = run_distributed(save_and_go_on, 2, str(small_text), tmp_path, timeout=100)[0]
+    for world, ep, zero, accumulation in ((1, 1, 1, 2), (4, 2, 3, 1)):
+        layout = (ep, zero, accumulation)
+        losses = run_distributed(go_on_from, world, str(small_text), tmp_path, layout, timeout=100)[0]
+        assert losses == pytest.approx(saved, rel=1e-5), layout
+
+
+def save_and_go_on(text: str, folder: Path) -> list[float]:
+    meshes.join()
+    run = Run(tiny("mesh.ep=2", "zero=2", f"data.text={text}")).steps(0, 5)
+    checkpoint.save(folder, 5, run.engine, run.task, run.mesh, {}, keep=1)
+    run.steps(5, 15)
+    meshes.stop()
+    return run.losses[5:]
+
+
+def go_on_from(text: str, folder: Path, layout: tuple[int, int, int]) -> list[float]:
+    meshes.join()
+    ep, zero, accumulation = layout
+    run = Run(tiny(f"mesh.ep={ep}", f"zero={zero}", f"batch.accumulation={accumulation}", f"data.text={text}"))
+    checkpoint.load(checkpoint.latest(folder), run.engine, run.task, run.mesh)
+    run.steps(5, 15)
+    meshes.stop()
+    return run.losses
 
 
 def command(*args: str) -> list[str]:

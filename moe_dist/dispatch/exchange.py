@@ -1,8 +1,8 @@
 """Rows to their experts and back: `exchange(x_TD, routing, experts, ctx) -> y_TD, stats`.
 
 Both exchanges compute y_t = sum of gate_n * expert_n(x_t) over the assignments n of token t (Shazeer et al. 2017,
-Eq. 1), adding in the same order. A weight travels with its row and the experts apply it, so its gradient is formed at
-the owner, and experts that are layers themselves know the weight that they were chosen with.
+Eq. 1); on CPU they add in the same order. A weight travels with its row and the experts apply it, so its gradient is
+formed at the owner, and experts that are layers themselves know the weight that they were chosen with.
 
 The ragged exchange, in order:
   1. counts: every rank learns how many rows it will get for each of its experts;

@@ -74,7 +74,7 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> None:
             port = free.getsockname()[1]
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
@@ -163,8 +163,8 @@ def lay_out(config: Config, world: int) -> Layout:
             f"nearest: {_nearest_multiple(batch.samples, parts)}"
         )
     micro = batch.samples // batch.accumulation
-    balance = batch.samples_per_balance_group or batch.samples
-    if micro % balance:
+    balance = batch.samples if batch.samples_per_balance_group is None else batch.samples_per_balance_group
+    if balance < 1 or micro % balance:
         raise ValueError(
             f"batch.samples_per_balance_group={balance} does not divide a micro-batch of {micro} samples "
             f"({batch.samples} samples / {batch.accumulation} accumulation); "

@@ -1,0 +1,41 @@
+"""What is logged is what was trained on."""
+
+from pathlib import Path
+
+import pytest
+from distributed import run_distributed
+from runs import Run, tiny
+
+from moe_dist.meter import Meter
+from moe_dist.parallel import mesh as meshes
+
+
+@pytest.mark.timeout(120)
+def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
+    """Loss per word + balance loss is the step's loss, over 2 ranks, 2 micro-batches and 4 balance groups."""
+    for total, line in run_distributed(one_line, 2, str(small_text), timeout=100):
+        assert line["train/loss"] + line["train/balance_loss"] == pytest.approx(total, rel=1e-6)
+        assert line["train/balance_loss"] > 1e-4
+        # 8 samples of 6 words, 2 experts each
+        assert sum(line["moe/middle/load"]) == 8 * 6 * 2
+        assert sum(line["moe/middle/importance"]) == pytest.approx(8 * 6, rel=1e-6)
+
+
+def one_line(text: str) -> tuple[float, dict]:
+    meshes.join()
+    sets = ["mesh.ep=2", "batch.accumulation=2", "batch.samples_per_balance_group=2", f"data.text={text}"]
+    run = Run(tiny(*sets))
+    meter = Meter(run.mesh, run.layout)
+    batches = list(run.task.batches(0))
+    words = run.task.words(batches)
+    balance = 0.0
+    with meter.step():
+        for batch in batches:
+            loss, nll, stats = run.task.loss(run.engine, batch, words)
+            meter.add(nll, batch.ctx.valid_T.sum(), stats)
+            balance += loss.item() - nll.item() / words.item()
+    line = meter.read()
+    total = line["train/loss"] + balance  # every rank has the balance loss whole
+    assert isinstance(total, float)
+    meshes.stop()
+    return total, line
