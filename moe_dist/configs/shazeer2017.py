@@ -1,5 +1,7 @@
 """Outrageously Large Neural Networks (Shazeer et al. 2017): the language models of Appendix C.1.
 
+Parameters are counted as Table 7 counts them, without embedding and softmax.
+
 The paper trains with about 300,000 words a step over 16 GPUs, warms up over 1,000 steps and names no base learning
 rate; 15,000 lanes of 20 words are its batch here, and 1e-3 is ours.
 """
