@@ -38,8 +38,6 @@ class GroupStats:
 class GroupProjection(nn.Module):
     """x @ w of the row's group, in float32 or wider, w starting at zero. Its parameters are never narrower."""
 
-    keep_wide = True
-
     def __init__(self, num_groups: int, dim: int, experts_per_group: int) -> None:
         super().__init__()
         self.w_gDb = parameter(num_groups, dim, experts_per_group, bound=0.0)

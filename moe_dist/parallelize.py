@@ -44,17 +44,14 @@ def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype) -> 
             if isinstance(module, Groups):
                 module.first_group = mesh.my_experts(layer.gate.num_experts).start
     model.to_empty(device=mesh.device).to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
     experts: dict[str, nn.Parameter] = {}
     gates: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         for prefix, module in layer.experts.named_modules(prefix=f"{name}.experts"):
-            is_gate = isinstance(module, GroupProjection)
-            if is_gate:
-                module.to(wide)
-            (gates if is_gate else experts).update(
-                {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
-            )
+            if isinstance(module, GroupProjection):
+                module.to(torch.promote_types(dtype, torch.float32))
+            kind = gates if isinstance(module, GroupProjection) else experts
+            kind |= {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
         layer.exchange = LocalExchange() if mesh.ep.size == 1 else RaggedExchange(mesh.ep)  # 3
         layer.sums = Sums(mesh)
         layer.__dict__["experts"] = layer._modules.pop("experts")  # 4: an attribute, no longer a submodule
