@@ -4,7 +4,7 @@
         shard-*.safetensors   dense/NAME, dense/NAME.exp_avg, dense/NAME.exp_avg_sq   whole float32 tensors
                               experts/NAME, experts/NAME.row, experts/NAME.column     row i belongs to global expert i
                               gates/NAME, with .exp_avg and .exp_avg_sq               row i belongs to global group i
-                              task/hidden_state                                       column i belongs to global lane i
+                              task/lstm0.h and so on                                  row i belongs to global lane i
         state.json            step, updates (steps not skipped), wandb run id, vocabulary
 
 Every rank writes its part (torch.distributed.checkpoint, safetensors: nothing in it is ever executed). A checkpoint is

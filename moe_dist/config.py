@@ -49,8 +49,10 @@ class ModelConfig:
     """LSTM language model of Appendix C.1: embedding, LSTM, middle layer, LSTM, softmax, all of width `dim`."""
 
     dim: int = 512
-    middle: str = "moe"  # "moe", or "ffn": one ReLU layer of `ffn_hidden` units for every token (MoE-1-Wide)
-    ffn_hidden: int = 4096
+    lstm_units: int | None = None  # None: `dim`; more are projected to `dim`
+    middle: str = "moe"  # "moe"; "ffn": ReLU layers for every word; "lstm": two more LSTMs; "none": one LSTM is all
+    ffn_hidden: int = 4096  # units of an "ffn" layer
+    ffn_layers: int = 1
     dropout: float = 0.1
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -113,7 +115,7 @@ class Config:
 WANDB_MODES = ("online", "offline", "off")
 AT_LEAST_ONE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "data.vocabulary_size", "model.dim",
-    "model.ffn_hidden", "model.moe.num_experts", "model.moe.hidden", "batch.timesteps",
+    "model.ffn_hidden", "model.ffn_layers", "model.moe.num_experts", "model.moe.hidden", "batch.timesteps",
 )  # fmt: skip
 
 

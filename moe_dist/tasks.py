@@ -15,7 +15,7 @@ from moe_dist.config import Config
 from moe_dist.context import Context
 from moe_dist.data.text import Lanes, Vocabulary, read_lines, unigram_perplexity
 from moe_dist.layer import LayerStats
-from moe_dist.models.lstm_lm import LSTMLanguageModel
+from moe_dist.models.lstm_lm import LSTMLanguageModel, state_widths
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
 
@@ -51,10 +51,10 @@ class LanguageModel:
 
     def start(self, dtype: torch.dtype) -> None:
         """The state before a text's first words: zeros, of the model's `dtype`."""
-        zeros = torch.zeros(
-            1, self.layout.samples_per_rank, self.config.model.dim, dtype=dtype, device=self.mesh.device
-        )
-        self.state = [((zeros, zeros), (zeros, zeros))] * self.layout.accumulation
+        lanes = torch.zeros(1, self.layout.samples_per_rank, 1, dtype=dtype, device=self.mesh.device)
+        widths = state_widths(self.config.model)
+        zeros = tuple(tuple(lanes.repeat(1, 1, width) for width in pair) for pair in widths)
+        self.state = [zeros] * self.layout.accumulation
 
     def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
         """This rank's micro-batches of window `step` (from 0) of a split."""
@@ -101,18 +101,24 @@ class LanguageModel:
             yield list(self.batches(window, split))
 
     def save_state(self) -> dict[str, torch.Tensor]:
-        """Hidden state of all lanes: (4, B, D), the rows being h and c of the first LSTM, then of the second."""
-        whole = self.state[0][0][0].new_zeros(4, self.layout.samples, self.config.model.dim)
-        for micro, state in enumerate(self.state):
-            whole[:, self._mine(micro)] = torch.cat([t for lstm in state for t in lstm])
-        return {"hidden_state": sum_over(whole, self.mesh.dp)}
+        """Hidden state of all lanes, (B, width) for h and c of each LSTM. A collective."""
+        whole = {}
+        for i, pair in enumerate(self.state[0]):
+            for kind, like in zip("hc", pair, strict=True):
+                rows_BD = like.new_zeros(self.layout.samples, like.shape[2])
+                for micro, state in enumerate(self.state):
+                    rows_BD[self._mine(micro)] = state[i]["hc".index(kind)][0]
+                whole[f"lstm{i}.{kind}"] = sum_over(rows_BD, self.mesh.dp)
+        return whole
 
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
         """Inverse of `save_state`, on any layout."""
         for micro, state in enumerate(self.state):
-            rows = saved["hidden_state"][:, self._mine(micro)].to(state[0][0])
-            h1, c1, h2, c2 = rows.split(1)
-            self.state[micro] = ((h1.contiguous(), c1.contiguous()), (h2.contiguous(), c2.contiguous()))
+            mine = self._mine(micro)
+            self.state[micro] = tuple(
+                tuple(saved[f"lstm{i}.{kind}"][None, mine].to(like) for kind, like in zip("hc", pair, strict=True))
+                for i, pair in enumerate(state)
+            )
 
     def _mine(self, micro: int) -> slice:
         mine = self.layout.my_samples(micro, self.mesh.dp.index)

@@ -155,7 +155,18 @@ def test_an_unknown_ds_config_names_the_nearest() -> None:
         ("moe_256_h", 272.9e6, 8.4e6),
         ("moe_1024_h", 1079.0e6, 8.5e6),
         ("moe_4096_h", 4303.4e6, 8.9e6),
+        ("moe_34m", 4313.9e6, 33.8e6),
+        ("moe_143m", 4371.1e6, 142.7e6),
         ("moe_1_wide", 8.4e6, 8.4e6),
+        ("moe_1_deep", 8.4e6, 8.4e6),
+        ("lstm_4x512", 8.4e6, 8.4e6),
+        ("lstm_2048_512", 9.4e6, 9.4e6),
+        ("moe_256_h_100b", 272.9e6, 8.4e6),  # from here Table 8
+        ("moe_1024_h_100b", 1079.0e6, 8.5e6),
+        ("moe_4096_h_100b", 4303.4e6, 8.6e6),
+        ("moe_16384_h", 17201.0e6, 8.8e6),
+        ("moe_65536_h", 68791.0e6, 9.2e6),
+        ("moe_131072_h", 137577.6e6, 9.7e6),
     ],
 )  # Table 7
 def test_parameters_and_ops_are_the_papers(name: str, parameters: float, ops: float) -> None:
@@ -179,6 +190,7 @@ def test_demo_and_its_baseline_have_equal_ops_and_differ_in_the_middle_alone() -
         (["lstm_moe_demo", "--set", "mesh.ep=2"], "does not divide 1 ranks"),
         (["lstm_moe_demo", "--set", "model.moe.k=65"], "k=65"),
         (["lstm_moe_demo", "--set", "model.middle=mou"], "'moe'"),
+        (["lstm_moe_demo", "--set", "model.lstm_units=8"], "at least the model's width, dim=128"),
         (["lstm_moe_demo", "--set", "wandb.mode=on"], "'online'"),
         (["lstm_moe_demo", "--set", "steps=0"], "steps=0: at least 1"),
         (["lstm_moe_demo", "--set", "model.dropout=1"], "model.dropout=1.0: from 0 to below 1"),

@@ -1,4 +1,4 @@
-"""Outrageously Large Neural Networks (Shazeer et al. 2017): the language models of Appendix C.1.
+"""Outrageously Large Neural Networks (Shazeer et al. 2017): the language models of Appendices C and D.
 
 Parameters are counted as Table 7 counts them, without embedding and softmax.
 
@@ -87,4 +87,73 @@ def moe_1_wide() -> Config:
     return _billion_words("moe_1_wide", ModelConfig(middle="ffn", ffn_hidden=4096))
 
 
-CONFIGS = (lstm_moe_demo, lstm_wide_demo, moe_4, moe_32, moe_256, moe_256_h, moe_1024_h, moe_4096_h, moe_1_wide)
+def moe_1_deep() -> Config:
+    """MoE-1-Deep of Table 7: one expert of four layers of 1,024 units. 8.4M ops per timestep, 8.4M parameters."""
+    return _billion_words("moe_1_deep", ModelConfig(middle="ffn", ffn_hidden=1024, ffn_layers=4))
+
+
+def lstm_4x512() -> Config:
+    """4xLSTM-512 of Table 7: two more LSTMs in place of the MoE. 8.4M ops per timestep, 8.4M parameters."""
+    return _billion_words("lstm_4x512", ModelConfig(middle="lstm"))
+
+
+def lstm_2048_512() -> Config:
+    """LSTM-2048-512 of Table 7: one LSTM of 2,048 units projected to 512. 9.4M ops per timestep, 9.4M parameters."""
+    return _billion_words("lstm_2048_512", ModelConfig(middle="none", lstm_units=2048))
+
+
+def moe_34m() -> Config:
+    """MoE-34M of Table 7 (Appendix C.2): width 1,024, 1,024 experts. 33.8M ops per timestep, 4,313.9M parameters."""
+    moe = MoEConfig(num_experts=1024, num_groups=16, k=2, hidden=2048)
+    return _billion_words("moe_34m", ModelConfig(dim=1024, dropout=0.3, moe=moe))
+
+
+def moe_143m() -> Config:
+    """MoE-143M of Table 7 (Appendix C.2): LSTMs of 4,096 units projected to 1,024. 142.7M ops per timestep, 4,371.1M
+    parameters."""
+    moe = MoEConfig(num_experts=256, num_groups=16, k=2, hidden=8192)
+    return _billion_words("moe_143m", ModelConfig(dim=1024, lstm_units=4096, dropout=0.4, moe=moe))
+
+
+def _hundred_billion_words(name: str, num_experts: int, num_groups: int) -> Config:
+    """Appendix D: one pass over 100 billion words, about 2.5 million a step. It names no dropout; 0.1 is kept."""
+    base = _billion_words(name, _moe(num_experts, num_groups))
+    data = dataclasses.replace(base.data, text="news.txt")
+    return dataclasses.replace(base, steps=40_000, data=data, batch=BatchConfig(samples=125_000, timesteps=20))
+
+
+def moe_256_h_100b() -> Config:
+    """MoE-256-h of Table 8: 32 groups of 8 experts. 8.4M ops per timestep, 272.9M parameters."""
+    return _hundred_billion_words("moe_256_h_100b", 256, 32)
+
+
+def moe_1024_h_100b() -> Config:
+    """MoE-1024-h of Table 8: 32 groups of 32 experts. 8.5M ops per timestep, 1,079M parameters."""
+    return _hundred_billion_words("moe_1024_h_100b", 1024, 32)
+
+
+def moe_4096_h_100b() -> Config:
+    """MoE-4096-h of Table 8: 64 groups of 64 experts. 8.6M ops per timestep, 4,303.4M parameters."""
+    return _hundred_billion_words("moe_4096_h_100b", 4096, 64)
+
+
+def moe_16384_h() -> Config:
+    """MoE-16384-h of Table 8: 128 groups of 128 experts. 8.8M ops per timestep, 17,201M parameters."""
+    return _hundred_billion_words("moe_16384_h", 16384, 128)
+
+
+def moe_65536_h() -> Config:
+    """MoE-65536-h of Table 8: 256 groups of 256 experts. 9.2M ops per timestep, 68,791M parameters."""
+    return _hundred_billion_words("moe_65536_h", 65536, 256)
+
+
+def moe_131072_h() -> Config:
+    """MoE-131072-h of Table 8: 256 groups of 512 experts. 9.7M ops per timestep, 137,577.6M parameters."""
+    return _hundred_billion_words("moe_131072_h", 131_072, 256)
+
+
+CONFIGS = (
+    lstm_moe_demo, lstm_wide_demo, moe_4, moe_32, moe_256, moe_256_h, moe_1024_h, moe_4096_h, moe_34m, moe_143m,
+    moe_1_wide, moe_1_deep, lstm_4x512, lstm_2048_512, moe_256_h_100b, moe_1024_h_100b, moe_4096_h_100b, moe_16384_h,
+    moe_65536_h, moe_131072_h,
+)  # fmt: skip

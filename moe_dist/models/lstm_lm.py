@@ -23,25 +23,25 @@ from moe_dist.layer import LayerStats, MoE
 from moe_dist.models.softmax import Softmax
 from moe_dist.parameters import parameter, with_bound
 
-# (h_1BD, c_1BD) of each LSTM; by lane
-State = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (h_1BD, c_1BU) of each LSTM in order; by lane
+State = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 class LSTMLanguageModel(nn.Module):
     """Next-word model with carried state."""
 
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
-        """Raises ValueError for an unknown `middle`."""
+        """Raises ValueError for an unknown `middle`, or numbers that do not fit together."""
         super().__init__()
-        if config.middle not in MIDDLE:
-            raise ValueError(f"model.middle={config.middle!r}; {nearest(config.middle, MIDDLE)}")
+        if config.middle not in LAYERS:
+            raise ValueError(f"model.middle={config.middle!r}; {nearest(config.middle, LAYERS)}")
         self.p = config.dropout
         # from a tensor: nn.Embedding's own initialisation costs seconds on the meta device, and ours follows
         self.embedding = nn.Embedding.from_pretrained(torch.empty(vocabulary_size, config.dim), freeze=False)
         with_bound(self.embedding.weight, EMBEDDING_BOUND)
-        self.lstm1 = _lstm(config.dim)
-        self.middle = MIDDLE[config.middle](config)
-        self.lstm2 = _lstm(config.dim)
+        self.layers = LAYERS[config.middle]
+        for name in self.layers:
+            setattr(self, name, MIDDLE[config.middle](config) if name == "middle" else _lstm(config))
         self.softmax = Softmax(config.dim, vocabulary_size)
 
     def forward(
@@ -49,28 +49,45 @@ class LSTMLanguageModel(nn.Module):
     ) -> tuple[torch.Tensor, State, dict[str, LayerStats]]:
         """Words and the words after them -> negative log likelihood summed over valid tokens (nats, a scalar), the
         state after the last timestep, and the statistics of each MoE layer by name."""
-        x_BSD = self.embedding(input_BS)
-        x_BSD = _dropout(x_BSD, self.p, ctx.at(0))
-        y_BSD, state1 = self.lstm1(x_BSD, state[0])
-        x_BSD = x_BSD + _dropout(y_BSD, self.p, ctx.at(1))
-        y_TD, stats = self.middle(x_BSD.flatten(0, 1), ctx.at(2))
-        x_BSD = x_BSD + _dropout(y_TD.sigmoid().view_as(x_BSD), self.p, ctx.at(2))
-        y_BSD, state2 = self.lstm2(x_BSD, state[1])
-        x_BSD = x_BSD + _dropout(y_BSD, self.p, ctx.at(3))
-        nll = self.softmax(x_BSD.flatten(0, 1), target_BS.flatten(), ctx.valid_T)
-        return nll, (state1, state2), {} if stats is None else {"middle": stats}
+        x_TD = dropout(self.embedding(input_BS).flatten(0, 1), self.p, ctx.at(0))
+        before, after = iter(state), []
+        stats: dict[str, LayerStats] = {}
+        for site, name in enumerate(self.layers, start=1):
+            layer = getattr(self, name)
+            if isinstance(layer, nn.LSTM):
+                y_BSD, lstm_state = layer(x_TD.view(*input_BS.shape, -1), next(before))
+                y_TD = y_BSD.flatten(0, 1)
+                after.append(lstm_state)
+            else:
+                y_TD, told = layer(x_TD, ctx.at(site))
+                y_TD = y_TD.sigmoid()
+                stats |= {} if told is None else {name: told}
+            x_TD = x_TD + dropout(y_TD, self.p, ctx.at(site))
+        return self.softmax(x_TD, target_BS.flatten(), ctx.valid_T), tuple(after), stats
+
+
+def state_widths(config: ModelConfig) -> list[tuple[int, int]]:
+    """Widths of h and c of each LSTM in order."""
+    return [(config.dim, config.lstm_units or config.dim) for name in LAYERS[config.middle] if name != "middle"]
 
 
 class FeedForward(nn.Module):
-    """One ReLU layer for every token: the dense baseline MoE-1-Wide, of k times an expert's units."""
+    """ReLU layers for every token: the dense baselines MoE-1-Wide (one layer of k times an expert's units) and
+    MoE-1-Deep (several of an expert's units)."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, num_layers: int = 1) -> None:
         super().__init__()
         self.w1_DF = parameter(dim, hidden, bound=(3 / dim) ** 0.5)
+        self.inner_FF = nn.ParameterList(
+            parameter(hidden, hidden, bound=(3 / hidden) ** 0.5) for _ in range(num_layers - 1)
+        )
         self.w2_FD = parameter(hidden, dim, bound=(3 / hidden) ** 0.5)
 
     def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, None]:
-        return (x_TD @ self.w1_DF).relu() @ self.w2_FD, None
+        hidden_TF = (x_TD @ self.w1_DF).relu()
+        for w_FF in self.inner_FF:
+            hidden_TF = (hidden_TF @ w_FF).relu()
+        return hidden_TF @ self.w2_FD, None
 
 
 def _moe(config: ModelConfig) -> MoE:
@@ -97,19 +114,25 @@ def _moe(config: ModelConfig) -> MoE:
 
 
 def _ffn(config: ModelConfig) -> FeedForward:
-    return FeedForward(config.dim, config.ffn_hidden)
+    return FeedForward(config.dim, config.ffn_hidden, config.ffn_layers)
 
 
 MIDDLE: dict[str, Any] = {"moe": _moe, "ffn": _ffn}
+LAYERS = {
+    "moe": ("lstm1", "middle", "lstm2"),
+    "ffn": ("lstm1", "middle", "lstm2"),
+    "lstm": ("lstm1", "lstm2", "lstm3", "lstm4"),  # 4xLSTM-512
+    "none": ("lstm1",),  # LSTM-2048-512
+}
 EMBEDDING_BOUND = 0.1
 
 
-def _lstm(dim: int) -> nn.LSTM:
-    lstm = nn.LSTM(dim, dim, batch_first=True)
+def _lstm(config: ModelConfig) -> nn.LSTM:
+    """Of `lstm_units` units, projected to the model's width where they are more."""
+    units = config.lstm_units or config.dim
+    if units < config.dim:
+        raise ValueError(f"model.lstm_units={units}: at least the model's width, dim={config.dim}")
+    lstm = nn.LSTM(config.dim, units, batch_first=True, proj_size=config.dim if units > config.dim else 0)
     for p in lstm.parameters():
-        with_bound(p, dim**-0.5)
+        with_bound(p, units**-0.5)
     return lstm
-
-
-def _dropout(x_BSD: torch.Tensor, p: float, ctx: Context) -> torch.Tensor:
-    return dropout(x_BSD.flatten(0, 1), p, ctx).view_as(x_BSD)

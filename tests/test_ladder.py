@@ -1,0 +1,55 @@
+"""Every model of the paper trains and goes on, with only its widths, vocabulary and number of experts divided."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_distributed
+from runs import Run
+
+from moe_dist import checkpoint, configs
+from moe_dist.config import Config, override
+from moe_dist.parallel import mesh as meshes
+
+
+def divided(name: str, text: str) -> Config:
+    """32 of 512 units, an eighth of the experts and at most 64, 4 lanes."""
+    config = configs.get(name)
+    model, moe = config.model, config.model.moe
+    sets = [f"data.text={text}", "data.vocabulary_size=300", "batch.samples=4", "batch.samples_per_balance_group=none"]
+    sets += [f"model.dim={model.dim // 16}", f"model.ffn_hidden={model.ffn_hidden // 16}"]
+    sets += [f"model.moe.hidden={moe.hidden // 16}", "batch.timesteps=5", "optim.lr=1e-3", "optim.warmup_steps=1"]
+    sets += [f"model.lstm_units={model.lstm_units // 16}"] if model.lstm_units else []
+    sets += [f"model.moe.num_experts={max(4, min(64, moe.num_experts // 8))}"]
+    sets += [f"model.moe.num_groups={min(8, moe.num_groups // 4)}"] if moe.num_groups else []
+    return override(config, ["mesh.ep=2", *sets])
+
+
+@pytest.mark.timeout(200)
+def test_every_model_trains_three_steps_and_goes_on(small_text: Path, tmp_path: Path) -> None:
+    for told in run_distributed(train_all, 2, str(small_text), tmp_path, timeout=180):
+        assert told.keys() == configs.CONFIGS.keys()
+        for name, (losses, same) in told.items():
+            # the uniform distribution over 300 words has a loss of ln 300 = 5.70
+            assert losses == pytest.approx([math.log(300)] * 3, abs=0.3), name
+            assert len(set(losses)) == 3 and same, name
+
+
+def train_all(text: str, folder: Path) -> dict[str, tuple[list[float], bool]]:
+    """Losses of three steps, and whether a run from the checkpoint of the second equals them to the bit."""
+    meshes.join()
+    told = {}
+    for name in configs.CONFIGS:
+        config = divided(name, text)
+        whole = Run(config).steps(0, 2)
+        checkpoint.save(folder / name, 2, whole.engine, whole.task, whole.mesh, {}, keep=1)
+        whole.steps(2, 3)
+        again = Run(config)
+        checkpoint.load(checkpoint.latest(folder / name), again.engine, again.task, again.mesh)
+        again.steps(2, 3)
+        expected, got = whole.weights(), again.weights()
+        same = again.losses == whole.losses[2:] and all(torch.equal(expected[k], got[k]) for k in expected)
+        told[name] = whole.losses, same
+    meshes.stop()
+    return told
