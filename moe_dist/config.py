@@ -40,6 +40,7 @@ class MoEConfig:
     hidden: int = 1024  # ReLU units per expert
     noise: bool = True  # Eq. 4's noise in training; without it Eq. 10's load falls back to counts
     capacity_factor: float | None = None  # None: nothing is dropped
+    recompute: bool = False  # hidden activations of experts again in backward, instead of kept (Appendix D)
     w_importance: float = 0.1  # Eq. 7
     w_load: float = 0.1  # Eq. 11
 

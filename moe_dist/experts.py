@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_dist.context import Context
 from moe_dist.parameters import parameter
@@ -18,8 +19,10 @@ class Experts(nn.Module):
 
     needs_context = False
 
-    def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden: int, recompute: bool = False) -> None:
+        """`recompute`: hidden activations are not kept, but computed again in backward (Appendix D)."""
         super().__init__()
+        self.recompute = recompute
         self.w1_eDF = parameter(num_experts, dim, hidden, bound=(3 / dim) ** 0.5)
         self.w2_eFD = parameter(num_experts, hidden, dim, bound=(3 / hidden) ** 0.5)
 
@@ -27,8 +30,16 @@ class Experts(nn.Module):
         self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None
     ) -> tuple[torch.Tensor, None]:
         """Rows (R, D) sorted by expert, and their weights (R,) -> weighted rows (R, D)."""
+        y_RD = (
+            checkpoint(self._two_layers, x_RD, count_e, use_reentrant=False)
+            if self.recompute
+            else self._two_layers(x_RD, count_e)
+        )
+        return y_RD * gate_R.to(x_RD.dtype)[:, None], None
+
+    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:
         hidden_RF = grouped_matmul(x_RD, self.w1_eDF, count_e).relu()
-        return grouped_matmul(hidden_RF, self.w2_eFD, count_e) * gate_R.to(x_RD.dtype)[:, None], None
+        return grouped_matmul(hidden_RF, self.w2_eFD, count_e)
 
 
 def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:

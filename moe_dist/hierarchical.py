@@ -52,7 +52,17 @@ class Groups(nn.Module):
     needs_context = True
     first_group = 0  # global id of this rank's first group; `parallelize` sets it
 
-    def __init__(self, num_groups: int, experts_per_group: int, dim: int, hidden: int, k: int, noise: bool) -> None:
+    def __init__(
+        self,
+        num_groups: int,
+        experts_per_group: int,
+        dim: int,
+        hidden: int,
+        k: int,
+        *,
+        noise: bool = True,
+        recompute: bool = False,
+    ) -> None:
         """Raises ValueError where k is not in 1..experts_per_group."""
         super().__init__()
         if not 1 <= k <= experts_per_group:
@@ -60,7 +70,7 @@ class Groups(nn.Module):
         self.experts_per_group, self.k, self.noise = experts_per_group, k, noise
         self.w_gate = GroupProjection(num_groups, dim, experts_per_group)
         self.w_noise = GroupProjection(num_groups, dim, experts_per_group)
-        self.experts = Experts(num_groups * experts_per_group, dim, hidden)
+        self.experts = Experts(num_groups * experts_per_group, dim, hidden, recompute)
         self.exchange = LocalExchange()
 
     def forward(

@@ -75,7 +75,7 @@ STEPS, SAVED = 10, 5
 
 def layer(case: Case, **balance: float) -> HierarchicalMoE:
     gate = NoisyTopK(DIM, NUM_GROUPS, case.k, noise=case.noise, **(BALANCE | balance))
-    return HierarchicalMoE(gate, Groups(NUM_GROUPS, PER_GROUP, DIM, HIDDEN, case.k, case.noise))
+    return HierarchicalMoE(gate, Groups(NUM_GROUPS, PER_GROUP, DIM, HIDDEN, case.k, noise=case.noise))
 
 
 class OneLayer(nn.Module):

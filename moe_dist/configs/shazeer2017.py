@@ -103,14 +103,13 @@ def lstm_2048_512() -> Config:
 
 
 def moe_34m() -> Config:
-    """MoE-34M of Table 7 (Appendix C.2): width 1,024, 1,024 experts. 33.8M ops per timestep, 4,313.9M parameters."""
+    """MoE-34M of Table 7 (Appendix C.2): width 1,024, 1,024 experts. 33.8M ops, 4,313.9M parameters."""
     moe = MoEConfig(num_experts=1024, num_groups=16, k=2, hidden=2048)
     return _billion_words("moe_34m", ModelConfig(dim=1024, dropout=0.3, moe=moe))
 
 
 def moe_143m() -> Config:
-    """MoE-143M of Table 7 (Appendix C.2): LSTMs of 4,096 units projected to 1,024. 142.7M ops per timestep, 4,371.1M
-    parameters."""
+    """MoE-143M of Table 7 (Appendix C.2): LSTMs of 4,096 units, projected. 142.7M ops, 4,371.1M parameters."""
     moe = MoEConfig(num_experts=256, num_groups=16, k=2, hidden=8192)
     return _billion_words("moe_143m", ModelConfig(dim=1024, lstm_units=4096, dropout=0.4, moe=moe))
 

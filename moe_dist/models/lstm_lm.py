@@ -108,9 +108,9 @@ def _moe(config: ModelConfig) -> MoE:
         w_load=moe.w_load,
     )
     if moe.num_groups is None:
-        return MoE(gate, Experts(moe.num_experts, config.dim, moe.hidden))
-    per_group = moe.num_experts // moe.num_groups
-    return HierarchicalMoE(gate, Groups(moe.num_groups, per_group, config.dim, moe.hidden, moe.k, moe.noise))
+        return MoE(gate, Experts(moe.num_experts, config.dim, moe.hidden, moe.recompute))
+    sizes = (moe.num_groups, moe.num_experts // moe.num_groups, config.dim, moe.hidden, moe.k)
+    return HierarchicalMoE(gate, Groups(*sizes, noise=moe.noise, recompute=moe.recompute))
 
 
 def _ffn(config: ModelConfig) -> FeedForward:
