@@ -57,7 +57,7 @@ def main(run: Run) -> None:
 def train(
     run: Run, folder: Path, task: Any, engine: Engine, optimizer: Optimizer, layout: meshes.Layout, mesh: meshes.Mesh
 ) -> dict[str, float]:
-    config, meter, result = run.config, Meter(mesh, layout), {}
+    config, meter, result = run.config, Meter(mesh, layout, run.flops_per_word), {}
     with Metrics(folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
                  start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
         for step in range(run.first_step + 1, config.steps + 1):

@@ -38,6 +38,7 @@ class Run:
     folder: Path | None
     checkpoint: Path | None = None
     evaluate: bool = False
+    flops_per_word: int = 0
 
     @cached_property
     def saved(self) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     _say(json.dumps(layout_json) if as_json else table(run.config, layout, run.ds_config, count))
     if args.dry_run:
         sys.exit(0)
+    run.flops_per_word = count["flops_per_word"]
     return run
 
 

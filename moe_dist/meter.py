@@ -3,36 +3,39 @@
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from moe_dist.layer import LayerStats
-from moe_dist.parallel.collectives import sum_over
+from moe_dist.parallel.collectives import Label, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
 
 
 class Meter:
     """Adds up what micro-batches tell; `read` gives the means over all ranks since the last reading."""
 
-    def __init__(self, mesh: Mesh, layout: Layout) -> None:
-        self.mesh, self.layout = mesh, layout
+    def __init__(self, mesh: Mesh, layout: Layout, flops_per_word: int = 0) -> None:
+        """`flops_per_word`: forward and backward, as `summary.counts` has it."""
+        self.mesh, self.layout, self.flops_per_word = mesh, layout, flops_per_word
         self._clear()
 
     def _clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.steps = 0
-        self.seconds, self.sent = 0.0, 0
+        self.seconds, self.sent = 0.0, Counter[Label]()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step: counts it, its seconds, and the bytes that it sends."""
-        start, sent = time.perf_counter(), sum(self.mesh.ep.sent.values())
+        """Around one training step: counts it, its seconds, and the bytes that it sends, by (site, direction)."""
+        start, sent = time.perf_counter(), self.mesh.ep.sent.copy()
         yield
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        self.sent += sum(self.mesh.ep.sent.values()) - sent
+        for label, total in self.mesh.ep.sent.items():
+            self.sent[label] += total - sent[label]
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         value = value.detach().double()
@@ -51,7 +54,10 @@ class Meter:
 
     def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
         """Loss and perplexity per word, load of each layer; then starts anew. A collective: all ranks must call it."""
-        sums = self.sums | {"sent": torch.tensor(self.sent, dtype=torch.float64, device=self.mesh.device)}
+        sent = {f"exchange/site{site}/{direction}_bytes": n for (site, direction), n in sorted(self.sent.items())}
+        sums = self.sums | {
+            k: torch.tensor(float(n), dtype=torch.float64, device=self.mesh.device) for k, n in sent.items()
+        }
         flat = sum_over(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
         total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
         words = total["words"].item()
@@ -59,7 +65,8 @@ class Meter:
         values: dict[str, float | list[float]] = {f"{prefix}/loss": loss, f"{prefix}/perplexity": perplexity(loss)}
         if self.steps:
             values["words_per_second"] = words / self.seconds
-            values["exchange_bytes_per_step"] = total["sent"].item() / self.steps
+            values["tflops_per_device"] = self.flops_per_word * words / self.seconds / self.mesh.dp.size / 1e12
+            values |= {key: total[key].item() / self.steps for key in sent}
             if "balance" in total:
                 values["train/balance_loss"] = total["balance"].item() / (self.steps * self.layout.num_balance_groups)
             for name in [key.removesuffix("/load") for key in total if key.endswith("/load")]:

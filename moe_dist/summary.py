@@ -27,11 +27,14 @@ def counts(model: nn.Module, config: Config) -> dict[str, int]:
                     chosen = moe.k if moe.num_groups is None or isinstance(module, GroupProjection) else moe.k**2
                     active[f"{prefix}.{key}"] = Fraction(chosen, p.shape[0])
                     expert_parameters += p.numel()
+    ops = int(sum(numel * active[name] for name, numel in inner.items()))
     return {
         "parameters": sum(p.numel() for p in named.values()),
         "parameters_without_embedding_and_softmax": sum(inner.values()),
         "expert_parameters": expert_parameters,
-        "ops_per_timestep": int(sum(numel * active[name] for name, numel in inner.items())),
+        "ops_per_timestep": ops,
+        # multiply and add apart, forward and twice that in backward, the softmax too (section 5.1)
+        "flops_per_word": 6 * (ops + config.model.dim * config.data.vocabulary_size),
     }
 
 

@@ -252,6 +252,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
     assert from_json((run / "config.json").read_text()) == tiny(*more)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # at most (w_importance + w_load) x CV² of one expert for all, which is num_experts - 1
+    assert lines[0]["tflops_per_device"] > 0
     assert 0 < lines[0]["train/balance_loss"] < 0.2 * 7
     assert lines[0]["moe/middle/dead_experts"] == lines[0]["moe/middle/load"].count(0)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]

@@ -18,6 +18,10 @@ def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
         assert line["train/balance_loss"] > 1e-4
         # 8 samples of 6 words, 2 experts each
         assert sum(line["moe/middle/load"]) == 8 * 6 * 2
+        # on average half of the rows go to the other rank: 48 of 96 rows of 16 float32, there and back, twice
+        for direction in ("dispatch", "combine", "combine:grad"):
+            assert line[f"exchange/site2/{direction}_bytes"] == pytest.approx(48 * 16 * 4, rel=0.4)
+        assert line["exchange/site2/counts_bytes"] == 2 * 2 * 4 * 8  # 2 micro-batches, 2 ranks, 4 counts of 8 bytes
         assert sum(line["moe/middle/importance"]) == pytest.approx(8 * 6, rel=1e-6)
 
 
@@ -29,9 +33,11 @@ def one_line(text: str) -> tuple[float, dict]:
     batches = list(run.task.batches(0))
     words = run.task.words(batches)
     balance = 0.0
+    run.optimizer.begin(1e-4)
     with meter.step():
         for batch in batches:
             loss, nll, stats = run.task.loss(run.engine, batch, words)
+            run.engine.backward(loss)
             meter.add(nll, batch.ctx.valid_T.sum(), stats)
             balance += loss.item() - nll.item() / words.item()
     line = meter.read()
