@@ -32,6 +32,15 @@ def test_native_grouped_matmul_equals_the_portable_one() -> None:
     assert results[1][2][1].count_nonzero() == 0, "an expert without rows has a zero gradient"
 
 
+def test_no_rows_at_all_give_zero_gradients() -> None:
+    x_RD = torch.zeros(0, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    w_eDF = torch.ones(5, 64, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    y_RF = grouped_matmul(x_RD, w_eDF, torch.zeros(5, dtype=torch.int64, device="cuda"))
+    y_RF.sum().backward()
+    assert y_RF.shape == (0, 128)
+    assert w_eDF.grad is not None and w_eDF.grad.count_nonzero() == 0
+
+
 def test_bits_are_those_of_the_cpu() -> None:
     def normal(device: str) -> torch.Tensor:
         sample_T = torch.arange(50, device=device)
