@@ -69,7 +69,7 @@ def main() -> None:
                 "test_perplexity": [last(folder, "test/perplexity") for folder in folders],
             }
     result = {
-        "command": "python experiments/lstm_moe_demo.py",
+        "command": ".venv/bin/python experiments/lstm_moe_demo.py",
         "commit": commit.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU, float32",
         "seeds": SEEDS,

@@ -136,7 +136,7 @@ def _resolve(args: argparse.Namespace) -> Run:
             )
     if world_size() % config.mesh.ep:  # the layout is no part of the result, so any that fits will do
         ep = math.gcd(config.mesh.ep, world_size())
-        _say(f"mesh.ep={ep}: {earlier} was trained with {config.mesh.ep}, which does not divide {world_size()} ranks")
+        _say(f"note: mesh.ep={ep} here ({earlier} was trained with {config.mesh.ep}); the result is the same")
         config = override(config, [f"mesh.ep={ep}"])
     config = override(config, args.set)
     if args.resume and (earlier / METRICS).exists():

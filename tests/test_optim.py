@@ -10,7 +10,7 @@ from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist.config import OptimConfig
-from moe_dist.optim import factored_update, learning_rate, row_squares_of
+from moe_dist.optim import _square, factored_update, learning_rate, row_squares_of
 from moe_dist.parallel import mesh as meshes
 
 PLAIN = OptimConfig(lr=1.0, eps=0.0, expert_beta2=0.5)
@@ -102,6 +102,16 @@ def test_no_gradient_gives_no_update(form: str) -> None:
     factored_update(w, g, row_squares_of(g), row, column, 1.0, 0.1, 1, config)
     assert w.isfinite().all() and row.isfinite().all()
     assert w.count_nonzero() == 1 and w[0, 1, 1] < 0
+
+
+def test_the_norm_of_many_elements_is_that_of_float64() -> None:
+    """Three million elements: float32 would be off in the fifth digit."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator) for n in (2**21, 2**20 + 3)]
+    expected = sum(t.double().square().sum().item() for t in tensors)
+    assert _square(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-12)
+    g_eDF = tensors[0].view(2, 128, 8192)
+    assert row_squares_of(g_eDF).double().sum().item() == pytest.approx(g_eDF.double().square().sum().item(), rel=1e-6)
 
 
 def test_schedule() -> None:

@@ -44,7 +44,7 @@ def test_vocabulary_counts_no_word_for_unk_in_the_text() -> None:
 
 @pytest.mark.parametrize("size", [2, 7])
 def test_vocabulary_size_that_does_not_fit_says_what_would(size: int) -> None:
-    with pytest.raises(ValueError, match=rf"size {size} .* 4 different words: at least 3 and at most 6"):
+    with pytest.raises(ValueError, match=rf"vocabulary_size={size} .* 4 different words: at least 3 and at most 6"):
         Vocabulary.build(["c b a b", "a c b d"], size)
 
 

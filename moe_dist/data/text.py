@@ -85,7 +85,7 @@ class Vocabulary:
         counts.pop(UNK, None)
         if not 3 <= size <= len(counts) + 2:
             raise ValueError(
-                f"vocabulary size {size} does not fit {len(counts)} different words: "
+                f"data.vocabulary_size={size} does not fit {len(counts)} different words: "
                 f"at least 3 and at most {len(counts) + 2} (2 places are {UNK} and {EOS}) would do"
             )
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
