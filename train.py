@@ -22,7 +22,7 @@ from moe_dist.engine import Engine, compute_dtype
 from moe_dist.evaluate import evaluate
 from moe_dist.meter import Meter, headline
 from moe_dist.metrics import Metrics
-from moe_dist.optim import Optimizer, learning_rate
+from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallelize import parallelize
 from moe_dist.tasks import TASKS
@@ -35,9 +35,7 @@ def main(run: Run) -> None:
         layout = meshes.lay_out(config, mesh.dp.size)
         task = TASKS[config.task](config, layout, mesh, run.vocabulary())
         model = parallelize(task.plain_model(config), mesh, config.seed, compute_dtype(ds))
-        stage = ds["zero_optimization"]["stage"]
-        optimizer = Optimizer(model.dense.parameters(), model.experts, model.gates, config.optim, mesh, stage)
-        engine = Engine(model.dense, optimizer, ds, layout)
+        engine = Engine(model, config.optim, ds, layout, mesh)
         task.start(compute_dtype(ds))
         if run.checkpoint:
             checkpoint.load(run.checkpoint, engine, task, mesh)
@@ -46,7 +44,7 @@ def main(run: Run) -> None:
     if run.evaluate:
         result = evaluate(engine, task, "test", mesh)
     else:
-        result = train(run, folder, task, engine, optimizer, layout, mesh)
+        result = train(run, folder, task, engine, layout, mesh)
         if mesh.is_main:
             report.write_report(folder)
     if mesh.is_main:
@@ -55,9 +53,10 @@ def main(run: Run) -> None:
 
 
 def train(
-    run: Run, folder: Path, task: Any, engine: Engine, optimizer: Optimizer, layout: meshes.Layout, mesh: meshes.Mesh
+    run: Run, folder: Path, task: Any, engine: Engine, layout: meshes.Layout, mesh: meshes.Mesh
 ) -> dict[str, float]:
-    config, meter, result = run.config, Meter(mesh, layout, run.flops_per_word), {}
+    config, optimizer, result = run.config, engine.optimizer, {}
+    meter = Meter(mesh, layout, run.flops_per_word)
     with Metrics(folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
                  start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
         for step in range(run.first_step + 1, config.steps + 1):

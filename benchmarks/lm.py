@@ -22,7 +22,7 @@ import torch
 from moe_dist.config import override
 from moe_dist.configs import get
 from moe_dist.engine import Engine, compute_dtype, read_ds_config
-from moe_dist.optim import Optimizer, learning_rate
+from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallelize import parallelize
 from moe_dist.tasks import LanguageModel
@@ -39,9 +39,8 @@ class Stepper:
         ds, layout = read_ds_config(self.config), meshes.lay_out(self.config, 1)
         self.task = LanguageModel(self.config, layout, mesh)
         model = parallelize(self.task.plain_model(self.config), mesh, self.config.seed, compute_dtype(ds))
-        stage = ds["zero_optimization"]["stage"]
-        self.optimizer = Optimizer(model.dense.parameters(), model.experts, model.gates, self.config.optim, mesh, stage)
-        self.engine = Engine(model.dense, self.optimizer, ds, layout)
+        self.engine = Engine(model, self.config.optim, ds, layout, mesh)
+        self.optimizer = self.engine.optimizer
         self.task.start(compute_dtype(ds))
         self.words = lanes * self.config.batch.timesteps
         self.done = 0

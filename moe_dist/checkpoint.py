@@ -4,6 +4,7 @@
         shard-*.safetensors   dense/NAME, dense/NAME.exp_avg, dense/NAME.exp_avg_sq   whole float32 tensors
                               experts/NAME, experts/NAME.row, experts/NAME.column     row i belongs to global expert i
                               gates/NAME, with .exp_avg and .exp_avg_sq               row i belongs to global group i
+                              rows/NAME, likewise, and rows/MODULE.updates            row i belongs to word i
                               task/lstm0.h and so on                                  row i belongs to global lane i
         state.json            step, updates (steps not skipped), wandb run id, vocabulary
 
@@ -50,10 +51,13 @@ def save(run: Path, step: int, engine: Engine, task: Any, mesh: Mesh, state: dic
 
     `state`: what else to keep, JSON.
     """
-    tensors = _expert_tensors(engine.optimizer, mesh)
+    tensors = _spread_tensors(engine.optimizer, mesh)
     for i, (key, tensor) in enumerate(engine.dense_state()):
         if mesh.owns(i):  # each rank keeps and writes a share of the whole tensors
             tensors[f"dense/{key}"] = tensor.cpu()
+    for i, (key, tensor) in enumerate(_row_tensors(engine.optimizer).items()):
+        if mesh.owns(i):
+            tensors[key] = tensor
     for key, tensor in task.save_state().items():
         if mesh.is_main:
             tensors[f"task/{key}"] = tensor.cpu()
@@ -77,22 +81,26 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh) -> None:
     """Fills parameters, masters, optimizer state and the task's state, on any layout. A collective."""
     optimizer = engine.optimizer
     optimizer.updates = read_state(checkpoint)["updates"]
-    experts = _expert_tensors(optimizer, mesh)  # share storage with the optimizer's own
+    outside = _spread_tensors(optimizer, mesh) | _row_tensors(optimizer)  # share storage with the optimizer's own
     dense = engine.empty_dense_state()
     task_state = {key: torch.empty_like(t, device="cpu") for key, t in task.save_state().items()}
-    tensors = experts | {f"dense/{k}": t for k, t in dense.items()} | {f"task/{k}": t for k, t in task_state.items()}
+    tensors = outside | {f"dense/{k}": t for k, t in dense.items()} | {f"task/{k}": t for k, t in task_state.items()}
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
     engine.load_dense_state(dense, optimizer.updates)
-    for expert in optimizer.experts.values():
-        expert.round_master()
+    optimizer.round_masters()
     task.load_state(task_state)
 
 
-def _expert_tensors(optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
+def _spread_tensors(optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
     """Views of what belongs to experts and groups as shards of the global stack: replicas along edp are one."""
-    named = {f"gates/{name}": tensor for name, tensor in optimizer.gates.tensors(optimizer.updates).items()}
-    for name, expert in optimizer.experts.items():
-        key = f"experts/{name}"
-        named |= {key: expert.master_eDF, f"{key}.row": expert.row_eD, f"{key}.column": expert.column_eF}
-    placements = [Replicate(), Shard(0)]
-    return {k: DTensor.from_local(t, mesh.device_mesh, placements, run_check=False) for k, t in named.items()}
+    return {
+        f"{kind}/{name}{ending}": DTensor.from_local(t, mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
+        for kind, states in (("experts", optimizer.experts), ("gates", optimizer.gates))
+        for name, state in states.items()
+        for ending, t in state.tensors(optimizer.updates).items()
+    }
+
+
+def _row_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """What belongs to words, whole on every rank."""
+    return {f"rows/{key}": t for table in optimizer.rows.values() for key, t in table.tensors().items()}

@@ -47,7 +47,10 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """LSTM language model of Appendix C.1: embedding, LSTM, middle layer, LSTM, softmax, all of width `dim`."""
+    """LSTM language model of Appendix C.1: embedding, LSTM, middle layer, LSTM, softmax, all of width `dim`.
+
+    With `softmax_samples` the rows of embedding and softmax that a step does not touch are neither reduced nor updated.
+    """
 
     dim: int = 512
     lstm_units: int | None = None  # None: `dim`; more are projected to `dim`
@@ -55,6 +58,7 @@ class ModelConfig:
     ffn_hidden: int = 4096  # units of an "ffn" layer
     ffn_layers: int = 1
     dropout: float = 0.1
+    softmax_samples: int | None = None  # words drawn to stand for the vocabulary in training; None: all of it
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 
@@ -79,7 +83,7 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_norm: float | None = 1.0  # one norm over dense parameters and all experts
-    expert_form: str = "paper"  # "paper": v = r c / mean(r), then the root; "diet": roots first (tensor2tensor)
+    expert_form: str = "paper"  # "paper": v = r c / mean(r), then the root; "diet": roots first; "adam": not factored
     expert_beta2: float = 0.999
 
 
@@ -116,7 +120,8 @@ class Config:
 WANDB_MODES = ("online", "offline", "off")
 AT_LEAST_ONE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "data.vocabulary_size", "model.dim",
-    "model.ffn_hidden", "model.ffn_layers", "model.moe.num_experts", "model.moe.hidden", "batch.timesteps",
+    "model.ffn_hidden", "model.ffn_layers", "model.softmax_samples", "model.moe.num_experts", "model.moe.hidden",
+    "batch.timesteps",
 )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ def check(config: Config) -> None:
     """Raises ValueError for a number out of its range or an unknown wandb mode. Whether the parts fit together (a
     layout, a gate, a DeepSpeed config) is checked where they meet."""
     for key in AT_LEAST_ONE:
-        if (value := _get(config, key)) < 1:
+        if (value := _get(config, key)) is not None and value < 1:
             raise ValueError(f"{key}={value}: at least 1")
     for key in ("model.dropout", "optim.beta1", "optim.beta2", "optim.expert_beta2"):
         if not 0 <= (value := _get(config, key)) < 1:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from moe_dist.config import Config, nearest
+from moe_dist.config import Config, OptimConfig, nearest
 from moe_dist.optim import Optimizer
-from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.parallelize import ParallelModel
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 OF_THE_RUN = {  # keys of a DeepSpeed config that the run's config decides -> where
@@ -78,11 +79,15 @@ def _import_deepspeed() -> Any:
 class Engine:
     """Forward, backward and step of a model whose dense parameters DeepSpeed shards."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: Optimizer, ds: dict[str, Any], layout: Layout) -> None:
+    def __init__(
+        self, model: ParallelModel, config: OptimConfig, ds: dict[str, Any], layout: Layout, mesh: Mesh
+    ) -> None:
+        """Raises ValueError for an unknown `expert_form`."""
         self.deepspeed = _import_deepspeed()
-        self.optimizer = optimizer
         self.stage: int = ds["zero_optimization"]["stage"]
         self.world = layout.world
+        outside = (model.experts, model.gates, model.rows)
+        self.optimizer = Optimizer(model.dense.parameters(), *outside, config, mesh, self.stage)
         # one sub-group, so that ZeRO 3 calls step() once; nothing persistent, so that it shards small parameters too
         zero = {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12} | ds["zero_optimization"]
         full = ds | {
@@ -96,8 +101,8 @@ class Engine:
         }
         if compute_dtype(ds) == torch.bfloat16 and self.stage >= 2:  # 0 and 1 add micro-batches up in float32 anyway
             full |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-        self.names = {name: p for name, p in model.named_parameters()}
-        self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=full)
+        self.names = {name: p for name, p in model.dense.named_parameters()}
+        self.engine, *_ = self.deepspeed.initialize(model=model.dense, optimizer=self.optimizer, config=full)
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)

@@ -20,6 +20,11 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(_words(*key)[0])
 
 
+def uniform(num: int, *key: int | str) -> torch.Tensor:
+    """Uniform numbers on [0, 1) (float64, on CPU) that follow from `key` alone."""
+    return torch.empty(num, dtype=torch.float64).uniform_(generator=generator(*key))
+
+
 def normal(ctx: Context, use: str, channel_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Standard normal numbers (T, C) for the channels named: int64 global ids, experts for example; (C,) or (T, C)."""
     return _normal_of(_bits(ctx, use, channel_C), dtype)

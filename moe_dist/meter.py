@@ -30,11 +30,11 @@ class Meter:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around one training step: counts it, its seconds, and the bytes that it sends, by (site, direction)."""
-        start, sent = time.perf_counter(), self.mesh.ep.sent.copy()
+        start, sent = time.perf_counter(), self.mesh.sent
         yield
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        for label, total in self.mesh.ep.sent.items():
+        for label, total in self.mesh.sent.items():
             self.sent[label] += total - sent[label]
 
     def _add(self, key: str, value: torch.Tensor) -> None:
@@ -54,7 +54,8 @@ class Meter:
 
     def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
         """Loss and perplexity per word, load of each layer; then starts anew. A collective: all ranks must call it."""
-        sent = {f"exchange/site{site}/{direction}_bytes": n for (site, direction), n in sorted(self.sent.items())}
+        by_name = {f"exchange/{_place(site)}/{direction}_bytes": n for (site, direction), n in self.sent.items()}
+        sent = dict(sorted(by_name.items()))  # one order on every rank
         sums = self.sums | {
             k: torch.tensor(float(n), dtype=torch.float64, device=self.mesh.device) for k, n in sent.items()
         }
@@ -74,6 +75,10 @@ class Meter:
                 values[f"moe/{name}/dropped"] = total[f"{name}/dropped"].item() / self.steps
         self._clear()
         return values
+
+
+def _place(site: int | str) -> str:
+    return f"site{site}" if isinstance(site, int) else site
 
 
 def headline(line: dict[str, Any]) -> dict[str, float]:

@@ -3,7 +3,8 @@
   1. every rank keeps the experts, or groups of experts, that the mesh says are its own;
   2. parameters, so far on the meta device, are filled: dense ones keyed by name, experts by name and global id;
   3. each MoE layer gets the exchange of the mesh, and the sums that its balance loss needs;
-  4. the experts leave the module tree: DeepSpeed sees dense parameters only, and `optim` updates both.
+  4. experts, and matrices that are updated by row (`by_row`, large vocabularies), leave the module tree: DeepSpeed
+     sees dense parameters only, and `optim` updates all.
 
 Legend: a stacked expert parameter holds this rank's experts along its first dimension.
 """
@@ -24,11 +25,12 @@ from moe_dist.parameters import bounds_of, initialize
 @dataclass(frozen=True)
 class ParallelModel:
     """`dense` runs the whole model and registers its dense parameters alone; the others are held by name: matrices of
-    experts, and of the gates that choose within a group of experts."""
+    experts, of the gates that choose within a group of experts, and by module those updated by row."""
 
     dense: nn.Module
     experts: dict[str, nn.Parameter]
     gates: dict[str, nn.Parameter]
+    rows: dict[str, dict[str, nn.Parameter]]
 
 
 def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype) -> ParallelModel:
@@ -57,4 +59,10 @@ def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype) -> 
         layer.__dict__["experts"] = layer._modules.pop("experts")  # 4: an attribute, no longer a submodule
     for name, p in (experts | gates | dict(model.named_parameters())).items():
         initialize(p, name, bounds[name], seed, ids.get(name))  # 2
-    return ParallelModel(model, experts, gates)
+    rows: dict[str, dict[str, nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "by_row", False):
+            rows[name] = {f"{name}.{key}": p for key, p in module.named_parameters(recurse=False)}
+            module.__dict__ |= module._parameters  # attributes, no longer parameters
+            module._parameters.clear()
+    return ParallelModel(model, experts, gates, rows)

@@ -11,6 +11,8 @@ from torch import nn
 
 from moe_dist import keyed
 
+ELEMENTS_PER_CHUNK = 2**22
+
 
 def parameter(*shape: int, bound: float) -> nn.Parameter:
     """A parameter of `shape`, not yet filled, that `initialize` draws from U(-bound, bound)."""
@@ -37,5 +39,7 @@ def initialize(p: nn.Parameter, name: str, bound: float, seed: int, expert_ids: 
     """
     parts = [(p, (name,))] if expert_ids is None else [(p[i], (name, e)) for i, e in enumerate(expert_ids)]
     for part, key in parts:
-        drawn = torch.empty(part.shape, dtype=torch.float64)
-        part.copy_(drawn.uniform_(-bound, bound, generator=keyed.generator(seed, *key)))
+        generator = keyed.generator(seed, *key)
+        for chunk in part.view(-1).split(ELEMENTS_PER_CHUNK):  # in float64, whatever `p` is
+            drawn = torch.empty(chunk.shape, dtype=torch.float64)
+            chunk.copy_(drawn.uniform_(-bound, bound, generator=generator))

@@ -10,13 +10,13 @@ from moe_dist.hierarchical import GroupProjection
 from moe_dist.layer import MoE
 from moe_dist.parallel.mesh import Layout
 
-OUTSIDE = ("embedding.", "softmax.")  # left out of the paper's parameter and operation counts
+EMBEDDING_AND_SOFTMAX = ("embedding.", "softmax.")  # left out of the paper's parameter and operation counts
 
 
 def counts(model: nn.Module, config: Config) -> dict[str, int]:
     """Parameters and forward multiply-adds per word of a plain model, as Shazeer et al. 2017 count them (Table 7)."""
     named = dict(model.named_parameters())
-    inner = {name: p.numel() for name, p in named.items() if not name.startswith(OUTSIDE)}
+    inner = {name: p.numel() for name, p in named.items() if not name.startswith(EMBEDDING_AND_SOFTMAX)}
     # a matrix costs a multiply-add per element, those of experts and groups only for the part that a word visits
     active = {name: Fraction(1) if named[name].dim() > 1 else Fraction(0) for name in inner}
     moe, expert_parameters = config.model.moe, 0

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from moe_dist.config import Config, override
 from moe_dist.configs import get
 from moe_dist.engine import Engine, compute_dtype, read_ds_config
-from moe_dist.optim import Optimizer, learning_rate
+from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallelize import parallelize
 from moe_dist.tasks import LanguageModel
@@ -34,11 +34,8 @@ class Run:
         self.layout = meshes.lay_out(config, self.mesh.dp.size)
         self.task = LanguageModel(config, self.layout, self.mesh)
         self.model = parallelize(self.task.plain_model(config), self.mesh, config.seed, compute_dtype(ds))
-        stage = ds["zero_optimization"]["stage"]
-        self.optimizer = Optimizer(
-            self.model.dense.parameters(), self.model.experts, self.model.gates, config.optim, self.mesh, stage
-        )
-        self.engine = Engine(self.model.dense, self.optimizer, ds, self.layout)
+        self.engine = Engine(self.model, config.optim, ds, self.layout, self.mesh)
+        self.optimizer = self.engine.optimizer
         self.task.start(compute_dtype(ds))
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -60,10 +57,12 @@ class Run:
         return self
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole masters by name, experts stacked by global id."""
+        """Whole masters by name, experts stacked by global id, and rows."""
         whole = {name: t.detach().clone() for name, t in self.engine.dense_state() if "exp_avg" not in name}
-        mine = {name: expert.master_eDF for name, expert in self.optimizer.experts.items()}
-        for name, part in (mine | {name: p.detach() for name, p in self.model.gates.items()}).items():
+        tables = [table.named for table in self.optimizer.rows.values()]
+        whole |= {name: state.master.clone() for named in tables for name, state in named.items()}
+        for name, state in (self.optimizer.experts | self.optimizer.gates).items():
+            part = state.master
             parts = [torch.empty_like(part) for _ in range(self.mesh.ep.size)]
             dist.all_gather(parts, part, group=self.mesh.ep.group)
             whole[name] = torch.cat(parts)

@@ -201,12 +201,12 @@ def gate_elements(mesh: meshes.Mesh) -> int:
 def run_step(mesh: meshes.Mesh) -> dict[str, Any]:
     """One optimizer step of a dense parameter and a secondary gate, with gradients that make arithmetic easy."""
     dense, gate = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1, 1, 2))
-    optimizer = Optimizer([dense], {}, {"gate": gate}, OptimConfig(clip_norm=2.5), mesh, zero=0)
+    optimizer = Optimizer([dense], {}, {"gate": gate}, {}, OptimConfig(clip_norm=2.5), mesh, zero=0)
     optimizer.begin(lr=0.5)
     dense.grad, gate.grad = torch.tensor([3.0, 4.0]), torch.tensor([[[1.0, -1.0]]]) * (1 + mesh.dp.index)
     optimizer.step()
-    told = optimizer.gates.tensors(1)
-    return {"norm": optimizer.norm, "gate": gate.flatten().tolist(), "mean": told["gate.exp_avg"].flatten().tolist()}
+    told = optimizer.gates["gate"].tensors(1)
+    return {"norm": optimizer.norm, "gate": gate.flatten().tolist(), "mean": told[".exp_avg"].flatten().tolist()}
 
 
 def train_alone(text: str, folder: Path) -> dict[str, Any]:
@@ -245,7 +245,8 @@ def train_in_two(text: str, folder: Path) -> dict[str, Any]:
 def state(run: Run) -> dict[str, torch.Tensor]:
     """Whole weights by name, and the secondary gates with their moments, by global group."""
     whole = run.weights()
-    for name, t in run.optimizer.gates.tensors(len(run.losses)).items():
+    gates = run.optimizer.gates.items()
+    for name, t in ((n + end, t) for n, gate in gates for end, t in gate.tensors(len(run.losses)).items()):
         parts = [torch.empty_like(t) for _ in range(run.mesh.ep.size)]
         dist.all_gather(parts, t.clone(), group=run.mesh.ep.group)
         whole[name] = torch.cat(parts)

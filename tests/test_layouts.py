@@ -112,14 +112,14 @@ def train_bf16(text: str, zero: int) -> dict[str, Any]:
     ratios = zip(movement(bf16), movement(fp32), strict=True)
     moved = [narrow / wide for narrow, wide in ratios]
     for e in bf16.optimizer.experts.values():
-        assert e.p.dtype == torch.bfloat16 and e.master_eDF.dtype == torch.float32
-        assert torch.equal(e.p, e.master_eDF.bfloat16())
+        assert e.p.dtype == torch.bfloat16 and e.master.dtype == torch.float32
+        assert torch.equal(e.p, e.master.bfloat16())
     meshes.stop()
     return {"bf16 norms": bf16.norms, "fp32 norms": fp32.norms, "moved": moved}
 
 
 def movement(run: Run) -> list[float]:
     """How far each stack of experts gets from its own start."""
-    start = {name: e.master_eDF.clone() for name, e in run.optimizer.experts.items()}
+    start = {name: e.master.clone() for name, e in run.optimizer.experts.items()}
     run.steps(0, STEPS)
-    return [(e.master_eDF - start[name]).norm().item() for name, e in run.optimizer.experts.items()]
+    return [(e.master - start[name]).norm().item() for name, e in run.optimizer.experts.items()]

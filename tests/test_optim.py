@@ -10,7 +10,8 @@ from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist.config import OptimConfig
-from moe_dist.optim import _square, factored_update, learning_rate, row_squares_of
+from moe_dist.optim import learning_rate
+from moe_dist.outside import factored_update, row_squares_of, square_of
 from moe_dist.parallel import mesh as meshes
 
 PLAIN = OptimConfig(lr=1.0, eps=0.0, expert_beta2=0.5)
@@ -109,7 +110,7 @@ def test_the_norm_of_many_elements_is_that_of_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(n, generator=generator) for n in (2**21, 2**20 + 3)]
     expected = sum(t.double().square().sum().item() for t in tensors)
-    assert _square(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-12)
+    assert square_of(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-12)
     g_eDF = tensors[0].view(2, 128, 8192)
     assert row_squares_of(g_eDF).double().sum().item() == pytest.approx(g_eDF.double().square().sum().item(), rel=1e-6)
 

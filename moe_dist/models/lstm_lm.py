@@ -37,18 +37,29 @@ class LSTMLanguageModel(nn.Module):
             raise ValueError(f"model.middle={config.middle!r}; {nearest(config.middle, LAYERS)}")
         self.p = config.dropout
         # from a tensor: nn.Embedding's own initialisation costs seconds on the meta device, and ours follows
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocabulary_size, config.dim), freeze=False)
+        by_row = config.softmax_samples is not None
+        self.embedding = nn.Embedding.from_pretrained(
+            torch.empty(vocabulary_size, config.dim), freeze=False, sparse=by_row
+        )
+        self.embedding.by_row = by_row  # type: ignore[assignment]
         with_bound(self.embedding.weight, EMBEDDING_BOUND)
         self.layers = LAYERS[config.middle]
         for name in self.layers:
             setattr(self, name, MIDDLE[config.middle](config) if name == "middle" else _lstm(config))
-        self.softmax = Softmax(config.dim, vocabulary_size)
+        self.softmax = Softmax(config.dim, vocabulary_size, config.softmax_samples)
 
     def forward(
         self, input_BS: torch.Tensor, target_BS: torch.Tensor, state: State, ctx: Context
     ) -> tuple[torch.Tensor, State, dict[str, LayerStats]]:
         """Words and the words after them -> negative log likelihood summed over valid tokens (nats, a scalar), the
         state after the last timestep, and the statistics of each MoE layer by name."""
+        x_TD, after, stats = self.read(input_BS, state, ctx)
+        return self.softmax(x_TD, target_BS.flatten(), ctx), after, stats
+
+    def read(
+        self, input_BS: torch.Tensor, state: State, ctx: Context
+    ) -> tuple[torch.Tensor, State, dict[str, LayerStats]]:
+        """Words -> what the softmax sees (T, D), the state after the last timestep, statistics by layer."""
         x_TD = dropout(self.embedding(input_BS).flatten(0, 1), self.p, ctx.at(0))
         before, after = iter(state), []
         stats: dict[str, LayerStats] = {}
@@ -63,7 +74,7 @@ class LSTMLanguageModel(nn.Module):
                 y_TD = y_TD.sigmoid()
                 stats |= {} if told is None else {name: told}
             x_TD = x_TD + dropout(y_TD, self.p, ctx.at(site))
-        return self.softmax(x_TD, target_BS.flatten(), ctx.valid_T), tuple(after), stats
+        return x_TD, tuple(after), stats
 
 
 def state_widths(config: ModelConfig) -> list[tuple[int, int]]:

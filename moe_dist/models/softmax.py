@@ -3,69 +3,132 @@
 Logits of a whole batch (tokens x vocabulary) are the largest tensor of a language model; they are never held. A chunk's
 gradient is formed while its logits are at hand, in forward, and scaled in backward.
 
-Legend: T tokens, C tokens of a chunk, D width, V vocabulary.
+With `samples`, training sees a part of a large vocabulary: S words are drawn from a log-uniform distribution q (words
+lie by falling frequency), the same for every token of a step, and each distinct word j among them stands for itself and
+its like with weight 1 / P_j, where P_j = 1 - (1 - q_j)^S is the probability that it is among them:
+
+    Z' = exp(l_target) + sum over drawn j, not the target, of exp(l_j) / P_j
+
+so that E[Z'] is the sum over the whole vocabulary, and -log(exp(l_target) / Z') takes the place of the exact loss
+(importance sampling, Jean et al. 2015; Appendix C.1). Evaluation is exact.
+
+Legend: T tokens, C tokens of a chunk, D width, V vocabulary, S draws, N columns: words whose logits are taken.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from moe_dist import keyed
+from moe_dist.context import Context
 from moe_dist.parameters import parameter
 
 LOGITS_PER_CHUNK = 2**21  # 8 MB of float32: about what stays in cache
+TOKENS_PER_CHUNK = 64  # the fewest: below that reading the matrix takes longer than multiplying
 
 
 class Softmax(nn.Module):
     """Output layer with bias."""
 
-    def __init__(self, dim: int, vocabulary_size: int) -> None:
+    def __init__(self, dim: int, vocabulary_size: int, samples: int | None = None) -> None:
         super().__init__()
+        self.samples = samples
+        self.by_row = samples is not None  # a step touches few rows, and their gradients are sparse
         self.w_VD = parameter(vocabulary_size, dim, bound=dim**-0.5)
         self.b_V = parameter(vocabulary_size, bound=0.0)
 
-    def forward(self, x_TD: torch.Tensor, target_T: torch.Tensor, valid_T: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, target_T: torch.Tensor, ctx: Context) -> torch.Tensor:
         """Negative log likelihood of the targets (nats), summed over valid tokens: a scalar, float32 or wider."""
-        return _SoftmaxNLL.apply(x_TD, self.w_VD, self.b_V, target_T, valid_T, torch.is_grad_enabled())
+        train = torch.is_grad_enabled()
+        if self.samples is None or not ctx.train:
+            return _NLL.apply(x_TD, self.w_VD, self.b_V, target_T, ctx.valid_T, None, None, train)
+        word_N, weight_N = draw(len(self.b_V), self.samples, ctx.seed, ctx.step)
+        word_N, weight_N = word_N.to(x_TD.device), weight_N.to(x_TD.device)
+        own_w_TD, own_b_T = self._rows(target_T)
+        w_ND, b_N = self._rows(word_N)
+        b_N = b_N + weight_N.log().to(b_N.dtype)
+        # where a token's target is among the words drawn: its column
+        column_T = torch.searchsorted(word_N, target_T).clamp(max=len(word_N) - 1)
+        column_T = torch.where(word_N[column_T] == target_T, column_T, -1)
+        return _NLL.apply(x_TD, w_ND, b_N, column_T, ctx.valid_T, own_w_TD, own_b_T, train)
 
+    def _rows(self, word_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return F.embedding(word_N, self.w_VD, sparse=True), torch.gather(self.b_V, 0, word_N, sparse_grad=True)
 
-class _SoftmaxNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Any, w_VD: Any, b_V: Any, target_T: Any, valid_T: Any, train: bool) -> torch.Tensor:
+    def log_probability(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Of every word after each token, in nats: (T, V), float32 or wider."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
+        return torch.addmm(self.b_V, x_TD, self.w_VD.t()).to(wide).log_softmax(1)
+
+
+def inclusion(vocabulary_size: int, samples: int) -> torch.Tensor:
+    """P_V, the probability of each word to be among `samples` draws with replacement from the log-uniform distribution
+    q_j = log((j + 2) / (j + 1)) / log(V + 1); float64."""
+    rank_V = torch.arange(vocabulary_size, dtype=torch.float64)
+    q_V = ((rank_V + 2) / (rank_V + 1)).log() / math.log(vocabulary_size + 1)
+    return -torch.expm1(samples * torch.log1p(-q_V))
+
+
+def draw(vocabulary_size: int, samples: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct words among `samples` draws (int64, ascending) and the weight 1 / P of each (float64): the same for
+    every rank and micro-batch of a step."""
+    u_S = keyed.uniform(samples, seed, step, "negatives")
+    drawn_S = ((u_S * math.log(vocabulary_size + 1)).exp().long() - 1).clamp(0, vocabulary_size - 1)
+    word_N = drawn_S.unique()
+    return word_N, 1 / inclusion(vocabulary_size, samples)[word_N]
+
+
+class _NLL(torch.autograd.Function):
+    """Of each token's target among columns. The target is column `column_T`; or, with `own_w_TD` and `own_b_T`, it has
+    a column to itself, put first, and `column_T` is where it is not to be counted again (-1: nowhere)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Any, w_ND: Any, b_N: Any, column_T: Any, valid_T: Any, own_w_TD: Any, own_b_T: Any, train: bool
+    ) -> torch.Tensor:
+        wide, own = torch.promote_types(x_TD.dtype, torch.float32), own_w_TD is not None
         nll = x_TD.new_zeros((), dtype=wide)
         if train:
-            dx_TD, dw_VD, db_V = (
-                torch.empty_like(x_TD),
-                torch.zeros_like(w_VD, dtype=wide),
-                b_V.new_zeros(b_V.shape, dtype=wide),
-            )
-        per_chunk = max(1, LOGITS_PER_CHUNK // len(b_V))
+            dx_TD, dw_ND = torch.empty_like(x_TD), torch.zeros_like(w_ND, dtype=wide)
+            db_N, d_own_T = b_N.new_zeros(b_N.shape, dtype=wide), x_TD.new_zeros(len(x_TD), dtype=wide)
+        per_chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // len(b_N))
         for i in range(0, len(x_TD), per_chunk):
-            x_CD, target_C1, valid_C = (
-                x_TD[i : i + per_chunk],
-                target_T[i : i + per_chunk, None],
-                valid_T[i : i + per_chunk].to(wide),
-            )
-            logit_CV = torch.addmm(b_V, x_CD, w_VD.t()).to(wide)
-            logit_CV -= logit_CV.amax(1, keepdim=True)
-            target_logit_C = logit_CV.gather(1, target_C1).squeeze(1)
-            p_CV = logit_CV.exp_()
-            sum_C = p_CV.sum(1)
+            at = slice(i, i + per_chunk)
+            x_CD, target_C1, valid_C = x_TD[at], column_T[at, None], valid_T[at].to(wide)
+            logit_CN = torch.addmm(b_N, x_CD, w_ND.t()).to(wide)
+            if own:
+                again_C1 = target_C1.clamp(min=0)
+                kept_C1 = logit_CN.gather(1, again_C1).masked_fill(target_C1 >= 0, -math.inf)
+                own_C1 = (x_CD.to(wide) * own_w_TD[at]).sum(1, keepdim=True) + own_b_T[at, None]
+                logit_CN = torch.cat([own_C1, logit_CN.scatter_(1, again_C1, kept_C1)], 1)
+                target_C1 = torch.zeros_like(target_C1)
+            logit_CN -= logit_CN.amax(1, keepdim=True)
+            target_logit_C = logit_CN.gather(1, target_C1).squeeze(1)
+            p_CN = logit_CN.exp_()
+            sum_C = p_CN.sum(1)
             nll += ((sum_C.log() - target_logit_C) * valid_C).sum()
             if train:  # d nll / d logit = softmax - one-hot
-                d_CV = p_CV.mul_((valid_C / sum_C)[:, None])
-                d_CV.scatter_add_(1, target_C1, -valid_C[:, None])
-                d_CV = d_CV.to(x_TD.dtype)
-                torch.mm(d_CV, w_VD, out=dx_TD[i : i + per_chunk])
-                dw_VD.addmm_(d_CV.t(), x_CD) if wide == x_TD.dtype else dw_VD.add_(d_CV.t() @ x_CD)
-                db_V += d_CV.sum(0)
-        if train:
-            ctx.save_for_backward(dx_TD, dw_VD, db_V)
+                d_CN = p_CN.mul_((valid_C / sum_C)[:, None])
+                d_CN.scatter_add_(1, target_C1, -valid_C[:, None])
+                if own:
+                    d_own_T[at], d_CN = d_CN[:, 0], d_CN[:, 1:]
+                d_CN = d_CN.to(x_TD.dtype)
+                torch.mm(d_CN, w_ND, out=dx_TD[at])
+                dw_ND.addmm_(d_CN.t(), x_CD) if wide == x_TD.dtype else dw_ND.add_(d_CN.t() @ x_CD)
+                db_N += d_CN.sum(0)
+        if train and own:
+            dx_TD += d_own_T.to(x_TD.dtype)[:, None] * own_w_TD
+            ctx.save_for_backward(dx_TD, dw_ND, db_N, d_own_T[:, None].to(x_TD.dtype) * x_TD, d_own_T)
+        elif train:
+            ctx.save_for_backward(dx_TD, dw_ND, db_N)
         return nll
 
     @staticmethod
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
-        dx_TD, dw_VD, db_V = ctx.saved_tensors
-        scale, dtype = grad[0], dx_TD.dtype
-        return dx_TD * scale.to(dtype), (dw_VD * scale).to(dtype), (db_V * scale).to(dtype), None, None, None
+        dtype = ctx.saved_tensors[0].dtype
+        dx_TD, dw_ND, db_N, *own = ((d * grad[0]).to(dtype) for d in ctx.saved_tensors)
+        d_own_w_TD, d_own_b_T = own or (None, None)
+        return dx_TD, dw_ND, db_N, None, None, d_own_w_TD, d_own_b_T, None

@@ -1,7 +1,8 @@
 """Everything ranks say to each other during a step; the only user of `all_to_all` in the package.
 
 Each exchange call carries a label (site, direction): `site` is the use of a layer, `direction` is "counts",
-"dispatch" or "combine", and ":grad" marks the way back in backward. Bytes sent to other ranks are counted under it.
+"dispatch" or "combine", and ":grad" marks the way back in backward; (module, "rows") labels rows of a vocabulary.
+Bytes sent to other ranks are counted under it, those of a reduction as a ring sends them.
 
 Legend: N rows sent by this rank, R rows received, E global experts, e experts of this rank, P ranks of the axis.
 """
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from moe_dist.parallel.mesh import Axis, Mesh
 
-Label = tuple[int, str]
+Label = tuple[int | str, str]
 
 
 def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Tensor:
@@ -55,10 +56,21 @@ def _exchange(x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: 
     return x_R
 
 
-def sum_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def sum_over(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
     """In-place sum over the ranks of the axis; returns `x`. Not differentiable."""
+    return _reduce(x, axis, label, dist.ReduceOp.SUM)
+
+
+def any_over(x: torch.Tensor, axis: Axis, label: Label) -> torch.Tensor:
+    """In place, the largest of each element over the ranks of the axis; returns `x`."""
+    return _reduce(x, axis, label, dist.ReduceOp.MAX)
+
+
+def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.Tensor:
     if axis.size > 1:
-        dist.all_reduce(x, group=axis.group)
+        dist.all_reduce(x, op, group=axis.group)
+    if label:
+        axis.sent[label] += 2 * x.nbytes * (axis.size - 1) // axis.size
     return x
 
 

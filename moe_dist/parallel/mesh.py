@@ -41,6 +41,11 @@ class Mesh:
     device_mesh: DeviceMesh  # (edp, ep): for sharded tensors in checkpoints
 
     @property
+    def sent(self) -> Counter:
+        """Bytes that this rank has sent to others, by (site, direction)."""
+        return Counter({**self.ep.sent, **self.dp.sent})  # "+" would drop who has sent nothing yet
+
+    @property
     def is_main(self) -> bool:
         return self.dp.index == 0
 

@@ -1,0 +1,292 @@
+"""The sampled softmax against loops and against the whole one; rows that nobody touched are left alone."""
+
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_distributed
+from runs import Run, tiny
+from torch import nn
+
+from moe_dist import checkpoint
+from moe_dist.config import OptimConfig, override
+from moe_dist.configs import get
+from moe_dist.context import Context
+from moe_dist.models.softmax import Softmax, draw, inclusion
+from moe_dist.outside import Rows
+from moe_dist.parallel import mesh as meshes
+
+V, D, T = 30, 4, 7
+
+
+def context(step: int = 0, train: bool = True, num_tokens: int = T) -> Context:
+    token_T = torch.arange(num_tokens)
+    return Context(token_T, token_T * 0, token_T != 3, 5, step, train, 0, num_tokens, num_tokens, 1)
+
+
+def softmax(samples: int | None, vocabulary_size: int = V, dim: int = D) -> Softmax:
+    layer, generator = Softmax(dim, vocabulary_size, samples).double(), torch.Generator().manual_seed(1)
+    for p in layer.parameters():
+        p.data.normal_(generator=generator)
+    return layer
+
+
+def tokens(dim: int = D) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x_TD = torch.randn(T, dim, generator=generator, dtype=torch.float64, requires_grad=True)
+    return x_TD, torch.tensor([0, 29, 1, 5, 0, 17, 2])
+
+
+def test_inclusion_by_hand() -> None:
+    # V = 3: q = ln 2 / ln 4, ln 1.5 / ln 4, ln (4/3) / ln 4 = 0.5, 0.29248, 0.20752, which add up to 1
+    # two draws: P = 1 - (1 - q)^2 = 0.75, 1 - 0.70752^2 = 0.49942, 1 - 0.79248^2 = 0.37198
+    torch.testing.assert_close(inclusion(3, 2), torch.tensor([0.75, 0.49942, 0.37198]).double(), rtol=0, atol=1e-5)
+
+
+def test_words_drawn_are_distinct_in_order_and_follow_from_seed_and_step_alone() -> None:
+    word_N, weight_N = draw(1000, 50, seed=3, step=4)
+    assert word_N.tolist() == sorted(set(word_N.tolist())) and set(word_N.tolist()) <= set(range(1000))
+    assert torch.equal(weight_N, 1 / inclusion(1000, 50)[word_N])
+    assert torch.equal(word_N, draw(1000, 50, 3, 4)[0])
+    assert not torch.equal(word_N, draw(1000, 50, 3, 5)[0]) and not torch.equal(word_N, draw(1000, 50, 4, 4)[0])
+
+
+def test_words_are_drawn_as_often_as_their_inclusion_says() -> None:
+    draws, count_V = 4000, torch.zeros(20)
+    for step in range(draws):
+        count_V[draw(20, 8, 0, step)[0]] += 1
+    p_V = inclusion(20, 8)
+    error_V = (p_V * (1 - p_V) / draws).sqrt()
+    assert ((count_V / draws - p_V).abs() < 4 * error_V).all()
+
+
+def partition_functions(layer: Softmax, x_D: torch.Tensor, target: int, step: int) -> tuple[float, bool]:
+    """Z' of one token, from the sampled loss, and whether the target was drawn."""
+    ctx = context(step, num_tokens=1)
+    nll = layer(x_D[None], torch.tensor([target]), ctx)
+    own = (layer.w_VD[target] @ x_D + layer.b_V[target]).item()
+    return math.exp(nll.item() + own), target in draw(V, 10, 5, step)[0].tolist()
+
+
+@torch.no_grad()
+def test_partition_function_is_unbiased() -> None:
+    """The mean of Z' over many draws is Z, for a target that is nearly always drawn and one that nearly never is."""
+    layer, (x_TD, _) = softmax(10), tokens()
+    layer.train()
+    for target in (0, 29):
+        with torch.enable_grad():
+            pairs = [partition_functions(layer, x_TD[0], target, step) for step in range(4000)]
+        z = torch.tensor([value for value, _ in pairs]).double()
+        whole = (layer.w_VD @ x_TD[0] + layer.b_V).exp().sum()
+        error = z.std() / len(z) ** 0.5
+        assert abs(z.mean() - whole) < 4 * error and error < 0.03 * whole
+        drawn = sum(hit for _, hit in pairs)
+        assert drawn > 3000 if target == 0 else 100 < drawn < 1500, "accidental hits came by"
+
+
+def test_gradients_tend_to_the_whole_ones() -> None:
+    """-log Z' is not unbiased where Z' is, by its variance / 2: with ten times the draws the mean gradient comes
+    closer, and where every word is drawn it is the whole one."""
+    errors = []
+    expected = gradients(softmax(None), 0)
+    for samples in (10, 100, 10_000):
+        steps = 1 if samples == 10_000 else 300
+        each = [gradients(softmax(samples), step) for step in range(steps)]
+        mean = [torch.stack(g).mean(0) for g in zip(*each, strict=True)]
+        errors.append([((m - e).norm() / e.norm()).item() for m, e in zip(mean, expected, strict=True)])
+    assert all(few > 2 * more for few, more in zip(errors[0], errors[1], strict=True))
+    assert max(errors[2]) < 1e-12
+
+
+def gradients(layer: Softmax, step: int) -> list[torch.Tensor]:
+    """Of x, w and b, whole."""
+    x_TD, target_T = tokens()
+    layer(x_TD, target_T, context(step)).backward()
+    return [g.to_dense() if g.is_sparse else g for g in (x_TD.grad, layer.w_VD.grad, layer.b_V.grad)]  # type: ignore[union-attr]
+
+
+def test_sampled_loss_and_gradients_equal_loops() -> None:
+    samples, step = 12, 9
+    x_TD, target_T = tokens()
+    layer = softmax(samples)
+    nll = layer(x_TD, target_T, context(step))
+    (3 * nll).backward()
+
+    u_TD, w_VD, b_V = (t.detach().clone().requires_grad_() for t in (x_TD, layer.w_VD, layer.b_V))
+    word_N, weight_N = draw(V, samples, 5, step)
+    assert set(word_N.tolist()) & set(target_T.tolist()), "an accidental hit"
+    expected = torch.zeros((), dtype=torch.float64)
+    for t, target in enumerate(target_T.tolist()):
+        if t != 3:  # padding
+            own = w_VD[target] @ u_TD[t] + b_V[target]
+            z = own.exp()
+            for word, weight in zip(word_N.tolist(), weight_N.tolist(), strict=True):
+                if word != target:
+                    z = z + weight * (w_VD[word] @ u_TD[t] + b_V[word]).exp()
+            expected = expected - (own - z.log())
+    (3 * expected).backward()
+    torch.testing.assert_close(nll, expected, rtol=1e-12, atol=0)
+    for got, want in ((x_TD, u_TD), (layer.w_VD, w_VD), (layer.b_V, b_V)):
+        assert got.grad is not None and want.grad is not None
+        grad = got.grad.to_dense() if got.grad.is_sparse else got.grad
+        torch.testing.assert_close(grad, want.grad, rtol=1e-10, atol=1e-12)
+    assert layer.w_VD.grad is not None and layer.w_VD.grad.is_sparse
+    touched = set(word_N.tolist()) | set(target_T.tolist())
+    assert set(layer.w_VD.grad.coalesce().indices()[0].tolist()) == touched
+
+
+def test_evaluation_is_whole() -> None:
+    x_TD, target_T = tokens()
+    expected = softmax(None)(x_TD, target_T, context(train=False))
+    torch.testing.assert_close(softmax(3)(x_TD, target_T, context(train=False)), expected, rtol=0, atol=0)
+    log_p_T = softmax(3).log_probability(x_TD)[torch.arange(T), target_T]
+    torch.testing.assert_close(-(log_p_T * context().valid_T).sum(), expected)
+
+
+# rows
+
+
+class Alone:
+    """An axis of one rank, without a process group."""
+
+    size, index, group = 1, 0, None
+
+    def __init__(self) -> None:
+        self.sent: dict[Any, int] = {("table", "rows"): 0}
+
+
+def test_each_row_is_an_adam_of_its_own_and_the_others_wait() -> None:
+    config, generator = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3), torch.Generator().manual_seed(0)
+    start_VD = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    w_VD, b_V = nn.Parameter(start_VD.clone()), nn.Parameter(start_VD[:, 0].clone())
+    rows = Rows("table", {"table.w": w_VD, "table.b": b_V}, Alone())  # type: ignore[arg-type]
+    reference = [nn.Parameter(row.clone()) for row in start_VD]
+    adams = [torch.optim.Adam([row], betas=(0.8, 0.9), eps=1e-3) for row in reference]
+    for step, touched in enumerate(([0, 2, 2], [2, 5], [0, 1], [5], [2, 0])):
+        id_N = torch.tensor(touched)
+        g_ND = torch.randn(len(id_N), 3, generator=generator, dtype=torch.float64)
+        rows.clear()
+        (nn.functional.embedding(id_N, w_VD, sparse=True) * g_ND).sum().backward()
+        (torch.gather(b_V, 0, id_N, sparse_grad=True) * g_ND[:, 0]).sum().backward()
+        rows.reduce()
+        g_VD = torch.zeros(6, 3, dtype=torch.float64).index_add(0, id_N, g_ND)
+        # the norm of this step: of the matrix and of the vector, whose gradient is the matrix's first column
+        assert rows.square().item() == pytest.approx((g_VD**2).sum().item() + (g_VD[:, 0] ** 2).sum().item())
+        rows.update(0.5, lr=0.1 * (step + 1), config=config)
+        for i in set(touched):
+            adams[i].param_groups[0]["lr"] = 0.1 * (step + 1)
+            reference[i].grad = 0.5 * g_VD[i]
+            adams[i].step()
+    torch.testing.assert_close(w_VD.data, torch.stack(list(reference)).data)
+    torch.testing.assert_close(b_V.data, w_VD.data[:, 0])
+    assert torch.equal(w_VD.data[3:5], start_VD[3:5]), "rows 3 and 4 were never touched"
+    assert rows.updates_V.tolist() == [3, 1, 3, 0, 0, 2]
+    assert rows.exp_avg["table.w"][3:5].count_nonzero() == rows.exp_avg_sq["table.w"][3:5].count_nonzero() == 0
+
+
+SAMPLED = ["model.softmax_samples=20", "model.dropout=0.2"]
+STEPS = 10
+
+
+def train(text: str, layouts: list[tuple[int, int, int]], sets: list[str]) -> list[dict[str, Any]]:
+    meshes.join()
+    results = []
+    for ep, zero, accumulation in layouts:
+        more = [f"mesh.ep={ep}", f"zero={zero}", f"batch.accumulation={accumulation}", f"data.text={text}", *sets]
+        run = Run(tiny(*SAMPLED, *more)).steps(0, STEPS)
+        weights = run.weights()
+        results.append({"norms": run.norms, "losses": run.losses, "weights": weights})
+    meshes.stop()
+    return results
+
+
+@pytest.mark.timeout(200)
+def test_every_layout_agrees(small_text: Path) -> None:
+    reference = run_distributed(train, 1, str(small_text), [(1, 0, 1)], [])[0][0]
+    assert min(reference["norms"]) > 0.3, "clipping at 0.3 is active at every step"
+    for world in (1, 2, 4):
+        layouts = [(ep, zero, acc) for ep in (1, 2, 4) if ep <= world for zero, acc in ((1, 2), (3, 1))]
+        told = run_distributed(train, world, str(small_text), layouts, [])
+        for rank in told:
+            for got, layout in zip(rank, layouts, strict=True):
+                where = f"world {world}, ep, ZeRO, accumulation {layout}"
+                assert got["norms"] == pytest.approx(reference["norms"], rel=1e-5), where
+                assert got["losses"] == pytest.approx(reference["losses"], rel=1e-5), where
+                for name, w in reference["weights"].items():
+                    assert (got["weights"][name] - w).norm() <= 1e-5 * w.norm(), f"{name}: {where}"
+
+
+@pytest.mark.timeout(200)
+def test_narrow_rows_follow_their_masters_and_resume(small_text: Path, tmp_path: Path) -> None:
+    for told in run_distributed(train_narrow, 2, str(small_text), tmp_path):
+        assert told["norms"] == pytest.approx(told["wide norms"], rel=0.01)
+        assert told["rounded"] and told["waited"] and told["same"]
+
+
+def train_narrow(text: str, folder: Path) -> dict[str, Any]:
+    meshes.join()
+    sets = [*SAMPLED, "mesh.ep=2", "batch.accumulation=2", f"data.text={text}", "model.softmax_samples=5"]
+    config = tiny(*sets, "ds_config=bf16")
+    run, wide = Run(config), Run(tiny(*sets))
+    start = run.optimizer.rows["softmax"].named["softmax.w_VD"].master.clone()
+    run.steps(0, 2)
+    checkpoint.save(folder, 2, run.engine, run.task, run.mesh, {}, keep=1)
+    run.steps(2, 3), wide.steps(0, 3)
+    again = Run(config)
+    checkpoint.load(checkpoint.latest(folder), again.engine, again.task, again.mesh)
+    again.steps(2, 3)
+    table = run.optimizer.rows["softmax"]
+    master = table.named["softmax.w_VD"]
+    untouched = table.updates_V == 0
+    expected, got = run.optimizer.rows["softmax"].tensors(), again.optimizer.rows["softmax"].tensors()
+    meshes.stop()
+    return {
+        "norms": run.norms,
+        "wide norms": wide.norms,
+        "rounded": master.p.dtype == torch.bfloat16 and torch.equal(master.p, master.master.bfloat16()),
+        "waited": 0 < untouched.sum() < 300 and torch.equal(master.master[untouched], start[untouched]),
+        "same": again.losses == run.losses[2:] and all(torch.equal(expected[k], got[k]) for k in expected),
+    }
+
+
+WORDS, WIDTH = 793_471, 512
+
+
+@pytest.mark.timeout(280)
+def test_a_step_at_793471_words_moves_touched_rows_alone_and_fits(tmp_path: Path) -> None:
+    """Two ranks, width 512. Bytes that a rank sends in a ring's all-reduce of n bytes on two ranks: n. Each module
+    tells a byte per word and then n rows of 512 (the softmax: and a bias) float32."""
+    text = tmp_path / "words.txt"
+    text.write_text("\n".join(" ".join(f"w{i}" for i in range(j, j + 50)) for j in range(0, 900_000, 50)))
+    ranks = run_distributed(one_large_step, 2, str(text), timeout=260)
+    for told in ranks:
+        assert told["embedding"] == WORDS + told["inputs"] * WIDTH * 4
+        assert told["softmax"] == WORDS + told["outputs"] * (WIDTH + 1) * 4
+        assert told["inputs"] <= 8 * 5 and 1000 < told["outputs"] <= 4096 + 8 * 5
+        assert told["changed"] == told["outputs"]
+    gigabytes = sum(told["peak bytes"] for told in ranks) / 1e9
+    # two matrices of 1.6 GB on each rank; Adam's moments take memory where rows were touched
+    assert 6 < gigabytes < 24, f"{gigabytes:.1f} GB"
+
+
+def one_large_step(text: str) -> dict[str, int]:
+    meshes.join()
+    sets = ["mesh.ep=2", f"data.text={text}", "batch.samples=8", "batch.timesteps=5", "model.softmax_samples=4096"]
+    run = Run(override(get("moe_4"), [*sets, "optim.warmup_steps=1"]))
+    table = run.optimizer.rows["softmax"]
+    weights = table.named["softmax.w_VD"].master
+    before = weights.sum(1)
+    run.steps(0, 1)
+    told = {
+        "embedding": run.mesh.sent["embedding", "rows"],
+        "softmax": run.mesh.sent["softmax", "rows"],
+        "inputs": len(run.optimizer.rows["embedding"].touched_n),
+        "outputs": len(table.touched_n),
+        "changed": int((weights.sum(1) != before).sum()),
+        "peak bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    meshes.stop()
+    return told
