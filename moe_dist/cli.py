@@ -24,8 +24,8 @@ from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel.collectives import from_main
-from moe_dist.parallel.mesh import Mesh, lay_out, world_size
-from moe_dist.summary import counts, table
+from moe_dist.parallel.mesh import Mesh, lay_out, num_nodes, world_size
+from moe_dist.summary import describe, table
 from moe_dist.tasks import TASKS
 
 
@@ -91,13 +91,12 @@ def plan(argv: list[str], doc: str | None) -> Run:
         if run.config.task not in TASKS:
             raise ValueError(f"task={run.config.task!r}; {nearest(run.config.task, TASKS)}")
         layout = lay_out(run.config, world_size())
-        count = counts(TASKS[run.config.task].plain_model(run.config), run.config)
-    layout_json = {"config": run.config.name, **asdict(layout), "ep": run.config.mesh.ep, **count}
-    as_json = args.dry_run and args.json
-    _say(json.dumps(layout_json) if as_json else table(run.config, layout, run.ds_config, count))
+        model = TASKS[run.config.task].plain_model(run.config)
+    told = describe(run.config, layout, run.ds_config, model, num_nodes())
+    _say(json.dumps(told) if args.dry_run and args.json else table(told, run.config))
     if args.dry_run:
         sys.exit(0)
-    run.flops_per_word = count["flops_per_word"]
+    run.flops_per_word = told["flops_per_word"]
     return run
 
 

@@ -1,62 +1,168 @@
 """What a config comes to on a mesh, counted on the meta device: no process group, no memory."""
 
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
-from moe_dist.config import Config
+from moe_dist.config import Config, ModelConfig
 from moe_dist.hierarchical import GroupProjection
 from moe_dist.layer import MoE
+from moe_dist.models.lstm_lm import LAYERS
+from moe_dist.models.softmax import LOGITS_PER_CHUNK, TOKENS_PER_CHUNK, inclusion
 from moe_dist.parallel.mesh import Layout
 
 EMBEDDING_AND_SOFTMAX = ("embedding.", "softmax.")  # left out of the paper's parameter and operation counts
+FLOAT = 4  # bytes
+MOMENTS = 2 * FLOAT  # of Adam, a parameter
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """What each parameter of a plain model will be on a mesh, by name: "experts", "gates" (inside groups of experts),
+    "rows" (updated by row) or "dense"."""
+    kind = {name: "dense" for name, _ in model.named_parameters()}
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, MoE):
+            for prefix, module in layer.experts.named_modules(prefix=f"{layer_name}.experts"):
+                spread = "gates" if isinstance(module, GroupProjection) else "experts"
+                kind |= {f"{prefix}.{key}": spread for key, _ in module.named_parameters(recurse=False)}
+        if getattr(layer, "by_row", False):
+            kind |= {f"{layer_name}.{key}": "rows" for key, _ in layer.named_parameters(recurse=False)}
+    return kind
 
 
 def counts(model: nn.Module, config: Config) -> dict[str, int]:
     """Parameters and forward multiply-adds per word of a plain model, as Shazeer et al. 2017 count them (Table 7)."""
-    named = dict(model.named_parameters())
-    inner = {name: p.numel() for name, p in named.items() if not name.startswith(EMBEDDING_AND_SOFTMAX)}
-    # a matrix costs a multiply-add per element, those of experts and groups only for the part that a word visits
-    active = {name: Fraction(1) if named[name].dim() > 1 else Fraction(0) for name in inner}
-    moe, expert_parameters = config.model.moe, 0
-    for layer_name, layer in model.named_modules():
-        if isinstance(layer, MoE):
-            for prefix, module in layer.experts.named_modules(prefix=f"{layer_name}.experts"):
-                for key, p in module.named_parameters(recurse=False):
-                    chosen = moe.k if moe.num_groups is None or isinstance(module, GroupProjection) else moe.k**2
-                    active[f"{prefix}.{key}"] = Fraction(chosen, p.shape[0])
-                    expert_parameters += p.numel()
-    ops = int(sum(numel * active[name] for name, numel in inner.items()))
+    named, kind, moe = dict(model.named_parameters()), kinds(model), config.model.moe
+    chosen = {"experts": moe.k if moe.num_groups is None else moe.k**2, "gates": moe.k}
+    # of experts and groups a word visits a few
+    share = {n: Fraction(chosen[kind[n]], p.shape[0]) if kind[n] in chosen else Fraction(1) for n, p in named.items()}
+    inner = [name for name in named if not name.startswith(EMBEDDING_AND_SOFTMAX)]
+    # a matrix costs a multiply-add per element
+    ops = int(sum(named[name].numel() * share[name] for name in inner if named[name].dim() > 1))
     return {
         "parameters": sum(p.numel() for p in named.values()),
-        "parameters_without_embedding_and_softmax": sum(inner.values()),
-        "expert_parameters": expert_parameters,
+        "parameters_without_embedding_and_softmax": sum(named[name].numel() for name in inner),
+        "active_parameters_per_word": int(sum(p.numel() * share[name] for name, p in named.items())),
+        "expert_parameters": sum(p.numel() for name, p in named.items() if kind[name] == "experts"),
         "ops_per_timestep": ops,
         # multiply and add apart, forward and twice that in backward, the softmax too (section 5.1)
-        "flops_per_word": 6 * (ops + config.model.dim * config.data.vocabulary_size),
+        "flops_per_word": 6 * (ops + config.model.dim * _softmax_columns(config)),
     }
 
 
-def table(config: Config, layout: Layout, ds: dict[str, Any], count: dict[str, int]) -> str:
-    """The layout as lines for a terminal."""
-    ep, world, moe = config.mesh.ep, layout.world, config.model.moe
-    dense, stage = count["parameters"] - count["expert_parameters"], ds["zero_optimization"]["stage"]
+def _softmax_columns(config: Config) -> int:
+    """Words whose logits are taken for one target in training, on average."""
+    size, samples = config.data.vocabulary_size, config.model.softmax_samples
+    return size if samples is None else 1 + round(inclusion(size, samples).sum().item())
+
+
+def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any]) -> dict[str, Any]:
+    """{"parameters": numbers, "memory_bytes": by kind, an estimate}: what one rank holds.
+
+    Parameters and optimizer state are exact but for padding, and "rows" as if every row had been touched; activations
+    follow from the widths of what is kept for backward.
+    """
+    stage, ep, world = ds["zero_optimization"]["stage"], config.mesh.ep, layout.world
+    bf16 = bool(ds.get("bf16", {}).get("enabled"))
+    width = 2 if bf16 else FLOAT
+    held: Counter[str] = Counter()  # parameters of a rank before ZeRO
+    factored = 0  # rows and columns of expert matrices
+    for name, kind in kinds(model).items():
+        p = model.get_parameter(name)
+        spread = kind in ("experts", "gates")
+        held[kind] += p.numel() // (ep if spread else 1)
+        factored += (p.numel() // p.shape[1] + p.numel() // p.shape[2]) // ep if kind == "experts" else 0
+    dense, experts, gates, rows = (held[kind] for kind in ("dense", "experts", "gates", "rows"))
+    expert_state = experts * MOMENTS if config.optim.expert_form == "adam" else factored * FLOAT
+    master = FLOAT if bf16 else 0
+    memory = {
+        "dense parameters": dense * width // (world if stage == 3 else 1),
+        "dense gradients": dense * width // (world if stage >= 2 else 1),
+        # above stage 0 DeepSpeed keeps a master of float32 parameters too
+        "dense optimizer": dense * (MOMENTS + (FLOAT if stage else master)) // (world if stage else 1),
+        "expert parameters": experts * width,
+        "expert gradients": experts * FLOAT,
+        "expert optimizer": expert_state + experts * master,
+        "gates of groups": gates * (FLOAT + FLOAT + MOMENTS),  # parameters, gradients, moments
+        "rows of the vocabulary": rows * (width + master + MOMENTS),
+        "activations": _activations(config.model, layout.samples_per_rank * config.batch.timesteps, width)
+        + _softmax(config),
+    }
+    return {
+        "parameters": dense // (world if stage == 3 else 1) + experts + gates + rows,
+        "memory_bytes": {kind: size for kind, size in memory.items() if size},
+    }
+
+
+def _activations(model: ModelConfig, tokens: int, width: int) -> int:
+    """Bytes that one micro-batch keeps for backward on a rank, its rows spread evenly over ranks: per layer its input,
+    its output and the mask of dropout; an LSTM's gates and cells in float32, as CPU kernels keep them; scores."""
+    moe, layers = model.moe, LAYERS[model.middle]
+    units = model.lstm_units or model.dim
+    narrow, wide = 3 * model.dim * (1 + len(layers)), sum(14 * units for name in layers if name != "middle")
+    if model.middle == "ffn":
+        narrow += model.ffn_hidden * model.ffn_layers
+    if model.middle == "moe":
+        groups = moe.num_groups or moe.num_experts
+        wide += 8 * groups + (8 * moe.k * (moe.num_experts // groups) if moe.num_groups else 0)
+        visits = moe.k if moe.num_groups is None else moe.k**2
+        narrow += visits * (3 * model.dim + (0 if moe.recompute else moe.hidden))
+    return tokens * (narrow * width + wide * FLOAT)
+
+
+def _softmax(config: Config) -> int:
+    """Bytes of a chunk's logits with their gradient, and of the gradient of their matrix."""
+    columns = _softmax_columns(config)
+    return FLOAT * columns * (2 * max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // columns) + config.model.dim)
+
+
+def describe(config: Config, layout: Layout, ds: dict[str, Any], model: nn.Module, num_nodes: int) -> dict[str, Any]:
+    """Everything that the table tells, for a program."""
+    ep, moe = config.mesh.ep, config.model.moe
+    told: dict[str, Any] = {
+        "config": config.name, "world": layout.world, "nodes": num_nodes, "ep": ep, "edp": layout.world // ep,
+        "zero": ds["zero_optimization"]["stage"], "dtype": "bf16" if ds.get("bf16", {}).get("enabled") else "fp32",
+        "samples": layout.samples, "timesteps": config.batch.timesteps, "accumulation": layout.accumulation,
+        "samples_per_rank": layout.samples_per_rank, **counts(model, config),
+    }  # fmt: skip
+    if config.model.middle == "moe":
+        told |= {
+            "num_experts": moe.num_experts,
+            "experts_per_rank": moe.num_experts // ep,
+            "num_groups": moe.num_groups,
+        }
+    return told | {"per_rank": per_rank(model, config, layout, ds)}
+
+
+def table(told: dict[str, Any], config: Config) -> str:
+    """What `describe` tells, as lines for a terminal."""
+    moe, mine = config.model.moe, told["per_rank"]
+    nodes = f"{told['nodes']} node" + ("s" if told["nodes"] > 1 else "")
     rows = [
-        ("ranks", f"{world} = {world // ep} expert-data (edp) x {ep} expert parallel (ep)"),
-        ("ZeRO stage, precision", f"{stage}, {'bf16' if ds.get('bf16', {}).get('enabled') else 'fp32'}"),
-        ("batch", f"{config.batch.samples} samples x {config.batch.timesteps} timesteps, all ranks together"),
-        ("micro-batch per rank", f"{layout.samples_per_rank} samples, {layout.accumulation} per step"),
+        ("ranks", f"{told['world']} on {nodes} = {told['edp']} expert-data (edp) x {told['ep']} expert parallel (ep)"),
+        ("ZeRO stage, precision", f"{told['zero']}, {told['dtype']}"),
+        ("batch", f"{told['samples']} samples x {told['timesteps']} timesteps, all ranks together"),
+        ("micro-batch per rank", f"{told['samples_per_rank']} samples, {told['accumulation']} per step"),
     ]
-    if count["expert_parameters"]:
+    if "num_experts" in told:
         chosen = moe.k if moe.num_groups is None else moe.k**2
-        rows += [("experts", f"{moe.num_experts} in all, {moe.num_experts // ep} per rank, {chosen} per word")]
-    if count["expert_parameters"] and moe.num_groups is not None:
-        rows += [("groups of experts", f"{moe.num_groups} in all, {moe.num_groups // ep} per rank, {moe.k} per word")]
+        rows += [("experts", f"{moe.num_experts} in all, {told['experts_per_rank']} per rank, {chosen} per word")]
+    if told.get("num_groups"):
+        per_rank_ = moe.num_groups // told["ep"]  # type: ignore[operator]
+        rows += [("groups of experts", f"{moe.num_groups} in all, {per_rank_} per rank, {moe.k} per word")]
     rows += [
-        ("parameters", f"{count['parameters']:,}"),
-        ("without embedding, softmax", f"{count['parameters_without_embedding_and_softmax']:,}"),
-        ("parameters per rank", f"{(dense // world if stage == 3 else dense) + count['expert_parameters'] // ep:,}"),
-        ("ops per timestep", f"{count['ops_per_timestep']:,} multiply-adds per word, softmax excluded"),
+        ("parameters", f"{told['parameters']:,}"),
+        ("  without embedding, softmax", f"{told['parameters_without_embedding_and_softmax']:,}"),
+        ("  active per word", f"{told['active_parameters_per_word']:,}"),
+        ("  per rank", f"{mine['parameters']:,}"),
+        ("ops per timestep", f"{told['ops_per_timestep']:,} multiply-adds per word, softmax excluded"),
+        ("memory per rank, estimated", _size(sum(mine["memory_bytes"].values()))),
     ]
-    return "\n".join(f"{name:<28}{value}" for name, value in rows)
+    rows += [(f"  {kind}", _size(size)) for kind, size in mine["memory_bytes"].items()]
+    return "\n".join(f"{name:<32}{value}" for name, value in rows)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:8.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:8.2f} MB"

@@ -64,6 +64,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_nodes() -> int:
+    """Nodes that torchrun started ranks on; one without it."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 def start(ep: int) -> Mesh:
     """Joins the other ranks and arranges them. Raises ValueError where `ep` does not divide their number."""
     check_ep(ep, world_size())
