@@ -1,10 +1,11 @@
 """The command line of train.py, and the run folder that it opens.
 
-RUN/config.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report/*.png  RUN/wandb/
+RUN/config.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report/*.png  RUN/wandb/  RUN/lock
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -58,12 +59,24 @@ class Run:
         """Of the run that goes on; None for a new one."""
         return Vocabulary(tuple(self.saved["vocabulary"])) if self.checkpoint else None
 
-    def open(self, mesh: Mesh) -> Path:
-        """Makes the run folder, the same on every rank, and writes the config into it (beside, then renamed)."""
-        name = Path("runs") / f"{self.config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.folder = from_main(self.folder or name)
-        if mesh.is_main and not self.evaluate:
+    def claim(self) -> None:
+        """Makes the run folder this process's own for as long as it lives. Raises ValueError where it cannot be
+        written, or where another run is using it."""
+        name = f"{self.config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.folder = self.folder or Path("runs") / name
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder}: in use by a run that has not ended; wait for it, or stop it") from None
+        except OSError as error:
+            raise ValueError(f"{self.folder}: cannot be written ({error.strerror}); give another --folder") from None
+
+    def open(self, mesh: Mesh) -> Path:
+        """The run folder, the same on every rank, with the config in it (written beside, then renamed)."""
+        self.folder = from_main(self.folder)
+        if mesh.is_main and not self.evaluate:
             (self.folder / "config.json.new").write_text(to_json(self.config))
             (self.folder / "config.json.new").rename(self.folder / "config.json")
         return self.folder
@@ -96,13 +109,21 @@ def plan(argv: list[str], doc: str | None) -> Run:
     _say(json.dumps(told) if args.dry_run and args.json else table(told, run.config))
     if args.dry_run:
         sys.exit(0)
+    with plain_errors():
+        if _is_main() and not run.evaluate:
+            run.claim()
     run.flops_per_word = told["flops_per_word"]
     return run
 
 
+def _is_main() -> bool:
+    """Before there is a mesh."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: str) -> None:
     """Prints on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         print(text, flush=True)
 
 
@@ -155,10 +176,10 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        if not _is_main():
             time.sleep(3)
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        where = "error" if _is_main() else f"error on rank {os.environ['RANK']}"
+        print(f"{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -15,6 +15,7 @@ Legend: e experts of this rank, D rows, F columns; V words, n of them touched.
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -133,8 +134,8 @@ class Rows:
         self.name, self.axis, self.label = name, axis, (name, "rows")
         self.named = {name: Master(p) for name, p in named.items()}
         masters = {name: m.master for name, m in self.named.items()}
-        self.exp_avg = {name: torch.zeros_like(t) for name, t in masters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(t) for name, t in masters.items()}
+        self.exp_avg = {name: _untouched_zeros(t) for name, t in masters.items()}
+        self.exp_avg_sq = {name: _untouched_zeros(t) for name, t in masters.items()}
         first = next(iter(masters.values()))
         self.updates_V = first.new_zeros(len(first), dtype=torch.int32)
         self.touched_n = self.updates_V.new_zeros(0, dtype=torch.int64)  # of this step, on any rank, ascending
@@ -187,6 +188,14 @@ class Rows:
             named |= {name: master.master}
             named |= {f"{name}.exp_avg": self.exp_avg[name], f"{name}.exp_avg_sq": self.exp_avg_sq[name]}
         return named
+
+
+def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
+    """On CPU they take memory only where they are written to: numpy leaves it to the system (calloc), torch writes
+    zeros. Moments of rows that never come up are twice a large vocabulary."""
+    if like.device.type != "cpu":
+        return torch.zeros_like(like)
+    return torch.from_numpy(np.zeros(like.shape, dtype=str(like.dtype).removeprefix("torch.")))
 
 
 def square_of(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -77,7 +77,10 @@ def start(ep: int) -> Mesh:
 
 
 def join(timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Enters the process group that the launcher's environment describes: NCCL where there is CUDA, gloo elsewhere."""
+    """Enters the process group that the launcher's environment describes: NCCL where there is CUDA, gloo elsewhere.
+
+    Raises ValueError where rank 0's port is taken or the others do not find it.
+    """
     if "MASTER_ADDR" not in os.environ:  # one process without a launcher is a world of one
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -85,7 +88,13 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> None:
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: the ranks cannot meet there; give a free port of rank 0 ({reason})") from None
 
 
 def arrange(ep: int) -> Mesh:
