@@ -13,6 +13,7 @@ CPU with gloo or CUDA with NCCL, whatever is there.
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from moe_dist import checkpoint, report
 from moe_dist.cli import Run, plain_errors, plan, result_lines
 from moe_dist.engine import Engine, compute_dtype
 from moe_dist.evaluate import evaluate
-from moe_dist.meter import Meter, headline
+from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
@@ -72,10 +73,10 @@ def train(
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 line = meter.read() | {"train/lr": lr, "train/grad_norm": optimizer.norm}
-                metrics.progress(step, headline(line))
                 metrics.log(step, line | {"train/skipped_steps": step - optimizer.updates})
             if step % config.eval_every == 0 or last:
                 metrics.log(step, evaluate(engine, task, "valid", mesh))
+                metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
             if last:
                 result = evaluate(engine, task, "test", mesh)
                 metrics.log(step, result)

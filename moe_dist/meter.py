@@ -5,7 +5,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -79,15 +78,6 @@ class Meter:
 
 def _place(site: int | str) -> str:
     return f"site{site}" if isinstance(site, int) else site
-
-
-def headline(line: dict[str, Any]) -> dict[str, float]:
-    """What the progress bar shows of a line."""
-    return {
-        "loss": line["train/loss"],
-        "perplexity": line["train/perplexity"],
-        "words/s": line["words_per_second"],
-    }
 
 
 def perplexity(loss: float) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import queue
@@ -9,9 +10,11 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from moe_dist.config import WANDB_MODES
@@ -20,7 +23,13 @@ FILE_NAME = "metrics.jsonl"
 _LINE_SECONDS = 2.0  # least time between two progress lines
 _WANDB_INIT_SECONDS = 15.0
 _WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
-_WANDB_QUEUE = 10_000  # lines wandb may lie behind
+_WANDB_QUEUE = 1_000  # lines wandb may lie behind
+_HEADLINE = {  # what the terminal shows: the last value of each, where there is one
+    "loss": "train/loss",
+    "perplexity": "train/perplexity",
+    "words/s": "words_per_second",
+    "valid perplexity": "valid/perplexity",
+}
 
 
 class Metrics:
@@ -62,6 +71,8 @@ class Metrics:
         if wandb_mode != "off":
             self.wandb_id = wandb_id or secrets.token_hex(4)
             self._wandb = _WandbThread(run, config, online=wandb_mode == "online", run_id=self.wandb_id)
+        self._headline: dict[str, Any] = {}
+        self._shown = (start_step, "")
         self._start_time, self._line_time = time.monotonic(), -_LINE_SECONDS
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
@@ -69,25 +80,34 @@ class Metrics:
             self._bar = tqdm(initial=start_step, total=total_steps, bar_format=bar_format, dynamic_ncols=True)
 
     def log(self, step: int, values: Mapping[str, float | list[float]]) -> None:
-        """Appends one line to the metrics file; wandb gets its scalars (a list is for the file alone)."""
+        """Appends one line to the metrics file, and shows it: as curves in wandb, and its headline on the terminal.
+
+        A list, of a number per expert, is a histogram in wandb. What is not finite is null in the file, for JSON has
+        no word for it.
+        """
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step} | {key: _or_null(value) for key, value in values.items()}) + "\n")
         self._file.flush()
         if self._wandb:
-            self._wandb.log(step, {key: value for key, value in values.items() if isinstance(value, int | float)})
+            compact = {key: _as_number(value) for key, value in values.items()}
+            self._wandb.put(step, lambda: compact)
+        self._headline |= {name: values[key] for name, key in _HEADLINE.items() if key in values}
+        self._show(step, "  ".join(f"{name} {_number(value)}" for name, value in self._headline.items()))
 
-    def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows how far the run is: a live bar on a terminal, elsewhere a plain line at most every two seconds."""
-        if not self._enabled:
-            return
-        text = "  ".join(f"{name} {_number(value)}" for name, value in values.items())
+    def pictures(self, step: int, draw: Callable[[], list[pathlib.Path]]) -> None:
+        """Gives wandb the PNG files that `draw` returns. It is called in wandb's thread; without wandb, never."""
+        if self._enabled and self._wandb:
+            self._wandb.put(step, lambda: {f"report/{path.stem}": path for path in draw()})
+
+    def _show(self, step: int, text: str) -> None:
+        """How far the run is: a live bar on a terminal, elsewhere a plain line at most every two seconds."""
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif step >= self._total_steps or now - self._line_time >= _LINE_SECONDS:
-            self._line_time = now
+            self._bar.set_description_str(text)  # drawn at once, for an evaluation is no step further
+        elif (step, text) != self._shown and (step >= self._total_steps or now - self._line_time >= _LINE_SECONDS):
+            self._line_time, self._shown = now, (step, text)
             seconds = (now - self._start_time) * (self._total_steps - step) / max(1, step - self._start_step)
             eta = tqdm.format_interval(seconds)
             print(f"step {step}/{self._total_steps}  {text}  eta {eta}", file=sys.stderr, flush=True)
@@ -113,6 +133,8 @@ class Metrics:
 def read_metrics(run: pathlib.Path) -> list[dict]:
     """Returns the lines of `run/metrics.jsonl` in order, less a last line that a killed run left torn.
 
+    A null is NaN, and a list a float32 array of shape [E].
+
     Raises ValueError if there is no such file or a line of it is not JSON.
     """
     path = run / FILE_NAME
@@ -121,24 +143,37 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
     return [values for _, values in _lines(path)]
 
 
-def _lines(path: pathlib.Path) -> list[tuple[bytes, dict]]:
-    """Returns each complete line of a metrics file, as written and as read."""
-    lines = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            try:
-                lines.append((line, json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({line[:80]!r}): mend or remove it") from error
-    return lines
+def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict]]:
+    """Yields each complete line of a metrics file, as written and as read."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    values = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path} line {number} is not JSON ({line[:80]!r}): mend or remove it") from error
+                yield line, {key: _as_number(value) for key, value in values.items()}
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
     """Drops the lines after `step` (at step 0: all, for the run starts anew) without ever leaving half a file."""
-    kept = [line for line, values in _lines(path) if values["step"] <= step] if step and path.exists() else []
     beside = path.with_name(path.name + ".new")
-    beside.write_bytes(b"".join(kept))
+    with beside.open("wb") as file:
+        if step and path.exists():
+            file.writelines(line for line, values in _lines(path) if values["step"] <= step)
     os.replace(beside, path)
+
+
+def _or_null(value: float | list[float]) -> Any:
+    if isinstance(value, list):
+        return [_or_null(each) for each in value]
+    return value if math.isfinite(value) else None
+
+
+def _as_number(value: Any) -> Any:
+    if isinstance(value, list):
+        return np.array(value, dtype=np.float32)  # an eighth of a list's memory: runs have thousands of experts
+    return math.nan if value is None else value
 
 
 def _number(value: float) -> str:
@@ -151,16 +186,17 @@ class _WandbThread(threading.Thread):
     def __init__(self, folder: pathlib.Path, config: dict, *, online: bool, run_id: str) -> None:
         super().__init__(name="wandb-feed", daemon=True)
         self._folder, self._config, self._online, self._run_id = folder, config, online, run_id
-        self._queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, Callable[[], dict[str, Any]]] | None] = queue.SimpleQueue()
         self._exit_code = 0
         self._failed = False
         self.start()
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
+    def put(self, step: int, make: Callable[[], dict[str, Any]]) -> None:
+        """Queues what `make`, called in this thread, returns: numbers, arrays and paths of pictures by name."""
         if self._queue.qsize() >= _WANDB_QUEUE:
             self._fail(f"it lies {_WANDB_QUEUE} lines behind")
         if not self._failed:
-            self._queue.put((step, scalars))
+            self._queue.put((step, make))
 
     def close(self, exit_code: int) -> None:
         """Waits until wandb has finished, but never for long."""
@@ -197,8 +233,8 @@ class _WandbThread(threading.Thread):
                 ),
             )
             while (item := self._queue.get()) is not None:
-                step, scalars = item
-                run.log(scalars, step=step)
+                step, make = item
+                run.log({key: _for_wandb(value) for key, value in make().items()}, step=step)
             run.finish(self._exit_code)
         except Exception as error:
             self._fail(error)
@@ -209,6 +245,14 @@ class _WandbThread(threading.Thread):
         if not self._failed:
             self._failed = True
             tqdm.write(f"warning: wandb is off for the rest of this run: {reason!r:.300}", file=sys.stderr)
+
+
+def _for_wandb(value: Any) -> Any:
+    import wandb
+
+    if isinstance(value, np.ndarray):
+        return wandb.Histogram(value[np.isfinite(value)].tolist())
+    return wandb.Image(str(value)) if isinstance(value, pathlib.Path) else value
 
 
 def _wandb_teardown() -> None:

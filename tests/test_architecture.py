@@ -17,7 +17,7 @@ ORDER = [
     {"experts", "gating", "dispatch"},
     {"layer"},
     {"hierarchical"},
-    {"models", "outside", "optim", "data", "metrics", "report", "meter"},
+    {"models", "outside", "optim", "data", "metrics", "pictures", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary"},
     {"tasks", "configs"},
     {"cli"},

@@ -269,8 +269,9 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
     assert [line["valid/loss"] for line in history if "valid/loss" in line] == [
         line["valid/loss"] for line in lines if "valid/loss" in line
     ]
-    pictures = {path.name for path in (run / "report").glob("*.png")}
-    assert pictures == {"loss.png", "perplexity.png", "load_middle.png"}
+    assert [line["_step"] for line in history if "report/load_middle/path" in line] == [10, 20]
+    pictures = {path.stem for path in (run / "report").glob("*.png")}
+    assert pictures == {"loss", "perplexity", "load_middle", "balance_middle", "speed", "optimizer"}
     before = sorted(run.rglob("*"))
     again = train("--evaluate", str(run))
     assert again.returncode == 0, again.stderr

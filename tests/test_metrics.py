@@ -1,11 +1,13 @@
-"""What a user sees of a run: the curves on disk, on the terminal, in wandb and as pictures."""
+"""What a user sees of a run: the curves on disk, on the terminal and in wandb."""
 
+import functools
+import json
 import math
 import pathlib
 import threading
 import time
 
-import matplotlib.image
+import numpy as np
 import pytest
 import wandb
 from wandb_file import wandb_log
@@ -35,15 +37,39 @@ def values(step: int) -> dict:
     return {"train/loss": 1 / (step + 2), "moe/1/load": [step, 2 * step, 0.1, 0.0]}
 
 
+def warnings_in(err: str) -> list[str]:
+    return [line for line in err.splitlines() if not line.startswith("step ")]
+
+
 def test_lines_come_back_as_logged(tmp_path):
-    lines = [{"step": 0, "valid/loss": 0.1 + 0.2}, {"step": 1, **values(1)}, {"step": 1, "train/perplexity": math.inf}]
+    lines = [{"step": 0, "valid/loss": 0.1 + 0.2}, {"step": 1, **values(1)}]
     with make(tmp_path) as log:
         for line in lines:
             log.log(line["step"], {key: value for key, value in line.items() if key != "step"})
-            assert read_metrics(tmp_path)[-1] == line  # on disk at once
-        log.log(2, {"train/loss": math.nan})
-    assert read_metrics(tmp_path)[:3] == lines
-    assert math.isnan(read_metrics(tmp_path)[3]["train/loss"])
+            np.testing.assert_equal(read_metrics(tmp_path)[-1], in_arrays(line))  # on disk at once
+
+
+def in_arrays(line: dict) -> dict:
+    return {k: np.array(v, dtype=np.float32) if isinstance(v, list) else v for k, v in line.items()}
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_not_a_number_when_read(tmp_path):
+    with make(tmp_path) as log:
+        log.log(1, {"train/loss": math.nan, "train/perplexity": math.inf, "moe/1/importance": [1.5, math.nan]})
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    path = tmp_path / "metrics.jsonl"
+    null = {"step": 1, "train/loss": None, "train/perplexity": None, "moe/1/importance": [1.5, None]}
+    assert json.loads(path.read_text(), parse_constant=refuse) == null
+    with path.open("a") as file:
+        file.write('{"step": 2, "train/loss": NaN, "train/perplexity": Infinity, "moe/1/importance": [1.5, NaN]}\n')
+    first, second = read_metrics(tmp_path)
+    assert math.isnan(first["train/loss"]) and math.isnan(first["train/perplexity"])
+    assert math.isnan(second["train/loss"]) and math.isinf(second["train/perplexity"])
+    for line in (first, second):
+        np.testing.assert_equal(line["moe/1/importance"], np.array([1.5, math.nan], dtype=np.float32))
 
 
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
@@ -92,7 +118,7 @@ def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
 def test_disabled_does_nothing(tmp_path, capfd):
     with make(tmp_path / "run", enabled=False, wandb_mode="offline", wandb_id="kept") as log:
         log.log(1, values(1))
-        log.progress(1, {"loss": 1.0})
+        log.pictures(1, lambda: pytest.fail("drawn where nothing is logged"))
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr() == ("", "")
     assert log.wandb_id == "kept"
@@ -110,7 +136,7 @@ def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(tmp_path,
     with make(tmp_path, total_steps=50, start_step=10) as log:
         for step in range(11, 51):
             clock[0] += 0.5
-            log.progress(step, {"loss": 5.1234, "perplexity": 167.92, "words/s": 21034.4})
+            log.log(step, {"train/loss": 5.1234, "train/perplexity": 167.92, "words_per_second": 21034.4})
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
@@ -118,13 +144,32 @@ def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(tmp_path,
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [*range(11, 48, 4), 50]
 
 
+def test_an_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with make(tmp_path, total_steps=3) as log:
+        for step in (1, 2, 3):
+            for line in ({"train/loss": 9.0 / step}, {"valid/perplexity": 170.0 + step}, {"test/loss": 5.0}):
+                if step > 1 or "train/loss" in line:
+                    clock[0] += 2.0 if step < 3 else 0.0
+                    log.log(step, line)
+    assert [line.partition("  eta")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "step 1/3  loss 9.000",
+        "step 2/3  loss 4.500",
+        "step 2/3  loss 4.500  valid perplexity 172.0",
+        "step 3/3  loss 3.000  valid perplexity 172.0",  # the last step is told at once, and what is new of it
+        "step 3/3  loss 3.000  valid perplexity 173.0",
+    ]
+
+
 def test_on_a_terminal_progress_is_a_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(metrics.sys.stderr, "isatty", lambda: True)
     with make(tmp_path, start_step=4) as log:
         for step in range(5, 11):
-            log.progress(step, {"loss": 5.1234})
-    last = capsys.readouterr().err.split("\r")[-1]
-    assert "step 10/10 |" in last and "loss 5.123  eta" in last
+            log.log(step, {"train/loss": 5.1234})
+            log.log(step, {"valid/perplexity": 100.0 + step})
+            last = capsys.readouterr().err.split("\r")[-1]
+            assert f"step {step}/10 |" in last and f"loss 5.123  valid perplexity {100 + step}.0  eta" in last
 
 
 @pytest.mark.timeout(120)
@@ -135,16 +180,56 @@ def test_the_wandb_log_holds_the_config_and_the_same_curves(tmp_path, capfd, mod
             log.log(step, values(step) | {"train/perplexity": math.exp(step)})
         log.log(600, {"train/loss": math.inf})
         log.log(600, {"valid/loss": 2.5})
-    assert capfd.readouterr() == ("", "")
+    out, err = capfd.readouterr()
+    assert (out, warnings_in(err)) == ("", [])
     run_id, config, history = wandb_log(tmp_path)
     assert run_id == log.wandb_id
     assert {key: config[key] for key in CONFIG} == CONFIG
     curves: dict[int, dict] = {}
     for line in read_metrics(tmp_path):
         curves.setdefault(line["step"], {}).update({k: v for k, v in line.items() if isinstance(v, float)})
-    logged = {line["_step"]: {k: float(v) for k, v in line.items() if not k.startswith("_")} for line in history}
+    curves[600]["train/loss"] = math.inf  # which wandb has a word for
+    logged = {line["_step"]: {k: float(v) for k, v in line.items() if "/" in k and "moe" not in k} for line in history}
     assert logged == curves
     assert len(curves) == 601
+    line = history[7]
+    assert line["moe/1/load/_type"] == "histogram" and sum(line["moe/1/load/values"]) == 4
+    assert line["moe/1/load/bins"][0] == 0 and line["moe/1/load/bins"][-1] == 14
+
+
+@pytest.mark.timeout(120)
+def test_wandb_gets_the_load_map_at_an_evaluation(tmp_path):
+    """The picture itself, at its step, among lines that go on; and a number that is none does not end the logging."""
+    with make(tmp_path, wandb_mode="offline") as log:
+        for step in range(6):
+            log.log(step, values(step) | {"moe/1/importance": [1.0, math.nan]})
+            if step in (2, 5):
+                log.pictures(step, functools.partial(report.write_report, tmp_path, only_loads=True))
+    _, _, history = wandb_log(tmp_path)
+    assert [line["_step"] for line in history] == list(range(6))
+    logged = {line["_step"]: line["report/load_1/path"] for line in history if "report/load_1/path" in line}
+    assert list(logged) == [2, 5]
+    (files,) = (tmp_path / "wandb").glob("offline-run-*/files")
+    assert (files / logged[5]).read_bytes() == (tmp_path / "report" / "load_1.png").read_bytes()
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["load_1.png"]
+
+
+@pytest.mark.timeout(120)
+def test_pictures_are_drawn_in_wandbs_thread_and_not_without_wandb(tmp_path, capsys):
+    names = []
+
+    def draw() -> list[pathlib.Path]:
+        names.append(threading.current_thread().name)
+        raise RuntimeError("no ink")
+
+    for mode in ("off", "offline"):
+        with make(tmp_path / mode, wandb_mode=mode) as log:
+            log.pictures(1, draw)
+            log.log(1, values(1))
+        assert len(read_metrics(tmp_path / mode)) == 1
+    assert names == ["wandb-feed"]
+    (warning,) = warnings_in(capsys.readouterr().err)
+    assert warning.startswith("warning: wandb is off") and "no ink" in warning
 
 
 @pytest.mark.timeout(120)
@@ -166,7 +251,7 @@ def test_a_failing_wandb_is_one_warning(tmp_path, capsys, monkeypatch, broken):
         for step in range(5):
             log.log(step, values(step))
     assert len(read_metrics(tmp_path)) == 5
-    (warning,) = capsys.readouterr().err.splitlines()
+    (warning,) = warnings_in(capsys.readouterr().err)
     assert warning.startswith("warning: wandb is off") and "wandb is broken" in warning
 
 
@@ -186,67 +271,5 @@ def test_a_stuck_wandb_does_not_hold_the_run_up(tmp_path, capsys, monkeypatch, b
     stuck.set()
     log._wandb.join()  # lest it meets the next test's wandb
     assert len(read_metrics(tmp_path)) == 10
-    (warning,) = capsys.readouterr().err.splitlines()
+    (warning,) = warnings_in(capsys.readouterr().err)
     assert warning.startswith("warning: wandb is off") and reason in warning
-
-
-def write_run(run: pathlib.Path, layers: dict[str, list[float]], evaluate: bool = True) -> None:
-    with make(run) as log:
-        for step in range(1, 11):
-            loads = {f"moe/{layer}/load": load for layer, load in layers.items()}
-            log.log(step, {"train/loss": 9 / step, "train/perplexity": math.exp(9 / step), **loads})
-            if evaluate and step % 5 == 0:
-                log.log(step, {"valid/loss": 10 / step, "valid/perplexity": math.exp(10 / step)})
-
-
-def picture(path: pathlib.Path):
-    """Returns the pixels of a PNG, of shape [height, width, 4] in 0..1."""
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    return matplotlib.image.imread(path)
-
-
-def test_report_draws_every_curve(tmp_path):
-    write_run(tmp_path, {"1": [1, 1, 1, 1], "block/3": [4, 0, 0, 0]})
-    paths = report.write_report(tmp_path)
-    assert [path.name for path in paths] == ["loss.png", "perplexity.png", "load_1.png", "load_block_3.png"]
-    assert {path.parent for path in paths} == {tmp_path / "report"}
-    pixels = [picture(path) for path in paths]
-    assert all(pixel.shape == (600, 1080, 4) for pixel in pixels)
-
-    def share(pixel, red, green, blue) -> float:
-        return float((abs(pixel[..., :3] - [red, green, blue]).max(axis=-1) < 0.1).mean())
-
-    for curves in pixels[:2]:
-        assert share(curves, 0.12, 0.47, 0.71) > 1e-3  # train
-        assert share(curves, 1.0, 0.5, 0.05) > 1e-3  # valid
-    balanced, unbalanced = pixels[2:]
-    assert share(balanced, 0.02, 0.19, 0.38) < 0.05
-    assert share(unbalanced, 0.02, 0.19, 0.38) > 0.4  # three of four experts get nothing
-    assert share(unbalanced, 0.4, 0.0, 0.12) > 0.1  # one gets four times the mean
-
-
-def test_report_copes_without_layers_or_evaluation(tmp_path):
-    write_run(tmp_path, {}, evaluate=False)
-    paths = report.write_report(tmp_path)
-    assert [path.name for path in paths] == ["loss.png", "perplexity.png"]
-    assert all(picture(path).std() > 0 for path in paths)
-
-
-@pytest.mark.filterwarnings("error")
-def test_report_copes_with_one_line_of_loads_and_with_a_lost_run(tmp_path):
-    with make(tmp_path) as log:
-        log.log(1, {"moe/1/load": [0.0, 0.0]})
-    assert len(report.write_report(tmp_path)) == 3
-    with make(tmp_path) as log:
-        log.log(1, {"train/loss": math.nan, "train/perplexity": math.inf})
-    assert len(report.write_report(tmp_path)) == 2
-
-
-def test_report_of_a_run_without_metrics_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no metrics file"):
-        report.write_report(tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
-    monkeypatch.setattr(report.sys, "argv", ["report", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"error: metrics file .*metrics\.jsonl is empty") as end:
-        report.main()
-    assert "\n" not in str(end.value)
