@@ -40,7 +40,7 @@ def main(run: Run) -> None:
         task.start(compute_dtype(ds))
         if run.checkpoint:
             checkpoint.load(run.checkpoint, engine, task, mesh)
-        folder = run.open(mesh)
+        folder = run.open()
 
     if run.evaluate:
         result = evaluate(engine, task, "test", mesh)
@@ -81,7 +81,7 @@ def train(
                 result = evaluate(engine, task, "test", mesh)
                 metrics.log(step, result)
             if step % config.save_every == 0 or last:
-                state = {"wandb_id": metrics.wandb_id, "vocabulary": task.vocabulary.words}
+                state = {"wandb_id": metrics.wandb_id, "vocabulary": asdict(task.vocabulary)}
                 checkpoint.save(folder, step, engine, task, mesh, state, config.keep_checkpoints)
     return result
 

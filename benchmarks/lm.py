@@ -34,7 +34,8 @@ class Stepper:
     """One model, ready to train a step at a time."""
 
     def __init__(self, name: str, lanes: int, mesh: meshes.Mesh, ds_config: str) -> None:
-        sets = ["data.text=embedded", "data.vocabulary_size=8000", f"batch.samples={lanes}", f"ds_config={ds_config}"]
+        sets = ["data.text=embedded", "data.streamed=false", "data.vocabulary_size=8000", f"batch.samples={lanes}"]
+        sets += [f"ds_config={ds_config}"]
         self.config = override(get(name), sets)
         ds, layout = read_ds_config(self.config), meshes.lay_out(self.config, 1)
         self.task = LanguageModel(self.config, layout, mesh)

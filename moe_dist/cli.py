@@ -20,12 +20,13 @@ from typing import Any
 
 from moe_dist import checkpoint, configs
 from moe_dist.config import Config, check, dotted_keys, from_json, nearest, override, to_json
+from moe_dist.data.sources import check_text
 from moe_dist.data.text import Vocabulary
 from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel.collectives import from_main
-from moe_dist.parallel.mesh import Mesh, lay_out, num_nodes, world_size
+from moe_dist.parallel.mesh import lay_out, num_nodes, world_size
 from moe_dist.summary import describe, table
 from moe_dist.tasks import TASKS
 
@@ -57,29 +58,33 @@ class Run:
 
     def vocabulary(self) -> Vocabulary | None:
         """Of the run that goes on; None for a new one."""
-        return Vocabulary(tuple(self.saved["vocabulary"])) if self.checkpoint else None
+        if not self.checkpoint:
+            return None
+        return Vocabulary(**{key: tuple(values) for key, values in self.saved["vocabulary"].items()})
 
-    def claim(self) -> None:
-        """Makes the run folder this process's own for as long as it lives. Raises ValueError where it cannot be
-        written, or where another run is using it."""
-        name = f"{self.config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.folder = self.folder or Path("runs") / name
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.folder}: in use by a run that has not ended; wait for it, or stop it") from None
-        except OSError as error:
-            raise ValueError(f"{self.folder}: cannot be written ({error.strerror}); give another --folder") from None
-
-    def open(self, mesh: Mesh) -> Path:
-        """The run folder, the same on every rank, with the config in it (written beside, then renamed)."""
-        self.folder = from_main(self.folder)
-        if mesh.is_main and not self.evaluate:
-            (self.folder / "config.json.new").write_text(to_json(self.config))
-            (self.folder / "config.json.new").rename(self.folder / "config.json")
+    def open(self) -> Path:
+        """The run folder, the same on every rank, with the config in it. Raises ValueError on every rank where it
+        cannot be written, or where another run is using it."""
+        self.folder = from_main(self._claim)
         return self.folder
+
+    def _claim(self) -> Path:
+        """Makes the folder this process's own for as long as it lives."""
+        name = f"{self.config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = self.folder or Path("runs") / name
+        if self.evaluate:
+            return folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / "config.json.new").write_text(to_json(self.config))
+            (folder / "config.json.new").rename(folder / "config.json")
+        except BlockingIOError:
+            raise ValueError(f"{folder}: in use by a run that has not ended; wait for it, or stop it") from None
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written ({error.strerror}); give another --folder") from None
+        return folder
 
 
 def plan(argv: list[str], doc: str | None) -> Run:
@@ -103,15 +108,13 @@ def plan(argv: list[str], doc: str | None) -> Run:
         check(run.config)
         if run.config.task not in TASKS:
             raise ValueError(f"task={run.config.task!r}; {nearest(run.config.task, TASKS)}")
+        check_text(run.config.data.text)
         layout = lay_out(run.config, world_size())
         model = TASKS[run.config.task].plain_model(run.config)
     told = describe(run.config, layout, run.ds_config, model, num_nodes())
     _say(json.dumps(told) if args.dry_run and args.json else table(told, run.config))
     if args.dry_run:
         sys.exit(0)
-    with plain_errors():
-        if _is_main() and not run.evaluate:
-            run.claim()
     run.flops_per_word = told["flops_per_word"]
     return run
 

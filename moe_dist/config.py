@@ -22,9 +22,11 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text of a language model: "embedded" (King James Bible and Shakespeare), a path, or a glob."""
+    """Text of a language model: "embedded" (King James Bible and Shakespeare), a file, a glob or a folder, or the name
+    of a dataset with its configuration where it has several: "lm1b", "wikitext:wikitext-2-raw-v1", "owner/name"."""
 
     text: str = "embedded"
+    streamed: bool = False  # the training split is read as it comes, a line a lane, instead of held in memory
     vocabulary_size: int = 8000
 
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from moe_dist.config import Config
 from moe_dist.context import Context
-from moe_dist.data.text import Lanes, Vocabulary, read_lines, unigram_perplexity
+from moe_dist.data.sources import open_text
+from moe_dist.data.stream import Stream
+from moe_dist.data.text import Lanes, Vocabulary, unigram_perplexity
 from moe_dist.layer import LayerStats
 from moe_dist.models.lstm_lm import LSTMLanguageModel, state_widths
-from moe_dist.parallel.collectives import sum_over
+from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
 
 
@@ -34,13 +36,18 @@ class LanguageModel:
     """Next-word prediction on one long text. The state of each lane is carried from step to step."""
 
     def __init__(self, config: Config, layout: Layout, mesh: Mesh, vocabulary: Vocabulary | None = None) -> None:
-        """Reads the text. `vocabulary`: of an earlier run; None builds it from the training split."""
+        """Opens the text. `vocabulary`: of an earlier run; None builds it from the training split, on the main rank.
+
+        Raises ValueError for text that cannot be found, read or split, or a vocabulary that does not fit it.
+        """
         self.config, self.layout, self.mesh = config, layout, mesh
-        train = read_lines(config.data.text, "train")
-        self.vocabulary = vocabulary or Vocabulary.build(train, config.data.vocabulary_size)
-        self.stream = {"train": self.vocabulary.encode(train)}
-        self.stream |= {s: self.vocabulary.encode(read_lines(config.data.text, s)) for s in ("valid", "test")}
-        self.lanes = {s: Lanes(self.stream[s], layout.samples, cyclic=s == "train") for s in self.stream}
+        data = config.data
+        lines = open_text(data.text, data.streamed)
+        self.vocabulary = vocabulary or from_main(lambda: Vocabulary.build(lines["train"], data.vocabulary_size))
+        in_memory = ("valid", "test") if data.streamed else ("train", "valid", "test")
+        self.lanes = {s: Lanes(self.vocabulary.encode(lines[s]), layout.samples, s == "train") for s in in_memory}
+        mine = [lane for micro in range(layout.accumulation) for lane in layout.my_samples(micro, mesh.dp.index)]
+        self.stream = Stream(lines["train"], self.vocabulary, layout.samples, mine) if data.streamed else None
         self.state: list[Any] = []  # of this rank's lanes after the last window, by micro-batch
 
     @staticmethod
@@ -57,11 +64,14 @@ class LanguageModel:
         self.state = [zeros] * self.layout.accumulation
 
     def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
-        """This rank's micro-batches of window `step` (from 0) of a split."""
+        """This rank's micro-batches of window `step` (from 0) of a split; of a stream, whatever comes next."""
         timesteps = self.config.batch.timesteps
         for micro in range(self.layout.accumulation):
             lane_B = np.array(self.layout.my_samples(micro, self.mesh.dp.index))
-            window = self.lanes[split].window(step * timesteps, timesteps, lane_B)
+            if self.stream and split == "train":
+                window = self.stream.window(timesteps, lane_B)
+            else:
+                window = self.lanes[split].window(step * timesteps, timesteps, lane_B)
             input_BS, target_BS, valid_BS = (t.to(self.mesh.device) for t in window)
             ctx = Context(
                 sample_T=torch.from_numpy(lane_B.repeat(timesteps)).to(self.mesh.device),
@@ -101,7 +111,7 @@ class LanguageModel:
             yield list(self.batches(window, split))
 
     def save_state(self) -> dict[str, torch.Tensor]:
-        """Hidden state of all lanes, (B, width) for h and c of each LSTM. A collective."""
+        """Of all lanes: hidden state, (B, width) for h and c of each LSTM; places in a stream, (B, 2). A collective."""
         whole = {}
         for i, pair in enumerate(self.state[0]):
             for kind, like in zip("hc", pair, strict=True):
@@ -109,6 +119,8 @@ class LanguageModel:
                 for micro, state in enumerate(self.state):
                     rows_BD[self._mine(micro)] = state[i]["hc".index(kind)][0]
                 whole[f"lstm{i}.{kind}"] = sum_over(rows_BD, self.mesh.dp)
+        if self.stream:
+            whole["stream"] = sum_over(self.stream.places().to(self.mesh.device), self.mesh.dp)
         return whole
 
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
@@ -119,6 +131,8 @@ class LanguageModel:
                 tuple(saved[f"lstm{i}.{kind}"][None, mine].to(like) for kind, like in zip("hc", pair, strict=True))
                 for i, pair in enumerate(state)
             )
+        if self.stream:
+            self.stream.load(saved["stream"])
 
     def _mine(self, micro: int) -> slice:
         mine = self.layout.my_samples(micro, self.mesh.dp.index)
@@ -126,7 +140,7 @@ class LanguageModel:
 
     def unigram_perplexity(self) -> float:
         """Of the test split: what knowing only word frequencies gives."""
-        return unigram_perplexity(self.stream["train"], self.stream["test"], len(self.vocabulary))
+        return unigram_perplexity(self.vocabulary.counts, self.lanes["test"].token_N)
 
 
 TASKS: dict[str, type[LanguageModel]] = {"language_model": LanguageModel}

@@ -1,6 +1,8 @@
 """Text data: tokens, vocabulary, lanes and the embedded corpus, against numbers worked out by hand."""
 
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 import moe_dist.data.text as text
-from moe_dist.data.text import SPLITS, Lanes, Vocabulary, read_lines, tokenize, unigram_perplexity
+from moe_dist.data.sources import SPLITS, Lines, open_text
+from moe_dist.data.text import Lanes, Vocabulary, tokenize, unigram_perplexity
 
 ALL_LANES_3 = np.arange(3)
 
@@ -31,15 +34,45 @@ def test_vocabulary_ranks_by_count_then_word() -> None:
 
 
 def test_vocabulary_encodes_unknown_words_as_0_and_line_ends_as_1() -> None:
-    vocabulary = Vocabulary(("<unk>", "<eos>", "b", "a"))
+    vocabulary = Vocabulary(("<unk>", "<eos>", "b", "a"), (0, 0, 0, 0))
     ids = vocabulary.encode(["a c b", "b <unk>"])
     assert ids.dtype == np.int64
     assert ids.tolist() == [3, 0, 2, 1, 2, 0, 1]
     assert vocabulary.decode(ids[:4]) == "a <unk> b <eos>"
 
 
-def test_vocabulary_counts_no_word_for_unk_in_the_text() -> None:
-    assert Vocabulary.build(["<unk> <unk> a"], 3).words == ("<unk>", "<eos>", "a")
+def test_vocabulary_ranks_no_word_for_unk_in_the_text() -> None:
+    vocabulary = Vocabulary.build(["<unk> <unk> a b b"], 3)
+    assert vocabulary.words == ("<unk>", "<eos>", "b")
+    assert vocabulary.counts == (3, 1, 2)  # <unk>, <unk> and a; one line; b, b
+
+
+def test_vocabulary_keeps_the_counts_of_the_encoded_text_and_reads_it_once() -> None:
+    passes = []
+
+    def read() -> Iterator[str]:
+        passes.append("one more")
+        yield from ("c b a b", "a c b d", "e")
+
+    lines = Lines(read)
+    vocabulary = Vocabulary.build(lines, 4)
+    assert passes == ["one more"]
+    # of 3 b, 2 a, 2 c, 1 d, 1 e, the words kept are b and a; 2 + 1 + 1 others; 3 lines
+    assert vocabulary.counts == (4, 3, 3, 2)
+    assert np.bincount(vocabulary.encode(lines)).tolist() == list(vocabulary.counts)
+
+
+def test_a_long_pass_says_so_and_a_short_one_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    def slow() -> Iterator[str]:
+        for _ in range(5):
+            yield "a b"
+            time.sleep(0.6)
+
+    Vocabulary.build(["a b"], 4)
+    assert capsys.readouterr() == ("", "")
+    Vocabulary.build(slow(), 4)
+    said = capsys.readouterr()
+    assert "vocabulary" in said.err and "lines" in said.err and not said.out
 
 
 @pytest.mark.parametrize("size", [2, 7])
@@ -125,63 +158,22 @@ def test_lane_outside(lane: int) -> None:
 def test_unigram_perplexity_of_four_tokens() -> None:
     # Counts of 0, 1, 2, 3 plus one: 2, 3, 2, 1, of 8. Targets 1, 1, 0 (the leading 3 is none): 3/8, 3/8, 2/8.
     # Perplexity (8/3 * 8/3 * 8/2) ** (1/3) = (256 / 9) ** (1/3) = 3.0526...
-    perplexity = unigram_perplexity(np.array([0, 1, 1, 2]), np.array([3, 1, 1, 0]), 4)
+    perplexity = unigram_perplexity((1, 2, 1, 0), np.array([3, 1, 1, 0]))
     assert perplexity == pytest.approx((256 / 9) ** (1 / 3), rel=1e-12)
 
 
 def test_unigram_perplexity_refuses() -> None:
     with pytest.raises(ValueError, match="1 tokens: at least 2"):
-        unigram_perplexity(np.array([0]), np.array([0]), 1)
+        unigram_perplexity((1,), np.array([0]))
     with pytest.raises(ValueError, match="token 4 is outside a vocabulary of 4: 5 would do"):
-        unigram_perplexity(np.array([0, 4]), np.array([0, 1]), 4)
-
-
-def test_read_lines_splits_all_matching_files_contiguously(tmp_path: Path) -> None:
-    # 39 + 1 lines: int(40 * 0.9) = 36 and int(40 * 0.95) = 38. b.txt sorts behind a.txt, so its line comes last.
-    (tmp_path / "b.txt").write_text("\n  last \n", encoding="utf-8")
-    (tmp_path / "a.txt").write_bytes(("\ufeff" + "".join(f" {i}\r\n\n" for i in range(39))).encode())
-    splits = {split: read_lines(str(tmp_path / "*.txt"), split) for split in SPLITS}
-    assert splits == {"train": [str(i) for i in range(36)], "valid": ["36", "37"], "test": ["38", "last"]}
-
-
-def test_read_lines_takes_an_existing_name_literally(tmp_path: Path) -> None:
-    path = tmp_path / "a[1].txt"
-    for num_lines, sizes in ((20, [18, 1, 1]), (100, [90, 5, 5])):
-        path.write_text("x\n" * num_lines)
-        assert [len(read_lines(str(path), split)) for split in SPLITS] == sizes
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no file matches"),
-        (b" \n\n", "is empty"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
-        (b"MZ\0\0" * 9, "is not UTF-8 text"),
-        (b"x\n" * 19, "has 19 lines, too few to split: give at least 20"),
-    ],
-    ids=["missing", "empty", "not utf-8", "nul bytes", "too few lines"],
-)
-def test_read_lines_refuses(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "corpus.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{re.escape(repr(str(path)))}.*{message}|{message}.*{re.escape(str(path))}"):
-        read_lines(str(path), "train")
-
-
-def test_read_lines_refuses_a_folder_and_an_unknown_split(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no file matches"):
-        read_lines(str(tmp_path), "train")
-    with pytest.raises(ValueError, match="split 'dev' is unknown: give one of train, valid, test"):
-        read_lines("embedded", "dev")
+        unigram_perplexity((1, 1, 1, 1), np.array([4, 1]))
 
 
 def test_embedded_sizes_are_those_of_its_readme() -> None:
     folder = Path(text.__file__).parent / "embedded"
     rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", (folder / "README.md").read_text(), re.MULTILINE)
     for split, *sizes in rows:
-        lines = read_lines("embedded", split)
+        lines = list(open_text("embedded", streamed=True)[split])
         tokens = sum(len(tokenize(line)) + 1 for line in lines)
         assert [len(lines), tokens, (folder / f"{split}.txt.xz").stat().st_size] == [int(size) for size in sizes]
     assert [row[0] for row in rows] == list(SPLITS)
@@ -189,7 +181,7 @@ def test_embedded_sizes_are_those_of_its_readme() -> None:
 
 
 def test_embedded_text_is_clean_and_its_splits_are_disjoint() -> None:
-    lines = {split: read_lines("embedded", split) for split in SPLITS}
+    lines = open_text("embedded", streamed=False)
     joined = "\n".join(line for split in SPLITS for line in lines[split])
     assert joined.isascii()
     assert not re.search(r"gutenberg|copyright|\betexts?\b|[@_{}*]", joined, re.IGNORECASE)
@@ -202,8 +194,8 @@ def test_embedded_text_is_clean_and_its_splits_are_disjoint() -> None:
 
 
 def test_embedded_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
-    lines = {split: read_lines("embedded", split) for split in SPLITS}
+    lines = open_text("embedded", streamed=False)
     vocabulary = Vocabulary.build(lines["train"], 8000)
     ids = {split: vocabulary.encode(lines[split]) for split in SPLITS}
     assert [round(100 * (ids[split] == 0).mean(), 1) for split in SPLITS] == [3.6, 5.5, 6.0]
-    assert [round(unigram_perplexity(ids["train"], ids[split], 8000)) for split in SPLITS[1:]] == [343, 361]
+    assert [round(unigram_perplexity(vocabulary.counts, ids[split])) for split in SPLITS[1:]] == [343, 361]

@@ -1,67 +1,23 @@
-"""Text for language modelling: lines, tokens, a vocabulary, and lanes of one long token stream.
+"""Text for language modelling: tokens, a vocabulary, and lanes of one long token stream.
 
-Dimensions: N tokens in a stream, B lanes, S timesteps.
+Dimensions: N tokens in a stream, V words, B lanes, S timesteps.
 """
 
-import glob
-import lzma
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-SPLITS = ("train", "valid", "test")
 UNK, EOS = "<unk>", "<eos>"
 UNK_ID, EOS_ID = 0, 1
 # "<unk>" stays whole, because published corpora often come with their rare words already replaced by it.
 TOKEN = re.compile(r"<unk>|\w+(?:['\u2019]\w+)*|--|[^\w\s]")
-MIN_LINES = 20  # the fewest lines of which 5 % are one whole line
-
-
-def read_lines(source: str, split: str) -> list[str]:
-    """Non-empty stripped lines of one split ("train", "valid" or "test").
-
-    `source` "embedded" is the bundled corpus, split by whole books and plays. Any other source is a path or a glob of
-    UTF-8 text files, read in sorted order; the first 90 % of their lines are train, the next 5 % valid, the last 5 %
-    test. Raises ValueError for an unknown split, no matching file, a file that is not text, or fewer than 20 lines.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown: give one of {', '.join(SPLITS)}")
-    if source == "embedded":
-        packed = (Path(__file__).parent / "embedded" / f"{split}.txt.xz").read_bytes()
-        return _non_empty(lzma.decompress(packed).decode())
-    # A path that exists is taken literally, so that names holding [ or * need no escaping.
-    names = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-    paths = [path for path in map(Path, names) if path.is_file()]
-    if not paths:
-        raise ValueError(f"no file matches {source!r}: give 'embedded', a text file or a glob such as 'corpus/*.txt'")
-    lines = [line for path in paths for line in _non_empty(_read_utf8(path))]
-    if not lines:
-        raise ValueError(f"{source!r} is empty: give files with at least {MIN_LINES} lines of text")
-    if len(lines) < MIN_LINES:
-        raise ValueError(f"{source!r} has {len(lines)} lines, too few to split: give at least {MIN_LINES}")
-    cuts = [len(lines) * percent // 100 for percent in (0, 90, 95, 100)]
-    which = SPLITS.index(split)
-    return lines[cuts[which] : cuts[which + 1]]
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 text ({error}): give plain text files") from error
-    if "\0" in text:  # bytes below 128 are all valid UTF-8, yet text holds no NUL
-        raise ValueError(f"{str(path)!r} is not UTF-8 text (it holds a NUL byte): give plain text files")
-    return text
-
-
-def _non_empty(text: str) -> list[str]:
-    return [stripped for line in text.split("\n") if (stripped := line.strip())]
 
 
 def tokenize(line: str) -> list[str]:
@@ -71,25 +27,37 @@ def tokenize(line: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by index: 0 is `<unk>`, 1 is `<eos>` (end of a line), then the most frequent words first."""
+    """Words by index: 0 is `<unk>`, 1 is `<eos>` (end of a line), then the most frequent words first.
+
+    `counts` are theirs in the lines that it was built from: `<unk>`'s is that of all other words, `<eos>`'s that of
+    lines.
+    """
 
     words: tuple[str, ...]
+    counts: tuple[int, ...]
 
     @classmethod
     def build(cls, lines: Iterable[str], size: int) -> "Vocabulary":
-        """The `size - 2` most frequent words of `lines` behind `<unk>` and `<eos>`; ties go by the word.
+        """The `size - 2` most frequent words of `lines` behind `<unk>` and `<eos>`; ties go by the word. One pass, told
+        of on stderr where it takes more than two seconds.
 
         Raises ValueError if `lines` hold fewer different words than that, or `size` leaves room for none.
         """
-        counts = Counter(word for line in lines for word in tokenize(line))
+        counts: Counter[str] = Counter()
+        num_lines = 0
+        for line in tqdm(lines, "vocabulary", unit=" lines", delay=2, leave=False, file=sys.stderr):
+            counts.update(tokenize(line))
+            num_lines += 1
+        num_words = counts.total()
         counts.pop(UNK, None)
         if not 3 <= size <= len(counts) + 2:
             raise ValueError(
                 f"data.vocabulary_size={size} does not fit {len(counts)} different words: "
                 f"at least 3 and at most {len(counts) + 2} (2 places are {UNK} and {EOS}) would do"
             )
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls((UNK, EOS, *ranked[: size - 2]))
+        kept = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
+        num_kept = [counts[word] for word in kept]
+        return cls((UNK, EOS, *kept), (num_words - sum(num_kept), num_lines, *num_kept))
 
     def __len__(self) -> int:
         return len(self.words)
@@ -159,16 +127,15 @@ class Lanes:
         return torch.from_numpy(input_BS), torch.from_numpy(target_BS), torch.from_numpy(valid_BS)
 
 
-def unigram_perplexity(train_N: np.ndarray, test_N: np.ndarray, vocabulary_size: int) -> float:
-    """Perplexity of the add-one-smoothed unigram of `train_N` over the targets of `test_N`, its tokens but the first.
+def unigram_perplexity(count_V: Sequence[int], test_N: np.ndarray) -> float:
+    """Perplexity of the add-one-smoothed unigram of word counts over the targets of `test_N`, its tokens but the first.
 
     Raises ValueError if `test_N` has no target or a token index is outside the vocabulary.
     """
     if len(test_N) < 2:
         raise ValueError(f"the test stream has {len(test_N)} tokens: at least 2 would do")
-    highest = max(train_N.max(initial=0), test_N.max())
-    if highest >= vocabulary_size:
-        raise ValueError(f"token {highest} is outside a vocabulary of {vocabulary_size}: {highest + 1} would do")
-    count_V = np.bincount(train_N, minlength=vocabulary_size) + 1
-    log_probability_V = np.log(count_V / count_V.sum())
+    if test_N.max() >= len(count_V):
+        raise ValueError(f"token {test_N.max()} is outside a vocabulary of {len(count_V)}: {test_N.max() + 1} would do")
+    smoothed_V = np.array(count_V) + 1
+    log_probability_V = np.log(smoothed_V / smoothed_V.sum())
     return float(np.exp(-log_probability_V[test_N[1:]].mean()))

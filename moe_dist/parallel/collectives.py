@@ -7,7 +7,9 @@ Bytes sent to other ranks are counted under it, those of a reduction as a ring s
 Legend: N rows sent by this rank, R rows received, E global experts, e experts of this rank, P ranks of the axis.
 """
 
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from moe_dist.parallel.mesh import Axis, Mesh
 
 Label = tuple[int | str, str]
+T = TypeVar("T")
 
 
 def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Tensor:
@@ -132,11 +135,23 @@ class Sums:
         return from_owners(x, self.mesh.ep)
 
 
-def from_main(value: Any) -> Any:
-    """The main rank's `value` on every rank (any picklable object)."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns on the main rank, on every rank (any picklable object); no other rank calls it.
+
+    Raises its ValueError on every rank. The others wait in a group of their own for as long as it takes, which may be a
+    pass over a big corpus: the mesh's timeout is for steps.
+    """
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make()
+        except ValueError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, src=0, group=waiting)
+    if told[1] is not None:
+        raise ValueError(told[1])
+    return told[0]
 
 
 def barrier() -> None:

@@ -12,7 +12,8 @@ import lzma
 import re
 from pathlib import Path
 
-from moe_dist.data.text import SPLITS, tokenize
+from moe_dist.data.sources import SPLITS
+from moe_dist.data.text import tokenize
 
 # Whole works, so that held-out text is unseen; all other works are train.
 # No Kings, Chronicles, synoptic gospels or histories: those retell, or share their characters with, other works.

@@ -1,0 +1,216 @@
+"""Where text comes from: the embedded corpus, local files, or a dataset by its name.
+
+A line is one example, stripped, where anything is left of it: a line of a text file, a row's "text" of a dataset. Line
+breaks inside an example are spaces like any other, so that a document stays in one place.
+"""
+
+import glob
+import logging
+import lzma
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "valid", "test")
+EMBEDDED = "embedded"
+MIN_LINES = 20  # the fewest lines of which 5 % are one whole line
+OTHER_NAMES = {"validation": "valid", "dev": "valid"}  # of splits
+
+# name -> (repository, its configuration where none is given, revision)
+SHORT_NAMES = {
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1", None),
+    # its own files are a loading script, which the library no longer runs; this branch holds the same rows as parquet
+    "lm1b": ("billion-word-benchmark/lm1b", None, "refs/convert/parquet"),
+}
+NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # any other file is plain text
+FILE_SUFFIXES = {*FORMATS, ".txt", ".text", ".md", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip"}
+GIVE = f"give {EMBEDDED!r}, a file, a glob such as 'corpus/*.txt', a folder, or a dataset such as 'wikitext'"
+
+# examples of train, by their index modulo PERIOD, where a dataset has no such split
+HELD_OUT, PERIOD = {"test": 198, "valid": 199}, 200
+HELD_OUT_UP_TO = 1_000_000  # examples: at most 5,000 of each are held out, and found without a pass over all
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines that are read anew, from the first on, by whoever iterates over them."""
+
+    read: Callable[[], Iterator[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.read()
+
+
+def open_text(source: str, streamed: bool) -> dict[str, Iterable[str]]:
+    """Lines of "train", "valid" and "test": `streamed`, they are read from the source whenever they are iterated over;
+    else they are read once and held in memory.
+
+    A source's own splits are used. Local files without splits are read in sorted order; the first 90 % of their lines
+    are train, the next 5 % valid, the last 5 % test. Of a dataset that lacks "valid" or "test", examples of "train" are
+    held out by their index (`HELD_OUT`). Raises ValueError for text that cannot be found, read or split.
+    """
+    own: dict[str, Iterable[str]] = {**_own_splits(source)}
+    if not streamed:
+        own = {split: list(lines) for split, lines in own.items()}
+    if own.keys() == {"train"} and is_local(source):
+        return _cut(source, own["train"])
+    missing = [split for split in HELD_OUT if split not in own]
+    splits = own | _hold_out(own["train"], missing) if missing else own
+    for split, lines in splits.items():
+        if next(iter(lines), None) is None:
+            raise ValueError(
+                f"data.text={source!r} has no line for {split!r}: give it some, or leave that split out and give "
+                f"{PERIOD} lines of 'train', so that one can be held out"
+            )
+    return splits
+
+
+def check_text(source: str) -> None:
+    """A look at the first lines of local text, and at the form of a dataset's name, for which no network is asked.
+
+    Raises ValueError for what can be neither, and for text that cannot be trained on as far as its first lines tell.
+    """
+    if not is_local(source):
+        return _check_name(source)
+    head = {split: list(islice(lines, MIN_LINES)) for split, lines in _own_splits(source).items()}
+    if head.keys() == {"train"} or not head["train"]:
+        _check_length(source, len(head["train"]))
+
+
+def is_local(source: str) -> bool:
+    """Whether `source` is, or matches, something on this machine; then it is no name of a dataset."""
+    return source not in ("", EMBEDDED) and (Path(source).is_dir() or bool(_files(source)))
+
+
+def _files(source: str) -> list[str]:
+    # A path that exists is taken literally, so that names holding [ or * need no escaping.
+    names = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+    return [name for name in names if Path(name).is_file()]
+
+
+def _check_name(source: str) -> None:
+    if not NAME.fullmatch(source) or Path(source).suffix.lower() in FILE_SUFFIXES:
+        raise ValueError(f"data.text={source!r}: no file matches; {GIVE}")
+
+
+def _check_length(source: str, num_lines: int) -> None:
+    if num_lines < MIN_LINES:
+        raise ValueError(
+            f"data.text={source!r} has {num_lines} lines that are not empty, too few to split: "
+            f"give at least {MIN_LINES} lines of text"
+        )
+
+
+def _cut(source: str, lines: Iterable[str]) -> dict[str, Iterable[str]]:
+    num_lines = sum(1 for _ in lines)
+    _check_length(source, num_lines)
+    cuts = [num_lines * percent // 100 for percent in (0, 90, 95, 100)]
+    return {split: Lines(partial(islice, lines, cuts[i], cuts[i + 1])) for i, split in enumerate(SPLITS)}
+
+
+def _hold_out(lines: Iterable[str], missing: list[str]) -> dict[str, Iterable[str]]:
+    """`missing` splits out of `lines`, and "train" without them."""
+    place = {HELD_OUT[split]: split for split in missing}
+
+    def read(split: str, stop: int | None) -> Iterator[str]:
+        for i, line in enumerate(islice(lines, stop)):
+            if split == (place.get(i % PERIOD, "train") if i < HELD_OUT_UP_TO else "train"):
+                yield line
+
+    stops = {"train": None} | dict.fromkeys(missing, HELD_OUT_UP_TO)
+    return {split: Lines(partial(read, split, stop)) for split, stop in stops.items()}
+
+
+def _own_splits(source: str) -> dict[str, Lines]:
+    """What the source has of SPLITS, "train" at least."""
+    if source == EMBEDDED:
+        return {split: Lines(partial(_embedded, split)) for split in SPLITS}
+    loaded = {OTHER_NAMES.get(name, name): dataset for name, dataset in _load(source).items()}
+    if "train" not in loaded:
+        raise ValueError(f"data.text={source!r} has no split 'train', only {', '.join(loaded)}: give one that has")
+    return {split: Lines(partial(_lines, source, loaded[split])) for split in SPLITS if split in loaded}
+
+
+def _embedded(split: str) -> Iterator[str]:
+    """King James Bible and Shakespeare, split by whole books and plays."""
+    with lzma.open(Path(__file__).parent / "embedded" / f"{split}.txt.xz", "rt", encoding="utf-8") as file:
+        yield from (stripped for line in file if (stripped := line.strip()))
+
+
+def _lines(source: str, dataset: Any) -> Iterator[str]:
+    for table in _tables(source, dataset):
+        if "text" not in table.column_names or str(table.schema.field("text").type) not in ("string", "large_string"):
+            columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+            raise ValueError(f"data.text={source!r} has no column 'text' of strings, only {columns}: name it so")
+        for text in table["text"].to_pylist():
+            if text is None:
+                continue
+            if "\0" in text:  # bytes below 128 are all valid UTF-8, yet text holds no NUL
+                raise ValueError(f"data.text={source!r} is not text, it holds a NUL byte: give plain text files")
+            if stripped := text.removeprefix("\ufeff").strip():  # a byte order mark opens some files
+                yield stripped
+
+
+def _tables(source: str, dataset: Any) -> Iterator[Any]:
+    """The examples a thousand at a time, which costs less than one by one."""
+    try:
+        yield from dataset.with_format("arrow").iter(batch_size=1000)
+    except ValueError as error:  # bytes that are no UTF-8, JSON or parquet
+        raise ValueError(f"data.text={source!r} is not text ({error}): give plain UTF-8 text files") from error
+
+
+def _load(source: str) -> dict[str, Any]:
+    """The library's streamed splits, by its names. Raises ValueError for what does not load, with the reason."""
+    if not is_local(source):
+        _check_name(source)
+    datasets = _library()
+    try:
+        if Path(source).is_dir():
+            return datasets.load_dataset(source, streaming=True)
+        if files := _files(source):
+            kind = next((FORMATS[s] for s in Path(files[0]).suffixes if s in FORMATS), "text")
+            escaped = [glob.escape(file) for file in files]  # the library takes every name for a glob
+            return datasets.load_dataset(kind, data_files={"train": escaped}, streaming=True)
+        name, _, configuration = source.partition(":")
+        repository, default, revision = SHORT_NAMES.get(name, (name, None, None))
+        _ask_for(repository, revision)
+        return datasets.load_dataset(repository, configuration or default, revision=revision, streaming=True)
+    except Exception as error:  # of many kinds: the library's own, its network client's, its file readers'
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"data.text={source!r} does not load: {reason}; {GIVE}") from error
+
+
+def _ask_for(repository: str, revision: str | None) -> None:
+    """One short question to the Hub, because the library asks an unreachable one again for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(repository, revision=revision, timeout=5)
+    except RepositoryNotFoundError:
+        raise ValueError(f"no file and no public dataset is called {repository!r}") from None
+    except HfHubHTTPError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"no file is called so, and the Hub with its datasets cannot be reached from here "
+            f"({type(error).__name__}: {error}); where there is a network, download it and give the folder"
+        ) from error
+
+
+def _library() -> Any:
+    """Imported where it is needed, because it takes a second; silent, and it tells nobody of its use."""
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1"}  # read once, when it is imported
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    for logger in ("datasets", "huggingface_hub"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    return datasets

@@ -1,0 +1,86 @@
+"""Training lanes of a text that is read as it comes, pass after pass, and never held whole.
+
+Lane b of B reads lines b, b + B, b + 2B, ..., each followed by `<eos>`. Lines are numbered on over the passes, so that
+line i of pass p of a text of L lines is line p L + i. A lane's next token is the next of its own lines: nothing is
+padded, and which tokens a window holds depends on the text, B and the windows before it, not on ranks.
+
+Legend: B lanes, b of them on this rank, S timesteps.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from moe_dist.data.text import EOS_ID, Vocabulary
+
+
+class Stream:
+    """The lanes of one rank. Reads every line in order, but tokenises only those of its own lanes.
+
+    What a lane has not yet used of its lines waits in `ahead`, 4 bytes a token. Lanes use up tokens at one pace, but
+    lines at another, so one whose lines are short makes the others wait for it with full buffers: a lane's buffer is
+    as long as what its lines, up to the last line read, have more than it used. Where lines come in no order, that is
+    the spread of B random walks: about 8 sd(words of a line) sqrt(lines per lane). It grows without end only where
+    lanes get the same lines in every pass, which is where L and B have a large common divisor and passes are many; such
+    a text fits in memory, and `data.streamed=false` reads it.
+    """
+
+    def __init__(self, lines: Iterable[str], vocabulary: Vocabulary, num_lanes: int, lane_b: Iterable[int]) -> None:
+        """`lines` can be iterated over again and again; there is at least one. `lane_b`: global lanes of this rank."""
+        self.lines, self.vocabulary, self.num_lanes = lines, vocabulary, num_lanes
+        self.mine = list(lane_b)
+        self.load(torch.stack([torch.arange(num_lanes), torch.zeros(num_lanes, dtype=torch.int64)], dim=1))
+
+    def load(self, place_B2: torch.Tensor) -> None:
+        """Goes on from the places of all lanes: (line, offset) that the next input token of each lane is at."""
+        self.place_B2 = place_B2.numpy().copy()
+        self.ahead = {lane: array("i") for lane in self.mine}
+        self.reader = self._numbered(int(self.place_B2[self.mine, 0].min()))
+
+    def places(self) -> torch.Tensor:
+        """place_B2 (int64), zeros for lanes of other ranks: the sum over ranks is what `load` takes."""
+        place_B2 = torch.zeros(self.num_lanes, 2, dtype=torch.int64)
+        place_B2[self.mine] = torch.from_numpy(self.place_B2[self.mine])
+        return place_B2
+
+    def window(self, steps: int, lane_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The next input_BS and target_BS (int64) of lanes `lane_B`, all of this rank, and valid_BS (all True)."""
+        token_BS1 = np.empty((len(lane_B), steps + 1), dtype=np.int64)
+        for row, lane in zip(token_BS1, lane_B.tolist(), strict=True):
+            ahead = self.ahead[lane]
+            while len(ahead) <= steps:  # the last target is the next window's first input, so it stays
+                self._read_line()
+            row[:] = ahead[: steps + 1]
+            del ahead[:steps]
+        input_BS, target_BS = token_BS1[:, :-1], token_BS1[:, 1:]
+        self._move_on(input_BS, lane_B)
+        return torch.from_numpy(input_BS), torch.from_numpy(target_BS), torch.ones(input_BS.shape, dtype=torch.bool)
+
+    def _move_on(self, input_BS: np.ndarray, lane_B: np.ndarray) -> None:
+        """Places behind these tokens. No word of a line is `<eos>`, so each one is a line's end."""
+        steps, end_BS = input_BS.shape[1], input_BS == EOS_ID
+        since_end_B = end_BS[:, ::-1].argmax(axis=1)  # tokens behind the last <eos>, where there is one
+        line_B, offset_B = self.place_B2[lane_B].T
+        self.place_B2[lane_B, 0] = line_B + self.num_lanes * end_BS.sum(axis=1)
+        self.place_B2[lane_B, 1] = np.where(end_BS.any(axis=1), since_end_B, offset_B + steps)
+
+    def _read_line(self) -> None:
+        index, line = next(self.reader)
+        lane = index % self.num_lanes
+        if lane in self.ahead and index >= self.place_B2[lane, 0]:
+            first = self.place_B2[lane, 1] if index == self.place_B2[lane, 0] else 0
+            self.ahead[lane].extend(self.vocabulary.encode([line])[first:].tolist())
+
+    def _numbered(self, start: int) -> Iterator[tuple[int, str]]:
+        """(index, line) from line `start` on, without end. Of the passes before `start` only the first is read, which
+        tells their length."""
+        first = 0  # of this pass
+        while True:
+            length = 0
+            for length, line in enumerate(self.lines, 1):
+                if first + length > start:
+                    yield first + length - 1, line
+            assert length, "a text without lines"
+            first += length * max(1, (start - first) // length)

@@ -1,0 +1,261 @@
+"""Where text comes from: local files, folders, names; how it is split; and what every mistake says. No network."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+import moe_dist.data.sources as sources
+from moe_dist.cli import plan
+from moe_dist.configs import CONFIGS, get
+from moe_dist.data.sources import check_text, is_local, open_text
+
+ROOT = Path(__file__).parent.parent
+
+
+def numbered(first: int, last: int, word: str = "line") -> str:
+    return "".join(f"{word} {i}\n" for i in range(first, last))
+
+
+def read(source: Path | str, streamed: bool = True) -> dict[str, list[str]]:
+    check_text(str(source))
+    return {split: list(lines) for split, lines in open_text(str(source), streamed).items()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any]]:
+    """A Hub that answers a name with the folder tmp_path / repository, and what it was asked for."""
+    load, asked = datasets.load_dataset, []
+
+    def local(name: str, *args: Any, revision: str | None, streaming: bool) -> Any:
+        asked.append((name, *args, revision))
+        return load(str(tmp_path / name), streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr(sources, "_ask_for", lambda repository, revision: None)
+    return tmp_path, asked
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_files_without_splits_are_cut_in_order(tmp_path: Path, streamed: bool) -> None:
+    # 39 + 1 lines: int(40 * 0.9) = 36 and int(40 * 0.95) = 38. b.txt sorts behind a.txt, so its line comes last.
+    (tmp_path / "b.txt").write_text("\n  last \n", encoding="utf-8")
+    (tmp_path / "a.txt").write_bytes(("\ufeff" + "".join(f" {i}\r\n\n" for i in range(39))).encode())
+    expected = {"train": [str(i) for i in range(36)], "valid": ["36", "37"], "test": ["38", "last"]}
+    assert read(tmp_path / "*.txt", streamed) == expected
+    assert read(tmp_path, streamed) == expected, "a folder is all of its files"
+
+
+def test_an_existing_name_is_taken_literally(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].txt"
+    for num_lines, sizes in ((20, [18, 1, 1]), (100, [90, 5, 5])):
+        path.write_text("x\n" * num_lines)
+        assert [len(lines) for lines in read(path).values()] == sizes
+
+
+def test_streamed_lines_can_be_read_again_and_are_never_a_list(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(numbered(0, 3000))  # more than a table of 1,000
+    for lines in open_text(str(tmp_path / "a.txt"), streamed=True).values():
+        assert not isinstance(lines, list)
+        first = iter(lines)
+        next(first)
+        assert list(lines) == list(lines)
+        assert [*first] == list(lines)[1:], "a second reader does not disturb the first"
+
+
+def test_what_is_not_streamed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text(numbered(0, 100))
+    tables, passes = sources._tables, []
+
+    def counted(*args: Any) -> Iterable[Any]:
+        passes.append(args)
+        return tables(*args)
+
+    monkeypatch.setattr(sources, "_tables", counted)
+    splits = open_text(str(tmp_path / "a.txt"), streamed=False)
+    assert [len(list(lines)) for lines in splits.values()] == [90, 5, 5]
+    assert len(passes) == 1
+
+
+def test_an_example_of_several_lines_is_one_line(tmp_path: Path) -> None:
+    rows = [{"text": f"one {i}\ntwo\n"} for i in range(20)] + [{"text": " \n"}, {"text": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read(tmp_path / "a.jsonl")["train"][:2] == ["one 0\ntwo", "one 1\ntwo"]
+    assert sum(map(len, read(tmp_path / "a.jsonl").values())) == 20
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "parquet"])
+@pytest.mark.parametrize("valid", ["valid", "validation"])
+def test_a_folder_with_files_named_by_split(tmp_path: Path, kind: str, valid: str) -> None:
+    sizes = {"train": 30, valid: 3, "test": 2}
+    for split, size in sizes.items():
+        path, lines = tmp_path / f"{split}.{kind}", numbered(0, size, split).splitlines()
+        if kind == "txt":
+            path.write_text("\n".join(lines))
+        elif kind == "txt.gz":
+            path.write_bytes(gzip.compress("\n".join(lines).encode()))
+        else:
+            rows = datasets.Dataset.from_dict({"n": range(size), "text": lines})
+            rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
+    splits = read(tmp_path)
+    assert [len(splits[split]) for split in ("train", "valid", "test")] == [30, 3, 2]
+    assert (splits["train"][29], splits["valid"][0], splits["test"][1]) == ("train 29", f"{valid} 0", "test 1")
+
+
+def test_a_dataset_without_valid_holds_examples_out_by_their_index(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(numbered(0, 450))
+    (tmp_path / "test.txt").write_text(numbered(0, 2, "test"))
+    splits = read(tmp_path)
+    assert splits["valid"] == ["line 199", "line 399"]
+    assert splits["test"] == ["test 0", "test 1"]
+    assert splits["train"] == [f"line {i}" for i in range(450) if i not in (199, 399)]
+
+
+def test_names_go_to_the_library_with_configuration_and_revision(hub: tuple[Path, list[Any]]) -> None:
+    folder, asked = hub
+    for repository in ("Salesforce/wikitext", "billion-word-benchmark/lm1b", "owner/name"):
+        (folder / repository).mkdir(parents=True)
+        (folder / repository / "train.txt").write_text(numbered(0, 250, repository))
+    for name in ("wikitext", "wikitext:wikitext-2-raw-v1", "lm1b", "owner/name:config"):
+        splits = {split: list(lines) for split, lines in open_text(name, streamed=True).items()}
+        assert [len(splits[split]) for split in ("train", "valid", "test")] == [248, 1, 1]
+        repository = splits["train"][0].split()[0]
+        assert (splits["test"], splits["valid"]) == ([f"{repository} 198"], [f"{repository} 199"])
+    assert asked == [
+        ("Salesforce/wikitext", "wikitext-103-raw-v1", None),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
+        ("billion-word-benchmark/lm1b", None, "refs/convert/parquet"),
+        ("owner/name", "config", None),
+    ]
+
+
+def test_held_out_examples_come_from_the_first_million(
+    hub: tuple[Path, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = hub
+    monkeypatch.setattr(sources, "HELD_OUT_UP_TO", 400)
+    (folder / "name").mkdir()
+    (folder / "name" / "train.txt").write_text(numbered(0, 700))
+    splits = {split: list(lines) for split, lines in open_text("name", streamed=True).items()}
+    assert splits["valid"] == ["line 199", "line 399"] and splits["test"] == ["line 198", "line 398"]
+    assert len(splits["train"]) == 696 and splits["train"][-102:] == [f"line {i}" for i in range(598, 700)]
+
+
+def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "big.txt").write_text(numbered(0, 50_000))
+    tables, read_ = sources._tables, []
+
+    def counted(*args: Any) -> Iterable[Any]:
+        for table in tables(*args):
+            read_.append(table.num_rows)
+            yield table
+
+    monkeypatch.setattr(sources, "_tables", counted)
+    check_text(str(tmp_path / "big.txt"))
+    assert read_ == [1000]
+    monkeypatch.setattr(sources, "_library", None)  # not even imported
+    check_text("embedded")
+    for name in CONFIGS:
+        check_text(get(name).data.text)
+
+
+BAD = {
+    "missing": (None, "no file matches"),
+    "empty": (b" \n\n", "has 0 lines that are not empty, too few"),
+    "not utf-8": (b"\xff\xfe\x00", "is not text .*utf-8.*: give plain UTF-8"),
+    "nul bytes": (b"MZ\0\0" * 9, "holds a NUL byte"),
+    "too few lines": (b"x\n" * 19, "has 19 lines .*give at least 20"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
+def test_bad_files_are_told_before_any_layout(
+    tmp_path: Path, content: bytes | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    for act in (check_text, lambda source: open_text(source, True), lambda source: open_text(source, False)):
+        with pytest.raises(ValueError, match=f"data.text={re.escape(repr(str(path)))}.*{message}"):
+            act(str(path))
+    with pytest.raises(SystemExit) as exit_:
+        plan(["lstm_moe_demo", "--dry-run", "--set", f"data.text={path}"], None)
+    said = capsys.readouterr()
+    assert exit_.value.code == 2 and not said.out
+    assert said.err.startswith("error: data.text=") and said.err.count("\n") == 1
+
+
+def test_what_is_found_late_is_told_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(numbered(0, 1000))
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\n")
+    check_text(str(tmp_path / "*.txt"))
+    with pytest.raises(ValueError, match=r"\*.txt' is not text .*utf-8"):
+        open_text(str(tmp_path / "*.txt"), streamed=True)
+
+
+@pytest.mark.parametrize(
+    "source", ["a b", "no/such/*.txt", "lm1b.txt", "/no/such", "./corpus", "one/two/three", "", "x:y:z"]
+)
+def test_what_is_neither_a_file_nor_a_name(source: str) -> None:
+    assert not is_local(source)
+    with pytest.raises(
+        ValueError, match=f"data.text={re.escape(repr(source))}: no file matches; give 'embedded', a file"
+    ):
+        check_text(source)
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    for name, files, message in [
+        ("none", {}, "does not load: .*any data files"),
+        ("odd", {"part": "x\n" * 30}, "does not load: No .supported. data files"),
+        ("test", {"test.txt": "x\n" * 30}, "no split 'train', only test"),
+        ("columns", {"train.jsonl": '{"words": "a", "n": 1}\n' * 30}, r"only words \(string\), n \(int64\)"),
+        ("numbers", {"train.jsonl": '{"text": 1}\n' * 30}, r"no column 'text' of strings, only text \(int64\)"),
+        ("broken", {"train.jsonl": "{nonsense\n" * 30}, "is not text .*JSON"),
+        ("blank", {"train.txt": "\n", "test.txt": "x\n"}, "has 0 lines"),
+    ]:  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in files.items():
+            (folder / file).write_text(content)
+        with pytest.raises(ValueError, match=f"data.text={re.escape(repr(str(folder)))}.*{message}"):
+            check_text(str(folder))
+    (tmp_path / "short").mkdir()
+    for file, size in (("train.txt", 199), ("test.txt", 3)):
+        (tmp_path / "short" / file).write_text(numbered(0, size))
+    with pytest.raises(ValueError, match=r"has no line for 'valid'.*200 lines of 'train'"):
+        open_text(str(tmp_path / "short"), streamed=True)
+
+
+def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path) -> None:
+    """The process has a Hub that refuses; without `_ask_for` the library goes on asking it for half a minute."""
+    code = "from moe_dist.data.sources import open_text\ntry: open_text('owner/name', True)\n"
+    code += "except ValueError as error: print(error)"
+    for setting in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)} | setting,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert time.monotonic() - start < 15
+        assert done.stdout.startswith("data.text='owner/name' does not load: ") and done.stdout.count("\n") == 1
+        assert "cannot be reached" in done.stdout and "give the folder" in done.stdout
+        assert done.stderr == ""
+
+
+def test_embedded_text_does_not_import_the_library() -> None:
+    code = "import sys; from moe_dist.data.sources import *; check_text('embedded'); open_text('embedded', False)"
+    code += "; assert not {'datasets', 'pyarrow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)

@@ -1,0 +1,249 @@
+"""Streamed lanes against numbers worked out by hand and a slow reference; the same on every layout and after resume."""
+
+import random
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+from runs import Run, tiny
+
+from moe_dist import checkpoint
+from moe_dist.data.stream import Stream
+from moe_dist.data.text import Vocabulary
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.collectives import from_main
+
+WORDS = tuple("abcdefgh")
+VOCABULARY = Vocabulary(("<unk>", "<eos>", *WORDS), (0,) * 10)
+
+
+def said(token_BS: torch.Tensor) -> list[str]:
+    return [VOCABULARY.decode(row).replace("<eos>", ".") for row in token_BS.tolist()]
+
+
+def test_windows_and_places_by_hand() -> None:
+    # Lines 0 "a b", 1 "c", 2 "d e f", and again as 3, 4, 5. Lane 0 reads 0, 2, 4: a b . d e f . c .
+    # Lane 1 reads 1, 3, 5: c . a b . d e f .
+    stream = Stream(["a b", "c", "d e f"], VOCABULARY, num_lanes=2, lane_b=range(2))
+    assert stream.places().tolist() == [[0, 0], [1, 0]]
+    input_BS, target_BS, valid_BS = stream.window(3, np.arange(2))
+    assert (said(input_BS), said(target_BS)) == (["a b .", "c . a"], ["b . d", ". a b"])
+    assert valid_BS.all() and valid_BS.shape == (2, 3)
+    assert (input_BS.dtype, target_BS.dtype, valid_BS.dtype) == (torch.int64, torch.int64, torch.bool)
+    # lane 0 goes on with "d", the first word of line 2; lane 1 with "b", word 1 of line 3
+    assert stream.places().tolist() == [[2, 0], [3, 1]]
+    input_BS, target_BS, _ = stream.window(3, np.arange(2))
+    assert (said(input_BS), said(target_BS)) == (["d e f", "b . d"], ["e f .", ". d e"])
+    # lane 0 goes on with the <eos> of line 2, behind its 3 words; lane 1 with "e", word 1 of line 5
+    assert stream.places().tolist() == [[2, 3], [5, 1]]
+
+
+def test_fewer_lines_than_lanes_and_windows_of_many_lines() -> None:
+    # One line for three lanes: lane b reads lines b, b + 3, ..., all "a". 5 tokens: a . a . a, so that the next is the
+    # <eos> of the third line, b + 6.
+    stream = Stream(["a"], VOCABULARY, num_lanes=3, lane_b=range(3))
+    input_BS, target_BS, _ = stream.window(5, np.arange(3))
+    assert (said(input_BS), said(target_BS)) == (["a . a . a"] * 3, [". a . a ."] * 3)
+    assert stream.places().tolist() == [[6, 1], [7, 1], [8, 1]]
+
+
+class Reference:
+    """All tokens of each lane in a list, with the place of each."""
+
+    def __init__(self, lines: list[str], num_lanes: int, num_tokens: int) -> None:
+        self.lanes: list[list[tuple[int, int, int]]] = []  # by lane: (token, line, offset)
+        for lane in range(num_lanes):
+            tokens: list[tuple[int, int, int]] = []
+            line = lane
+            while len(tokens) < num_tokens:
+                ids = [2 + WORDS.index(word) for word in lines[line % len(lines)].split()] + [1]
+                tokens += [(token, line, offset) for offset, token in enumerate(ids)]
+                line += num_lanes
+            self.lanes.append(tokens)
+
+    def window(self, start: int, steps: int, lane_B: Any) -> list[list[int]]:
+        """Inputs and the last target."""
+        return [[token for token, _, _ in self.lanes[lane][start : start + steps + 1]] for lane in lane_B]
+
+    def places(self, start: int) -> list[list[int]]:
+        return [list(tokens[start][1:]) for tokens in self.lanes]
+
+
+CASES = [(1, 1, 4), (7, 4, 5), (8, 4, 5), (9, 4, 1), (5, 12, 7), (30, 12, 3)]  # lines, lanes, timesteps
+STEPS = 40
+
+
+def text(num_lines: int) -> list[str]:
+    rng = random.Random(num_lines)
+    return [" ".join(rng.choices(WORDS, k=rng.choice([1, 1, 2, 3, 9]))) for _ in range(num_lines)]
+
+
+@pytest.mark.parametrize(("num_lines", "num_lanes", "steps"), CASES)
+def test_equals_the_reference_over_several_passes_and_goes_on_from_everywhere(
+    num_lines: int, num_lanes: int, steps: int
+) -> None:
+    lines = text(num_lines)
+    reference = Reference(lines, num_lanes, STEPS * steps + 1)
+    stream = Stream(lines, VOCABULARY, num_lanes, range(num_lanes))
+    every = np.arange(num_lanes)
+    for step in range(STEPS):
+        assert stream.places().tolist() == reference.places(step * steps)
+        resumed = Stream(lines, VOCABULARY, num_lanes, range(num_lanes))
+        resumed.load(stream.places())
+        assert resumed.places().equal(stream.places())
+        expected = reference.window(step * steps, steps, every)
+        for each in (stream, resumed):
+            input_BS, target_BS, valid_BS = each.window(steps, every)
+            assert input_BS.tolist() == [row[:-1] for row in expected]
+            assert target_BS.tolist() == [row[1:] for row in expected]
+            assert valid_BS.all()
+    assert stream.places()[:, 0].max() > 2 * num_lines, "several passes"
+
+
+@pytest.mark.parametrize(("num_lines", "num_lanes", "steps"), CASES[1:])
+def test_a_window_is_the_same_however_lanes_lie_on_ranks_and_micro_batches(
+    num_lines: int, num_lanes: int, steps: int
+) -> None:
+    lines = text(num_lines)
+    reference = Reference(lines, num_lanes, STEPS * steps + 1)
+    for world, accumulation in ((2, 1), (1, 2), (2, 2), (4, 1)):
+        layout = meshes.Layout(world, num_lanes, accumulation, 1, 1)
+        micros = [[layout.my_samples(m, rank) for m in range(accumulation)] for rank in range(world)]
+        streams = [Stream(lines, VOCABULARY, num_lanes, [b for m in mine for b in m]) for mine in micros]
+        for step in range(STEPS):
+            for stream, mine in zip(streams, micros, strict=True):
+                for lane_B in mine:
+                    input_BS, target_BS, _ = stream.window(steps, np.array(lane_B))
+                    whole = torch.cat([input_BS, target_BS[:, -1:]], dim=1)
+                    assert whole.tolist() == reference.window(step * steps, steps, lane_B)
+        places = sum(stream.places() for stream in streams)  # what a checkpoint holds
+        assert places.tolist() == reference.places(STEPS * steps)  # type: ignore[union-attr]
+
+
+class Counted(Vocabulary):
+    """Counts what is tokenised."""
+
+    def encode(self, lines: Any) -> np.ndarray:
+        encoded.extend(lines)
+        return super().encode(lines)
+
+
+encoded: list[str] = []
+
+
+def test_other_lanes_and_what_a_resume_skips_are_not_tokenised() -> None:
+    lines = [f"{WORDS[i % 8]} a" for i in range(10)]
+    vocabulary = Counted(VOCABULARY.words, VOCABULARY.counts)
+    encoded.clear()
+    stream = Stream(lines, vocabulary, num_lanes=4, lane_b=[1])
+    stream.window(5, np.array([1]))  # lines 1 and 5, of 3 tokens each, are 6
+    assert encoded == [lines[1], lines[5]]
+    stream.load(torch.tensor([[0, 0], [41, 2], [2, 0], [3, 0]]))
+    encoded.clear()
+    stream.window(3, np.array([1]))  # the <eos> of line 41 = 4 * 10 + 1, then line 45
+    assert encoded == [lines[1], lines[5]]
+    assert stream.places()[1].tolist() == [45, 2]
+
+
+def test_of_passes_behind_a_resume_only_the_first_is_read() -> None:
+    class Passes(list):
+        num = 0
+
+        def __iter__(self) -> Any:
+            Passes.num += 1
+            return super().__iter__()
+
+    stream = Stream(Passes(["a", "b", "c"]), VOCABULARY, num_lanes=1, lane_b=[0])
+    stream.load(torch.tensor([[3000, 0]]))
+    assert said(stream.window(3, np.array([0]))[0]) == ["a . b"]
+    assert Passes.num == 2
+
+
+def test_buffers_are_as_long_as_the_spread_of_lanes() -> None:
+    """Lines of 1 to 20 words in no order, 20,000 tokens a lane: the bound that the docstring of Stream names."""
+    rng, num_lanes, steps = random.Random(0), 16, 20
+    lengths = [rng.randint(1, 20) for _ in range(9973)]
+    stream = Stream(["a " * n for n in lengths], VOCABULARY, num_lanes, range(num_lanes))
+    for _ in range(1000):
+        stream.window(steps, np.arange(num_lanes))
+    sd, lines_per_lane = np.std(lengths), 20_000 / (1 + np.mean(lengths))
+    longest = max(len(ahead) for ahead in stream.ahead.values())
+    assert steps < longest < 8 * sd * lines_per_lane**0.5
+
+
+def streamed(path: str, *more: str) -> Any:
+    return tiny(f"data.text={path}", "data.streamed=true", "data.vocabulary_size=100", *more)
+
+
+LAYOUTS = {1: "batch.accumulation=1", 2: "batch.accumulation=2", 4: "batch.accumulation=1"}
+
+
+@pytest.mark.timeout(300)
+def test_a_streamed_run_is_the_same_on_every_layout_and_goes_on_on_any(small_text: Path, tmp_path: Path) -> None:
+    """18 lines of about 28 tokens on 8 lanes of 6 timesteps: 16 steps are more than a pass."""
+    path = tmp_path / "twenty.txt"
+    path.write_text("\n".join(small_text.read_text().splitlines()[:20]))
+    told = {w: run_distributed(train_streamed, w, str(path), tmp_path / "run", w, timeout=120) for w in (2, 1, 4)}
+    losses, resumed, places = told[2][0]
+    assert resumed == losses[8:], "bit for bit on the same layout"
+    assert max(line for line, _ in places) > 18 and len(set(losses)) == 16
+    for ranks in told.values():
+        for each, each_resumed, each_places in ranks:
+            assert each == pytest.approx(losses, rel=1e-5)
+            assert each_resumed == pytest.approx(losses[8:], rel=1e-5)
+            assert each_places == places
+
+
+def train_streamed(path: str, folder: Path, world: int) -> tuple[list[float], list[float], list[list[int]]]:
+    """Losses of 16 steps, and of the last 8 from the checkpoint that two ranks wrote; where lanes are then.
+    Every rank hears of a vocabulary that does not fit, which the main rank alone finds out."""
+    meshes.join()
+    with pytest.raises(ValueError, match="vocabulary_size=999 does not fit"):
+        Run(streamed(path, "data.vocabulary_size=999"))
+    config = streamed(path, LAYOUTS[world], f"mesh.ep={world}")
+    whole = Run(config).steps(0, 8)
+    if world == 2:
+        checkpoint.save(folder, 8, whole.engine, whole.task, whole.mesh, {}, keep=1)
+    whole.steps(8, 16)
+    again = Run(config)
+    checkpoint.load(checkpoint.latest(folder), again.engine, again.task, again.mesh)
+    again.steps(8, 16)
+    places = again.task.save_state()["stream"]
+    assert places.equal(whole.task.save_state()["stream"])
+    meshes.stop()
+    return whole.losses, again.losses, places.tolist()
+
+
+@pytest.mark.timeout(120)
+def test_the_main_rank_makes_it_alone_and_its_error_is_everyones(tmp_path: Path) -> None:
+    told = run_distributed(from_main_thrice, 3, tmp_path, timeout=100)
+    assert told == [("made by 0", "data.text='x': made by 0", "in time")] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def from_main_thrice(folder: Path) -> tuple[str, str, str]:
+    """A value, a mistake, and a value that takes longer than the mesh waits."""
+    meshes.join(timeout=timedelta(seconds=10))
+    mesh = meshes.arrange(1)
+
+    def make() -> str:
+        (folder / str(mesh.dp.index)).touch()
+        return f"made by {mesh.dp.index}"
+
+    def fail() -> str:
+        raise ValueError(f"data.text='x': {make()}")
+
+    def slow() -> str:
+        time.sleep(12)
+        return "in time"
+
+    with pytest.raises(ValueError) as error:
+        from_main(fail)
+    result = from_main(make), str(error.value), from_main(slow)
+    meshes.stop()
+    return result
