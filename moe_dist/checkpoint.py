@@ -14,17 +14,21 @@ written beside and renamed when whole.
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_dist.engine import Engine
 from moe_dist.optim import Optimizer
 from moe_dist.parallel.collectives import barrier
 from moe_dist.parallel.mesh import Mesh
+
+KINDS = ("dense", "experts", "gates", "rows")  # of a parameter; its name is in a checkpoint once
 
 
 def folder(run: Path, step: int) -> Path:
@@ -89,6 +93,27 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh) -> None:
     engine.load_dense_state(dense, optimizer.updates)
     optimizer.round_masters()
     task.load_state(task_state)
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Fills the parameters of a plain whole model in place, in one process and without a mesh, whichever of the kinds
+    each is kept as. Raises ValueError, naming the parameter, for one that is missing or has another shape."""
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    kept: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {}
+    for name, p in model.named_parameters():
+        key = next((key for kind in KINDS if (key := f"{kind}/{name}") in kept), None)
+        if key is None:
+            raise ValueError(f"{checkpoint}: no parameter {name!r}; is config.json that of this run?")
+        shape = tuple(kept[key].size)
+        if shape != tuple(p.shape):
+            raise ValueError(
+                f"{checkpoint}: {name!r} is {shape} and {tuple(p.shape)} by config.json; is it that of this run?"
+            )
+        tensors[key] = p.detach()  # shares storage with the parameter
+    with warnings.catch_warnings():  # torch warns that one process is all, which was asked for
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def _spread_tensors(optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:

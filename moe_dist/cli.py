@@ -137,6 +137,16 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+def read_config(run: Path) -> Config:
+    """The config of a run folder. Raises ValueError where there is none, or it is none of ours."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run}: not a run folder (no config.json)")
+    try:
+        return from_json((run / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{run / 'config.json'}: {error}") from None
+
+
 def _resolve(args: argparse.Namespace) -> Run:
     earlier = args.resume or args.evaluate
     if (args.name is None) == (earlier is None) or (args.resume and args.evaluate) or (args.folder and earlier):
@@ -146,12 +156,7 @@ def _resolve(args: argparse.Namespace) -> Run:
         if args.folder and (args.folder / "config.json").exists():
             raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
         return Run(config, read_ds_config(config), args.folder)
-    if not (earlier / "config.json").is_file():
-        raise ValueError(f"{earlier}: not a run folder (no config.json)")
-    try:
-        config = from_json((earlier / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{earlier / 'config.json'}: {error}") from None
+    config = read_config(earlier)
     for key in (text.partition("=")[0] for text in args.set):
         if key in dotted_keys() and not key.startswith(MAY_CHANGE):
             raise ValueError(

@@ -21,6 +21,8 @@ ORDER = [
     {"parallelize", "engine", "checkpoint", "evaluate", "summary"},
     {"tasks", "configs"},
     {"cli"},
+    {"reader"},
+    {"generate"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 

@@ -1,0 +1,120 @@
+"""A trained run read back for use: the next word's probabilities, and the experts that a text visits.
+
+The newest checkpoint of a run folder, whatever layout and precision wrote it, in one process, on CPU, in float32. A
+text is read with neither noise nor dropout, and with the state carried.
+
+Legend: T words of a text, V vocabulary, D width, K experts that a word visits (k², with groups), E experts of a layer,
+M visits of one expert, N assignments.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from moe_dist import checkpoint
+from moe_dist.cli import Run, read_config
+from moe_dist.context import Context
+from moe_dist.dispatch.exchange import ExpertModule, LocalExchange
+from moe_dist.engine import read_ds_config
+from moe_dist.hierarchical import Groups
+from moe_dist.layer import MoE
+from moe_dist.models.lstm_lm import State, state_widths
+from moe_dist.routing import Routing
+from moe_dist.tasks import TASKS
+
+WINDOW = 512  # words read at once
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Which experts (global ids) the words of a text visit, and with what gate weights, the heaviest first."""
+
+    expert_TK: torch.Tensor
+    weight_TK: torch.Tensor  # sums to 1 over K
+    num_experts: int  # of the layer
+
+
+class Watched(LocalExchange):
+    """An exchange that keeps what it carried out last."""
+
+    visits: Visits
+
+    def __call__(
+        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
+    ) -> tuple[torch.Tensor, Any]:
+        expert_N = torch.arange(len(routing.count_E)).repeat_interleave(routing.count_E)
+        # rows may be copies of a word, one for each of its groups: their context says of which
+        by_word_N = ctx.position_T[routing.token_N].argsort(stable=True)
+        shape = (ctx.num_samples, -1)  # every word visits as many
+        weight_TK, order_TK = routing.gate_N[by_word_N].view(shape).sort(dim=1, descending=True, stable=True)
+        expert_TK = expert_N[by_word_N].view(shape).gather(1, order_TK)
+        self.visits = Visits(expert_TK, weight_TK, len(routing.count_E))
+        return super().__call__(x_TD, routing, experts, ctx)
+
+
+class Reader:
+    """The model of a run, which reads a text."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError for a folder without a config or checkpoint, or where the two do not fit together."""
+        config, newest = read_config(folder), checkpoint.latest(folder)
+        vocabulary = Run(config, read_ds_config(config), folder, newest).vocabulary()
+        assert vocabulary is not None
+        self.config, self.vocabulary = config, vocabulary
+        self.model: Any = TASKS[config.task].plain_model(config).to_empty(device="cpu")
+        checkpoint.load_weights(newest, self.model)
+        self.watched: dict[str, Watched] = {}  # by layer
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, MoE):
+                innermost = layer.experts if isinstance(layer.experts, Groups) else layer
+                innermost.exchange = self.watched[name] = Watched()
+
+    def start(self) -> State:
+        """The state before a text's first word."""
+        widths = state_widths(self.config.model)
+        return tuple((torch.zeros(1, 1, h), torch.zeros(1, 1, c)) for h, c in widths)
+
+    @torch.no_grad()
+    def read(self, word_T: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+        """Words (T,) -> the log-probabilities (V,) of the word after them, in nats, and the state there."""
+        num = len(word_T)
+        position_T = torch.arange(num)
+        # a word is a sample of its own: capacity is then counted within a word, drops nothing, and a text may be read
+        # in any parts
+        ctx = Context(
+            sample_T=position_T, position_T=position_T, valid_T=torch.ones(num, dtype=torch.bool), seed=0, step=0,
+            train=False, first_sample=0, num_samples=num, samples_per_balance_group=num, samples_per_token_group=1,
+        )  # fmt: skip
+        x_TD, state, _ = self.model.read(word_T[None], state, ctx)
+        return self.model.softmax.log_probability(x_TD[-1:])[0], state
+
+    def visits(self, word_T: torch.Tensor) -> dict[str, Visits]:
+        """Of a whole text, by layer."""
+        state = self.start()
+        parts: dict[str, list[Visits]] = {name: [] for name in self.watched}
+        with tqdm(total=len(word_T), desc="reading", unit=" words", disable=None, leave=False) as bar:
+            for part_T in word_T.split(WINDOW):
+                _, state = self.read(part_T, state)
+                for name, watched in self.watched.items():
+                    parts[name].append(watched.visits)
+                bar.update(len(part_T))
+        return {
+            name: Visits(torch.cat([v.expert_TK for v in of]), torch.cat([v.weight_TK for v in of]), of[0].num_experts)
+            for name, of in parts.items()
+        }
+
+
+def shares(visits: Visits) -> torch.Tensor:
+    """The part of all visits that goes to each expert: (E,), float64, sums to 1."""
+    count_E = torch.bincount(visits.expert_TK.flatten(), minlength=visits.num_experts)
+    return count_E.double() / visits.expert_TK.numel()
+
+
+def heaviest(visits: Visits, expert: int, num: int) -> list[tuple[float, int]]:
+    """The `num` highest gate weights of an expert over a text and the positions of their words, the highest first."""
+    position_M, choice_M = (visits.expert_TK == expert).nonzero(as_tuple=True)
+    weight_M, order_M = visits.weight_TK[position_M, choice_M].sort(dim=0, descending=True, stable=True)
+    return list(zip(weight_M[:num].tolist(), position_M[order_M][:num].tolist(), strict=True))
