@@ -1,22 +1,28 @@
-"""Words per second of whole training steps: MoE-32 beside MoE-1-Wide, its dense baseline of equal ops per timestep.
+"""Words per second of whole training steps: our MoE models, their dense baseline of equal ops per timestep, and MoE-256
+with DeepSpeed's own layer and engine.
 
-    .venv/bin/python benchmarks/lm.py                                  a few minutes on two cores
+    .venv/bin/python benchmarks/lm.py                                  under ten minutes on two cores, 19 GB of memory
     .venv/bin/python benchmarks/lm.py --rounds 15 --json FILE
 
-Sizes of Appendix C.1 (width 512, experts of 1,024, k 4, dense 4,096), vocabulary 8,000 on the embedded text, one
-process. Both models live in one process and take turns in random order; a round is one step of each. Prints medians
-with 90 % intervals and the median of the rounds' ratios.
+Sizes of Appendix C.1 (width 512, experts of 1,024, 4 of them for a word, dense 4,096), vocabulary 8,000 on the embedded
+text, full softmax, torch's fused Adam on every parameter, one process. All live in one process and take turns in random
+order; a round is one step of each. Prints medians with 90 % intervals and the medians of the rounds' ratios.
+
+`deepspeed` drops nothing, as ours; `deepspeed_drops` has capacity 1.25. Both train the same weights: a step of the one
+is followed by a step of the other.
 """
 
 import argparse
 import json
 import platform
 import random
+import resource
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import deepspeed_moe
 import torch
 
 from moe_dist.config import override
@@ -27,37 +33,51 @@ from moe_dist.parallel import mesh as meshes
 from moe_dist.parallelize import parallelize
 from moe_dist.tasks import LanguageModel
 
-MODELS = ("moe_32", "moe_1_wide")
+DENSE, OURS = "moe_1_wide", ("moe_32", "moe_256", "moe_256_h")
+DEEPSPEED = ("deepspeed", "deepspeed_drops")
+
+
+class Step(NamedTuple):
+    seconds: float
+    loss: float  # nats per word
+    experts: float  # whose output a word got
 
 
 class Stepper:
     """One model, ready to train a step at a time."""
 
-    def __init__(self, name: str, lanes: int, mesh: meshes.Mesh, ds_config: str) -> None:
-        sets = ["data.text=embedded", "data.streamed=false", "data.vocabulary_size=8000", f"batch.samples={lanes}"]
-        sets += [f"ds_config={ds_config}"]
+    def __init__(self, name: str, lanes: int, mesh: meshes.Mesh, ds_config: str, theirs: bool = False) -> None:
+        """`theirs`: with DeepSpeed's layer and engine."""
+        sets = [
+            "data.text=embedded", "data.streamed=false", "data.vocabulary_size=8000", "model.softmax_samples=none",
+            f"batch.samples={lanes}", "optim.expert_form=adam", "optim.warmup_steps=10", f"ds_config={ds_config}",
+        ]  # fmt: skip
         self.config = override(get(name), sets)
         ds, layout = read_ds_config(self.config), meshes.lay_out(self.config, 1)
         self.task = LanguageModel(self.config, layout, mesh)
-        model = parallelize(self.task.plain_model(self.config), mesh, self.config.seed, compute_dtype(ds))
-        self.engine = Engine(model, self.config.optim, ds, layout, mesh)
-        self.optimizer = self.engine.optimizer
+        plain = self.task.plain_model(self.config)
+        self.engine: Any
+        if theirs:
+            self.engine = deepspeed_moe.Engine(plain, self.config, ds, layout, mesh)
+        else:
+            model = parallelize(plain, mesh, self.config.seed, compute_dtype(ds))
+            self.engine = Engine(model, self.config.optim, ds, layout, mesh)
         self.task.start(compute_dtype(ds))
         self.words = lanes * self.config.batch.timesteps
         self.done = 0
 
-    def step(self) -> float:
-        """Trains one step; seconds."""
+    def step(self) -> Step:
+        """Trains one step."""
         start = time.perf_counter()
-        self.optimizer.begin(learning_rate(self.config.optim, self.done + 1))
-        batches = list(self.task.batches(self.done))
-        words = self.task.words(batches)
-        for batch in batches:
-            loss, _, _ = self.task.loss(self.engine, batch, words)
-            self.engine.backward(loss)
-        assert self.optimizer.norm < float("inf")  # also waits for the device
+        self.engine.optimizer.begin(learning_rate(self.config.optim, self.done + 1))
+        (batch,) = self.task.batches(self.done)
+        loss, nll, stats = self.task.loss(self.engine, batch, self.task.words([batch]))
+        self.engine.backward(loss)
+        mean_loss = nll.item() / self.words  # also waits for the device
+        seconds = time.perf_counter() - start
+        experts = sum((s.load_E.sum() - s.dropped).item() for s in stats.values())
         self.done += 1
-        return time.perf_counter() - start
+        return Step(seconds, mean_loss, experts / self.words)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -66,39 +86,58 @@ def interval(values: list[float]) -> tuple[float, float]:
     return cuts[0], cuts[-1]
 
 
+def measure(steppers: dict[str, Stepper], rounds: int) -> dict[str, list[Step]]:
+    """Steps by implementation, in rounds of random order, after two rounds that are not kept."""
+    steps: dict[str, list[Step]] = {impl: [] for impl in steppers}
+    order = random.Random(0)
+    for round_ in range(rounds + 2):
+        for impl in order.sample(list(steppers), len(steppers)):
+            if impl in DEEPSPEED:
+                steppers[impl].engine.layer.drops = impl == "deepspeed_drops"
+            steps[impl].append(steppers[impl].step())
+        print(f"\rround {round_ - 1}/{rounds}", end="", flush=True)
+    return {impl: kept[2:] for impl, kept in steps.items()}
+
+
+def summary(steps: dict[str, list[Step]], words: int, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row by implementation; `of_deepspeed` is of the faster of DeepSpeed's two settings."""
+    rates = {impl: [words / step.seconds for step in kept] for impl, kept in steps.items()}
+    best = max(DEEPSPEED, key=lambda impl: statistics.median(rates[impl]))
+    rows = []
+    for impl, rate in rates.items():
+        low, high = interval(rate)
+        ratios = (statistics.median(x / y for x, y in zip(rate, rates[base], strict=True)) for base in (DENSE, best))
+        version = deepspeed_moe.import_deepspeed().__version__ if impl in DEEPSPEED else torch.__version__
+        figures = {"words_per_second": statistics.median(rate), "low": low, "high": high}
+        figures |= dict(zip(("of_dense", "of_deepspeed"), ratios, strict=True))
+        rows.append({"impl": impl, "version": version} | common | figures)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each model")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each that are timed")
+    parser.add_argument("--ours", nargs="+", default=OURS, choices=OURS, help="fewer of them where memory is short")
     parser.add_argument("--lanes", type=int, default=256, help="lanes of 20 words a step")
     parser.add_argument("--ds-config", default="fp32", help="file of ds_configs/: fp32 or bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there")
     args = parser.parse_args()
     mesh = meshes.start(ep=1)
-    steppers = {name: Stepper(name, args.lanes, mesh, args.ds_config) for name in MODELS}
-    for stepper in steppers.values():
-        stepper.step(), stepper.step()
-    seconds: dict[str, list[float]] = {name: [] for name in MODELS}
-    order = random.Random(0)
-    for round_ in range(args.rounds):
-        for name in order.sample(MODELS, len(MODELS)):
-            seconds[name].append(steppers[name].step())
-        print(f"\rround {round_ + 1}/{args.rounds}", end="", flush=True)
+    steppers = {name: Stepper(name, args.lanes, mesh, args.ds_config) for name in (DENSE, *args.ours)}
+    steppers |= dict.fromkeys(DEEPSPEED, Stepper("moe_256", args.lanes, mesh, args.ds_config, theirs=True))
+    steps = measure(steppers, args.rounds)
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"\r{device}, {args.ds_config}, {args.lanes} lanes x 20 words a step, {args.rounds} rounds")
-    rows: list[dict[str, Any]] = []
-    for name in MODELS:
-        rate = [steppers[name].words / s for s in seconds[name]]
-        ratio = [dense / s for s, dense in zip(seconds[name], seconds["moe_1_wide"], strict=True)]
-        low, high = interval(rate)
-        rows.append(
-            {
-                "impl": name, "version": torch.__version__, "device": device, "machine": platform.machine(),
-                "dtype": args.ds_config, "words_per_second": statistics.median(rate), "low": low, "high": high,
-                "of_dense": statistics.median(ratio),
-            }
-        )  # fmt: skip
-        of_dense = f"{rows[-1]['of_dense']:.3f} of moe_1_wide"
-        print(f"{name:<12}{rows[-1]['words_per_second']:>9,.0f} words/s  ({low:,.0f} to {high:,.0f})   {of_dense}")
+    common = {"device": device, "machine": platform.machine(), "dtype": args.ds_config}
+    rows = summary(steps, steppers[DENSE].words, common)
+    print(f"{'':<16}words/s  90 % of rounds  of dense  of DeepSpeed  experts/word  loss: first, last")
+    for row in rows:
+        first, last = steps[row["impl"]][0], steps[row["impl"]][-1]
+        print(
+            f"{row['impl']:<16}{row['words_per_second']:>7,.0f}{row['low']:>8,.0f}{row['high']:>8,.0f}"
+            f"{row['of_dense']:>10.3f}{row['of_deepspeed']:>14.3f}{last.experts:>14.2f}{first.loss:>13.3f}{last.loss:>6.3f}"
+        )
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -60,7 +60,8 @@ def compute_dtype(ds: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """Quiet, and without a build at start."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
@@ -83,7 +84,7 @@ class Engine:
         self, model: ParallelModel, config: OptimConfig, ds: dict[str, Any], layout: Layout, mesh: Mesh
     ) -> None:
         """Raises ValueError for an unknown `expert_form`."""
-        self.deepspeed = _import_deepspeed()
+        self.deepspeed = import_deepspeed()
         self.stage: int = ds["zero_optimization"]["stage"]
         self.world = layout.world
         outside = (model.experts, model.gates, model.rows)

@@ -62,7 +62,7 @@ class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: list[int]) -> torch.Tensor:
         ctx.save_for_backward(x_RD, w_eDF)
-        ctx.count_e = count_e
+        ctx.count_e, ctx.w_eDF = count_e, w_eDF
         y_RF = x_RD.new_empty(x_RD.shape[0], w_eDF.shape[2])
         for x, w, y in zip(x_RD.split(count_e), w_eDF, y_RF.split(count_e), strict=True):
             torch.mm(x, w, out=y)
@@ -72,7 +72,8 @@ class _GroupedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
         x_RD, w_eDF = ctx.saved_tensors
         dy_RF = grad[0].contiguous()
-        dx_RD, dw_eDF = torch.empty_like(x_RD), torch.empty_like(w_eDF)
+        dx_RD, dw_eDF = torch.empty_like(x_RD), ctx.w_eDF.__dict__.pop("spare", None)
+        dw_eDF = torch.empty_like(w_eDF) if dw_eDF is None else dw_eDF
         parts = zip(
             x_RD.split(ctx.count_e), w_eDF, dy_RF.split(ctx.count_e), dx_RD.split(ctx.count_e), dw_eDF, strict=True
         )

@@ -63,8 +63,10 @@ class Optimizer(torch.optim.Adam):
         """To be called before the first backward of a step that is to use `lr`."""
         self.param_groups[0]["lr"] = lr
         self.norm, self.begun = math.nan, True
-        for state in (*self.experts.values(), *self.gates.values(), *self.rows.values()):
-            state.clear()
+        for state in (*self.experts.values(), *self.gates.values()):
+            state.clear_to_reuse()
+        for table in self.rows.values():
+            table.clear()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
