@@ -15,29 +15,23 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from moe_dist import checkpoint, report
 from moe_dist.cli import Run, plain_errors, plan, result_lines
-from moe_dist.engine import Engine, compute_dtype
 from moe_dist.evaluate import evaluate
 from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
-from moe_dist.parallelize import parallelize
-from moe_dist.tasks import TASKS
+from moe_dist.training import Training, set_up, train_step
 
 
 def main(run: Run) -> None:
-    config, ds = run.config, run.ds_config
+    config = run.config
     with plain_errors():
         mesh = meshes.start(config.mesh.ep)
-        layout = meshes.lay_out(config, mesh.dp.size)
-        task = TASKS[config.task](config, layout, mesh, run.vocabulary())
-        model = parallelize(task.plain_model(config), mesh, config.seed, compute_dtype(ds))
-        engine = Engine(model, config.optim, ds, layout, mesh)
-        task.start(compute_dtype(ds))
+        training = set_up(config, run.ds_config, mesh, run.vocabulary())
+        task, engine = training.task, training.engine
         if run.checkpoint:
             checkpoint.load(run.checkpoint, engine, task, mesh)
         folder = run.open()
@@ -45,7 +39,7 @@ def main(run: Run) -> None:
     if run.evaluate:
         result = evaluate(engine, task, "test", mesh)
     else:
-        result = train(run, folder, task, engine, layout, mesh)
+        result = train(run, folder, training)
         if mesh.is_main:
             report.write_report(folder)
     if mesh.is_main:
@@ -53,26 +47,18 @@ def main(run: Run) -> None:
     meshes.stop()
 
 
-def train(
-    run: Run, folder: Path, task: Any, engine: Engine, layout: meshes.Layout, mesh: meshes.Mesh
-) -> dict[str, float]:
-    config, optimizer, result = run.config, engine.optimizer, {}
-    meter = Meter(mesh, layout, run.flops_per_word)
+def train(run: Run, folder: Path, training: Training) -> dict[str, float]:
+    config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
+    meter, optimizer, result = Meter(mesh, training.layout, run.flops_per_word), engine.optimizer, {}
     with Metrics(folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
                  start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
         for step in range(run.first_step + 1, config.steps + 1):
             with meter.step():
-                lr = learning_rate(config.optim, step)
-                optimizer.begin(lr)
-                batches = list(task.batches(step - 1))
-                words = task.words(batches)
-                for batch in batches:
-                    loss, nll, stats = task.loss(engine, batch, words)
-                    engine.backward(loss)
+                for batch, nll, stats in train_step(training, step):
                     meter.add(nll, batch.ctx.valid_T.sum(), stats)
             last = step == config.steps
             if step % config.log_every == 0 or last:
-                line = meter.read() | {"train/lr": lr, "train/grad_norm": optimizer.norm}
+                line = meter.read() | {"train/lr": learning_rate(config.optim, step), "train/grad_norm": optimizer.norm}
                 metrics.log(step, line | {"train/skipped_steps": step - optimizer.updates})
             if step % config.eval_every == 0 or last:
                 metrics.log(step, evaluate(engine, task, "valid", mesh))

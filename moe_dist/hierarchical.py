@@ -19,7 +19,7 @@ from moe_dist.context import Context
 from moe_dist.dispatch.exchange import LocalExchange
 from moe_dist.experts import Experts, grouped_matmul
 from moe_dist.gating.losses import cv_squared
-from moe_dist.gating.topk import NoisyTopK, choose, noise_std
+from moe_dist.gating.topk import NoisyTopK, Pick, choose, highest, noise_std
 from moe_dist.layer import LayerStats, MoE
 from moe_dist.parameters import parameter
 from moe_dist.routing import GateStats, Routing, route
@@ -72,6 +72,7 @@ class Groups(nn.Module):
         self.w_noise = GroupProjection(num_groups, dim, experts_per_group)
         self.experts = Experts(num_groups * experts_per_group, dim, hidden, recompute)
         self.exchange = LocalExchange()
+        self.pick: Pick = highest
 
     def forward(
         self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_g: torch.Tensor, ctx_R: Context
@@ -83,7 +84,7 @@ class Groups(nn.Module):
         expert_Rb = (self.first_group + group_R)[:, None] * b + torch.arange(b, device=x_RD.device)
         clean_Rb = self.w_gate(x_RD, count_g)
         std_Rb = noise_std(self.w_noise(x_RD, count_g)) if self.noise and ctx_R.train else None
-        chosen_RK, gate_RK, load_Rb = choose(clean_Rb, std_Rb, self.k, expert_Rb, ctx_R)
+        chosen_RK, gate_RK, load_Rb = choose(clean_Rb, std_Rb, self.k, expert_Rb, ctx_R, self.pick)
         weight_RK = gate_R.to(gate_RK.dtype)[:, None] * gate_RK  # Eq. 12
         local_RK = group_R[:, None] * b + chosen_RK
         routing = route(local_RK, weight_RK, torch.ones_like(local_RK, dtype=torch.bool), num_groups * b)
@@ -98,8 +99,8 @@ class Groups(nn.Module):
 
 
 def _sum_by_group(x_Rc: torch.Tensor, group_R: torch.Tensor, num_groups: int, ctx_R: Context) -> torch.Tensor:
-    """Sums of (R, c) over the rows of each balance group and group of experts: (G, g c)."""
-    key_R = ctx_R.balance_group_T * num_groups + group_R
+    """Sums of (R, c) over the rows of each balance group and group of experts: (G, g c), float64 (`sum_by_group`)."""
+    key_R, x_Rc = ctx_R.balance_group_T * num_groups + group_R, x_Rc.double()
     sums = x_Rc.new_zeros(ctx_R.num_balance_groups * num_groups, x_Rc.shape[1]).index_add(0, key_R, x_Rc)
     return sums.view(ctx_R.num_balance_groups, -1)
 

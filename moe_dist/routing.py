@@ -73,6 +73,7 @@ def within_capacity(
 
 
 def sum_by_group(x_TE: torch.Tensor, ctx: Context) -> torch.Tensor:
-    """Sums over the valid tokens of each balance group: (G, E)."""
-    valid_TE = torch.where(ctx.valid_T[:, None], x_TE, x_TE.new_zeros(()))
-    return x_TE.new_zeros(ctx.num_balance_groups, x_TE.shape[1]).index_add(0, ctx.balance_group_T, valid_TE)
+    """Sums over the valid tokens of each balance group: (G, E), float64, because balance losses are made of their small
+    differences, and parts of them are summed on other ranks."""
+    valid_TE = torch.where(ctx.valid_T[:, None], x_TE, x_TE.new_zeros(())).double()
+    return valid_TE.new_zeros(ctx.num_balance_groups, x_TE.shape[1]).index_add(0, ctx.balance_group_T, valid_TE)

@@ -103,7 +103,7 @@ class LanguageModel:
         nll, state, stats = engine(batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx)
         self.state[batch.micro] = tuple(tuple(t.detach() for t in lstm) for lstm in state)
         balance = sum(s.balance_loss for s in stats.values()) / self.layout.num_balance_groups
-        return nll / words.to(nll.dtype) + balance, nll, stats
+        return (nll / words + balance).to(nll.dtype), nll, stats
 
     def evaluation(self, split: str) -> Iterator[list[Batch]]:
         """Every window of a split, the same number on every rank: who has no words left sends padding."""

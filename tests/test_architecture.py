@@ -20,8 +20,8 @@ ORDER = [
     {"models", "outside", "optim", "data", "metrics", "pictures", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary"},
     {"tasks", "configs"},
-    {"cli"},
-    {"reader"},
+    {"cli", "training"},
+    {"reader", "verify"},
     {"generate"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -101,10 +101,10 @@ ABOUT_SIZE = re.compile(rf"\b{SIZE}{COMPARE}|{COMPARE}(\w+\.)*{SIZE}|\.size\b(?!
 
 
 def test_nothing_branches_on_the_world_size() -> None:
-    """collectives.py may skip a call, parallelize.py chooses the exchange, and mesh.py refuses what cannot be laid
-    out; elsewhere a world of one runs the same lines as a world of many."""
+    """collectives.py may skip a call, parallelize.py chooses the exchange, mesh.py refuses what cannot be laid out,
+    and verify.py lists layouts; elsewhere a world of one runs the same lines as a world of many."""
     for path in [*files(), ROOT / "train.py"]:
-        if path.name not in ("collectives.py", "parallelize.py", "mesh.py"):
+        if path.name not in ("collectives.py", "parallelize.py", "mesh.py", "verify.py"):
             assert not [b for b in branches(path) if ABOUT_SIZE.search(b)], path
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist import checkpoint, generate, hierarchical, keyed
@@ -21,6 +20,7 @@ from moe_dist.data.text import EOS, EOS_ID, UNK_ID
 from moe_dist.gating import topk
 from moe_dist.generate import as_text, context, draw, written
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 from moe_dist.parameters import parameter
 from moe_dist.reader import Reader, heaviest, shares
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import run_distributed
 from runs import Run
 
 from moe_dist import checkpoint, configs
 from moe_dist.config import Config, override
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 
 
 def divided(name: str, text: str) -> Config:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_distributed
 from runs import Run, tiny
 from torch import nn
 
@@ -18,6 +17,7 @@ from moe_dist.context import Context
 from moe_dist.models.softmax import Softmax, draw, inclusion
 from moe_dist.outside import Rows
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 
 V, D, T = 30, 4, 7
 

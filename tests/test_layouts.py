@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 
 STEPS = 20
 Result = dict[str, Any]

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist.meter import Meter
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 
 
 @pytest.mark.timeout(120)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist.config import OptimConfig
 from moe_dist.optim import learning_rate
 from moe_dist.outside import factored_update, row_squares_of, square_of
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 
 PLAIN = OptimConfig(lr=1.0, eps=0.0, expert_beta2=0.5)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_distributed
 from reference import Expert, Gate, language_model, moe, relu_experts
 from torch import nn
 
@@ -25,6 +24,7 @@ from moe_dist.gating.topk import NoisyTopK
 from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import LSTMLanguageModel
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 from moe_dist.parallelize import ParallelModel, parallelize
 from moe_dist.parameters import bounds_of, initialize, parameter
 

@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from distributed import run_distributed
 from runs import TINY, Run, tiny
 from safetensors.torch import load_file
 
 from moe_dist import checkpoint
 from moe_dist.config import to_json
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
 
 ROOT = Path(__file__).parent.parent
 STAGES = [(ds, zero) for ds in ("fp32", "bf16") for zero in (0, 1, 2, 3)]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist import checkpoint
@@ -17,6 +16,7 @@ from moe_dist.data.stream import Stream
 from moe_dist.data.text import Vocabulary
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import from_main
+from moe_dist.parallel.spawn import run_distributed
 
 WORDS = tuple("abcdefgh")
 VOCABULARY = Vocabulary(("<unk>", "<eos>", *WORDS), (0,) * 10)

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_distributed
 from runs import Run, tiny
 
 from moe_dist.cli import plan
@@ -13,6 +12,7 @@ from moe_dist.models.lstm_lm import LSTMLanguageModel
 from moe_dist.models.softmax import inclusion
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.mesh import lay_out
+from moe_dist.parallel.spawn import run_distributed
 from moe_dist.summary import counts, kinds, per_rank
 
 CASES = {

@@ -3,6 +3,8 @@
 Legend: T tokens, D width, E experts, K chosen, G balance groups.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,12 +57,13 @@ class NoisyTopK(nn.Module):
         self.w_importance, self.w_load = w_importance, w_load
         self.w_gate = Projection(dim, num_experts)
         self.w_noise = Projection(dim, num_experts)
+        self.pick: Pick = highest
 
     def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[Routing, GateStats]:
         clean_TE = self.w_gate(x_TD)
         std_TE = noise_std(self.w_noise(x_TD)) if self.noise and ctx.train else None
         expert_E = torch.arange(self.num_experts, device=x_TD.device)
-        chosen_TK, gate_TK, load_TE = choose(clean_TE, std_TE, self.k, expert_E, ctx)
+        chosen_TK, gate_TK, load_TE = choose(clean_TE, std_TE, self.k, expert_E, ctx, self.pick)
         importance_TE = torch.zeros_like(clean_TE).scatter(1, chosen_TK, gate_TK)
         keep_TK = within_capacity(chosen_TK, self.capacity_factor, ctx, self.num_experts)
         dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()
@@ -77,8 +80,17 @@ def noise_std(x_TE: torch.Tensor) -> torch.Tensor:
     return F.softplus(x_TE).clamp_min(1e-6)
 
 
+# pick(score_TE, k, expert_E, ctx) -> the k scores that win and the best that does not (T, k + 1), and their columns
+Pick = Callable[[torch.Tensor, int, torch.Tensor, Context], tuple[torch.Tensor, torch.Tensor]]
+
+
+def highest(score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k + 1 highest scores (k where there are only k experts) and their columns."""
+    return score_TE.topk(min(k + 1, score_TE.shape[1]), dim=1)
+
+
 def choose(
-    clean_TE: torch.Tensor, std_TE: torch.Tensor | None, k: int, expert_E: torch.Tensor, ctx: Context
+    clean_TE: torch.Tensor, std_TE: torch.Tensor | None, k: int, expert_E: torch.Tensor, ctx: Context, pick: Pick
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choices (T, K), their weights (T, K) and each token's part of the load (T, E), from clean logits.
 
@@ -87,7 +99,7 @@ def choose(
     """
     # Eq. 4
     score_TE = clean_TE if std_TE is None else clean_TE + keyed.normal(ctx, "gate", expert_E, clean_TE.dtype) * std_TE
-    top_TK, expert_TK = score_TE.topk(min(k + 1, score_TE.shape[1]), dim=1)
+    top_TK, expert_TK = pick(score_TE, k, expert_E, ctx)
     gate_TK = top_TK[:, :k].softmax(1)  # Eqs. 3 and 5: all others are -inf before the softmax
     chosen_TK = expert_TK[:, :k]
     if std_TE is None:  # Eq. 9 without noise is 0 or 1

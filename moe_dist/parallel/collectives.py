@@ -96,6 +96,13 @@ class _SharedSum(torch.autograd.Function):
         return grad[0], None
 
 
+def gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The parts of all ranks of the axis, equal in shape, one after the other along the first dimension."""
+    parts = [torch.empty_like(x) for _ in range(axis.size)]
+    dist.all_gather(parts, x.contiguous(), group=axis.group)
+    return torch.cat(parts)
+
+
 def from_owners(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """A value that every rank of the axis has, of which each uses a part of its own: backward sums over the ranks."""
     return _FromOwners.apply(x, axis)

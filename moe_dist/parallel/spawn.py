@@ -1,4 +1,4 @@
-"""Functions run by several ranks on this machine, for tests.
+"""Functions run by several ranks on this machine, without a launcher.
 
 def ranks(x: int) -> int:                          # in a module: it is imported by name
     mesh = meshes.start(ep=2)
@@ -51,7 +51,7 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
                 raise TimeoutError(
                     f"{_name(function)}: ranks {sorted(running.values())} of {world} not done after {timeout} s"
                 )
-            answers = [_receive(answer, running.pop(answer)) for answer in ready]  # type: ignore[arg-type, index]
+            answers = [_receive(answer, running.pop(answer)) for answer in ready]  # type: ignore[arg-type, call-overload]
             failures = sorted((seconds, rank, value) for seconds, rank, failed, value in answers if failed)
             if failures:  # the first: the others may only have lost their peer
                 _, rank, text = failures[0]
@@ -93,6 +93,7 @@ def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeou
         "OMP_NUM_THREADS": "1",
     }
     faulthandler.dump_traceback_later(0.8 * timeout)  # where it hangs, to stderr
+    message: tuple[float, bool, Any]
     try:
         import torch
 

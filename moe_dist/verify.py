@@ -1,0 +1,329 @@
+"""A certificate that the layout is not part of the result: trains a few steps of a config on every layout asked for.
+
+    python -m moe_dist.verify lstm_moe_demo                                one rank against 1, 2, 4 at every ep and ZeRO
+    python -m moe_dist.verify moe_32 --set model.dim=64 --set data.text=embedded --worlds 2 --zero 0 3 --json FILE
+
+One rank at ZeRO 0 is the reference. Of every other layout it prints the largest relative deviation of the loss and the
+gradient norm of any step and of any weight tensor after the last, ||difference|| / ||reference||, and exits with 1
+where one is above --tolerance.
+
+Two scores that differ by rounding may be ranked either way, and a word then visits another expert: that is chance, not
+a fault. So the reference's choices are recorded, and a layout that would choose otherwise goes on with the recorded
+choice: such a flip is counted where the two scores lie within 1e-5 of their size, and is a failure where they do not.
+--free lets every layout choose for itself.
+
+To be worth its name a run must be live, and the figures that say so are printed: how much of the routing of the first
+step's words the training changed, in how many steps the norm was clipped, noise and dropout, and in how many steps a
+rank had nothing but padding and sent no row (half of the samples are made padding in one step for each accumulation).
+
+Legend: T tokens, E experts, K chosen.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist import configs
+from moe_dist.cli import plain_errors
+from moe_dist.config import Config, check, override
+from moe_dist.context import Context
+from moe_dist.data.sources import check_text
+from moe_dist.engine import read_ds_config
+from moe_dist.gating.topk import highest
+from moe_dist.hierarchical import Groups
+from moe_dist.layer import MoE
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.collectives import gather, sum_over
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.tasks import TASKS, Batch
+from moe_dist.training import Training, set_up, train_step
+
+GAP = 1e-5  # of their size: two scores this near may be ranked either way by rounding
+POSITION = 21  # bits of a position, or of an expert, in a word's key
+ACCUMULATIONS = (1, 2)
+FIRST_PADDED_STEP = 3
+HOURS = 24  # that one world may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way to lay out a run."""
+
+    world: int
+    ep: int
+    zero: int
+    accumulation: int
+
+    def of(self, config: Config) -> Config:
+        sets = [f"mesh.ep={self.ep}", f"zero={self.zero}", f"batch.accumulation={self.accumulation}"]
+        return override(config, sets)
+
+
+REFERENCE = Layout(1, 1, 0, 1)
+
+
+class Choices:
+    """Which experts each word visits at each step and use of a layer: recorded in one run, replayed in the others."""
+
+    def __init__(self, recorded: dict | None = None) -> None:
+        """`recorded`: of the reference, by (step, site, level); None records."""
+        self.replayed = recorded
+        self.recorded: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.flips = 0
+        self.widest_gap = 0.0  # between the scores of a flip, over their size
+
+    def watch(self, training: Training) -> None:
+        """From now on all gates pick here."""
+        for layer in (module for module in training.model.dense.modules() if isinstance(module, MoE)):
+            layer.gate.pick = self.pick
+            if isinstance(layer.experts, Groups):
+                layer.experts.pick = self.pick
+
+    def pick(
+        self, score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: Context
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `gating.topk.highest`, but the recorded experts win."""
+        top_TK, column_TK = highest(score_TE, k, expert_E, ctx)
+        chosen_TK = column_TK[:, :k].sort(1).values
+        # a word is there once for each group that it chose; the group's first expert tells them apart
+        first = expert_E[..., 0].expand(len(score_TE))
+        key_T = (((ctx.sample_T << POSITION) + ctx.position_T) << POSITION) + first
+        place = (ctx.step, ctx.site, ctx.level)
+        if self.replayed is None:
+            keys, chosen = self.recorded.get(place, (key_T[:0], chosen_TK[:0]))
+            self.recorded[place] = torch.cat([keys, key_T]), torch.cat([chosen, chosen_TK])
+            return top_TK, column_TK
+        keys, chosen = (t.to(key_T.device) for t in self.replayed[place])
+        recorded_TK = chosen[_find(key_T, keys)]
+        flipped_T = (recorded_TK != chosen_TK).any(1) & ctx.valid_T
+        if flipped_T.any():
+            wins_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, recorded_TK, True)
+            won_TK, of_won_TK = score_TE.masked_fill(~wins_TE, -torch.inf).topk(k, dim=1)
+            next_T1, of_next_T1 = score_TE.masked_fill(wins_TE, -torch.inf).max(1, keepdim=True)
+            gap_T = (next_T1[:, 0] - won_TK[:, -1]) / score_TE.abs().amax(1)
+            self.flips += int(flipped_T.sum())
+            self.widest_gap = max(self.widest_gap, gap_T[flipped_T].max().item())
+            top_TK, column_TK = torch.cat([won_TK, next_T1], 1), torch.cat([of_won_TK, of_next_T1], 1)
+        return top_TK, column_TK
+
+
+def _find(key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Where each of `key_T` is in `keys`, which hold it once."""
+    ordered, order = keys.sort()
+    return order[torch.searchsorted(ordered, key_T)]
+
+
+def run_layouts(
+    config: Config, layouts: list[Layout], steps: int, reference: Path, replay: bool
+) -> list[dict[str, Any]]:
+    """Run by every rank of one world: trains on each layout in turn, and tells how far it ends from the reference, a
+    file that the first layout of all writes."""
+    meshes.join()
+    told = []
+    for layout in layouts:
+        kept = torch.load(reference, weights_only=True) if reference.exists() else None
+        choices = Choices(kept["choices"] if kept else None)
+        on_layout = layout.of(config)
+        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep))
+        if kept is None or replay:
+            choices.watch(training)
+        run = train(training, steps)
+        if kept is None:
+            told.append({**run["live"], "routing changed": routing_changed(training, run.pop("first"), choices)})
+            torch.save({"choices": choices.recorded, **run}, reference)
+        else:
+            told.append(dataclasses.asdict(layout) | compare(run, kept, choices))
+            if training.mesh.is_main:
+                print(row(told[-1]), flush=True)
+    meshes.stop()
+    return told
+
+
+def train(training: Training, steps: int) -> dict[str, Any]:
+    """Loss and norm of each step, whole weights by name after the last, the first step's micro-batches, and what says
+    whether the run was live."""
+    task, mesh, config = training.task, training.mesh, training.config
+    losses: list[float] = []
+    norms: list[float] = []
+    first: list[Batch] = []
+    idle, batches_of = torch.zeros((), dtype=torch.int64, device=mesh.device), task.batches
+    task.batches = lambda step: (padded(batch, step + 1, training.layout.samples) for batch in batches_of(step))
+    for step in range(1, steps + 1):
+        nll, words = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        for batch, batch_nll, _ in train_step(training, step):
+            nll, words = nll + batch_nll.double(), words + batch.ctx.valid_T.sum()
+            first += [batch] if step == 1 else []
+        idle += words == 0
+        nll, words = sum_over(torch.stack([nll, words]), mesh.dp)
+        losses.append((nll / words).item())
+        norms.append(training.engine.optimizer.norm)
+    clip = config.optim.clip_norm
+    live = {
+        "steps clipped": sum(norm > clip for norm in norms) if clip else 0,
+        "noise": config.model.moe.noise,
+        "dropout": config.model.dropout,
+    }
+    weights = {name: t.cpu() for name, t in whole_weights(training).items()}
+    return {"loss": losses, "norm": norms, "weights": weights, "idle": sum_over(idle, mesh.dp).item(), "live": live,
+            "first": first}  # fmt: skip
+
+
+def padded(batch: Batch, step: int, samples: int) -> Batch:
+    """In one step for each accumulation a the second half of each of a parts of the batch's samples is padding: then
+    with a micro-batches at least one rank of two or more has nothing else."""
+    accumulation = step - FIRST_PADDED_STEP + 1
+    if accumulation not in ACCUMULATIONS:
+        return batch
+    per_part, ctx = samples // accumulation, batch.ctx
+    valid_T = ctx.valid_T & (ctx.sample_T % per_part < per_part // 2)
+    return dataclasses.replace(batch, ctx=dataclasses.replace(ctx, valid_T=valid_T))
+
+
+def whole_weights(training: Training) -> dict[str, torch.Tensor]:
+    """Masters by name, stacks of experts and groups put together. A collective."""
+    optimizer = training.engine.optimizer
+    whole = {
+        name: t.clone() for name, t in training.engine.dense_state() if not name.endswith(("exp_avg", "exp_avg_sq"))
+    }
+    whole |= {name: m.master for table in optimizer.rows.values() for name, m in table.named.items()}
+    spread = optimizer.experts | optimizer.gates
+    return whole | {name: gather(state.master, training.mesh.ep) for name, state in spread.items()}
+
+
+def compare(run: dict[str, Any], kept: dict[str, Any], choices: Choices) -> dict[str, Any]:
+    """Largest relative deviations from the reference, and the tensor whose is the largest."""
+    off = {name: _deviation(run["weights"][name], w) for name, w in kept["weights"].items()}
+    worst = max(off, key=lambda name: off[name])
+    return {
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(run["loss"], kept["loss"], strict=True)),
+        "norm": max(abs(a - b) / abs(b) for a, b in zip(run["norm"], kept["norm"], strict=True)),
+        "weights": off[worst],
+        "tensor": worst,
+        "flips": choices.flips,
+        "widest_gap": choices.widest_gap,
+        "idle": run["idle"],
+    }
+
+
+def _deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
+    size = torch.linalg.vector_norm(expected, dtype=torch.float64)
+    difference = torch.linalg.vector_norm(got.double() - expected)
+    return (difference / torch.where(size > 0, size, 1)).item()
+
+
+@torch.no_grad()
+def routing_changed(training: Training, first: list[Batch], before: Choices) -> float:
+    """The part of the first step's words that the final weights, with the same noise, send to other experts."""
+    after = Choices()
+    after.watch(training)
+    training.task.start(training.task.state[0][0][0].dtype)
+    for batch in first:
+        training.task.loss(training.engine, batch, training.task.words(first))
+    changed = words = 0
+    for place in (place for place in after.recorded if place[1:] in _innermost(after)):
+        old, new = _by_word(before.recorded[place]), _by_word(after.recorded[place])
+        changed += sum(new[word] != experts for word, experts in old.items())
+        words += len(old)
+    return changed / words if words else 0.0
+
+
+def _innermost(choices: Choices) -> set[tuple[int, int]]:
+    """(site, level) of the gates that choose experts, not groups."""
+    return set({site: level for _, site, level in sorted(choices.recorded)}.items())
+
+
+def _by_word(record: tuple[torch.Tensor, torch.Tensor]) -> dict[int, set[int]]:
+    """The experts of each word."""
+    experts: dict[int, set[int]] = {}
+    for key, chosen in zip(record[0].tolist(), record[1].tolist(), strict=True):
+        experts.setdefault(key >> POSITION, set()).update((key % 2**POSITION) + column for column in chosen)
+    return experts
+
+
+HEAD = (
+    f"{'ranks':>5} {'ep':>4} {'ZeRO':>5} {'micro':>6}  {'loss':>8} {'norm':>8} {'weights':>8} {'flips':>6} {'idle':>5}"
+)
+
+
+def row(told: dict[str, Any]) -> str:
+    """A line of the table."""
+    place = f"{told['world']:>5} {told['ep']:>4} {told['zero']:>5} {told['accumulation']:>6}"
+    figures = f"{told['loss']:>8.1e} {told['norm']:>8.1e} {told['weights']:>8.1e}"
+    return f"{place}  {figures} {told['flips']:>6} {told['idle']:>5}  {told['tensor']}"
+
+
+def legal(config: Config, asked: list[Layout]) -> tuple[list[Layout], list[str]]:
+    """The layouts that the config can have, and why it cannot have the others."""
+    possible, refused = [], []
+    for layout in asked:
+        try:
+            meshes.lay_out(layout.of(config), layout.world)
+            possible.append(layout)
+        except ValueError as error:
+            refused.append(f"{layout.world} ranks, ep {layout.ep}, accumulation {layout.accumulation}: {error}")
+    return possible, refused
+
+
+def verify(config: Config, layouts: list[Layout], steps: int, replay: bool) -> dict[str, Any]:
+    """{"live": figures of the reference, "layouts": deviations of each}."""
+    told: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in sorted({1} | {layout.world for layout in layouts}):
+            here = [REFERENCE] * (world == 1) + [layout for layout in layouts if layout.world == world]
+            arguments = (config, here, steps, Path(folder) / "reference.pt", replay)
+            told += run_distributed(run_layouts, world, *arguments, timeout=HOURS * 3600)[0]
+    return {"live": told[0], "layouts": told[1:]}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("name", help="a named config (train.py --list)")
+    add("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
+    add("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, all on this machine (1 2 4)")
+    add("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages (0 1 2 3)")
+    add("--accumulation", type=int, nargs="+", default=list(ACCUMULATIONS), help="micro-batches a step (1 2)")
+    add("--steps", type=int, default=20, help="optimizer steps (20)")
+    add("--tolerance", type=float, default=1e-5, help="largest relative deviation that is rounding (1e-5)")
+    add("--free", action="store_true", help="no replay: every layout chooses for itself")
+    add("--json", type=Path, metavar="FILE", help="writes the figures there")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        config = override(configs.get(args.name), args.set)
+        check(config)
+        check_text(config.data.text)
+        TASKS[config.task].plain_model(config)
+        asked = [
+            Layout(world, ep, zero, accumulation)
+            for world, zero, accumulation in itertools.product(args.worlds, args.zero, args.accumulation)
+            for ep in range(1, world + 1) if world % ep == 0
+        ]  # fmt: skip
+        layouts, refused = legal(config, [layout for layout in asked if layout != REFERENCE])
+        for layout in layouts:
+            read_ds_config(layout.of(config))
+        meshes.lay_out(REFERENCE.of(config), 1)
+    print(f"{HEAD}  tensor that is farthest off", flush=True)
+    told = verify(config, layouts, args.steps, replay=not args.free)
+    bad = [
+        t
+        for t in told["layouts"]
+        if not max(t["loss"], t["norm"], t["weights"]) <= args.tolerance or t["widest_gap"] > GAP
+    ]
+    for reason in dict.fromkeys(refused):
+        print(f"not a layout of this config: {reason}")
+    print("the reference: " + ", ".join(f"{name} {value}" for name, value in told["live"].items()))
+    print(f"{len(told['layouts']) - len(bad)} of {len(told['layouts'])} layouts within {args.tolerance:g} of one rank")
+    if args.json:
+        args.json.write_text(json.dumps(told, indent=2) + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
