@@ -8,8 +8,8 @@ gradient norm of any step and of any weight tensor after the last, ||difference|
 where one is above --tolerance.
 
 Two scores that differ by rounding may be ranked either way, and a word then visits another expert: that is chance, not
-a fault. So the reference's choices are recorded, and a layout that would choose otherwise goes on with the recorded
-choice: such a flip is counted where the two scores lie within 1e-5 of their size, and is a failure where they do not.
+a fault. So the reference's ranking is recorded, and a layout that would rank otherwise goes on with the recorded one:
+such a flip is counted where the two scores lie within 1e-5 of their size, and is a failure where they do not.
 --free lets every layout choose for itself.
 
 To be worth its name a run must be live, and the figures that say so are printed: how much of the routing of the first
@@ -70,12 +70,17 @@ REFERENCE = Layout(1, 1, 0, 1)
 
 
 class Choices:
-    """Which experts each word visits at each step and use of a layer: recorded in one run, replayed in the others."""
+    """Which experts each word visits at each step and use of a layer, in order of their scores, and the first that it
+    does not visit: recorded in one run, replayed in the others.
+
+    The order counts, for the loads are measured against the last expert that wins and the first that does not (Eq. 9),
+    and send gradients to those two.
+    """
 
     def __init__(self, recorded: dict | None = None) -> None:
         """`recorded`: of the reference, by (step, site, level); None records."""
         self.replayed = recorded
-        self.recorded: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.recorded: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, int]] = {}
         self.flips = 0
         self.widest_gap = 0.0  # between the scores of a flip, over their size
 
@@ -91,27 +96,23 @@ class Choices:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `gating.topk.highest`, but the recorded experts win."""
         top_TK, column_TK = highest(score_TE, k, expert_E, ctx)
-        chosen_TK = column_TK[:, :k].sort(1).values
         # a word is there once for each group that it chose; the group's first expert tells them apart
         first = expert_E[..., 0].expand(len(score_TE))
         key_T = (((ctx.sample_T << POSITION) + ctx.position_T) << POSITION) + first
         place = (ctx.step, ctx.site, ctx.level)
         if self.replayed is None:
-            keys, chosen = self.recorded.get(place, (key_T[:0], chosen_TK[:0]))
-            self.recorded[place] = torch.cat([keys, key_T]), torch.cat([chosen, chosen_TK])
+            keys, columns, _ = self.recorded.get(place, (key_T[:0], column_TK[:0], k))
+            self.recorded[place] = torch.cat([keys, key_T]), torch.cat([columns, column_TK]), k
             return top_TK, column_TK
-        keys, chosen = (t.to(key_T.device) for t in self.replayed[place])
-        recorded_TK = chosen[_find(key_T, keys)]
-        flipped_T = (recorded_TK != chosen_TK).any(1) & ctx.valid_T
-        if flipped_T.any():
-            wins_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, recorded_TK, True)
-            won_TK, of_won_TK = score_TE.masked_fill(~wins_TE, -torch.inf).topk(k, dim=1)
-            next_T1, of_next_T1 = score_TE.masked_fill(wins_TE, -torch.inf).max(1, keepdim=True)
-            gap_T = (next_T1[:, 0] - won_TK[:, -1]) / score_TE.abs().amax(1)
-            self.flips += int(flipped_T.sum())
-            self.widest_gap = max(self.widest_gap, gap_T[flipped_T].max().item())
-            top_TK, column_TK = torch.cat([won_TK, next_T1], 1), torch.cat([of_won_TK, of_next_T1], 1)
-        return top_TK, column_TK
+        keys, columns, _ = self.replayed[place]
+        recorded_TK = columns.to(key_T.device)[_find(key_T, keys.to(key_T.device))]
+        flipped_T = (recorded_TK != column_TK).any(1) & ctx.valid_T
+        self.flips += int(flipped_T.sum())
+        replayed_TK = score_TE.gather(1, recorded_TK)
+        # a rank's score under the recorded order falls short of the rank's own by no more than rounding
+        gap_T = (top_TK - replayed_TK).abs().amax(1)[flipped_T] / score_TE[flipped_T].abs().amax(1)
+        self.widest_gap = max([self.widest_gap, *gap_T.tolist()])
+        return replayed_TK, recorded_TK
 
 
 def _find(key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -239,10 +240,11 @@ def _innermost(choices: Choices) -> set[tuple[int, int]]:
     return set({site: level for _, site, level in sorted(choices.recorded)}.items())
 
 
-def _by_word(record: tuple[torch.Tensor, torch.Tensor]) -> dict[int, set[int]]:
+def _by_word(record: tuple[torch.Tensor, torch.Tensor, int]) -> dict[int, set[int]]:
     """The experts of each word."""
     experts: dict[int, set[int]] = {}
-    for key, chosen in zip(record[0].tolist(), record[1].tolist(), strict=True):
+    keys, columns, k = record
+    for key, chosen in zip(keys.tolist(), columns[:, :k].tolist(), strict=True):
         experts.setdefault(key >> POSITION, set()).update((key % 2**POSITION) + column for column in chosen)
     return experts
 

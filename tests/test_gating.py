@@ -92,14 +92,27 @@ def test_probability_in_top_k() -> None:
     score_TE = torch.tensor([[1.5, 0.2, -0.6]], dtype=FLOAT64)  # after noise
     # k = 1. The best without expert 0 is 0.2, without 1 or 2 it is 1.5:
     # Phi((1 - 0.2) / 1) = Phi(0.8), Phi((0 - 1.5) / 0.5) = Phi(-3), Phi((-1 - 1.5) / 2) = Phi(-1.25)
-    p_TE = probability_in_top_k(clean_TE, std_TE, score_TE, score_TE.topk(2).values, k=1)
+    p_TE = probability_in_top_k(clean_TE, std_TE, torch.tensor([[0]]), score_TE.topk(2).values)
     close(p_TE, [[0.788145, 0.001350, 0.105650]])
     # k = 2. The second best without expert 0 or 1 is -0.6, without 2 it is 0.2:
     # Phi((1 + 0.6) / 1) = Phi(1.6), Phi((0 + 0.6) / 0.5) = Phi(1.2), Phi((-1 - 0.2) / 2) = Phi(-0.6)
-    p_TE = probability_in_top_k(clean_TE, std_TE, score_TE, score_TE.topk(3).values, k=2)
+    p_TE = probability_in_top_k(clean_TE, std_TE, torch.tensor([[0, 1]]), score_TE.topk(3).values)
     close(p_TE, [[0.945201, 0.884930, 0.274253]])
     # k = 3 of 3: always chosen
-    close(probability_in_top_k(clean_TE, std_TE, score_TE, score_TE.topk(3).values, k=3), [[1, 1, 1]])
+    close(probability_in_top_k(clean_TE, std_TE, torch.tensor([[0, 1, 2]]), score_TE.topk(3).values), [[1, 1, 1]])
+
+
+def test_of_two_equal_scores_the_chosen_one_is_measured_against_the_other() -> None:
+    """Experts 0 and 1 score 2; 0 was chosen. Without 0 the best is 1's score, without 1 it is 0's: the gradient of
+    P(x, 0) = Phi(clean 0 - score 1) goes to clean 0 and score 1, where comparing scores would find 0 not in the top."""
+    clean_TE = torch.tensor([[1.0, 1.5, 0.0]], dtype=FLOAT64, requires_grad=True)
+    score_TE = clean_TE + torch.tensor([[1.0, 0.5, 0.0]], dtype=FLOAT64)
+    p_TE = probability_in_top_k(
+        clean_TE, torch.ones_like(clean_TE), torch.tensor([[0]]), score_TE.gather(1, torch.tensor([[0, 1]]))
+    )
+    (grad_TE,) = torch.autograd.grad(p_TE[0, 0], clean_TE)
+    # phi(1 - 2) = 0.241971 to clean 0, and as much with the other sign to score 1
+    close(grad_TE, [[0.241971, -0.241971, 0]])
 
 
 def test_cv_squared() -> None:
@@ -201,7 +214,7 @@ def test_probability_equals_the_share_of_redraws(k: int) -> None:
     num_draws, num_experts = 20_000, 6
     clean_TE, std_TE = drawn(4, num_experts, key="clean"), drawn(4, num_experts, key="std").exp()
     score_TE = clean_TE + std_TE * drawn(4, num_experts, key="noise")
-    p_TE = probability_in_top_k(clean_TE, std_TE, score_TE, score_TE.topk(k + 1).values, k)
+    p_TE = probability_in_top_k(clean_TE, std_TE, score_TE.topk(k).indices, score_TE.topk(k + 1).values)
     for i in range(num_experts):
         again_MT = clean_TE[:, i] + std_TE[:, i] * drawn(num_draws, 4, key=f"again {i}")
         score_MTE = score_TE.repeat(num_draws, 1, 1)

@@ -147,21 +147,20 @@ def test_a_planted_fault_is_reported(fault: str | None, small_text: Path, refere
     assert (off > 1e-4 or told["widest_gap"] > verify.GAP) if fault else off < 1e-5, json.dumps(told)
 
 
-def test_a_flip_within_rounding_is_counted_and_the_recorded_choice_wins() -> None:
-    ctx = Context(
-        torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64), torch.tensor([True] * 3), 0, 0, True, 0, 3, 3, 1
-    )
-    recorder, replayer = verify.Choices(), None
-    before = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 1.0 + 4e-6, 0.0]])
-    recorder.pick(before, 1, torch.arange(3), ctx)
+def test_a_flip_within_rounding_is_counted_and_the_recorded_ranking_wins() -> None:
+    word_T = torch.arange(3)
+    ctx = Context(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 3, 3, 1)
+    recorder = verify.Choices()
+    recorder.pick(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 1.0 + 4e-6, 0.0]]), 1, torch.arange(3), ctx)
     replayer = verify.Choices(recorder.recorded)
-    # word 2 ranks experts 0 and 1 the other way, 4e-6 of its largest score apart
+    # word 2 ranks experts 0 and 1 the other way, 4e-6 of its largest score apart; words lie elsewhere on this layout
     after = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0 + 4e-6, 1.0, 0.0]])
-    order = torch.tensor([2, 0, 1])  # words lie elsewhere on another layout
+    order = torch.tensor([2, 0, 1])
     top, column = replayer.pick(after[order], 1, torch.arange(3), ctx.rows(order))
-    assert column[:, 0].tolist() == [1, 2, 0] and column[0, 1] == 0
-    torch.testing.assert_close(top[0], torch.tensor([1.0, 1.0 + 4e-6]))
+    assert column.tolist() == [[1, 0], [2, 1], [0, 1]]
+    torch.testing.assert_close(top[0], torch.tensor([1.0, 1.0 + 4e-6]), rtol=0, atol=0)
     assert replayer.flips == 1 and 3e-6 < replayer.widest_gap < 5e-6
+    # word 0 ranks them 3, 2, 1 where 1, 2, 3 is recorded: its first is 2 / 3 of the largest score off
     replayer.pick(torch.tensor([[3.0, 2.0, 1.0]]), 1, torch.arange(3), ctx.rows(torch.tensor([0])))
     assert replayer.flips == 2 and replayer.widest_gap == pytest.approx(2 / 3)
 

@@ -104,19 +104,22 @@ def choose(
     chosen_TK = expert_TK[:, :k]
     if std_TE is None:  # Eq. 9 without noise is 0 or 1
         return chosen_TK, gate_TK, torch.zeros_like(clean_TE).scatter(1, chosen_TK, 1.0)
-    return chosen_TK, gate_TK, probability_in_top_k(clean_TE, std_TE, score_TE, top_TK, k)
+    return chosen_TK, gate_TK, probability_in_top_k(clean_TE, std_TE, chosen_TK, top_TK)
 
 
 def probability_in_top_k(
-    clean_TE: torch.Tensor, std_TE: torch.Tensor, score_TE: torch.Tensor, top_TK: torch.Tensor, k: int
+    clean_TE: torch.Tensor, std_TE: torch.Tensor, chosen_TK: torch.Tensor, top_TK: torch.Tensor
 ) -> torch.Tensor:
     """P(x, i): the chance that expert i is among the top k if only its own noise were drawn again (Eqs. 8 and 9).
 
     `top_TK` holds the k + 1 highest scores (k where there are only k experts, and then every P is 1). The k-th highest
-    score without i is the (k+1)-th of all where i is in the top k, else the k-th.
+    score without i is the (k+1)-th of all where i is in the top k, else the k-th. Which is so is told by the choice,
+    not by comparing scores: of two equal ones only one was chosen, and its gradient goes another way.
     """
+    k = chosen_TK.shape[1]
     if top_TK.shape[1] == k:
         return torch.ones_like(clean_TE)
     kth, next_best = top_TK[:, k - 1 : k], top_TK[:, k : k + 1]
-    threshold_TE = torch.where(score_TE > next_best, next_best, kth)
+    in_top_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    threshold_TE = torch.where(in_top_TE, next_best, kth)
     return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
