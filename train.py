@@ -36,15 +36,16 @@ def main(run: Run) -> None:
             checkpoint.load(run.checkpoint, engine, task, mesh)
         folder = run.open()
 
-    if run.evaluate:
-        result = evaluate(engine, task, "test", mesh)
-    else:
-        result = train(run, folder, training)
+    with plain_errors(OSError):  # a disk may fill
+        if run.evaluate:
+            result = evaluate(engine, task, "test", mesh)
+        else:
+            result = train(run, folder, training)
+            if mesh.is_main:
+                report.write_report(folder)
         if mesh.is_main:
-            report.write_report(folder)
-    if mesh.is_main:
-        print(result_lines(run, result, task.unigram_perplexity()))
-    meshes.stop()
+            print(result_lines(run, result, task.unigram_perplexity(), engine.optimizer.updates))
+        meshes.stop()
 
 
 def train(run: Run, folder: Path, training: Training) -> dict[str, float]:

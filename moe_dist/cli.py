@@ -26,7 +26,7 @@ from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel.collectives import from_main
-from moe_dist.parallel.mesh import lay_out, num_nodes, world_size
+from moe_dist.parallel.mesh import check_launch, end, lay_out, memory_per_rank, num_nodes, world_size
 from moe_dist.summary import describe, table
 from moe_dist.tasks import TASKS
 
@@ -57,10 +57,13 @@ class Run:
         return self.saved.get("wandb_id")
 
     def vocabulary(self) -> Vocabulary | None:
-        """Of the run that goes on; None for a new one."""
+        """Of the run that goes on; None for a new one. Raises ValueError where an earlier version saved it."""
         if not self.checkpoint:
             return None
-        return Vocabulary(**{key: tuple(values) for key, values in self.saved["vocabulary"].items()})
+        try:
+            return Vocabulary(**{key: tuple(values) for key, values in self.saved["vocabulary"].items()})
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{self.checkpoint}: no vocabulary with counts in state.json; train anew") from None
 
     def open(self) -> Path:
         """The run folder, the same on every rank, with the config in it. Raises ValueError on every rank where it
@@ -104,6 +107,9 @@ def plan(argv: list[str], doc: str | None) -> Run:
             _say(f"{name:<20}{(make.__doc__ or '').splitlines()[0]}")
         sys.exit(0)
     with plain_errors():
+        if args.json and not args.dry_run:
+            raise ValueError("--json: only with --dry-run")
+        check_launch()
         run = _resolve(args)
         check(run.config)
         if run.config.task not in TASKS:
@@ -111,23 +117,36 @@ def plan(argv: list[str], doc: str | None) -> Run:
         check_text(run.config.data.text)
         layout = lay_out(run.config, world_size())
         model = TASKS[run.config.task].plain_model(run.config)
+        if run.config.compare:
+            _kept_metrics(run.config.compare)
     told = describe(run.config, layout, run.ds_config, model, num_nodes())
-    _say(json.dumps(told) if args.dry_run and args.json else table(told, run.config))
+    _say(json.dumps(told) if args.json else table(told, run.config))
     if args.dry_run:
         sys.exit(0)
+    with plain_errors():
+        _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
     run.flops_per_word = told["flops_per_word"]
     return run
 
 
 def _is_main() -> bool:
     """Before there is a mesh."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK") in (None, "", "0")
 
 
 def _say(text: str) -> None:
     """Prints on rank 0 alone."""
     if _is_main():
         print(text, flush=True)
+
+
+def _check_memory(needed: int) -> None:
+    """Before the system's killer ends a rank without a word."""
+    if needed > (has := memory_per_rank()):
+        raise ValueError(
+            f"a rank needs {needed / 1e9:.1f} GB and has {has / 1e9:.1f} GB: the table above tells what for; more "
+            f"ranks with a larger mesh.ep or zero, or a smaller model or batch would do"
+        )
 
 
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
@@ -176,26 +195,36 @@ def _resolve(args: argparse.Namespace) -> Run:
 
 
 @contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """A user's mistake, found before any work, is one line and exit status 2.
+def plain_errors(kind: type[Exception] = ValueError) -> Iterator[None]:
+    """A user's mistake, found before any work, is one line and exit status 2; so is any other `kind` of error that does
+    not need a traceback. Ctrl-C is one line and status 130.
 
     Rank 0 speaks first, and its end ends the others; one that alone found a mistake is heard a little later.
     """
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         if not _is_main():
             time.sleep(3)
         where = "error" if _is_main() else f"error on rank {os.environ['RANK']}"
-        print(f"{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"{where}: {' '.join(map(str.strip, str(error).splitlines()))}", file=sys.stderr, flush=True)
+        end(2)
+    except KeyboardInterrupt:
+        if _is_main():
+            print("interrupted", file=sys.stderr, flush=True)
+        end(130)
 
 
-def result_lines(run: Run, result: dict[str, float], unigram: float) -> str:
+def result_lines(run: Run, result: dict[str, float], unigram: float, updates: int) -> str:
     """The test perplexity beside the unigram model's and, where the config names kept metrics, the baseline's."""
     lines = [f"test perplexity {result['test/perplexity']:.2f}    unigram model {unigram:.1f}"]
+    steps = run.first_step if run.evaluate else run.config.steps
+    if updates < steps:
+        lines += [
+            f"{steps - updates} of {steps} steps were skipped, their gradients not finite: a lower optim.lr may help"
+        ]
     if run.config.compare:
-        lines += _baseline(run.config, Path(__file__).parent.parent / run.config.compare)
+        lines += _baseline(run.config, run.config.compare)
     return "\n".join([*lines, f"run folder: {run.folder}"])
 
 
@@ -204,13 +233,27 @@ def given(config: Config) -> dict[str, Any]:
     return {"steps": config.steps, "data": asdict(config.data), "words": config.batch.samples * config.batch.timesteps}
 
 
-def _baseline(config: Config, kept_file: Path) -> list[str]:
-    if not kept_file.is_file():
-        return [f"no kept metrics {config.compare} to compare with"]
-    kept = json.loads(kept_file.read_text())
+def _kept_metrics(compare: str) -> dict[str, Any] | None:
+    """None where there is no such file. Raises ValueError for one that holds something else."""
+    path = Path(__file__).parent.parent / compare
+    if not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+    except ValueError:
+        kept = None
+    if not isinstance(kept, dict) or not {"given", "arms", "command"} <= kept.keys():
+        raise ValueError(f"compare={compare}: no kept metrics; give a file that an experiment wrote, or none")
+    return kept
+
+
+def _baseline(config: Config, compare: str) -> list[str]:
+    kept = _kept_metrics(compare)
+    if kept is None:
+        return [f"no kept metrics {compare} to compare with"]
     if given(config) != kept["given"]:
-        return [f"not comparable with {config.compare}: other data, batch or steps"]
-    lines = [f"kept runs of the same data and steps, each at its own best learning rate ({config.compare}):"]
+        return [f"not comparable with {compare}: other data, batch or steps"]
+    lines = [f"kept runs of the same data and steps, each at its own best learning rate ({compare}):"]
     for name, arm in kept["arms"].items():
         seeds = arm["test_perplexity"]
         each = ", ".join(f"{p:.2f}" for p in seeds)

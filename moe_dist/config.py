@@ -120,26 +120,34 @@ class Config:
 
 
 WANDB_MODES = ("online", "offline", "off")
+MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
 AT_LEAST_ONE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "data.vocabulary_size", "model.dim",
-    "model.ffn_hidden", "model.ffn_layers", "model.softmax_samples", "model.moe.num_experts", "model.moe.hidden",
-    "batch.timesteps",
+    "model.lstm_units", "model.ffn_hidden", "model.ffn_layers", "model.softmax_samples", "model.moe.num_experts",
+    "model.moe.hidden", "batch.timesteps",
 )  # fmt: skip
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a number out of its range or an unknown wandb mode. Whether the parts fit together (a
-    layout, a gate, a DeepSpeed config) is checked where they meet."""
+    """Raises ValueError for a number out of its range, a name that is no folder's, or an unknown wandb mode. Whether
+    the parts fit together (a layout, a gate, a DeepSpeed config) is checked where they meet."""
+    if config.name in ("", ".", "..") or "/" in config.name:
+        raise ValueError(f"name={config.name!r}: a word that can name a folder, for the run folder begins with it")
+    for key in dotted_keys().keys() - {"seed"}:
+        if isinstance(value := _get(config, key), int) and value > MOST:
+            raise ValueError(f"{key}={value}: at most {MOST}")
     for key in AT_LEAST_ONE:
         if (value := _get(config, key)) is not None and value < 1:
             raise ValueError(f"{key}={value}: at least 1")
     for key in ("model.dropout", "optim.beta1", "optim.beta2", "optim.expert_beta2"):
         if not 0 <= (value := _get(config, key)) < 1:
             raise ValueError(f"{key}={value}: from 0 to below 1")
-    for key in ("optim.lr", "optim.eps", "optim.clip_norm", "model.moe.capacity_factor"):
+    if (value := config.model.moe.capacity_factor) is not None and not 1e-3 <= value <= 1e3:
+        raise ValueError(f"model.moe.capacity_factor={value}: from 0.001 to 1000, or none")
+    for key in ("optim.lr", "optim.eps", "optim.clip_norm"):
         if (value := _get(config, key)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value}: a positive number")
-    for key in ("model.moe.w_importance", "model.moe.w_load"):
+    for key in ("model.moe.w_importance", "model.moe.w_load", "optim.warmup_steps"):
         if not 0 <= (value := _get(config, key)) < float("inf"):
             raise ValueError(f"{key}={value}: 0 or more")
     if config.save_every % config.log_every:  # else a resumed run's first line would hold fewer steps

@@ -28,26 +28,38 @@ OF_THE_RUN = {  # keys of a DeepSpeed config that the run's config decides -> wh
     "optimizer": "optim",
     "scheduler": "optim",
 }
+SECTIONS = ("bf16", "fp16", "zero_optimization", "comms_logger", "flops_profiler")  # objects
+OPTIONS = ("wall_clock_breakdown", "memory_breakdown", "dump_state")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def read_ds_config(config: Config) -> dict[str, Any]:
     """The file that `config.ds_config` names, with the stage that `config.zero` asks for.
 
-    Raises ValueError for an unknown name, a key that contradicts the run's config, fp16, or a stage outside 0..3.
+    Raises ValueError for an unknown name, a file that is no JSON object, an unknown key (which DeepSpeed would ignore),
+    one that contradicts the run's config, fp16, or a stage outside 0..3.
     """
     names = [path.stem for path in DS_CONFIGS.glob("*.json")]
     if config.ds_config not in names:
         raise ValueError(
             f"ds_config={config.ds_config!r}: no such file in ds_configs/; {nearest(config.ds_config, names)}"
         )
-    ds = json.loads((DS_CONFIGS / f"{config.ds_config}.json").read_text())
-    for key in OF_THE_RUN.keys() & ds.keys():
-        raise ValueError(
-            f"ds_configs/{config.ds_config}.json: {key!r} is set by {OF_THE_RUN[key]} of the run's config; remove it"
-        )
+    file = f"ds_configs/{config.ds_config}.json"
+    try:
+        ds = json.loads((DS_CONFIGS / f"{config.ds_config}.json").read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not isinstance(ds, dict):
+        raise ValueError(f"{file}: {ds!r}, expected an object")
+    for key, value in ds.items():
+        if key in OF_THE_RUN:
+            raise ValueError(f"{file}: {key!r} is set by {OF_THE_RUN[key]} of the run's config; remove it")
+        if key not in SECTIONS + OPTIONS:
+            raise ValueError(f"{file}: unknown key {key!r}; {nearest(key, SECTIONS + OPTIONS)}")
+        if key in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f"{file}: {key!r} is {value!r}, expected an object")
     if ds.get("fp16", {}).get("enabled"):
-        raise ValueError(f"ds_configs/{config.ds_config}.json: fp16 is not supported; use bf16 or fp32")
+        raise ValueError(f"{file}: fp16 is not supported; use bf16 or fp32")
     stage = ds.get("zero_optimization", {}).get("stage", 0) if config.zero is None else config.zero
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"zero={stage}: a ZeRO stage is 0, 1, 2 or 3")

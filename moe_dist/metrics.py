@@ -135,7 +135,7 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
 
     A null is NaN, and a list a float32 array of shape [E].
 
-    Raises ValueError if there is no such file or a line of it is not JSON.
+    Raises ValueError if there is no such file, or a line of it is not JSON or has no step.
     """
     path = run / FILE_NAME
     if not path.is_file():
@@ -152,6 +152,8 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict]]:
                     values = json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{path} line {number} is not JSON ({line[:80]!r}): mend or remove it") from error
+                if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                    raise ValueError(f"{path} line {number} has no step ({line[:80]!r}): mend or remove it")
                 yield line, {key: _as_number(value) for key, value in values.items()}
 
 

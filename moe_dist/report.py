@@ -10,7 +10,7 @@ from moe_dist.metrics import FILE_NAME, read_metrics
 def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Path]:
     """Draws the metrics of a run (`only_loads`: the load maps alone) to `run/report`, and returns the files.
 
-    Raises ValueError if the run has no metrics yet.
+    Raises ValueError if the run has no metrics yet, OSError if the pictures cannot be written.
     """
     from moe_dist import pictures  # here, for matplotlib takes half a second that a rank that draws nothing can save
 
@@ -34,7 +34,7 @@ def main() -> None:
     try:
         for path in write_report(parser.parse_args().run):
             print(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

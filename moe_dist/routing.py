@@ -55,8 +55,8 @@ def within_capacity(
         return valid_TK
     group_T = ctx.token_group_T
     tokens_G = torch.bincount(group_T[ctx.valid_T], minlength=ctx.num_token_groups)
-    # a ratio of integers: in floating point 1.2 x 50 / 4 comes out above 15 and would round up to 16
-    share = Fraction(str(capacity_factor)) * k / num_experts
+    # a ratio of integers, small enough for int64: in floating point 1.2 x 50 / 4 comes out above 15 and rounds up to 16
+    share = Fraction(str(capacity_factor)).limit_denominator(10**6) * k / num_experts
     capacity_G = -(-tokens_G * share.numerator // share.denominator)
     # queue of (group, expert), choice-major: a stable sort by queue leaves each queue in order of precedence
     queue_KT = (

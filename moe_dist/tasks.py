@@ -53,8 +53,11 @@ class LanguageModel:
     @staticmethod
     def plain_model(config: Config) -> nn.Module:
         """On the meta device: shapes alone, no memory. Raises ValueError for a model that cannot be."""
-        with torch.device("meta"):
-            return LSTMLanguageModel(config.model, config.data.vocabulary_size)
+        try:
+            with torch.device("meta"):
+                return LSTMLanguageModel(config.model, config.data.vocabulary_size)
+        except RuntimeError as error:  # sizes whose product is beyond 64 bits
+            raise ValueError(f"a model of these sizes cannot be, make some smaller ({error})") from None
 
     def start(self, dtype: torch.dtype) -> None:
         """The state before a text's first words: zeros, of the model's `dtype`."""

@@ -98,7 +98,8 @@ class Lanes:
         needed = num_lanes if cyclic else 2
         if len(token_N) < needed:
             raise ValueError(
-                f"the stream has {len(token_N)} tokens, too few for {num_lanes} lanes: at least {needed} would do"
+                f"a split of data.text has {len(token_N)} tokens, too few for {num_lanes} lanes: at least {needed} "
+                f"would do, or a smaller batch.samples"
             )
         self.token_N, self.num_lanes, self.cyclic = token_N, num_lanes, cyclic
         self.lane_len = len(token_N) // num_lanes if cyclic else -(-(len(token_N) - 1) // num_lanes)

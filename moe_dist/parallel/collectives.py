@@ -142,24 +142,20 @@ class Sums:
         return from_owners(x, self.mesh.ep)
 
 
-def from_main(make: Callable[[], T]) -> T:
+def from_main(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """What `make` returns on the main rank, on every rank (any picklable object); no other rank calls it.
 
-    Raises its ValueError on every rank. The others wait in a group of their own for as long as it takes, which may be a
-    pass over a big corpus: the mesh's timeout is for steps.
+    Raises its ValueError or OSError on every rank. The others wait in `group`; without one, in a group of their own for
+    as long as it takes, which may be a pass over a big corpus: the mesh's timeout is for steps.
     """
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    waiting = group or dist.new_group(backend="gloo", timeout=timedelta(days=7))
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             told[0] = make()
-        except ValueError as error:
-            told[1] = str(error)
+        except (ValueError, OSError) as error:
+            told[1] = error
     dist.broadcast_object_list(told, src=0, group=waiting)
     if told[1] is not None:
-        raise ValueError(told[1])
+        raise told[1]
     return told[0]
-
-
-def barrier() -> None:
-    dist.barrier()

@@ -8,13 +8,18 @@ a node where it can); `edp`, the ranks that hold the same experts as I do; `dp`,
 
 import os
 import socket
+import sys
+import threading
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.config import Config
 
@@ -59,6 +64,47 @@ class Mesh:
         return i % self.dp.size == self.dp.index
 
 
+LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # what torchrun tells every rank
+JOIN_SECONDS = "MOE_DIST_JOIN_SECONDS"  # of the environment: how long ranks wait for each other at the start
+
+
+def check_launch() -> None:
+    """Raises ValueError where the environment has a part of LAUNCH alone, or numbers that cannot be: ranks may be
+    started by hand."""
+    missing = [key for key in LAUNCH if not os.environ.get(key)]
+    if len(missing) == len(LAUNCH):
+        return
+    if missing:
+        raise ValueError(
+            f"the environment has no {', '.join(missing)}: set all of {', '.join(LAUNCH)}, or none of them"
+        )
+    _check_number("WORLD_SIZE", 1, 2**31 - 1)
+    _check_number("RANK", 0, world_size() - 1)
+    _check_number("MASTER_PORT", 1, 2**16 - 1)
+
+
+def _check_number(key: str, least: int, most: int) -> None:
+    text = os.environ[key]
+    if not (text.isdecimal() and least <= int(text) <= most):
+        raise ValueError(f"{key}={text} in the environment: a whole number from {least} to {most}")
+
+
+def memory_per_rank() -> int:
+    """Bytes: of a rank's GPU, or its share of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(local_rank()).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Of this node, which is the number of its GPU. Raises ValueError where CUDA has fewer."""
+    rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= num_devices:
+        raise ValueError(f"LOCAL_RANK={rank}, but this node has {num_devices} GPUs: start {num_devices} ranks on it")
+    return rank
+
+
 def world_size() -> int:
     """Ranks that the launcher started; one without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,7 +125,9 @@ def start(ep: int) -> Mesh:
 def join(timeout: timedelta = timedelta(minutes=10)) -> None:
     """Enters the process group that the launcher's environment describes: NCCL where there is CUDA, gloo elsewhere.
 
-    Raises ValueError where rank 0's port is taken or the others do not find it.
+    `timeout` is for steps; for all ranks to meet there are MOE_DIST_JOIN_SECONDS of the environment, or 5 minutes.
+
+    Raises ValueError where rank 0's port is taken, or not all ranks meet there in time.
     """
     if "MASTER_ADDR" not in os.environ:  # one process without a launcher is a world of one
         with socket.socket() as free:
@@ -87,14 +135,35 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> None:
             port = free.getsockname()[1]
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    os.environ.setdefault(JOIN_SECONDS, "300")
+    _check_number(JOIN_SECONDS, 1, 10**6)
     try:
-        dist.init_process_group(backend, timeout=timeout)
-    except dist.DistNetworkError as error:
+        store, rank, world = _meet(int(os.environ[JOIN_SECONDS]))
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+    except (dist.DistError, TimeoutError) as error:
         where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: the ranks cannot meet there; give a free port of rank 0 ({reason})") from None
+        reason = (str(error) or f"no answer in {os.environ[JOIN_SECONDS]} s").splitlines()[0]
+        raise ValueError(
+            f"{where}: {world_size()} ranks cannot meet there; start them all, with a free port of rank 0 ({reason})"
+        ) from None
+
+
+def _meet(seconds: int) -> tuple[dist.Store, int, int]:
+    """The store that the ranks share, this rank and their number. In a thread, for where a stranger holds the port,
+    torch waits for its answer without end. Raises TimeoutError then, and DistError for what torch finds itself."""
+    met: Future[tuple[dist.Store, int, int]] = Future()
+
+    def meet() -> None:
+        try:
+            met.set_result(next(rendezvous("env://", timeout=timedelta(seconds=seconds))))
+        except Exception as error:
+            met.set_exception(error)
+
+    threading.Thread(target=meet, daemon=True).start()
+    return met.result(seconds + 2)  # torch's own reason is the better one
 
 
 def arrange(ep: int) -> Mesh:
@@ -118,6 +187,15 @@ def stop() -> None:
     """Leaves the process group, all ranks together: a rank that ends before its peers can abort them."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+def end(status: int) -> NoReturn:
+    """Ends this process, without the others. At once where ranks have met: threads of libraries abort an orderly end
+    now and then, with words of theirs."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def check_ep(ep: int, world: int) -> None:
@@ -203,4 +281,5 @@ def _nearest_multiple(number: int, of: int) -> int:
 
 
 def _nearest_divisor(number: int, to: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - to))
+    to = min(max(to, 1), number)
+    return next(d for gap in range(to) for d in (to - gap, to + gap) if number % d == 0)  # 1 is one

@@ -1,0 +1,369 @@
+"""Bad input: what each mistake says, on one line, and what it costs (seconds, and nothing written)."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import TINY, tiny
+
+from moe_dist import configs, engine, generate
+from moe_dist.cli import Run, plan, result_lines
+from moe_dist.config import override
+from moe_dist.parallel.mesh import lay_out
+
+ROOT = Path(__file__).parent.parent
+
+
+def check_one_line(stderr: str, says: str) -> None:
+    lines = [line for line in stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error") and says in lines[0], stderr
+
+
+def set_(*assignments: str) -> list[str]:
+    return [part for each in assignments for part in ("--set", each)]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        # what no field takes
+        ("mesh.eq=2", "'mesh.ep'"),
+        ("optim.learning_rate=1", "no field 'optim.learning_rate'"),
+        ("mesh=2", "no field 'mesh'"),
+        ("mesh.ep", "KEY=VALUE"),
+        ("mesh.ep=two", "expected int"),
+        ("model.moe.noise=maybe", "expected bool"),
+        ("zero=first", "expected int or none"),
+        # out of range
+        ("steps=0", "steps=0: at least 1"),
+        ("steps=99999999999", "steps=99999999999: at most 2147483647"),
+        ("model.lstm_units=0", "model.lstm_units=0: at least 1"),
+        ("model.dropout=1", "model.dropout=1.0: from 0 to below 1"),
+        ("model.softmax_samples=0", "model.softmax_samples=0: at least 1"),
+        ("optim.lr=-1", "optim.lr=-1.0: a positive number"),
+        ("optim.lr=1e400", "optim.lr=inf: a positive number"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps=-1: 0 or more"),
+        ("model.moe.w_load=nan", "w_load=nan: 0 or more"),
+        ("model.moe.capacity_factor=1e30", "capacity_factor=1e+30: from 0.001 to 1000"),
+        ("name=../x", "name='../x'"),
+        ("wandb.mode=on", "'online'"),
+        ("task=translate", "task='translate'"),
+        ("data.text=no/such/*.txt", "no/such/*.txt"),
+        ("compare=README.md", "compare=README.md: no kept metrics"),
+        ("ds_config=bf61", "did you mean 'bf16'"),
+        ("zero=4", "zero=4: a ZeRO stage is 0, 1, 2 or 3"),
+        # what does not fit together
+        ("mesh.ep=2", "does not divide 1 ranks"),
+        ("model.middle=mou", "'moe'"),
+        ("model.moe.k=65", "k=65"),
+        ("model.moe.num_groups=5", "num_groups=5"),
+        ("model.moe.num_groups=32", "k=4 experts per group: must be 1 to 2"),
+        ("model.moe.num_groups=8 model.moe.capacity_factor=1", "with num_groups nothing is dropped"),
+        ("model.lstm_units=8", "at least the model's width, dim=128"),
+        ("model.dim=2000000000", "a model of these sizes cannot be"),
+        ("batch.samples_per_balance_group=0", "samples_per_balance_group=0"),
+        ("batch.samples=2000000011 batch.samples_per_balance_group=4", "nearest: 1"),
+        ("save_every=25", "not a multiple of log_every=10"),
+        # more than any machine has
+        ("batch.timesteps=999999999", "GB: the table above tells what for"),
+        ("model.moe.num_experts=999999999", "GB: the table above tells what for"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_status_2(
+    assignments: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_plan(["lstm_moe_demo", *set_(*assignments.split())], says, capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "give one of"),
+        (["moe_33"], "no config 'moe_33'; did you mean 'moe_32'"),
+        (["lstm_moe_demo", "--json"], "--json: only with --dry-run"),
+        (["lstm_moe_demo", "--resume", "runs/x"], "give one of"),
+        (["--resume", "runs/x"], "not a run folder"),
+    ],
+)
+def test_a_bad_command_is_one_line_and_status_2(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_plan(args, says, capsys)
+
+
+def check_plan(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        plan(args, None)
+    check_one_line(capsys.readouterr().err, says)
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "no MASTER_ADDR, MASTER_PORT, RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "no MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE=two"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+    ],
+)
+def test_half_an_environment_of_ranks_is_one_line(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    check_plan(["lstm_moe_demo"], says, capsys)
+
+
+def test_a_wrong_override_is_quoted() -> None:
+    with pytest.raises(ValueError, match=r"--set 'mesh\.eq=2'"):
+        override(configs.get("lstm_moe_demo"), ["mesh.eq=2"])
+
+
+@pytest.mark.parametrize(
+    ("world", "sets", "says"),
+    [
+        (2, ["mesh.ep=3"], "mesh.ep=3 does not divide 2 ranks; possible: 1, 2"),
+        (4, ["mesh.ep=4", "model.moe.num_experts=6"], "nearest: 8"),  # round(6 / 4) = 2 -> 8
+        (3, [], "batch.samples=8 is not a multiple of accumulation x ranks = 1 x 3; nearest: 9"),
+        (1, ["batch.accumulation=0"], "at least 1"),
+        # half of 8 samples is a micro-batch; a balance group of the whole batch does not fit into it
+        (1, ["batch.accumulation=2", "batch.samples_per_balance_group=none"], "micro-batch of 4 samples"),
+        (1, ["batch.samples_per_balance_group=3"], "nearest: 2"),
+        # 8 samples over 4 ranks: 2 a rank
+        (
+            4,
+            ["model.moe.capacity_factor=1.0", "batch.samples_per_token_group=4"],
+            "micro-batch of 2 samples; nearest: 2",
+        ),
+    ],
+)
+def test_an_illegal_layout_names_the_nearest_legal_one(world: int, sets: list[str], says: str) -> None:
+    with pytest.raises(ValueError) as error:
+        lay_out(tiny(*sets), world)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ds", "says"),
+    [
+        ('{"train_batch_size": 8}', "'train_batch_size' is set by batch.samples"),
+        ('{"gradient_clipping": 1.0}', "optim.clip_norm"),
+        ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by optim"),
+        ('{"fp16": {"enabled": true}}', "use bf16 or fp32"),
+        ('{"zero_optimization": {"stage": 4}}', "zero=4"),
+        ('{"zero_optimisation": {"stage": 1}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'"),
+        ('{"bf16": true}', "'bf16' is True, expected an object"),
+        ("[]", "[], expected an object"),
+        ('{"bf16"', "ds_configs/mine.json: "),
+    ],
+)
+def test_a_ds_config_that_contradicts_the_run_or_is_broken(
+    ds: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.json").write_text(ds)
+    monkeypatch.setattr(engine, "DS_CONFIGS", tmp_path)
+    check_plan(["lstm_moe_demo", "--set", "ds_config=mine"], says, capsys)
+
+
+def start(*args: str, **environment: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MOE_DIST_JOIN_SECONDS": "20"} | environment
+    command = [sys.executable, str(ROOT / "train.py"), *args]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def end(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
+    """(exit status, stderr)"""
+    try:
+        stderr = process.communicate(timeout=timeout)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in stderr, stderr
+    return process.returncode, stderr
+
+
+def ranks(port: int, *args: str, **environment: str) -> list[tuple[int, str]]:
+    """Two, started by hand."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | environment
+    started = [start(*args, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
+    return [end(process) for process in started]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("data.vocabulary_size=100000", "at most"),  # found by the main rank alone
+        ("mesh.ep=3", "mesh.ep=3 does not divide 2 ranks"),
+    ],
+)
+def test_every_rank_ends_with_one_line(assignment: str, says: str, small_text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sets = set_(*TINY, f"data.text={small_text}", assignment)
+    for status, stderr in ranks(free_port(), "lstm_moe_demo", "--folder", str(run), *sets):
+        assert status == 2
+        check_one_line(stderr, says)
+    assert not run.exists(), "nothing was written"
+
+
+@pytest.mark.timeout(100)
+def test_a_port_in_use_ends_every_rank() -> None:
+    with socket.socket() as stranger:  # that takes calls and never answers
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        for status, stderr in ranks(port, "lstm_moe_demo", MOE_DIST_JOIN_SECONDS="3"):
+            assert status == 2
+            check_one_line(stderr, f"MASTER_PORT={port}: 2 ranks cannot meet there")
+
+
+@pytest.mark.timeout(100)
+def test_a_rank_that_never_comes() -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    status, stderr = end(start("lstm_moe_demo", **world | {"MOE_DIST_JOIN_SECONDS": "2"}))
+    assert status == 2
+    check_one_line(stderr, "1/2 clients joined")
+
+
+@pytest.fixture(scope="module")
+def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("runs") / "good"
+    sets = set_(*TINY, "steps=2", "save_every=1", f"data.text={small_text}")
+    status, stderr = end(start("lstm_moe_demo", "--folder", str(run), *sets))
+    assert status == 0, stderr
+    return run
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / "step_00000002"
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def shard(run: Path) -> Path:
+    return next(newest(run).glob("*.safetensors"))
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda run: (run / "config.json").write_text("{broken"), "config.json: "),
+        (lambda run: (run / "config.json").write_text("[]"), "expected an object"),
+        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl line 1 has no step"),
+        (lambda run: (newest(run) / "state.json").unlink(), "state.json: broken"),
+        (lambda run: (newest(run) / "state.json").write_text('{"st'), "state.json: broken"),
+        (lambda run: (newest(run) / "state.json").write_text("[]"), "no step and updates"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint to go on from"),
+    ],
+)
+def test_a_spoilt_run_is_one_line(
+    spoil: Callable[[Path], object], says: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(good, run)
+    spoil(run)
+    check_plan(["--resume", str(run), "--set", "steps=3"], says, capsys)
+
+
+def test_a_run_of_an_earlier_version_cannot_go_on(good: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(good, run)
+    (newest(run) / "state.json").write_text('{"step": 2, "updates": 2, "vocabulary": ["a"]}')
+    with pytest.raises(ValueError, match="no vocabulary with counts"):
+        plan(["--resume", str(run), "--set", "steps=3"], None).vocabulary()
+
+
+@pytest.mark.timeout(100)
+def test_a_torn_shard_is_one_line(good: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(good, run)
+    os.truncate(shard(run), 5000)
+    before = contents(run)
+    status, stderr = end(start("--resume", str(run), "--set", "steps=3"))
+    assert status == 2
+    check_one_line(stderr, "a shard is broken")
+    assert contents(run) == before, "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda run: shard(run).write_bytes(b"foreign" * 99), "a shard is broken or foreign"),
+        (lambda run: shard(run).unlink(), "no tensor "),
+    ],
+)
+def test_generate_says_so_too(
+    spoil: Callable[[Path], object], says: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(good, run)
+    spoil(run)
+    with pytest.raises(SystemExit) as exit_:
+        generate.main([str(run)])
+    check_one_line(capsys.readouterr().err, says)
+    assert exit_.value.code == 2
+
+
+@pytest.mark.timeout(100)
+def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    sets = set_(*TINY, "steps=100000", f"data.text={small_text}")
+    run = tmp_path / "run"
+    first = start("lstm_moe_demo", "--folder", str(run), *sets)
+    try:
+        below = start("lstm_moe_demo", "--folder", str(tmp_path / "file" / "run"), *sets)
+        while not (run / "checkpoints").is_dir():
+            assert first.poll() is None
+            time.sleep(0.05)
+        status, stderr = end(below)
+        assert status == 2
+        check_one_line(stderr, "cannot be written (Not a directory)")
+        status, stderr = end(start("--resume", str(run)))
+        assert status == 2
+        check_one_line(stderr, "in use by a run that has not ended")
+        first.send_signal(signal.SIGINT)
+        status, stderr = end(first)
+        assert status == 130 and stderr.endswith("interrupted\n")
+        assert all(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    finally:
+        first.kill()
+
+
+@pytest.mark.timeout(100)
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(good: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(good, run)
+    limit = "ulimit -f 50; exec "  # no file above 50 kB, as if the disk were full
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", str(run), "--set", "steps=3"]
+    before = contents(run / "checkpoints")
+    done = subprocess.run(
+        ["bash", "-c", limit + '"$@"', "-", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    check_one_line(done.stderr.splitlines()[-1], "step_00000003: cannot be written")
+    assert contents(run / "checkpoints") == before
+
+
+def test_steps_that_were_skipped_are_told() -> None:
+    run = Run(tiny("steps=3", "compare=none"), {}, None)
+    told = result_lines(run, {"test/perplexity": 9.0}, 9.0, updates=1)
+    assert "2 of 3 steps were skipped" in told
+    assert "skipped" not in result_lines(run, {"test/perplexity": 9.0}, 9.0, updates=3)
