@@ -15,8 +15,6 @@ such a flip is counted where the two scores lie within 1e-5 of their size, and i
 To be worth its name a run must be live, and the figures that say so are printed: how much of the routing of the first
 step's words the training changed, in how many steps the norm was clipped, noise and dropout, and in how many steps a
 rank had nothing but padding and sent no row (half of the samples are made padding in one step for each accumulation).
-
-Legend: T tokens, E experts, K chosen.
 """
 
 import argparse
@@ -33,20 +31,16 @@ import torch
 from moe_dist import configs
 from moe_dist.cli import plain_errors
 from moe_dist.config import Config, check, override
-from moe_dist.context import Context
 from moe_dist.data.sources import check_text
 from moe_dist.engine import read_ds_config
-from moe_dist.gating.topk import highest
-from moe_dist.hierarchical import Groups
-from moe_dist.layer import MoE
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import gather, sum_over
 from moe_dist.parallel.spawn import run_distributed
+from moe_dist.replay import Choices
 from moe_dist.tasks import TASKS, Batch
 from moe_dist.training import Training, set_up, train_step
 
 GAP = 1e-5  # of their size: two scores this near may be ranked either way by rounding
-POSITION = 21  # bits of a position, or of an expert, in a word's key
 ACCUMULATIONS = (1, 2)
 FIRST_PADDED_STEP = 3
 HOURS = 24  # that one world may take
@@ -69,58 +63,6 @@ class Layout:
 REFERENCE = Layout(1, 1, 0, 1)
 
 
-class Choices:
-    """Which experts each word visits at each step and use of a layer, in order of their scores, and the first that it
-    does not visit: recorded in one run, replayed in the others.
-
-    The order counts, for the loads are measured against the last expert that wins and the first that does not (Eq. 9),
-    and send gradients to those two.
-    """
-
-    def __init__(self, recorded: dict | None = None) -> None:
-        """`recorded`: of the reference, by (step, site, level); None records."""
-        self.replayed = recorded
-        self.recorded: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, int]] = {}
-        self.flips = 0
-        self.widest_gap = 0.0  # between the scores of a flip, over their size
-
-    def watch(self, training: Training) -> None:
-        """From now on all gates pick here."""
-        for layer in (module for module in training.model.dense.modules() if isinstance(module, MoE)):
-            layer.gate.pick = self.pick
-            if isinstance(layer.experts, Groups):
-                layer.experts.pick = self.pick
-
-    def pick(
-        self, score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: Context
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `gating.topk.highest`, but the recorded experts win."""
-        top_TK, column_TK = highest(score_TE, k, expert_E, ctx)
-        # a word is there once for each group that it chose; the group's first expert tells them apart
-        first = expert_E[..., 0].expand(len(score_TE))
-        key_T = (((ctx.sample_T << POSITION) + ctx.position_T) << POSITION) + first
-        place = (ctx.step, ctx.site, ctx.level)
-        if self.replayed is None:
-            keys, columns, _ = self.recorded.get(place, (key_T[:0], column_TK[:0], k))
-            self.recorded[place] = torch.cat([keys, key_T]), torch.cat([columns, column_TK]), k
-            return top_TK, column_TK
-        keys, columns, _ = self.replayed[place]
-        recorded_TK = columns.to(key_T.device)[_find(key_T, keys.to(key_T.device))]
-        flipped_T = (recorded_TK != column_TK).any(1) & ctx.valid_T
-        self.flips += int(flipped_T.sum())
-        replayed_TK = score_TE.gather(1, recorded_TK)
-        # a rank's score under the recorded order falls short of the rank's own by no more than rounding
-        gap_T = (top_TK - replayed_TK).abs().amax(1)[flipped_T] / score_TE[flipped_T].abs().amax(1)
-        self.widest_gap = max([self.widest_gap, *gap_T.tolist()])
-        return replayed_TK, recorded_TK
-
-
-def _find(key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Where each of `key_T` is in `keys`, which hold it once."""
-    ordered, order = keys.sort()
-    return order[torch.searchsorted(ordered, key_T)]
-
-
 def run_layouts(
     config: Config, layouts: list[Layout], steps: int, reference: Path, replay: bool
 ) -> list[dict[str, Any]]:
@@ -134,7 +76,7 @@ def run_layouts(
         on_layout = layout.of(config)
         training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep))
         if kept is None or replay:
-            choices.watch(training)
+            choices.watch(training.model.dense)
         run = train(training, steps)
         if kept is None:
             told.append({**run["live"], "routing changed": routing_changed(training, run.pop("first"), choices)})
@@ -223,30 +165,15 @@ def _deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
 def routing_changed(training: Training, first: list[Batch], before: Choices) -> float:
     """The part of the first step's words that the final weights, with the same noise, send to other experts."""
     after = Choices()
-    after.watch(training)
+    after.watch(training.model.dense)
     training.task.start(training.task.state[0][0][0].dtype)
     for batch in first:
         training.task.loss(training.engine, batch, training.task.words(first))
-    changed = words = 0
-    for place in (place for place in after.recorded if place[1:] in _innermost(after)):
-        old, new = _by_word(before.recorded[place]), _by_word(after.recorded[place])
-        changed += sum(new[word] != experts for word, experts in old.items())
-        words += len(old)
-    return changed / words if words else 0.0
-
-
-def _innermost(choices: Choices) -> set[tuple[int, int]]:
-    """(site, level) of the gates that choose experts, not groups."""
-    return set({site: level for _, site, level in sorted(choices.recorded)}.items())
-
-
-def _by_word(record: tuple[torch.Tensor, torch.Tensor, int]) -> dict[int, set[int]]:
-    """The experts of each word."""
-    experts: dict[int, set[int]] = {}
-    keys, columns, k = record
-    for key, chosen in zip(keys.tolist(), columns[:, :k].tolist(), strict=True):
-        experts.setdefault(key >> POSITION, set()).update((key % 2**POSITION) + column for column in chosen)
-    return experts
+    changed: list[bool] = []
+    for place in after.places():
+        old, new = before.visits(place), after.visits(place)
+        changed += [new[word] != experts for word, experts in old.items()]
+    return sum(changed) / len(changed) if changed else 0.0
 
 
 HEAD = (

@@ -18,7 +18,7 @@ ORDER = [
     {"layer"},
     {"hierarchical"},
     {"models", "outside", "optim", "data", "metrics", "pictures", "report", "meter"},
-    {"parallelize", "engine", "checkpoint", "evaluate", "summary"},
+    {"parallelize", "engine", "checkpoint", "evaluate", "summary", "replay"},
     {"tasks", "configs"},
     {"cli", "training"},
     {"reader", "verify"},

@@ -16,6 +16,7 @@ from moe_dist.context import Context
 from moe_dist.data.text import Lanes
 from moe_dist.parallel import collectives
 from moe_dist.parallel.spawn import run_distributed
+from moe_dist.replay import Choices
 from moe_dist.verify import REFERENCE, Layout, run_layouts
 
 # the demo, its widths, batch and vocabulary divided so that 1, 2, 3 and 4 ranks can have it
@@ -150,9 +151,9 @@ def test_a_planted_fault_is_reported(fault: str | None, small_text: Path, refere
 def test_a_flip_within_rounding_is_counted_and_the_recorded_ranking_wins() -> None:
     word_T = torch.arange(3)
     ctx = Context(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 3, 3, 1)
-    recorder = verify.Choices()
+    recorder = Choices()
     recorder.pick(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 1.0 + 4e-6, 0.0]]), 1, torch.arange(3), ctx)
-    replayer = verify.Choices(recorder.recorded)
+    replayer = Choices(recorder.recorded)
     # word 2 ranks experts 0 and 1 the other way, 4e-6 of its largest score apart; words lie elsewhere on this layout
     after = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0 + 4e-6, 1.0, 0.0]])
     order = torch.tensor([2, 0, 1])
