@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import IO, Any
 
 from moe_dist import checkpoint, configs
 from moe_dist.config import Config, check, dotted_keys, from_json, nearest, override, to_json
@@ -71,6 +71,16 @@ class Run:
         self.folder = from_main(self._claim)
         return self.folder
 
+    def check_folder(self) -> None:
+        """Finds before any work, and writes nothing, what `open` would find after it."""
+        folder = self.folder or Path("runs")
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"{folder}: cannot be written ({there} is no folder to write to); give another --folder")
+        if (folder / "lock").exists():
+            with open(folder / "lock", "a") as lock:
+                _lock(lock, folder)
+
     def _claim(self) -> Path:
         """Makes the folder this process's own for as long as it lives."""
         name = f"{self.config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -80,14 +90,19 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self.lock, folder)
             (folder / "config.json.new").write_text(to_json(self.config))
             (folder / "config.json.new").rename(folder / "config.json")
-        except BlockingIOError:
-            raise ValueError(f"{folder}: in use by a run that has not ended; wait for it, or stop it") from None
         except OSError as error:
             raise ValueError(f"{folder}: cannot be written ({error.strerror}); give another --folder") from None
         return folder
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: in use by a run that has not ended; wait for it, or stop it") from None
 
 
 def plan(argv: list[str], doc: str | None) -> Run:
@@ -125,6 +140,8 @@ def plan(argv: list[str], doc: str | None) -> Run:
         sys.exit(0)
     with plain_errors():
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
+        if _is_main() and not run.evaluate:
+            run.check_folder()
     run.flops_per_word = told["flops_per_word"]
     return run
 
@@ -152,7 +169,8 @@ def _check_memory(needed: int) -> None:
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "ds_config", "zero", "compare", "mesh.ep",
-    "batch.accumulation", "optim.", "wandb.",
+    "batch.accumulation", "optim.lr", "optim.warmup_steps", "optim.beta", "optim.eps", "optim.clip_norm",
+    "optim.expert_beta2", "wandb.",
 )  # fmt: skip
 
 

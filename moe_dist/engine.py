@@ -172,10 +172,20 @@ class Engine:
                     master.copy_(state[name])
                 for m in MOMENTS:
                     self.optimizer.state[master][m].copy_(state[f"{name}.{m}"])
+            elif self.stage == 3:  # its own way from a whole tensor fails where the ranks do not divide the elements
+                fragment.safe_set_local_fp32_param(p, self._mine(p, state[name]))
+                for m in MOMENTS:
+                    fragment.safe_set_local_optimizer_state(p, self._mine(p, state[f"{name}.{m}"]), m)
             else:
                 fragment.safe_set_full_fp32_param(p, state[name].to(p.device))
                 for m in MOMENTS:
                     fragment.safe_set_full_optimizer_state(p, state[f"{name}.{m}"].to(p.device), m)
+
+    def _mine(self, p: Any, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's partition at ZeRO 3, the last one filled up with zeros."""
+        flat, size = whole.flatten(), p.ds_tensor.numel()
+        padded = torch.cat([flat, flat.new_zeros(size * self.world - len(flat))])
+        return padded.view(self.world, size)[self.optimizer.mesh.dp.index].to(p.device)
 
     @staticmethod
     def shape(p: torch.Tensor) -> torch.Size:

@@ -110,7 +110,10 @@ def show_specialisation(reader: Reader, text: Text, args: argparse.Namespace) ->
     """Shazeer et al. 2017, Table 9: words in order of falling gate weight, with the words around them."""
     for name, visits in reader.visits(text.word_T).items():
         share_E = shares(visits)
-        shown = args.only or share_E.argsort(descending=True, stable=True)[:EXPERTS_SHOWN].tolist()
+        shown = (
+            list(dict.fromkeys(args.only or []))
+            or share_E.argsort(descending=True, stable=True)[:EXPERTS_SHOWN].tolist()
+        )
         print(f"layer {name}: {len(text.words):,} words, {int((share_E > 0).sum())} of {len(share_E)} experts visited")
         print(f"expert   share  weight  {'context (/ is the end of a line)':^{2 * SIDE}}")
         for expert in shown:
@@ -185,6 +188,8 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     for name in ("words", "top", "samples", "next", "read"):
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: at least 1")
+    if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):
+        raise ValueError(f"--prompt {args.prompt!a}: not text in this terminal's encoding")
     if not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature:g}: a positive number")
     return args

@@ -236,7 +236,12 @@ class _WandbThread(threading.Thread):
             )
             while (item := self._queue.get()) is not None:
                 step, make = item
-                run.log({key: _for_wandb(value) for key, value in make().items()}, step=step)
+                try:
+                    values = {key: _for_wandb(value) for key, value in make().items()}
+                except Exception as error:  # a picture may fail; curves go on
+                    tqdm.write(f"warning: not told to wandb at step {step}: {error!r:.300}", file=sys.stderr)
+                else:
+                    run.log(values, step=step)
             run.finish(self._exit_code)
         except Exception as error:
             self._fail(error)

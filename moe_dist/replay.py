@@ -57,7 +57,7 @@ class Choices:
         replayed_TK = score_TE.gather(1, recorded_TK)
         # a rank's score under the recorded order falls short of the rank's own by no more than rounding
         gap_T = (top_TK - replayed_TK).abs().amax(1)[flipped_T] / score_TE[flipped_T].abs().amax(1)
-        self.widest_gap = max([self.widest_gap, *gap_T.tolist()])
+        self.widest_gap = max([self.widest_gap, *gap_T.nan_to_num(torch.inf).tolist()])
         return replayed_TK, recorded_TK
 
     def places(self) -> list[Place]:

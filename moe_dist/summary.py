@@ -36,8 +36,10 @@ def counts(model: nn.Module, config: Config) -> dict[str, int]:
     """Parameters and forward multiply-adds per word of a plain model, as Shazeer et al. 2017 count them (Table 7)."""
     named, kind, moe = dict(model.named_parameters()), kinds(model), config.model.moe
     chosen = {"experts": moe.k if moe.num_groups is None else moe.k**2, "gates": moe.k}
-    # of experts and groups a word visits a few
+    # of experts and groups a word visits a few, of the embedding it takes one row, of a sampled softmax some
+    chosen |= {"rows": _softmax_columns(config)}
     share = {n: Fraction(chosen[kind[n]], p.shape[0]) if kind[n] in chosen else Fraction(1) for n, p in named.items()}
+    share["embedding.weight"] = Fraction(1, config.data.vocabulary_size)
     inner = [name for name in named if not name.startswith(EMBEDDING_AND_SOFTMAX)]
     # a matrix costs a multiply-add per element
     ops = int(sum(named[name].numel() * share[name] for name in inner if named[name].dim() > 1))

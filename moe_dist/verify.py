@@ -1,7 +1,7 @@
 """A certificate that the layout is not part of the result: trains a few steps of a config on every layout asked for.
 
     python -m moe_dist.verify lstm_moe_demo                                one rank against 1, 2, 4 at every ep and ZeRO
-    python -m moe_dist.verify moe_32 --set model.dim=64 --set data.text=embedded --worlds 2 --zero 0 3 --json FILE
+    python -m moe_dist.verify lstm_wide_demo --set model.dim=64 --worlds 2 --zero 0 3 --json FILE
 
 One rank at ZeRO 0 is the reference. Of every other layout it prints the largest relative deviation of the loss and the
 gradient norm of any step and of any weight tensor after the last, ||difference|| / ||reference||, and exits with 1
@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -145,8 +146,8 @@ def compare(run: dict[str, Any], kept: dict[str, Any], choices: Choices) -> dict
     off = {name: _deviation(run["weights"][name], w) for name, w in kept["weights"].items()}
     worst = max(off, key=lambda name: off[name])
     return {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(run["loss"], kept["loss"], strict=True)),
-        "norm": max(abs(a - b) / abs(b) for a, b in zip(run["norm"], kept["norm"], strict=True)),
+        "loss": max(_finite(abs(a - b) / abs(b)) for a, b in zip(run["loss"], kept["loss"], strict=True)),
+        "norm": max(_finite(abs(a - b) / abs(b)) for a, b in zip(run["norm"], kept["norm"], strict=True)),
         "weights": off[worst],
         "tensor": worst,
         "flips": choices.flips,
@@ -158,7 +159,12 @@ def compare(run: dict[str, Any], kept: dict[str, Any], choices: Choices) -> dict
 def _deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
     size = torch.linalg.vector_norm(expected, dtype=torch.float64)
     difference = torch.linalg.vector_norm(got.double() - expected)
-    return (difference / torch.where(size > 0, size, 1)).item()
+    return _finite((difference / torch.where(size > 0, size, 1)).item())
+
+
+def _finite(x: float) -> float:
+    """What is no number is as far off as can be: `max` would pass over it."""
+    return x if math.isfinite(x) else math.inf
 
 
 @torch.no_grad()
@@ -238,8 +244,11 @@ def main(argv: list[str]) -> int:
         for layout in layouts:
             read_ds_config(layout.of(config))
         meshes.lay_out(REFERENCE.of(config), 1)
+        if torch.cuda.is_available() and max(args.worlds) > torch.cuda.device_count():
+            raise ValueError(f"--worlds {max(args.worlds)}: this machine has {torch.cuda.device_count()} GPUs")
     print(f"{HEAD}  tensor that is farthest off", flush=True)
-    told = verify(config, layouts, args.steps, replay=not args.free)
+    with plain_errors():
+        told = verify(config, layouts, args.steps, replay=not args.free)
     bad = [
         t
         for t in told["layouts"]

@@ -334,7 +334,7 @@ def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path
             time.sleep(0.05)
         status, stderr = end(below)
         assert status == 2
-        check_one_line(stderr, "cannot be written (Not a directory)")
+        check_one_line(stderr, "is no folder to write to")
         status, stderr = end(start("--resume", str(run)))
         assert status == 2
         check_one_line(stderr, "in use by a run that has not ended")

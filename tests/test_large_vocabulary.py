@@ -14,6 +14,7 @@ from moe_dist import checkpoint
 from moe_dist.config import OptimConfig, override
 from moe_dist.configs import get
 from moe_dist.context import Context
+from moe_dist.models import softmax as softmax_module
 from moe_dist.models.softmax import Softmax, draw, inclusion
 from moe_dist.outside import Rows
 from moe_dist.parallel import mesh as meshes
@@ -108,7 +109,11 @@ def gradients(layer: Softmax, step: int) -> list[torch.Tensor]:
     return [g.to_dense() if g.is_sparse else g for g in (x_TD.grad, layer.w_VD.grad, layer.b_V.grad)]  # type: ignore[union-attr]
 
 
-def test_sampled_loss_and_gradients_equal_loops() -> None:
+@pytest.mark.parametrize("per_chunk", [64, 3])
+def test_sampled_loss_and_gradients_equal_loops(per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven tokens, in one chunk or in three."""
+    monkeypatch.setattr(softmax_module, "TOKENS_PER_CHUNK", per_chunk)
+    monkeypatch.setattr(softmax_module, "LOGITS_PER_CHUNK", 1)
     samples, step = 12, 9
     x_TD, target_T = tokens()
     layer = softmax(samples)

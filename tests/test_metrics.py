@@ -229,7 +229,8 @@ def test_pictures_are_drawn_in_wandbs_thread_and_not_without_wandb(tmp_path, cap
         assert len(read_metrics(tmp_path / mode)) == 1
     assert names == ["wandb-feed"]
     (warning,) = warnings_in(capsys.readouterr().err)
-    assert warning.startswith("warning: wandb is off") and "no ink" in warning
+    assert warning.startswith("warning: not told to wandb at step 1") and "no ink" in warning
+    assert len(wandb_log(tmp_path / "offline")[2]) == 1, "curves go on"
 
 
 @pytest.mark.timeout(120)

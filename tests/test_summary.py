@@ -119,9 +119,10 @@ def test_kinds_and_active_parameters_by_hand() -> None:
         "middle.experts.experts.w1_eDF": "experts",
         "middle.experts.experts.w2_eFD": "experts",
     }
-    # width 16: embedding and softmax 2 x 300 x 16 + 300; two LSTMs of 8 x 16 x 16 + 8 x 16; primary gate 2 x 16 x 4;
+    # width 16: an embedding of 16; 6 rows of the softmax with a bias, the target's and of 5 draws the 4.7 that are
+    # distinct on average; two LSTMs of 8 x 16 x 16 + 8 x 16; primary gate 2 x 16 x 4;
     # in 2 of 4 groups gates of 2 x 16 x 2, and 4 of 8 experts of 2 x 16 x 24
-    active = (9600 + 300) + 2 * (2048 + 128) + 128 + 2 * 64 + 4 * 768
+    active = 16 + 6 * 17 + 2 * (2048 + 128) + 128 + 2 * 64 + 4 * 768
     assert counts(model, config)["active_parameters_per_word"] == active
 
 

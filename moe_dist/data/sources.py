@@ -9,6 +9,7 @@ import logging
 import lzma
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -161,7 +162,7 @@ def _tables(source: str, dataset: Any) -> Iterator[Any]:
     """The examples a thousand at a time, which costs less than one by one."""
     try:
         yield from dataset.with_format("arrow").iter(batch_size=1000)
-    except ValueError as error:  # bytes that are no UTF-8, JSON or parquet
+    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # no UTF-8, JSON, parquet or archive
         raise ValueError(f"data.text={source!r} is not text ({error}): give plain UTF-8 text files") from error
 
 

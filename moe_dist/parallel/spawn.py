@@ -28,8 +28,8 @@ class RankFailed(Exception):
 def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Runs `function(*args)` in `world` new processes that can join a process group; returns the results by rank.
 
-    `function`, arguments and results are pickled. Raises RankFailed for the first rank that fails, TimeoutError after
-    `timeout` seconds; no process is left in any case.
+    `function`, arguments and results are pickled. Raises RankFailed for the first rank that fails, or the ValueError
+    that it raised; TimeoutError after `timeout` seconds. No process is left in any case.
     """
     deadline = time.monotonic() + timeout
     call = pickle.dumps((function, args))
@@ -58,6 +58,8 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
                 if not text:
                     processes[rank].join(5)
                     text = f"died without a traceback, exit code {processes[rank].exitcode}"
+                if isinstance(text, ValueError):
+                    raise text
                 raise RankFailed(f"{_name(function)}: rank {rank} of {world}\n{text}")
             for _, rank, _, value in answers:
                 results[rank] = pickle.loads(value)
@@ -100,6 +102,8 @@ def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeou
         torch.set_num_threads(1)
         function, args = pickle.loads(call)
         message = (time.monotonic(), False, pickle.dumps(function(*args)))
+    except ValueError as error:  # a user's mistake
+        message = (time.monotonic(), True, error)
     except BaseException:  # the parent raises it
         message = (time.monotonic(), True, traceback.format_exc())
     faulthandler.cancel_dump_traceback_later()
