@@ -321,10 +321,10 @@ def test_generate_says_so_too(
     assert exit_.value.code == 2
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(200)
 def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    sets = set_(*TINY, "steps=100000", f"data.text={small_text}")
+    sets = set_(*TINY, "steps=100000", "save_every=5", f"data.text={small_text}")
     run = tmp_path / "run"
     first = start("lstm_moe_demo", "--folder", str(run), *sets)
     try:

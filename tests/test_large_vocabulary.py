@@ -212,8 +212,7 @@ def train(text: str, layouts: list[tuple[int, int, int]], sets: list[str]) -> li
 def test_every_layout_agrees(small_text: Path) -> None:
     reference = run_distributed(train, 1, str(small_text), [(1, 0, 1)], [])[0][0]
     assert min(reference["norms"]) > 0.3, "clipping at 0.3 is active at every step"
-    for world in (1, 2, 4):
-        layouts = [(ep, zero, acc) for ep in (1, 2, 4) if ep <= world for zero, acc in ((1, 2), (3, 1))]
+    for world, layouts in ((1, [(1, 1, 2)]), (2, [(1, 3, 1), (2, 1, 2)]), (4, [(2, 1, 2), (4, 3, 1)])):
         told = run_distributed(train, world, str(small_text), layouts, [])
         for rank in told:
             for got, layout in zip(rank, layouts, strict=True):

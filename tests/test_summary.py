@@ -127,8 +127,15 @@ def test_kinds_and_active_parameters_by_hand() -> None:
 
 
 def test_nodes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    launch = {
+        "WORLD_SIZE": "8",
+        "RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+        "GROUP_WORLD_SIZE": "2",
+    }
+    for key, value in launch.items():
+        monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit) as end:
         plan(["lstm_moe_demo", "--dry-run", "--set", "mesh.ep=4"], None)
     assert end.value.code == 0
