@@ -115,6 +115,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test perplexity of the newest checkpoint")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if started on N ranks")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
     args = parser.parse_args(argv)
     if args.list:
@@ -122,15 +123,17 @@ def plan(argv: list[str], doc: str | None) -> Run:
             _say(f"{name:<20}{(make.__doc__ or '').splitlines()[0]}")
         sys.exit(0)
     with plain_errors():
-        if args.json and not args.dry_run:
-            raise ValueError("--json: only with --dry-run")
+        if (args.json or args.ranks is not None) and not args.dry_run:
+            raise ValueError("--json and --ranks: only with --dry-run")
+        if args.ranks is not None and args.ranks < 1:
+            raise ValueError(f"--ranks {args.ranks}: at least 1")
         check_launch()
         run = _resolve(args)
         check(run.config)
         if run.config.task not in TASKS:
             raise ValueError(f"task={run.config.task!r}; {nearest(run.config.task, TASKS)}")
         check_text(run.config.data.text)
-        layout = lay_out(run.config, world_size())
+        layout = lay_out(run.config, args.ranks or world_size())
         model = TASKS[run.config.task].plain_model(run.config)
         if run.config.compare:
             _kept_metrics(run.config.compare)

@@ -28,7 +28,7 @@ _HEADLINE = {  # what the terminal shows: the last value of each, where there is
     "loss": "train/loss",
     "perplexity": "train/perplexity",
     "words/s": "words_per_second",
-    "valid perplexity": "valid/perplexity",
+    "valid": "valid/perplexity",  # short, for 80 columns
 }
 
 

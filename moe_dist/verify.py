@@ -44,6 +44,7 @@ from moe_dist.training import Training, set_up, train_step
 GAP = 1e-5  # of their size: two scores this near may be ranked either way by rounding
 ACCUMULATIONS = (1, 2)
 FIRST_PADDED_STEP = 3
+LIVE = 0.2  # of the first step's words change their experts
 HOURS = 24  # that one world may take
 
 
@@ -244,6 +245,8 @@ def main(argv: list[str]) -> int:
         for layout in layouts:
             read_ds_config(layout.of(config))
         meshes.lay_out(REFERENCE.of(config), 1)
+        if not layouts:
+            raise ValueError(f"no layout to verify: {'; '.join(dict.fromkeys(refused))}")
         if torch.cuda.is_available() and max(args.worlds) > torch.cuda.device_count():
             raise ValueError(f"--worlds {max(args.worlds)}: this machine has {torch.cuda.device_count()} GPUs")
     print(f"{HEAD}  tensor that is farthest off", flush=True)
@@ -256,7 +259,10 @@ def main(argv: list[str]) -> int:
     ]
     for reason in dict.fromkeys(refused):
         print(f"not a layout of this config: {reason}")
-    print("the reference: " + ", ".join(f"{name} {value}" for name, value in told["live"].items()))
+    live = told["live"]
+    if live["routing changed"] < LIVE or not live["steps clipped"]:
+        print("note: a quiet run proves less: more --steps, a higher optim.lr or a lower optim.clip_norm would stir it")
+    print("the reference: " + ", ".join(f"{name} {value}" for name, value in live.items()))
     print(f"{len(told['layouts']) - len(bad)} of {len(told['layouts'])} layouts within {args.tolerance:g} of one rank")
     if args.json:
         args.json.write_text(json.dumps(told, indent=2) + "\n")

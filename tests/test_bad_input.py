@@ -88,7 +88,7 @@ def test_a_bad_setting_is_one_line_and_status_2(
     [
         ([], "give one of"),
         (["moe_33"], "no config 'moe_33'; did you mean 'moe_32'"),
-        (["lstm_moe_demo", "--json"], "--json: only with --dry-run"),
+        (["lstm_moe_demo", "--json"], "--json and --ranks: only with --dry-run"),
         (["lstm_moe_demo", "--resume", "runs/x"], "give one of"),
         (["--resume", "runs/x"], "not a run folder"),
     ],
@@ -175,7 +175,11 @@ def test_a_ds_config_that_contradicts_the_run_or_is_broken(
 def start(*args: str, **environment: str) -> subprocess.Popen[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "MOE_DIST_JOIN_SECONDS": "20"} | environment
     command = [sys.executable, str(ROOT / "train.py"), *args]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a shell's background jobs ignore SIGINT, and so would theirs
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def end(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:

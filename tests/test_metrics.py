@@ -156,9 +156,9 @@ def test_an_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch)
     assert [line.partition("  eta")[0] for line in capsys.readouterr().err.splitlines()] == [
         "step 1/3  loss 9.000",
         "step 2/3  loss 4.500",
-        "step 2/3  loss 4.500  valid perplexity 172.0",
-        "step 3/3  loss 3.000  valid perplexity 172.0",  # the last step is told at once, and what is new of it
-        "step 3/3  loss 3.000  valid perplexity 173.0",
+        "step 2/3  loss 4.500  valid 172.0",
+        "step 3/3  loss 3.000  valid 172.0",  # the last step is told at once, and what is new of it
+        "step 3/3  loss 3.000  valid 173.0",
     ]
 
 
@@ -169,7 +169,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path, capsys, monkeypatch):
             log.log(step, {"train/loss": 5.1234})
             log.log(step, {"valid/perplexity": 100.0 + step})
             last = capsys.readouterr().err.split("\r")[-1]
-            assert f"step {step}/10 |" in last and f"loss 5.123  valid perplexity {100 + step}.0  eta" in last
+            assert f"step {step}/10 |" in last and f"loss 5.123  valid {100 + step}.0  eta" in last
 
 
 @pytest.mark.timeout(120)

@@ -45,7 +45,8 @@ class Vocabulary:
         """
         counts: Counter[str] = Counter()
         num_lines = 0
-        for line in tqdm(lines, "vocabulary", unit=" lines", delay=2, leave=False, file=sys.stderr):
+        often = 0.1 if sys.stderr.isatty() else 30  # seconds
+        for line in tqdm(lines, "vocabulary", unit=" lines", delay=2, mininterval=often, leave=False, file=sys.stderr):
             counts.update(tokenize(line))
             num_lines += 1
         num_words = counts.total()
