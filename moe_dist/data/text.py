@@ -45,7 +45,7 @@ class Vocabulary:
         """
         counts: Counter[str] = Counter()
         num_lines = 0
-        often = 0.1 if sys.stderr.isatty() else 30  # seconds
+        often = 0.1 if sys.stderr.isatty() else 2  # seconds; a log wants few lines
         for line in tqdm(lines, "vocabulary", unit=" lines", delay=2, mininterval=often, leave=False, file=sys.stderr):
             counts.update(tokenize(line))
             num_lines += 1
