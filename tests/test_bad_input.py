@@ -252,6 +252,12 @@ def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture
+def run(good: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(good, tmp_path / "run")
+
+
 def newest(run: Path) -> Path:
     return run / "checkpoints" / "step_00000002"
 
@@ -278,26 +284,20 @@ def shard(run: Path) -> Path:
     ],
 )
 def test_a_spoilt_run_is_one_line(
-    spoil: Callable[[Path], object], says: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], object], says: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(good, run)
     spoil(run)
     check_plan(["--resume", str(run), "--set", "steps=3"], says, capsys)
 
 
-def test_a_run_of_an_earlier_version_cannot_go_on(good: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(good, run)
+def test_a_run_of_an_earlier_version_cannot_go_on(run: Path) -> None:
     (newest(run) / "state.json").write_text('{"step": 2, "updates": 2, "vocabulary": ["a"]}')
     with pytest.raises(ValueError, match="no vocabulary with counts"):
         plan(["--resume", str(run), "--set", "steps=3"], None).vocabulary()
 
 
 @pytest.mark.timeout(100)
-def test_a_torn_shard_is_one_line(good: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(good, run)
+def test_a_torn_shard_is_one_line(run: Path) -> None:
     os.truncate(shard(run), 5000)
     before = contents(run)
     status, stderr = end(start("--resume", str(run), "--set", "steps=3"))
@@ -314,10 +314,8 @@ def test_a_torn_shard_is_one_line(good: Path, tmp_path: Path) -> None:
     ],
 )
 def test_generate_says_so_too(
-    spoil: Callable[[Path], object], says: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], object], says: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(good, run)
     spoil(run)
     with pytest.raises(SystemExit) as exit_:
         generate.main([str(run)])
@@ -351,9 +349,7 @@ def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path
 
 
 @pytest.mark.timeout(100)
-def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(good: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(good, run)
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(run: Path) -> None:
     limit = "ulimit -f 50; exec "  # no file above 50 kB, as if the disk were full
     command = [sys.executable, str(ROOT / "train.py"), "--resume", str(run), "--set", "steps=3"]
     before = contents(run / "checkpoints")
