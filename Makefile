@@ -1,7 +1,8 @@
 # make train    sets up .venv and trains the demo on two ranks          make train CONFIG=moe_32 RANKS=4 ARGS='--set zero=3'
 # make test     sets up .venv and runs the tests
 # make check    linter, type checker, tests
-# make bench    words per second beside the dense baseline and DeepSpeed's own MoE layer (19 GB of memory)
+# make bench    words per second beside the dense baseline and DeepSpeed's own MoE layer (19 GB of memory), and our
+#               optimizer beside torch's fused Adam
 # make gpu      tests marked gpu, benchmark and a short training run on CUDA -> benchmarks/results/; with an environment
 #               of your own: make gpu READY= BIN=/usr/bin
 
@@ -38,9 +39,11 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/lm.py $(ARGS)
+	$(BIN)/python benchmarks/optimizer.py
 
 gpu: $(READY)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu: no CUDA device')"
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/lm.py --json benchmarks/results/lm_gpu.json
+	$(BIN)/python benchmarks/optimizer.py --json benchmarks/results/optimizer_gpu.json
 	$(BIN)/torchrun --standalone --nproc-per-node 1 train.py lstm_moe_demo --set steps=200 --set ds_config=bf16 --set wandb.mode=off

@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 2 train.py lstm_moe_demo --set zero=3 --set optim.lr=1e-3
     python train.py lstm_moe_demo --dry-run                                   the layout, and nothing else
     torchrun --nproc-per-node 2 train.py --resume runs/NAME                   goes on where the run stopped
+    python train.py --resume runs/NAME --grow 2                               with two experts for each, as a new run
     python train.py --evaluate runs/NAME                                      test perplexity of its newest checkpoint
 
 CPU with gloo or CUDA with NCCL, whatever is there.
@@ -16,13 +17,15 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from moe_dist import checkpoint, report
+from moe_dist import report
+from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines
 from moe_dist.evaluate import evaluate
 from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.stop import STATUS, Stop
 from moe_dist.training import Training, set_up, train_step
 
 
@@ -30,47 +33,59 @@ def main(run: Run) -> None:
     config = run.config
     with plain_errors():
         mesh = meshes.start(config.mesh.ep)
+        run.choose(mesh)
         training = set_up(config, run.ds_config, mesh, run.vocabulary())
         task, engine = training.task, training.engine
         if run.checkpoint:
-            checkpoint.load(run.checkpoint, engine, task, mesh)
+            load(run.checkpoint, engine, task, mesh, run.growth)
         folder = run.open()
 
-    with plain_errors(OSError):  # a disk may fill
+    with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
         if run.evaluate:
-            result = evaluate(engine, task, "test", mesh)
+            result, status = evaluate(engine, task, "test", mesh), 0
         else:
-            result = train(run, folder, training)
-            if mesh.is_main:
-                report.write_report(folder)
-        if mesh.is_main:
-            print(result_lines(run, result, task.unigram_perplexity(), engine.optimizer.updates))
+            result, status = train(run, folder, training)
+        if mesh.is_main and result:
+            print(result_lines(run, result, task.unigram_perplexity(), engine.optimizer.updates), flush=True)
+        if mesh.is_main and not run.evaluate:
+            report.write_report(folder)
         meshes.stop()
+    sys.exit(status)
 
 
-def train(run: Run, folder: Path, training: Training) -> dict[str, float]:
+def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float], int]:
+    """Test metrics after the last step, none where SIGTERM ended the run before, and the exit status."""
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
     meter, optimizer, result = Meter(mesh, training.layout, run.flops_per_word), engine.optimizer, {}
+    saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background)
     with Metrics(folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
-                 start_step=run.first_step, wandb_id=run.wandb_id) as metrics:  # fmt: skip
+                 start_step=run.first_step, wandb_id=run.wandb_id) as metrics, Stop(mesh) as stop:  # fmt: skip
+        state = {"wandb_id": metrics.wandb_id, "vocabulary": asdict(task.vocabulary)}
+        if run.growth:  # what --resume of the new run finds
+            saver.save(run.first_step, state)
         for step in range(run.first_step + 1, config.steps + 1):
             with meter.step():
                 for batch, nll, stats in train_step(training, step):
                     meter.add(nll, batch.ctx.valid_T.sum(), stats)
             last = step == config.steps
-            if step % config.log_every == 0 or last:
+            stopping = stop.asked() and not last
+            if step % config.log_every == 0 or last or stopping:
                 line = meter.read() | {"train/lr": learning_rate(config.optim, step), "train/grad_norm": optimizer.norm}
                 metrics.log(step, line | {"train/skipped_steps": step - optimizer.updates})
-            if step % config.eval_every == 0 or last:
+            if (step % config.eval_every == 0 or last) and not stopping:  # who asks to stop does not wait for long
                 metrics.log(step, evaluate(engine, task, "valid", mesh))
                 metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
             if last:
                 result = evaluate(engine, task, "test", mesh)
                 metrics.log(step, result)
-            if step % config.save_every == 0 or last:
-                state = {"wandb_id": metrics.wandb_id, "vocabulary": asdict(task.vocabulary)}
-                checkpoint.save(folder, step, engine, task, mesh, state, config.keep_checkpoints)
-    return result
+            if step % config.save_every == 0 or last or stopping:
+                saver.save(step, state)
+            if stopping:
+                break
+        saver.finish()
+    if stopping and mesh.is_main:
+        print(f"stopped after step {step} of {config.steps}: train.py --resume {folder} goes on", flush=True)
+    return result, STATUS if stopping else int(saver.failed)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from pathlib import Path
 from statistics import mean
 from typing import IO, Any
 
-from moe_dist import checkpoint, configs
+from moe_dist import configs
+from moe_dist.checkpoint import manifest
+from moe_dist.checkpoint.contents import read_state
+from moe_dist.checkpoint.grow import Growth
 from moe_dist.config import Config, check, dotted_keys, from_json, nearest, override, to_json
 from moe_dist.data.sources import check_text
 from moe_dist.data.text import Vocabulary
@@ -26,26 +29,30 @@ from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel.collectives import from_main
-from moe_dist.parallel.mesh import check_launch, end, lay_out, memory_per_rank, num_nodes, world_size
+from moe_dist.parallel.mesh import Mesh, check_launch, end, lay_out, memory_per_rank, num_nodes, world_size
 from moe_dist.summary import describe, table
 from moe_dist.tasks import TASKS
 
 
 @dataclass
 class Run:
-    """What the command line asks for. `checkpoint` is where to go on from, None for a new run."""
+    """What the command line asks for. `earlier` is the run to go on from, None for a new one, and `checkpoint` its
+    newest whole checkpoint, which `choose` finds. With `growth` its experts become more, in a run folder of their
+    own."""
 
     config: Config
     ds_config: dict[str, Any]
     folder: Path | None
+    earlier: Path | None = None
     checkpoint: Path | None = None
+    growth: Growth | None = None
     evaluate: bool = False
     flops_per_word: int = 0
 
     @cached_property
     def saved(self) -> dict[str, Any]:
         """The state beside the checkpoint's tensors."""
-        return checkpoint.read_state(self.checkpoint) if self.checkpoint else {"step": 0}
+        return read_state(self.checkpoint) if self.checkpoint else {"step": 0}
 
     @property
     def first_step(self) -> int:
@@ -54,7 +61,7 @@ class Run:
 
     @property
     def wandb_id(self) -> str | None:
-        return self.saved.get("wandb_id")
+        return None if self.growth else self.saved.get("wandb_id")
 
     def vocabulary(self) -> Vocabulary | None:
         """Of the run that goes on; None for a new one. Raises ValueError where an earlier version saved it."""
@@ -64,6 +71,19 @@ class Run:
             return Vocabulary(**{key: tuple(values) for key, values in self.saved["vocabulary"].items()})
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{self.checkpoint}: no vocabulary with counts in state.json; train anew") from None
+
+    def choose(self, mesh: Mesh) -> None:
+        """Finds the checkpoint to go on from, and says which were refused. A collective, for all are read whole.
+
+        Raises ValueError, on every rank, where none is whole or has steps to go.
+        """
+        if not self.earlier:
+            return
+        self.checkpoint, refused = manifest.newest_whole(self.earlier, mesh.files)
+        for reason in refused:
+            _say(f"warning: {reason}. Refused; going on from {self.checkpoint.name}", sys.stderr)
+        if not self.evaluate and self.first_step >= self.config.steps:
+            raise ValueError(f"{self.earlier}: has all of its {self.config.steps} steps; --set steps=N goes on to more")
 
     def open(self) -> Path:
         """The run folder, the same on every rank, with the config in it. Raises ValueError on every rank where it
@@ -112,6 +132,8 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
     parser.add_argument("--folder", type=Path, metavar="PATH", help="run folder of a new run (default: runs/NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="goes on from the newest checkpoint of a run folder")
+    parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
+    parser.add_argument("--grow-noise", type=float, default=0.01, metavar="X", help="largest change of a copied weight")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test perplexity of the newest checkpoint")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
@@ -154,10 +176,10 @@ def _is_main() -> bool:
     return os.environ.get("RANK") in (None, "", "0")
 
 
-def _say(text: str) -> None:
+def _say(text: str, to: IO[str] | None = None) -> None:
     """Prints on rank 0 alone."""
     if _is_main():
-        print(text, flush=True)
+        print(text, file=to, flush=True)
 
 
 def _check_memory(needed: int) -> None:
@@ -171,9 +193,9 @@ def _check_memory(needed: int) -> None:
 
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
 MAY_CHANGE = (
-    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "ds_config", "zero", "compare", "mesh.ep",
-    "batch.accumulation", "optim.lr", "optim.warmup_steps", "optim.beta", "optim.eps", "optim.clip_norm",
-    "optim.expert_beta2", "wandb.",
+    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "save_in_background", "ds_config", "zero",
+    "compare", "mesh.ep", "batch.accumulation", "optim.lr", "optim.warmup_steps", "optim.beta", "optim.eps",
+    "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "wandb.",
 )  # fmt: skip
 
 
@@ -189,18 +211,24 @@ def read_config(run: Path) -> Config:
 
 def _resolve(args: argparse.Namespace) -> Run:
     earlier = args.resume or args.evaluate
-    if (args.name is None) == (earlier is None) or (args.resume and args.evaluate) or (args.folder and earlier):
-        raise ValueError("give one of: NAME, --resume RUN, --evaluate RUN (and --folder FOLDER with NAME alone)")
+    new = args.name is not None or args.grow is not None
+    if (args.name is None) == (earlier is None) or (args.resume and args.evaluate) or (args.folder and not new):
+        raise ValueError(
+            "give one of: NAME, --resume RUN, --evaluate RUN (and --folder PATH with NAME or --grow alone)"
+        )
+    if args.grow is not None and not args.resume:
+        raise ValueError(f"--grow {args.grow}: only with --resume RUN")
+    if args.folder and (args.folder / "config.json").exists():
+        raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
     if earlier is None:
         config = override(configs.get(args.name), args.set)
-        if args.folder and (args.folder / "config.json").exists():
-            raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
         return Run(config, read_ds_config(config), args.folder)
     config = read_config(earlier)
+    may_change = MAY_CHANGE + (("model.moe.k", "name") if args.grow else ())
     for key in (text.partition("=")[0] for text in args.set):
-        if key in dotted_keys() and not key.startswith(MAY_CHANGE):
+        if key in dotted_keys() and not key.startswith(may_change):
             raise ValueError(
-                f"--set {key}: {earlier} cannot go on with another; what may change: {', '.join(MAY_CHANGE)}"
+                f"--set {key}: {earlier} cannot go on with another; what may change: {', '.join(may_change)}"
             )
     if world_size() % config.mesh.ep:  # the layout is no part of the result, so any that fits will do
         ep = math.gcd(config.mesh.ep, world_size())
@@ -209,10 +237,21 @@ def _resolve(args: argparse.Namespace) -> Run:
     config = override(config, args.set)
     if args.resume and (earlier / METRICS).exists():
         read_metrics(earlier)
-    run = Run(config, read_ds_config(config), earlier, checkpoint.latest(earlier), evaluate=bool(args.evaluate))
-    if not run.evaluate and run.saved["step"] >= config.steps:
-        raise ValueError(f"{earlier}: has all of its {config.steps} steps; --set steps=N goes on to more")
-    return run
+    manifest.checkpoints(earlier)
+    folder, growth = earlier, None
+    if args.grow is not None:
+        lay_out(config, world_size())  # for the saved experts are read by the same ranks
+        folder, growth = args.folder, _growth(args, config)
+        config = override(config, [f"model.moe.num_experts={config.model.moe.num_experts * growth.times}"])
+    return Run(config, read_ds_config(config), folder, earlier, growth=growth, evaluate=bool(args.evaluate))
+
+
+def _growth(args: argparse.Namespace, config: Config) -> Growth:
+    if args.grow < 2 or config.model.middle != "moe":
+        raise ValueError(f"--grow {args.grow}: 2 or more, for a run that has experts")
+    if not 0 <= args.grow_noise <= 1:
+        raise ValueError(f"--grow-noise {args.grow_noise}: from 0 to 1")
+    return Growth(args.grow, args.grow_noise, config.seed)
 
 
 @contextlib.contextmanager

@@ -85,6 +85,10 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_norm: float | None = 1.0  # one norm over dense parameters and all experts
+    clip_by: str = "step"  # whose norm: this "step"'s, or the "previous" one's (of a run's first step: not clipped)
+    # expert gradients are used and freed as soon as backward has made them: 4 bytes a parameter are all that an expert
+    # parameter takes in fp32; a step whose gradient is not finite ends the run, for it cannot be skipped
+    free_gradients: bool = False
     expert_form: str = "paper"  # "paper": v = r c / mean(r), then the root; "diet": roots first; "adam": not factored
     expert_beta2: float = 0.999
 
@@ -108,6 +112,7 @@ class Config:
     eval_every: int = 500  # steps between evaluations on the validation split
     save_every: int = 500  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2
+    save_in_background: bool = False  # a checkpoint is copied and written while training goes on
     ds_config: str = "fp32"
     zero: int | None = None
     compare: str | None = None  # kept metrics (JSON) of a baseline, printed beside the result
@@ -120,6 +125,7 @@ class Config:
 
 
 WANDB_MODES = ("online", "offline", "off")
+CLIP_BY = ("step", "previous")
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
 AT_LEAST_ONE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "data.vocabulary_size", "model.dim",
@@ -152,6 +158,13 @@ def check(config: Config) -> None:
             raise ValueError(f"{key}={value}: 0 or more")
     if config.save_every % config.log_every:  # else a resumed run's first line would hold fewer steps
         raise ValueError(f"save_every={config.save_every} is not a multiple of log_every={config.log_every}")
+    if config.optim.clip_by not in CLIP_BY:
+        raise ValueError(f"optim.clip_by={config.optim.clip_by!r}; {nearest(config.optim.clip_by, CLIP_BY)}")
+    if config.optim.free_gradients and config.optim.clip_norm is not None and config.optim.clip_by == "step":
+        raise ValueError(
+            "optim.free_gradients updates experts before the step's norm is known: optim.clip_by=previous or "
+            "optim.clip_norm=none"
+        )
     if config.wandb.mode not in WANDB_MODES:
         raise ValueError(f"wandb.mode={config.wandb.mode!r}; {nearest(config.wandb.mode, WANDB_MODES)}")
 

@@ -122,9 +122,12 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of this rank's part of one micro-batch's loss. Gradients are summed over ranks and micro-batches;
-        after the last micro-batch of a step comes the update."""
+        after the last micro-batch of a step comes the update.
+
+        Raises FloatingPointError, on every rank, for a step that could not be skipped."""
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # undoes the engine's averaging over ranks
         self.engine.step()
+        self.optimizer.check_not_skipped()
 
     def flat(self) -> list[torch.Tensor]:
         """What the optimizer's state belongs to: whole parameters in order at ZeRO 0, this rank's partition above."""
@@ -141,14 +144,16 @@ class Engine:
         fragment = self.deepspeed.utils
         for i, (name, p) in enumerate(self.names.items()):
             if self.stage == 0:
-                master = self.flat()[i]
-                yield name, master.detach()
-                yield from ((f"{name}.{m}", self.optimizer.state[master][m]) for m in MOMENTS)
+                yield name, self.flat()[i].detach()
             else:
                 yield name, fragment.safe_get_full_fp32_param(p).view(self.shape(p))
-                yield from (
-                    (f"{name}.{m}", fragment.safe_get_full_optimizer_state(p, m).view(self.shape(p))) for m in MOMENTS
-                )
+            for moment in MOMENTS:
+                if self.optimizer.updates == 0:  # there are none yet
+                    yield f"{name}.{moment}", torch.zeros(self.shape(p))
+                elif self.stage == 0:
+                    yield f"{name}.{moment}", self.optimizer.state[self.flat()[i]][moment]
+                else:
+                    yield f"{name}.{moment}", fragment.safe_get_full_optimizer_state(p, moment).view(self.shape(p))
 
     def empty_dense_state(self) -> dict[str, torch.Tensor]:
         """Tensors to be filled by a checkpoint, with the keys and shapes of `dense_state`."""

@@ -66,7 +66,8 @@ class Metrics:
         self._start_step, self._total_steps = start_step, total_steps
         run.mkdir(parents=True, exist_ok=True)
         _keep_until(run / FILE_NAME, start_step)
-        self._file = open(run / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
+        self._file = open(run / FILE_NAME, "ab", buffering=0)  # noqa: SIM115 (close() closes it)
+        self._waiting = b""  # lines that a full disk did not take
         self._wandb: _WandbThread | None = None
         if wandb_mode != "off":
             self.wandb_id = wandb_id or secrets.token_hex(4)
@@ -87,8 +88,8 @@ class Metrics:
         """
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step} | {key: _or_null(value) for key, value in values.items()}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step} | {key: _or_null(value) for key, value in values.items()})
+        self._append(line.encode() + b"\n")
         if self._wandb:
             compact = {key: _as_number(value) for key, value in values.items()}
             self._wandb.put(step, lambda: compact)
@@ -99,6 +100,16 @@ class Metrics:
         """Gives wandb the PNG files that `draw` returns. It is called in wandb's thread; without wandb, never."""
         if self._enabled and self._wandb:
             self._wandb.put(step, lambda: {f"report/{path.stem}": path for path in draw()})
+
+    def _append(self, line: bytes) -> None:
+        """What a full disk does not take is told once, and waits for the next line: the run goes on."""
+        told, self._waiting = bool(self._waiting), self._waiting + line
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not told:
+                tqdm.write(f"warning: {self._file.name}: {error.strerror}; its lines wait in memory", file=sys.stderr)
 
     def _show(self, step: int, text: str) -> None:
         """How far the run is: a live bar on a terminal, elsewhere a plain line at most every two seconds."""

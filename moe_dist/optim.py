@@ -5,17 +5,21 @@ averaged over all ranks. Gradients of experts and gates of groups are summed ove
 those of rows over all ranks; both are divided by the number of all ranks, as if there were one rank. Then: one norm
 over everything, one clip factor, one update: Adam (torch's fused one, the base class) for the dense parameters, and
 what `outside.py` says for the others.
+
+Where the clip factor comes from the norm of the step before (`clip_by`), or there is none, experts need not wait: with
+`free_gradients` each stack of them is updated within backward, when its gradient is whole, which is then freed.
 """
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from moe_dist.config import OptimConfig, nearest
-from moe_dist.outside import Adam, Factored, Rows, square_of
+from moe_dist.outside import Adam, Factored, Rows, Spread, square_of
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Mesh
 
@@ -45,28 +49,65 @@ class Optimizer(torch.optim.Adam):
         if config.expert_form not in FORMS:
             raise ValueError(f"optim.expert_form={config.expert_form!r}; {nearest(config.expert_form, FORMS)}")
         super().__init__(dense, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-        self.experts = {name: FORMS[config.expert_form](p) for name, p in experts.items()}
-        self.gates = {name: Adam(p) for name, p in gates.items()}
+        self.experts = {name: FORMS[config.expert_form](p, mesh.edp) for name, p in experts.items()}
+        self.gates = {name: Adam(p, mesh.edp) for name, p in gates.items()}
         self.rows = {name: Rows(name, named, mesh.dp) for name, named in rows.items()}
         self.config, self.mesh, self.zero = config, mesh, zero
         self.updates = 0  # steps that were not skipped
         self.norm = math.nan  # of the last step, before clipping; not a number where DeepSpeed refused to step
+        self.previous_norm = 0.0  # of the last step that was not skipped; part of a checkpoint
         self.begun = False
+        self.squares: dict[Spread, torch.Tensor] = {}  # of this step's gradients, so far
+        for state in self.experts.values() if config.free_gradients else ():
+            state.when_complete(partial(self._update_and_free, state))
+
+    @property
+    def spread(self) -> list[Spread]:
+        return [*self.experts.values(), *self.gates.values()]
 
     def round_masters(self) -> None:
         """After masters have been loaded: narrow parameters follow them."""
         of_rows = [master for table in self.rows.values() for master in table.named.values()]
-        for master in (*self.experts.values(), *self.gates.values(), *of_rows):
+        for master in (*self.spread, *of_rows):
             master.round_master()
 
     def begin(self, lr: float) -> None:
         """To be called before the first backward of a step that is to use `lr`."""
         self.param_groups[0]["lr"] = lr
         self.norm, self.begun = math.nan, True
-        for state in (*self.experts.values(), *self.gates.values()):
+        self.squares.clear()
+        for state in self.spread:
             state.clear_to_reuse()
         for table in self.rows.values():
             table.clear()
+
+    def _form(self, state: Spread) -> None:
+        """The gradient, and its part of the norm."""
+        state.reduce()
+        self.squares[state] = state.square()
+
+    def _factor(self, norm: float) -> float:
+        """That all gradients are multiplied by."""
+        clip = self.config.clip_norm
+        return 1.0 if clip is None or norm <= clip else clip / norm
+
+    def _update(self, state: Spread, factor: float) -> None:
+        state.update(factor / self.mesh.dp.size, self.param_groups[0]["lr"], self.updates + 1, self.config)
+
+    @torch.no_grad()
+    def _update_and_free(self, state: Spread) -> None:
+        assert self.begun and state not in self.squares, "a second gradient of experts that have been updated"
+        self._form(state)
+        self._update(state, self._factor(self.previous_norm))
+        state.clear()
+
+    def check_not_skipped(self) -> None:
+        """Raises FloatingPointError after a step that was skipped where its experts were not."""
+        if self.config.free_gradients and not math.isfinite(self.norm):
+            raise FloatingPointError(
+                f"step {self.updates + 1}: the gradient is not finite, and with optim.free_gradients experts have been "
+                f"updated by it; --resume goes on from the last checkpoint, and a lower optim.lr may help"
+            )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -76,28 +117,28 @@ class Optimizer(torch.optim.Adam):
         self.begun = False
         (group,) = self.param_groups  # a norm needs every gradient at once
         gradients = [p.grad for p in group["params"] if p.grad is not None]
-        spread, rows = [*self.experts.values(), *self.gates.values()], list(self.rows.values())
-        for state in spread:
-            sum_over(state.gradient(), self.mesh.edp)
+        rows, waiting = list(self.rows.values()), [state for state in self.spread if state not in self.squares]
+        for state in waiting:
+            self._form(state)
         for table in rows:
             table.reduce()
         dense_square = square_of(gradients, self.mesh.device)
         if self.zero > 0:  # partitions; at stage 0 every rank holds the whole gradient
             sum_over(dense_square, self.mesh.dp)
         zero = torch.zeros_like(dense_square)
-        outside_square = sum_over(sum((state.square() for state in spread), zero), self.mesh.ep)
+        outside_square = sum_over(sum((self.squares[state] for state in self.spread), zero), self.mesh.dp)
         outside_square = sum((table.square() for table in rows), outside_square)
         world = self.mesh.dp.size
         self.norm = math.sqrt((dense_square + outside_square / world**2).item())
         if not math.isfinite(self.norm):
             return
-        clip, lr = self.config.clip_norm, group["lr"]
-        factor = 1.0 if clip is None or self.norm <= clip else clip / self.norm
+        factor = self._factor(self.norm if self.config.clip_by == "step" else self.previous_norm)
         if gradients:
             torch._foreach_mul_(gradients, factor)
         super().step()
-        self.updates += 1
-        for state in spread:
-            state.update(factor / world, lr, self.updates, self.config)
+        for state in waiting:
+            self._update(state, factor)
         for table in rows:
-            table.update(factor / world, lr, self.config)
+            table.update(factor / world, group["lr"], self.config)
+        self.updates += 1
+        self.previous_norm = self.norm

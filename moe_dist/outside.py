@@ -10,30 +10,38 @@
 
 A narrow parameter (bf16) is the rounded copy, for compute, of a master kept here.
 
-Legend: e experts of this rank, D rows, F columns; V words, n of them touched.
+Of the experts that several ranks hold each is one rank's to update, whole: gradients are summed there, and there alone
+are its master and its state; then the others get its weights. Gates of groups likewise.
+
+Legend: e experts of this rank, of which it updates some; D rows, F columns; V words, n of them touched.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import nn
 
 from moe_dist.config import OptimConfig
-from moe_dist.parallel.collectives import any_over, sum_over
+from moe_dist.parallel.collectives import any_over, from_owner, sum_over, sum_to
 from moe_dist.parallel.mesh import Axis
 
-ELEMENTS_PER_CHUNK = 2**20  # an update's temporaries stay in cache
+ELEMENTS_PER_CHUNK = {"cpu": 2**18, "cuda": 2**26}  # temporaries stay in a core's cache; few kernels
+
+SHORT = 1024  # elements that add up in float32 without a loss
 
 
 class Master:
-    """A parameter, its master where it is narrower than float32, and its gradient summed over micro-batches."""
+    """A parameter, the master of the part of it that this rank updates, where it is narrower than float32, and the
+    gradient of all of it summed over micro-batches."""
 
-    def __init__(self, p: nn.Parameter) -> None:
-        self.p = p
+    def __init__(self, p: nn.Parameter, mine: slice = slice(None)) -> None:
+        """`mine`: along the first dimension."""
+        self.p, self.mine = p, mine
         wide = torch.promote_types(p.dtype, torch.float32)
         self.narrow = p.dtype != wide
-        self.master = p.detach().to(wide)  # the parameter itself where it is wide enough
+        self.master = p.detach()[mine].to(wide)  # of the parameter itself where it is wide enough
         self.sum: torch.Tensor | None = None  # of narrow gradients over micro-batches
         if self.narrow:
             p.register_post_accumulate_grad_hook(self._widen)
@@ -52,7 +60,7 @@ class Master:
     def gradient(self) -> torch.Tensor:
         """Summed over this step's micro-batches, wide. Zeros where no backward came by."""
         if self.summed is None:
-            zeros = torch.zeros_like(self.master)
+            zeros = torch.zeros_like(self.p, dtype=self.master.dtype)
             self.sum, self.p.grad = (zeros, None) if self.narrow else (None, zeros)
         assert self.summed is not None
         return self.summed
@@ -70,58 +78,108 @@ class Master:
     def round_master(self) -> None:
         """The parameter follows its master."""
         if self.narrow:
-            self.p.copy_(self.master)
+            self.p[self.mine] = self.master
 
 
-class Factored(Master):
-    """A stacked expert parameter (e, D, F) and its factored second moment."""
+class Spread(Master):
+    """A stack of experts or of groups: each is updated by one of the ranks that hold it, its owner, each of which owns
+    a consecutive part."""
 
-    def __init__(self, p: nn.Parameter) -> None:
-        super().__init__(p)
-        self.row_eD = self.master.new_zeros(p.shape[:2])
-        self.column_eF = self.master.new_zeros((p.shape[0], p.shape[2]))
-        self.row_square_eD = self.row_eD  # of this step's gradient
+    def __init__(self, p: nn.Parameter, replicas: Axis) -> None:
+        """`replicas`: the ranks that hold the same stack."""
+        self.replicas, self.parts = replicas, replicas.parts(len(p))
+        super().__init__(p, self.parts[replicas.index])
+
+    def when_complete(self, do: Callable[[], None]) -> None:
+        """Has `do` called, within backward, when the gradient of this rank's words is whole."""
+        self.p.register_post_accumulate_grad_hook(lambda p: do())
+
+    @property
+    def my_gradient(self) -> torch.Tensor:
+        """Of what this rank owns; of all ranks' words after `reduce`."""
+        return self.gradient()[self.mine]
+
+    def reduce(self) -> None:
+        """Sums the gradient of each part on its owner."""
+        for owner, part in enumerate(self.parts):
+            sum_to(self.gradient()[part], self.replicas, owner, ("experts", "gradients"))
 
     def square(self) -> torch.Tensor:
-        """Of the gradient (float64 scalar). The row sums that it is made of serve the update as well."""
-        self.row_square_eD = row_squares_of(self.gradient())
-        return self.row_square_eD.double().sum()
+        """Of the gradient of what this rank owns (float64 scalar)."""
+        raise NotImplementedError
 
     def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
         """One step with gradient `scale` x the sum, after `square`."""
-        per_chunk = max(1, ELEMENTS_PER_CHUNK // self.p[0].numel())
-        whole = (self.master, self.gradient(), self.row_square_eD, self.row_eD, self.column_eF)
-        for w, g, square, row, column in zip(*(t.split(per_chunk) for t in whole), strict=True):
-            factored_update(w, g, square, row, column, scale, lr, step, config)
+        raise NotImplementedError
+
+    def tensors(self, step: int) -> dict[str, torch.Tensor]:
+        """Master and state of what this rank owns, by the ending of their names, after `step` steps."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def round_master(self) -> None:
+        """The parameter follows the masters of all owners."""
+        super().round_master()
+        self.share(self.p)
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """Every owner gives the others its part of `x`, in place."""
+        for owner, part in enumerate(self.parts):
+            from_owner(x[part], self.replicas, owner, ("experts", "weights"))
+        return x
+
+    def whole_master(self) -> torch.Tensor:
+        """Of all owners. A collective."""
+        whole = torch.empty_like(self.p, dtype=self.master.dtype, requires_grad=False)
+        whole[self.mine] = self.master
+        return self.share(whole)
+
+
+class Factored(Spread):
+    """A stacked expert parameter (e, D, F) and its factored second moment."""
+
+    row_square_eD: torch.Tensor  # of this step's gradient, from `square` to `update`
+    column_square_eF: torch.Tensor
+
+    def __init__(self, p: nn.Parameter, replicas: Axis) -> None:
+        super().__init__(p, replicas)
+        e, rows, columns = self.master.shape
+        self.row_eD, self.column_eF = self.master.new_zeros(e, rows), self.master.new_zeros(e, columns)
+
+    def square(self) -> torch.Tensor:
+        """The sums that it is made of serve the update as well."""
+        self.row_square_eD, self.column_square_eF = squares_of(self.my_gradient)
+        return self.row_square_eD.double().sum()
+
+    def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
+        squares, means = (self.row_square_eD, self.column_square_eF), (self.row_eD, self.column_eF)
+        factored_update(self.master, self.my_gradient, *squares, *means, scale, lr, step, config)
+        del self.row_square_eD, self.column_square_eF
         self.round_master()
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
-        """Master and state, by the ending of their names."""
         return {"": self.master, ".row": self.row_eD, ".column": self.column_eF}
 
 
-class Adam(Master):
+class Adam(Spread):
     """A stacked parameter under torch's fused Adam."""
 
-    def __init__(self, p: nn.Parameter) -> None:
-        super().__init__(p)
+    def __init__(self, p: nn.Parameter, replicas: Axis) -> None:
+        super().__init__(p, replicas)
         self.adam = torch.optim.Adam([self.master], fused=True)
 
     def square(self) -> torch.Tensor:
-        """Of the gradient (float64 scalar)."""
-        return square_of([self.gradient()], self.p.device)
+        return square_of([self.my_gradient], self.p.device)
 
     def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
-        """One step with gradient `scale` x the sum."""
         self.adam.param_groups[0] |= {"lr": lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-        self.master.grad = self.gradient().mul_(scale)
+        self.master.grad = self.my_gradient.mul_(scale)
         self.adam.step()
         self.master.grad = None
         self.round_master()
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
-        """Master and moments by the ending of their names; the moments are made where there are none yet, after
-        `step` steps."""
+        """The moments are made where there are none yet."""
         state = self.adam.state[self.master]
         if not state:  # as torch makes it
             state |= {m: torch.zeros_like(self.master) for m in ("exp_avg", "exp_avg_sq")}
@@ -205,22 +263,45 @@ def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
 
 
 def square_of(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Sum of squares, added up in float64: in float32 a million elements on CPU lose 5e-5 of it, and more or less of it
-    on another layout."""
+    """Sum of squares, of short rows in float32 and of those in float64. All in float32 a million elements on CPU lose
+    5e-5 of it, and more or less of it on another layout; all in float64 it takes twenty times as long."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for t in tensors:
-        for chunk in t.flatten().split(ELEMENTS_PER_CHUNK):
-            total += torch.linalg.vector_norm(chunk, dtype=torch.float64).square()
+        flat = t.flatten()
+        even = len(flat) - len(flat) % SHORT
+        norms = torch.linalg.vector_norm(flat[:even].view(-1, SHORT), dim=1).double()
+        total += norms.square().sum() + torch.linalg.vector_norm(flat[even:]).double().square()
     return total
 
 
-def row_squares_of(g_eDF: torch.Tensor) -> torch.Tensor:
-    """Sums of squares of each row (e, D): the norm and the row means are both made of them."""
-    return torch.linalg.vector_norm(g_eDF, dim=2).square_()  # rows are short: float32 will do
+def pieces(like_eDF: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Experts and rows of a stack, some whole experts or some rows of one at a time, and memory for a temporary of that
+    shape: one for all of them, which stays in cache."""
+    e, rows, columns = like_eDF.shape
+    most = ELEMENTS_PER_CHUNK[like_eDF.device.type]
+    num_rows = max(1, min(rows, most // columns))
+    num_experts = max(1, most // (rows * columns))
+    memory = like_eDF.new_empty(min(e, num_experts) * num_rows * columns)
+    for i in range(0, e, num_experts):
+        for row in range(0, rows, num_rows):
+            shape = (min(num_experts, e - i), min(num_rows, rows - row), columns)
+            yield slice(i, i + shape[0]), slice(row, row + shape[1]), memory[: math.prod(shape)].view(shape)
+
+
+def squares_of(g_eDF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares of each row (e, D) and column (e, F) of every expert, of which norm and means are made; memory is
+    read once. They are short: float32 will do."""
+    e, rows, columns = g_eDF.shape
+    row_eD, column_eF = g_eDF.new_empty(e, rows), g_eDF.new_zeros(e, columns)
+    for some, d, square in pieces(g_eDF):
+        torch.mul(g_eDF[some, d], g_eDF[some, d], out=square)
+        torch.sum(square, 2, out=row_eD[some, d])
+        column_eF[some] += square.sum(1)
+    return row_eD, column_eF
 
 
 def factored_update(
-    w_eDF: torch.Tensor, g_eDF: torch.Tensor, row_square_eD: torch.Tensor,
+    w_eDF: torch.Tensor, g_eDF: torch.Tensor, row_square_eD: torch.Tensor, column_square_eF: torch.Tensor,
     row_eD: torch.Tensor, column_eF: torch.Tensor, scale: float, lr: float, step: int, config: OptimConfig,
 ) -> None:  # fmt: skip
     """In place: weights, row means and column means of g² after one step of Adam with beta1 = 0 (Appendix D).
@@ -231,7 +312,7 @@ def factored_update(
     beta, correction = config.expert_beta2, 1 - config.expert_beta2**step
     rows, columns = g_eDF.shape[1:]
     row_eD.lerp_(row_square_eD * (scale**2 / columns), 1 - beta)
-    column_eF.lerp_(torch.linalg.vector_norm(g_eDF, dim=1).square_().mul_(scale**2 / rows), 1 - beta)
+    column_eF.lerp_(column_square_eF * (scale**2 / rows), 1 - beta)
     r_eD, c_eF = row_eD / correction, column_eF / correction
     if config.expert_form == "paper":  # sqrt(r c / mean(r)), the root of each factor
         left_eD = (r_eD / _or_one(r_eD.mean(1, keepdim=True))).sqrt_()
@@ -239,8 +320,10 @@ def factored_update(
     else:  # tensor2tensor, diet.py: roots, then the mean
         left_eD, right_eF = r_eD.sqrt_(), c_eF.sqrt_()
         right_eF = right_eF / _or_one(right_eF.mean(1, keepdim=True))
-    root_eDF = left_eD[:, :, None] * right_eF[:, None, :]
-    w_eDF.addcdiv_(g_eDF, root_eDF.add_(config.eps), value=-lr * scale)
+    eps_F = right_eF.new_full((columns,), config.eps)  # as a scalar it would keep the kernel from vector instructions
+    for some, d, root in pieces(w_eDF):  # two passes: sqrt(v) + eps, which stays in cache, and the weights
+        torch.addcmul(eps_F, left_eD[some, d, None], right_eF[some, None], out=root)
+        w_eDF[some, d].addcdiv_(g_eDF[some, d], root, value=-lr * scale)
 
 
 def _or_one(x: torch.Tensor) -> torch.Tensor:

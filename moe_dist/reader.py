@@ -7,6 +7,7 @@ Legend: T words of a text, V vocabulary, D width, K experts that a word visits (
 M visits of one expert, N assignments.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moe_dist import checkpoint
+from moe_dist.checkpoint.manifest import newest_whole
+from moe_dist.checkpoint.whole import load_weights
 from moe_dist.cli import Run, read_config
 from moe_dist.context import Context
 from moe_dist.dispatch.exchange import ExpertModule, LocalExchange
@@ -60,12 +62,15 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         """Raises ValueError for a folder without a config or checkpoint, or where the two do not fit together."""
-        config, newest = read_config(folder), checkpoint.latest(folder)
-        vocabulary = Run(config, read_ds_config(config), folder, newest).vocabulary()
+        config = read_config(folder)
+        newest, refused = newest_whole(folder)
+        for reason in refused:
+            print(f"warning: {reason}. Refused; reading {newest.name}", file=sys.stderr)
+        vocabulary = Run(config, read_ds_config(config), folder, folder, newest).vocabulary()
         assert vocabulary is not None
         self.config, self.vocabulary = config, vocabulary
         self.model: Any = TASKS[config.task].plain_model(config).to_empty(device="cpu")
-        checkpoint.load_weights(newest, self.model)
+        load_weights(newest, self.model)
         self.watched: dict[str, Watched] = {}  # by layer
         for name, layer in self.model.named_modules():
             if isinstance(layer, MoE):

@@ -63,21 +63,29 @@ def _softmax_columns(config: Config) -> int:
 def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any]) -> dict[str, Any]:
     """{"parameters": numbers, "memory_bytes": by kind, an estimate}: what one rank holds.
 
-    Parameters and optimizer state are exact but for padding, and "rows" as if every row had been touched; activations
-    follow from the widths of what is kept for backward.
+    Parameters and optimizer state are exact but for padding, and "rows" as if every row had been touched; of experts
+    that replicas share it is the rank that owns the most. Activations follow from the widths of what is kept for
+    backward.
     """
     stage, ep, world = ds["zero_optimization"]["stage"], config.mesh.ep, layout.world
     bf16 = bool(ds.get("bf16", {}).get("enabled"))
     width = 2 if bf16 else FLOAT
     held: Counter[str] = Counter()  # parameters of a rank before ZeRO
-    factored = 0  # rows and columns of expert matrices
+    owned: Counter[str] = Counter()  # of experts and gates, those that the rank updates
+    factored = 0  # rows and columns of expert matrices that it updates
+    largest = 0  # stack of expert matrices on a rank
     for name, kind in kinds(model).items():
         p = model.get_parameter(name)
         spread = kind in ("experts", "gates")
         held[kind] += p.numel() // (ep if spread else 1)
-        factored += (p.numel() // p.shape[1] + p.numel() // p.shape[2]) // ep if kind == "experts" else 0
+        if spread:
+            matrices = -(-(p.shape[0] // ep) // (world // ep))
+            owned[kind] += matrices * p[0].numel()
+        if kind == "experts":
+            factored += matrices * (p.shape[1] + p.shape[2])
+            largest = max(largest, p.numel() // ep)
     dense, experts, gates, rows = (held[kind] for kind in ("dense", "experts", "gates", "rows"))
-    expert_state = experts * MOMENTS if config.optim.expert_form == "adam" else factored * FLOAT
+    expert_state = owned["experts"] * MOMENTS if config.optim.expert_form == "adam" else factored * FLOAT
     master = FLOAT if bf16 else 0
     memory = {
         "dense parameters": dense * width // (world if stage == 3 else 1),
@@ -85,9 +93,9 @@ def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any
         # above stage 0 DeepSpeed keeps a master of float32 parameters too
         "dense optimizer": dense * (MOMENTS + (FLOAT if stage else master)) // (world if stage else 1),
         "expert parameters": experts * width,
-        "expert gradients": experts * FLOAT,
-        "expert optimizer": expert_state + experts * master,
-        "gates of groups": gates * (FLOAT + FLOAT + MOMENTS),  # parameters, gradients, moments
+        "expert gradients": (largest if config.optim.free_gradients else experts) * FLOAT,
+        "expert optimizer": expert_state + owned["experts"] * master,
+        "gates of groups": gates * (FLOAT + FLOAT) + owned["gates"] * MOMENTS,  # parameters, gradients, moments
         "rows of the vocabulary": rows * (width + master + MOMENTS),
         "activations": _activations(config.model, layout.samples_per_rank * config.batch.timesteps, width)
         + _softmax(config),

@@ -139,7 +139,7 @@ def whole_weights(training: Training) -> dict[str, torch.Tensor]:
     }
     whole |= {name: m.master for table in optimizer.rows.values() for name, m in table.named.items()}
     spread = optimizer.experts | optimizer.gates
-    return whole | {name: gather(state.master, training.mesh.ep) for name, state in spread.items()}
+    return whole | {name: gather(state.whole_master(), training.mesh.ep) for name, state in spread.items()}
 
 
 def compare(run: dict[str, Any], kept: dict[str, Any], choices: Choices) -> dict[str, Any]:

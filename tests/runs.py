@@ -1,7 +1,12 @@
 """Short training runs inside one process of a test, on any layout."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from moe_dist.checkpoint.manifest import newest_whole
+from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.config import Config, override
 from moe_dist.configs import get
 from moe_dist.engine import read_ds_config
@@ -43,6 +48,16 @@ class Run:
             self.losses.append((nll / words).item())
             self.norms.append(self.optimizer.norm)
         return self
+
+    def save(self, folder: Path, step: int, state: dict[str, Any] | None = None) -> None:
+        """A checkpoint in the run folder `folder`."""
+        Saver(folder, self.engine, self.task, self.mesh).save(step, state or {})
+
+    def load(self, folder: Path) -> None:
+        """The newest whole one of it."""
+        checkpoint, refused = newest_whole(folder, self.mesh.files)
+        assert not refused
+        load(checkpoint, self.engine, self.task, self.mesh)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Whole masters by name, experts stacked by global id, and rows."""

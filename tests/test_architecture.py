@@ -72,7 +72,7 @@ def test_deepspeed_is_imported_once() -> None:
 
 
 def test_only_the_mesh_and_collectives_know_torch_distributed() -> None:
-    """Models, gating and all the rest; checkpoint.py writes with torch's library of that name."""
+    """Models, gating and all the rest; checkpoint uses torch's library of that name."""
     for path in files():
         if part(path) != "parallel":
             uses = {n for n in imported(path) if n.startswith("torch.distributed")}

@@ -11,7 +11,8 @@ import pytest
 from runs import TINY, tiny
 from wandb_file import wandb_log
 
-from moe_dist import checkpoint, configs
+from moe_dist import configs
+from moe_dist.checkpoint import contents, manifest
 from moe_dist.config import Config, dotted_keys, from_json, override, to_json
 from moe_dist.parallel.mesh import Layout
 from moe_dist.summary import counts
@@ -144,7 +145,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
         len(lines[0]["moe/middle/load"]) == 8 and sum(lines[0]["moe/middle/load"]) == 8 * 6 * 2
     )  # samples x words x k
     run_id, config, history = wandb_log(run)
-    assert run_id == checkpoint.read_state(checkpoint.latest(run))["wandb_id"]
+    assert run_id == contents.read_state(manifest.checkpoints(run)[-1])["wandb_id"]
     assert {key: config[key] for key in ("model", "optim", "batch")} == {
         key: json.loads((run / "config.json").read_text())[key] for key in ("model", "optim", "batch")
     }

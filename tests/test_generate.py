@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist import checkpoint, generate, hierarchical, keyed
+from moe_dist import generate, hierarchical, keyed
 from moe_dist.config import Config, to_json
 from moe_dist.data.sources import open_text
 from moe_dist.data.text import EOS, EOS_ID, UNK_ID
@@ -51,7 +51,7 @@ def train(names: list[str], text: str, folder: Path) -> dict[str, Any]:
     for name in names:
         run = Run(config_of(name, text)).steps(0, 12)
         state = {"wandb_id": None, "vocabulary": dataclasses.asdict(run.task.vocabulary)}
-        checkpoint.save(folder / name, 12, run.engine, run.task, run.mesh, state, keep=1)
+        run.save(folder / name, 12, state)
         (folder / name / "config.json").write_text(to_json(run.config))
         run.task.start(next(iter(run.task.state[0]))[0].dtype)
         with torch.no_grad():

@@ -39,7 +39,7 @@ from test_parity import (
 from test_parity import NUM_EXPERTS as NUM_GROUPS
 from torch import nn
 
-from moe_dist import checkpoint, keyed
+from moe_dist import keyed
 from moe_dist.config import OptimConfig
 from moe_dist.context import Context
 from moe_dist.gating.topk import NoisyTopK
@@ -219,12 +219,12 @@ def train_in_two(text: str, folder: Path) -> dict[str, Any]:
     sets = [*TRAINING, f"data.text={text}", "batch.accumulation=2"]
     config = tiny(*sets, "mesh.ep=2")
     whole, first, second = Run(config).steps(0, STEPS), Run(config).steps(0, SAVED), Run(config)
-    checkpoint.save(folder, SAVED, first.engine, first.task, first.mesh, {}, keep=1)
-    checkpoint.load(checkpoint.latest(folder), second.engine, second.task, second.mesh)
+    first.save(folder, SAVED)
+    second.load(folder)
     before, after = state(first), state(second)
     second.steps(SAVED, STEPS)
     moved = Run(tiny(*sets, "mesh.ep=1"))
-    checkpoint.load(checkpoint.latest(folder), moved.engine, moved.task, moved.mesh)
+    moved.load(folder)
     moved.steps(SAVED, STEPS)
     expected, got = state(whole), state(second)
     return {
@@ -383,8 +383,9 @@ def test_gates_are_in_the_norm_and_under_adam(ran: tuple[Layout, list[dict[str, 
     norm = (25 + sum(2 * g**2 for g in gradient)) ** 0.5
     for rank, result in enumerate(by_rank):
         step, g = result["step"], gradient[rank % layout.ep] * 2.5 / norm  # clipped to 2.5
+        owned = rank < layout.ep  # the first of a gate's replicas updates it
         assert step["norm"] == pytest.approx(norm)
-        assert step["mean"] == pytest.approx([0.1 * g, -0.1 * g])  # 1 - beta1 = 0.1
+        assert step["mean"] == pytest.approx([0.1 * g, -0.1 * g] if owned else [])  # 1 - beta1 = 0.1
         assert step["gate"] == pytest.approx([-0.5, 0.5])  # the first step of Adam is the learning rate
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import Run
 
-from moe_dist import checkpoint, configs
+from moe_dist import configs
 from moe_dist.config import Config, override
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
@@ -43,10 +43,10 @@ def train_all(text: str, folder: Path) -> dict[str, tuple[list[float], bool]]:
     for name in configs.CONFIGS:
         config = divided(name, text)
         whole = Run(config).steps(0, 2)
-        checkpoint.save(folder / name, 2, whole.engine, whole.task, whole.mesh, {}, keep=1)
+        whole.save(folder / name, 2)
         whole.steps(2, 3)
         again = Run(config)
-        checkpoint.load(checkpoint.latest(folder / name), again.engine, again.task, again.mesh)
+        again.load(folder / name)
         again.steps(2, 3)
         expected, got = whole.weights(), again.weights()
         same = again.losses == whole.losses[2:] and all(torch.equal(expected[k], got[k]) for k in expected)

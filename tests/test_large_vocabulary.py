@@ -10,7 +10,6 @@ import torch
 from runs import Run, tiny
 from torch import nn
 
-from moe_dist import checkpoint
 from moe_dist.config import OptimConfig, override
 from moe_dist.configs import get
 from moe_dist.context import Context
@@ -238,10 +237,10 @@ def train_narrow(text: str, folder: Path) -> dict[str, Any]:
     run, wide = Run(config), Run(tiny(*sets))
     start = run.optimizer.rows["softmax"].named["softmax.w_VD"].master.clone()
     run.steps(0, 2)
-    checkpoint.save(folder, 2, run.engine, run.task, run.mesh, {}, keep=1)
+    run.save(folder, 2)
     run.steps(2, 3), wide.steps(0, 3)
     again = Run(config)
-    checkpoint.load(checkpoint.latest(folder), again.engine, again.task, again.mesh)
+    again.load(folder)
     again.steps(2, 3)
     table = run.optimizer.rows["softmax"]
     master = table.named["softmax.w_VD"]

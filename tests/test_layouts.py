@@ -78,9 +78,10 @@ def deviation(weights: dict[str, torch.Tensor], reference: dict[str, torch.Tenso
 
 
 def check_bytes(mine: dict[str, int], whole: dict[str, int], world: int, ep: int, zero: int, where: str) -> None:
-    """Exactly 1/ep of the experts; 1/world of what ZeRO shards, but for padding of a few elements a parameter."""
+    """Exactly 1/ep of the experts, and 1/world of their state; 1/world of what ZeRO shards, but for padding of a few
+    elements a parameter."""
     assert mine["experts"] == whole["experts"] // ep, where
-    assert mine["expert optimizer state"] == whole["expert optimizer state"] // ep, where
+    assert mine["expert optimizer state"] == whole["expert optimizer state"] // world, where
     state_shards, parameter_shards = world if zero >= 1 else 1, world if zero == 3 else 1
     assert mine["dense optimizer state"] == pytest.approx(whole["dense optimizer state"] / state_shards, rel=0.01), (
         where

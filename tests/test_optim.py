@@ -8,9 +8,10 @@ import pytest
 import torch
 from runs import Run, tiny
 
+from moe_dist import outside
 from moe_dist.config import OptimConfig
 from moe_dist.optim import learning_rate
-from moe_dist.outside import factored_update, row_squares_of, square_of
+from moe_dist.outside import factored_update, square_of, squares_of
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
 
@@ -28,7 +29,7 @@ def test_first_step_of_the_paper_form_by_hand() -> None:
     # after one step the bias-corrected means are these themselves, so v = [[2.5*5, 2.5*2], [4.5*5, 4.5*2]] / 3.5
     w, row, column = state(1, 2, 2)
     g = torch.tensor([[[1.0, -2.0], [3.0, 0.0]]], dtype=torch.float64)
-    factored_update(w, g, row_squares_of(g), row, column, scale=1.0, lr=1.0, step=1, config=PLAIN)
+    factored_update(w, g, *squares_of(g), row, column, scale=1.0, lr=1.0, step=1, config=PLAIN)
     v = torch.tensor([[12.5, 5.0], [22.5, 9.0]], dtype=torch.float64) / 3.5
     torch.testing.assert_close(w[0], -g[0] / v.sqrt())
     torch.testing.assert_close(row, torch.tensor([[1.25, 2.25]], dtype=torch.float64))  # (1 - 0.5) x means
@@ -42,7 +43,7 @@ def test_first_step_of_the_diet_form_by_hand() -> None:
     # roots 2, 1 and 1.1180, 1.9365 with mean 1.52725 -> sqrt(v) = [[1.4641, 2.5359], [0.7320, 1.2680]]
     w, row, column = state(1, 2, 2)
     g = torch.tensor([[[2.0, 6.0], [0.5, 1.5]]], dtype=torch.float64).sqrt()
-    factored_update(w, g, row_squares_of(g), row, column, 1.0, 1.0, 1, dataclasses.replace(PLAIN, expert_form="diet"))
+    factored_update(w, g, *squares_of(g), row, column, 1.0, 1.0, 1, dataclasses.replace(PLAIN, expert_form="diet"))
     root = torch.tensor([[1.4641, 2.5359], [0.7320, 1.2680]], dtype=torch.float64)
     torch.testing.assert_close(w[0], -g[0] / root, rtol=1e-4, atol=0)
 
@@ -70,7 +71,22 @@ def test_many_steps_equal_the_plain_form(form: str) -> None:
     g_list = [torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(6)]
     w, row, column = state(3, 5, 4)
     for t, g in enumerate(g_list, start=1):
-        factored_update(w, g / 7, row_squares_of(g / 7), row, column, scale=7.0, lr=0.1, step=t, config=config)
+        factored_update(w, g / 7, *squares_of(g / 7), row, column, scale=7.0, lr=0.1, step=t, config=config)
+    torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 7, 24, 60, 2**20])
+def test_pieces_are_no_part_of_the_result(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a row at a time to all experts at once; the last piece is smaller."""
+    config = OptimConfig(eps=1e-3, expert_beta2=0.9)
+    generator = torch.Generator().manual_seed(0)
+    g_list = [torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    monkeypatch.setitem(outside.ELEMENTS_PER_CHUNK, "cpu", most)
+    for sums, dim in zip(squares_of(g_list[0]), (2, 1), strict=True):
+        torch.testing.assert_close(sums, g_list[0].square().sum(dim))
+    w, row, column = state(3, 5, 4)
+    for t, g in enumerate(g_list, start=1):
+        factored_update(w, g, *squares_of(g), row, column, scale=1.0, lr=0.1, step=t, config=config)
     torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
 
 
@@ -78,7 +94,7 @@ def test_rank_one_is_exact_and_row_means_are_kept() -> None:
     """Where g² = a b^T the factored v is g² itself, and each weight moves by lr against its gradient's sign."""
     w, row, column = state(1, 3, 2)
     g = torch.outer(torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, -1.0])).double()[None]
-    factored_update(w, g, row_squares_of(g), row, column, 1.0, 0.1, 1, PLAIN)
+    factored_update(w, g, *squares_of(g), row, column, 1.0, 0.1, 1, PLAIN)
     torch.testing.assert_close(w, -0.1 * g.sign())
 
 
@@ -88,7 +104,7 @@ def test_diet_steps_are_smaller() -> None:
     moved = {}
     for form in ("paper", "diet"):
         w, row, column = state(1, 6, 5)
-        factored_update(w, g, row_squares_of(g), row, column, 1.0, 1.0, 1, dataclasses.replace(PLAIN, expert_form=form))
+        factored_update(w, g, *squares_of(g), row, column, 1.0, 1.0, 1, dataclasses.replace(PLAIN, expert_form=form))
         moved[form] = w.abs()
     assert (moved["diet"] < moved["paper"]).all()
 
@@ -100,19 +116,20 @@ def test_no_gradient_gives_no_update(form: str) -> None:
     w, row, column = state(2, 3, 3)
     g = torch.zeros(2, 3, 3, dtype=torch.float64)
     g[0, 1, 1] = 2.0
-    factored_update(w, g, row_squares_of(g), row, column, 1.0, 0.1, 1, config)
+    factored_update(w, g, *squares_of(g), row, column, 1.0, 0.1, 1, config)
     assert w.isfinite().all() and row.isfinite().all()
     assert w.count_nonzero() == 1 and w[0, 1, 1] < 0
 
 
 def test_the_norm_of_many_elements_is_that_of_float64() -> None:
-    """Three million elements: float32 would be off in the fifth digit."""
+    """Three million elements: all in float32 it would be off in the fifth digit."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(n, generator=generator) for n in (2**21, 2**20 + 3)]
     expected = sum(t.double().square().sum().item() for t in tensors)
-    assert square_of(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-12)
+    assert square_of(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-8)
     g_eDF = tensors[0].view(2, 128, 8192)
-    assert row_squares_of(g_eDF).double().sum().item() == pytest.approx(g_eDF.double().square().sum().item(), rel=1e-6)
+    for sums in squares_of(g_eDF):
+        assert sums.double().sum().item() == pytest.approx(g_eDF.double().square().sum().item(), rel=1e-6)
 
 
 def test_schedule() -> None:

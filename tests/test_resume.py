@@ -15,7 +15,7 @@ import torch
 from runs import TINY, Run, tiny
 from safetensors.torch import load_file
 
-from moe_dist import checkpoint
+from moe_dist.checkpoint import manifest
 from moe_dist.config import to_json
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
@@ -41,9 +41,9 @@ def interrupt(text: str, folder: Path) -> dict[tuple[str, int], dict[str, bool]]
         whole = Run(config).steps(0, 6)
         first = Run(config).steps(0, 3)
         path = folder / f"{ds}{zero}"
-        checkpoint.save(path, 3, first.engine, first.task, first.mesh, {}, keep=1)
+        first.save(path, 3)
         second = Run(config)
-        checkpoint.load(checkpoint.latest(path), second.engine, second.task, second.mesh)
+        second.load(path)
         second.steps(3, 6)
         expected, got = whole.weights(), second.weights()
         same[ds, zero] = {
@@ -71,9 +71,9 @@ def skip_and_resume(text: str, folder: Path) -> list[bool]:
         handle = next(iter(whole.model.experts.values())).register_hook(lambda g: g * math.inf)
         whole.steps(2, 3)
         handle.remove()
-        checkpoint.save(folder / str(zero), 3, whole.engine, whole.task, whole.mesh, {}, keep=1)
+        whole.save(folder / str(zero), 3)
         again = Run(config)
-        checkpoint.load(checkpoint.latest(folder / str(zero)), again.engine, again.task, again.mesh)
+        again.load(folder / str(zero))
         assert again.optimizer.updates == 2
         expected, got = whole.steps(3, 5).weights(), again.steps(3, 5).weights()
         same.append(all(torch.equal(expected[k], got[k]) for k in expected))
@@ -81,32 +81,55 @@ def skip_and_resume(text: str, folder: Path) -> list[bool]:
     return same
 
 
-@pytest.mark.timeout(200)
-def test_another_layout_goes_on_too(small_text: Path, tmp_path: Path) -> None:
-    saved = run_distributed(save_and_go_on, 2, str(small_text), tmp_path, timeout=100)[0]
-    for world, ep, zero, accumulation in ((1, 1, 1, 2), (4, 2, 3, 1)):
-        layout = (ep, zero, accumulation)
-        losses = run_distributed(go_on_from, world, str(small_text), tmp_path, layout, timeout=100)[0]
-        assert losses == pytest.approx(saved, rel=1e-5), layout
+LAYOUTS = ((1, 1, 1), (2, 1, 3), (2, 2, 2), (4, 2, 1))  # world, ep, ZeRO
+
+
+@pytest.mark.timeout(300)
+def test_any_other_layout_goes_on_and_back(small_text: Path, tmp_path: Path) -> None:
+    """From (4, 4, 2), 20 steps on every other layout; and from what that saves half way, 10 more on (4, 4, 2) again."""
+    text = str(small_text)
+    whole = run_distributed(save_and_go_on, 4, text, tmp_path / "first", timeout=100)[0]
+    for layout in LAYOUTS:
+        losses = run_distributed(go_on_from, layout[0], text, tmp_path / "first", layout, tmp_path, timeout=100)[0]
+        assert losses == pytest.approx(whole, rel=1e-5), layout
+    back = run_distributed(go_back, 4, text, tmp_path, timeout=100)[0]
+    assert back == {layout: pytest.approx(whole[10:], rel=1e-5) for layout in LAYOUTS}
+
+
+def on(layout: tuple[int, int, int], text: str) -> Run:
+    _, ep, zero = layout
+    return Run(tiny(f"mesh.ep={ep}", f"zero={zero}", f"data.text={text}"))
 
 
 def save_and_go_on(text: str, folder: Path) -> list[float]:
     meshes.join()
-    run = Run(tiny("mesh.ep=2", "zero=2", f"data.text={text}")).steps(0, 5)
-    checkpoint.save(folder, 5, run.engine, run.task, run.mesh, {}, keep=1)
-    run.steps(5, 15)
+    run = on((4, 4, 2), text).steps(0, 5)
+    run.save(folder, 5)
+    run.steps(5, 25)
     meshes.stop()
     return run.losses[5:]
 
 
-def go_on_from(text: str, folder: Path, layout: tuple[int, int, int]) -> list[float]:
+def go_on_from(text: str, first: Path, layout: tuple[int, int, int], folder: Path) -> list[float]:
     meshes.join()
-    ep, zero, accumulation = layout
-    run = Run(tiny(f"mesh.ep={ep}", f"zero={zero}", f"batch.accumulation={accumulation}", f"data.text={text}"))
-    checkpoint.load(checkpoint.latest(folder), run.engine, run.task, run.mesh)
+    run = on(layout, text)
+    run.load(first)
     run.steps(5, 15)
+    run.save(folder / str(layout), 15)
+    run.steps(15, 25)
     meshes.stop()
     return run.losses
+
+
+def go_back(text: str, folder: Path) -> dict[tuple[int, int, int], list[float]]:
+    meshes.join()
+    losses = {}
+    for layout in LAYOUTS:
+        run = on((4, 4, 2), text)
+        run.load(folder / str(layout))
+        losses[layout] = run.steps(15, 25).losses
+    meshes.stop()
+    return losses
 
 
 def command(*args: str) -> list[str]:
@@ -129,14 +152,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_pat
     process = psutil.Popen(command("lstm_moe_demo", "--folder", str(killed), *options), env=environment())
     try:
         deadline = time.monotonic() + 100
-        while not checkpoint.folder(killed, 50).exists():
+        while not manifest.folder(killed, 50).exists():
             assert time.monotonic() < deadline and process.poll() is None, "no checkpoint of step 50"
             time.sleep(0.01)
     finally:
         for each in [*process.children(recursive=True), process]:  # ranks outlive a killed launcher
             each.kill()
             each.wait(10)
-    assert not checkpoint.folder(killed, 150).exists(), "killed in the middle"
+    assert not manifest.folder(killed, 150).exists(), "killed in the middle"
     subprocess.run(command("--resume", str(killed)), env=environment(), check=True, timeout=100)
 
     def curves(run: Path) -> list[dict[str, Any]]:
@@ -145,8 +168,8 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_pat
         return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
     assert curves(killed) == curves(whole)
-    for shard in sorted(checkpoint.folder(whole, 150).glob("*.safetensors")):
-        expected, got = load_file(shard), load_file(checkpoint.folder(killed, 150) / shard.name)
+    for shard in sorted(manifest.folder(whole, 150).glob("*.safetensors")):
+        expected, got = load_file(shard), load_file(manifest.folder(killed, 150) / shard.name)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[k], got[k]) for k in expected)
 

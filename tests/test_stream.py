@@ -11,7 +11,6 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist import checkpoint
 from moe_dist.data.stream import Stream
 from moe_dist.data.text import Vocabulary
 from moe_dist.parallel import mesh as meshes
@@ -208,10 +207,10 @@ def train_streamed(path: str, folder: Path, world: int) -> tuple[list[float], li
     config = streamed(path, LAYOUTS[world], f"mesh.ep={world}")
     whole = Run(config).steps(0, 8)
     if world == 2:
-        checkpoint.save(folder, 8, whole.engine, whole.task, whole.mesh, {}, keep=1)
+        whole.save(folder, 8)
     whole.steps(8, 16)
     again = Run(config)
-    checkpoint.load(checkpoint.latest(folder), again.engine, again.task, again.mesh)
+    again.load(folder)
     again.steps(8, 16)
     places = again.task.save_state()["stream"]
     assert places.equal(whole.task.save_state()["stream"])

@@ -142,3 +142,13 @@ def test_nodes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "8 on 2 nodes = 2 expert-data (edp) x 4 expert parallel (ep)" in said
     assert "64 in all, 16 per rank, 4 per word" in said
+
+
+def test_replicas_share_the_state_and_freed_gradients_are_one_stack() -> None:
+    # two matrices of 33 experts of 64 x 128 on both ranks, of which the first updates 17
+    sets = ["mesh.ep=1", "model.moe.num_experts=33", "optim.clip_norm=none"]
+    memory = planned("bf16", 1, *sets)[1]["memory_bytes"]
+    assert memory["expert gradients"] == 2 * 33 * 64 * 128 * 4
+    assert memory["expert optimizer"] == 2 * 17 * (64 + 128 + 64 * 128) * 4
+    freed = planned("bf16", 1, *sets, "optim.free_gradients=true")[1]["memory_bytes"]
+    assert freed == memory | {"expert gradients": 33 * 64 * 128 * 4}

@@ -1,8 +1,9 @@
 """Everything ranks say to each other during a step; the only user of `all_to_all` in the package.
 
 Each exchange call carries a label (site, direction): `site` is the use of a layer, `direction` is "counts",
-"dispatch" or "combine", and ":grad" marks the way back in backward; (module, "rows") labels rows of a vocabulary.
-Bytes sent to other ranks are counted under it, those of a reduction as a ring sends them.
+"dispatch" or "combine", and ":grad" marks the way back in backward; (module, "rows") labels rows of a vocabulary,
+("experts", "gradients") and ("experts", "weights") what replicas of experts tell each other. Bytes sent to other ranks
+are counted under it, those of a reduction as a ring sends them, the mean of the ranks.
 
 Legend: N rows sent by this rank, R rows received, E global experts, e experts of this rank, P ranks of the axis.
 """
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from moe_dist.parallel.mesh import Axis, Mesh
 
 Label = tuple[int | str, str]
+Group = dist.ProcessGroup
 T = TypeVar("T")
 
 
@@ -64,7 +66,7 @@ def sum_over(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.T
     return _reduce(x, axis, label, dist.ReduceOp.SUM)
 
 
-def any_over(x: torch.Tensor, axis: Axis, label: Label) -> torch.Tensor:
+def any_over(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
     """In place, the largest of each element over the ranks of the axis; returns `x`."""
     return _reduce(x, axis, label, dist.ReduceOp.MAX)
 
@@ -75,6 +77,20 @@ def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.
     if label:
         axis.sent[label] += 2 * x.nbytes * (axis.size - 1) // axis.size
     return x
+
+
+def sum_to(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
+    """In place on rank `owner` of the axis, the sum over its ranks; on the others `x` is of no use afterwards."""
+    if axis.size > 1:
+        dist.reduce(x, group=axis.group, group_dst=owner)
+        axis.sent[label] += x.nbytes * (axis.size - 1) // axis.size
+
+
+def from_owner(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
+    """In place, the `x` of rank `owner` of the axis, on each of its ranks."""
+    if axis.size > 1:
+        dist.broadcast(x, group=axis.group, group_src=owner)
+        axis.sent[label] += x.nbytes * (axis.size - 1) // axis.size
 
 
 def shared_sum(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -142,7 +158,7 @@ class Sums:
         return from_owners(x, self.mesh.ep)
 
 
-def from_main(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def from_main(make: Callable[[], T], group: Group | None = None) -> T:
     """What `make` returns on the main rank, on every rank (any picklable object); no other rank calls it.
 
     Raises its ValueError or OSError on every rank. The others wait in `group`; without one, in a group of their own for
@@ -159,3 +175,10 @@ def from_main(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def from_all(mine: T, group: Group) -> list[T]:
+    """What each rank of the group has (any picklable object), in the order of ranks, on every rank."""
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, mine, group=group)
+    return told

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.config import Config
@@ -33,6 +33,12 @@ class Axis:
     group: dist.ProcessGroup
     sent: Counter = field(default_factory=Counter)
 
+    def parts(self, number: int) -> list[slice]:
+        """`number` things in consecutive parts, one for each rank, as `torch.chunk` cuts them: equal but for the last
+        ones, which may be smaller or empty."""
+        most = -(-number // self.size)
+        return [slice(min(i * most, number), min((i + 1) * most, number)) for i in range(self.size)]
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -43,12 +49,13 @@ class Mesh:
     dp: Axis
     ranks_per_node: int
     device: torch.device
-    device_mesh: DeviceMesh  # (edp, ep): for sharded tensors in checkpoints
+    device_mesh: DeviceMesh  # (ep, edp), on CPU: for sharded tensors in checkpoints
+    files: dist.ProcessGroup  # all ranks on gloo, for checkpoints: one may be written while a step runs
 
     @property
     def sent(self) -> Counter:
         """Bytes that this rank has sent to others, by (site, direction)."""
-        return Counter({**self.ep.sent, **self.dp.sent})  # "+" would drop who has sent nothing yet
+        return Counter({**self.ep.sent, **self.edp.sent, **self.dp.sent})  # "+" would drop who has sent nothing yet
 
     @property
     def is_main(self) -> bool:
@@ -171,7 +178,8 @@ def arrange(ep: int) -> Mesh:
     world, rank = dist.get_world_size(), dist.get_rank()
     check_ep(ep, world)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    device_mesh = init_device_mesh(device.type, (world // ep, ep), mesh_dim_names=("edp", "ep"))
+    # (ep, edp): a stack of experts is cut over ep, and that part over the replicas which update it
+    device_mesh = DeviceMesh("cpu", torch.arange(world).view(-1, ep).t(), mesh_dim_names=("ep", "edp"))
     assert dist.group.WORLD is not None
     return Mesh(
         ep=Axis(ep, rank % ep, device_mesh.get_group("ep")),
@@ -180,6 +188,7 @@ def arrange(ep: int) -> Mesh:
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=device,
         device_mesh=device_mesh,
+        files=dist.new_group(backend="gloo", timeout=timedelta(hours=1)),
     )
 
 
@@ -252,6 +261,11 @@ def lay_out(config: Config, world: int) -> Layout:
             raise ValueError(f"model.moe.{key}={spread} is not a multiple of mesh.ep={ep}; nearest: {nearest}")
     if batch.accumulation < 1:
         raise ValueError(f"batch.accumulation={batch.accumulation}: at least 1")
+    if batch.accumulation > 1 and config.optim.free_gradients:
+        raise ValueError(
+            f"batch.accumulation={batch.accumulation}, but with optim.free_gradients no gradient waits for a second "
+            f"micro-batch; it must be 1"
+        )
     parts = batch.accumulation * world
     if batch.samples < 1 or batch.samples % parts:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""State of a run on disk: written by all ranks on any layout, read on any other."""

@@ -1,0 +1,126 @@
+"""Which files make a checkpoint, and whether they are as they were written.
+
+    RUN/checkpoints/step_00000425/manifest.sha256    a line for each other file, as `sha256sum --check` reads it
+
+A checkpoint is whole where the manifest lists the files that are there, no more and no fewer, and each has its
+checksum. What is not whole is refused by name, and the newest whole one is used.
+"""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+from moe_dist.parallel.collectives import Group, from_all, from_main
+
+NAME = "manifest.sha256"
+LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+STEPS = "step_" + "[0-9]" * 8
+PARTIAL = "partial_"  # begins the name of a checkpoint that is being written, or removed
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Of a run, the oldest first, whole or not. Raises ValueError where there is none."""
+    found = sorted((run / "checkpoints").glob(STEPS))
+    if not found:
+        raise ValueError(
+            f"{run}: no checkpoint to go on from; is it a run folder, and did the run reach its first save?"
+        )
+    return found
+
+
+def newest_whole(run: Path, group: Group | None = None) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of a run, and why newer ones were refused. With `group` a collective, which shares
+    the reading. Raises ValueError, on every rank, where there is none."""
+    refused: list[str] = []
+    found = from_main(lambda: checkpoints(run), group) if group else checkpoints(run)
+    for checkpoint in reversed(found):
+        wrong = damage(checkpoint, group)
+        if not wrong:
+            return checkpoint, refused
+        refused.append(f"{checkpoint} is not whole: {'; '.join(wrong)}")
+    raise ValueError(f"{run}: no whole checkpoint to go on from. {'. '.join(refused)}")
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises ValueError for a checkpoint that is not whole, naming what is wrong and the run's newest whole one."""
+    if not (wrong := damage(checkpoint)):
+        return
+    try:
+        instead = f"the newest whole one is {newest_whole(checkpoint.parent.parent)[0]}"
+    except ValueError:
+        instead = "its run has no whole one"
+    raise ValueError(f"{checkpoint} is not whole: {'; '.join(wrong)}. Refused; {instead}")
+
+
+def damage(checkpoint: Path, group: Group | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files, by name; empty for a whole one. With `group` a collective."""
+    size, index = (group.size(), group.rank()) if group else (1, 0)
+    wrong: list[str] = []
+    try:
+        listed = _read(checkpoint)
+        there = {path.name for path in checkpoint.glob("[!.]*")} - {NAME}
+        wrong += [f"{name} is not in {NAME}" for name in sorted(there - listed.keys())]
+        for name in sorted(listed)[index::size]:
+            if name not in there:
+                wrong.append(f"{name} is missing")
+            elif checksum(checkpoint / name) != listed[name]:
+                wrong.append(f"{name} is altered or torn (another checksum in {NAME})")
+    except (OSError, ValueError) as error:
+        wrong.append(str(error))
+    told = from_all(wrong, group) if group else [wrong]
+    return list(dict.fromkeys(each for of_rank in told for each in of_rank))
+
+
+def _read(checkpoint: Path) -> dict[str, str]:
+    """Checksums by name of file. Raises ValueError or OSError for a manifest that is not as it was written."""
+    if not (checkpoint / NAME).is_file():
+        raise ValueError(f"{NAME} is missing")
+    *lines, rest = (checkpoint / NAME).read_text(errors="replace").split("\n")
+    found = [LINE.fullmatch(line) for line in lines]
+    if rest or not all(found):
+        raise ValueError(f"{NAME} is altered or torn")
+    return {line[2]: line[1] for line in found if line}
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(partial: Path, mine: list[Path], final: Path, keep: int, group: Group) -> None:
+    """Makes what all ranks have written to `partial` the checkpoint `final`, and removes all but the newest `keep` up
+    to it. `mine`: files that this rank wrote. A collective. Raises OSError on every rank."""
+    sums: dict[str, str] | OSError
+    try:
+        sums = {path.name: checksum(path) for path in mine}
+    except OSError as error:
+        sums = error
+    told = from_all(sums, group)
+
+    def end() -> None:
+        for of_rank in told:
+            if isinstance(of_rank, OSError):
+                raise of_rank
+        lines = [f"{sum_}  {name}\n" for of_rank in told for name, sum_ in of_rank.items()]  # type: ignore[union-attr]
+        (partial / NAME).write_text("".join(lines))
+        if final.exists():  # refused, since the run went on from an earlier one
+            _remove(final)
+        partial.rename(final)
+        # those of later steps were refused as well: they count for nothing, and stay until the run comes by
+        for old in [path for path in sorted(final.parent.glob(STEPS)) if path <= final][:-keep]:
+            _remove(old)
+
+    from_main(end, group)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Never seen half removed."""
+    gone = checkpoint.with_name(f"{PARTIAL}old_{checkpoint.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)

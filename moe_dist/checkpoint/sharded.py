@@ -1,0 +1,166 @@
+"""A run's state, written and read by all ranks on any layout.
+
+torch.distributed.checkpoint does it, in safetensors: nothing in them is ever executed. A checkpoint is written beside
+and renamed when whole.
+"""
+
+import json
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor, Shard
+from tqdm import tqdm
+
+from moe_dist.checkpoint import manifest
+from moe_dist.checkpoint.contents import ENDINGS, check_shape, kept_tensors, read_state
+from moe_dist.checkpoint.grow import Growth
+from moe_dist.engine import Engine
+from moe_dist.optim import Optimizer
+from moe_dist.outside import Spread
+from moe_dist.parallel.collectives import from_main
+from moe_dist.parallel.mesh import Mesh
+
+
+class Saver:
+    """Writes the checkpoints of a run. One that cannot be written is told on stderr, and the run goes on: those before
+    it stay."""
+
+    def __init__(
+        self, run: Path, engine: Engine, task: Any, mesh: Mesh, keep: int = 1, in_background: bool = False
+    ) -> None:
+        """`keep`: checkpoints that stay. `in_background`: training goes on with a copy of the state, in the memory of
+        the host, being written."""
+        self.run, self.engine, self.task, self.mesh = run, engine, task, mesh
+        self.keep, self.in_background = keep, in_background
+        self.failed = False  # the last one
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Writes a checkpoint after `step` steps, with `state` (JSON). A collective."""
+        self.finish()
+        tensors = self._tensors()
+        optimizer = self.engine.optimizer
+        state = {"step": step, "updates": optimizer.updates, "previous_norm": optimizer.previous_norm, **state}
+        self._writing = self._thread.submit(self._write, manifest.folder(self.run, step), tensors, state)
+        if not self.in_background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for what is being written. A collective."""
+        if self._writing is None:
+            return
+        error, self._writing = self._writing.exception(), None
+        self.failed = error is not None
+        if isinstance(error, OSError):
+            if self.mesh.is_main:
+                tqdm.write(f"warning: {error}; earlier checkpoints are whole, and the run goes on", file=sys.stderr)
+        elif error:
+            raise error
+
+    def _tensors(self) -> dict[str, Any]:
+        """This rank's part, on CPU."""
+        mesh, optimizer = self.mesh, self.engine.optimizer
+
+        def kept(t: torch.Tensor) -> torch.Tensor:
+            return t.detach().to("cpu", copy=self.in_background)
+
+        spread = _spread_tensors(optimizer)
+        tensors: dict[str, Any] = {key: _as_shard(kept(t), of, mesh) for key, (t, of) in spread.items()}
+        for i, (key, t) in enumerate(self.engine.dense_state()):
+            if mesh.owns(i):  # each rank keeps and writes a share of the whole tensors
+                tensors[f"dense/{key}"] = kept(t)
+        for i, (key, t) in enumerate(_row_tensors(optimizer).items()):
+            if mesh.owns(i):
+                tensors[key] = kept(t)
+        for key, t in self.task.save_state().items():
+            if mesh.is_main:
+                tensors[f"task/{key}"] = kept(t)
+        return tensors
+
+    def _write(self, final: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """A collective, in a thread and a group of ranks of its own. Raises OSError on every rank."""
+        group, partial = self.mesh.files, final.with_name(f"{manifest.PARTIAL}{final.name}")
+
+        def begin() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            (partial / "state.json").write_text(json.dumps(state))
+
+        try:
+            from_main(begin, group)
+            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=group)
+            mine = sorted(partial.glob(f"shard-{self.mesh.dp.index + 1:05d}-*"))
+            mine += [partial / "state.json"] if self.mesh.is_main else []
+            manifest.seal(partial, mine, final, self.keep, group)
+        except (OSError, dcp.CheckpointException) as error:  # of every rank, though one alone may have failed
+            from_main(lambda: shutil.rmtree(partial, ignore_errors=True), group)
+            reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+            raise OSError(f"{final} cannot be written ({reason})") from None
+
+
+def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth | None = None) -> None:
+    """Fills parameters, masters, optimizer state and the task's state, on any layout. A collective.
+
+    Raises ValueError, naming the tensor, for one that is missing or has another shape, and for a broken file.
+    """
+    optimizer, state = engine.optimizer, read_state(checkpoint)
+    optimizer.updates, optimizer.previous_norm = state["updates"], state["previous_norm"]
+    spread = _spread_tensors(optimizer)
+    outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
+    on_cpu = {key: t.cpu() for key, t in outside.items()}  # the tensor itself where it is there already
+    dense = engine.empty_dense_state()
+    task_state = {key: torch.empty_like(t, device="cpu") for key, t in task.save_state().items()}
+    tensors: dict[str, Any] = on_cpu | {key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()}
+    tensors |= {f"dense/{k}": t for k, t in dense.items()} | {f"task/{k}": t for k, t in task_state.items()}
+    kept = kept_tensors(checkpoint)
+    made = {key: growth.smaller(t, kept[key].size, mesh) for key, t in tensors.items() if growth and key in kept}
+    smaller = {key: t for key, t in made.items() if t is not None}
+    for key, tensor in (tensors | smaller).items():
+        check_shape(checkpoint, kept, key, tensor)
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    dcp.load(tensors | smaller, storage_reader=reader, process_group=mesh.files)
+    for key, t in smaller.items():
+        mine = _global_rows(spread[key][1], mesh) if key in spread else range(0)
+        assert growth
+        growth.fill(tensors[key], t, mine, key, perturb=not key.endswith(ENDINGS))
+    for key, t in outside.items():
+        t.copy_(on_cpu[key])
+    engine.load_dense_state(dense, optimizer.updates)
+    optimizer.round_masters()
+    task.load_state(task_state)
+
+
+def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, Spread]]:
+    """What belongs to experts and groups: of each global stack the rows that this rank owns, and whose they are."""
+    return {
+        f"{kind}/{name}{ending}": (t, state)
+        for kind, states in (("experts", optimizer.experts), ("gates", optimizer.gates))
+        for name, state in states.items()
+        for ending, t in state.tensors(optimizer.updates).items()
+    }
+
+
+def _global_rows(of: Spread, mesh: Mesh) -> range:
+    """Ids of the experts or groups that this rank owns."""
+    first = mesh.ep.index * len(of.p)
+    return range(first + of.mine.start, first + of.mine.stop)
+
+
+def _as_shard(t: torch.Tensor, of: Spread, mesh: Mesh) -> DTensor:
+    """Of the global stack, which is cut over ep and then, maybe into uneven parts, over its owners."""
+    whole = t.new_empty(len(of.p) * mesh.ep.size, *t.shape[1:], device="meta")
+    return DTensor.from_local(
+        t, mesh.device_mesh, [Shard(0), Shard(0)], shape=whole.shape, stride=whole.stride(), run_check=False
+    )
+
+
+def _row_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """What belongs to words, whole on every rank."""
+    return {f"rows/{key}": t for table in optimizer.rows.values() for key, t in table.tensors().items()}

@@ -1,0 +1,77 @@
+"""Checkpoints in one process, without a mesh: their weights for use, and what is in them."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from moe_dist.checkpoint import manifest
+from moe_dist.checkpoint.contents import ENDINGS, KINDS, check_shape, kept_tensors, read_state
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Fills the parameters of a plain whole model in place, in one process and without a mesh, whichever of the kinds
+    each is kept as. Raises ValueError, naming the parameter, for one that is missing or has another shape, and for a
+    broken file."""
+    kept, tensors = kept_tensors(checkpoint), {}
+    for name, p in model.named_parameters():
+        key = next((key for kind in KINDS if (key := f"{kind}/{name}") in kept), name)
+        check_shape(checkpoint, kept, key, p)
+        tensors[key] = p.detach()  # shares storage with the parameter
+    _read(checkpoint, tensors)
+
+
+def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fills whole tensors in place, in one process."""
+    with warnings.catch_warnings():  # torch warns that one process is all, which was asked for
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+
+
+def inspect(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds: {"step", "updates", "weights": by name, with kind, shape and bytes, "task": likewise}.
+
+    Raises ValueError for one that is not whole.
+    """
+    manifest.check_whole(checkpoint)
+    state, weights, task = read_state(checkpoint), {}, {}
+    kept = {key: tuple(each.size) for key, each in kept_tensors(checkpoint).items()}
+    for key, shape in sorted(kept.items()):
+        kind, _, name = key.partition("/")
+        if kind == "task":
+            task[name] = {"shape": shape}
+        elif not name.endswith(ENDINGS):
+            optimizer = {end: kept[key + end] for end in ENDINGS if key + end in kept}
+            weights[name] = {"kind": kind, "shape": shape, "optimizer": optimizer}
+    return {"checkpoint": str(checkpoint), "step": state["step"], "updates": state["updates"], "weights": weights,
+            "task": task}  # fmt: skip
+
+
+def export(checkpoint: Path, file: Path) -> int:
+    """Writes all weights, whole, float32 and named as in the plain model, to one safetensors file, whose metadata have
+    step, config and vocabulary (JSON). Returns the number of parameters.
+
+    Raises ValueError for a checkpoint that is not whole and a file that exists, and OSError where it cannot be written.
+    """
+    told = inspect(checkpoint)
+    if file.exists():
+        raise ValueError(f"{file} exists: give another name, or remove it")
+    tensors = {f"{each['kind']}/{name}": torch.empty(each["shape"]) for name, each in told["weights"].items()}
+    _read(checkpoint, tensors)
+    metadata = {"step": str(told["step"]), "vocabulary": json.dumps(read_state(checkpoint).get("vocabulary"))}
+    config = checkpoint.parent.parent / "config.json"
+    metadata |= {"config": config.read_text()} if config.is_file() else {}
+    partial = file.with_name(f"{manifest.PARTIAL}{file.name}")
+    try:
+        save_file({key.partition("/")[2]: t for key, t in tensors.items()}, partial, metadata)
+        partial.rename(file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written ({error})") from None
+    return sum(t.numel() for t in tensors.values())

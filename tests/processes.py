@@ -1,0 +1,64 @@
+"""train.py in processes of its own, as a user starts it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dist.cli import plan
+
+ROOT = Path(__file__).parent.parent
+
+
+def check_one_line(stderr: str, says: str) -> None:
+    lines = [line for line in stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error") and says in lines[0], stderr
+
+
+def check_plan(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        plan(args, None)
+    check_one_line(capsys.readouterr().err, says)
+    assert exit_.value.code == 2
+
+
+def set_(*assignments: str) -> list[str]:
+    return [part for each in assignments for part in ("--set", each)]
+
+
+def start(*args: str, **environment: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MOE_DIST_JOIN_SECONDS": "20"} | environment
+    command = [sys.executable, str(ROOT / "train.py"), *args]
+    return subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a shell's background jobs ignore SIGINT, and so would theirs
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
+    """(exit status, stderr)"""
+    try:
+        stderr = process.communicate(timeout=timeout)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in stderr, stderr
+    return process.returncode, stderr
+
+
+def ranks(port: int, *args: str, **environment: str) -> list[tuple[int, str]]:
+    """Two, started by hand."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | environment
+    started = [start(*args, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
+    return [end(process) for process in started]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,318 @@
+"""Checkpoints that are damaged, hostile or cannot be written, and what `inspect` and `export` make of whole ones."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import check_one_line, end, free_port, set_, start
+from runs import TINY, Run, tiny
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from moe_dist import generate
+from moe_dist.checkpoint import __main__ as command
+from moe_dist.checkpoint import manifest, sharded
+from moe_dist.checkpoint.contents import read_state
+from moe_dist.checkpoint.sharded import Saver
+from moe_dist.checkpoint.whole import export, inspect
+from moe_dist.config import from_json
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.reader import Reader
+
+
+@pytest.fixture(scope="module")
+def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, with a checkpoint of each."""
+    run = tmp_path_factory.mktemp("runs") / "good"
+    sets = set_(*TINY, "steps=2", "save_every=1", f"data.text={small_text}")
+    status, stderr = end(start("lstm_moe_demo", "--folder", str(run), *sets))
+    assert status == 0, stderr
+    return run
+
+
+@pytest.fixture
+def run(good: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(good, tmp_path / "run")
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(path: Path, chance: random.Random) -> None:
+    os.truncate(path, chance.randrange(path.stat().st_size))
+
+
+def remove(path: Path, chance: random.Random) -> None:
+    path.unlink()
+
+
+def test_no_damaged_checkpoint_is_taken(run: Path) -> None:
+    """194 of 200; the other six are kills."""
+    chance = random.Random(0)
+    older, newest = manifest.checkpoints(run)
+    whole = {path: path.read_bytes() for path in newest.iterdir()}
+    assert manifest.newest_whole(run) == (newest, [])
+    hit = set()
+    for i in range(194):
+        path, spoil = sorted(whole)[i % len(whole)], [flip, cut, remove][i // len(whole) % 3]
+        spoil(path, chance)
+        hit.add((path.name, spoil))
+        got, refused = manifest.newest_whole(run)
+        assert got == older and len(refused) == 1, (spoil, path)
+        assert str(newest) in refused[0] and path.name in refused[0]
+        with pytest.raises(ValueError, match=f"{path.name}.*; the newest whole one is .*{older.name}"):
+            export(newest, run / "model.safetensors")
+        path.write_bytes(whole[path])
+    assert len(hit) == 9
+    assert manifest.newest_whole(run) == (newest, [])
+
+
+def save_for_ever(text: str, folder: Path) -> None:
+    meshes.join()
+    run = Run(tiny(f"data.text={text}"))
+    saver = Saver(folder, run.engine, run.task, run.mesh, keep=2)
+    for step in range(1, 10**8):
+        run.steps(step - 1, step)
+        saver.save(step, {})
+
+
+@pytest.mark.timeout(120)
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_path: Path) -> None:
+    chance, torn = random.Random(0), 0
+    for first in range(0, 6, 3):
+        runs = [tmp_path / str(i) for i in range(first, first + 3)]
+        code = f"import sys; sys.path[:0] = {sys.path!r}; import test_checkpoint, pathlib; "
+        code += "test_checkpoint.save_for_ever(sys.argv[1], pathlib.Path(sys.argv[2]))"
+        started = [subprocess.Popen([sys.executable, "-c", code, str(small_text), str(run)]) for run in runs]
+        try:
+            for process, run in zip(started, runs, strict=True):
+                while not any(path.name >= "step_00000005" for path in (run / "checkpoints").glob("step_*")):
+                    assert process.poll() is None
+                    time.sleep(0.001)
+                time.sleep(chance.random() / 5)
+                process.kill()
+                process.wait()
+                newest, refused = manifest.newest_whole(run)
+                assert not refused and inspect(newest)["step"] >= 4
+                torn += len(list((run / "checkpoints").glob("partial_*")))
+        finally:
+            for process in started:
+                process.kill()
+    assert torn, "no kill fell into a save"
+
+
+@pytest.mark.timeout(100)
+def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run: Path) -> None:
+    newest = manifest.checkpoints(run)[-1]
+    flip(newest / "state.json", random.Random(0))
+    status, stderr = end(start("--resume", str(run), "--set", "steps=3", "--set", "keep_checkpoints=1"))
+    assert status == 0
+    assert f"warning: {newest} is not whole: state.json is altered or torn" in stderr
+    assert "Refused; going on from step_00000001" in stderr
+    assert [path.name for path in manifest.checkpoints(run)] == ["step_00000003"]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3]
+
+
+def test_a_refused_checkpoint_of_a_later_step_pushes_no_other_out(run: Path) -> None:
+    """Of steps 1 and 2 the second is damaged; the run goes on from 1 and saves 2 again, or an earlier one."""
+    newest = manifest.checkpoints(run)[-1]
+    cut(newest / "state.json", random.Random(0))
+    assert run_distributed(resave, 1, run, 1, timeout=60) == ["step_00000001"]
+    assert run_distributed(resave, 1, run, 2, timeout=60) == ["step_00000002"]
+
+
+def resave(folder: Path, step: int) -> str:
+    meshes.join()
+    run = Run(from_json((folder / "config.json").read_text()))
+    Saver(folder, run.engine, run.task, run.mesh, keep=1).save(step, {})
+    return manifest.newest_whole(folder)[0].name
+
+
+@pytest.mark.timeout(150)
+def test_where_none_is_whole_it_is_one_line_and_nothing_is_written(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in manifest.checkpoints(run):
+        cut(next(path.glob("*.safetensors")), random.Random(0))
+    before = contents(run)
+    for option in ("--resume", "--evaluate"):
+        status, stderr = end(start(option, str(run), "--set", "steps=3"))
+        assert status == 2
+        check_one_line(stderr, "no whole checkpoint to go on from")
+    assert contents(run) == before
+    with pytest.raises(SystemExit) as exit_:
+        generate.main([str(run)])
+    check_one_line(capsys.readouterr().err, "no whole checkpoint to go on from")
+    assert exit_.value.code == 2
+
+
+class Payload:
+    """Unpickled, it would leave a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def seal(path: Path) -> None:
+    """As a stranger would, who wants it to look whole."""
+    names = sorted(each.name for each in path.glob("[!.]*") if each.name != manifest.NAME)
+    (path / manifest.NAME).write_text("".join(f"{manifest.checksum(path / name)}  {name}\n" for name in names))
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("names", [["shard"], ["state.json"], [".metadata", "__0_0.distcp", "x.pt", "x.pkl"]])
+def test_a_hostile_checkpoint_executes_nothing(
+    names: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "mark"
+    payload = pickle.dumps(Payload(mark))
+    shutil.rmtree(manifest.checkpoints(run)[0])
+    (path,) = manifest.checkpoints(run)
+    for name in names:
+        (next(path.glob("*.safetensors")) if name == "shard" else path / name).write_bytes(payload)
+    seal(path)
+    harmless = "x.pt" in names  # files that nobody reads
+    status, stderr = end(start("--resume", str(run), "--set", "steps=3"))
+    assert status == (0 if harmless else 2), stderr
+    assert harmless or stderr.count("\n") == 1, stderr
+    assert command.main(["inspect", str(path)]) == (0 if harmless else 2)
+    assert "error: " in capsys.readouterr().err or harmless
+    assert not mark.exists()
+    pickle.loads(payload)
+    assert mark.exists(), "the payload was no payload"
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> None:
+    limit = "ulimit -f 190; exec "  # no file above 190 kB, as if the disk were full: pictures fit, checkpoints do not
+    sets = set_("steps=5", f"save_in_background={background}")
+    command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--resume", str(run), *sets]
+    before = contents(run / "checkpoints")
+    done = subprocess.run(
+        ["bash", "-c", limit + '"$@"', "-", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, "the last checkpoint is missing"
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 3 and all("cannot be written (" in line for line in warnings), done.stderr
+    assert "test perplexity" in done.stdout and "step 5/5" in done.stderr
+    assert contents(run / "checkpoints") == before
+
+
+@pytest.mark.timeout(150)
+def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sets = set_(*TINY, "steps=100000", "eval_every=100000", "save_every=100000", f"data.text={small_text}", "mesh.ep=2")
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [
+        start("lstm_moe_demo", "--folder", str(run), *sets, RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        for rank in range(2)
+    ]
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
+        assert both[0].poll() is None
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)
+    told, stderr = both[0].communicate(timeout=60)
+    assert both[0].returncode == 143 and "Traceback" not in stderr, stderr
+    assert end(both[1])[0] == 143
+    newest, refused = manifest.newest_whole(run)
+    step = read_state(newest)["step"]
+    assert not refused and f"stopped after step {step} of 100000: train.py --resume {run} goes on" in told
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, step + 1))
+    status, stderr = end(start("--resume", str(run), "--set", f"steps={step + 1}"))
+    assert status == 0, stderr
+
+
+@pytest.mark.timeout(120)
+def test_a_checkpoint_in_the_background_is_of_its_step(small_text: Path, tmp_path: Path) -> None:
+    for expert_form in ("paper", "adam"):
+        same = run_distributed(save_beside, 2, str(small_text), tmp_path / expert_form, expert_form, timeout=100)
+        assert same == [True, True]
+
+
+def save_beside(text: str, folder: Path, expert_form: str) -> bool:
+    """Written, late, while three more steps change everything; and from it the same three steps."""
+    meshes.join()
+    config = tiny("mesh.ep=2", "zero=1", f"data.text={text}", f"optim.expert_form={expert_form}")
+    whole = Run(config).steps(0, 3)
+    saver = Saver(folder, whole.engine, whole.task, whole.mesh, in_background=True)
+    honest: Callable[..., Any] = sharded.dcp.save
+    released: list[bool] = []
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        while not released:
+            time.sleep(0.01)
+        return honest(*args, **kwargs)
+
+    sharded.dcp.save = late
+    saver.save(3, {})
+    whole.steps(3, 6)
+    released.append(True)
+    saver.finish()
+    again = Run(config)
+    again.load(folder)
+    again.steps(3, 6)
+    expected, got = whole.weights(), again.weights()
+    meshes.stop()
+    return again.losses == whole.losses[3:] and all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+def test_inspect_and_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.safetensors"
+    assert command.main(["inspect", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["updates"]) == (2, 2)
+    w1 = told["weights"]["middle.experts.w1_eDF"]
+    # 8 experts of 16 x 24: a row mean for each of 16, a column mean for each of 24
+    assert w1 == {"kind": "experts", "shape": [8, 16, 24], "optimizer": {".row": [8, 16], ".column": [8, 24]}}
+    assert told["task"]["lstm0.h"] == {"shape": [8, 16]}
+    assert command.main(["inspect", str(run)]) == 0
+    assert "middle.experts.w1_eDF" in capsys.readouterr().out
+
+    assert command.main(["export", str(run), str(file)]) == 0
+    assert f"{sum(t.numel() for t in load_file(file).values()):,} parameters" in capsys.readouterr().out
+    model = Reader(run).model
+    read = {name: t.clone() for name, t in model.state_dict().items()}
+    model.load_state_dict(load_file(file), strict=True)
+    assert all(torch.equal(read[name], t) for name, t in model.state_dict().items())
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["step"] == "2" and from_json(metadata["config"]).model.dim == 16
+    assert len(json.loads(metadata["vocabulary"])["words"]) == 300
+
+    before = contents(tmp_path)
+    for args, says in (
+        (["export", str(run), str(file)], f"{file} exists"),
+        (["export", str(run), str(tmp_path / "no" / "x")], "cannot be written"),
+        (["inspect", str(tmp_path)], "manifest.sha256 is missing"),
+        (["inspect", str(tmp_path / "no")], "neither a run folder nor a checkpoint"),
+    ):
+        assert command.main(args) == 2
+        check_one_line(capsys.readouterr().err, says)
+    assert contents(tmp_path) == before

@@ -1,0 +1,308 @@
+"""Experts that several ranks hold: each is one rank's to update. And gradients that are used and freed within backward,
+against those that wait for the step."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Run, tiny
+
+from moe_dist.config import OptimConfig, check, override
+from moe_dist.optim import Optimizer
+from moe_dist.outside import Adam, Factored, Spread
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.collectives import sum_over
+from moe_dist.parallel.spawn import run_distributed
+
+UNEVEN = ["model.moe.num_experts=6"]  # on four ranks at ep 1 the owners have 2, 2, 2 and none; at ep 2 two and one
+PREVIOUS = ["optim.clip_by=previous"]
+FREE = [*PREVIOUS, "optim.free_gradients=true"]
+
+
+ALONE: Any = meshes.Axis(1, 0, None)  # type: ignore[arg-type]  # says nothing to anyone
+ONE_RANK = meshes.Mesh(ALONE, ALONE, ALONE, 1, torch.device("cpu"), None, None)  # type: ignore[arg-type]
+
+
+# owners
+
+
+def test_parts_are_those_of_chunk() -> None:
+    for number, ranks in itertools.product(range(1, 10), range(1, 6)):
+        axis = meshes.Axis(ranks, 0, None)  # type: ignore[arg-type]
+        expected = [c.tolist() for c in torch.arange(number).chunk(ranks)]
+        parts = [list(range(number))[part] for part in axis.parts(number)]
+        assert parts == expected + [[]] * (ranks - len(expected))
+
+
+@pytest.mark.timeout(300)
+def test_an_owner_does_what_everyone_did(small_text: Path, tmp_path: Path) -> None:
+    """Four ranks, parts that are uneven and empty: gradients summed over all replicas by hand, and the update of the
+    whole stack, are the slow reference; a checkpoint goes on, bit by bit, and on another layout."""
+    by_rank = run_distributed(own, 4, str(small_text), tmp_path, timeout=280)
+    for told in by_rank:
+        for case, each in told.items():
+            assert all(each["same"].values()), (case, each["same"])
+        # two matrices of six experts of 16 x 24 float32: gradients go to owners and weights come back, each from 3 of 4
+        assert told["factored 1"]["sent"] == dict.fromkeys(("gradients", "weights"), 2 * 6 * 16 * 24 * 4 * 3 // 4)
+    assert [told["factored 1"]["owned"] for told in by_rank] == [2, 2, 2, 0]
+    assert [told["adam 2"]["owned"] for told in by_rank] == [2, 2, 1, 1]
+
+
+def own(text: str, folder: Path) -> dict[str, Any]:
+    meshes.join()
+    told = {}
+    for form, ep, ds in (("factored", 1, "fp32"), ("adam", 2, "bf16")):
+        sets = [f"mesh.ep={ep}", f"ds_config={ds}", f"data.text={text}", f"optim.expert_form={FORM[form]}"]
+        config = tiny(*UNEVEN, *sets)
+        run = Run(config).steps(0, 1)
+        sent = {kind: n for (site, kind), n in run.mesh.edp.sent.items() if site == "experts"}
+        waiting = step_by_hand(run)
+        run.steps(1, 2)
+        states = run.optimizer.experts.items()
+        same = {name: close(state.whole_master(), waiting[name]) for name, state in states}
+        same |= {f"{name} rounded": torch.equal(s.p, s.whole_master().to(s.p.dtype)) for name, s in states}
+        run.save(folder / form, 2)
+        again = Run(config)
+        again.load(folder / form)
+        moved = Run(override(config, [f"mesh.ep={2 // ep}"]))
+        moved.load(folder / form)
+        run.steps(2, 4), again.steps(2, 4), moved.steps(2, 4)
+        expected, got, elsewhere = run.weights(), again.weights(), moved.weights()
+        same |= {f"{k} after resume": torch.equal(expected[k], got[k]) for k in expected}
+        same |= {f"{k} moved": close(elsewhere[k], expected[k]) for k in expected if ds == "fp32"}
+        owned = [len(state.master) for _, state in states]
+        told[f"{form} {ep}"] = {"same": same, "sent": sent, "owned": owned[0]}
+    meshes.stop()
+    return told
+
+
+FORM = {"factored": "paper", "adam": "adam"}
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((got - expected).norm() <= 1e-5 * expected.norm())
+
+
+def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
+    """Masters as they will be after the next step, each replica of an expert updating all of the stack: filled in by
+    the next step, which gives the clip factor."""
+    expected: dict[str, torch.Tensor] = {}
+    optimizer, honest = run.optimizer, Optimizer._form
+
+    def form(self: Optimizer, state: Spread) -> None:
+        whole = sum_over(state.gradient().clone(), run.mesh.edp)
+        name = next((n for n, s in optimizer.experts.items() if s is state), None)
+        honest(self, state)
+        if name:
+            expected[name] = whole
+
+    def update(self: Optimizer, state: Spread, factor: float) -> None:
+        name = next((n for n, s in optimizer.experts.items() if s is state), None)
+        if name:
+            reference = type(state)(torch.nn.Parameter(state.whole_master()), ALONE)  # type: ignore[arg-type]
+            before = state.tensors(optimizer.updates)
+            for ending, t in reference.tensors(optimizer.updates).items():
+                whole = t.new_zeros(t.shape)
+                whole[state.mine] = before[ending]
+                t.copy_(sum_over(whole, run.mesh.edp))
+            reference.p.grad = expected[name]
+            reference.square()
+            lr = optimizer.param_groups[0]["lr"]
+            reference.update(factor / run.mesh.dp.size, lr, optimizer.updates + 1, optimizer.config)
+            expected[name] = reference.master
+        update_honestly(self, state, factor)
+
+    update_honestly = Optimizer._update
+    optimizer._form = form.__get__(optimizer)  # type: ignore[method-assign]
+    optimizer._update = update.__get__(optimizer)  # type: ignore[method-assign]
+    return expected
+
+
+# freed within backward
+
+
+@pytest.mark.timeout(300)
+def test_gradients_that_are_freed_early_give_the_same(small_text: Path) -> None:
+    """On two ranks at ep 1 and 2. And a step that cannot be skipped is an error on both."""
+    for told in run_distributed(free, 2, str(small_text), timeout=280):
+        for case, same in told.pop("same").items():
+            assert all(same.values()), (case, same)
+        assert len(told["said"]) == 5
+        for text in told["said"].values():
+            assert text.startswith("step 3: the gradient is not finite") and "--resume" in text
+
+
+CASES = [(1, "paper", "fp32"), (1, "diet", "bf16"), (2, "paper", "bf16"), (2, "adam", "fp32"), (1, "adam", "fp32")]
+
+
+def free(text: str) -> dict[str, Any]:
+    meshes.join()
+    told = {}
+    for ep, form, ds in CASES:
+        more = HIERARCHICAL if form == "diet" else []
+        sets = [f"mesh.ep={ep}", f"data.text={text}", f"optim.expert_form={form}", f"ds_config={ds}", *more]
+        now, later = Run(tiny(*sets, *FREE)), Run(tiny(*sets, *PREVIOUS))
+        alive: list[bool] = []
+        for p in now.model.experts.values():
+            p.register_post_accumulate_grad_hook(lambda p, alive=alive: alive.append(p.grad is not None))
+        now.steps(0, 4), later.steps(0, 4)
+        expected, got = later.weights(), now.weights()
+        told[ep, form] = {
+            "norms": now.norms == later.norms,
+            "losses": now.losses == later.losses,
+            "weights": all(torch.equal(got[k], w) for k, w in expected.items()),
+            "freed": alive == [False] * 4 * len(now.model.experts),
+            "clipped by the norm before": now.optimizer.previous_norm == now.norms[-1] > 0.3,
+        }
+    said = spoil(text)
+    meshes.stop()
+    return {"same": told, "said": said}
+
+
+def spoil(text: str) -> dict[tuple[int, str], str]:
+    """What every rank says to an infinite gradient on rank 1 in the third step."""
+    said = {}
+    for zero, place in ((0, "dense"), (0, "expert"), (1, "expert"), (2, "expert"), (3, "dense")):
+        run = Run(tiny("mesh.ep=2", f"zero={zero}", f"data.text={text}", *FREE)).steps(0, 2)
+        expert = next(iter(run.model.experts.values()))
+        hooked = expert if place == "expert" else run.engine.names["lstm1.weight_hh_l0"]
+        if run.mesh.dp.index == 1:
+            hooked.register_hook(lambda g: g * math.inf)
+        with pytest.raises(FloatingPointError) as error:
+            run.steps(2, 3)
+        said[zero, place] = str(error.value)
+    return said
+
+
+HIERARCHICAL = ["model.moe.num_experts=16", "model.moe.num_groups=4"]
+
+
+def test_the_previous_norm_clips_by_hand() -> None:
+    # gradients (3, 4) of norm 5, then (6, 8) of norm 10, clip_norm 2.5: factors 1 (no norm before), then 2.5 / 5.
+    # Means at beta1 = 0.5: 0.5 (3, 4), then 0.25 (3, 4) + 0.5 (3, 4). An infinite one is skipped and leaves 10.
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Optimizer([p], {}, {}, {}, OptimConfig(clip_norm=2.5, clip_by="previous", beta1=0.5), ONE_RANK, zero=0)
+    for g, mean, norm in (([3, 4], [1.5, 2.0], 5.0), ([6, 8], [2.25, 3.0], 10.0), ([math.inf, 0], [2.25, 3.0], 10.0)):
+        optimizer.begin(1e-3)
+        p.grad = torch.tensor(g).float()
+        optimizer.step()
+        assert optimizer.state[p]["exp_avg"].tolist() == pytest.approx(mean)
+        assert optimizer.previous_norm == pytest.approx(norm)
+
+
+def test_a_second_gradient_in_a_step_is_refused() -> None:
+    w, config = torch.nn.Parameter(torch.ones(2, 3, 4)), OptimConfig(clip_norm=None, free_gradients=True)
+    optimizer = Optimizer([torch.nn.Parameter(torch.ones(1))], {"w": w}, {}, {}, config, ONE_RANK, zero=0)
+    optimizer.begin(1e-3)
+    w.sum().backward()
+    with pytest.raises(AssertionError, match="a second gradient"):
+        w.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("sets", "reason"),
+    [
+        (["optim.free_gradients=true"], "optim.clip_by=previous or optim.clip_norm=none"),
+        (["optim.clip_by=last"], "optim.clip_by='last'; did you mean"),
+        ([*FREE, "batch.accumulation=2"], "batch.accumulation=2, but with optim.free_gradients"),
+    ],
+)
+def test_what_does_not_fit_is_refused(sets: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        config = tiny(*sets)
+        check(config)
+        meshes.lay_out(config, 1)
+
+
+def test_without_clipping_gradients_may_be_freed() -> None:
+    check(tiny("optim.free_gradients=true", "optim.clip_norm=none"))
+
+
+# bytes
+
+
+def test_a_factored_state_is_rows_and_columns() -> None:
+    """Every tensor that is held after a step, other than parameter, master and gradient."""
+    p = torch.nn.Parameter(torch.ones(3, 20, 50))
+    state = Factored(p, ALONE)
+    for step in (1, 2):
+        p.grad = torch.ones(3, 20, 50)
+        state.square()
+        state.update(1.0, 1e-3, step, tiny().optim)
+    held = [t for t in vars(state).values() if isinstance(t, torch.Tensor) and t.data_ptr() != p.data_ptr()]
+    assert sum(t.untyped_storage().nbytes() for t in held) == 3 * (20 + 50) * 4
+
+
+def test_an_owner_of_none_can_step() -> None:
+    none = meshes.Axis(2, 1, None)  # type: ignore[arg-type]
+    for kind in (Factored, Adam):
+        p = torch.nn.Parameter(torch.ones(1, 4, 5))
+        state = kind(p, none)
+        p.grad = torch.ones(1, 4, 5)
+        state.share = lambda x: x  # type: ignore[method-assign]
+        assert state.square() == 0
+        state.update(1.0, 1e-3, 1, tiny().optim)
+        assert all(len(t) == 0 for t in state.tensors(1).values()) and torch.equal(p, torch.ones(1, 4, 5))
+
+
+@pytest.mark.timeout(220)
+def test_four_bytes_a_parameter_are_all() -> None:
+    """Four layers of experts, 96 MB each: at the peak their weights, and one layer's gradient."""
+    done = subprocess.run(
+        [sys.executable, __file__, "optim.free_gradients=true"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    parameters, peak = map(int, done.stdout.split()[-2:])
+    assert parameters == 4 * 2 * 12 * 10**6
+    assert peak <= 4.1 * parameters + 4 * parameters / 4, f"{peak / parameters:.2f} bytes a parameter"
+
+
+def measure(sets: list[str]) -> None:
+    """Prints the number of expert parameters, and how many bytes more than before there were any this process had at
+    its peak over two steps."""
+    import psutil
+    from torch import nn
+
+    from moe_dist.experts import Experts
+    from moe_dist.parameters import bounds_of, initialize
+
+    torch.set_num_threads(1)
+    mesh, process = meshes.start(ep=1), psutil.Process()
+    config = override(tiny(), ["optim.clip_by=previous", *sets]).optim
+    x_RD = torch.ones(64, 400).requires_grad_()
+    with torch.device("meta"):
+        layers = [Experts(100, 400, 300) for _ in range(4)]
+    before = process.memory_info().rss
+    stacks: dict[str, nn.Parameter] = {}
+    for i, layer in enumerate(layers):
+        bounds = bounds_of(layer)
+        layer.to_empty(device="cpu")
+        for name, p in layer.named_parameters():
+            initialize(p, name, bounds[name], i, range(100))
+            stacks[f"{i}.{name}"] = p
+    optimizer = Optimizer([nn.Parameter(torch.ones(1))], stacks, {}, {}, config, mesh, zero=0)
+    count_e = torch.tensor([1] * 64 + [0] * 36)
+    for _ in range(2):
+        optimizer.begin(1e-3)
+        y_RD = x_RD
+        for layer in layers:
+            y_RD = layer(y_RD, torch.ones(64), count_e, None)[0]
+        y_RD.sum().backward()
+        optimizer.step()
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    print(sum(p.numel() for p in stacks.values()), peak - before)
+    meshes.stop()
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1:])
