@@ -3,6 +3,7 @@
 Legend: R rows sorted by expert, D width, F hidden units, e experts on this rank (all E of them before `parallelize`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.context import Context
 from moe_dist.parameters import parameter
+
+# relu(h_RF, which, ctx_R) -> hidden units; `which`: rows by expert, or which of a dense network's layers
+Relu = Callable[[torch.Tensor, Any, Context | None], torch.Tensor]
+
+
+def relu(h_RF: torch.Tensor, which: Any, ctx_R: Context | None) -> torch.Tensor:
+    """The plain one; another may know whose units they are (`replay`)."""
+    return h_RF.relu()
 
 
 class Experts(nn.Module):
@@ -23,6 +32,7 @@ class Experts(nn.Module):
         """`recompute`: hidden activations are not kept, but computed again in backward (Appendix D)."""
         super().__init__()
         self.recompute = recompute
+        self.relu: Relu = relu
         self.w1_eDF = parameter(num_experts, dim, hidden, bound=(3 / dim) ** 0.5)
         self.w2_eFD = parameter(num_experts, hidden, dim, bound=(3 / hidden) ** 0.5)
 
@@ -31,14 +41,14 @@ class Experts(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """Rows (R, D) sorted by expert, and their weights (R,) -> weighted rows (R, D)."""
         y_RD = (
-            checkpoint(self._two_layers, x_RD, count_e, use_reentrant=False)
+            checkpoint(self._two_layers, x_RD, count_e, ctx_R, use_reentrant=False)
             if self.recompute
-            else self._two_layers(x_RD, count_e)
+            else self._two_layers(x_RD, count_e, ctx_R)
         )
         return y_RD * gate_R.to(x_RD.dtype)[:, None], None
 
-    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:
-        hidden_RF = grouped_matmul(x_RD, self.w1_eDF, count_e).relu()
+    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> torch.Tensor:
+        hidden_RF = self.relu(grouped_matmul(x_RD, self.w1_eDF, count_e), count_e, ctx_R)
         return grouped_matmul(hidden_RF, self.w2_eFD, count_e)
 
 

@@ -3,14 +3,16 @@
     python -m moe_dist.verify lstm_moe_demo                                one rank against 1, 2, 4 at every ep and ZeRO
     python -m moe_dist.verify lstm_wide_demo --set model.dim=64 --worlds 2 --zero 0 3 --json FILE
 
-One rank at ZeRO 0 is the reference. Of every other layout it prints the largest relative deviation of the loss and the
-gradient norm of any step and of any weight tensor after the last, ||difference|| / ||reference||, and exits with 1
-where one is above --tolerance.
+One rank at ZeRO 0 is the reference. Of every other layout it prints the largest relative deviation, of any rank, of the
+loss and the gradient norm of any step and of any weight tensor after the last, ||difference|| / ||reference||, and
+exits with 1 where one is above --tolerance.
 
-Two scores that differ by rounding may be ranked either way, and a word then visits another expert: that is chance, not
-a fault. So the reference's ranking is recorded, and a layout that would rank otherwise goes on with the recorded one:
-such a flip is counted where the two scores lie within 1e-5 of their size, and is a failure where they do not.
---free lets every layout choose for itself.
+Two scores that differ by rounding may be ranked either way, and a word then visits another expert; a hidden unit whose
+input is zero to rounding may be on or off, and its gradient is then whole or none: that is chance, not a fault. So the
+reference's ranking and the signs of its hidden units are recorded, and a layout that would choose otherwise goes on
+with the recorded ones. Such flips and signs are counted, and the widest gap among them is printed: the distance of two
+scores over their size, of a unit's input from zero over the largest of its row. A gap above 1e-5 is no rounding, and a
+failure. --free lets every layout choose for itself.
 
 To be worth its name a run must be live, and the figures that say so are printed: how much of the routing of the first
 step's words the training changed, in how many steps the norm was clipped, noise and dropout, and in how many steps a
@@ -41,7 +43,7 @@ from moe_dist.replay import Choices
 from moe_dist.tasks import TASKS, Batch
 from moe_dist.training import Training, set_up, train_step
 
-GAP = 1e-5  # of their size: two scores this near may be ranked either way by rounding
+GAP = 1e-5  # of their size: two scores this near, or a hidden unit and zero, may fall either way by rounding
 ACCUMULATIONS = (1, 2)
 FIRST_PADDED_STEP = 3
 LIVE = 0.2  # of the first step's words change their experts
@@ -71,20 +73,21 @@ def run_layouts(
     """Run by every rank of one world: trains on each layout in turn, and tells how far it ends from the reference, a
     file that the first layout of all writes."""
     meshes.join()
-    told = []
+    told, vocabulary = [], None
     for layout in layouts:
         kept = torch.load(reference, weights_only=True) if reference.exists() else None
         choices = Choices(kept["choices"] if kept else None)
         on_layout = layout.of(config)
-        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep))
+        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep), vocabulary)
+        vocabulary = training.task.vocabulary  # counted once
         if kept is None or replay:
-            choices.watch(training.model.dense)
+            choices.watch(training.model.dense, training.mesh)
         run = train(training, steps)
         if kept is None:
             told.append({**run["live"], "routing changed": routing_changed(training, run.pop("first"), choices)})
             torch.save({"choices": choices.recorded, **run}, reference)
         else:
-            told.append(dataclasses.asdict(layout) | compare(run, kept, choices))
+            told.append(dataclasses.asdict(layout) | compare(run, kept, choices, training.mesh))
             if training.mesh.is_main:
                 print(row(told[-1]), flush=True)
     meshes.stop()
@@ -142,19 +145,32 @@ def whole_weights(training: Training) -> dict[str, torch.Tensor]:
     return whole | {name: gather(state.whole_master(), training.mesh.ep) for name, state in spread.items()}
 
 
-def compare(run: dict[str, Any], kept: dict[str, Any], choices: Choices) -> dict[str, Any]:
-    """Largest relative deviations from the reference, and the tensor whose is the largest."""
-    off = {name: _deviation(run["weights"][name], w) for name, w in kept["weights"].items()}
-    worst = max(off, key=lambda name: off[name])
+def compare(run: dict[str, Any], kept: dict[str, Any], choices: Choices, mesh: meshes.Mesh) -> dict[str, Any]:
+    """Largest relative deviations of any rank from the reference, the tensor whose is the largest, and all that ranks
+    would have chosen otherwise. A collective."""
+
+    def largest(x: list[float]) -> list[float]:
+        return gather(torch.tensor([x], dtype=torch.float64, device=mesh.device), mesh.dp).amax(0).tolist()
+
+    weights = kept["weights"]
+    off = largest([_deviation(run["weights"][name], w) for name, w in weights.items()])
+    farthest = [_farthest(run[figure], kept[figure]) for figure in ("loss", "norm")]
+    loss, norm, widest_gap = largest([*farthest, choices.widest_gap])
+    flips, signs = sum_over(torch.tensor([choices.flips, choices.signs], device=mesh.device), mesh.dp).tolist()
     return {
-        "loss": max(_finite(abs(a - b) / abs(b)) for a, b in zip(run["loss"], kept["loss"], strict=True)),
-        "norm": max(_finite(abs(a - b) / abs(b)) for a, b in zip(run["norm"], kept["norm"], strict=True)),
-        "weights": off[worst],
-        "tensor": worst,
-        "flips": choices.flips,
-        "widest_gap": choices.widest_gap,
+        "loss": loss,
+        "norm": norm,
+        "weights": max(off),
+        "tensor": list(weights)[off.index(max(off))],
+        "flips": flips,
+        "signs": signs,
+        "widest_gap": widest_gap,
         "idle": run["idle"],
     }
+
+
+def _farthest(got: list[float], expected: list[float]) -> float:
+    return max(_finite(abs(a - b) / abs(b)) for a, b in zip(got, expected, strict=True))
 
 
 def _deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -172,7 +188,7 @@ def _finite(x: float) -> float:
 def routing_changed(training: Training, first: list[Batch], before: Choices) -> float:
     """The part of the first step's words that the final weights, with the same noise, send to other experts."""
     after = Choices()
-    after.watch(training.model.dense)
+    after.watch(training.model.dense, training.mesh)
     training.task.start(training.task.state[0][0][0].dtype)
     for batch in first:
         training.task.loss(training.engine, batch, training.task.words(first))
@@ -184,7 +200,8 @@ def routing_changed(training: Training, first: list[Batch], before: Choices) -> 
 
 
 HEAD = (
-    f"{'ranks':>5} {'ep':>4} {'ZeRO':>5} {'micro':>6}  {'loss':>8} {'norm':>8} {'weights':>8} {'flips':>6} {'idle':>5}"
+    f"{'ranks':>5} {'ep':>4} {'ZeRO':>5} {'micro':>6}  {'loss':>8} {'norm':>8} {'weights':>8} "
+    f"{'flips':>6} {'signs':>6} {'gap':>8} {'idle':>5}"
 )
 
 
@@ -192,7 +209,8 @@ def row(told: dict[str, Any]) -> str:
     """A line of the table."""
     place = f"{told['world']:>5} {told['ep']:>4} {told['zero']:>5} {told['accumulation']:>6}"
     figures = f"{told['loss']:>8.1e} {told['norm']:>8.1e} {told['weights']:>8.1e}"
-    return f"{place}  {figures} {told['flips']:>6} {told['idle']:>5}  {told['tensor']}"
+    choices = f"{told['flips']:>6} {told['signs']:>6} {told['widest_gap']:>8.1e}"
+    return f"{place}  {figures} {choices} {told['idle']:>5}  {told['tensor']}"
 
 
 def legal(config: Config, asked: list[Layout]) -> tuple[list[Layout], list[str]]:

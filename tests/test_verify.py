@@ -5,15 +5,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from moe_dist import keyed, optim, outside, verify
+from moe_dist import keyed, optim, outside, replay, verify
 from moe_dist.config import Config, override
 from moe_dist.configs import get
 from moe_dist.context import Context
 from moe_dist.data.text import Lanes
+from moe_dist.experts import Experts
+from moe_dist.gating.topk import NoisyTopK
+from moe_dist.layer import MoE
+from moe_dist.models.lstm_lm import FeedForward
 from moe_dist.parallel import collectives
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.replay import Choices
@@ -25,7 +30,7 @@ SMALL = [
     "batch.timesteps=8", "batch.samples_per_balance_group=6", "optim.warmup_steps=5", "optim.clip_norm=0.1",
     "model.moe.k=6",
 ]  # fmt: skip
-HIERARCHICAL = ["model.moe.num_groups=12", "model.moe.k=3"]
+HIERARCHICAL = ["model.moe.num_groups=6", "model.moe.k=3"]
 
 
 def small(text: Path, *sets: str) -> Config:
@@ -37,9 +42,12 @@ def small(text: Path, *sets: str) -> Config:
 @pytest.mark.parametrize(
     ("sets", "layouts"),
     [
-        ([], [(1, 1, 3, 2), (2, 2, 0, 1), (2, 1, 2, 2), (3, 3, 1, 1), (4, 2, 3, 2), (4, 4, 2, 1)]),
-        (["optim.lr=1e-2", *HIERARCHICAL], [(1, 1, 1, 2), (2, 2, 3, 2), (3, 1, 0, 2), (3, 3, 2, 1), (4, 2, 1, 1)]),
+        ([], [(1, 1, 3, 2), (2, 2, 0, 1), (3, 3, 1, 1), (4, 4, 3, 2)]),
+        (["optim.lr=1e-2", "model.moe.recompute=true"], [(2, 1, 2, 2), (2, 2, 3, 1)]),
+        (HIERARCHICAL, [(1, 1, 1, 2), (3, 1, 0, 2), (3, 3, 2, 1)]),
+        (["optim.lr=1e-2", *HIERARCHICAL], [(4, 1, 0, 1), (4, 2, 3, 2)]),
     ],
+    ids=["flat", "flat-1e-2", "hierarchical", "hierarchical-1e-2"],
 )
 def test_the_demo_is_certified_and_the_run_is_live(
     sets: list[str], layouts: list[tuple[int, int, int, int]], small_text: Path
@@ -125,6 +133,17 @@ def statistics_from_the_wrong_group() -> None:
     outside.Factored.square = square  # type: ignore[method-assign]
 
 
+@fault
+def a_rank_that_would_choose_other_experts() -> None:
+    """The second of two; only the gap shows it, for the recorded choice wins."""
+    honest = replay.highest
+
+    def highest(score_TE: torch.Tensor, *rest: Any) -> Any:
+        return honest(-score_TE if torch.distributed.get_rank() == 1 else score_TE, *rest)
+
+    replay.highest = highest
+
+
 def run_faulty(fault: str | None, config: Config, layout: Layout, reference: Path) -> list[dict[str, Any]]:
     if fault:
         FAULTS[fault]()
@@ -166,6 +185,59 @@ def test_a_flip_within_rounding_is_counted_and_the_recorded_ranking_wins() -> No
     assert replayer.flips == 2 and replayer.widest_gap == pytest.approx(2 / 3)
 
 
+def hidden(experts: Experts, choices: Choices, x_RD: list[list[float]], ctx_R: Context) -> tuple[Any, Any]:
+    """The sum of each row's hidden units that are on, and which are, as the gradient says: all rows are expert 7's, the
+    second of a rank whose first is 6."""
+    choices.watch(MoE(NoisyTopK(3, 2, 1), experts), Mock(my_experts=lambda n: range(6, 6 + n)))
+    x = torch.tensor(x_RD, requires_grad=True)
+    y_R = experts(x, torch.ones(len(x)), torch.tensor([0, len(x)]), ctx_R)[0][:, 0]
+    y_R.sum().backward()
+    assert x.grad is not None
+    return y_R.tolist(), x.grad.tolist()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_sign_within_rounding_is_counted_once_and_the_recorded_one_wins(recompute: bool) -> None:
+    experts = Experts(2, 3, 3, recompute)
+    with torch.no_grad():
+        experts.w1_eDF.copy_(torch.eye(3).expand(2, 3, 3))  # hidden units are the row itself
+        experts.w2_eFD.fill_(1.0)
+    word_T = torch.arange(2)
+    ctx = Context(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 2, 2, 1)
+    recorder = Choices()
+    sums, on = hidden(experts, recorder, [[1.0, 0.0, -2.0], [2.0, 4e-6, -1.0]], ctx)
+    assert sums == pytest.approx([1, 2 + 4e-6]) and on == [[1, 0, 0], [1, 1, 0]]
+    (keys, _), *others = recorder.on.values()
+    assert keys.tolist() == [7, (1 << 42) + 7] and not others
+    # word 1's second unit is off here, 2e-6 of the row's largest from zero; words lie elsewhere on this layout
+    replayer = Choices(recorder.recorded)
+    sums, on = hidden(experts, replayer, [[2.0, -4e-6, -1.0], [1.0, 0.0, -2.0]], ctx.rows(torch.tensor([1, 0])))
+    assert sums == pytest.approx([2 - 4e-6, 1]) and on == [[1, 1, 0], [1, 0, 0]]
+    assert replayer.signs == 1 and replayer.widest_gap == pytest.approx(2e-6)
+    # word 0's first unit was on and is off, a quarter of the row's largest from zero
+    replayer = Choices(recorder.recorded)
+    sums, on = hidden(experts, replayer, [[-0.5, 0.0, -2.0]], ctx.rows(torch.tensor([0])))
+    assert sums == [-0.5] and on == [[1, 0, 0]]
+    assert replayer.signs == 1 and replayer.widest_gap == 0.25
+
+
+def test_signs_of_a_dense_network_are_replayed_layer_by_layer() -> None:
+    network = FeedForward(2, 2, num_layers=2)
+    with torch.no_grad():
+        for w in (network.w1_DF, *network.inner_FF):
+            w.copy_(torch.eye(2))
+        network.w2_FD.fill_(1.0)
+    ctx = Context(torch.tensor([5]), torch.tensor([0]), torch.tensor([True]), 0, 0, True, 0, 8, 8, 1)
+    recorder = Choices()
+    recorder.watch(network, Mock())
+    assert network(torch.tensor([[2.0, 4e-6]]), ctx)[0][0, 0].item() == pytest.approx(2 + 4e-6)
+    replayer = Choices(recorder.recorded)
+    replayer.watch(network, Mock())
+    # the second unit of either layer was on
+    assert network(torch.tensor([[2.0, -4e-6]]), ctx)[0][0, 0].item() == pytest.approx(2 - 4e-6)
+    assert replayer.signs == 2 and replayer.widest_gap == pytest.approx(2e-6)
+
+
 def test_command_line(small_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     sets = [part for s in [*SMALL, f"data.text={small_text}", "steps=7"] for part in ("--set", s)]
     file = tmp_path / "told.json"
@@ -181,7 +253,7 @@ def test_command_line(small_text: Path, tmp_path: Path, capfd: pytest.CaptureFix
         (1, 1, 1, 1),
         (1, 1, 1, 2),
     ]
-    assert {"loss", "norm", "weights", "flips"} <= told["layouts"][0].keys()
+    assert {"loss", "norm", "weights", "flips", "signs"} <= told["layouts"][0].keys()
     tight = ["--worlds", "1", "--zero", "3", "--steps", "3", "--tolerance", "1e-12"]
     assert verify.main(["lstm_moe_demo", *sets, *tight]) == 1
     with pytest.raises(SystemExit) as end:

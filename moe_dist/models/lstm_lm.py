@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_dist.config import ModelConfig, nearest
 from moe_dist.context import Context
-from moe_dist.experts import Experts
+from moe_dist.experts import Experts, Relu, relu
 from moe_dist.gating.topk import NoisyTopK
 from moe_dist.hierarchical import Groups, HierarchicalMoE
 from moe_dist.keyed import dropout
@@ -93,11 +93,12 @@ class FeedForward(nn.Module):
             parameter(hidden, hidden, bound=(3 / hidden) ** 0.5) for _ in range(num_layers - 1)
         )
         self.w2_FD = parameter(hidden, dim, bound=(3 / hidden) ** 0.5)
+        self.relu: Relu = relu
 
     def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, None]:
-        hidden_TF = (x_TD @ self.w1_DF).relu()
-        for w_FF in self.inner_FF:
-            hidden_TF = (hidden_TF @ w_FF).relu()
+        hidden_TF = self.relu(x_TD @ self.w1_DF, 0, ctx)
+        for i, w_FF in enumerate(self.inner_FF, start=1):
+            hidden_TF = self.relu(hidden_TF @ w_FF, i, ctx)
         return hidden_TF @ self.w2_FD, None
 
 
