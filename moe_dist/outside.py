@@ -28,7 +28,6 @@ from moe_dist.parallel.collectives import any_over, from_owner, sum_over, sum_to
 from moe_dist.parallel.mesh import Axis
 
 ELEMENTS_PER_CHUNK = {"cpu": 2**18, "cuda": 2**26}  # temporaries stay in a core's cache; few kernels
-
 SHORT = 1024  # elements that add up in float32 without a loss
 
 
@@ -263,14 +262,14 @@ def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
 
 
 def square_of(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Sum of squares, of short rows in float32 and of those in float64. All in float32 a million elements on CPU lose
+    """Sum of squares, of short rows in float32 and of rows in float64. All in float32 a million elements on CPU lose
     5e-5 of it, and more or less of it on another layout; all in float64 it takes twenty times as long."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for t in tensors:
-        flat = t.flatten()
+        flat, wide = t.flatten(), torch.promote_types(t.dtype, torch.float32)
         even = len(flat) - len(flat) % SHORT
-        norms = torch.linalg.vector_norm(flat[:even].view(-1, SHORT), dim=1).double()
-        total += norms.square().sum() + torch.linalg.vector_norm(flat[even:]).double().square()
+        norms = torch.linalg.vector_norm(flat[:even].view(-1, SHORT), dim=1, dtype=wide).double()
+        total += norms.square().sum() + torch.linalg.vector_norm(flat[even:], dtype=wide).double().square()
     return total
 
 
