@@ -16,8 +16,7 @@ are its master and its state; then the others get its weights. Gates of groups l
 Legend: e experts of this rank, of which it updates some; D rows, F columns; V words, n of them touched.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from moe_dist.config import OptimConfig
 from moe_dist.parallel.collectives import any_over, from_owner, sum_over, sum_to
 from moe_dist.parallel.mesh import Axis
 
-ELEMENTS_PER_CHUNK = {"cpu": 2**18, "cuda": 2**26}  # temporaries stay in a core's cache; few kernels
+ELEMENTS_PER_PIECE = {"cpu": 2**17, "cuda": 2**26}  # a temporary stays in a core's cache; few kernels
 SHORT = 1024  # elements that add up in float32 without a loss
 
 
@@ -273,30 +272,31 @@ def square_of(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Te
     return total
 
 
-def pieces(like_eDF: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Experts and rows of a stack, some whole experts or some rows of one at a time, and memory for a temporary of that
-    shape: one for all of them, which stays in cache."""
-    e, rows, columns = like_eDF.shape
-    most = ELEMENTS_PER_CHUNK[like_eDF.device.type]
-    num_rows = max(1, min(rows, most // columns))
-    num_experts = max(1, most // (rows * columns))
-    memory = like_eDF.new_empty(min(e, num_experts) * num_rows * columns)
-    for i in range(0, e, num_experts):
-        for row in range(0, rows, num_rows):
-            shape = (min(num_experts, e - i), min(num_rows, rows - row), columns)
-            yield slice(i, i + shape[0]), slice(row, row + shape[1]), memory[: math.prod(shape)].view(shape)
+def pieces(like_eDF: torch.Tensor) -> tuple[int, int, int]:
+    """How a stack is worked through: (P, n, R), in P pieces of n whole experts, or of R rows of one, which stay in
+    cache."""
+    (e, rows, columns), most = like_eDF.shape, ELEMENTS_PER_PIECE[like_eDF.device.type]
+    num_rows = _divisor(rows, most // columns)
+    num_experts = _divisor(e, most // (rows * columns)) if num_rows == rows else 1
+    return e * rows // (num_experts * num_rows), num_experts, num_rows
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest of `number` that is not above `most`; 1 where there is none."""
+    return next((d for d in range(min(number, most), 0, -1) if number % d == 0), 1)
 
 
 def squares_of(g_eDF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of squares of each row (e, D) and column (e, F) of every expert, of which norm and means are made; memory is
     read once. They are short: float32 will do."""
-    e, rows, columns = g_eDF.shape
-    row_eD, column_eF = g_eDF.new_empty(e, rows), g_eDF.new_zeros(e, columns)
-    for some, d, square in pieces(g_eDF):
-        torch.mul(g_eDF[some, d], g_eDF[some, d], out=square)
-        torch.sum(square, 2, out=row_eD[some, d])
-        column_eF[some] += square.sum(1)
-    return row_eD, column_eF
+    (e, rows, columns), (num, n, num_rows) = g_eDF.shape, pieces(g_eDF)
+    row, column = g_eDF.new_empty(num, n, num_rows), g_eDF.new_empty(num, n, columns)
+    square = g_eDF.new_empty(n, num_rows, columns)
+    for g, r, c in zip(g_eDF.view(num, n, num_rows, columns).unbind(), row.unbind(), column.unbind(), strict=True):
+        torch.mul(g, g, out=square)
+        torch.sum(square, 2, out=r)
+        torch.sum(square, 1, out=c)
+    return row.view(e, rows), column.view(e, rows // num_rows, columns).sum(1)
 
 
 def factored_update(
@@ -319,10 +319,14 @@ def factored_update(
     else:  # tensor2tensor, diet.py: roots, then the mean
         left_eD, right_eF = r_eD.sqrt_(), c_eF.sqrt_()
         right_eF = right_eF / _or_one(right_eF.mean(1, keepdim=True))
+    num, n, num_rows = pieces(w_eDF)
     eps_F = right_eF.new_full((columns,), config.eps)  # as a scalar it would keep the kernel from vector instructions
-    for some, d, root in pieces(w_eDF):  # two passes: sqrt(v) + eps, which stays in cache, and the weights
-        torch.addcmul(eps_F, left_eD[some, d, None], right_eF[some, None], out=root)
-        w_eDF[some, d].addcdiv_(g_eDF[some, d], root, value=-lr * scale)
+    right = right_eF[:, None].expand(-1, rows // num_rows, -1).reshape(num, n, 1, columns)
+    whole = (left_eD.view(num, n, num_rows, 1), right, *(t.view(num, n, num_rows, columns) for t in (w_eDF, g_eDF)))
+    root = w_eDF.new_empty(n, num_rows, columns)
+    for left, right, w, g in zip(*(t.unbind() for t in whole), strict=True):
+        torch.addcmul(eps_F, left, right, out=root)  # sqrt(v) + eps
+        w.addcdiv_(g, root, value=-lr * scale)
 
 
 def _or_one(x: torch.Tensor) -> torch.Tensor:

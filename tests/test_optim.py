@@ -75,16 +75,21 @@ def test_many_steps_equal_the_plain_form(form: str) -> None:
     torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("most", [1, 7, 24, 60, 2**20])
-def test_pieces_are_no_part_of_the_result(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a row at a time to all experts at once; the last piece is smaller."""
+# numbers in a piece, of four experts of 6 x 4
+@pytest.mark.parametrize(
+    ("most", "num", "experts", "rows"), [(1, 24, 1, 1), (15, 8, 1, 3), (24, 4, 1, 6), (70, 2, 2, 6), (2**20, 1, 4, 6)]
+)
+def test_pieces_are_no_part_of_the_result(
+    most: int, num: int, experts: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = OptimConfig(eps=1e-3, expert_beta2=0.9)
     generator = torch.Generator().manual_seed(0)
-    g_list = [torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
-    monkeypatch.setitem(outside.ELEMENTS_PER_CHUNK, "cpu", most)
+    g_list = [torch.randn(4, 6, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    monkeypatch.setitem(outside.ELEMENTS_PER_PIECE, "cpu", most)
+    assert outside.pieces(g_list[0]) == (num, experts, rows)
     for sums, dim in zip(squares_of(g_list[0]), (2, 1), strict=True):
         torch.testing.assert_close(sums, g_list[0].square().sum(dim))
-    w, row, column = state(3, 5, 4)
+    w, row, column = state(4, 6, 4)
     for t, g in enumerate(g_list, start=1):
         factored_update(w, g, *squares_of(g), row, column, scale=1.0, lr=0.1, step=t, config=config)
     torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
