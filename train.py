@@ -57,9 +57,11 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
     """Test metrics after the last step, none where SIGTERM ended the run before, and the exit status."""
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
     meter, optimizer, result = Meter(mesh, training.layout, run.flops_per_word), engine.optimizer, {}
-    saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background)
-    with Metrics(folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
-                 start_step=run.first_step, wandb_id=run.wandb_id) as metrics, Stop(mesh) as stop:  # fmt: skip
+    saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused)
+    with saver, Stop(mesh) as stop, Metrics(
+        folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
+        start_step=run.first_step, wandb_id=run.wandb_id,
+    ) as metrics:  # fmt: skip
         state = {"wandb_id": metrics.wandb_id, "vocabulary": asdict(task.vocabulary)}
         if run.growth:  # what --resume of the new run finds
             saver.save(run.first_step, state)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -37,14 +37,15 @@ from moe_dist.tasks import TASKS
 @dataclass
 class Run:
     """What the command line asks for. `earlier` is the run to go on from, None for a new one, and `checkpoint` its
-    newest whole checkpoint, which `choose` finds. With `growth` its experts become more, in a run folder of their
-    own."""
+    newest whole checkpoint, which `choose` finds, with newer ones that were `refused`. With `growth` its experts become
+    more, in a run folder of their own."""
 
     config: Config
     ds_config: dict[str, Any]
     folder: Path | None
     earlier: Path | None = None
     checkpoint: Path | None = None
+    refused: dict[Path, str] = field(default_factory=dict)
     growth: Growth | None = None
     evaluate: bool = False
     flops_per_word: int = 0
@@ -79,8 +80,8 @@ class Run:
         """
         if not self.earlier:
             return
-        self.checkpoint, refused = manifest.newest_whole(self.earlier, mesh.files)
-        for reason in refused:
+        self.checkpoint, self.refused = manifest.newest_whole(self.earlier, mesh.files)
+        for reason in self.refused.values():
             _say(f"warning: {reason}. Refused; going on from {self.checkpoint.name}", sys.stderr)
         if not self.evaluate and self.first_step >= self.config.steps:
             raise ValueError(f"{self.earlier}: has all of its {self.config.steps} steps; --set steps=N goes on to more")
@@ -218,7 +219,7 @@ def _resolve(args: argparse.Namespace) -> Run:
         )
     if args.grow is not None and not args.resume:
         raise ValueError(f"--grow {args.grow}: only with --resume RUN")
-    if args.folder and (args.folder / "config.json").exists():
+    if args.folder and any((args.folder / name).exists() for name in ("config.json", "checkpoints")):
         raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
     if earlier is None:
         config = override(configs.get(args.name), args.set)

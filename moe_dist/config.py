@@ -156,6 +156,8 @@ def check(config: Config) -> None:
     for key in ("model.moe.w_importance", "model.moe.w_load", "optim.warmup_steps"):
         if not 0 <= (value := _get(config, key)) < float("inf"):
             raise ValueError(f"{key}={value}: 0 or more")
+    if config.steps >= 10**8:  # a checkpoint's name has eight digits
+        raise ValueError(f"steps={config.steps}: at most 99999999")
     if config.save_every % config.log_every:  # else a resumed run's first line would hold fewer steps
         raise ValueError(f"save_every={config.save_every} is not a multiple of log_every={config.log_every}")
     if config.optim.clip_by not in CLIP_BY:

@@ -105,8 +105,8 @@ class Optimizer(torch.optim.Adam):
         """Raises FloatingPointError after a step that was skipped where its experts were not."""
         if self.config.free_gradients and not math.isfinite(self.norm):
             raise FloatingPointError(
-                f"step {self.updates + 1}: the gradient is not finite, and with optim.free_gradients experts have been "
-                f"updated by it; --resume goes on from the last checkpoint, and a lower optim.lr may help"
+                f"after {self.updates} updates the gradient is not finite, and with optim.free_gradients experts have "
+                f"been updated by it; --resume goes on from the last checkpoint, and a lower optim.lr may help"
             )
 
     @torch.no_grad()

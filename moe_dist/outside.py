@@ -262,7 +262,8 @@ def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
 
 def square_of(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Sum of squares, of short rows in float32 and of rows in float64. All in float32 a million elements on CPU lose
-    5e-5 of it, and more or less of it on another layout; all in float64 it takes twenty times as long."""
+    5e-5 of it, and more or less of it on another layout; all in float64 it takes twenty times as long. An element
+    beyond 1e19 counts as infinite."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for t in tensors:
         flat, wide = t.flatten(), torch.promote_types(t.dtype, torch.float32)

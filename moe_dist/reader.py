@@ -64,7 +64,7 @@ class Reader:
         """Raises ValueError for a folder without a config or checkpoint, or where the two do not fit together."""
         config = read_config(folder)
         newest, refused = newest_whole(folder)
-        for reason in refused:
+        for reason in refused.values():
             print(f"warning: {reason}. Refused; reading {newest.name}", file=sys.stderr)
         vocabulary = Run(config, read_ds_config(config), folder, folder, newest).vocabulary()
         assert vocabulary is not None

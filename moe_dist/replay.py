@@ -75,7 +75,7 @@ class Choices:
             self.ranked[place] = torch.cat([keys, key_T]), torch.cat([columns, column_TK]), k
             return top_TK, column_TK
         keys, columns, _ = self.replayed["ranked"][place]
-        recorded_TK = columns.to(key_T.device)[_find(key_T, keys.to(key_T.device))]
+        recorded_TK = columns.to(key_T.device)[self._find(key_T, keys.to(key_T.device))]
         flipped_T = (recorded_TK != column_TK).any(1) & ctx.valid_T
         self.flips += int(flipped_T.sum())
         replayed_TK = score_TE.gather(1, recorded_TK)
@@ -95,7 +95,7 @@ class Choices:
             self.on[place] = torch.cat([keys, key_R[new_R]]), torch.cat([on, new_RB])
             return h_RF.relu()
         keys, on = self.replayed["on"][place]
-        recorded_RF = _unpack(on[_find(key_R, keys.to(key_R.device)).cpu()], on_RF)
+        recorded_RF = _unpack(on[self._find(key_R, keys.to(key_R.device)).cpu()], on_RF)
         differs_RF = (recorded_RF != on_RF) & new_R[:, None]
         self.signs += int(differs_RF.sum())
         size_RF = h_RF.detach().abs()
@@ -116,6 +116,15 @@ class Choices:
         """Of a dense network, which every word visits: its layers take the place of experts."""
         assert ctx is not None
         return self.relu(h_TF, torch.full_like(ctx.sample_T, layer), ctx)
+
+    def _find(self, key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Where each of `key_T` is in `keys`, which hold it once. A word that never was at that expert is no rounding:
+        its gap is infinite, and it takes what another recorded."""
+        ordered, order = keys.sort()
+        at_T = torch.searchsorted(ordered, key_T).clamp(max=len(keys) - 1)
+        if not torch.equal(ordered[at_T], key_T):
+            self.widest_gap = torch.inf
+        return order[at_T]
 
     def _widen(self, gaps: torch.Tensor) -> None:
         self.widest_gap = max([self.widest_gap, *gaps.nan_to_num(torch.inf).tolist()])
@@ -141,12 +150,6 @@ def _place(ctx: Context) -> Place:
 def _key(ctx: Context, expert_T: torch.Tensor) -> torch.Tensor:
     """Of a word at an expert: int64."""
     return (((ctx.sample_T << BITS) + ctx.position_T) << BITS) + expert_T
-
-
-def _find(key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Where each of `key_T` is in `keys`, which hold it once."""
-    ordered, order = keys.sort()
-    return order[torch.searchsorted(ordered, key_T)]
 
 
 def _pack(on_RF: torch.Tensor) -> torch.Tensor:

@@ -113,8 +113,9 @@ def train(training: Training, steps: int) -> dict[str, Any]:
         losses.append((nll / words).item())
         norms.append(training.engine.optimizer.norm)
     clip = config.optim.clip_norm
+    by = norms[:-1] if config.optim.clip_by == "previous" else norms
     live = {
-        "steps clipped": sum(norm > clip for norm in norms) if clip else 0,
+        "steps clipped": sum(norm > clip for norm in by) if clip else 0,
         "noise": config.model.moe.noise,
         "dropout": config.model.dropout,
     }
@@ -250,6 +251,10 @@ def main(argv: list[str]) -> int:
     add("--json", type=Path, metavar="FILE", help="writes the figures there")
     args = parser.parse_args(argv)
     with plain_errors():
+        if min(args.steps, *args.worlds, *args.accumulation) < 1:
+            raise ValueError("--steps, --worlds and --accumulation: at least 1")
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
         config = override(configs.get(args.name), args.set)
         check(config)
         check_text(config.data.text)
@@ -278,7 +283,7 @@ def main(argv: list[str]) -> int:
     for reason in dict.fromkeys(refused):
         print(f"not a layout of this config: {reason}")
     live = told["live"]
-    if live["routing changed"] < LIVE or not live["steps clipped"]:
+    if (config.model.middle == "moe" and live["routing changed"] < LIVE) or not live["steps clipped"]:
         print("note: a quiet run proves less: more --steps, a higher optim.lr or a lower optim.clip_norm would stir it")
     print("the reference: " + ", ".join(f"{name} {value}" for name, value in live.items()))
     print(f"{len(told['layouts']) - len(bad)} of {len(told['layouts'])} layouts within {args.tolerance:g} of one rank")

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
         # out of range
         ("steps=0", "steps=0: at least 1"),
         ("steps=99999999999", "steps=99999999999: at most 2147483647"),
+        ("steps=100000000", "steps=100000000: at most 99999999"),
         ("model.lstm_units=0", "model.lstm_units=0: at least 1"),
         ("model.dropout=1", "model.dropout=1.0: from 0 to below 1"),
         ("model.softmax_samples=0", "model.softmax_samples=0: at least 1"),

@@ -18,7 +18,7 @@ import torch
 from processes import check_one_line, end, free_port, set_, start
 from runs import TINY, Run, tiny
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moe_dist import generate
 from moe_dist.checkpoint import __main__ as command
@@ -71,7 +71,7 @@ def test_no_damaged_checkpoint_is_taken(run: Path) -> None:
     chance = random.Random(0)
     older, newest = manifest.checkpoints(run)
     whole = {path: path.read_bytes() for path in newest.iterdir()}
-    assert manifest.newest_whole(run) == (newest, [])
+    assert manifest.newest_whole(run) == (newest, {})
     hit = set()
     for i in range(194):
         path, spoil = sorted(whole)[i % len(whole)], [flip, cut, remove][i // len(whole) % 3]
@@ -79,12 +79,12 @@ def test_no_damaged_checkpoint_is_taken(run: Path) -> None:
         hit.add((path.name, spoil))
         got, refused = manifest.newest_whole(run)
         assert got == older and len(refused) == 1, (spoil, path)
-        assert str(newest) in refused[0] and path.name in refused[0]
+        assert str(newest) in refused[newest] and path.name in refused[newest]
         with pytest.raises(ValueError, match=f"{path.name}.*; the newest whole one is .*{older.name}"):
             export(newest, run / "model.safetensors")
         path.write_bytes(whole[path])
     assert len(hit) == 9
-    assert manifest.newest_whole(run) == (newest, [])
+    assert manifest.newest_whole(run) == (newest, {})
 
 
 def save_for_ever(text: str, folder: Path) -> None:
@@ -134,18 +134,58 @@ def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run:
     assert sorted(set(steps)) == [1, 2, 3]
 
 
-def test_a_refused_checkpoint_of_a_later_step_pushes_no_other_out(run: Path) -> None:
-    """Of steps 1 and 2 the second is damaged; the run goes on from 1 and saves 2 again, or an earlier one."""
+@pytest.mark.parametrize(
+    ("step", "left"),  # of steps 1 and 2 the second is damaged, and the run goes on from 1 with keep = 1
+    [
+        (1, ["step_00000001", "step_00000002"]),  # saved again, before the run comes by
+        (2, ["step_00000002"]),  # in its place
+        (3, ["step_00000002", "step_00000003"]),  # the damaged one does not count
+    ],
+)
+def test_a_refused_checkpoint_pushes_no_other_out(step: int, left: list[str], run: Path) -> None:
     newest = manifest.checkpoints(run)[-1]
     cut(newest / "state.json", random.Random(0))
-    assert run_distributed(resave, 1, run, 1, timeout=60) == ["step_00000001"]
-    assert run_distributed(resave, 1, run, 2, timeout=60) == ["step_00000002"]
+    (run / "checkpoints" / "partial_step_00000007").mkdir()  # of a killed run
+    assert run_distributed(resave, 1, run, step, timeout=60) == [f"step_{step:08d}"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == left
 
 
 def resave(folder: Path, step: int) -> str:
     meshes.join()
     run = Run(from_json((folder / "config.json").read_text()))
-    Saver(folder, run.engine, run.task, run.mesh, keep=1).save(step, {})
+    _, refused = manifest.newest_whole(folder, run.mesh.files)
+    Saver(folder, run.engine, run.task, run.mesh, keep=1, refused=refused).save(step, {})
+    return manifest.newest_whole(folder)[0].name
+
+
+def test_a_hidden_shard_is_seen(run: Path) -> None:
+    """torch's reader takes every file that ends like one."""
+    older, newest = manifest.checkpoints(run)
+    shutil.copy(shard(newest), newest / ".x.safetensors")
+    (newest / ".nfs0001").write_text("a file system's own")
+    got, refused = manifest.newest_whole(run)
+    assert got == older and ".x.safetensors is not in manifest.sha256" in refused[newest]
+    (newest / ".x.safetensors").unlink()
+    assert manifest.newest_whole(run) == (newest, {})
+
+
+def test_a_checkpoint_in_the_background_outlives_an_exception(small_text: Path, tmp_path: Path) -> None:
+    assert run_distributed(save_and_raise, 1, str(small_text), tmp_path, timeout=60) == ["step_00000001"]
+
+
+def save_and_raise(text: str, folder: Path) -> str:
+    meshes.join()
+    run = Run(tiny(f"data.text={text}")).steps(0, 1)
+    honest: Callable[..., Any] = sharded.dcp.save
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1)
+        return honest(*args, **kwargs)
+
+    sharded.dcp.save = late
+    with pytest.raises(FloatingPointError), Saver(folder, run.engine, run.task, run.mesh, in_background=True) as saver:
+        saver.save(1, {})
+        raise FloatingPointError
     return manifest.newest_whole(folder)[0].name
 
 
@@ -179,7 +219,7 @@ class Payload:
 
 def seal(path: Path) -> None:
     """As a stranger would, who wants it to look whole."""
-    names = sorted(each.name for each in path.glob("[!.]*") if each.name != manifest.NAME)
+    names = sorted(each.name for each in path.iterdir() if each.name not in (manifest.NAME, ".metadata"))
     (path / manifest.NAME).write_text("".join(f"{manifest.checksum(path / name)}  {name}\n" for name in names))
 
 
@@ -204,6 +244,48 @@ def test_a_hostile_checkpoint_executes_nothing(
     assert not mark.exists()
     pickle.loads(payload)
     assert mark.exists(), "the payload was no payload"
+
+
+def rewrite(shard: Path, change: Callable[[dict[str, torch.Tensor], Any], None]) -> None:
+    """Gives a shard other tensors, or says that they lie elsewhere in the whole ones."""
+    with safe_open(shard, "pt") as opened:
+        metadata = opened.metadata()
+    tensors, places = load_file(shard), json.loads(metadata["DCP_SHARDING_INFO"])
+    change(tensors, places)
+    save_file(tensors, shard, metadata | {"DCP_SHARDING_INFO": json.dumps(places)})
+
+
+W1 = "experts/middle.experts.w1_eDF"
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "deep": lambda path: (path / "state.json").write_text("[" * 200_000),
+    "before the first step": lambda path: (path / "state.json").write_text(
+        '{"step": -5, "updates": 0, "previous_norm": 1.0}'
+    ),
+    "no norm": lambda path: (path / "state.json").write_text('{"step": 2, "updates": 2, "previous_norm": NaN}'),
+    "far away": lambda path: rewrite(shard(path), lambda t, at: at[W1]["saved_offsets"].__setitem__(0, 10**13)),
+    "negative": lambda path: rewrite(shard(path), lambda t, at: at[W1]["saved_offsets"].__setitem__(0, -3)),
+    "hole": lambda path: rewrite(
+        shard(path), lambda t, at: t.update({W1: t[W1][4:].contiguous()}) or at[W1]["saved_offsets"].__setitem__(0, 4)
+    ),
+    "list": lambda path: rewrite(shard(path), lambda t, at: at.clear()),
+}
+
+
+def shard(path: Path) -> Path:
+    return next(path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("spoil", FOREIGN.values(), ids=FOREIGN)
+def test_a_sealed_checkpoint_that_cannot_be_is_one_line(
+    spoil: Callable[[Path], object], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = manifest.checkpoints(run)[-1]
+    spoil(path)
+    seal(path)
+    for args in (["inspect", str(path)], ["export", str(path), str(tmp_path / "x")]):
+        assert command.main(args) == 2
+        check_one_line(capsys.readouterr().err, str(path))
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.timeout(100)

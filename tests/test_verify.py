@@ -183,6 +183,10 @@ def test_a_flip_within_rounding_is_counted_and_the_recorded_ranking_wins() -> No
     # word 0 ranks them 3, 2, 1 where 1, 2, 3 is recorded: its first is 2 / 3 of the largest score off
     replayer.pick(torch.tensor([[3.0, 2.0, 1.0]]), 1, torch.arange(3), ctx.rows(torch.tensor([0])))
     assert replayer.flips == 2 and replayer.widest_gap == pytest.approx(2 / 3)
+    # a word that the recorded run did not have there
+    elsewhere = dataclasses.replace(ctx.rows(torch.tensor([0])), position_T=torch.tensor([7]))
+    replayer.pick(torch.tensor([[1.0, 2.0, 3.0]]), 1, torch.arange(3), elsewhere)
+    assert replayer.widest_gap == torch.inf
 
 
 def hidden(experts: Experts, choices: Choices, x_RD: list[list[float]], ctx_R: Context) -> tuple[Any, Any]:

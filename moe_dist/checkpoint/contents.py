@@ -12,15 +12,15 @@ layout is in them.
 """
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 
-ELSE = "remove this checkpoint's folder to use the one before it, or train anew"
 KINDS = ("dense", "experts", "gates", "rows")  # of a parameter; its name is in a checkpoint once
+MOST = 2**53  # of a number in state.json: what a float holds
 ENDINGS = (".exp_avg", ".exp_avg_sq", ".row", ".column", ".updates")  # of what is an optimizer's, not a weight
 
 
@@ -29,20 +29,32 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
     try:
         state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: broken ({error}); {ELSE}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken ({error})") from None
     needed = {"step": int, "updates": int, "previous_norm": float}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in needed.items()):
-        raise ValueError(f"{path}: broken (no {', '.join(needed)}); {ELSE}")
+    if (
+        not isinstance(state, dict)
+        or not all(isinstance(state.get(key), kind) and 0 <= state[key] <= MOST for key, kind in needed.items())
+        or state["updates"] > state["step"]
+    ):
+        raise ValueError(f"{path}: broken (no {', '.join(needed)} that could be)")
     return state
 
 
 def kept_tensors(checkpoint: Path) -> dict[str, Any]:
-    """Tensors by name, of which only the heads of files are read. Raises ValueError for a file that is not whole."""
+    """Tensors by name, of which only the heads of files are read. Raises ValueError for a file that is not whole, and
+    for parts that do not make a whole tensor."""
     try:
-        return dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{checkpoint}: a shard is broken or foreign ({error}); {ELSE}") from None
+        kept: Any = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a foreign file leads torch's reader to
+        raise ValueError(f"{checkpoint}: a shard is broken or foreign ({error!r})") from None
+    for key, tensor in kept.items():
+        if key.partition("/")[0] not in (*KINDS, "task"):
+            raise ValueError(f"{checkpoint}: {key!r} is none of {', '.join(KINDS)} or task")
+        offsets = [offset for part in tensor.chunks for offset in part.offsets]
+        if min(offsets, default=0) < 0 or prod(tensor.size) != sum(prod(part.sizes) for part in tensor.chunks):
+            raise ValueError(f"{checkpoint}: {key!r} has not all of its parts, or some twice")
+    return kept
 
 
 def check_shape(checkpoint: Path, kept: dict[str, Any], key: str, tensor: torch.Tensor) -> None:

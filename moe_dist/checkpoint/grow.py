@@ -1,9 +1,10 @@
 """Growth: a checkpoint goes on with more experts than it was saved with.
 
 Each expert becomes `times` experts, one after the other: itself, and copies of its matrices, of its optimizer's state
-and of its columns in the gates. Every weight of a copy is multiplied by 1 + noise x U(-1, 1), keyed by its name and
-global id, so that copies part ways, on any layout in the same way. With noise 0 and k `times` as large the grown model
-computes what the saved one did: a word goes to all copies of its experts, with an equal share of their weight.
+and of its columns in the gates. Every weight of a copy is multiplied by 1 + noise x U(-1, 1), keyed by its name, the
+number of experts and its global id, so that copies part ways, on any layout in the same way. With noise 0 and k `times`
+as large the grown model computes what the saved one did: a word goes to all copies of its experts, with an equal share
+of their weight.
 """
 
 from dataclasses import dataclass
@@ -57,11 +58,12 @@ class Growth:
             start = mine.start % max(1, len(grown))
             grown = grown[start : start + len(mine)]
         target.copy_(grown)
+        name = (key, wanted.shape[dim])  # the number of experts: else a second growth would draw the same again
         if perturb and spread and dim > 0:  # gates: a row for each group of experts
             for group, part in zip(mine, target, strict=True):
-                self._perturb(part, dim - 1, key, group)
+                self._perturb(part, dim - 1, *name, group)
         elif perturb:
-            self._perturb(target, dim, key, first=mine.start if spread else 0)
+            self._perturb(target, dim, *name, first=mine.start if spread else 0)
 
     def _perturb(self, experts: torch.Tensor, dim: int, *key: int | str, first: int = 0) -> None:
         """Changes copies in place, keyed by `key` and their place along `dim`, which is `first` for the first one."""

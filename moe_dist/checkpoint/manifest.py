@@ -6,14 +6,18 @@ A checkpoint is whole where the manifest lists the files that are there, no more
 checksum. What is not whole is refused by name, and the newest whole one is used.
 """
 
+import contextlib
 import hashlib
+import os
 import re
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 from moe_dist.parallel.collectives import Group, from_all, from_main
 
 NAME = "manifest.sha256"
+STATE = "state.json"
 LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 STEPS = "step_" + "[0-9]" * 8
 PARTIAL = "partial_"  # begins the name of a checkpoint that is being written, or removed
@@ -33,17 +37,17 @@ def checkpoints(run: Path) -> list[Path]:
     return found
 
 
-def newest_whole(run: Path, group: Group | None = None) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint of a run, and why newer ones were refused. With `group` a collective, which shares
-    the reading. Raises ValueError, on every rank, where there is none."""
-    refused: list[str] = []
+def newest_whole(run: Path, group: Group | None = None) -> tuple[Path, dict[Path, str]]:
+    """The newest whole checkpoint of a run, and newer ones that were refused, with the reason. With `group` a
+    collective, which shares the reading. Raises ValueError, on every rank, where there is none."""
+    refused: dict[Path, str] = {}
     found = from_main(lambda: checkpoints(run), group) if group else checkpoints(run)
     for checkpoint in reversed(found):
         wrong = damage(checkpoint, group)
         if not wrong:
             return checkpoint, refused
-        refused.append(f"{checkpoint} is not whole: {'; '.join(wrong)}")
-    raise ValueError(f"{run}: no whole checkpoint to go on from. {'. '.join(refused)}")
+        refused[checkpoint] = f"{checkpoint} is not whole: {'; '.join(wrong)}"
+    raise ValueError(f"{run}: no whole checkpoint to go on from. {'. '.join(refused.values())}")
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -51,7 +55,7 @@ def check_whole(checkpoint: Path) -> None:
     if not (wrong := damage(checkpoint)):
         return
     try:
-        instead = f"the newest whole one is {newest_whole(checkpoint.parent.parent)[0]}"
+        instead = f"the newest whole one is {newest_whole(checkpoint.resolve().parent.parent)[0]}"
     except ValueError:
         instead = "its run has no whole one"
     raise ValueError(f"{checkpoint} is not whole: {'; '.join(wrong)}. Refused; {instead}")
@@ -63,8 +67,11 @@ def damage(checkpoint: Path, group: Group | None = None) -> list[str]:
     wrong: list[str] = []
     try:
         listed = _read(checkpoint)
-        there = {path.name for path in checkpoint.glob("[!.]*")} - {NAME}
-        wrong += [f"{name} is not in {NAME}" for name in sorted(there - listed.keys())]
+        # file systems leave hidden files; but one that ends like a shard would be read
+        seen = [path for path in checkpoint.iterdir() if path.name[0] != "." or path.suffix == ".safetensors"]
+        there = {path.name for path in seen if path.is_file()} - {NAME}
+        wrong += [f"{path.name} is not in {NAME}" for path in sorted(seen) if path.name not in {*listed, NAME}]
+        wrong += [f"{NAME} has no {STATE}"] if STATE not in listed else []
         for name in sorted(listed)[index::size]:
             if name not in there:
                 wrong.append(f"{name} is missing")
@@ -92,9 +99,9 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(partial: Path, mine: list[Path], final: Path, keep: int, group: Group) -> None:
-    """Makes what all ranks have written to `partial` the checkpoint `final`, and removes all but the newest `keep` up
-    to it. `mine`: files that this rank wrote. A collective. Raises OSError on every rank."""
+def seal(partial: Path, mine: list[Path], final: Path, group: Group) -> None:
+    """Makes what all ranks have written to `partial` the checkpoint `final`. `mine`: files that this rank wrote. A
+    collective. Raises OSError on every rank."""
     sums: dict[str, str] | OSError
     try:
         sums = {path.name: checksum(path) for path in mine}
@@ -108,19 +115,40 @@ def seal(partial: Path, mine: list[Path], final: Path, keep: int, group: Group) 
                 raise of_rank
         lines = [f"{sum_}  {name}\n" for of_rank in told for name, sum_ in of_rank.items()]  # type: ignore[union-attr]
         (partial / NAME).write_text("".join(lines))
+        for path in (partial / STATE, partial / NAME, partial):  # shards have been written through
+            _write_through(path)
         if final.exists():  # refused, since the run went on from an earlier one
-            _remove(final)
+            remove(final)
         partial.rename(final)
-        # those of later steps were refused as well: they count for nothing, and stay until the run comes by
-        for old in [path for path in sorted(final.parent.glob(STEPS)) if path <= final][:-keep]:
-            _remove(old)
 
     from_main(end, group)
 
 
-def _remove(checkpoint: Path) -> None:
+def prune(run: Path, keep: int, refused: Container[Path]) -> None:
+    """Removes all checkpoints but the newest `keep`, not counting those `refused`, which stay."""
+    for old in [path for path in checkpoints(run) if path not in refused][:-keep]:
+        with contextlib.suppress(OSError):  # a file that is in use; the next time will do
+            remove(old)
+
+
+def remove(checkpoint: Path) -> None:
     """Never seen half removed."""
     gone = checkpoint.with_name(f"{PARTIAL}old_{checkpoint.name}")
     shutil.rmtree(gone, ignore_errors=True)
     checkpoint.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def sweep(run: Path) -> None:
+    """Removes what killed runs left half written or half removed."""
+    for partial in (run / "checkpoints").glob(f"{PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_through(path: Path) -> None:
+    """To the disk: power may fail, and earlier checkpoints are removed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,12 +7,15 @@ and renamed when whole.
 import json
 import shutil
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
@@ -25,21 +28,32 @@ from moe_dist.outside import Spread
 from moe_dist.parallel.collectives import from_main
 from moe_dist.parallel.mesh import Mesh
 
+LEAVE_SECONDS = 60  # that an end by Ctrl-C or an exception waits for a checkpoint in the background
+
 
 class Saver:
     """Writes the checkpoints of a run. One that cannot be written is told on stderr, and the run goes on: those before
-    it stay."""
+    it stay. Left by an exception it waits for what is being written."""
 
     def __init__(
-        self, run: Path, engine: Engine, task: Any, mesh: Mesh, keep: int = 1, in_background: bool = False
+        self,
+        run: Path,
+        engine: Engine,
+        task: Any,
+        mesh: Mesh,
+        keep: int = 1,
+        in_background: bool = False,
+        refused: Iterable[Path] = (),
     ) -> None:
-        """`keep`: checkpoints that stay. `in_background`: training goes on with a copy of the state, in the memory of
-        the host, being written."""
+        """`keep`: checkpoints that stay, not counting those `refused`. `in_background`: training goes on with a copy of
+        the state, in the memory of the host, being written."""
         self.run, self.engine, self.task, self.mesh = run, engine, task, mesh
-        self.keep, self.in_background = keep, in_background
+        self.keep, self.in_background, self.refused = keep, in_background, set(refused)
         self.failed = False  # the last one
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
+        if mesh.is_main:
+            manifest.sweep(run)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint after `step` steps, with `state` (JSON). A collective."""
@@ -59,9 +73,16 @@ class Saver:
         self.failed = error is not None
         if isinstance(error, OSError):
             if self.mesh.is_main:
-                tqdm.write(f"warning: {error}; earlier checkpoints are whole, and the run goes on", file=sys.stderr)
+                tqdm.write(f"warning: {error}; earlier checkpoints are whole", file=sys.stderr)
         elif error:
             raise error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if self._writing is not None:
+            wait([self._writing], LEAVE_SECONDS)
 
     def _tensors(self) -> dict[str, Any]:
         """This rank's part, on CPU."""
@@ -90,19 +111,24 @@ class Saver:
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            (partial / "state.json").write_text(json.dumps(state))
+            (partial / manifest.STATE).write_text(json.dumps(state))
 
         try:
             from_main(begin, group)
             writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group)
             mine = sorted(partial.glob(f"shard-{self.mesh.dp.index + 1:05d}-*"))
-            mine += [partial / "state.json"] if self.mesh.is_main else []
-            manifest.seal(partial, mine, final, self.keep, group)
+            mine += [partial / manifest.STATE] if self.mesh.is_main else []
+            manifest.seal(partial, mine, final, group)
         except (OSError, dcp.CheckpointException) as error:  # of every rank, though one alone may have failed
             from_main(lambda: shutil.rmtree(partial, ignore_errors=True), group)
-            reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-            raise OSError(f"{final} cannot be written ({reason})") from None
+            reasons = [f[0] for f in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
+            if not all(isinstance(reason, OSError | SafetensorError) for reason in reasons):
+                raise  # no fault of a disk
+            raise OSError(f"{final} cannot be written ({reasons[0]})") from None
+        self.refused.discard(final)
+        if self.mesh.is_main:
+            manifest.prune(self.run, self.keep, self.refused)
 
 
 def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth | None = None) -> None:
@@ -120,7 +146,11 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
     tensors: dict[str, Any] = on_cpu | {key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()}
     tensors |= {f"dense/{k}": t for k, t in dense.items()} | {f"task/{k}": t for k, t in task_state.items()}
     kept = kept_tensors(checkpoint)
-    made = {key: growth.smaller(t, kept[key].size, mesh) for key, t in tensors.items() if growth and key in kept}
+    made = {
+        key: growth.smaller(t, kept[key].size, mesh)
+        for key, t in tensors.items()
+        if growth and key in kept and (key in spread or ".gate." in key)
+    }
     smaller = {key: t for key, t in made.items() if t is not None}
     for key, tensor in (tensors | smaller).items():
         check_shape(checkpoint, kept, key, tensor)

@@ -59,13 +59,15 @@ def export(checkpoint: Path, file: Path) -> int:
 
     Raises ValueError for a checkpoint that is not whole and a file that exists, and OSError where it cannot be written.
     """
-    told = inspect(checkpoint)
     if file.exists():
         raise ValueError(f"{file} exists: give another name, or remove it")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{file} cannot be written: {file.parent} is no folder")
+    told = inspect(checkpoint)
     tensors = {f"{each['kind']}/{name}": torch.empty(each["shape"]) for name, each in told["weights"].items()}
     _read(checkpoint, tensors)
     metadata = {"step": str(told["step"]), "vocabulary": json.dumps(read_state(checkpoint).get("vocabulary"))}
-    config = checkpoint.parent.parent / "config.json"
+    config = checkpoint.resolve().parent.parent / "config.json"
     metadata |= {"config": config.read_text()} if config.is_file() else {}
     partial = file.with_name(f"{manifest.PARTIAL}{file.name}")
     try:
