@@ -86,7 +86,10 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
                 break
         saver.finish()
     if stopping and mesh.is_main:
-        print(f"stopped after step {step} of {config.steps}: train.py --resume {folder} goes on", flush=True)
+        saved = "not saved" if saver.failed else f"train.py --resume {folder} goes on"
+        print(f"stopped after step {step} of {config.steps}: {saved}", flush=True)
+    if last and saver.failed and mesh.is_main:
+        print("error: the last checkpoint could not be written", file=sys.stderr, flush=True)
     return result, STATUS if stopping else int(saver.failed)
 
 

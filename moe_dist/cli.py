@@ -82,7 +82,7 @@ class Run:
             return
         self.checkpoint, self.refused = manifest.newest_whole(self.earlier, mesh.files)
         for reason in self.refused.values():
-            _say(f"warning: {reason}. Refused; going on from {self.checkpoint.name}", sys.stderr)
+            _say(f"warning: {reason}. Refused; using {self.checkpoint.name}", sys.stderr)
         if not self.evaluate and self.first_step >= self.config.steps:
             raise ValueError(f"{self.earlier}: has all of its {self.config.steps} steps; --set steps=N goes on to more")
 
@@ -134,7 +134,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--folder", type=Path, metavar="PATH", help="run folder of a new run (default: runs/NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="goes on from the newest checkpoint of a run folder")
     parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
-    parser.add_argument("--grow-noise", type=float, default=0.01, metavar="X", help="largest change of a copied weight")
+    parser.add_argument("--grow-noise", type=float, metavar="X", help="largest change of a copied weight (0.01 of it)")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test perplexity of the newest checkpoint")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
@@ -195,8 +195,9 @@ def _check_memory(needed: int) -> None:
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "save_in_background", "ds_config", "zero",
-    "compare", "mesh.ep", "batch.accumulation", "optim.lr", "optim.warmup_steps", "optim.beta", "optim.eps",
-    "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "wandb.",
+    "compare", "mesh.ep", "batch.accumulation", "optim.lr", "optim.warmup_steps", "optim.beta1", "optim.beta2",
+    "optim.eps",
+    "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "wandb.mode",
 )  # fmt: skip
 
 
@@ -219,7 +220,9 @@ def _resolve(args: argparse.Namespace) -> Run:
         )
     if args.grow is not None and not args.resume:
         raise ValueError(f"--grow {args.grow}: only with --resume RUN")
-    if args.folder and any((args.folder / name).exists() for name in ("config.json", "checkpoints")):
+    if args.grow_noise is not None and args.grow is None:
+        raise ValueError(f"--grow-noise {args.grow_noise}: only with --grow N")
+    if args.folder and manifest.found(args.folder):
         raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
     if earlier is None:
         config = override(configs.get(args.name), args.set)
@@ -248,11 +251,16 @@ def _resolve(args: argparse.Namespace) -> Run:
 
 
 def _growth(args: argparse.Namespace, config: Config) -> Growth:
-    if args.grow < 2 or config.model.middle != "moe":
-        raise ValueError(f"--grow {args.grow}: 2 or more, for a run that has experts")
-    if not 0 <= args.grow_noise <= 1:
-        raise ValueError(f"--grow-noise {args.grow_noise}: from 0 to 1")
-    return Growth(args.grow, args.grow_noise, config.seed)
+    if args.grow < 2:
+        raise ValueError(f"--grow {args.grow}: 2 or more")
+    if config.model.middle != "moe":
+        raise ValueError(f"--grow {args.grow}: {args.resume} has no experts")
+    noise = 0.01 if args.grow_noise is None else args.grow_noise
+    if not 0 <= noise <= 1:
+        raise ValueError(f"--grow-noise {noise}: from 0 to 1")
+    num_experts = config.model.moe.num_experts
+    _say(f"note: {num_experts} experts become {num_experts * args.grow}, of which copies differ by up to {noise:.3g}")
+    return Growth(args.grow, noise, config.seed)
 
 
 @contextlib.contextmanager

@@ -272,6 +272,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"no layout to verify: {'; '.join(dict.fromkeys(refused))}")
         if torch.cuda.is_available() and max(args.worlds) > torch.cuda.device_count():
             raise ValueError(f"--worlds {max(args.worlds)}: this machine has {torch.cuda.device_count()} GPUs")
+    print("largest relative deviations from one rank; flips, signs, gap: choices replayed; idle: steps without a row")
     print(f"{HEAD}  tensor that is farthest off", flush=True)
     with plain_errors():
         told = verify(config, layouts, args.steps, replay=not args.free)

@@ -128,7 +128,7 @@ def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run:
     status, stderr = end(start("--resume", str(run), "--set", "steps=3", "--set", "keep_checkpoints=1"))
     assert status == 0
     assert f"warning: {newest} is not whole: state.json is altered or torn" in stderr
-    assert "Refused; going on from step_00000001" in stderr
+    assert "Refused; using step_00000001" in stderr
     assert [path.name for path in manifest.checkpoints(run)] == ["step_00000003"]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3]
@@ -392,7 +392,7 @@ def test_inspect_and_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for args, says in (
         (["export", str(run), str(file)], f"{file} exists"),
         (["export", str(run), str(tmp_path / "no" / "x")], "cannot be written"),
-        (["inspect", str(tmp_path)], "manifest.sha256 is missing"),
+        (["inspect", str(run.parent / "none")], "neither a run folder nor a checkpoint"),
         (["inspect", str(tmp_path / "no")], "neither a run folder nor a checkpoint"),
     ):
         assert command.main(args) == 2

@@ -29,7 +29,8 @@ def _table(told: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m moe_dist.checkpoint", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("inspect", "export"):
         commands.add_parser(name).add_argument("path", type=Path, help="a run folder, or one of its checkpoints")
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     try:
         in_run = (args.path / "checkpoints").is_dir()
         checkpoint = manifest.checkpoints(args.path)[-1] if in_run else args.path
-        if not checkpoint.is_dir():
+        if not (checkpoint / manifest.NAME).is_file() and not any(checkpoint.glob("*.safetensors")):
             raise ValueError(f"{checkpoint}: neither a run folder nor a checkpoint")
         if args.command == "inspect":
             told = inspect(checkpoint)

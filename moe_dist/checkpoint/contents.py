@@ -52,7 +52,8 @@ def kept_tensors(checkpoint: Path) -> dict[str, Any]:
         if key.partition("/")[0] not in (*KINDS, "task"):
             raise ValueError(f"{checkpoint}: {key!r} is none of {', '.join(KINDS)} or task")
         offsets = [offset for part in tensor.chunks for offset in part.offsets]
-        if min(offsets, default=0) < 0 or prod(tensor.size) != sum(prod(part.sizes) for part in tensor.chunks):
+        numbers, there = prod(tensor.size), sum(prod(part.sizes) for part in tensor.chunks)
+        if min(offsets, default=0) < 0 or numbers != there:
             raise ValueError(f"{checkpoint}: {key!r} has not all of its parts, or some twice")
     return kept
 

@@ -27,22 +27,27 @@ def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
+def found(run: Path) -> list[Path]:
+    """Checkpoints of a run, the oldest first, whole or not."""
+    return sorted((run / "checkpoints").glob(STEPS))
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Of a run, the oldest first, whole or not. Raises ValueError where there is none."""
-    found = sorted((run / "checkpoints").glob(STEPS))
-    if not found:
+    """As `found`. Raises ValueError where there is none."""
+    if not found(run):
         raise ValueError(
-            f"{run}: no checkpoint to go on from; is it a run folder, and did the run reach its first save?"
+            f"{run}: no checkpoint to go on from; is it a run folder, and did the run reach its first save? If not, "
+            f"start it again with --folder {run}"
         )
-    return found
+    return found(run)
 
 
 def newest_whole(run: Path, group: Group | None = None) -> tuple[Path, dict[Path, str]]:
     """The newest whole checkpoint of a run, and newer ones that were refused, with the reason. With `group` a
     collective, which shares the reading. Raises ValueError, on every rank, where there is none."""
     refused: dict[Path, str] = {}
-    found = from_main(lambda: checkpoints(run), group) if group else checkpoints(run)
-    for checkpoint in reversed(found):
+    there = from_main(lambda: checkpoints(run), group) if group else checkpoints(run)
+    for checkpoint in reversed(there):
         wrong = damage(checkpoint, group)
         if not wrong:
             return checkpoint, refused
@@ -88,10 +93,10 @@ def _read(checkpoint: Path) -> dict[str, str]:
     if not (checkpoint / NAME).is_file():
         raise ValueError(f"{NAME} is missing")
     *lines, rest = (checkpoint / NAME).read_text(errors="replace").split("\n")
-    found = [LINE.fullmatch(line) for line in lines]
-    if rest or not all(found):
+    read = [LINE.fullmatch(line) for line in lines]
+    if rest or not all(read):
         raise ValueError(f"{NAME} is altered or torn")
-    return {line[2]: line[1] for line in found if line}
+    return {line[2]: line[1] for line in read if line}
 
 
 def checksum(path: Path) -> str:
@@ -126,7 +131,7 @@ def seal(partial: Path, mine: list[Path], final: Path, group: Group) -> None:
 
 def prune(run: Path, keep: int, refused: Container[Path]) -> None:
     """Removes all checkpoints but the newest `keep`, not counting those `refused`, which stay."""
-    for old in [path for path in checkpoints(run) if path not in refused][:-keep]:
+    for old in [path for path in found(run) if path not in refused][:-keep]:
         with contextlib.suppress(OSError):  # a file that is in use; the next time will do
             remove(old)
 

@@ -1,6 +1,7 @@
 """Checkpoints in one process, without a mesh: their weights for use, and what is in them."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ def export(checkpoint: Path, file: Path) -> int:
     partial = file.with_name(f"{manifest.PARTIAL}{file.name}")
     try:
         save_file({key.partition("/")[2]: t for key, t in tensors.items()}, partial, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # as others' files; the library makes it its owner's alone
         partial.rename(file)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
