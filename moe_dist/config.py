@@ -65,6 +65,60 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SoftmaxMoEConfig:
+    """One mixture-of-experts layer of WideNet (Xue et al. 2021)."""
+
+    num_experts: int = 4
+    k: int = 2  # experts per token
+    hidden: int = 4096  # GELU units per expert
+    noise: bool = True  # of deviation 1 / num_experts, in training
+    capacity_factor: float | None = 1.2  # None: nothing is dropped
+    recompute: bool = False  # hidden activations of experts again in backward, instead of kept
+    w_balance: float = 0.01  # lambda of the balance loss
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A pre-LN transformer encoder. `blocks_per_...` consecutive blocks share one of something: 1 shares nothing, None
+    is all blocks. The defaults are WideNet's: one attention, one router and one set of experts, LayerNorms of their
+    own."""
+
+    depth: int = 12  # blocks
+    dim: int = 768
+    num_heads: int = 12
+    ffn_hidden: int = 3072  # GELU units of a dense block
+    moe_blocks: str = "all"  # which have experts instead: "all", "none", or numbers from 0 such as "9,11"
+    blocks_per_attention: int | None = None
+    blocks_per_ffn: int | None = None  # dense, or router and experts
+    blocks_per_norm: int | None = 1  # both LayerNorms of a block
+    blocks_per_routing: int | None = 1  # the later ones take the assignment of the first
+    dropout: float = 0.1  # of embeddings, and of what is added to a residual
+    moe: SoftmaxMoEConfig = field(default_factory=SoftmaxMoEConfig)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision transformer: patches, learned positions, encoder, mean over patches, a tanh layer, classes."""
+
+    image_size: int = 224
+    channels: int = 3
+    patch_size: int = 16
+    num_classes: int = 1000
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A text encoder after ALBERT: factorised embedding, and the two heads of its pre-training."""
+
+    vocabulary_size: int = 30_000
+    embedding_dim: int = 128
+    max_tokens: int = 512
+    num_kinds: int = 2  # of tokens: those of a first and of a second text
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
 class BatchConfig:
     """One optimizer step, over all ranks. A sample of a language model is a lane of text, `timesteps` words a step."""
 

@@ -52,6 +52,24 @@ class Experts(nn.Module):
         return grouped_matmul(hidden_RF, self.w2_eFD, count_e)
 
 
+class GeluExperts(Experts):
+    """Two-layer GELU networks with biases, as those of a transformer: 2 x dim x hidden + hidden + dim parameters each.
+
+    The biases of an expert are a matrix of one row, whose factored second moment (`outside.Factored`) is exact.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, recompute: bool = False) -> None:
+        super().__init__(num_experts, dim, hidden, recompute)
+        self.b1_e1F = parameter(num_experts, 1, hidden, bound=0.0)
+        self.b2_e1D = parameter(num_experts, 1, dim, bound=0.0)
+
+    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> torch.Tensor:
+        expert_R = torch.arange(len(count_e), device=x_RD.device).repeat_interleave(count_e, output_size=len(x_RD))
+        # GELU once: the code of Xue et al. 2021 has one after the output as well, the paper and ViT do not
+        hidden_RF = F.gelu(grouped_matmul(x_RD, self.w1_eDF, count_e) + self.b1_e1F.squeeze(1)[expert_R])
+        return grouped_matmul(hidden_RF, self.w2_eFD, count_e) + self.b2_e1D.squeeze(1)[expert_R]
+
+
 def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:
     """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). No rows: a zero gradient."""
     if native_grouped_matmul(x_RD, w_eDF):

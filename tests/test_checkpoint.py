@@ -169,6 +169,7 @@ def test_a_hidden_shard_is_seen(run: Path) -> None:
     assert manifest.newest_whole(run) == (newest, {})
 
 
+@pytest.mark.timeout(90)
 def test_a_checkpoint_in_the_background_outlives_an_exception(small_text: Path, tmp_path: Path) -> None:
     assert run_distributed(save_and_raise, 1, str(small_text), tmp_path, timeout=60) == ["step_00000001"]
 

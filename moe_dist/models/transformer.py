@@ -1,0 +1,196 @@
+"""A pre-LN transformer encoder whose blocks may share what they are made of.
+
+    x = x + attention(LN(x));  x = x + ffn(LN(x))                                   LN once more after the last block
+
+WideNet (Xue et al. 2021) is the case of one attention, one router and one set of experts for all blocks, and of
+LayerNorms of its own for each. A layer can be used many times because its statistics and losses are returned, and noise
+and dropout are keyed by the use: embeddings are at site 0, block i's attention at 2 i + 1, its ffn at 2 i + 2.
+
+Legend: B samples, S tokens of each, T = B S tokens, D width, H heads, C channels of a head.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_dist.config import EncoderConfig
+from moe_dist.context import Context
+from moe_dist.experts import GeluExperts
+from moe_dist.gating.softmax_topk import SoftmaxTopK
+from moe_dist.keyed import dropout
+from moe_dist.layer import LayerStats, MoE
+from moe_dist.parameters import parameter, with_bound
+
+EPS = 1e-6  # of LayerNorms
+EMBEDDING_BOUND = 0.02 * 3**0.5  # deviation 0.02
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block is made of: places in the lists of `Encoder`."""
+
+    attention: int
+    norm: int
+    ffn: str  # "moe0" or "ffn0", the number counts what is shared
+    routes: bool  # else it takes the last assignment
+
+
+def blocks_of(config: EncoderConfig) -> list[Block]:
+    """The blocks in order. Raises ValueError for blocks with experts that are not there, or an assignment that would
+    outlive the experts it is for."""
+
+    def group(block: int, size: int | None) -> int:
+        return block // (size or config.depth)
+
+    moe = _moe_blocks(config)
+    blocks: list[Block] = []
+    router: dict[int, str] = {}  # of each assignment
+    for i in range(config.depth):
+        ffn = f"{'moe' if i in moe else 'ffn'}{group(i, config.blocks_per_ffn)}"
+        assignment = group(i, config.blocks_per_routing)
+        routes = i in moe and assignment not in router
+        if i in moe and router.setdefault(assignment, ffn) != ffn:
+            raise ValueError(
+                f"encoder.blocks_per_routing={config.blocks_per_routing}, but block {i} has experts of its own: an "
+                f"assignment is for one set of experts (blocks_per_ffn={config.blocks_per_ffn})"
+            )
+        blocks.append(Block(group(i, config.blocks_per_attention), group(i, config.blocks_per_norm), ffn, routes))
+    return blocks
+
+
+def _moe_blocks(config: EncoderConfig) -> set[int]:
+    every = range(config.depth)
+    named: dict[str, Iterable[int]] = {"all": every, "none": ()}
+    try:
+        moe = set(named[config.moe_blocks] if config.moe_blocks in named else map(int, config.moe_blocks.split(",")))
+    except ValueError:
+        moe = {-1}
+    if not moe <= set(every):
+        raise ValueError(
+            f"encoder.moe_blocks={config.moe_blocks!r}: all, none, or numbers from 0 to {config.depth - 1} with commas"
+        )
+    return moe
+
+
+class Encoder(nn.Module):
+    """(T, D) -> (T, D), and the statistics of each routing by the block that makes it."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        """Raises ValueError for numbers that do not fit together."""
+        super().__init__()
+        self.p, self.blocks = config.dropout, blocks_of(config)
+        self.attention = nn.ModuleList(
+            Attention(config.dim, config.num_heads) for _ in {block.attention for block in self.blocks}
+        )
+        norms = {block.norm for block in self.blocks}
+        self.norm_attention = nn.ModuleList(LayerNorm(config.dim) for _ in norms)
+        self.norm_ffn = nn.ModuleList(LayerNorm(config.dim) for _ in norms)
+        # in order of first use; a set would be ordered otherwise on another rank
+        names = dict.fromkeys(block.ffn for block in self.blocks)
+        self.ffn = nn.ModuleDict({name: _moe(config) if name.startswith("moe") else _ffn(config) for name in names})
+        self.norm = LayerNorm(config.dim)
+
+    def forward(
+        self, x_TD: torch.Tensor, shape: tuple[int, int], mask_B1SS: torch.Tensor | None, ctx: Context
+    ) -> tuple[torch.Tensor, dict[str, LayerStats]]:
+        """`shape`: (B, S). `mask_B1SS`: which tokens (the last S) a token may see, None for all of its sample."""
+        stats: dict[str, LayerStats] = {}
+        routing: Any = None  # of the last gate that was asked, and what it told
+        told: Any = None
+        for i, block in enumerate(self.blocks):
+            h_TD = self.norm_attention[block.norm](x_TD)
+            h_TD = self.attention[block.attention](h_TD, shape, mask_B1SS)
+            x_TD = x_TD + dropout(h_TD, self.p, ctx.at(2 * i + 1))
+            layer, here = self.ffn[block.ffn], ctx.at(2 * i + 2)
+            h_TD = self.norm_ffn[block.norm](x_TD)
+            if isinstance(layer, MoE):  # as `MoE.forward`, but that several blocks may have one routing
+                if block.routes:
+                    routing, told = layer.gate(h_TD, here)
+                h_TD, inner = layer.exchange(h_TD, routing, layer.experts, here)
+                if block.routes:  # a routing is balanced once, however often it is used
+                    stats[f"block{i}"] = layer.stats(routing, told, inner)
+            else:
+                h_TD = layer(h_TD)
+            x_TD = x_TD + dropout(h_TD, self.p, here)
+        return self.norm(x_TD), stats
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each sample, no dropout on its weights.
+
+    Keys have no bias: it would add the same to all scores of a token, which the softmax does not see, and Adam would
+    move it by the rounding of a gradient that is zero.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        """Raises ValueError where `num_heads` does not divide `dim`."""
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"encoder.dim={dim} is not a multiple of encoder.num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.query, self.value, self.out = (linear(dim, dim) for _ in range(3))
+        self.key = linear(dim, dim, bias=False)
+
+    def forward(self, x_TD: torch.Tensor, shape: tuple[int, int], mask_B1SS: torch.Tensor | None) -> torch.Tensor:
+        heads = (*shape, self.num_heads, x_TD.shape[1] // self.num_heads)
+        q_BHSC, k_BHSC, v_BHSC = (
+            layer(x_TD).view(heads).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, mask_B1SS)
+        return self.out(y_BHSC.transpose(1, 2).reshape(x_TD.shape))
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * (1 + gain) + bias; both start at zero."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain_D = parameter(dim, bound=0.0)
+        self.bias_D = parameter(dim, bound=0.0)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x_TD, x_TD.shape[-1:], 1 + self.gain_D, self.bias_D, EPS)
+
+
+class Positions(nn.Module):
+    """Adds what is learned for each place to samples (B, S, D) of at most `num_positions` tokens."""
+
+    def __init__(self, num_positions: int, dim: int) -> None:
+        super().__init__()
+        self.w_SD = parameter(num_positions, dim, bound=EMBEDDING_BOUND)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        return x_BSD + self.w_SD[: x_BSD.shape[1]]
+
+
+def linear(fan_in: int, fan_out: int, bound: float | None = None, bias: bool = True) -> nn.Linear:
+    """With biases that start at zero, and weights of variance 1 / fan_in or drawn from U(-bound, bound). The paper does
+    not say what it starts from."""
+    layer = nn.Linear(fan_in, fan_out, bias)
+    with_bound(layer.weight, math.sqrt(3 / fan_in) if bound is None else bound)
+    if bias:
+        with_bound(layer.bias, 0.0)
+    return layer
+
+
+def _ffn(config: EncoderConfig) -> nn.Module:
+    # the paper does not say where its dropout is; ours is on what a block adds, not on hidden units too
+    return nn.Sequential(linear(config.dim, config.ffn_hidden), nn.GELU(), linear(config.ffn_hidden, config.dim))
+
+
+def _moe(config: EncoderConfig) -> MoE:
+    moe = config.moe
+    gate = SoftmaxTopK(
+        config.dim,
+        moe.num_experts,
+        moe.k,
+        noise=moe.noise,
+        capacity_factor=moe.capacity_factor,
+        w_balance=moe.w_balance,
+    )
+    return MoE(gate, GeluExperts(moe.num_experts, config.dim, moe.hidden, moe.recompute))

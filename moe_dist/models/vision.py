@@ -1,0 +1,50 @@
+"""Vision transformers: ViT, ViT-MoE and WideNet (Xue et al. 2021), which differ in their encoder alone.
+
+    patches -> + positions -> encoder -> mean over patches -> tanh layer -> classes
+
+Legend: B images, S patches of each, T = B S tokens, D width, N classes, Q colours, Y and X pixels, P side of a patch.
+"""
+
+import torch
+from torch import nn
+
+from moe_dist.config import VisionConfig
+from moe_dist.context import Context
+from moe_dist.keyed import dropout
+from moe_dist.layer import LayerStats
+from moe_dist.models.transformer import Encoder, Positions, linear
+
+
+class VisionTransformer(nn.Module):
+    """Images to classes. There is no class token: the mean takes its place (the authors' code keeps it among the tokens
+    that it counts capacity from)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        """Raises ValueError for numbers that do not fit together."""
+        super().__init__()
+        size, patch, dim = config.image_size, config.patch_size, config.encoder.dim
+        if size % patch:
+            raise ValueError(f"vision.image_size={size} is not a multiple of vision.patch_size={patch}")
+        self.p, self.patch_size = config.encoder.dropout, patch
+        self.patches = linear(config.channels * patch**2, dim)
+        self.positions = Positions((size // patch) ** 2, dim)
+        self.encoder = Encoder(config.encoder)
+        self.representation = linear(dim, dim)
+        self.head = linear(dim, config.num_classes, bound=0.0)
+
+    def forward(self, image_BQYX: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, dict[str, LayerStats]]:
+        """Images -> logits (B, N), and the statistics of each routing. `ctx` is of the patches, row by row."""
+        x_BSD = self.positions(self.patches(cut(image_BQYX, self.patch_size)))
+        shape, width = x_BSD.shape[:2], x_BSD.shape[2]
+        x_TD = dropout(x_BSD.flatten(0, 1), self.p, ctx.at(0))
+        x_TD, stats = self.encoder(x_TD, shape, None, ctx)
+        mean_BD = x_TD.view(*shape, width).mean(1)
+        return self.head(self.representation(mean_BD).tanh()), stats
+
+
+def cut(image_BQYX: torch.Tensor, side: int) -> torch.Tensor:
+    """Square patches as rows, row by row: (B, S, Q P P), each as a convolution's weight lies."""
+    b, colours, height, width = image_BQYX.shape
+    rows, columns = height // side, width // side
+    tiles = image_BQYX.view(b, colours, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(b, rows * columns, colours * side**2)
