@@ -1,9 +1,12 @@
 """Fixtures of several test files."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from processes import end, set_, start
+from runs import TINY
 
 from moe_dist.data.sources import open_text
 
@@ -14,3 +17,19 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "verses.txt"
     path.write_text("\n".join(islice(open_text("embedded", streamed=True)["train"], 1500)))
     return path
+
+
+@pytest.fixture(scope="session")
+def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("runs") / "good"
+    sets = set_(*TINY, "steps=2", "save_every=1", f"data.text={small_text}")
+    status, stderr = end(start("lstm_moe_demo", "--folder", str(run), *sets))
+    assert status == 0, stderr
+    return run
+
+
+@pytest.fixture
+def run(good: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(good, tmp_path / "run")

@@ -191,22 +191,6 @@ def test_a_rank_that_never_comes() -> None:
     check_one_line(stderr, "1/2 clients joined")
 
 
-@pytest.fixture(scope="module")
-def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
-    run = tmp_path_factory.mktemp("runs") / "good"
-    sets = set_(*TINY, "steps=2", "save_every=1", f"data.text={small_text}")
-    status, stderr = end(start("lstm_moe_demo", "--folder", str(run), *sets))
-    assert status == 0, stderr
-    return run
-
-
-@pytest.fixture
-def run(good: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be spoilt."""
-    return shutil.copytree(good, tmp_path / "run")
-
-
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("spoil", "says"),

@@ -32,22 +32,6 @@ from moe_dist.parallel.spawn import run_distributed
 from moe_dist.reader import Reader
 
 
-@pytest.fixture(scope="module")
-def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, with a checkpoint of each."""
-    run = tmp_path_factory.mktemp("runs") / "good"
-    sets = set_(*TINY, "steps=2", "save_every=1", f"data.text={small_text}")
-    status, stderr = end(start("lstm_moe_demo", "--folder", str(run), *sets))
-    assert status == 0, stderr
-    return run
-
-
-@pytest.fixture
-def run(good: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be spoilt."""
-    return shutil.copytree(good, tmp_path / "run")
-
-
 def contents(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
