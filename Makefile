@@ -13,6 +13,7 @@ ARGS ?=
 READY ?= setup
 PYTHON ?= python3.11
 BIN = .venv/bin
+PARALLEL = -n 2 --dist worksteal
 # more threads than cores make small matrices ten times slower; torchrun would set the same and warn
 export OMP_NUM_THREADS ?= 1
 
@@ -29,13 +30,13 @@ train: setup
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) train.py $(CONFIG) --set mesh.ep=$(EP) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 bench: setup
 	$(BIN)/python benchmarks/lm.py $(ARGS)

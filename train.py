@@ -7,7 +7,7 @@
     python train.py lstm_moe_demo --dry-run                                   the layout, and nothing else
     torchrun --nproc-per-node 2 train.py --resume runs/NAME                   goes on where the run stopped
     python train.py --resume runs/NAME --grow 2                               with two experts for each, as a new run
-    python train.py --evaluate runs/NAME                                      test perplexity of its newest checkpoint
+    python train.py --evaluate runs/NAME                                      test metrics of its newest checkpoint
 
 CPU with gloo or CUDA with NCCL, whatever is there.
 """
@@ -34,7 +34,7 @@ def main(run: Run) -> None:
     with plain_errors():
         mesh = meshes.start(config.mesh.ep)
         run.choose(mesh)
-        training = set_up(config, run.ds_config, mesh, run.vocabulary())
+        training = set_up(config, run.ds_config, mesh, run.known())
         task, engine = training.task, training.engine
         if run.checkpoint:
             load(run.checkpoint, engine, task, mesh, run.growth)
@@ -46,7 +46,7 @@ def main(run: Run) -> None:
         else:
             result, status = train(run, folder, training)
         if mesh.is_main and result:
-            print(result_lines(run, result, task.unigram_perplexity(), engine.optimizer.updates), flush=True)
+            print(result_lines(run, task.told(result), engine.optimizer.updates), flush=True)
         if mesh.is_main and not run.evaluate:
             report.write_report(folder)
         meshes.stop()
@@ -56,24 +56,25 @@ def main(run: Run) -> None:
 def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float], int]:
     """Test metrics after the last step, none where SIGTERM ended the run before, and the exit status."""
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
-    meter, optimizer, result = Meter(mesh, training.layout, run.flops_per_word), engine.optimizer, {}
+    meter, optimizer, result = Meter(mesh, task, run.flops_per_unit), engine.optimizer, {}
     saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused)
     with saver, Stop(mesh) as stop, Metrics(
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
         start_step=run.first_step, wandb_id=run.wandb_id,
     ) as metrics:  # fmt: skip
-        state = {"wandb_id": metrics.wandb_id, "vocabulary": asdict(task.vocabulary)}
+        state = {"wandb_id": metrics.wandb_id} | task.known()
         if run.growth:  # what --resume of the new run finds
             saver.save(run.first_step, state)
         for step in range(run.first_step + 1, config.steps + 1):
             with meter.step():
-                for batch, nll, stats in train_step(training, step):
-                    meter.add(nll, batch.ctx.valid_T.sum(), stats)
+                for _, sums, stats in train_step(training, step):
+                    meter.add(sums, stats)
             last = step == config.steps
             stopping = stop.asked() and not last
             if step % config.log_every == 0 or last or stopping:
-                line = meter.read() | {"train/lr": learning_rate(config.optim, step), "train/grad_norm": optimizer.norm}
-                metrics.log(step, line | {"train/skipped_steps": step - optimizer.updates})
+                lr, skipped = learning_rate(config.optim, step, config.steps), step - optimizer.updates
+                told = {"train/lr": lr, "train/grad_norm": optimizer.norm, "train/skipped_steps": skipped}
+                metrics.log(step, meter.read() | told)
             if (step % config.eval_every == 0 or last) and not stopping:  # who asks to stop does not wait for long
                 metrics.log(step, evaluate(engine, task, "valid", mesh))
                 metrics.pictures(step, partial(report.write_report, folder, only_loads=True))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist.config import Config, ModelConfig
+from moe_dist.config import Config, LSTMConfig
 from moe_dist.context import Context
 from moe_dist.engine import import_deepspeed
 from moe_dist.layer import LayerStats
@@ -27,7 +27,7 @@ BALANCE = 0.01  # --moe-loss-coeff of Megatron-DeepSpeed's MoE examples
 class Layer(nn.Module):
     """`deepspeed.moe.layer.MoE` as the middle layer of a model. `drops` may be set at any time."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
         moe = config.moe
         w1, w2 = nn.Linear(config.dim, moe.hidden, bias=False), nn.Linear(moe.hidden, config.dim, bias=False)

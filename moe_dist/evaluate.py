@@ -1,4 +1,4 @@
-"""Perplexity of a split, the same on every layout."""
+"""Measures of a split, the same on every layout."""
 
 from typing import Any
 
@@ -10,14 +10,11 @@ from moe_dist.parallel.mesh import Mesh
 
 @torch.no_grad()
 def evaluate(engine: Any, task: Any, split: str, mesh: Mesh) -> dict[str, Any]:
-    """{"SPLIT/loss": nats per word, "SPLIT/perplexity"}. A collective: all ranks must call it."""
-    meter = Meter(mesh, task.layout)
-    training = task.state
-    task.start(training[0][0][0].dtype)
+    """{"SPLIT/loss", "SPLIT/MEASURE"}, what the task measures. A collective: all ranks must call it."""
+    meter = Meter(mesh, task)
     for batches in task.evaluation(split):
-        words = task.words(batches)
+        total = task.total(batches)
         for batch in batches:
-            _, nll, stats = task.loss(engine, batch, words)
-            meter.add(nll, batch.ctx.valid_T.sum(), stats)
-    task.state = training
-    return meter.read(split)
+            _, sums, stats = task.loss(engine, batch, total)
+            meter.add(sums, stats)
+    return meter.read(split) | {f"{split}/{name}": value for name, value in task.finish(split).items()}

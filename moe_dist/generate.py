@@ -197,13 +197,13 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 
 def open_text(reader: Reader, args: argparse.Namespace) -> Text:
     """What is to be read. Raises ValueError where it cannot be, or the run has not what is asked of it."""
-    num_words, num_experts = len(reader.vocabulary), reader.config.model.moe.num_experts
+    num_words, num_experts = len(reader.vocabulary), reader.layers.moe.num_experts
     if args.mode == "next" and args.next > num_words:
         raise ValueError(f"--next {args.next}: the vocabulary has {num_words} words")
     if args.top is not None and args.top >= num_words:
         raise ValueError(f"--top {args.top}: at most {num_words - 1}, the vocabulary without {UNK}")
     if args.mode in ("experts", "specialisation") and not reader.watched:
-        raise ValueError(f"--{args.mode}: {args.run} has no experts (model.middle={reader.config.model.middle!r})")
+        raise ValueError(f"--{args.mode}: {args.run} has no experts (model.middle={reader.layers.middle!r})")
     if args.only and not all(0 <= expert < num_experts for expert in args.only):
         raise ValueError(f"--only {' '.join(map(str, args.only))}: experts are 0 to {num_experts - 1}")
     if args.mode != "specialisation":
@@ -211,7 +211,7 @@ def open_text(reader: Reader, args: argparse.Namespace) -> Text:
         if args.mode == "experts" and len(text.words) == 1:
             raise ValueError("--experts: give a --prompt of a word or more")
         return text
-    of_run = reader.config.data.text
+    of_run = reader.data.text
     lines = sources.open_text(of_run, streamed=True)["test"] if args.of is None else _lines_of(args.of)
     return as_text(list(_first(args.read, lines)), reader.vocabulary)
 

@@ -9,6 +9,8 @@ Legend: T tokens, C channels.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,6 +25,21 @@ def generator(*key: int | str) -> torch.Generator:
 def uniform(num: int, *key: int | str) -> torch.Tensor:
     """Uniform numbers on [0, 1) (float64, on CPU) that follow from `key` alone."""
     return torch.empty(num, dtype=torch.float64).uniform_(generator=generator(*key))
+
+
+@contextmanager
+def default_generator() -> Iterator[Callable[..., None]]:
+    """Lends torch's default CPU generator, for libraries that can draw from no other: yields a function that seeds it
+    by a key, as often as is needed, and gives it back as it was."""
+    before = torch.get_rng_state()
+
+    def seed(*key: int | str) -> None:
+        torch.default_generator.manual_seed(_words(*key)[0])
+
+    try:
+        yield seed
+    finally:
+        torch.set_rng_state(before)
 
 
 def normal(ctx: Context, use: str, channel_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

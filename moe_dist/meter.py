@@ -5,20 +5,23 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from moe_dist.layer import LayerStats
 from moe_dist.parallel.collectives import Label, sum_over
-from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.parallel.mesh import Mesh
+
+SUMS = "sums/"  # before the names of a task's
 
 
 class Meter:
     """Adds up what micro-batches tell; `read` gives the means over all ranks since the last reading."""
 
-    def __init__(self, mesh: Mesh, layout: Layout, flops_per_word: int = 0) -> None:
-        """`flops_per_word`: forward and backward, as `summary.counts` has it."""
-        self.mesh, self.layout, self.flops_per_word = mesh, layout, flops_per_word
+    def __init__(self, mesh: Mesh, task: Any, flops_per_unit: int = 0) -> None:
+        """`task`: a `tasks.Task`; `flops_per_unit`: of it, forward and backward, as `summary.counts` has it."""
+        self.mesh, self.task, self.flops_per_unit = mesh, task, flops_per_unit
         self._clear()
 
     def _clear(self) -> None:
@@ -40,10 +43,10 @@ class Meter:
         value = value.detach().double()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
 
-    def add(self, nll: torch.Tensor, words: torch.Tensor, stats: dict[str, LayerStats]) -> None:
-        """One micro-batch of this rank: summed nll (nats), valid words, statistics by layer name."""
-        self._add("nll", nll)
-        self._add("words", words)
+    def add(self, sums: dict[str, torch.Tensor], stats: dict[str, LayerStats]) -> None:
+        """One micro-batch of this rank: the task's sums, statistics by layer name."""
+        for name, value in sums.items():
+            self._add(f"{SUMS}{name}", value)
         for name, layer in stats.items():
             # the balance loss is the same on every rank
             self._add("balance", layer.balance_loss / self.mesh.dp.size)
@@ -52,7 +55,8 @@ class Meter:
             self._add(f"{name}/dropped", layer.dropped)
 
     def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
-        """Loss and perplexity per word, load of each layer; then starts anew. A collective: all ranks must call it."""
+        """The task's measures, speed, and the load of each layer; then starts anew. A collective: all ranks must call
+        it."""
         by_name = {f"exchange/{_place(site)}/{direction}_bytes": n for (site, direction), n in self.sent.items()}
         sent = dict(sorted(by_name.items()))  # one order on every rank
         sums = self.sums | {
@@ -60,18 +64,24 @@ class Meter:
         }
         flat = sum_over(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
         total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
-        words = total["words"].item()
-        loss = total["nll"].item() / words
-        values: dict[str, float | list[float]] = {f"{prefix}/loss": loss, f"{prefix}/perplexity": perplexity(loss)}
+        of_task = {key.removeprefix(SUMS): total[key].item() for key in total if key.startswith(SUMS)}
+        values: dict[str, float | list[float]] = {
+            f"{prefix}/{name}": value for name, value in self.task.measures(of_task).items()
+        }
         if self.steps:
-            values["words_per_second"] = words / self.seconds
-            values["tflops_per_device"] = self.flops_per_word * words / self.seconds / self.mesh.dp.size / 1e12
+            unit = self.task.unit
+            per_second = of_task[unit] / self.seconds
+            values[f"{unit}_per_second"] = per_second
+            values["tflops_per_device"] = self.flops_per_unit * per_second / self.mesh.dp.size / 1e12
             values |= {key: total[key].item() / self.steps for key in sent}
             if "balance" in total:
-                values["train/balance_loss"] = total["balance"].item() / (self.steps * self.layout.num_balance_groups)
+                groups = self.steps * self.task.layout.num_balance_groups
+                values["train/balance_loss"] = total["balance"].item() / groups
             for name in [key.removesuffix("/load") for key in total if key.endswith("/load")]:
                 values |= _layer(f"moe/{name}", total[f"{name}/importance"], total[f"{name}/load"])
-                values[f"moe/{name}/dropped"] = total[f"{name}/dropped"].item() / self.steps
+                dropped, kept = total[f"{name}/dropped"].item(), total[f"{name}/load"].sum().item()
+                values[f"moe/{name}/dropped"] = dropped / self.steps
+                values[f"moe/{name}/drop_rate"] = dropped / max(1, dropped + kept)  # of assignments
         self._clear()
         return values
 

@@ -25,10 +25,15 @@ _WANDB_INIT_SECONDS = 15.0
 _WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
 _WANDB_QUEUE = 1_000  # lines wandb may lie behind
 _HEADLINE = {  # what the terminal shows: the last value of each, where there is one
-    "loss": "train/loss",
-    "perplexity": "train/perplexity",
-    "words/s": "words_per_second",
-    "valid": "valid/perplexity",  # short, for 80 columns
+    "train/loss": "loss",
+    "train/perplexity": "perplexity",
+    "train/accuracy": "accuracy",
+    "words_per_second": "words/s",
+    "images_per_second": "images/s",
+    "texts_per_second": "texts/s",
+    "valid/perplexity": "valid",  # short, for 80 columns
+    "valid/accuracy": "valid",
+    "valid/f1": "valid",
 }
 
 
@@ -93,7 +98,7 @@ class Metrics:
         if self._wandb:
             compact = {key: _as_number(value) for key, value in values.items()}
             self._wandb.put(step, lambda: compact)
-        self._headline |= {name: values[key] for name, key in _HEADLINE.items() if key in values}
+        self._headline |= {name: values[key] for key, name in _HEADLINE.items() if key in values}
         self._show(step, "  ".join(f"{name} {_number(value)}" for name, value in self._headline.items()))
 
     def pictures(self, step: int, draw: Callable[[], list[pathlib.Path]]) -> None:

@@ -3,7 +3,7 @@
 DeepSpeed hands over the dense parameters (whole at ZeRO 0, this rank's flat float32 partition at 1 to 3) with gradients
 averaged over all ranks. Gradients of experts and gates of groups are summed over the ranks that hold the same ones,
 those of rows over all ranks; both are divided by the number of all ranks, as if there were one rank. Then: one norm
-over everything, one clip factor, one update: Adam (torch's fused one, the base class) for the dense parameters, and
+over everything, one clip factor, one update: AdamW (torch's fused one, the base class) for the dense parameters, and
 what `outside.py` says for the others.
 
 Where the clip factor comes from the norm of the step before (`clip_by`), or there is none, experts need not wait: with
@@ -26,13 +26,18 @@ from moe_dist.parallel.mesh import Mesh
 FORMS: dict[str, type[Adam] | type[Factored]] = {"paper": Factored, "diet": Factored, "adam": Adam}
 
 
-def learning_rate(config: OptimConfig, step: int) -> float:
-    """Of optimizer step `step` (from 1): linear warm-up, then falling with 1/sqrt(step) (Appendix C.1)."""
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Of optimizer step `step` of `steps` (from 1): linear warm-up, then falling with 1/sqrt(step) (Shazeer et al.
+    2017, Appendix C.1) or as half a cosine wave to 0 (Xue et al. 2021)."""
     warmup = max(1, config.warmup_steps)
-    return config.lr * min(step / warmup, (warmup / step) ** 0.5)
+    if step < warmup:
+        return config.lr * step / warmup
+    if config.decay == "rsqrt":
+        return config.lr * (warmup / step) ** 0.5
+    return config.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-class Optimizer(torch.optim.Adam):
+class Optimizer(torch.optim.AdamW):
     """See the head of this file. The base class's `param_groups` are the dense parameters, which DeepSpeed replaces."""
 
     def __init__(
@@ -48,7 +53,8 @@ class Optimizer(torch.optim.Adam):
         """`rows`: by module. `zero`: the engine's ZeRO stage. Raises ValueError for an unknown `expert_form`."""
         if config.expert_form not in FORMS:
             raise ValueError(f"optim.expert_form={config.expert_form!r}; {nearest(config.expert_form, FORMS)}")
-        super().__init__(dense, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        betas, decay = (config.beta1, config.beta2), config.weight_decay
+        super().__init__(dense, lr=config.lr, betas=betas, eps=config.eps, weight_decay=decay, fused=True)
         self.experts = {name: FORMS[config.expert_form](p, mesh.edp) for name, p in experts.items()}
         self.gates = {name: Adam(p, mesh.edp) for name, p in gates.items()}
         self.rows = {name: Rows(name, named, mesh.dp) for name, named in rows.items()}

@@ -164,13 +164,14 @@ class Adam(Spread):
 
     def __init__(self, p: nn.Parameter, replicas: Axis) -> None:
         super().__init__(p, replicas)
-        self.adam = torch.optim.Adam([self.master], fused=True)
+        self.adam = torch.optim.AdamW([self.master], fused=True)
 
     def square(self) -> torch.Tensor:
         return square_of([self.my_gradient], self.p.device)
 
     def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
-        self.adam.param_groups[0] |= {"lr": lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        betas, decay = (config.beta1, config.beta2), config.weight_decay
+        self.adam.param_groups[0] |= {"lr": lr, "betas": betas, "eps": config.eps, "weight_decay": decay}
         self.master.grad = self.my_gradient.mul_(scale)
         self.adam.step()
         self.master.grad = None
@@ -306,8 +307,8 @@ def factored_update(
 ) -> None:  # fmt: skip
     """In place: weights, row means and column means of g² after one step of Adam with beta1 = 0 (Appendix D).
 
-    w -= lr g / (sqrt(v) + eps) with v from bias-corrected means. Rows and columns without any gradient give v = 0 and
-    g = 0: no update, not NaN.
+    w -= lr (g / (sqrt(v) + eps) + weight_decay w) with v from bias-corrected means. Rows and columns without any
+    gradient give v = 0 and g = 0: no update, not NaN.
     """
     beta, correction = config.expert_beta2, 1 - config.expert_beta2**step
     rows, columns = g_eDF.shape[1:]
@@ -324,8 +325,10 @@ def factored_update(
     eps_F = right_eF.new_full((columns,), config.eps)  # as a scalar it would keep the kernel from vector instructions
     right = right_eF[:, None].expand(-1, rows // num_rows, -1).reshape(num, n, 1, columns)
     whole = (left_eD.view(num, n, num_rows, 1), right, *(t.view(num, n, num_rows, columns) for t in (w_eDF, g_eDF)))
-    root = w_eDF.new_empty(n, num_rows, columns)
+    root, decay = w_eDF.new_empty(n, num_rows, columns), lr * config.weight_decay
     for left, right, w, g in zip(*(t.unbind() for t in whole), strict=True):
+        if decay:
+            w.mul_(1 - decay)
         torch.addcmul(eps_F, left, right, out=root)  # sqrt(v) + eps
         w.addcdiv_(g, root, value=-lr * scale)
 

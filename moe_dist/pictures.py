@@ -13,13 +13,20 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 _LOAD_KEY = re.compile(r"moe/(.+)/load")
 _BYTES_KEY = re.compile(r"exchange/(.+)/(.+)_bytes")
+_SPEED_KEY = re.compile(r"(.+)_per_second")
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
 _COLUMNS, _ROWS = 300, 256  # most of a heat map, near what its pixels can show: more are drawn in groups
 _BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
+_RIGHT = {  # measures of what is right, with their names and axes
+    "accuracy": ("accuracy", "accuracy (part of all that are right)"),
+    "masked_accuracy": ("masked words", "accuracy (part of masked words that are right)"),
+    "order_accuracy": ("order of sentences", "accuracy (part of orders that are right)"),
+    "f1": ("answers", "F1 of answers (%)"),
+}
 _STYLES: dict[str, dict[str, Any]] = {
     "train": dict(color="tab:blue"),
     "valid": dict(color="tab:orange", linewidth=2, markersize=8),
@@ -32,8 +39,9 @@ _OUTSIDE: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon
 def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:
     """Every picture of the run `name`, by file name without ending; `lines` as `metrics.read_metrics` has them."""
     drawn = {
-        "loss": _curves(lines, "loss", f"{name}: loss", "loss (nats per word)"),
+        "loss": _curves(lines, "loss", f"{name}: loss", f"loss (nats per {_unit(lines).removesuffix('s')})"),
         "perplexity": _curves(lines, "perplexity", f"{name}: perplexity", "perplexity"),
+        **{key: _curves(lines, key, f"{name}: {what}", unit) for key, (what, unit) in _RIGHT.items()},
         **load_maps(lines, name),
         **{f"balance_{_stem(layer)}": _balance(lines, layer, name) for layer in _layers(lines)},
         "speed": _speed(lines, name),
@@ -50,6 +58,11 @@ def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
 
 def _layers(lines: list[dict]) -> list[str]:
     return list(dict.fromkeys(match[1] for line in lines for key in line if (match := _LOAD_KEY.fullmatch(key))))
+
+
+def _unit(lines: list[dict]) -> str:
+    """What speed counts: "words", "images"."""
+    return next((match[1] for line in lines for key in line if (match := _SPEED_KEY.fullmatch(key))), "words")
 
 
 def _stem(layer: str) -> str:
@@ -174,7 +187,7 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
         "CV over experts\n(std / mean)",
         "load of an expert\n(/ mean load)",
         f"dead experts\n(of {num_experts})",
-        "dropped\n(assignments per step)",
+        "drop rate\n(of assignments)",
     )
     _plot(cv, lines, f"moe/{layer}/cv_importance", color="tab:green", linewidth=4, alpha=0.4, label="importance")
     _plot(cv, lines, f"moe/{layer}/cv_load", color="tab:blue", label="load")
@@ -184,26 +197,30 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
     steps, low = _series(lines, f"moe/{layer}/p10_over_mean_load")
     load.fill_between(steps, low, _series(lines, f"moe/{layer}/p90_over_mean_load")[1], color="gray", alpha=0.2)
     _plot(dead, lines, f"moe/{layer}/dead_experts", color="tab:purple")
-    _plot(dropped, lines, f"moe/{layer}/dropped", color="tab:brown")
+    _plot(dropped, lines, f"moe/{layer}/drop_rate", color="tab:brown")
     for axes in (cv, load):
         axes.legend(**_OUTSIDE)
     _from_zero(cv)
     _log_where_it_helps(load)
-    for axes in (dead, dropped):
-        _count_from_zero(axes)
+    _count_from_zero(dead)
+    _from_zero(dropped, least_top=0.01)
+    dropped.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
 def _speed(lines: list[dict], name: str) -> Figure | None:
-    if not _has(lines, "words_per_second"):
+    unit = _unit(lines)
+    if not _has(lines, f"{unit}_per_second"):
         return None
-    figure, (words, flops) = _panels(
-        f"{name}: speed of training steps", "words per second\n(all ranks)", "TFLOPS per device\n(10¹² operations / s)"
+    figure, (speed, flops) = _panels(
+        f"{name}: speed of training steps",
+        f"{unit} per second\n(all ranks)",
+        "TFLOPS per device\n(10¹² operations / s)",
     )
-    _plot(words, lines, "words_per_second", color="tab:blue")
+    _plot(speed, lines, f"{unit}_per_second", color="tab:blue")
     _plot(flops, lines, "tflops_per_device", color="tab:green")
-    words.yaxis.set_major_formatter("{x:,.0f}")
-    for axes in (words, flops):
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    for axes in (speed, flops):
         _from_zero(axes)
     return figure
 

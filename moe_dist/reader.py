@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.checkpoint.whole import load_weights
-from moe_dist.cli import Run, read_config
+from moe_dist.cli import read_config
+from moe_dist.config import Config, LSTMConfig, TextDataConfig
 from moe_dist.context import Context
 from moe_dist.dispatch.exchange import ExpertModule, LocalExchange
-from moe_dist.engine import read_ds_config
 from moe_dist.hierarchical import Groups
 from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import State, state_widths
 from moe_dist.routing import Routing
-from moe_dist.tasks import TASKS
+from moe_dist.tasks import task_of
+from moe_dist.tasks.language_model import saved_vocabulary
 
 WINDOW = 512  # words read at once
 
@@ -57,20 +59,31 @@ class Watched(LocalExchange):
         return super().__call__(x_TD, routing, experts, ctx)
 
 
+def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
+    """The config of a run, its model with the weights of the newest whole checkpoint, on CPU, and the state beside it.
+
+    Raises ValueError for a folder without a config or checkpoint, or where the two do not fit together."""
+    config = read_config(folder)
+    newest, refused = newest_whole(folder)
+    for reason in refused.values():
+        print(f"warning: {reason}. Refused; reading {newest.name}", file=sys.stderr)
+    model = task_of(config).plain_model(config).to_empty(device="cpu")
+    load_weights(newest, model)
+    return config, model, read_state(newest)
+
+
 class Reader:
     """The model of a run, which reads a text."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError for a folder without a config or checkpoint, or where the two do not fit together."""
-        config = read_config(folder)
-        newest, refused = newest_whole(folder)
-        for reason in refused.values():
-            print(f"warning: {reason}. Refused; reading {newest.name}", file=sys.stderr)
-        vocabulary = Run(config, read_ds_config(config), folder, folder, newest).vocabulary()
-        assert vocabulary is not None
-        self.config, self.vocabulary = config, vocabulary
-        self.model: Any = TASKS[config.task].plain_model(config).to_empty(device="cpu")
-        load_weights(newest, self.model)
+        """Raises what `open_run` does, and ValueError for a run of another task."""
+        self.config, self.model, state = open_run(folder)
+        config = self.config
+        if not isinstance(config.model, LSTMConfig):
+            raise ValueError(f"{folder}: a run of task={config.task}; only a language model continues a text")
+        assert isinstance(config.data, TextDataConfig)
+        self.layers, self.data = config.model, config.data
+        self.vocabulary = saved_vocabulary(state)
         self.watched: dict[str, Watched] = {}  # by layer
         for name, layer in self.model.named_modules():
             if isinstance(layer, MoE):
@@ -79,7 +92,7 @@ class Reader:
 
     def start(self) -> State:
         """The state before a text's first word."""
-        widths = state_widths(self.config.model)
+        widths = state_widths(self.layers)
         return tuple((torch.zeros(1, 1, h), torch.zeros(1, 1, c)) for h, c in widths)
 
     @torch.no_grad()

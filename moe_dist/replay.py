@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_dist.context import Context
-from moe_dist.experts import Relu
+from moe_dist.experts import GeluExperts, Relu
 from moe_dist.gating.topk import highest
 from moe_dist.hierarchical import Groups
 from moe_dist.layer import MoE
@@ -59,8 +59,9 @@ class Choices:
                     experts.pick = self.pick
                     first *= experts.experts_per_group
                     experts = experts.experts
-                experts.needs_context = True
-                experts.relu = self._of_experts(first)
+                if not isinstance(experts, GeluExperts):  # which have no sign to flip
+                    experts.needs_context = True
+                    experts.relu = self._of_experts(first)
 
     def pick(
         self, score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: Context

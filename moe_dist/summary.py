@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_dist.config import Config, ModelConfig
+from moe_dist.config import Config, LSTMConfig, MoEConfig, TextDataConfig, mixture
 from moe_dist.hierarchical import GroupProjection
 from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import LAYERS
@@ -33,29 +33,51 @@ def kinds(model: nn.Module) -> dict[str, str]:
 
 
 def counts(model: nn.Module, config: Config) -> dict[str, int]:
-    """Parameters and forward multiply-adds per word of a plain model, as Shazeer et al. 2017 count them (Table 7)."""
-    named, kind, moe = dict(model.named_parameters()), kinds(model), config.model.moe
+    """Parameters and forward multiply-adds of a plain model: of a language model per word, as Shazeer et al. 2017 count
+    them (Table 7), of others per sample."""
+    named, kind = dict(model.named_parameters()), kinds(model)
+    told = {
+        "parameters": sum(p.numel() for p in named.values()),
+        "expert_parameters": sum(p.numel() for name, p in named.items() if kind[name] == "experts"),
+    }
+    return told | (_of_words(named, kind, config) if isinstance(config.model, LSTMConfig) else _of_samples(model, kind))
+
+
+def _of_words(named: dict[str, nn.Parameter], kind: dict[str, str], config: Config) -> dict[str, int]:
+    model = config.model
+    assert isinstance(model, LSTMConfig)
+    moe = model.moe
     chosen = {"experts": moe.k if moe.num_groups is None else moe.k**2, "gates": moe.k}
     # of experts and groups a word visits a few, of the embedding it takes one row, of a sampled softmax some
     chosen |= {"rows": _softmax_columns(config)}
     share = {n: Fraction(chosen[kind[n]], p.shape[0]) if kind[n] in chosen else Fraction(1) for n, p in named.items()}
-    share["embedding.weight"] = Fraction(1, config.data.vocabulary_size)
+    share["embedding.weight"] = Fraction(1, len(named["embedding.weight"]))
     inner = [name for name in named if not name.startswith(EMBEDDING_AND_SOFTMAX)]
     # a matrix costs a multiply-add per element
     ops = int(sum(named[name].numel() * share[name] for name in inner if named[name].dim() > 1))
     return {
-        "parameters": sum(p.numel() for p in named.values()),
         "parameters_without_embedding_and_softmax": sum(named[name].numel() for name in inner),
         "active_parameters_per_word": int(sum(p.numel() * share[name] for name, p in named.items())),
-        "expert_parameters": sum(p.numel() for name, p in named.items() if kind[name] == "experts"),
         "ops_per_timestep": ops,
         # multiply and add apart, forward and twice that in backward, the softmax too (section 5.1)
-        "flops_per_word": 6 * (ops + config.model.dim * _softmax_columns(config)),
+        "flops_per_unit": 6 * (ops + model.dim * _softmax_columns(config)),
     }
+
+
+def _of_samples(model: Any, kind: dict[str, str]) -> dict[str, int]:
+    """Of a model that tells how many rows each of its matrices meets."""
+    rows, chosen = model.rows_per_sample(), model.encoder.num_chosen
+    ops = model.encoder.multiply_adds_of_attention(model.num_tokens)
+    for name, p in model.named_parameters():
+        matrix = p.dim() > 1 and p.shape[-2] > 1  # not biases of experts
+        times = next((times for prefix, times in rows.items() if name.startswith(prefix)), 0)
+        ops += matrix * times * p.numel() * (Fraction(chosen, p.shape[0]) if kind[name] == "experts" else 1)
+    return {"multiply_adds_per_sample": int(ops), "flops_per_unit": 6 * int(ops)}
 
 
 def _softmax_columns(config: Config) -> int:
     """Words whose logits are taken for one target in training, on average."""
+    assert isinstance(config.model, LSTMConfig) and isinstance(config.data, TextDataConfig)
     size, samples = config.data.vocabulary_size, config.model.softmax_samples
     return size if samples is None else 1 + round(inclusion(size, samples).sum().item())
 
@@ -97,8 +119,7 @@ def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any
         "expert optimizer": expert_state + owned["experts"] * master,
         "gates of groups": gates * (FLOAT + FLOAT) + owned["gates"] * MOMENTS,  # parameters, gradients, moments
         "rows of the vocabulary": rows * (width + master + MOMENTS),
-        "activations": _activations(config.model, layout.samples_per_rank * config.batch.timesteps, width)
-        + _softmax(config),
+        "activations": _activations(model, config, layout.samples_per_rank, width),
     }
     return {
         "parameters": dense // (world if stage == 3 else 1) + experts + gates + rows,
@@ -106,9 +127,16 @@ def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any
     }
 
 
-def _activations(model: ModelConfig, tokens: int, width: int) -> int:
-    """Bytes that one micro-batch keeps for backward on a rank, its rows spread evenly over ranks: per layer its input,
-    its output and the mask of dropout; an LSTM's gates and cells in float32, as CPU kernels keep them; scores."""
+def _activations(plain: Any, config: Config, samples: int, width: int) -> int:
+    """Bytes that one micro-batch of `samples` keeps for backward on a rank, its rows spread evenly over ranks."""
+    if isinstance(config.model, LSTMConfig):
+        return _of_lstm(config.model, samples * config.batch.timesteps, width) + _softmax(config)
+    return samples * plain.num_tokens * plain.encoder.kept_per_token() * width
+
+
+def _of_lstm(model: LSTMConfig, tokens: int, width: int) -> int:
+    """Per layer its input, its output and the mask of dropout; an LSTM's gates and cells in float32, as CPU kernels
+    keep them; scores."""
     moe, layers = model.moe, LAYERS[model.middle]
     units = model.lstm_units or model.dim
     narrow, wide = 3 * model.dim * (1 + len(layers)), sum(14 * units for name in layers if name != "middle")
@@ -125,51 +153,64 @@ def _activations(model: ModelConfig, tokens: int, width: int) -> int:
 def _softmax(config: Config) -> int:
     """Bytes of a chunk's logits with their gradient, and of the gradient of their matrix."""
     columns = _softmax_columns(config)
+    assert isinstance(config.model, LSTMConfig)
     return FLOAT * columns * (2 * max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // columns) + config.model.dim)
 
 
 def describe(config: Config, layout: Layout, ds: dict[str, Any], model: nn.Module, num_nodes: int) -> dict[str, Any]:
     """Everything that the table tells, for a program."""
-    ep, moe = config.mesh.ep, config.model.moe
+    ep, experts = config.mesh.ep, mixture(config)
     told: dict[str, Any] = {
         "config": config.name, "world": layout.world, "nodes": num_nodes, "ep": ep, "edp": layout.world // ep,
         "zero": ds["zero_optimization"]["stage"], "dtype": "bf16" if ds.get("bf16", {}).get("enabled") else "fp32",
-        "samples": layout.samples, "timesteps": config.batch.timesteps, "accumulation": layout.accumulation,
-        "samples_per_rank": layout.samples_per_rank, **counts(model, config),
+        "samples": layout.samples, "accumulation": layout.accumulation, "samples_per_rank": layout.samples_per_rank,
+        **counts(model, config),
     }  # fmt: skip
-    if config.model.middle == "moe":
+    if isinstance(config.model, LSTMConfig):
+        told["timesteps"] = config.batch.timesteps
+    if experts:
+        moe = experts[1]
+        groups = moe.num_groups if isinstance(moe, MoEConfig) else None
         told |= {
             "num_experts": moe.num_experts,
             "experts_per_rank": moe.num_experts // ep,
-            "num_groups": moe.num_groups,
+            "experts_per_token": moe.k if groups is None else moe.k**2,
+            "num_groups": groups,
         }
     return told | {"per_rank": per_rank(model, config, layout, ds)}
 
 
-def table(told: dict[str, Any], config: Config) -> str:
+def table(told: dict[str, Any]) -> str:
     """What `describe` tells, as lines for a terminal."""
-    moe, mine = config.model.moe, told["per_rank"]
+    mine = told["per_rank"]
     nodes = f"{told['nodes']} node" + ("s" if told["nodes"] > 1 else "")
+    steps, token = (f" x {told['timesteps']} timesteps", "word") if "timesteps" in told else ("", "token")
     rows = [
         ("ranks", f"{told['world']} on {nodes} = {told['edp']} expert-data (edp) x {told['ep']} expert parallel (ep)"),
         ("ZeRO stage, precision", f"{told['zero']}, {told['dtype']}"),
-        ("batch", f"{told['samples']} samples x {told['timesteps']} timesteps, all ranks together"),
+        ("batch", f"{told['samples']} samples{steps}, all ranks together"),
         ("micro-batch per rank", f"{told['samples_per_rank']} samples, {told['accumulation']} per step"),
     ]
     if "num_experts" in told:
-        chosen = moe.k if moe.num_groups is None else moe.k**2
-        rows += [("experts", f"{moe.num_experts} in all, {told['experts_per_rank']} per rank, {chosen} per word")]
-    if told.get("num_groups"):
-        per_rank_ = moe.num_groups // told["ep"]  # type: ignore[operator]
-        rows += [("groups of experts", f"{moe.num_groups} in all, {per_rank_} per rank, {moe.k} per word")]
-    rows += [
-        ("parameters", f"{told['parameters']:,}"),
-        ("  without embedding, softmax", f"{told['parameters_without_embedding_and_softmax']:,}"),
-        ("  active per word", f"{told['active_parameters_per_word']:,}"),
-        ("  per rank", f"{mine['parameters']:,}"),
-        ("ops per timestep", f"{told['ops_per_timestep']:,} multiply-adds per word, softmax excluded"),
-        ("memory per rank, estimated", _size(sum(mine["memory_bytes"].values()))),
-    ]
+        each = f"{told['experts_per_rank']} per rank, {told['experts_per_token']} per {token}"
+        rows += [("experts", f"{told['num_experts']} in all, {each}")]
+    if groups := told.get("num_groups"):
+        each = f"{groups // told['ep']} per rank, {told['experts_per_token'] ** 0.5:.0f} per {token}"
+        rows += [("groups of experts", f"{groups} in all, {each}")]
+    rows += [("parameters", f"{told['parameters']:,}")]
+    if "ops_per_timestep" in told:
+        rows += [
+            ("  without embedding, softmax", f"{told['parameters_without_embedding_and_softmax']:,}"),
+            ("  active per word", f"{told['active_parameters_per_word']:,}"),
+            ("  per rank", f"{mine['parameters']:,}"),
+            ("ops per timestep", f"{told['ops_per_timestep']:,} multiply-adds per word, softmax excluded"),
+        ]
+    else:
+        rows += [
+            ("  per rank", f"{mine['parameters']:,}"),
+            ("multiply-adds", f"{told['multiply_adds_per_sample']:,} per sample, forward"),
+        ]
+    rows += [("memory per rank, estimated", _size(sum(mine["memory_bytes"].values())))]
     rows += [(f"  {kind}", _size(size)) for kind, size in mine["memory_bytes"].items()]
     return "\n".join(f"{name:<32}{value}" for name, value in rows)
 

@@ -33,14 +33,14 @@ import torch
 
 from moe_dist import configs
 from moe_dist.cli import plain_errors
-from moe_dist.config import Config, check, override
-from moe_dist.data.sources import check_text
-from moe_dist.engine import read_ds_config
+from moe_dist.config import Config, check, dropout, mixture, override
+from moe_dist.engine import compute_dtype, read_ds_config
+from moe_dist.meter import Meter
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import gather, sum_over
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.replay import Choices
-from moe_dist.tasks import TASKS, Batch
+from moe_dist.tasks import Batch, task_of
 from moe_dist.training import Training, set_up, train_step
 
 GAP = 1e-5  # of their size: two scores this near, or a hidden unit and zero, may fall either way by rounding
@@ -73,13 +73,13 @@ def run_layouts(
     """Run by every rank of one world: trains on each layout in turn, and tells how far it ends from the reference, a
     file that the first layout of all writes."""
     meshes.join()
-    told, vocabulary = [], None
+    told, known = [], None
     for layout in layouts:
         kept = torch.load(reference, weights_only=True) if reference.exists() else None
         choices = Choices(kept["choices"] if kept else None)
         on_layout = layout.of(config)
-        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep), vocabulary)
-        vocabulary = training.task.vocabulary  # counted once
+        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep), known)
+        known = training.task.known()  # counted once
         if kept is None or replay:
             choices.watch(training.model.dense, training.mesh)
         run = train(training, steps)
@@ -97,34 +97,39 @@ def run_layouts(
 def train(training: Training, steps: int) -> dict[str, Any]:
     """Loss and norm of each step, whole weights by name after the last, the first step's micro-batches, and what says
     whether the run was live."""
-    task, mesh, config = training.task, training.mesh, training.config
+    task: Any = training.task
+    mesh, config = training.mesh, training.config
     losses: list[float] = []
     norms: list[float] = []
     first: list[Batch] = []
-    idle, batches_of = torch.zeros((), dtype=torch.int64, device=mesh.device), task.batches
+    idle, dropped = torch.zeros(2, dtype=torch.int64, device=mesh.device)
+    batches_of = task.batches
     task.batches = lambda step: (padded(batch, step + 1, training.layout.samples) for batch in batches_of(step))
     for step in range(1, steps + 1):
-        nll, words = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-        for batch, batch_nll, _ in train_step(training, step):
-            nll, words = nll + batch_nll.double(), words + batch.ctx.valid_T.sum()
+        meter, rows = Meter(mesh, task), torch.zeros_like(idle)
+        for batch, sums, stats in train_step(training, step):
+            meter.add(sums, stats)
+            dropped += sum(layer.dropped for layer in stats.values())
+            rows += batch.ctx.valid_T.sum()
             first += [batch] if step == 1 else []
-        idle += words == 0
-        nll, words = sum_over(torch.stack([nll, words]), mesh.dp)
-        losses.append((nll / words).item())
+        idle += rows == 0
+        losses.append(float(meter.read()["train/loss"]))  # type: ignore[arg-type]
         norms.append(training.engine.optimizer.norm)
     clip = config.optim.clip_norm
     by = norms[:-1] if config.optim.clip_by == "previous" else norms
+    experts = mixture(config)
     live = {
         "steps clipped": sum(norm > clip for norm in by) if clip else 0,
-        "noise": config.model.moe.noise,
-        "dropout": config.model.dropout,
+        "noise": bool(experts and experts[1].noise),
+        "dropout": dropout(config),
+        "dropped": sum_over(dropped, mesh.dp).item(),
     }
     weights = {name: t.cpu() for name, t in whole_weights(training).items()}
     return {"loss": losses, "norm": norms, "weights": weights, "idle": sum_over(idle, mesh.dp).item(), "live": live,
             "first": first}  # fmt: skip
 
 
-def padded(batch: Batch, step: int, samples: int) -> Batch:
+def padded(batch: Any, step: int, samples: int) -> Any:
     """In one step for each accumulation a the second half of each of a parts of the batch's samples is padding: then
     with a micro-batches at least one rank of two or more has nothing else."""
     accumulation = step - FIRST_PADDED_STEP + 1
@@ -190,9 +195,11 @@ def routing_changed(training: Training, first: list[Batch], before: Choices) -> 
     """The part of the first step's words that the final weights, with the same noise, send to other experts."""
     after = Choices()
     after.watch(training.model.dense, training.mesh)
-    training.task.start(training.task.state[0][0][0].dtype)
+    task = training.task
+    task.start(compute_dtype(read_ds_config(training.config)))
+    total = task.total(first)
     for batch in first:
-        training.task.loss(training.engine, batch, training.task.words(first))
+        task.loss(training.engine, batch, total)
     changed: list[bool] = []
     for place in after.places():
         old, new = before.visits(place), after.visits(place)
@@ -257,8 +264,9 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
         config = override(configs.get(args.name), args.set)
         check(config)
-        check_text(config.data.text)
-        TASKS[config.task].plain_model(config)
+        task = task_of(config)
+        task.check_data(config)
+        task.plain_model(config)
         asked = [
             Layout(world, ep, zero, accumulation)
             for world, zero, accumulation in itertools.product(args.worlds, args.zero, args.accumulation)
@@ -284,7 +292,7 @@ def main(argv: list[str]) -> int:
     for reason in dict.fromkeys(refused):
         print(f"not a layout of this config: {reason}")
     live = told["live"]
-    if (config.model.middle == "moe" and live["routing changed"] < LIVE) or not live["steps clipped"]:
+    if (mixture(config) and live["routing changed"] < LIVE) or not live["steps clipped"]:
         print("note: a quiet run proves less: more --steps, a higher optim.lr or a lower optim.clip_norm would stir it")
     print("the reference: " + ", ".join(f"{name} {value}" for name, value in live.items()))
     print(f"{len(told['layouts']) - len(bad)} of {len(told['layouts'])} layouts within {args.tolerance:g} of one rank")

@@ -1,5 +1,6 @@
 """Fixtures of several test files."""
 
+import multiprocessing
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,9 @@ from processes import end, set_, start
 from runs import TINY
 
 from moe_dist.data.sources import open_text
+
+# ranks are forked from a process that has imported torch: two seconds less for each of some hundreds
+multiprocessing.set_forkserver_preload(["moe_dist.verify"])
 
 
 @pytest.fixture(scope="session")

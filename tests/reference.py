@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from moe_dist.config import ModelConfig
+from moe_dist.config import LSTMConfig
 
 Expert = Callable[[int, int, torch.Tensor], torch.Tensor]  # (expert i, token t, x_D) -> y_D
 State = tuple[torch.Tensor, torch.Tensor]  # (h_BD, c_BD) of an LSTM
@@ -150,7 +150,7 @@ class LanguageModel:
 
 
 def language_model(
-    config: ModelConfig,
+    config: LSTMConfig,
     parameters: dict[str, torch.Tensor],
     input_BS: torch.Tensor,
     target_BS: torch.Tensor,

@@ -82,7 +82,7 @@ def encoder(
     routed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by assignment: what its router saw, and its noise
     for i in range(config.depth):
         norm, ffn = shared(i, config.blocks_per_norm), shared(i, config.blocks_per_ffn)
-        h_TD = layer_norm(x_TD, parameters, f"encoder.norm_attention.{norm}")
+        h_TD = layer_norm(x_TD, parameters, f"encoder.norm_attention.{norm}") if config.norm_first else x_TD
         attention = f"encoder.attention.{shared(i, config.blocks_per_attention)}"
         h_TD = torch.cat(
             [
@@ -91,7 +91,9 @@ def encoder(
             ]
         )
         x_TD = x_TD + h_TD * uses.mask(2 * i + 1)
-        h_TD = layer_norm(x_TD, parameters, f"encoder.norm_ffn.{norm}")
+        if not config.norm_first:
+            x_TD = layer_norm(x_TD, parameters, f"encoder.norm_attention.{norm}")
+        h_TD = layer_norm(x_TD, parameters, f"encoder.norm_ffn.{norm}") if config.norm_first else x_TD
         if i in moe_blocks:
             assignment = shared(i, config.blocks_per_routing)
             new = assignment not in routed
@@ -115,7 +117,9 @@ def encoder(
             h_TD = gelu(linear(h_TD, parameters, f"encoder.ffn.ffn{ffn}.0"))
             h_TD = linear(h_TD, parameters, f"encoder.ffn.ffn{ffn}.2")
         x_TD = x_TD + h_TD * uses.mask(2 * i + 2)
-    return layer_norm(x_TD, parameters, "encoder.norm"), layers
+        if not config.norm_first:
+            x_TD = layer_norm(x_TD, parameters, f"encoder.norm_ffn.{norm}")
+    return layer_norm(x_TD, parameters, "encoder.norm") if config.norm_first else x_TD, layers
 
 
 def attend(x_SD: torch.Tensor, num_heads: int, seen_S: list[bool], parameters: Parameters, name: str) -> torch.Tensor:

@@ -10,8 +10,8 @@ from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.config import Config, override
 from moe_dist.configs import get
 from moe_dist.engine import read_ds_config
+from moe_dist.meter import Meter
 from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.collectives import sum_over
 from moe_dist.training import set_up, train_step
 from moe_dist.verify import whole_weights
 
@@ -25,6 +25,27 @@ TINY = [
 def tiny(*more: str) -> Config:
     """The demo with small numbers: dropout, noise and clipping on."""
     return override(get("lstm_moe_demo"), [*TINY, *more])
+
+
+ENCODER = [
+    "steps=20", "log_every=1", "wandb.mode=off", "model.encoder.dim=32", "model.encoder.num_heads=2",
+    "model.encoder.depth=3", "model.encoder.moe.hidden=24", "batch.samples=32", "batch.samples_per_balance_group=8",
+    "batch.samples_per_token_group=4", "optim.warmup_steps=3", "optim.clip_norm=0.3", "compare=none",
+]  # fmt: skip
+OF_TEXTS = ["model.vocabulary_size=600", "model.embedding_dim=16", "model.max_tokens=24"]
+
+
+def tiny_images(*more: str) -> Config:
+    """The demo of images with small numbers: noise, dropout, drops, clipping and augmentation on."""
+    return override(get("widenet_demo"), [*ENCODER, "data.crop=pad", "data.mixup=0.5", *more])
+
+
+def tiny_pretraining(*more: str) -> Config:
+    return override(get("widenet_text_4"), [*ENCODER, *OF_TEXTS, "model.encoder.dropout=0.1", *more])
+
+
+def tiny_sentences(*more: str) -> Config:
+    return override(get("widenet_text_demo"), [*ENCODER, *OF_TEXTS, *more])
 
 
 class Run:
@@ -41,11 +62,10 @@ class Run:
     def steps(self, first: int, last: int) -> "Run":
         """Optimizer steps first + 1 .. last."""
         for step in range(first + 1, last + 1):
-            nll, words = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-            for batch, batch_nll, _ in train_step(self.training, step):
-                nll, words = nll + batch_nll.double(), words + batch.ctx.valid_T.sum()
-            nll, words = sum_over(torch.stack([nll, words]), self.mesh.dp)
-            self.losses.append((nll / words).item())
+            meter = Meter(self.mesh, self.task)
+            for _, sums, stats in train_step(self.training, step):
+                meter.add(sums, stats)
+            self.losses.append(meter.read()["train/loss"])
             self.norms.append(self.optimizer.norm)
         return self
 

@@ -22,7 +22,7 @@ ORDER = [
     {"tasks", "configs"},
     {"cli", "training"},
     {"reader", "verify"},
-    {"generate"},
+    {"generate", "classify"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
@@ -69,6 +69,11 @@ def test_config_imports_no_torch() -> None:
 def test_deepspeed_is_imported_once() -> None:
     uses = [path for path in files() for name in imported(path) if name.split(".")[0] == "deepspeed"]
     assert uses == [PACKAGE / "engine.py"]
+
+
+def test_torchvision_is_imported_once() -> None:
+    uses = re.compile(r"(import|from) torchvision\b|import_module\(.torchvision")
+    assert [path for path in files() if uses.search(path.read_text())] == [PACKAGE / "data" / "vision.py"]
 
 
 def test_only_the_mesh_and_collectives_know_torch_distributed() -> None:

@@ -62,7 +62,7 @@ def test_a_spoilt_json_is_refused(change: dict, says: str) -> None:
 
 def test_every_field_can_be_set() -> None:
     assert {"mesh.ep", "model.moe.capacity_factor", "batch.accumulation", "wandb.mode", "ds_config", "zero"} <= set(
-        dotted_keys()
+        dotted_keys(tiny())
     )
 
 

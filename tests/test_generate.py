@@ -1,6 +1,5 @@
 """A trained run in use: what is read back is what was trained, and what is shown of it is true."""
 
-import dataclasses
 import json
 import math
 import os
@@ -50,14 +49,13 @@ def train(names: list[str], text: str, folder: Path) -> dict[str, Any]:
     told = {}
     for name in names:
         run = Run(config_of(name, text)).steps(0, 12)
-        state = {"wandb_id": None, "vocabulary": dataclasses.asdict(run.task.vocabulary)}
-        run.save(folder / name, 12, state)
+        run.save(folder / name, 12, {"wandb_id": None} | run.task.known())
         (folder / name / "config.json").write_text(to_json(run.config))
         run.task.start(next(iter(run.task.state[0]))[0].dtype)
         with torch.no_grad():
             (batch,) = run.task.batches(0, "test")
-            _, nll, _ = run.task.loss(run.engine, batch, torch.ones(()))
-        told[name] = (nll.item(), int(batch.ctx.valid_T.sum()), run.weights())
+            _, sums, _ = run.task.loss(run.engine, batch, torch.ones(()))
+        told[name] = (sums["nll"].item(), int(batch.ctx.valid_T.sum()), run.weights())
     meshes.stop()
     return told
 

@@ -126,6 +126,19 @@ def test_generators_follow_from_their_key() -> None:
     assert len({draw(0, "w", 1), draw(1, "w", 1), draw(0, "v", 1), draw(0, "w", 2), draw(0, "w")}) == 5
 
 
+def test_the_default_generator_is_lent_and_given_back() -> None:
+    before = torch.get_rng_state()
+    drawn = []
+    with pytest.raises(ZeroDivisionError), keyed.default_generator() as reseed:
+        for key in ((0, "w", 1), (0, "w", 2), (0, "w", 1)):
+            reseed(*key)
+            drawn.append(torch.rand(()).item())
+        raise ZeroDivisionError
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert drawn[0] == torch.rand((), generator=keyed.generator(0, "w", 1)).item()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # how random it is
 
 

@@ -29,17 +29,17 @@ def one_line(text: str) -> tuple[float, dict]:
     meshes.join()
     sets = ["mesh.ep=2", "batch.accumulation=2", "batch.samples_per_balance_group=2", f"data.text={text}"]
     run = Run(tiny(*sets))
-    meter = Meter(run.mesh, run.layout)
+    meter = Meter(run.mesh, run.task)
     batches = list(run.task.batches(0))
-    words = run.task.words(batches)
+    words = run.task.total(batches)
     balance = 0.0
     run.optimizer.begin(1e-4)
     with meter.step():
         for batch in batches:
-            loss, nll, stats = run.task.loss(run.engine, batch, words)
+            loss, sums, stats = run.task.loss(run.engine, batch, words)
             run.engine.backward(loss)
-            meter.add(nll, batch.ctx.valid_T.sum(), stats)
-            balance += loss.item() - nll.item() / words.item()
+            meter.add(sums, stats)
+            balance += loss.item() - sums["nll"].item() / words.item()
     line = meter.read()
     total = line["train/loss"] + balance  # every rank has the balance loss whole
     assert isinstance(total, float)

@@ -140,7 +140,7 @@ def test_the_norm_of_many_elements_is_that_of_float64() -> None:
 def test_schedule() -> None:
     # warm-up of 4 steps to 8, then 8 sqrt(4 / step): step 16 -> 4
     config = OptimConfig(lr=8.0, warmup_steps=4)
-    assert [learning_rate(config, s) for s in (1, 2, 4, 16)] == [2.0, 4.0, 8.0, 4.0]
+    assert [learning_rate(config, s, 16) for s in (1, 2, 4, 16)] == [2.0, 4.0, 8.0, 4.0]
 
 
 @pytest.mark.timeout(120)

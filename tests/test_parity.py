@@ -17,7 +17,7 @@ from reference import Expert, Gate, language_model, moe, relu_experts
 from torch import nn
 
 from moe_dist import keyed
-from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.config import LSTMConfig, MoEConfig
 from moe_dist.context import Context
 from moe_dist.experts import Experts
 from moe_dist.gating.topk import NoisyTopK
@@ -155,8 +155,8 @@ class OneLayer(nn.Module):
         self.moe = layer(case)
 
 
-MODEL = ModelConfig(dim=DIM, dropout=0.25, moe=MoEConfig(num_experts=NUM_EXPERTS, k=2, hidden=HIDDEN))
-DENSE_MODEL = ModelConfig(dim=DIM, dropout=0.25, middle="ffn", ffn_hidden=2 * HIDDEN)
+MODEL = LSTMConfig(dim=DIM, dropout=0.25, moe=MoEConfig(num_experts=NUM_EXPERTS, k=2, hidden=HIDDEN))
+DENSE_MODEL = LSTMConfig(dim=DIM, dropout=0.25, middle="ffn", ffn_hidden=2 * HIDDEN)
 VOCABULARY_SIZE, WINDOWS = 11, (3, 4)  # windows are numbered by step
 
 
@@ -222,7 +222,7 @@ def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.
     }
 
 
-def run_model(config: ModelConfig, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
+def run_model(config: LSTMConfig, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
     """Two windows of text, the second from the state that the first leaves; gradients flow through both."""
     with torch.device("meta"):
         plain = LSTMLanguageModel(config, VOCABULARY_SIZE)
@@ -295,7 +295,7 @@ def expected_layer(case: Case) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def expected_model(config: ModelConfig) -> dict[str, torch.Tensor]:
+def expected_model(config: LSTMConfig) -> dict[str, torch.Tensor]:
     whole = LSTMLanguageModel(config, VOCABULARY_SIZE).double()
     for name, bound in bounds_of(whole).items():
         ids = range(NUM_EXPERTS) if ".experts." in name else None

@@ -58,7 +58,7 @@ def held_by(config: Any) -> dict[str, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss, *_ = run.task.loss(run.engine, batch, run.task.words([batch]))
+        loss, *_ = run.task.loss(run.engine, batch, run.task.total([batch]))
     run.engine.backward(loss)
     opt = run.optimizer
     dense = [getattr(p, "ds_tensor", p) for p in run.engine.names.values()]

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_dist import keyed
+from moe_dist.config import Config, mixture, override
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -24,6 +25,13 @@ class Growth:
     times: int
     noise: float  # largest relative change of a copy's weights
     seed: int
+
+    def of(self, config: Config) -> Config:
+        """The grown model's."""
+        experts = mixture(config)
+        assert experts
+        section, moe = experts
+        return override(config, [f"{section}.num_experts={moe.num_experts * self.times}"])
 
     def dim(self, saved: torch.Size, wanted: torch.Size) -> int | None:
         """The dimension along which the experts of a tensor lie: `times` as large as the saved one. None where nothing

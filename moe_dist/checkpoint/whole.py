@@ -28,6 +28,26 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     _read(checkpoint, tensors)
 
 
+@torch.no_grad()
+def take_weights(checkpoint: Path, parameters: dict[str, tuple[nn.Parameter, slice]]) -> list[str]:
+    """Fills in place those parameters that the checkpoint has by name and in the whole shape; returns the others'
+    names. Each comes with its part of the first dimension of the whole.
+
+    Raises ValueError for a broken file, and where none is the same."""
+    kept, others = kept_tensors(checkpoint), []
+    for name, (p, part) in parameters.items():
+        key = next((key for kind in KINDS if (key := f"{kind}/{name}") in kept), "")
+        whole = torch.empty(kept[key].size) if key else None
+        if whole is None or whole[part].shape != p.shape:
+            others.append(name)
+            continue
+        _read(checkpoint, {key: whole})
+        p.copy_(whole[part])
+    if len(others) == len(parameters):
+        raise ValueError(f"{checkpoint}: no parameter has the name and the shape of one of this model's")
+    return others
+
+
 def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fills whole tensors in place, in one process."""
     with warnings.catch_warnings():  # torch warns that one process is all, which was asked for

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from moe_dist.config import Config, nearest
-from moe_dist.configs import shazeer2017
+from moe_dist.configs import shazeer2017, xue2021
 
-CONFIGS: dict[str, Callable[[], Config]] = {f.__name__: f for f in shazeer2017.CONFIGS}
+CONFIGS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (*shazeer2017.CONFIGS, *xue2021.CONFIGS)}
 
 
 def get(name: str) -> Config:

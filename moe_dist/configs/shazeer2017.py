@@ -8,7 +8,7 @@ rate; 15,000 lanes of 20 words are its batch here, and 1e-3 is ours.
 
 import dataclasses
 
-from moe_dist.config import BatchConfig, Config, DataConfig, ModelConfig, MoEConfig, OptimConfig
+from moe_dist.config import BatchConfig, Config, LSTMConfig, MoEConfig, OptimConfig, TextDataConfig, override
 
 
 def lstm_moe_demo() -> Config:
@@ -22,7 +22,7 @@ def lstm_moe_demo() -> Config:
         eval_every=250,
         save_every=250,
         compare="experiments/results/lstm_moe_demo.json",
-        model=ModelConfig(dim=128, dropout=0.1, moe=MoEConfig(num_experts=64, k=4, hidden=256)),
+        model=LSTMConfig(dim=128, dropout=0.1, moe=MoEConfig(num_experts=64, k=4, hidden=256)),
         batch=BatchConfig(samples=64, timesteps=32, samples_per_balance_group=32),
         optim=OptimConfig(lr=8e-3, warmup_steps=200),
     )
@@ -30,28 +30,27 @@ def lstm_moe_demo() -> Config:
 
 def lstm_wide_demo() -> Config:
     """The dense baseline of `lstm_moe_demo`: one always-on layer of 4 x 256 ReLU units, equal ops per timestep."""
-    demo = lstm_moe_demo()
-    model = dataclasses.replace(demo.model, middle="ffn", ffn_hidden=demo.model.moe.k * demo.model.moe.hidden)
-    return dataclasses.replace(demo, name="lstm_wide_demo", model=model, compare=None)
+    wide = ["name=lstm_wide_demo", "model.middle=ffn", "model.ffn_hidden=1024", "compare=none"]
+    return override(lstm_moe_demo(), wide)
 
 
-def _billion_words(name: str, model: ModelConfig) -> Config:
+def _billion_words(name: str, model: LSTMConfig) -> Config:
     """Appendix C.1 samples its softmax and does not say how much; 8,192 words a step are Jozefowicz et al.'s (2016)."""
     model = dataclasses.replace(model, softmax_samples=8192)
     return Config(
         name=name,
         steps=27_000,
-        data=DataConfig(text="lm1b", streamed=True, vocabulary_size=793_471),
+        data=TextDataConfig(text="lm1b", streamed=True, vocabulary_size=793_471),
         model=model,
         batch=BatchConfig(samples=15_000, timesteps=20),
         optim=OptimConfig(lr=1e-3, warmup_steps=1000),
     )
 
 
-def _moe(num_experts: int, num_groups: int | None = None, dropout: float = 0.1) -> ModelConfig:
+def _moe(num_experts: int, num_groups: int | None = None, dropout: float = 0.1) -> LSTMConfig:
     """Experts of 1,024 units: 4 of a flat layer per word, or 2 in each of 2 groups."""
     moe = MoEConfig(num_experts=num_experts, num_groups=num_groups, k=2 if num_groups else 4)
-    return ModelConfig(dropout=dropout, moe=moe)
+    return LSTMConfig(dropout=dropout, moe=moe)
 
 
 def moe_4() -> Config:
@@ -86,34 +85,34 @@ def moe_4096_h() -> Config:
 
 def moe_1_wide() -> Config:
     """MoE-1-Wide of Table 7: one expert of 4,096 units. 8.4M ops per timestep, 8.4M parameters."""
-    return _billion_words("moe_1_wide", ModelConfig(middle="ffn", ffn_hidden=4096))
+    return _billion_words("moe_1_wide", LSTMConfig(middle="ffn", ffn_hidden=4096))
 
 
 def moe_1_deep() -> Config:
     """MoE-1-Deep of Table 7: one expert of four layers of 1,024 units. 8.4M ops per timestep, 8.4M parameters."""
-    return _billion_words("moe_1_deep", ModelConfig(middle="ffn", ffn_hidden=1024, ffn_layers=4))
+    return _billion_words("moe_1_deep", LSTMConfig(middle="ffn", ffn_hidden=1024, ffn_layers=4))
 
 
 def lstm_4x512() -> Config:
     """4xLSTM-512 of Table 7: two more LSTMs in place of the MoE. 8.4M ops per timestep, 8.4M parameters."""
-    return _billion_words("lstm_4x512", ModelConfig(middle="lstm"))
+    return _billion_words("lstm_4x512", LSTMConfig(middle="lstm"))
 
 
 def lstm_2048_512() -> Config:
     """LSTM-2048-512 of Table 7: one LSTM of 2,048 units projected to 512. 9.4M ops per timestep, 9.4M parameters."""
-    return _billion_words("lstm_2048_512", ModelConfig(middle="none", lstm_units=2048))
+    return _billion_words("lstm_2048_512", LSTMConfig(middle="none", lstm_units=2048))
 
 
 def moe_34m() -> Config:
     """MoE-34M of Table 7 (Appendix C.2): width 1,024, 1,024 experts. 33.8M ops, 4,313.9M parameters."""
     moe = MoEConfig(num_experts=1024, num_groups=16, k=2, hidden=2048)
-    return _billion_words("moe_34m", ModelConfig(dim=1024, dropout=0.3, moe=moe))
+    return _billion_words("moe_34m", LSTMConfig(dim=1024, dropout=0.3, moe=moe))
 
 
 def moe_143m() -> Config:
     """MoE-143M of Table 7 (Appendix C.2): LSTMs of 4,096 units, projected. 142.7M ops, 4,371.1M parameters."""
     moe = MoEConfig(num_experts=256, num_groups=16, k=2, hidden=8192)
-    return _billion_words("moe_143m", ModelConfig(dim=1024, lstm_units=4096, dropout=0.4, moe=moe))
+    return _billion_words("moe_143m", LSTMConfig(dim=1024, lstm_units=4096, dropout=0.4, moe=moe))
 
 
 def _hundred_billion_words(name: str, num_experts: int, num_groups: int) -> Config:
@@ -122,8 +121,8 @@ def _hundred_billion_words(name: str, num_experts: int, num_groups: int) -> Conf
     Its news corpus is not public; this is as much text of the web.
     """
     base = _billion_words(name, _moe(num_experts, num_groups))
-    data = dataclasses.replace(base.data, text="HuggingFaceFW/fineweb:sample-100BT")
-    return dataclasses.replace(base, steps=40_000, data=data, batch=BatchConfig(samples=125_000, timesteps=20))
+    more = ["steps=40000", "data.text=HuggingFaceFW/fineweb:sample-100BT", "batch.samples=125000"]
+    return override(base, more)
 
 
 def moe_256_h_100b() -> Config:

@@ -159,32 +159,57 @@ def _lines(source: str, dataset: Any) -> Iterator[str]:
 
 
 def _tables(source: str, dataset: Any) -> Iterator[Any]:
-    """The examples a thousand at a time, which costs less than one by one."""
-    try:
-        yield from dataset.with_format("arrow").iter(batch_size=1000)
-    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # no UTF-8, JSON, parquet or archive
-        raise ValueError(f"data.text={source!r} is not text ({error}): give plain UTF-8 text files") from error
+    return tables("data.text", source, dataset, "give plain UTF-8 text files")
 
 
 def _load(source: str) -> dict[str, Any]:
-    """The library's streamed splits, by its names. Raises ValueError for what does not load, with the reason."""
     if not is_local(source):
         _check_name(source)
+    suffixes = Path(next(iter(_files(source)), source)).suffixes
+    kind = next((FORMATS[s] for s in suffixes if s in FORMATS), "text")
+    name, _, configuration = source.partition(":")
+    repository, default, revision = SHORT_NAMES.get(name, (name, None, None))
+    return load("data.text", source, kind, {}, (repository, configuration or default, revision), GIVE)
+
+
+def tables(key: str, source: str, dataset: Any, give: str) -> Iterator[Any]:
+    """The examples of what `load` gave a thousand at a time, which costs less than one by one. Raises ValueError for
+    what cannot be read."""
+    try:
+        yield from dataset.with_format("arrow").iter(batch_size=1000)
+    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # no UTF-8, JSON, parquet or archive
+        raise ValueError(f"{key}={source!r} is not text ({_one_line(error)}): {give}") from error
+
+
+def load(
+    key: str,
+    source: str,
+    kind: str,
+    options: dict[str, Any],
+    named: tuple[str, str | None, str | None],
+    give: str,
+) -> dict[str, Any]:
+    """The library's streamed splits, by its names: of a folder or of files, which its reader `kind` reads with its
+    `options`, else of the dataset that is `named` by repository, configuration and revision.
+
+    Raises ValueError for what does not load, with the reason; it begins with `key` and ends with what to `give`.
+    """
     datasets = _library()
     try:
         if Path(source).is_dir():
-            return datasets.load_dataset(source, streaming=True)
+            return datasets.load_dataset(source, streaming=True, **options)
         if files := _files(source):
-            kind = next((FORMATS[s] for s in Path(files[0]).suffixes if s in FORMATS), "text")
             escaped = [glob.escape(file) for file in files]  # the library takes every name for a glob
-            return datasets.load_dataset(kind, data_files={"train": escaped}, streaming=True)
-        name, _, configuration = source.partition(":")
-        repository, default, revision = SHORT_NAMES.get(name, (name, None, None))
+            return datasets.load_dataset(kind, data_files={"train": escaped}, streaming=True, **options)
+        repository, configuration, revision = named
         _ask_for(repository, revision)
-        return datasets.load_dataset(repository, configuration or default, revision=revision, streaming=True)
+        return datasets.load_dataset(repository, configuration, revision=revision, streaming=True)
     except Exception as error:  # of many kinds: the library's own, its network client's, its file readers'
-        reason = " ".join(str(error).split())[:500]
-        raise ValueError(f"data.text={source!r} does not load: {reason}; {GIVE}") from error
+        raise ValueError(f"{key}={source!r} does not load: {_one_line(error)}; {give}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _ask_for(repository: str, revision: str | None) -> None:

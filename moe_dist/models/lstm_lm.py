@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist.config import ModelConfig, nearest
+from moe_dist.config import LSTMConfig, nearest
 from moe_dist.context import Context
 from moe_dist.experts import Experts, Relu, relu
 from moe_dist.gating.topk import NoisyTopK
@@ -30,7 +30,7 @@ State = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 class LSTMLanguageModel(nn.Module):
     """Next-word model with carried state."""
 
-    def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
+    def __init__(self, config: LSTMConfig, vocabulary_size: int) -> None:
         """Raises ValueError for an unknown `middle`, or numbers that do not fit together."""
         super().__init__()
         if config.middle not in LAYERS:
@@ -77,7 +77,7 @@ class LSTMLanguageModel(nn.Module):
         return x_TD, tuple(after), stats
 
 
-def state_widths(config: ModelConfig) -> list[tuple[int, int]]:
+def state_widths(config: LSTMConfig) -> list[tuple[int, int]]:
     """Widths of h and c of each LSTM in order."""
     return [(config.dim, config.lstm_units or config.dim) for name in LAYERS[config.middle] if name != "middle"]
 
@@ -102,7 +102,7 @@ class FeedForward(nn.Module):
         return hidden_TF @ self.w2_FD, None
 
 
-def _moe(config: ModelConfig) -> MoE:
+def _moe(config: LSTMConfig) -> MoE:
     moe = config.moe
     if moe.num_groups is not None and moe.num_experts % moe.num_groups:
         raise ValueError(f"model.moe.num_experts={moe.num_experts} is not a multiple of num_groups={moe.num_groups}")
@@ -125,7 +125,7 @@ def _moe(config: ModelConfig) -> MoE:
     return HierarchicalMoE(gate, Groups(*sizes, noise=moe.noise, recompute=moe.recompute))
 
 
-def _ffn(config: ModelConfig) -> FeedForward:
+def _ffn(config: LSTMConfig) -> FeedForward:
     return FeedForward(config.dim, config.ffn_hidden, config.ffn_layers)
 
 
@@ -139,7 +139,7 @@ LAYERS = {
 EMBEDDING_BOUND = 0.1
 
 
-def _lstm(config: ModelConfig) -> nn.LSTM:
+def _lstm(config: LSTMConfig) -> nn.LSTM:
     """Of `lstm_units` units, projected to the model's width where they are more."""
     units = config.lstm_units or config.dim
     if units < config.dim:

@@ -1,6 +1,7 @@
-"""A pre-LN transformer encoder whose blocks may share what they are made of.
+"""A transformer encoder whose blocks may share what they are made of.
 
-    x = x + attention(LN(x));  x = x + ffn(LN(x))                                   LN once more after the last block
+    pre-LN:   x = x + attention(LN(x));  x = x + ffn(LN(x))                         LN once more after the last block
+    post-LN:  x = LN(x + attention(x));  x = LN(x + ffn(x))
 
 WideNet (Xue et al. 2021) is the case of one attention, one router and one set of experts for all blocks, and of
 LayerNorms of its own for each. A layer can be used many times because its statistics and losses are returned, and noise
@@ -10,13 +11,16 @@ Legend: B samples, S tokens of each, T = B S tokens, D width, H heads, C channel
 """
 
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import EncoderConfig
 from moe_dist.context import Context
@@ -56,8 +60,8 @@ def blocks_of(config: EncoderConfig) -> list[Block]:
         routes = i in moe and assignment not in router
         if i in moe and router.setdefault(assignment, ffn) != ffn:
             raise ValueError(
-                f"encoder.blocks_per_routing={config.blocks_per_routing}, but block {i} has experts of its own: an "
-                f"assignment is for one set of experts (blocks_per_ffn={config.blocks_per_ffn})"
+                f"model.encoder.blocks_per_routing={config.blocks_per_routing}, but block {i} has experts of its own: "
+                f"an assignment is for one set of experts (blocks_per_ffn={config.blocks_per_ffn})"
             )
         blocks.append(Block(group(i, config.blocks_per_attention), group(i, config.blocks_per_norm), ffn, routes))
     return blocks
@@ -72,7 +76,8 @@ def _moe_blocks(config: EncoderConfig) -> set[int]:
         moe = {-1}
     if not moe <= set(every):
         raise ValueError(
-            f"encoder.moe_blocks={config.moe_blocks!r}: all, none, or numbers from 0 to {config.depth - 1} with commas"
+            f"model.encoder.moe_blocks={config.moe_blocks!r}: all, none, or numbers from 0 to {config.depth - 1} with "
+            f"commas"
         )
     return moe
 
@@ -83,7 +88,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         """Raises ValueError for numbers that do not fit together."""
         super().__init__()
-        self.p, self.blocks = config.dropout, blocks_of(config)
+        self.config, self.blocks = config, blocks_of(config)
         self.attention = nn.ModuleList(
             Attention(config.dim, config.num_heads) for _ in {block.attention for block in self.blocks}
         )
@@ -93,7 +98,7 @@ class Encoder(nn.Module):
         # in order of first use; a set would be ordered otherwise on another rank
         names = dict.fromkeys(block.ffn for block in self.blocks)
         self.ffn = nn.ModuleDict({name: _moe(config) if name.startswith("moe") else _ffn(config) for name in names})
-        self.norm = LayerNorm(config.dim)
+        self.norm = LayerNorm(config.dim) if config.norm_first else nn.Identity()
 
     def forward(
         self, x_TD: torch.Tensor, shape: tuple[int, int], mask_B1SS: torch.Tensor | None, ctx: Context
@@ -102,12 +107,14 @@ class Encoder(nn.Module):
         stats: dict[str, LayerStats] = {}
         routing: Any = None  # of the last gate that was asked, and what it told
         told: Any = None
+        p = self.config.dropout
         for i, block in enumerate(self.blocks):
-            h_TD = self.norm_attention[block.norm](x_TD)
-            h_TD = self.attention[block.attention](h_TD, shape, mask_B1SS)
-            x_TD = x_TD + dropout(h_TD, self.p, ctx.at(2 * i + 1))
+            before, after = self._around(self.norm_attention[block.norm])
+            h_TD = self._call(self.attention[block.attention], before(x_TD), shape, mask_B1SS)
+            x_TD = after(x_TD + dropout(h_TD, p, ctx.at(2 * i + 1)))
             layer, here = self.ffn[block.ffn], ctx.at(2 * i + 2)
-            h_TD = self.norm_ffn[block.norm](x_TD)
+            before, after = self._around(self.norm_ffn[block.norm])
+            h_TD = before(x_TD)
             if isinstance(layer, MoE):  # as `MoE.forward`, but that several blocks may have one routing
                 if block.routes:
                     routing, told = layer.gate(h_TD, here)
@@ -115,9 +122,51 @@ class Encoder(nn.Module):
                 if block.routes:  # a routing is balanced once, however often it is used
                     stats[f"block{i}"] = layer.stats(routing, told, inner)
             else:
-                h_TD = layer(h_TD)
-            x_TD = x_TD + dropout(h_TD, self.p, here)
+                h_TD = self._call(layer, h_TD)
+            x_TD = after(x_TD + dropout(h_TD, p, here))
         return self.norm(x_TD), stats
+
+    def _around(self, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """What is before a layer, and what after its residual: the norm is one of them."""
+        return (norm, nn.Identity()) if self.config.norm_first else (nn.Identity(), norm)
+
+    def _call(self, layer: nn.Module, x_TD: torch.Tensor, *more: Any) -> torch.Tensor:
+        if self.config.recompute:
+            return checkpoint(layer, x_TD, *more, use_reentrant=False, preserve_rng_state=False)
+        return layer(x_TD, *more)
+
+    @property
+    def num_chosen(self) -> int:
+        """Experts of a token."""
+        return self.config.moe.k
+
+    def uses(self) -> Counter[str]:
+        """How often a token goes through each module that blocks may share, by the beginning of its name."""
+        count: Counter[str] = Counter()
+        for block in self.blocks:
+            count[f"attention.{block.attention}."] += 1
+            if block.ffn.startswith("moe"):
+                count[f"ffn.{block.ffn}.gate."] += block.routes
+            count[f"ffn.{block.ffn}."] += 1
+        return count
+
+    def multiply_adds_of_attention(self, tokens: int) -> int:
+        """Of scores and of the values they weigh, in a sample of `tokens`; of no matrix of parameters."""
+        return len(self.blocks) * 2 * tokens**2 * self.config.dim
+
+    def kept_per_token(self) -> int:
+        """Numbers kept for backward, where no token is dropped: an estimate from what each operation saves."""
+        config, kept = self.config, self.config.dim
+        for block in self.blocks:
+            # inputs of two LayerNorms and what they give, outputs under dropout with its masks
+            kept += 8 * config.dim
+            kept += 0 if config.recompute else 5 * config.dim  # queries, keys, values, what they give twice
+            if block.ffn.startswith("moe"):
+                kept += config.moe.k * (3 * config.dim + (0 if config.recompute else 3 * config.moe.hidden))
+                kept += 4 * config.moe.num_experts
+            else:
+                kept += 0 if config.recompute else 2 * config.ffn_hidden
+        return kept
 
 
 class Attention(nn.Module):
@@ -131,7 +180,7 @@ class Attention(nn.Module):
         """Raises ValueError where `num_heads` does not divide `dim`."""
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"encoder.dim={dim} is not a multiple of encoder.num_heads={num_heads}")
+            raise ValueError(f"model.encoder.dim={dim} is not a multiple of model.encoder.num_heads={num_heads}")
         self.num_heads = num_heads
         self.query, self.value, self.out = (linear(dim, dim) for _ in range(3))
         self.key = linear(dim, dim, bias=False)
@@ -155,6 +204,27 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x_TD, x_TD.shape[-1:], 1 + self.gain_D, self.bias_D, EPS)
+
+
+def norm_divergence(named: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How far the LayerNorms of an encoder's blocks are from each other (Xue et al. 2021), by part: "attention.gain",
+    "attention.bias", "ffn.gain" and "ffn.bias".
+
+        y = 1 / (M N^2) sum_i sum_j sum_n (gamma_i^j - gamma_i^n)^2 = 2 mean_i Var_j(gamma_i^j)
+
+    over channels i of M and norms j, n of N; blocks that share a norm count as one.
+
+    `named`: whole tensors by name, a model's parameters or a checkpoint's, whatever else is among them; what is before
+    "norm_attention" and "norm_ffn" in a name does not matter, but they are of one encoder. Raises ValueError where none
+    is a LayerNorm of a block.
+    """
+    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for name, p_D in named.items():
+        if found := re.search(r"\bnorm_(attention|ffn)\.\d+\.(gain|bias)_D$", name):
+            parts[".".join(found.groups())].append(p_D.detach().double())
+    if not parts:
+        raise ValueError(f"no norm_attention.0.gain_D or its like among {len(named)} names: LayerNorms of blocks")
+    return {part: 2 * torch.stack(p_ND).var(0, correction=0).mean().item() for part, p_ND in sorted(parts.items())}
 
 
 class Positions(nn.Module):
@@ -193,4 +263,4 @@ def _moe(config: EncoderConfig) -> MoE:
         capacity_factor=moe.capacity_factor,
         w_balance=moe.w_balance,
     )
-    return MoE(gate, GeluExperts(moe.num_experts, config.dim, moe.hidden, moe.recompute))
+    return MoE(gate, GeluExperts(moe.num_experts, config.dim, moe.hidden, config.recompute))

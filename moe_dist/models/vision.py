@@ -24,10 +24,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         size, patch, dim = config.image_size, config.patch_size, config.encoder.dim
         if size % patch:
-            raise ValueError(f"vision.image_size={size} is not a multiple of vision.patch_size={patch}")
-        self.p, self.patch_size = config.encoder.dropout, patch
+            raise ValueError(f"model.image_size={size} is not a multiple of model.patch_size={patch}")
+        self.p, self.patch_size, self.num_tokens = config.encoder.dropout, patch, (size // patch) ** 2
         self.patches = linear(config.channels * patch**2, dim)
-        self.positions = Positions((size // patch) ** 2, dim)
+        self.positions = Positions(self.num_tokens, dim)
         self.encoder = Encoder(config.encoder)
         self.representation = linear(dim, dim)
         self.head = linear(dim, config.num_classes, bound=0.0)
@@ -40,6 +40,11 @@ class VisionTransformer(nn.Module):
         x_TD, stats = self.encoder(x_TD, shape, None, ctx)
         mean_BD = x_TD.view(*shape, width).mean(1)
         return self.head(self.representation(mean_BD).tanh()), stats
+
+    def rows_per_sample(self) -> dict[str, int]:
+        """How many rows each matrix meets, by the beginning of its name."""
+        of_encoder = {f"encoder.{name}": self.num_tokens * uses for name, uses in self.encoder.uses().items()}
+        return of_encoder | {"patches.": self.num_tokens, "representation.": 1, "head.": 1}
 
 
 def cut(image_BQYX: torch.Tensor, side: int) -> torch.Tensor:

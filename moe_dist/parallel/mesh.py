@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from moe_dist.config import Config
+from moe_dist.config import Config, MoEConfig, mixture
 
 
 @dataclass(frozen=True)
@@ -253,12 +253,15 @@ def lay_out(config: Config, world: int) -> Layout:
     """The layout of `config` on `world` ranks. Where there is none, ValueError names the nearest legal number."""
     batch, ep = config.batch, config.mesh.ep
     check_ep(ep, world)
-    if config.model.middle == "moe":
-        moe = config.model.moe
-        key, spread = ("num_experts", moe.num_experts) if moe.num_groups is None else ("num_groups", moe.num_groups)
+    experts = mixture(config)
+    if experts:
+        section, moe = experts
+        groups = moe.num_groups if isinstance(moe, MoEConfig) else None
+        key, spread = ("num_experts", moe.num_experts) if groups is None else ("num_groups", groups)
         if spread < 1 or spread % ep:
-            nearest = _nearest_multiple(spread, ep)
-            raise ValueError(f"model.moe.{key}={spread} is not a multiple of mesh.ep={ep}; nearest: {nearest}")
+            raise ValueError(
+                f"{section}.{key}={spread} is not a multiple of mesh.ep={ep}; nearest: {_nearest_multiple(spread, ep)}"
+            )
     if batch.accumulation < 1:
         raise ValueError(f"batch.accumulation={batch.accumulation}: at least 1")
     if batch.accumulation > 1 and config.optim.free_gradients:
@@ -282,7 +285,7 @@ def lay_out(config: Config, world: int) -> Layout:
             f"nearest: {_nearest_divisor(micro, balance)}"
         )
     mine, token_group = batch.samples // parts, batch.samples_per_token_group
-    if config.model.moe.capacity_factor is not None and (token_group < 1 or mine % token_group):
+    if experts and experts[1].capacity_factor is not None and (token_group < 1 or mine % token_group):
         raise ValueError(
             f"batch.samples_per_token_group={token_group} does not divide a rank's micro-batch of {mine} samples; "
             f"nearest: {_nearest_divisor(mine, token_group)}"

@@ -34,7 +34,7 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
     deadline = time.monotonic() + timeout
     call = pickle.dumps((function, args))
     port = _free_port()
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("forkserver")  # who starts many may have it import what they need once
     processes: list[Any] = []
     running: dict[Connection, int] = {}  # where a rank's answer comes from -> the rank
     results: list[Any] = [None] * world

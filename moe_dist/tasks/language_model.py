@@ -1,25 +1,27 @@
-"""What is trained on what: a task gives the plain model, this rank's micro-batches of a step, and their loss.
+"""Next-word prediction on one long text. A sample is a lane of it.
 
 Legend: B samples (lanes of text), S timesteps, T = B S tokens, D width.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from moe_dist.config import Config
+from moe_dist.config import Config, LSTMConfig, TextDataConfig
 from moe_dist.context import Context
-from moe_dist.data.sources import open_text
+from moe_dist.data.sources import check_text, open_text
 from moe_dist.data.stream import Stream
 from moe_dist.data.text import Lanes, Vocabulary, unigram_perplexity
 from moe_dist.layer import LayerStats
+from moe_dist.meter import perplexity
 from moe_dist.models.lstm_lm import LSTMLanguageModel, state_widths
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.tasks.batches import balance, context, meta
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,27 @@ class Batch:
 
 
 class LanguageModel:
-    """Next-word prediction on one long text. The state of each lane is carried from step to step."""
+    """The state of each lane is carried from step to step. See `tasks.Task`."""
 
-    def __init__(self, config: Config, layout: Layout, mesh: Mesh, vocabulary: Vocabulary | None = None) -> None:
-        """Opens the text. `vocabulary`: of an earlier run; None builds it from the training split, on the main rank.
+    model_config: type = LSTMConfig
+    data_config: type = TextDataConfig
+    unit: str = "words"
+    headline: str = "perplexity"
+
+    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
+        """Opens the text. The vocabulary is the saved one, or built from the training split, on the main rank.
 
         Raises ValueError for text that cannot be found, read or split, or a vocabulary that does not fit it.
         """
         self.config, self.layout, self.mesh = config, layout, mesh
         data = config.data
+        assert isinstance(data, TextDataConfig)
         lines = open_text(data.text, data.streamed)
-        self.vocabulary = vocabulary or from_main(lambda: Vocabulary.build(lines["train"], data.vocabulary_size))
+        self.vocabulary = (
+            saved_vocabulary(saved)
+            if saved
+            else from_main(lambda: Vocabulary.build(lines["train"], data.vocabulary_size))
+        )
         in_memory = ("valid", "test") if data.streamed else ("train", "valid", "test")
         self.lanes = {s: Lanes(self.vocabulary.encode(lines[s]), layout.samples, s == "train") for s in in_memory}
         mine = [lane for micro in range(layout.accumulation) for lane in layout.my_samples(micro, mesh.dp.index)]
@@ -52,15 +64,25 @@ class LanguageModel:
 
     @staticmethod
     def plain_model(config: Config) -> nn.Module:
-        """On the meta device: shapes alone, no memory. Raises ValueError for a model that cannot be."""
-        try:
-            with torch.device("meta"):
-                return LSTMLanguageModel(config.model, config.data.vocabulary_size)
-        except RuntimeError as error:  # sizes whose product is beyond 64 bits
-            raise ValueError(f"a model of these sizes cannot be, make some smaller ({error})") from None
+        assert isinstance(config.model, LSTMConfig) and isinstance(config.data, TextDataConfig)
+        return meta(LSTMLanguageModel, config.model, config.data.vocabulary_size)
+
+    @staticmethod
+    def check_data(config: Config) -> None:
+        assert isinstance(config.data, TextDataConfig)
+        check_text(config.data.text)
+
+    @staticmethod
+    def given(config: Config) -> dict[str, Any]:
+        words = config.batch.samples * config.batch.timesteps
+        return {"steps": config.steps, "data": asdict(config.data), "words": words}
+
+    def known(self) -> dict[str, Any]:
+        return {"vocabulary": asdict(self.vocabulary)}
 
     def start(self, dtype: torch.dtype) -> None:
         """The state before a text's first words: zeros, of the model's `dtype`."""
+        assert isinstance(self.config.model, LSTMConfig)
         lanes = torch.zeros(1, self.layout.samples_per_rank, 1, dtype=dtype, device=self.mesh.device)
         widths = state_widths(self.config.model)
         zeros = tuple(tuple(lanes.repeat(1, 1, width) for width in pair) for pair in widths)
@@ -76,42 +98,40 @@ class LanguageModel:
             else:
                 window = self.lanes[split].window(step * timesteps, timesteps, lane_B)
             input_BS, target_BS, valid_BS = (t.to(self.mesh.device) for t in window)
-            ctx = Context(
-                sample_T=torch.from_numpy(lane_B.repeat(timesteps)).to(self.mesh.device),
-                position_T=torch.arange(timesteps, device=self.mesh.device).repeat(len(lane_B)),
-                valid_T=valid_BS.flatten(),
-                seed=self.config.seed,
-                step=step,
-                train=split == "train",
-                first_sample=self.layout.first_sample(micro),
-                num_samples=self.layout.samples_per_micro_batch,
-                samples_per_balance_group=self.layout.samples_per_balance_group,
-                samples_per_token_group=self.layout.samples_per_token_group,
-            )
+            position_T = torch.arange(timesteps).repeat(len(lane_B))
+            sample_T = torch.from_numpy(lane_B.repeat(timesteps))
+            key = (self.config.seed, step, split == "train")
+            ctx = context(self.layout, self.mesh, micro, sample_T, position_T, valid_BS.flatten(), *key)
             yield Batch(micro, input_BS, target_BS, ctx)
 
-    def words(self, batches: list[Batch]) -> torch.Tensor:
-        """Valid words of the whole step, over all ranks and micro-batches (float64 scalar)."""
+    def total(self, batches: list[Batch]) -> torch.Tensor:
+        """Valid words of the whole step."""
         return sum_over(sum(b.ctx.valid_T.sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
 
     def loss(
-        self, engine: Any, batch: Batch, words: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
-        """This micro-batch's part of the step's loss, its summed nll (nats), and its layers' statistics.
-
-        The step's loss is nll per valid word, of which every rank and micro-batch has a part, plus the mean over the
-        step's balance groups of the balance losses, which every rank has whole and differentiates for its own rows
-        (`shared_sum`).
-        """
+        self, engine: Any, batch: Batch, total: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
+        """The step's loss is nll per valid word."""
         nll, state, stats = engine(batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx)
         self.state[batch.micro] = tuple(tuple(t.detach() for t in lstm) for lstm in state)
-        balance = sum(s.balance_loss for s in stats.values()) / self.layout.num_balance_groups
-        return (nll / words + balance).to(nll.dtype), nll, stats
+        sums = {"nll": nll, "words": batch.ctx.valid_T.sum()}
+        return (nll / total + balance(self.layout, stats)).to(nll.dtype), sums, stats
+
+    @staticmethod
+    def measures(sums: dict[str, float]) -> dict[str, float]:
+        loss = sums["nll"] / sums["words"]
+        return {"loss": loss, "perplexity": perplexity(loss)}
 
     def evaluation(self, split: str) -> Iterator[list[Batch]]:
-        """Every window of a split, the same number on every rank: who has no words left sends padding."""
+        """Who has no words left sends padding. State begins at zero, and training's comes back afterwards."""
+        training = self.state
+        self.start(training[0][0][0].dtype)
         for window in range(self.lanes[split].num_windows(self.config.batch.timesteps)):
             yield list(self.batches(window, split))
+        self.state = training
+
+    def finish(self, split: str) -> dict[str, float]:
+        return {}
 
     def save_state(self) -> dict[str, torch.Tensor]:
         """Of all lanes: hidden state, (B, width) for h and c of each LSTM; places in a stream, (B, 2). A collective."""
@@ -141,9 +161,15 @@ class LanguageModel:
         mine = self.layout.my_samples(micro, self.mesh.dp.index)
         return slice(mine.start, mine.stop)
 
-    def unigram_perplexity(self) -> float:
-        """Of the test split: what knowing only word frequencies gives."""
-        return unigram_perplexity(self.vocabulary.counts, self.lanes["test"].token_N)
+    def told(self, result: dict[str, float]) -> str:
+        """Beside what knowing only word frequencies gives."""
+        unigram = unigram_perplexity(self.vocabulary.counts, self.lanes["test"].token_N)
+        return f"test perplexity {result['test/perplexity']:.2f}    unigram model {unigram:.1f}"
 
 
-TASKS: dict[str, type[LanguageModel]] = {"language_model": LanguageModel}
+def saved_vocabulary(saved: dict[str, Any]) -> Vocabulary:
+    """Of a checkpoint's state. Raises ValueError where there is none."""
+    try:
+        return Vocabulary(**{key: tuple(values) for key, values in saved["vocabulary"].items()})
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("the checkpoint's state.json has no vocabulary with counts; train anew") from None

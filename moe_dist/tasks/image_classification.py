@@ -1,0 +1,137 @@
+"""Images to classes.
+
+Legend: B images, S patches of each, T = B S tokens, N classes, Q colours, Y and X pixels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_dist.config import Config, ImageDataConfig, VisionConfig
+from moe_dist.context import Context
+from moe_dist.data.images import ImageBatch, check_images, open_images
+from moe_dist.layer import LayerStats
+from moe_dist.models.vision import VisionTransformer
+from moe_dist.parallel.collectives import sum_over
+from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.tasks.batches import balance, context, meta
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of one micro-batch."""
+
+    image_BQYX: torch.Tensor
+    target_BN: torch.Tensor  # probabilities, smoothed and mixed in training
+    label_B: torch.Tensor
+    ctx: Context
+
+
+class ImageClassification:
+    """Nothing is carried from step to step: what a batch holds follows from the step. See `tasks.Task`."""
+
+    model_config: type = VisionConfig
+    data_config: type = ImageDataConfig
+    unit: str = "images"
+    headline: str = "accuracy"
+
+    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
+        assert isinstance(config.data, ImageDataConfig) and isinstance(config.model, VisionConfig)
+        self.config, self.layout, self.mesh = config, layout, mesh
+        self.num_patches = (config.model.image_size // config.model.patch_size) ** 2
+        self.splits = open_images(config.data, config.model, layout.samples, config.seed)
+        self.dtype, self.next_step = torch.float32, -1
+        self.reading: Iterator[ImageBatch]
+
+    @staticmethod
+    def plain_model(config: Config) -> nn.Module:
+        assert isinstance(config.model, VisionConfig)
+        return meta(VisionTransformer, config.model)
+
+    @staticmethod
+    def check_data(config: Config) -> None:
+        assert isinstance(config.data, ImageDataConfig) and isinstance(config.model, VisionConfig)
+        check_images(config.data, config.model)
+
+    @staticmethod
+    def given(config: Config) -> dict[str, Any]:
+        return {"steps": config.steps, "data": asdict(config.data), "images": config.batch.samples}
+
+    def known(self) -> dict[str, Any]:
+        return {"classes": list(self.splits["train"].images.classes)}
+
+    def start(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
+        reading = self.splits[split].batches(step, self._parts)
+        if split == "train":  # goes on from step to step, for there may be processes that read ahead
+            if self.next_step != step:
+                self.reading = reading
+            self.next_step, reading = step + 1, self.reading
+        return self._step(reading, step, split == "train")
+
+    @property
+    def _parts(self) -> list[range]:
+        """This rank's samples of each micro-batch."""
+        return [self.layout.my_samples(micro, self.mesh.dp.index) for micro in range(self.layout.accumulation)]
+
+    def _step(self, reading: Iterator[ImageBatch], step: int, train: bool) -> Iterator[Batch]:
+        for micro, mine in enumerate(self._parts):
+            try:
+                read = next(reading)
+            except ValueError as error:  # a file that broke, or whose head alone is whole: no mistake of ours
+                raise OSError(str(error)) from None
+            sample_T = torch.arange(mine.start, mine.stop).repeat_interleave(self.num_patches)
+            position_T = torch.arange(self.num_patches).repeat(len(mine))
+            valid_T = read.valid_B.repeat_interleave(self.num_patches)
+            key = (self.config.seed, step, train)
+            ctx = context(self.layout, self.mesh, micro, sample_T, position_T, valid_T, *key)
+            image_BQYX = read.image_BQYX.to(self.mesh.device, self.dtype)
+            yield Batch(image_BQYX, read.target_BN.to(self.mesh.device), read.label_B.to(self.mesh.device), ctx)
+
+    def total(self, batches: list[Batch]) -> torch.Tensor:
+        """Images of the whole step."""
+        return sum_over(sum(self._valid_B(b).sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
+
+    def loss(
+        self, engine: Any, batch: Batch, total: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
+        """The step's loss is cross-entropy per image."""
+        logit_BN, stats = engine(batch.image_BQYX, batch.ctx)
+        valid_B = self._valid_B(batch)
+        nll_B = -(batch.target_BN * logit_BN.to(torch.promote_types(logit_BN.dtype, torch.float32)).log_softmax(1)).sum(
+            1
+        )
+        nll = torch.where(valid_B, nll_B, 0).sum()
+        correct = ((logit_BN.argmax(1) == batch.label_B) & valid_B).sum()
+        sums = {"nll": nll, "images": valid_B.sum(), "correct": correct}
+        return (nll / total + balance(self.layout, stats)).to(nll.dtype), sums, stats
+
+    def _valid_B(self, batch: Batch) -> torch.Tensor:
+        return batch.ctx.valid_T.view(-1, self.num_patches)[:, 0]
+
+    @staticmethod
+    def measures(sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["nll"] / sums["images"], "accuracy": sums["correct"] / sums["images"]}
+
+    def evaluation(self, split: str) -> Iterator[list[Batch]]:
+        """What is behind the last image is padding."""
+        reading = self.splits[split].batches(0, self._parts)
+        for step in range(self.splits[split].num_steps):
+            yield list(self._step(reading, step, train=False))
+
+    def finish(self, split: str) -> dict[str, float]:
+        return {}
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """There is none."""
+
+    def told(self, result: dict[str, float]) -> str:
+        return f"test accuracy {100 * result['test/accuracy']:.2f} %    loss {result['test/loss']:.4f} nats per image"

@@ -1,0 +1,316 @@
+"""Text encoders: pre-training, classification and answers to questions.
+
+Legend: B texts (or pairs of them, or windows), S tokens of each, T = B S tokens, V vocabulary, N tokens to be told, C
+classes, W windows of a split.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_dist.checkpoint.contents import read_state
+from moe_dist.checkpoint.manifest import newest_whole
+from moe_dist.config import Config, PretrainingDataConfig, QuestionDataConfig, SentenceDataConfig, TextConfig
+from moe_dist.context import Context
+from moe_dist.data.answers import Answers, best_spans, scores
+from moe_dist.data.pretraining import Pretraining
+from moe_dist.data.questions import check_questions, open_questions
+from moe_dist.data.sentences import Sentences, check_sentences, open_sentences
+from moe_dist.data.sources import check_text, open_text
+from moe_dist.data.tokens import IGNORED, Tokens
+from moe_dist.layer import LayerStats
+from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
+from moe_dist.parallel.collectives import from_main, sum_over
+from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.tasks.batches import balance, context, meta
+
+SPLITS = ("train", "valid", "test")
+NUM_SPANS = 20  # of a window that are looked at for the best answers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of one micro-batch. `targets` are the task's own, -100 where nothing is to be learned."""
+
+    token_BS: torch.Tensor
+    kind_BS: torch.Tensor
+    targets: tuple[torch.Tensor, ...]
+    first: int  # of the split's samples, which one is the first of the step
+    ctx: Context
+
+
+class Texts:
+    """What the tasks below have in common; see `tasks.Task`. Nothing is carried from step to step."""
+
+    model_config: type = TextConfig
+    unit: str = "texts"
+    model_class: type[nn.Module]
+    tokens: Tokens
+    splits: dict[str, Any]  # each with `batch` and `num_batches`
+
+    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
+        """Opens the data. Tokens are the saved ones, or those of the run that this one is initialised from, or else
+        built from the training split, on the main rank."""
+        assert isinstance(config.model, TextConfig)
+        self.config, self.layout, self.mesh, self.model = config, layout, mesh, config.model
+        self.saved = saved or (read_state(newest_whole(Path(config.init))[0]) if config.init else None)
+        self.open()
+
+    def open(self) -> None:
+        """Sets `tokens` and `splits`."""
+        raise NotImplementedError
+
+    def tokens_for(self, lines: Any) -> Tokens:
+        """Of the run that goes on, or else built for `lines`."""
+        if self.saved is None:
+            return from_main(lambda: Tokens.build(lines, self.model.vocabulary_size))
+        if "tokens" not in self.saved:
+            raise ValueError("the checkpoint's state.json has no tokens; train anew")
+        tokens = Tokens.from_json(self.saved["tokens"])
+        if len(tokens) != self.model.vocabulary_size:
+            raise ValueError(
+                f"model.vocabulary_size={self.model.vocabulary_size}, but the run that this one goes on from has "
+                f"{len(tokens)} tokens: set it to that"
+            )
+        return tokens
+
+    def seed(self, split: str) -> int | None:
+        """None in evaluation."""
+        return self.config.seed if split == "train" else None
+
+    @classmethod
+    def plain_model(cls, config: Config) -> nn.Module:
+        assert isinstance(config.model, TextConfig)
+        return meta(cls.model_class, config.model)
+
+    @staticmethod
+    def given(config: Config) -> dict[str, Any]:
+        return {"steps": config.steps, "data": asdict(config.data), "texts": config.batch.samples}
+
+    def known(self) -> dict[str, Any]:
+        return {"tokens": self.tokens.to_json()}
+
+    def start(self, dtype: torch.dtype) -> None:
+        """There is no state."""
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """There is none."""
+
+    def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
+        """Samples are padded to the longest of the step, of all ranks and micro-batches."""
+        device = self.mesh.device
+        for micro in range(self.layout.accumulation):
+            mine = self.layout.my_samples(micro, self.mesh.dp.index)
+            token_BS, kind_BS, valid_BS, *targets = self.splits[split].batch(step, mine)
+            width = token_BS.shape[1]
+            sample_T = torch.arange(mine.start, mine.stop).repeat_interleave(width)
+            position_T = torch.arange(width).repeat(len(mine))
+            key = (self.config.seed, step, split == "train")
+            ctx = context(self.layout, self.mesh, micro, sample_T, position_T, valid_BS.flatten(), *key)
+            first = step * self.layout.samples + mine.start
+            yield Batch(token_BS.to(device), kind_BS.to(device), tuple(t.to(device) for t in targets), first, ctx)
+
+    def evaluation(self, split: str) -> Iterator[list[Batch]]:
+        for step in range(self.splits[split].num_batches):
+            yield list(self.batches(step, split))
+
+    def total(self, batches: list[Batch]) -> torch.Tensor:
+        """How much there is to be learned of each of the targets."""
+        counts = [torch.stack([(_shown(t, b) != IGNORED).sum() for t in b.targets]) for b in batches]
+        return sum_over(torch.stack(counts).sum(0).double(), self.mesh.dp).clamp(min=1)
+
+    def finish(self, split: str) -> dict[str, float]:
+        """What can only be measured when all of a split has been seen. A collective."""
+        return {}
+
+
+def _shown(target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Targets of a token or of a text; nothing is learned from what the context calls padding."""
+    valid_BS = batch.ctx.valid_T.view(batch.token_BS.shape)
+    return torch.where(valid_BS if target.dim() == 2 else valid_BS[:, 0], target, IGNORED)
+
+
+def _nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Summed over what is to be learned, nats, in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, target, ignore_index=IGNORED, reduction="sum")
+
+
+def _correct(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (logits.argmax(-1) == target).sum()
+
+
+class PretrainingTask(Texts):
+    """Masked words, and whether two runs of lines are in order (Lan et al. 2020, Section 3.1)."""
+
+    data_config: type = PretrainingDataConfig
+    headline: str = "perplexity"
+    model_class = PretrainingModel
+
+    def open(self) -> None:
+        data = self.config.data
+        assert isinstance(data, PretrainingDataConfig)
+        lines = open_text(data.text, False)
+        self.tokens = self.tokens_for(lines["train"])
+        sizes = (self.model.max_tokens, self.layout.samples)
+        self.splits = {s: Pretraining(lines[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
+
+    @staticmethod
+    def check_data(config: Config) -> None:
+        assert isinstance(config.data, PretrainingDataConfig)
+        check_text(config.data.text)
+
+    def loss(
+        self, engine: Any, batch: Batch, total: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
+        """The step's loss is nll per masked word, and per text that of its order."""
+        word_T, order_B = (_shown(target, batch).flatten() for target in batch.targets)
+        masked_N = (word_T != IGNORED).nonzero().squeeze(1)
+        word_N = word_T[masked_N]
+        logit_NV, order_B2, stats = engine(batch.token_BS, batch.kind_BS, masked_N, batch.ctx)
+        nll, order_nll = _nll(logit_NV, word_N), _nll(order_B2, order_B)
+        loss = nll / total[0] + order_nll / total[1] + balance(self.layout, stats)
+        sums = {
+            "nll": nll,
+            "masked": word_N.new_tensor(len(word_N)),
+            "masked_correct": _correct(logit_NV, word_N),
+            "order_nll": order_nll,
+            "texts": (order_B != IGNORED).sum(),
+            "order_correct": _correct(order_B2, order_B),
+        }
+        return loss.to(nll.dtype), sums, stats
+
+    @staticmethod
+    def measures(sums: dict[str, float]) -> dict[str, float]:
+        masked, texts = max(1, sums["masked"]), max(1, sums["texts"])
+        loss = sums["nll"] / masked
+        return {
+            "loss": loss + sums["order_nll"] / texts,
+            "perplexity": torch.tensor(loss).exp().item(),
+            "masked_accuracy": sums["masked_correct"] / masked,
+            "order_accuracy": sums["order_correct"] / texts,
+        }
+
+    def told(self, result: dict[str, float]) -> str:
+        told = f"test perplexity of masked words {result['test/perplexity']:.2f}"
+        return f"{told}    order of sentences right {100 * result['test/order_accuracy']:.2f} %"
+
+
+class TextClassification(Texts):
+    """Texts, or pairs of them, to classes."""
+
+    data_config: type = SentenceDataConfig
+    headline: str = "accuracy"
+    model_class = TextClassifier
+
+    def open(self) -> None:
+        data = self.config.data
+        assert isinstance(data, SentenceDataConfig)
+        self.labels, sentences = open_sentences(data.sentences)
+        if len(self.labels) > self.model.num_classes:
+            raise ValueError(
+                f"model.num_classes={self.model.num_classes}, but data.sentences={data.sentences!r} has "
+                f"{len(self.labels)} labels: give as many"
+            )
+        texts = [text for each in sentences["train"] for text in (each.text, each.text2) if text]
+        self.tokens = self.tokens_for(texts)
+        sizes = (self.model.max_tokens, self.layout.samples)
+        self.splits = {s: Sentences(sentences[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
+        if (cut := self.splits["train"].num_cut) and self.mesh.is_main and self.saved is None:
+            print(f"note: {cut} training texts lose their end, for model.max_tokens={sizes[0]}", flush=True)
+
+    @staticmethod
+    def check_data(config: Config) -> None:
+        assert isinstance(config.data, SentenceDataConfig)
+        check_sentences(config.data.sentences)
+
+    def known(self) -> dict[str, Any]:
+        return super().known() | {"labels": list(self.labels)}
+
+    def loss(
+        self, engine: Any, batch: Batch, total: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
+        """The step's loss is nll per text."""
+        label_B = _shown(batch.targets[0], batch)
+        logit_BC, stats = engine(batch.token_BS, batch.kind_BS, batch.ctx)
+        nll = _nll(logit_BC, label_B)
+        sums = {"nll": nll, "texts": (label_B != IGNORED).sum(), "correct": _correct(logit_BC, label_B)}
+        return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
+
+    @staticmethod
+    def measures(sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["nll"] / sums["texts"], "accuracy": sums["correct"] / sums["texts"]}
+
+    def told(self, result: dict[str, float]) -> str:
+        return f"test accuracy {100 * result['test/accuracy']:.2f} %    loss {result['test/loss']:.4f} nats per text"
+
+
+class QuestionAnswering(Texts):
+    """Answers that are a piece of a text, or none (SQuAD)."""
+
+    data_config: type = QuestionDataConfig
+    headline: str = "f1"
+    model_class = AnswerFinder
+
+    def open(self) -> None:
+        data = self.config.data
+        assert isinstance(data, QuestionDataConfig)
+        self.data = data
+        questions = open_questions(data.questions)
+        texts = [text for each in questions["train"] for text in (each.question, each.context)]
+        self.tokens = self.tokens_for(texts)
+        sizes = (self.model.max_tokens, data.stride, self.layout.samples)
+        self.splits = {s: Answers(questions[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
+        self.found: list[tuple[int, torch.Tensor]] = []  # window, and (score, start, end) of its best spans
+
+    @staticmethod
+    def check_data(config: Config) -> None:
+        assert isinstance(config.data, QuestionDataConfig)
+        check_questions(config.data.questions)
+
+    def loss(
+        self, engine: Any, batch: Batch, total: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
+        """The step's loss is the mean of the nll of first and of last tokens, per window."""
+        first_B, last_B = (_shown(target, batch) for target in batch.targets)
+        start_BS, end_BS, stats = engine(batch.token_BS, batch.kind_BS, batch.ctx)
+        valid_BS = batch.ctx.valid_T.view(batch.token_BS.shape)
+        valid_BS = valid_BS | ~valid_BS[:, :1]  # a window that is padding has some logit, but no target
+        start_BS, end_BS = (logits.masked_fill(~valid_BS, -torch.inf) for logits in (start_BS, end_BS))
+        nll = (_nll(start_BS, first_B) + _nll(end_BS, last_B)) / 2
+        if not batch.ctx.train:
+            spans = best_spans(start_BS, end_BS, batch.token_BS, batch.kind_BS, self.data.longest_answer, NUM_SPANS)
+            score_Bn, start_Bn, end_Bn, null_B = (t.double() for t in spans)
+            told_B4n = torch.stack([score_Bn, start_Bn, end_Bn, null_B[:, None].expand_as(score_Bn)], 1)
+            self.found.append((batch.first, told_B4n))
+        sums = {"nll": nll, "texts": (first_B != IGNORED).sum()}
+        return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
+
+    @staticmethod
+    def measures(sums: dict[str, float]) -> dict[str, float]:
+        return {"loss": sums["nll"] / max(1, sums["texts"])}
+
+    def finish(self, split: str) -> dict[str, float]:
+        """Exact match and F1 of the best answers, in per cent."""
+        answers = self.splits[split]
+        windows = len(answers.window_W5)
+        told_W4n = torch.zeros(windows, 4, NUM_SPANS, dtype=torch.float64, device=self.mesh.device)
+        for first, told_B4n in self.found:
+            kept = told_B4n[: max(0, windows - first)]
+            told_W4n[first : first + len(kept)] = kept
+        self.found.clear()
+        score_Wn, start_Wn, end_Wn, null_Wn = sum_over(told_W4n, self.mesh.dp).cpu().unbind(1)
+        best = answers.decode(score_Wn, start_Wn.long(), end_Wn.long(), null_Wn[:, 0], self.data.null_threshold)
+        found = {question: texts[0][0] if texts else "" for question, texts in best.items()}
+        return scores(answers.questions, found)
+
+    def told(self, result: dict[str, float]) -> str:
+        return f"test F1 {result['test/f1']:.2f} %    exact match {result['test/exact']:.2f} %"

