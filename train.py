@@ -76,7 +76,7 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
                 told = {"train/lr": lr, "train/grad_norm": optimizer.norm, "train/skipped_steps": skipped}
                 metrics.log(step, meter.read() | told)
             if (step % config.eval_every == 0 or last) and not stopping:  # who asks to stop does not wait for long
-                metrics.log(step, evaluate(engine, task, "valid", mesh))
+                metrics.log(step, evaluate(engine, task, "valid", mesh) | task.of_weights(engine))
                 metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
             if last:
                 result = evaluate(engine, task, "test", mesh)

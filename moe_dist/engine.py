@@ -136,6 +136,13 @@ class Engine:
         zero = self.engine.optimizer
         return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
 
+    def dense_weight(self, name: str) -> torch.Tensor:
+        """The whole float32 master of a parameter. A collective at stages 1 to 3."""
+        if self.stage == 0:
+            return self.flat()[list(self.names).index(name)].detach()
+        p = self.names[name]
+        return self.deepspeed.utils.safe_get_full_fp32_param(p).view(self.shape(p))
+
     def dense_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors by meaning, on any stage: "NAME" (float32 master), "NAME.exp_avg", "NAME.exp_avg_sq".
 
@@ -143,10 +150,7 @@ class Engine:
         """
         fragment = self.deepspeed.utils
         for i, (name, p) in enumerate(self.names.items()):
-            if self.stage == 0:
-                yield name, self.flat()[i].detach()
-            else:
-                yield name, fragment.safe_get_full_fp32_param(p).view(self.shape(p))
+            yield name, self.dense_weight(name)
             for moment in MOMENTS:
                 if self.optimizer.updates == 0:  # there are none yet
                     yield f"{name}.{moment}", torch.zeros(self.shape(p))

@@ -44,6 +44,7 @@ def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:
         **{key: _curves(lines, key, f"{name}: {what}", unit) for key, (what, unit) in _RIGHT.items()},
         **load_maps(lines, name),
         **{f"balance_{_stem(layer)}": _balance(lines, layer, name) for layer in _layers(lines)},
+        "norms": _norms(lines, name),
         "speed": _speed(lines, name),
         "optimizer": _optimizer(lines, name),
         "exchange": _exchange(lines, name),
@@ -205,6 +206,19 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
     _count_from_zero(dead)
     _from_zero(dropped, least_top=0.01)
     dropped.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+def _norms(lines: list[dict], name: str) -> Figure | None:
+    """How far the LayerNorms of blocks have gone apart."""
+    keys = sorted({key for line in lines for key in line if key.startswith("norms/")})
+    if not keys:
+        return None
+    figure, (axes,) = _panels(f"{name}: LayerNorms of blocks", "divergence y over blocks")
+    for key in keys:
+        _plot(axes, lines, key, label=key.removeprefix("norms/").replace(".", " norm, "))
+    axes.legend(**_OUTSIDE)
+    _from_zero(axes)
     return figure
 
 

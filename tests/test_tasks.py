@@ -15,6 +15,7 @@ from moe_dist.config import Config, QuestionDataConfig, override, to_json
 from moe_dist.data.images import open_images
 from moe_dist.evaluate import evaluate
 from moe_dist.meter import Meter
+from moe_dist.models.transformer import norm_divergence
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.training import train_step
@@ -139,8 +140,11 @@ def tiny_questions(file: str) -> Config:
     return dataclasses.replace(config, task="question_answering", data=data)
 
 
-def test_dropped_assignments_are_told() -> None:
-    line = run_distributed(one_line, 2, timeout=90)[0]
+def test_dropped_assignments_and_the_divergence_of_norms_are_told() -> None:
+    (line, told, expected), _ = run_distributed(one_line, 2, timeout=90)
+    # of sharded weights as of whole ones
+    assert told == {f"norms/{part}": pytest.approx(value, rel=1e-6) for part, value in expected.items()}
+    assert min(told.values()) > 0
     for block in range(3):
         kept, dropped = sum(line[f"moe/block{block}/load"]), line[f"moe/block{block}/dropped"]
         # 32 images of 16 patches, 2 choices each
@@ -148,16 +152,16 @@ def test_dropped_assignments_are_told() -> None:
         assert line[f"moe/block{block}/drop_rate"] == pytest.approx(dropped / (kept + dropped))
 
 
-def one_line() -> dict[str, Any]:
+def one_line() -> Any:
     meshes.join()
-    run = Run(tiny_images("mesh.ep=2"))
+    run = Run(tiny_images("mesh.ep=2", "zero=3"))
     meter = Meter(run.mesh, run.task)
     with meter.step():
         for _, sums, stats in train_step(run.training, 1):
             meter.add(sums, stats)
-    line = meter.read()
+    told = meter.read(), run.task.of_weights(run.engine), norm_divergence(run.weights())
     meshes.stop()
-    return line
+    return told
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,9 @@ class Task(Protocol):
     def finish(self, split: str) -> dict[str, float]:
         """What can only be measured when all of a split has been evaluated. A collective."""
 
+    def of_weights(self, engine: Any) -> dict[str, float]:
+        """What a line of metrics tells of the model's weights. A collective."""
+
     def save_state(self) -> dict[str, torch.Tensor]:
         """What is carried from step to step beside the model, whole. A collective."""
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_dist.context import Context
 from moe_dist.layer import LayerStats
+from moe_dist.models.transformer import norm_divergence
 from moe_dist.parallel.mesh import Layout, Mesh
 
 
@@ -36,6 +37,12 @@ def context(
 def balance(layout: Layout, stats: dict[str, LayerStats]) -> Any:
     """Of one micro-batch's layers, its part of the mean over the step's balance groups."""
     return sum(s.balance_loss for s in stats.values()) / layout.num_balance_groups
+
+
+def divergence_of_norms(engine: Any) -> dict[str, float]:
+    """How far LayerNorms of blocks are from each other (Xue et al. 2021), by what they are before. A collective."""
+    norms = {name: engine.dense_weight(name) for name in engine.names if "encoder.norm_" in name}
+    return {f"norms/{name}": value for name, value in norm_divergence(norms).items()}
 
 
 def meta(model: Callable[..., nn.Module], *args: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from moe_dist.layer import LayerStats
 from moe_dist.models.vision import VisionTransformer
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import balance, context, meta
+from moe_dist.tasks.batches import balance, context, divergence_of_norms, meta
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,9 @@ class ImageClassification:
 
     def finish(self, split: str) -> dict[str, float]:
         return {}
+
+    def of_weights(self, engine: Any) -> dict[str, float]:
+        return divergence_of_norms(engine)
 
     def save_state(self) -> dict[str, torch.Tensor]:
         return {}

@@ -133,6 +133,9 @@ class LanguageModel:
     def finish(self, split: str) -> dict[str, float]:
         return {}
 
+    def of_weights(self, engine: Any) -> dict[str, float]:
+        return {}
+
     def save_state(self) -> dict[str, torch.Tensor]:
         """Of all lanes: hidden state, (B, width) for h and c of each LSTM; places in a stream, (B, 2). A collective."""
         whole = {}

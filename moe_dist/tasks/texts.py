@@ -27,7 +27,7 @@ from moe_dist.layer import LayerStats
 from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import balance, context, meta
+from moe_dist.tasks.batches import balance, context, divergence_of_norms, meta
 
 SPLITS = ("train", "valid", "test")
 NUM_SPANS = 20  # of a window that are looked at for the best answers
@@ -97,6 +97,9 @@ class Texts:
 
     def start(self, dtype: torch.dtype) -> None:
         """There is no state."""
+
+    def of_weights(self, engine: Any) -> dict[str, float]:
+        return divergence_of_norms(engine)
 
     def save_state(self) -> dict[str, torch.Tensor]:
         return {}
