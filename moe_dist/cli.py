@@ -136,7 +136,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     args = parser.parse_args(argv)
     if args.list:
         for name, make in sorted(configs.CONFIGS.items()):
-            _say(f"{name:<20}{(make.__doc__ or '').splitlines()[0]}")
+            _say(f"{name:<26}{(make.__doc__ or '').splitlines()[0]}")
         sys.exit(0)
     with plain_errors():
         if (args.json or args.ranks is not None) and not args.dry_run:
@@ -189,7 +189,8 @@ def _check_memory(needed: int) -> None:
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "save_in_background", "ds_config", "zero",
-    "compare", "mesh.ep", "batch.accumulation", "optim.lr", "optim.warmup_steps", "optim.beta1", "optim.beta2",
+    "compare", "mesh.ep", "batch.accumulation", "data.workers", "model.moe.recompute", "model.encoder.recompute",
+    "optim.lr", "optim.warmup_steps", "optim.beta1", "optim.beta2",
     "optim.eps",
     "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "wandb.mode",
 )  # fmt: skip

@@ -181,6 +181,7 @@ class OptimConfig:
     warmup_steps: int = 1000  # linear
     decay: str = "rsqrt"  # after it: "rsqrt", 1/sqrt(step); "cosine", half a wave that ends at 0 with the last step
     weight_decay: float = 0.0  # a step takes lr x this part of every weight, apart from Adam (AdamW)
+    trust_ratio: bool = False  # a step of a matrix is lr x its norm long (LAMB)
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -288,10 +289,11 @@ def check(config: Config) -> None:
     for key, known in (("optim.clip_by", CLIP_BY), ("optim.decay", DECAYS), ("wandb.mode", WANDB_MODES)):
         if (value := _get(config, key)) not in known:
             raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
-    if config.optim.weight_decay and isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None:
+    by_row = isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None
+    if by_row and (config.optim.weight_decay or config.optim.trust_ratio):
         raise ValueError(
-            "optim.weight_decay with model.softmax_samples: rows of the vocabulary are updated where they are touched "
-            "alone, and would not decay; one of them must be 0 or none"
+            "optim.weight_decay and optim.trust_ratio with model.softmax_samples: rows of the vocabulary are updated "
+            "where they are touched alone, and would not decay; do without one of them"
         )
     if config.optim.free_gradients and config.optim.clip_norm is not None and config.optim.clip_by == "step":
         raise ValueError(

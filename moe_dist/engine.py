@@ -115,7 +115,20 @@ class Engine:
         if compute_dtype(ds) == torch.bfloat16 and self.stage >= 2:  # 0 and 1 add micro-batches up in float32 anyway
             full |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         self.names = {name: p for name, p in model.dense.named_parameters()}
+        self.optimizer.parts = self._parts
         self.engine, *_ = self.deepspeed.initialize(model=model.dense, optimizer=self.optimizer, config=full)
+
+    def _parts(self) -> list[torch.Tensor]:
+        """Of the float32 master of each dense matrix what this rank updates, maybe nothing; views."""
+        matrices = [i for i, p in enumerate(self.names.values()) if len(self.shape(p)) > 1]
+        if self.stage == 0:
+            return [self.flat()[i].detach() for i in matrices]
+        parameters: list[Any] = list(self.names.values())
+        if self.stage == 3:
+            local = self.deepspeed.utils.safe_get_local_fp32_param
+            return [local(parameters[i]) for i in matrices]
+        maps = [parameters[i]._hp_mapping for i in matrices]  # None where the rank's partition has none of it
+        return [self.flat()[0][:0] if m is None else m.get_hp_fragment() for m in maps]
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)

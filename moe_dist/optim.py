@@ -4,14 +4,16 @@ DeepSpeed hands over the dense parameters (whole at ZeRO 0, this rank's flat flo
 averaged over all ranks. Gradients of experts and gates of groups are summed over the ranks that hold the same ones,
 those of rows over all ranks; both are divided by the number of all ranks, as if there were one rank. Then: one norm
 over everything, one clip factor, one update: AdamW (torch's fused one, the base class) for the dense parameters, and
-what `outside.py` says for the others.
+what `outside.py` says for the others. With `trust_ratio` the step of a matrix is scaled to lr x its norm, which makes
+LAMB of AdamW (You et al. 2020), on any layout: libraries' own LAMB needs whole matrices, which ZeRO does not have.
+Vectors are left out, as its authors' code does.
 
 Where the clip factor comes from the norm of the step before (`clip_by`), or there is none, experts need not wait: with
 `free_gradients` each stack of them is updated within backward, when its gradient is whole, which is then freed.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import nn
 
 from moe_dist.config import OptimConfig, nearest
-from moe_dist.outside import Adam, Factored, Rows, Spread, square_of
+from moe_dist.outside import Adam, Factored, Rows, Spread, square_of, trust
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Mesh
 
@@ -63,6 +65,7 @@ class Optimizer(torch.optim.AdamW):
         self.norm = math.nan  # of the last step, before clipping; not a number where DeepSpeed refused to step
         self.previous_norm = 0.0  # of the last step that was not skipped; part of a checkpoint
         self.begun = False
+        self.parts: Callable[[], list[torch.Tensor]]  # of the dense matrices' masters, what this rank updates; in place
         self.squares: dict[Spread, torch.Tensor] = {}  # of this step's gradients, so far
         for state in self.experts.values() if config.free_gradients else ():
             state.when_complete(partial(self._update_and_free, state))
@@ -107,6 +110,19 @@ class Optimizer(torch.optim.AdamW):
         self._update(state, self._factor(self.previous_norm))
         state.clear()
 
+    def _trust(self, parts: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+        """LAMB's ratios of the dense matrices, of each of which this rank has a part (none: an empty one), or at stage
+        0 the whole."""
+        if not parts:
+            return
+        device = self.mesh.device
+        squares = [[square_of([x], device) for x in (old, new - old)] for old, new in zip(before, parts, strict=True)]
+        square_p2 = torch.stack([torch.stack(pair) for pair in squares])
+        if self.zero > 0:
+            sum_over(square_p2, self.mesh.dp)
+        for new, old, square_2 in zip(parts, before, square_p2, strict=True):
+            trust(new[None], old[None], square_2[None], self.param_groups[0]["lr"])
+
     def check_not_skipped(self) -> None:
         """Raises FloatingPointError after a step that was skipped where its experts were not."""
         if self.config.free_gradients and not math.isfinite(self.norm):
@@ -141,7 +157,10 @@ class Optimizer(torch.optim.AdamW):
         factor = self._factor(self.norm if self.config.clip_by == "step" else self.previous_norm)
         if gradients:
             torch._foreach_mul_(gradients, factor)
+        parts = self.parts() if self.config.trust_ratio else []
+        before = [part.clone() for part in parts]
         super().step()
+        self._trust(parts, before)
         for state in waiting:
             self._update(state, factor)
         for table in rows:

@@ -107,7 +107,16 @@ class Spread(Master):
         raise NotImplementedError
 
     def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
-        """One step with gradient `scale` x the sum, after `square`."""
+        """One step with gradient `scale` x the sum, after `square`; then all ranks have the weights."""
+        before = self.master.clone() if config.trust_ratio else None
+        self._update(scale, lr, step, config)
+        if before is not None and self.master[0].dim() > 1 and self.master.shape[1] > 1:  # no vectors
+            square_e2 = torch.stack([squares_by_expert(x) for x in (before, self.master - before)], 1)
+            trust(self.master, before, square_e2, lr)
+        self.round_master()
+
+    def _update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
+        """Of the master alone."""
         raise NotImplementedError
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
@@ -149,11 +158,10 @@ class Factored(Spread):
         self.row_square_eD, self.column_square_eF = squares_of(self.my_gradient)
         return self.row_square_eD.double().sum()
 
-    def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
+    def _update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
         squares, means = (self.row_square_eD, self.column_square_eF), (self.row_eD, self.column_eF)
         factored_update(self.master, self.my_gradient, *squares, *means, scale, lr, step, config)
         del self.row_square_eD, self.column_square_eF
-        self.round_master()
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
         return {"": self.master, ".row": self.row_eD, ".column": self.column_eF}
@@ -169,13 +177,12 @@ class Adam(Spread):
     def square(self) -> torch.Tensor:
         return square_of([self.my_gradient], self.p.device)
 
-    def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
+    def _update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         self.adam.param_groups[0] |= {"lr": lr, "betas": betas, "eps": config.eps, "weight_decay": decay}
         self.master.grad = self.my_gradient.mul_(scale)
         self.adam.step()
         self.master.grad = None
-        self.round_master()
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
         """The moments are made where there are none yet."""
@@ -331,6 +338,19 @@ def factored_update(
             w.mul_(1 - decay)
         torch.addcmul(eps_F, left, right, out=root)  # sqrt(v) + eps
         w.addcdiv_(g, root, value=-lr * scale)
+
+
+def squares_by_expert(x_eDF: torch.Tensor) -> torch.Tensor:
+    """Sums of squares (e,), float64."""
+    return torch.linalg.vector_norm(x_eDF.flatten(1), dim=1, dtype=torch.float64).square()
+
+
+def trust(after_n: torch.Tensor, before_n: torch.Tensor, square_n2: torch.Tensor, lr: float) -> None:
+    """Scales each of n steps of AdamW to the length lr x |before| (You et al. 2020, Algorithm 2 with phi the identity);
+    in place. `square_n2`: sums of squares of each tensor before, and of its step; where one is 0 the step stays."""
+    before_norm_n, step_norm_n = square_n2.sqrt().unbind(1)
+    ratio_n = torch.where(square_n2.prod(1) > 0, lr * before_norm_n / step_norm_n, 1).to(after_n.dtype)
+    torch.lerp(before_n, after_n, ratio_n.view(-1, *[1] * (after_n.dim() - 1)), out=after_n)
 
 
 def _or_one(x: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,22 @@
-"""The factored second moment against hand-worked numbers and a plain form; the schedule; the skipped step."""
+"""The factored second moment against hand-worked numbers and a plain form; the schedule; the skipped step; LAMB."""
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import Run, tiny
+from torch import nn
 
 from moe_dist import outside
 from moe_dist.config import OptimConfig
-from moe_dist.optim import learning_rate
-from moe_dist.outside import factored_update, square_of, squares_of
+from moe_dist.data.vision import import_torchvision
+from moe_dist.optim import FORMS, learning_rate
+from moe_dist.outside import Adam, factored_update, square_of, squares_of
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.mesh import Axis
 from moe_dist.parallel.spawn import run_distributed
 
 PLAIN = OptimConfig(lr=1.0, eps=0.0, expert_beta2=0.5)
@@ -141,6 +145,25 @@ def test_schedule() -> None:
     # warm-up of 4 steps to 8, then 8 sqrt(4 / step): step 16 -> 4
     config = OptimConfig(lr=8.0, warmup_steps=4)
     assert [learning_rate(config, s, 16) for s in (1, 2, 4, 16)] == [2.0, 4.0, 8.0, 4.0]
+    # then 8 (1 + cos(pi (step - 4) / (20 - 4))) / 2: a quarter, half and all of the way
+    cosine = dataclasses.replace(config, decay="cosine")
+    told = [learning_rate(cosine, s, 20) for s in (2, 4, 8, 12, 20)]
+    assert told == pytest.approx([4.0, 8.0, 4 * (1 + 0.5**0.5), 4.0, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("form", ["paper", "diet", "adam"])
+def test_weights_decay_apart_from_the_step(form: str) -> None:
+    """w (1 - lr x decay), and then the step that there is without decay."""
+    w, g = torch.tensor([[[2.0, 4.0]]]), torch.tensor([[[0.5, -1.0]]])
+    after = {}
+    for decay in (0.0, 0.1):
+        state = FORMS[form](nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
+        state.p.grad = g.clone()
+        state.square()
+        state.update(1.0, 0.01, 1, OptimConfig(weight_decay=decay, expert_form=form))
+        after[decay] = state.p.detach().clone()
+    # 0.01 x 0.1 of 2 and of 4
+    torch.testing.assert_close(after[0.0] - after[0.1], torch.tensor([[[0.002, 0.004]]]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.timeout(120)
@@ -170,3 +193,82 @@ def poison(text: str) -> dict[tuple[int, str], bool]:
             kept[zero, place] = untouched and math.isfinite(norm) and math.isfinite(run.norms[-1])
     meshes.stop()
     return kept
+
+
+LAMB = ["optim.trust_ratio=true", "optim.weight_decay=0.1", "optim.expert_form=adam", "optim.lr=1e-2"]
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 1, 5)])
+def test_trust_ratios_of_experts_are_lambs(shape: tuple[int, ...]) -> None:
+    """Each expert is a tensor of its own to timm's; biases, matrices of one row, go without a ratio, as AdamW's."""
+    import_torchvision()
+    from timm.optim import Lamb
+
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(*shape, generator=generator)
+    state = Adam(nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
+    theirs = [nn.Parameter(expert.clone()) for expert in w]
+    options: dict[str, Any] = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    lamb = shape[1] > 1
+    optimizer = Lamb(theirs, **options, max_grad_norm=None) if lamb else torch.optim.AdamW(theirs, **options)
+    config = OptimConfig(weight_decay=0.1, trust_ratio=True)
+    for step in range(1, 5):
+        g = torch.randn(*shape, generator=generator)
+        state.p.grad = 2 * g
+        state.square()
+        state.update(0.5, 0.1, step, config)
+        for p, expert in zip(theirs, g, strict=True):
+            p.grad = expert.clone()
+        optimizer.step()
+    torch.testing.assert_close(state.p.detach(), torch.stack([p.detach() for p in theirs]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.timeout(200)
+def test_trust_ratios_of_dense_matrices_are_lambs_on_any_layout(small_text: Path) -> None:
+    """One rank takes timm's steps on the same gradients, and two ranks at any stage those of one."""
+    (expected,) = run_distributed(beside_timm, 1, str(small_text), timeout=100)
+    for rank in run_distributed(lamb_on_stages, 2, str(small_text), timeout=100):
+        for zero, weights in rank.items():
+            for name, w in weights.items():
+                off = torch.linalg.vector_norm(w - expected[name]) / torch.linalg.vector_norm(expected[name])
+                assert off < 1e-5, (zero, name, off)
+
+
+def beside_timm(text: str) -> dict[str, torch.Tensor]:
+    import_torchvision()
+    from timm.optim import Lamb
+
+    meshes.join()
+    run = Run(tiny(*LAMB, f"data.text={text}", "zero=0"))
+    ours = run.optimizer.param_groups[0]["params"]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    options: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    matrices, vectors = ([p for p in theirs if (p.dim() > 1) == wide] for wide in (True, False))
+    both = [Lamb(matrices, lr=1e-2, max_grad_norm=None, **options), torch.optim.AdamW(vectors, lr=1e-2, **options)]
+    honest = torch.optim.AdamW.step
+
+    def step(self: Any, closure: Any = None) -> None:
+        if self is run.optimizer:
+            for p, q in zip(ours, theirs, strict=True):
+                q.grad = p.grad.clone()
+            for optimizer in both:
+                optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+                optimizer.step()
+        honest(self)
+
+    torch.optim.AdamW.step = step  # type: ignore[method-assign]
+    run.steps(0, 4)
+    for name, p, q in zip(run.engine.names, ours, theirs, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    weights = run.weights()
+    meshes.stop()
+    return weights
+
+
+def lamb_on_stages(text: str) -> dict[int, dict[str, torch.Tensor]]:
+    meshes.join()
+    told = {}
+    for zero in (0, 1, 2, 3):
+        told[zero] = Run(tiny(*LAMB, f"data.text={text}", f"zero={zero}", "mesh.ep=2")).steps(0, 4).weights()
+    meshes.stop()
+    return told

@@ -1,9 +1,11 @@
 """Go Wider Instead of Deeper (Xue et al. 2021): WideNet and its baselines, for images and for text.
 
-The paper trains on ImageNet-1K for 300 epochs of 4,096 images, with LAMB; AdamW, its learning rate and its clipping are
-ours. Its capacity factor counts in a device's batch, here in 16 samples. Images are 224 x 224 in patches of 16,
-vocabularies have 30,000 tokens. Parameters are those of docs/paper_map.md.
+The paper trains on ImageNet-1K for 300 epochs of 4,096 images, with LAMB; the clipping is ours. Its capacity factor
+counts in a device's batch, here in 16 samples. Images are 224 x 224 in patches of 16, vocabularies have 30,000 tokens.
+Parameters are those of docs/paper_map.md.
 """
+
+import dataclasses
 
 from moe_dist.config import (
     BatchConfig,
@@ -34,7 +36,7 @@ def widenet_demo() -> Config:
         data=ImageDataConfig(flip=True),
         model=VisionConfig(image_size=28, channels=1, patch_size=7, num_classes=10, encoder=encoder),
         batch=BatchConfig(samples=64, samples_per_balance_group=32, samples_per_token_group=16),
-        optim=OptimConfig(lr=2e-3, warmup_steps=100, decay="cosine", weight_decay=0.1, expert_form="adam"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=100, decay="cosine", weight_decay=0.1, expert_form="adam"),
     )
 
 
@@ -42,11 +44,25 @@ def shared_vit_demo() -> Config:
     """The baseline of `widenet_demo`: one dense FFN of 2 x 192 units for all blocks, equal multiply-adds."""
     return override(
         widenet_demo(),
-        ["name=shared_vit_demo", "model.encoder.moe_blocks=none", "model.encoder.ffn_hidden=384", "compare=none"],
+        [
+            "name=shared_vit_demo",
+            "optim.lr=2e-3",
+            "model.encoder.moe_blocks=none",
+            "model.encoder.ffn_hidden=384",
+            "compare=none",
+        ],
     )
 
 
-def _imagenet(name: str, encoder: EncoderConfig) -> Config:
+def _lamb(lr: float, warmup_steps: int, weight_decay: float) -> OptimConfig:
+    """Of full moments for experts as well."""
+    return OptimConfig(
+        lr=lr, warmup_steps=warmup_steps, decay="cosine", weight_decay=weight_decay, trust_ratio=True, eps=1e-6,
+        expert_form="adam",
+    )  # fmt: skip
+
+
+def _imagenet(name: str, encoder: EncoderConfig, lr: float = 0.01) -> Config:
     """With the augmentation of the authors' code; 1,281,167 images an epoch, warm-up over 30 of 300."""
     data = ImageDataConfig(
         images="imagenet", crop="inception", flip=True, randaugment_layers=2, randaugment_magnitude=15, mixup=0.5,
@@ -61,7 +77,7 @@ def _imagenet(name: str, encoder: EncoderConfig) -> Config:
         data=data,
         model=VisionConfig(encoder=encoder),
         batch=BatchConfig(samples=4096, samples_per_token_group=16),
-        optim=OptimConfig(lr=1e-3, warmup_steps=9380, decay="cosine", weight_decay=0.1),
+        optim=_lamb(lr, 9380, 0.1),
     )
 
 
@@ -102,13 +118,13 @@ def widenet_b() -> Config:
 
 def widenet_l() -> Config:
     """WideNet-L: 24 blocks of width 1,024. 40M parameters, 79.5 %."""
-    return _imagenet("widenet_l", EncoderConfig(depth=24, dim=1024, num_heads=16))
+    return _imagenet("widenet_l", EncoderConfig(depth=24, dim=1024, num_heads=16), lr=0.004)
 
 
 def widenet_h() -> Config:
     """WideNet-H: 32 blocks of width 1,280, experts of 5,120 units. 63M parameters, 80.1 %."""
     moe = SoftmaxMoEConfig(hidden=5120)
-    return _imagenet("widenet_h", EncoderConfig(depth=32, dim=1280, num_heads=16, moe=moe))
+    return _imagenet("widenet_h", EncoderConfig(depth=32, dim=1280, num_heads=16, moe=moe), lr=0.004)
 
 
 def widenet_text_demo() -> Config:
@@ -140,9 +156,17 @@ def albert_demo() -> Config:
     )  # fmt: skip
 
 
+def widenet_pretraining_demo() -> Config:
+    """Masked words and the order of sentences on the embedded text; `widenet_text_demo` can begin with its weights."""
+    demo = widenet_text_demo()
+    return dataclasses.replace(
+        demo, name="widenet_pretraining_demo", task="pretraining", data=PretrainingDataConfig(), compare=None
+    )
+
+
 def _pretraining(name: str, encoder: EncoderConfig) -> Config:
     """Masked words and the order of sentences; Wikipedia in place of ALBERT's Wikipedia and books, which are not to be
-    had. 125,000 steps of 4,096 are ALBERT's, and so is its learning rate, but for LAMB."""
+    had. 125,000 steps of 4,096 with LAMB are ALBERT's, and so is the learning rate."""
     return Config(
         name=name,
         task="pretraining",
@@ -152,7 +176,7 @@ def _pretraining(name: str, encoder: EncoderConfig) -> Config:
         data=PretrainingDataConfig(text="wikimedia/wikipedia:20231101.en"),
         model=TextConfig(encoder=encoder),
         batch=BatchConfig(samples=4096, samples_per_token_group=16),
-        optim=OptimConfig(lr=1.76e-3, warmup_steps=3125, decay="cosine", weight_decay=0.01),
+        optim=_lamb(1.76e-3, 3125, 0.01),
     )
 
 
@@ -192,4 +216,6 @@ def widenet_text_16() -> Config:
 
 VISION = (vit_b, vit_l, vit_moe_b, vit_moe_l, widenet_b, widenet_l, widenet_h)
 TEXT = (albert, bert_factorised, widenet_text_4, widenet_text_8, widenet_text_16)
-CONFIGS = (widenet_demo, shared_vit_demo, widenet_text_demo, albert_demo, *VISION, *TEXT)
+CONFIGS = (
+    widenet_demo, shared_vit_demo, widenet_text_demo, albert_demo, widenet_pretraining_demo, *VISION, *TEXT,
+)  # fmt: skip

@@ -24,6 +24,7 @@ from moe_dist.data.sentences import Sentences, check_sentences, open_sentences
 from moe_dist.data.sources import check_text, open_text
 from moe_dist.data.tokens import IGNORED, Tokens
 from moe_dist.layer import LayerStats
+from moe_dist.meter import perplexity
 from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
@@ -197,7 +198,7 @@ class PretrainingTask(Texts):
         loss = sums["nll"] / masked
         return {
             "loss": loss + sums["order_nll"] / texts,
-            "perplexity": torch.tensor(loss).exp().item(),
+            "perplexity": perplexity(loss),
             "masked_accuracy": sums["masked_correct"] / masked,
             "order_accuracy": sums["order_correct"] / texts,
         }
