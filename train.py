@@ -34,7 +34,7 @@ def main(run: Run) -> None:
     with plain_errors():
         mesh = meshes.start(config.mesh.ep)
         run.choose(mesh)
-        training = set_up(config, run.ds_config, mesh, run.known())
+        training = set_up(config, run.ds_config, mesh, run.known(), resumed=run.checkpoint is not None)
         task, engine = training.task, training.engine
         if run.checkpoint:
             load(run.checkpoint, engine, task, mesh, run.growth)

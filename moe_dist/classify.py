@@ -1,7 +1,7 @@
 """Classes of images or sentences by a trained run, with probabilities.
 
     python -m moe_dist.classify runs/NAME pictures/ holiday.png         image files, and folders of them
-    python -m moe_dist.classify runs/NAME --sentences reviews.txt       a line each; - reads standard input
+    python -m moe_dist.classify runs/NAME --sentences reviews.txt       a line each, or two with a tab; - is stdin
     python -m moe_dist.classify runs/NAME --text "a fine film" --top 1
 
 Every image or sentence is a token group of its own, so that what others there are does not decide what an expert has
@@ -24,7 +24,8 @@ from moe_dist.cli import plain_errors
 from moe_dist.config import ImageDataConfig, VisionConfig
 from moe_dist.context import Context
 from moe_dist.data.images import read_image
-from moe_dist.data.tokens import Tokens, joined, stacked
+from moe_dist.data.sentences import Sentence, Sentences
+from moe_dist.data.tokens import Tokens
 from moe_dist.reader import open_run
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -41,7 +42,8 @@ class Classifier:
         if self.config.task not in tasks:
             raise ValueError(f"{folder}: a run of task={self.config.task}, which has no classes")
         self.of_images = self.config.task == tasks[0]
-        self.names: list[str] = state["classes" if self.of_images else "labels"]
+        self.names: list[str] = state["classes"]
+        self.pairs = bool(state.get("pairs"))
         self.tokens = None if self.of_images else Tokens.from_json(state["tokens"])
 
     @torch.no_grad()
@@ -59,13 +61,18 @@ class Classifier:
 
     def _of_sentences(self, sentences: list[str]) -> torch.Tensor:
         assert self.tokens is not None
-        room = self.model.num_tokens - 2
-        ids = [token_N[:room] for token_N in self.tokens.encode_all(sentences)]
-        for sentence, some in zip(sentences, ids, strict=True):
-            if not len(some):
-                raise ValueError(f"{sentence!r} has no token: leave it out")
-        token_BS, kind_BS, valid_BS = stacked(map(joined, ids), 2 + max(map(len, ids)))
+        pairs = [Sentence(*self._parts(sentence), 0) for sentence in sentences]
+        read = Sentences(pairs, self.tokens, self.model.num_tokens, len(sentences))
+        token_BS, kind_BS, valid_BS, _ = read.batch(0, range(len(sentences)))
         return self.model(token_BS, kind_BS, _context(valid_BS))[0]
+
+    def _parts(self, sentence: str) -> tuple[str, str | None]:
+        """Raises ValueError where it is not what the run was trained on."""
+        first, tab, second = sentence.partition("\t")
+        if bool(tab) != self.pairs:
+            what = "pairs of sentences: put a tab between them" if self.pairs else "sentences, which have no tab"
+            raise ValueError(f"{sentence!r}: the run was trained on {what}")
+        return first, second if self.pairs else None
 
 
 def _context(valid_BS: torch.Tensor) -> Context:

@@ -128,7 +128,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="goes on from the newest checkpoint of a run folder")
     parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
     parser.add_argument("--grow-noise", type=float, metavar="X", help="largest change of a copied weight (0.01 of it)")
-    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test perplexity of the newest checkpoint")
+    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test metrics of the newest checkpoint")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if started on N ranks")
@@ -156,7 +156,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     if args.dry_run:
         sys.exit(0)
     with plain_errors():
-        task.check_data(run.config)
+        task.check_data(run.config, _is_main())
         if run.config.init and not run.earlier:
             manifest.checkpoints(Path(run.config.init))
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
@@ -189,10 +189,10 @@ def _check_memory(needed: int) -> None:
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "save_in_background", "ds_config", "zero",
-    "compare", "mesh.ep", "batch.accumulation", "data.workers", "model.moe.recompute", "model.encoder.recompute",
-    "optim.lr", "optim.warmup_steps", "optim.beta1", "optim.beta2",
-    "optim.eps",
-    "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "wandb.mode",
+    "compare", "mesh.ep", "batch.accumulation", "data.workers", "data.image_root", "data.null_threshold",
+    "model.moe.recompute", "model.encoder.recompute", "optim.lr", "optim.warmup_steps", "optim.decay",
+    "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps", "optim.clip_norm", "optim.clip_by",
+    "optim.free_gradients", "optim.expert_beta2", "wandb.mode",
 )  # fmt: skip
 
 
@@ -234,7 +234,9 @@ def _resolve(args: argparse.Namespace) -> Run:
         ep = math.gcd(config.mesh.ep, world_size())
         _say(f"note: mesh.ep={ep} here ({earlier} was trained with {config.mesh.ep}); the result is the same")
         config = override(config, [f"mesh.ep={ep}"])
-    config = override(config, args.set)
+    steps, config = config.steps, override(config, args.set)
+    if args.resume and config.optim.decay == "cosine" and config.steps != steps:
+        _say(f"note: the learning rate goes on as if the run had always had {config.steps} steps, not {steps}")
     if args.resume and (earlier / METRICS).exists():
         read_metrics(earlier)
     manifest.checkpoints(earlier)
@@ -318,6 +320,6 @@ def _baseline(config: Config, compare: str) -> list[str]:
     lines = [f"kept runs of the same data and steps, each at its own best learning rate ({compare}):"]
     for name, arm in kept["arms"].items():
         seeds = arm[f"test_{task.headline}"]
-        each = ", ".join(f"{p:.2f}" for p in seeds)
-        lines.append(f"  {name:<18} mean {mean(seeds):.2f} over {len(seeds)} seeds ({each}), lr {arm['lr']:g}")
+        each = ", ".join(map(task.shown, seeds))
+        lines.append(f"  {name:<18} mean {task.shown(mean(seeds))} over {len(seeds)} seeds ({each}), lr {arm['lr']:g}")
     return [*lines, f"  repeat with: {kept['command']}"]

@@ -156,15 +156,14 @@ class TextConfig:
     vocabulary_size: int = 30_000
     embedding_dim: int = 128
     max_tokens: int = 512
-    num_kinds: int = 2  # of tokens: those of a first and of a second text
     num_classes: int = 2  # of texts, where they are classified
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimizer step, over all ranks. A sample is a lane of text of a language model, `timesteps` words a step, or
-    an image."""
+    """One optimizer step, over all ranks. A sample is a lane of text of a language model, `timesteps` words a step, an
+    image, or a text."""
 
     samples: int = 64
     timesteps: int = 32  # of a language model
@@ -250,14 +249,13 @@ AT_LEAST_ONE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "vocabulary_size", "dim", "lstm_units",
     "ffn_hidden", "ffn_layers", "softmax_samples", "num_experts", "hidden", "timesteps", "depth", "num_heads",
     "blocks_per_attention", "blocks_per_ffn", "blocks_per_norm", "blocks_per_routing", "image_size", "channels",
-    "patch_size", "num_classes", "embedding_dim", "max_tokens", "num_kinds",
+    "patch_size", "num_classes", "embedding_dim", "max_tokens",
     "stride", "longest_answer",
 )  # fmt: skip
 BELOW_ONE = ("dropout", "beta1", "beta2", "expert_beta2", "label_smoothing")  # and 0 or more
 POSITIVE = ("lr", "eps", "clip_norm")
 NOT_NEGATIVE = (
     "w_importance", "w_load", "w_balance", "warmup_steps", "weight_decay", "mixup", "randaugment_layers", "workers",
-    "randaugment_magnitude",
 )  # fmt: skip
 
 
@@ -278,6 +276,8 @@ def check(config: Config) -> None:
             raise ValueError(f"{key}={value}: from 0 to below 1")
         if name == "capacity_factor" and not 1e-3 <= value <= 1e3:
             raise ValueError(f"{key}={value}: from 0.001 to 1000, or none")
+        if name == "randaugment_magnitude" and not 0 <= value <= 30:
+            raise ValueError(f"{key}={value}: from 0 to 30")
         if name in POSITIVE and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value}: a positive number")
         if name in NOT_NEGATIVE and not 0 <= value < float("inf"):
@@ -289,6 +289,8 @@ def check(config: Config) -> None:
     for key, known in (("optim.clip_by", CLIP_BY), ("optim.decay", DECAYS), ("wandb.mode", WANDB_MODES)):
         if (value := _get(config, key)) not in known:
             raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
+    if not isinstance(config.model, LSTMConfig) and config.batch.timesteps != BatchConfig().timesteps:
+        raise ValueError(f"batch.timesteps={config.batch.timesteps}: only a language model has timesteps; leave it out")
     by_row = isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None
     if by_row and (config.optim.weight_decay or config.optim.trust_ratio):
         raise ValueError(

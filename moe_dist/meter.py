@@ -72,7 +72,8 @@ class Meter:
             unit = self.task.unit
             per_second = of_task[unit] / self.seconds
             values[f"{unit}_per_second"] = per_second
-            values["tflops_per_device"] = self.flops_per_unit * per_second / self.mesh.dp.size / 1e12
+            work = of_task.get("work", of_task[unit]) / self.seconds  # units of the size that flops are counted for
+            values["tflops_per_device"] = self.flops_per_unit * work / self.mesh.dp.size / 1e12
             values |= {key: total[key].item() / self.steps for key in sent}
             if "balance" in total:
                 groups = self.steps * self.task.layout.num_balance_groups

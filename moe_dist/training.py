@@ -1,5 +1,6 @@
 """A config on a mesh, ready to train, and one step of it: what train.py, verify.py, the benchmarks and tests share."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import torch
 
+from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.manifest import newest_whole
-from moe_dist.checkpoint.whole import take_weights
+from moe_dist.checkpoint.sharded import begin_from
 from moe_dist.config import Config
 from moe_dist.engine import Engine, compute_dtype
 from moe_dist.layer import LayerStats
@@ -30,33 +32,46 @@ class Training:
     engine: Engine
 
 
-def set_up(config: Config, ds: dict[str, Any], mesh: Mesh, saved: dict[str, Any] | None = None) -> Training:
-    """`ds`: the DeepSpeed config of `engine.read_ds_config`; `saved`: what the task of the run that goes on `known`. A
-    collective.
+def set_up(
+    config: Config, ds: dict[str, Any], mesh: Mesh, known: dict[str, Any] | None = None, *, resumed: bool = False
+) -> Training:
+    """`ds`: the DeepSpeed config of `engine.read_ds_config`; `known`: what a task of the same config knew, that of an
+    earlier run where it is `resumed`. Else weights begin as `config.init` says. A collective.
 
     Raises ValueError, on every rank, for what does not fit together.
     """
     layout, dtype = lay_out(config, mesh.dp.size), compute_dtype(ds)
-    task = task_of(config)(config, layout, mesh, saved)
+    first = None if resumed or config.init is None else _initial(config.init, mesh)
+    before = known or (read_state(first) if first else None)
+    task = task_of(config)(config, layout, mesh, before)
+    if task.note and known is None and mesh.is_main:
+        print(f"note: {task.note}", flush=True)
+    was, classes = (before or {}).get("classes"), task.known().get("classes")
+    if resumed and was not in (None, classes):
+        raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(classes)} now")
     model = parallelize(task.plain_model(config), mesh, config.seed, dtype)
-    if config.init and saved is None:
-        _begin_from(Path(config.init), model, mesh)
     engine = Engine(model, config.optim, ds, layout, mesh)
+    if first:
+        new = begin_from(first, engine, mesh, ("head.",) if read_state(first).get("classes") != classes else ())
+        if mesh.is_main and known is None:
+            print(f"note: weights of {first}, but new: {', '.join(new) or 'none'}", flush=True)
     task.start(dtype)
     return Training(config, mesh, layout, task, model, engine)
 
 
-def _begin_from(run: Path, model: ParallelModel, mesh: Mesh) -> None:
-    """Takes the weights of another run where they are the same, and says which are not."""
-    checkpoint, _ = newest_whole(run, mesh.files)
-    rows = {name: p for table in model.rows.values() for name, p in table.items()}
-    parameters = {name: (p, slice(None)) for name, p in [*model.dense.named_parameters(), *rows.items()]}
-    for name, p in (model.experts | model.gates).items():
-        mine = mesh.my_experts(len(p) * mesh.ep.size)
-        parameters[name] = (p, slice(mine.start, mine.stop))
-    others = take_weights(checkpoint, parameters)
-    if mesh.is_main:
-        print(f"note: weights of {checkpoint}, but new: {', '.join(others) or 'none'}", flush=True)
+def _initial(run: str, mesh: Mesh) -> Path:
+    """The checkpoint of `config.init`; says which were refused."""
+    try:
+        checkpoint, refused = newest_whole(Path(run), mesh.files)
+    except ValueError as error:
+        raise ValueError(f"init={run}: {error}") from None
+    for reason in refused.values() if mesh.is_main else ():
+        print(f"warning: {reason}. Refused; beginning with {checkpoint.name}", file=sys.stderr, flush=True)
+    return checkpoint
+
+
+def _told(classes: Any) -> str:
+    return f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''} ({len(classes)})"
 
 
 def train_step(training: Training, step: int) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:

@@ -265,7 +265,7 @@ def main(argv: list[str]) -> int:
         config = override(configs.get(args.name), args.set)
         check(config)
         task = task_of(config)
-        task.check_data(config)
+        task.check_data(config, True)
         task.plain_model(config)
         asked = [
             Layout(world, ep, zero, accumulation)

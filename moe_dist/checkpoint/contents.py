@@ -7,7 +7,8 @@ layout is in them.
                               gates/NAME, with .exp_avg and .exp_avg_sq               row i belongs to global group i
                               rows/NAME, likewise, and rows/MODULE.updates            row i belongs to word i
                               task/lstm0.h and so on                                  row i belongs to global lane i
-        state.json            step, updates (steps not skipped), norm of the last one, wandb run id, vocabulary
+        state.json            step, updates (steps not skipped), norm of the last one, wandb run id, and what the task
+                              knows of its data: vocabulary or tokens, classes
         manifest.sha256       checksums of them all (manifest.py)
 """
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 KINDS = ("dense", "experts", "gates", "rows")  # of a parameter; its name is in a checkpoint once
+OF_TASKS = ("vocabulary", "tokens", "classes", "pairs")  # in state.json
 MOST = 2**53  # of a number in state.json: what a float holds
 ENDINGS = (".exp_avg", ".exp_avg_sq", ".row", ".column", ".updates")  # of what is an optimizer's, not a weight
 

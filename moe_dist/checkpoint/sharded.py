@@ -167,6 +167,36 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
     task.load_state(task_state)
 
 
+def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()) -> list[str]:
+    """Takes the weights that a checkpoint has by name and in the whole shape, on any layout, and begins anew in all
+    else; returns the names of the other weights. `new`: beginnings of names that are never taken. A collective.
+
+    Raises ValueError where there is none to take, and for a broken file.
+    """
+    optimizer = engine.optimizer
+    spread = _spread_tensors(optimizer)
+    outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
+    on_cpu = {key: t.cpu() for key, t in outside.items()}
+    dense = {f"dense/{key}": t.to("cpu", copy=True) for key, t in engine.dense_state()}
+    tensors: dict[str, Any] = on_cpu | dense
+    tensors |= {key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()}
+    kept = kept_tensors(checkpoint)
+    weights = {key: t for key, t in tensors.items() if not key.endswith(ENDINGS)}
+    taken = {
+        key: t
+        for key, t in weights.items()
+        if key in kept and kept[key].size == t.shape and not key.partition("/")[2].startswith(new)
+    }
+    if not taken:
+        raise ValueError(f"{checkpoint}: no weight has the name and the shape of one of this model's")
+    dcp.load(taken, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), process_group=mesh.files)
+    for key, t in outside.items():
+        t.copy_(on_cpu[key])
+    engine.load_dense_state({key.removeprefix("dense/"): t for key, t in dense.items()}, optimizer.updates)
+    optimizer.round_masters()
+    return [key.partition("/")[2] for key in weights if key not in taken]
+
+
 def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, Spread]]:
     """What belongs to experts and groups: of each global stack the rows that this rank owns, and whose they are."""
     return {

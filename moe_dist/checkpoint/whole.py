@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.contents import ENDINGS, KINDS, check_shape, kept_tensors, read_state
+from moe_dist.checkpoint.contents import ENDINGS, KINDS, OF_TASKS, check_shape, kept_tensors, read_state
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -26,26 +26,6 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
         check_shape(checkpoint, kept, key, p)
         tensors[key] = p.detach()  # shares storage with the parameter
     _read(checkpoint, tensors)
-
-
-@torch.no_grad()
-def take_weights(checkpoint: Path, parameters: dict[str, tuple[nn.Parameter, slice]]) -> list[str]:
-    """Fills in place those parameters that the checkpoint has by name and in the whole shape; returns the others'
-    names. Each comes with its part of the first dimension of the whole.
-
-    Raises ValueError for a broken file, and where none is the same."""
-    kept, others = kept_tensors(checkpoint), []
-    for name, (p, part) in parameters.items():
-        key = next((key for kind in KINDS if (key := f"{kind}/{name}") in kept), "")
-        whole = torch.empty(kept[key].size) if key else None
-        if whole is None or whole[part].shape != p.shape:
-            others.append(name)
-            continue
-        _read(checkpoint, {key: whole})
-        p.copy_(whole[part])
-    if len(others) == len(parameters):
-        raise ValueError(f"{checkpoint}: no parameter has the name and the shape of one of this model's")
-    return others
 
 
 def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -76,7 +56,7 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
 
 def export(checkpoint: Path, file: Path) -> int:
     """Writes all weights, whole, float32 and named as in the plain model, to one safetensors file, whose metadata have
-    step, config and vocabulary (JSON). Returns the number of parameters.
+    step, config (JSON) and what the task knew: vocabulary, tokens, classes. Returns the number of parameters.
 
     Raises ValueError for a checkpoint that is not whole and a file that exists, and OSError where it cannot be written.
     """
@@ -87,7 +67,8 @@ def export(checkpoint: Path, file: Path) -> int:
     told = inspect(checkpoint)
     tensors = {f"{each['kind']}/{name}": torch.empty(each["shape"]) for name, each in told["weights"].items()}
     _read(checkpoint, tensors)
-    metadata = {"step": str(told["step"]), "vocabulary": json.dumps(read_state(checkpoint).get("vocabulary"))}
+    state = read_state(checkpoint)
+    metadata = {"step": str(told["step"])} | {key: json.dumps(state[key]) for key in OF_TASKS if key in state}
     config = checkpoint.resolve().parent.parent / "config.json"
     metadata |= {"config": config.read_text()} if config.is_file() else {}
     partial = file.with_name(f"{manifest.PARTIAL}{file.name}")

@@ -18,12 +18,13 @@ from torch import nn
 
 from moe_dist.config import TextConfig
 from moe_dist.context import Context
+from moe_dist.data.pretraining import TOLD
 from moe_dist.keyed import dropout
 from moe_dist.layer import LayerStats
 from moe_dist.models.transformer import EMBEDDING_BOUND, Encoder, LayerNorm, Positions, linear
 from moe_dist.parameters import parameter, with_bound
 
-TOLD = 0.15  # of the tokens, in pre-training
+KINDS = 2  # of tokens: those of a first and of a second text
 POOLED = 2**20  # the site of a classifier's dropout, behind those of any encoder
 
 
@@ -36,7 +37,7 @@ class TextEncoder(nn.Module):
         width, dim = config.embedding_dim, config.encoder.dim
         self.p, self.num_tokens = config.encoder.dropout, config.max_tokens
         self.words = _table(config.vocabulary_size, width)
-        self.kinds = _table(config.num_kinds, width)
+        self.kinds = _table(KINDS, width)
         self.positions = Positions(config.max_tokens, width)
         self.norm = LayerNorm(width)
         self.widen = linear(width, dim)

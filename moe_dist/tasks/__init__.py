@@ -30,9 +30,11 @@ class Task(Protocol):
     unit: str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
     headline: str  # the measure that models are compared by
     layout: Layout
+    note: str  # of the data, for people; may be empty
 
     def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
-        """Opens the data. `saved`: what was `known` when the run that goes on was saved. A collective.
+        """Opens the data. `saved`: what was `known` to the run that this one goes on from, or begins with. A
+        collective.
 
         Raises ValueError, on every rank, for data that cannot be found, read or used.
         """
@@ -42,15 +44,16 @@ class Task(Protocol):
         """On the meta device. Raises ValueError for a model that cannot be."""
 
     @staticmethod
-    def check_data(config: Config) -> None:
-        """A quick look, before there is a process group. Raises ValueError for data that cannot be used."""
+    def check_data(config: Config, main: bool) -> None:
+        """A quick look, before there is a process group, by every rank, of which one is `main`. Raises ValueError for
+        data that cannot be used."""
 
     @staticmethod
     def given(config: Config) -> dict[str, Any]:
         """What two models must share for their results to be compared: data, batch and steps, not the layout."""
 
     def known(self) -> dict[str, Any]:
-        """What a checkpoint keeps so that the run finds its data as it was; goes into JSON."""
+        """What a checkpoint keeps so that the run finds its data as it was (`contents.OF_TASKS`); goes into JSON."""
 
     def start(self, dtype: torch.dtype) -> None:
         """The state before the first step, of the model's `dtype`."""
@@ -88,6 +91,10 @@ class Task(Protocol):
 
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
         """Inverse of `save_state`, on any layout."""
+
+    @staticmethod
+    def shown(value: float) -> str:
+        """The headline's measure."""
 
     def told(self, result: dict[str, float]) -> str:
         """The test metrics, in a line for people."""

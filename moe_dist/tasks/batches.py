@@ -39,10 +39,24 @@ def balance(layout: Layout, stats: dict[str, LayerStats]) -> Any:
     return sum(s.balance_loss for s in stats.values()) / layout.num_balance_groups
 
 
-def divergence_of_norms(engine: Any) -> dict[str, float]:
-    """How far LayerNorms of blocks are from each other (Xue et al. 2021), by what they are before. A collective."""
-    norms = {name: engine.dense_weight(name) for name in engine.names if "encoder.norm_" in name}
-    return {f"norms/{name}": value for name, value in norm_divergence(norms).items()}
+class OfEncoders:
+    """What the tasks of encoders have in common: nothing is carried from step to step. See `tasks.Task`."""
+
+    note: str = ""
+
+    def finish(self, split: str) -> dict[str, float]:
+        return {}
+
+    def of_weights(self, engine: Any) -> dict[str, float]:
+        """How far LayerNorms of blocks are from each other (Xue et al. 2021), by what they are before."""
+        norms = {name: engine.dense_weight(name) for name in engine.names if "encoder.norm_" in name}
+        return {f"norms/{name}": value for name, value in norm_divergence(norms).items()}
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """There is none."""
 
 
 def meta(model: Callable[..., nn.Module], *args: Any) -> nn.Module:

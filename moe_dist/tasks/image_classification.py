@@ -17,7 +17,7 @@ from moe_dist.layer import LayerStats
 from moe_dist.models.vision import VisionTransformer
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import balance, context, divergence_of_norms, meta
+from moe_dist.tasks.batches import OfEncoders, balance, context, meta
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,11 @@ class Batch:
 
     image_BQYX: torch.Tensor
     target_BN: torch.Tensor  # probabilities, smoothed and mixed in training
-    label_B: torch.Tensor
     ctx: Context
 
 
-class ImageClassification:
-    """Nothing is carried from step to step: what a batch holds follows from the step. See `tasks.Task`."""
+class ImageClassification(OfEncoders):
+    """What a batch holds follows from the step alone."""
 
     model_config: type = VisionConfig
     data_config: type = ImageDataConfig
@@ -52,13 +51,15 @@ class ImageClassification:
         return meta(VisionTransformer, config.model)
 
     @staticmethod
-    def check_data(config: Config) -> None:
+    def check_data(config: Config, main: bool) -> None:
+        """The main rank alone reads the heads of files, of which there may be a million."""
         assert isinstance(config.data, ImageDataConfig) and isinstance(config.model, VisionConfig)
-        check_images(config.data, config.model)
+        check_images(config.data, config.model, files=main)
 
     @staticmethod
     def given(config: Config) -> dict[str, Any]:
-        return {"steps": config.steps, "data": asdict(config.data), "images": config.batch.samples}
+        data = {key: value for key, value in asdict(config.data).items() if key not in ("image_root", "workers")}
+        return {"steps": config.steps, "data": data, "images": config.batch.samples}
 
     def known(self) -> dict[str, Any]:
         return {"classes": list(self.splits["train"].images.classes)}
@@ -91,7 +92,7 @@ class ImageClassification:
             key = (self.config.seed, step, train)
             ctx = context(self.layout, self.mesh, micro, sample_T, position_T, valid_T, *key)
             image_BQYX = read.image_BQYX.to(self.mesh.device, self.dtype)
-            yield Batch(image_BQYX, read.target_BN.to(self.mesh.device), read.label_B.to(self.mesh.device), ctx)
+            yield Batch(image_BQYX, read.target_BN.to(self.mesh.device), ctx)
 
     def total(self, batches: list[Batch]) -> torch.Tensor:
         """Images of the whole step."""
@@ -107,7 +108,9 @@ class ImageClassification:
             1
         )
         nll = torch.where(valid_B, nll_B, 0).sum()
-        correct = ((logit_BN.argmax(1) == batch.label_B) & valid_B).sum()
+        correct = (
+            (logit_BN.argmax(1) == batch.target_BN.argmax(1)) & valid_B
+        ).sum()  # of two that are mixed the main one
         sums = {"nll": nll, "images": valid_B.sum(), "correct": correct}
         return (nll / total + balance(self.layout, stats)).to(nll.dtype), sums, stats
 
@@ -124,17 +127,9 @@ class ImageClassification:
         for step in range(self.splits[split].num_steps):
             yield list(self._step(reading, step, train=False))
 
-    def finish(self, split: str) -> dict[str, float]:
-        return {}
-
-    def of_weights(self, engine: Any) -> dict[str, float]:
-        return divergence_of_norms(engine)
-
-    def save_state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def load_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """There is none."""
+    @staticmethod
+    def shown(value: float) -> str:
+        return f"{100 * value:.2f} %"
 
     def told(self, result: dict[str, float]) -> str:
-        return f"test accuracy {100 * result['test/accuracy']:.2f} %    loss {result['test/loss']:.4f} nats per image"
+        return f"test accuracy {self.shown(result['test/accuracy'])}    loss {result['test/loss']:.4f} nats per image"

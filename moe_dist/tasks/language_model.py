@@ -41,6 +41,7 @@ class LanguageModel:
     data_config: type = TextDataConfig
     unit: str = "words"
     headline: str = "perplexity"
+    note: str = ""
 
     def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
         """Opens the text. The vocabulary is the saved one, or built from the training split, on the main rank.
@@ -68,7 +69,7 @@ class LanguageModel:
         return meta(LSTMLanguageModel, config.model, config.data.vocabulary_size)
 
     @staticmethod
-    def check_data(config: Config) -> None:
+    def check_data(config: Config, main: bool) -> None:
         assert isinstance(config.data, TextDataConfig)
         check_text(config.data.text)
 
@@ -164,6 +165,10 @@ class LanguageModel:
         mine = self.layout.my_samples(micro, self.mesh.dp.index)
         return slice(mine.start, mine.stop)
 
+    @staticmethod
+    def shown(value: float) -> str:
+        return f"{value:.2f}"
+
     def told(self, result: dict[str, float]) -> str:
         """Beside what knowing only word frequencies gives."""
         unigram = unigram_perplexity(self.vocabulary.counts, self.lanes["test"].token_N)
@@ -175,4 +180,7 @@ def saved_vocabulary(saved: dict[str, Any]) -> Vocabulary:
     try:
         return Vocabulary(**{key: tuple(values) for key, values in saved["vocabulary"].items()})
     except (KeyError, TypeError, AttributeError):
-        raise ValueError("the checkpoint's state.json has no vocabulary with counts; train anew") from None
+        raise ValueError(
+            "the run to go on from, or to begin with (init), has no vocabulary with counts: it is no language model, "
+            "or too old"
+        ) from None

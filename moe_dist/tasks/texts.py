@@ -6,15 +6,12 @@ classes, W windows of a split.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_dist.checkpoint.contents import read_state
-from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.config import Config, PretrainingDataConfig, QuestionDataConfig, SentenceDataConfig, TextConfig
 from moe_dist.context import Context
 from moe_dist.data.answers import Answers, best_spans, scores
@@ -28,7 +25,7 @@ from moe_dist.meter import perplexity
 from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import balance, context, divergence_of_norms, meta
+from moe_dist.tasks.batches import OfEncoders, balance, context, meta
 
 SPLITS = ("train", "valid", "test")
 NUM_SPANS = 20  # of a window that are looked at for the best answers
@@ -45,8 +42,8 @@ class Batch:
     ctx: Context
 
 
-class Texts:
-    """What the tasks below have in common; see `tasks.Task`. Nothing is carried from step to step."""
+class Texts(OfEncoders):
+    """What the tasks below have in common."""
 
     model_config: type = TextConfig
     unit: str = "texts"
@@ -55,11 +52,9 @@ class Texts:
     splits: dict[str, Any]  # each with `batch` and `num_batches`
 
     def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
-        """Opens the data. Tokens are the saved ones, or those of the run that this one is initialised from, or else
-        built from the training split, on the main rank."""
+        """Opens the data. Tokens are the saved ones, or else built from the training split, on the main rank."""
         assert isinstance(config.model, TextConfig)
-        self.config, self.layout, self.mesh, self.model = config, layout, mesh, config.model
-        self.saved = saved or (read_state(newest_whole(Path(config.init))[0]) if config.init else None)
+        self.config, self.layout, self.mesh, self.model, self.saved = config, layout, mesh, config.model, saved
         self.open()
 
     def open(self) -> None:
@@ -71,7 +66,7 @@ class Texts:
         if self.saved is None:
             return from_main(lambda: Tokens.build(lines, self.model.vocabulary_size))
         if "tokens" not in self.saved:
-            raise ValueError("the checkpoint's state.json has no tokens; train anew")
+            raise ValueError("the run to go on from, or to begin with (init), has no tokens: it is no text encoder")
         tokens = Tokens.from_json(self.saved["tokens"])
         if len(tokens) != self.model.vocabulary_size:
             raise ValueError(
@@ -91,22 +86,18 @@ class Texts:
 
     @staticmethod
     def given(config: Config) -> dict[str, Any]:
-        return {"steps": config.steps, "data": asdict(config.data), "texts": config.batch.samples}
+        model = config.model
+        assert isinstance(model, TextConfig)
+        told = {"steps": config.steps, "data": asdict(config.data), "texts": config.batch.samples}
+        if config.task == "pretraining":  # a word is another thing with other tokens
+            told |= {"vocabulary_size": model.vocabulary_size, "max_tokens": model.max_tokens}
+        return told
 
     def known(self) -> dict[str, Any]:
         return {"tokens": self.tokens.to_json()}
 
     def start(self, dtype: torch.dtype) -> None:
         """There is no state."""
-
-    def of_weights(self, engine: Any) -> dict[str, float]:
-        return divergence_of_norms(engine)
-
-    def save_state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def load_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """There is none."""
 
     def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
         """Samples are padded to the longest of the step, of all ranks and micro-batches."""
@@ -126,14 +117,14 @@ class Texts:
         for step in range(self.splits[split].num_batches):
             yield list(self.batches(step, split))
 
+    def work(self, batch: Batch) -> torch.Tensor:
+        """Texts of `max_tokens` that the batch's valid tokens come to, which is what multiply-adds are counted for."""
+        return batch.ctx.valid_T.sum().double() / self.model.max_tokens
+
     def total(self, batches: list[Batch]) -> torch.Tensor:
         """How much there is to be learned of each of the targets."""
         counts = [torch.stack([(_shown(t, b) != IGNORED).sum() for t in b.targets]) for b in batches]
         return sum_over(torch.stack(counts).sum(0).double(), self.mesh.dp).clamp(min=1)
-
-    def finish(self, split: str) -> dict[str, float]:
-        """What can only be measured when all of a split has been seen. A collective."""
-        return {}
 
 
 def _shown(target: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -168,7 +159,7 @@ class PretrainingTask(Texts):
         self.splits = {s: Pretraining(lines[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
 
     @staticmethod
-    def check_data(config: Config) -> None:
+    def check_data(config: Config, main: bool) -> None:
         assert isinstance(config.data, PretrainingDataConfig)
         check_text(config.data.text)
 
@@ -189,6 +180,7 @@ class PretrainingTask(Texts):
             "order_nll": order_nll,
             "texts": (order_B != IGNORED).sum(),
             "order_correct": _correct(order_B2, order_B),
+            "work": self.work(batch),
         }
         return loss.to(nll.dtype), sums, stats
 
@@ -202,6 +194,10 @@ class PretrainingTask(Texts):
             "masked_accuracy": sums["masked_correct"] / masked,
             "order_accuracy": sums["order_correct"] / texts,
         }
+
+    @staticmethod
+    def shown(value: float) -> str:
+        return f"{value:.2f}"
 
     def told(self, result: dict[str, float]) -> str:
         told = f"test perplexity of masked words {result['test/perplexity']:.2f}"
@@ -218,26 +214,27 @@ class TextClassification(Texts):
     def open(self) -> None:
         data = self.config.data
         assert isinstance(data, SentenceDataConfig)
-        self.labels, sentences = open_sentences(data.sentences)
-        if len(self.labels) > self.model.num_classes:
+        self.classes, sentences = open_sentences(data.sentences)
+        self.pairs = sentences["train"][0].text2 is not None
+        if len(self.classes) > self.model.num_classes:
             raise ValueError(
                 f"model.num_classes={self.model.num_classes}, but data.sentences={data.sentences!r} has "
-                f"{len(self.labels)} labels: give as many"
+                f"{len(self.classes)} labels: give as many"
             )
         texts = [text for each in sentences["train"] for text in (each.text, each.text2) if text]
         self.tokens = self.tokens_for(texts)
         sizes = (self.model.max_tokens, self.layout.samples)
         self.splits = {s: Sentences(sentences[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
-        if (cut := self.splits["train"].num_cut) and self.mesh.is_main and self.saved is None:
-            print(f"note: {cut} training texts lose their end, for model.max_tokens={sizes[0]}", flush=True)
+        if cut := self.splits["train"].num_cut:
+            self.note = f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}"
 
     @staticmethod
-    def check_data(config: Config) -> None:
+    def check_data(config: Config, main: bool) -> None:
         assert isinstance(config.data, SentenceDataConfig)
         check_sentences(config.data.sentences)
 
     def known(self) -> dict[str, Any]:
-        return super().known() | {"labels": list(self.labels)}
+        return super().known() | {"classes": list(self.classes), "pairs": self.pairs}
 
     def loss(
         self, engine: Any, batch: Batch, total: torch.Tensor
@@ -247,14 +244,19 @@ class TextClassification(Texts):
         logit_BC, stats = engine(batch.token_BS, batch.kind_BS, batch.ctx)
         nll = _nll(logit_BC, label_B)
         sums = {"nll": nll, "texts": (label_B != IGNORED).sum(), "correct": _correct(logit_BC, label_B)}
+        sums["work"] = self.work(batch)
         return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
 
     @staticmethod
     def measures(sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["nll"] / sums["texts"], "accuracy": sums["correct"] / sums["texts"]}
 
+    @staticmethod
+    def shown(value: float) -> str:
+        return f"{100 * value:.2f} %"
+
     def told(self, result: dict[str, float]) -> str:
-        return f"test accuracy {100 * result['test/accuracy']:.2f} %    loss {result['test/loss']:.4f} nats per text"
+        return f"test accuracy {self.shown(result['test/accuracy'])}    loss {result['test/loss']:.4f} nats per text"
 
 
 class QuestionAnswering(Texts):
@@ -273,10 +275,12 @@ class QuestionAnswering(Texts):
         self.tokens = self.tokens_for(texts)
         sizes = (self.model.max_tokens, data.stride, self.layout.samples)
         self.splits = {s: Answers(questions[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
+        if lost := self.splits["train"].num_lost:
+            self.note = f"{lost} training questions have an answer that is not where they say, and are left out"
         self.found: list[tuple[int, torch.Tensor]] = []  # window, and (score, start, end) of its best spans
 
     @staticmethod
-    def check_data(config: Config) -> None:
+    def check_data(config: Config, main: bool) -> None:
         assert isinstance(config.data, QuestionDataConfig)
         check_questions(config.data.questions)
 
@@ -295,7 +299,7 @@ class QuestionAnswering(Texts):
             score_Bn, start_Bn, end_Bn, null_B = (t.double() for t in spans)
             told_B4n = torch.stack([score_Bn, start_Bn, end_Bn, null_B[:, None].expand_as(score_Bn)], 1)
             self.found.append((batch.first, told_B4n))
-        sums = {"nll": nll, "texts": (first_B != IGNORED).sum()}
+        sums = {"nll": nll, "texts": (first_B != IGNORED).sum(), "work": self.work(batch)}
         return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
 
     @staticmethod
@@ -315,6 +319,10 @@ class QuestionAnswering(Texts):
         best = answers.decode(score_Wn, start_Wn.long(), end_Wn.long(), null_Wn[:, 0], self.data.null_threshold)
         found = {question: texts[0][0] if texts else "" for question, texts in best.items()}
         return scores(answers.questions, found)
+
+    @staticmethod
+    def shown(value: float) -> str:
+        return f"{value:.2f} %"
 
     def told(self, result: dict[str, float]) -> str:
         return f"test F1 {result['test/f1']:.2f} %    exact match {result['test/exact']:.2f} %"
