@@ -1,0 +1,39 @@
+"""Published tables are those of the metrics that were kept."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dist.configs import get
+from moe_dist.tasks import task_of
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+
+def test_tables_of_widenet_are_those_of_the_kept_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "widenet"))
+    report = importlib.import_module("report")
+    try:
+        assert report.report() == (RESULTS / "widenet" / "README.md").read_text()
+    finally:
+        for name in ("report", "run"):
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["lstm_moe_demo", "widenet_demo", "widenet_text_demo"])
+def test_a_demo_is_beside_kept_runs_of_the_same_data_and_steps(name: str) -> None:
+    """Else it would say that they are not comparable; and the README has their means."""
+    config, kept = get(name), json.loads((RESULTS / f"{name}.json").read_text())
+    task = task_of(config)
+    assert config.compare == f"experiments/results/{name}.json"
+    assert json.loads(json.dumps(task.given(config))) == kept["given"]
+    assert name in kept["arms"] and len(kept["arms"]) == 2
+    for arm in kept["arms"].values():
+        values = arm[f"test_{task.headline}"]
+        mean = sum(values) / len(values)
+        told = f"{100 * mean:.1f}" if task.headline == "accuracy" else f"{mean:.2f}"
+        assert f"| {told} |" in (ROOT / "README.md").read_text().replace("**", "")
