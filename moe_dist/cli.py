@@ -147,6 +147,8 @@ def plan(argv: list[str], doc: str | None) -> Run:
         run = _resolve(args)
         check(run.config)
         task = task_of(run.config)
+        if not args.dry_run:  # which tells of a model without its data
+            task.check_data(run.config, _is_main())
         layout = lay_out(run.config, args.ranks or world_size())
         model = task.plain_model(run.config)
         if run.config.compare:
@@ -156,7 +158,6 @@ def plan(argv: list[str], doc: str | None) -> Run:
     if args.dry_run:
         sys.exit(0)
     with plain_errors():
-        task.check_data(run.config, _is_main())
         if run.config.init and not run.earlier:
             manifest.checkpoints(Path(run.config.init))
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))

@@ -30,7 +30,8 @@ def tiny(*more: str) -> Config:
 ENCODER = [
     "steps=20", "log_every=1", "wandb.mode=off", "model.encoder.dim=32", "model.encoder.num_heads=2",
     "model.encoder.depth=3", "model.encoder.moe.hidden=24", "batch.samples=32", "batch.samples_per_balance_group=8",
-    "batch.samples_per_token_group=4", "optim.warmup_steps=3", "optim.clip_norm=0.3", "compare=none",
+    "batch.samples_per_token_group=4", "optim.warmup_steps=3", "optim.clip_norm=0.3", "optim.lr=2e-3",
+    "optim.trust_ratio=false", "compare=none",
 ]  # fmt: skip
 OF_TEXTS = ["model.vocabulary_size=600", "model.embedding_dim=16", "model.max_tokens=24"]
 

@@ -21,7 +21,7 @@ from moe_dist.config import EncoderConfig, TextConfig, VisionConfig
 from moe_dist.configs import xue2021
 from moe_dist.context import Context
 from moe_dist.data.vision import import_torchvision
-from moe_dist.models.text import PretrainingModel
+from moe_dist.models.text import KINDS, PretrainingModel
 from moe_dist.models.transformer import EPS, blocks_of
 from moe_dist.models.vision import VisionTransformer
 
@@ -84,7 +84,7 @@ def transformers_albert(config: TextConfig) -> nn.Module:
             vocab_size=config.vocabulary_size, embedding_size=config.embedding_dim, hidden_size=e.dim,
             num_hidden_layers=e.depth, num_hidden_groups=groups_of(e), num_attention_heads=e.num_heads,
             intermediate_size=e.ffn_hidden, max_position_embeddings=config.max_tokens, hidden_act="gelu",
-            type_vocab_size=config.num_kinds, layer_norm_eps=EPS, hidden_dropout_prob=0.0, pad_token_id=None,
+            type_vocab_size=KINDS, layer_norm_eps=EPS, hidden_dropout_prob=0.0, pad_token_id=None,
             attention_probs_dropout_prob=0.0, classifier_dropout_prob=0.0, attn_implementation="eager",
         )
     )  # fmt: skip
@@ -234,7 +234,7 @@ def test_albert_equals_transformers(name: str, dtype: torch.dtype) -> None:
     config = ALBERTS[name]
     generator = keyed.generator("test_peers", "tokens")
     token_BS = torch.randint(config.vocabulary_size, (len(LENGTHS), TOKENS), generator=generator)
-    kind_BS = torch.randint(config.num_kinds, token_BS.shape, generator=generator)
+    kind_BS = torch.randint(KINDS, token_BS.shape, generator=generator)
     valid_BS = torch.arange(TOKENS) < torch.tensor(LENGTHS)[:, None]
     some_B = valid_BS.any(1)
     masked_N = torch.tensor([b * TOKENS + s for b, s in MASKED])

@@ -18,7 +18,7 @@ from moe_dist.metrics import read_metrics
 def layer(name: str, load: list[float]) -> dict[str, Any]:
     """What the meter tells of a layer, with a number of its own for each key."""
     percentiles = {f"moe/{name}/p{p}_over_mean_load": p / 50 for p in (10, 50, 90)}
-    counts = {f"moe/{name}/dead_experts": load.count(0), f"moe/{name}/dropped": 2.5}
+    counts = {f"moe/{name}/dead_experts": load.count(0), f"moe/{name}/drop_rate": 0.025}
     ratios = {f"moe/{name}/cv_importance": 0.3, f"moe/{name}/cv_load": 0.4, f"moe/{name}/max_over_mean_load": 1.9}
     return percentiles | counts | ratios | {f"moe/{name}/load": load, f"moe/{name}/importance": load}
 
@@ -109,7 +109,7 @@ def test_axes_have_names_and_units(tmp_path):
         "load_1": ["expert", "load relative to the mean (1.0 = balanced)"],
         "balance_1": [
             "CV over experts (std / mean)", "load of an expert (/ mean load)", "dead experts (of 4)",
-            "dropped (assignments per step)",
+            "drop rate (of assignments)",
         ],
         "speed": ["words per second (all ranks)", "TFLOPS per device (10¹² operations / s)"],
         "optimizer": ["learning rate", "gradient norm (before clipping)", "skipped steps (so far)"],
@@ -119,6 +119,24 @@ def test_axes_have_names_and_units(tmp_path):
         lowest = figure.axes[0 if stem == "load_1" else -1]
         assert lowest.get_xlabel() == "training step"
         assert figure.axes[0].get_title().startswith("tiny: ")
+
+
+def test_a_run_of_images_has_its_own(tmp_path):
+    lines = [
+        {"step": step, "train/loss": 1.0, "train/accuracy": 0.5 + step / 100, "images_per_second": 90.0}
+        for step in range(1, 5)
+    ]
+    lines.append({"step": 4, "valid/loss": 2.0, "valid/accuracy": 0.5, "norms/ffn.gain": 3e-4, "norms/ffn.bias": 0.0})
+    found = drawn(tmp_path, lines)
+    assert {stem: figure.axes[0].get_ylabel().replace("\n", " ") for stem, figure in found.items()} == {
+        "loss": "loss (nats per image)",
+        "accuracy": "accuracy (part of all that are right)",
+        "norms": "divergence y over blocks",
+        "speed": "images per second (all ranks)",
+    }
+    np.testing.assert_array_equal(line_of(found["norms"].axes[0], "ffn norm, gain"), [[4], [3e-4]])
+    (accuracy,) = found["accuracy"].axes
+    np.testing.assert_allclose(line_of(accuracy, "train (last 0.54)")[1], [0.51, 0.52, 0.53, 0.54])
 
 
 def test_lines_show_the_numbers_of_the_file(tmp_path):
@@ -136,7 +154,7 @@ def test_lines_show_the_numbers_of_the_file(tmp_path):
         "moe/1/max_over_mean_load": line_of(load, "largest"),
         **{f"moe/1/p{p}_over_mean_load": line_of(load, f"{p}th percentile") for p in (10, 50, 90)},
         "moe/1/dead_experts": line_of(dead),
-        "moe/1/dropped": line_of(dropped),
+        "moe/1/drop_rate": line_of(dropped),
         "words_per_second": line_of(words),
         "tflops_per_device": line_of(tflops),
         "train/lr": line_of(lr),

@@ -16,6 +16,7 @@ import pytest
 
 import moe_dist.data.sources as sources
 from moe_dist.cli import plan
+from moe_dist.config import PretrainingDataConfig, TextDataConfig
 from moe_dist.configs import CONFIGS, get
 from moe_dist.data.sources import check_text, is_local, open_text
 
@@ -164,8 +165,9 @@ def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypat
     assert read_ == [1000]
     monkeypatch.setattr(sources, "_library", None)  # not even imported
     check_text("embedded")
-    for name in CONFIGS:
-        check_text(get(name).data.text)
+    for data in (get(name).data for name in CONFIGS):
+        if isinstance(data, TextDataConfig | PretrainingDataConfig):
+            check_text(data.text)
 
 
 BAD = {
@@ -188,7 +190,7 @@ def test_bad_files_are_told_before_any_layout(
         with pytest.raises(ValueError, match=f"data.text={re.escape(repr(str(path)))}.*{message}"):
             act(str(path))
     with pytest.raises(SystemExit) as exit_:
-        plan(["lstm_moe_demo", "--dry-run", "--set", f"data.text={path}"], None)
+        plan(["lstm_moe_demo", "--set", f"data.text={path}"], None)
     said = capsys.readouterr()
     assert exit_.value.code == 2 and not said.out
     assert said.err.startswith("error: data.text=") and said.err.count("\n") == 1

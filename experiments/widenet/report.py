@@ -102,7 +102,7 @@ def report() -> str:
     """All tables, from the kept runs alone."""
     parts = [
         "# Ablations of WideNet",
-        f"Written by `experiments/widenet/report.py` from `runs/`. {run_notes()}",
+        f"Written by `experiments/widenet/report.py` from `kept/`. {run_notes()}",
     ]
     for title, (direction, arms) in TABLES.items():
         parts += [f"## {title}", direction, "\n".join(table(arms))]

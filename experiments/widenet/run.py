@@ -8,7 +8,7 @@ What is cut beside the paper: 5,400 images of Fashion-MNIST and 6,824 sentences 
 of Wikipedia with GLUE, models of the demos' size, 600 and 300 steps of 64, and one learning rate for all arms of a set,
 the demo's. So a difference between arms may be one of learning rates.
 
-A run keeps its metrics in experiments/results/widenet/runs/.
+A run keeps its metrics in experiments/results/widenet/kept/.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from moe_dist.summary import counts
 from moe_dist.tasks import task_of
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = ROOT / "experiments" / "results" / "widenet" / "runs"
+KEPT = ROOT / "experiments" / "results" / "widenet" / "kept"
 
 
 @dataclass(frozen=True)

@@ -180,12 +180,12 @@ def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...
     dense = {f"dense/{key}": t.to("cpu", copy=True) for key, t in engine.dense_state()}
     tensors: dict[str, Any] = on_cpu | dense
     tensors |= {key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()}
-    kept = kept_tensors(checkpoint)
+    shapes = {key: tuple(each.size) for key, each in kept_tensors(checkpoint).items()}
     weights = {key: t for key, t in tensors.items() if not key.endswith(ENDINGS)}
     taken = {
         key: t
         for key, t in weights.items()
-        if key in kept and kept[key].size == t.shape and not key.partition("/")[2].startswith(new)
+        if shapes.get(key) == tuple(t.shape) and not key.partition("/")[2].startswith(new)
     }
     if not taken:
         raise ValueError(f"{checkpoint}: no weight has the name and the shape of one of this model's")
