@@ -54,7 +54,7 @@ class Stepper:
         ]  # fmt: skip
         self.config = override(get(name), sets)
         ds, layout = read_ds_config(self.config), meshes.lay_out(self.config, 1)
-        self.task = LanguageModel(self.config, layout, mesh)
+        self.task = LanguageModel(self.config, layout, mesh, None)
         plain = self.task.plain_model(self.config)
         self.engine: Any
         if theirs:
