@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--ds-config", default="fp32", help="file of ds_configs/: fp32 or bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: at least 2, for an interval")
     mesh = meshes.start(ep=1)
     steppers = {name: Stepper(name, args.lanes, mesh, args.ds_config) for name in (DENSE, *args.ours)}
     steppers |= dict.fromkeys(DEEPSPEED, Stepper("moe_256", args.lanes, mesh, args.ds_config, theirs=True))
