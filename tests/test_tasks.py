@@ -23,7 +23,7 @@ from moe_dist.parallel.spawn import run_distributed
 from moe_dist.training import set_up, train_step
 from moe_dist.verify import Layout
 
-# docs/log.md has all of world 1, 2, 4 at every ep and ZeRO stage
+# docs/log.md has all of world 1, 2, 4 at every ep and ZeRO stage for images
 MANY = [(1, 1, 3, 1), (2, 1, 0, 1), (2, 2, 1, 1), (4, 1, 2, 1), (4, 2, 3, 1), (4, 4, 0, 2)]
 FEW = [(2, 2, 3, 1), (4, 2, 1, 1)]
 
