@@ -1,9 +1,7 @@
 """Parameters that DeepSpeed never sees: their gradients, their float32 masters, and their updates.
 
-  experts  Adam with beta1 = 0 and a factored second moment (Shazeer et al. 2017, Appendix D): of the running mean of g²
-           only row means r and column means c are kept, and v_ij = r_i c_j / mean(r). Rows + columns numbers, not rows
-           x columns. "diet" is tensor2tensor's form of it: sqrt(v)_ij = sqrt(r_i) sqrt(c_j) / mean(sqrt(c)), a smaller
-           step. Stacked experts are a batch of matrices, each with a pair of its own. Or plain Adam ("adam").
+  experts  Adam with beta1 = 0 and a factored second moment (`factored`), or plain Adam ("adam"). Stacked experts are a
+           batch of matrices, each with a pair of moments of its own.
   gates    of groups of experts: plain Adam
   rows     of a vocabulary's matrices: Adam on the rows that some rank touched in the step. The others are neither
            reduced nor updated, and their state waits.
@@ -23,10 +21,10 @@ import torch
 from torch import nn
 
 from moe_dist.config import OptimConfig
+from moe_dist.factored import factored_update, squares_of
 from moe_dist.parallel.collectives import any_over, from_owner, sum_over, sum_to
 from moe_dist.parallel.mesh import Axis
 
-ELEMENTS_PER_PIECE = {"cpu": 2**17, "cuda": 2**26}  # a temporary stays in a core's cache; few kernels
 SHORT = 1024  # elements that add up in float32 without a loss
 
 
@@ -281,65 +279,6 @@ def square_of(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Te
     return total
 
 
-def pieces(like_eDF: torch.Tensor) -> tuple[int, int, int]:
-    """How a stack is worked through: (P, n, R), in P pieces of n whole experts, or of R rows of one, which stay in
-    cache."""
-    (e, rows, columns), most = like_eDF.shape, ELEMENTS_PER_PIECE[like_eDF.device.type]
-    num_rows = _divisor(rows, most // columns)
-    num_experts = _divisor(e, most // (rows * columns)) if num_rows == rows else 1
-    return e * rows // (num_experts * num_rows), num_experts, num_rows
-
-
-def _divisor(number: int, most: int) -> int:
-    """The largest of `number` that is not above `most`; 1 where there is none."""
-    return next((d for d in range(min(number, most), 0, -1) if number % d == 0), 1)
-
-
-def squares_of(g_eDF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of squares of each row (e, D) and column (e, F) of every expert, of which norm and means are made; memory is
-    read once. They are short: float32 will do."""
-    (e, rows, columns), (num, n, num_rows) = g_eDF.shape, pieces(g_eDF)
-    row, column = g_eDF.new_empty(num, n, num_rows), g_eDF.new_empty(num, n, columns)
-    square = g_eDF.new_empty(n, num_rows, columns)
-    for g, r, c in zip(g_eDF.view(num, n, num_rows, columns).unbind(), row.unbind(), column.unbind(), strict=True):
-        torch.mul(g, g, out=square)
-        torch.sum(square, 2, out=r)
-        torch.sum(square, 1, out=c)
-    return row.view(e, rows), column.view(e, rows // num_rows, columns).sum(1)
-
-
-def factored_update(
-    w_eDF: torch.Tensor, g_eDF: torch.Tensor, row_square_eD: torch.Tensor, column_square_eF: torch.Tensor,
-    row_eD: torch.Tensor, column_eF: torch.Tensor, scale: float, lr: float, step: int, config: OptimConfig,
-) -> None:  # fmt: skip
-    """In place: weights, row means and column means of g² after one step of Adam with beta1 = 0 (Appendix D).
-
-    w -= lr (g / (sqrt(v) + eps) + weight_decay w) with v from bias-corrected means. Rows and columns without any
-    gradient give v = 0 and g = 0: no update, not NaN.
-    """
-    beta, correction = config.expert_beta2, 1 - config.expert_beta2**step
-    rows, columns = g_eDF.shape[1:]
-    row_eD.lerp_(row_square_eD * (scale**2 / columns), 1 - beta)
-    column_eF.lerp_(column_square_eF * (scale**2 / rows), 1 - beta)
-    r_eD, c_eF = row_eD / correction, column_eF / correction
-    if config.expert_form == "paper":  # sqrt(r c / mean(r)), the root of each factor
-        left_eD = (r_eD / _or_one(r_eD.mean(1, keepdim=True))).sqrt_()
-        right_eF = c_eF.sqrt_()
-    else:  # tensor2tensor, diet.py: roots, then the mean
-        left_eD, right_eF = r_eD.sqrt_(), c_eF.sqrt_()
-        right_eF = right_eF / _or_one(right_eF.mean(1, keepdim=True))
-    num, n, num_rows = pieces(w_eDF)
-    eps_F = right_eF.new_full((columns,), config.eps)  # as a scalar it would keep the kernel from vector instructions
-    right = right_eF[:, None].expand(-1, rows // num_rows, -1).reshape(num, n, 1, columns)
-    whole = (left_eD.view(num, n, num_rows, 1), right, *(t.view(num, n, num_rows, columns) for t in (w_eDF, g_eDF)))
-    root, decay = w_eDF.new_empty(n, num_rows, columns), lr * config.weight_decay
-    for left, right, w, g in zip(*(t.unbind() for t in whole), strict=True):
-        if decay:
-            w.mul_(1 - decay)
-        torch.addcmul(eps_F, left, right, out=root)  # sqrt(v) + eps
-        w.addcdiv_(g, root, value=-lr * scale)
-
-
 def squares_by_expert(x_eDF: torch.Tensor) -> torch.Tensor:
     """Sums of squares (e,), float64."""
     return torch.linalg.vector_norm(x_eDF.flatten(1), dim=1, dtype=torch.float64).square()
@@ -351,7 +290,3 @@ def trust(after_n: torch.Tensor, before_n: torch.Tensor, square_n2: torch.Tensor
     before_norm_n, step_norm_n = square_n2.sqrt().unbind(1)
     ratio_n = torch.where(square_n2.prod(1) > 0, lr * before_norm_n / step_norm_n, 1).to(after_n.dtype)
     torch.lerp(before_n, after_n, ratio_n.view(-1, *[1] * (after_n.dim() - 1)), out=after_n)
-
-
-def _or_one(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x > 0, x, 1)

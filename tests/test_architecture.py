@@ -17,6 +17,7 @@ ORDER = [
     {"experts", "gating", "dispatch"},
     {"layer"},
     {"hierarchical"},
+    {"factored"},
     {"models", "outside", "optim", "data", "metrics", "pictures", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary", "replay"},
     {"tasks", "configs"},

@@ -10,11 +10,12 @@ import torch
 from runs import Run, tiny
 from torch import nn
 
-from moe_dist import outside
+from moe_dist import factored
 from moe_dist.config import OptimConfig
 from moe_dist.data.vision import import_torchvision
+from moe_dist.factored import factored_update, squares_of
 from moe_dist.optim import FORMS, learning_rate
-from moe_dist.outside import Adam, factored_update, square_of, squares_of
+from moe_dist.outside import Adam, square_of
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.mesh import Axis
 from moe_dist.parallel.spawn import run_distributed
@@ -79,24 +80,44 @@ def test_many_steps_equal_the_plain_form(form: str) -> None:
     torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
 
 
-# numbers in a piece, of four experts of 6 x 4
-@pytest.mark.parametrize(
-    ("most", "num", "experts", "rows"), [(1, 24, 1, 1), (15, 8, 1, 3), (24, 4, 1, 6), (70, 2, 2, 6), (2**20, 1, 4, 6)]
-)
-def test_pieces_are_no_part_of_the_result(
-    most: int, num: int, experts: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_are_no_part_of_the_result(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five experts, of 150 rows: column sums are made of three parts."""
     config = OptimConfig(eps=1e-3, expert_beta2=0.9)
     generator = torch.Generator().manual_seed(0)
-    g_list = [torch.randn(4, 6, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
-    monkeypatch.setitem(outside.ELEMENTS_PER_PIECE, "cpu", most)
-    assert outside.pieces(g_list[0]) == (num, experts, rows)
+    g_list = [torch.randn(5, 150, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for sums, dim in zip(squares_of(g_list[0]), (2, 1), strict=True):
         torch.testing.assert_close(sums, g_list[0].square().sum(dim))
-    w, row, column = state(4, 6, 4)
+    w, row, column = state(5, 150, 4)
     for t, g in enumerate(g_list, start=1):
         factored_update(w, g, *squares_of(g), row, column, scale=1.0, lr=0.1, step=t, config=config)
     torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 400, 2**26], ids=["one expert", "two experts", "all"])
+def test_eager_passes_equal_the_compiled_ones(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, on the same float32 numbers; 5 experts of 12 x 16."""
+    monkeypatch.setattr(factored, "ELEMENTS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    g, w = (torch.randn(5, 12, 16, generator=generator) for _ in range(2))
+    row, column = torch.empty(5, 12), torch.empty(5, 16)
+    factored._sum_squares_eagerly(g, row, column)
+    torch.testing.assert_close((row, column), squares_of(g))
+    moved = w.clone()
+    factored._move_eagerly(moved, g, row, column, 1e-3, 0.1, 0.9)
+    factored._by_thread(factored._move, w, g, row, column, scalars=(1e-3, 0.1, 0.9))
+    torch.testing.assert_close(moved, w)
+
+
+def test_what_is_not_a_number_is_seen() -> None:
+    """In the sums, of which the norm is made; fast arithmetic may not take it for a number."""
+    for value in (math.nan, math.inf, 1e30):
+        g = torch.ones(2, 5, 70)
+        g[1, 3, 66] = value
+        row, column = squares_of(g)
+        assert (~row.isfinite()).nonzero().tolist() == [[1, 3]]
+        assert (~column.isfinite()).nonzero().tolist() == [[1, 66]]
 
 
 def test_rank_one_is_exact_and_row_means_are_kept() -> None:
