@@ -12,12 +12,17 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+EXCHANGES = ("auto", "ragged", "once", "node")
+
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How the ranks are used; like the ZeRO stage and the accumulation, no part of the result."""
 
     ep: int = 1  # expert-parallel degree: ranks that share one set of experts
+    # how rows travel to experts: "ragged" once for each of them, "once" to each rank, "node" to each node and from
+    # there to its ranks; "auto" chooses by the mesh and the experts a token has
+    exchange: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,12 @@ def check(config: Config) -> None:
         raise ValueError(f"steps={config.steps}: at most 99999999")
     if config.save_every % config.log_every:  # else a resumed run's first line would hold fewer steps
         raise ValueError(f"save_every={config.save_every} is not a multiple of log_every={config.log_every}")
-    for key, known in (("optim.clip_by", CLIP_BY), ("optim.decay", DECAYS), ("wandb.mode", WANDB_MODES)):
+    for key, known in (
+        ("mesh.exchange", EXCHANGES),
+        ("optim.clip_by", CLIP_BY),
+        ("optim.decay", DECAYS),
+        ("wandb.mode", WANDB_MODES),
+    ):
         if (value := _get(config, key)) not in known:
             raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
     if not isinstance(config.model, LSTMConfig) and config.batch.timesteps != BatchConfig().timesteps:

@@ -129,19 +129,20 @@ def ranks(layouts: list[Layout], text: str, folder: Path) -> dict[str, Any]:
 
 def run_layout(layout: Layout) -> dict[str, Any]:
     mesh = meshes.arrange(layout.ep)
-    told: dict[str, Any] = {"layer": {}, "sent": {}}
+    told: dict[str, Any] = {"layer": {}, "sent": {}, "once": {}}
     for name, case in CASES.items():
         mesh.ep.sent.clear()
-        told["layer"][name] = run_layer(case, layout, mesh)
+        told["layer"][name] = run_layer(case, layout, mesh, "ragged")
         told["sent"][name] = dict(mesh.ep.sent)
+        told["once"][name] = run_layer(case, layout, mesh, "once")
     told |= {"narrow": run_narrow(layout, mesh), "gate_elements": gate_elements(mesh), "step": run_step(mesh)}
     return told
 
 
-def parallel_layer(case: Case, mesh: meshes.Mesh, dtype: torch.dtype) -> ParallelModel:
+def parallel_layer(case: Case, mesh: meshes.Mesh, dtype: torch.dtype, exchange: str = "auto") -> ParallelModel:
     with torch.device("meta"):
         plain = OneLayer(case)
-    model = parallelize(plain, mesh, SEED, dtype)
+    model = parallelize(plain, mesh, SEED, dtype, exchange)
     fill_primary(model.dense.moe.gate)
     mine = mesh.my_experts(NUM_GROUPS)
     with torch.no_grad():
@@ -155,8 +156,8 @@ def my_tokens(layout: Layout, rank: int) -> slice:
     return slice(layout.cut[rank] * TIMESTEPS, layout.cut[rank + 1] * TIMESTEPS)
 
 
-def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
-    model = parallel_layer(case, mesh, torch.float64)
+def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh, exchange: str) -> dict[str, torch.Tensor]:
+    model = parallel_layer(case, mesh, torch.float64, exchange)
     mine = my_tokens(layout, mesh.dp.index)
     x_TD = batch()["x"][mine].clone().requires_grad_()
     y_TD, stats = model.dense.moe(x_TD, context(*layout.cut[mesh.dp.index : mesh.dp.index + 2], case))
@@ -331,9 +332,10 @@ def _of_world(world: int) -> list[Layout]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layer_equals_reference(ran: tuple[Layout, list[dict[str, Any]]], case: str) -> None:
+@pytest.mark.parametrize("exchange", ["layer", "once"], ids=["ragged", "once"])
+def test_layer_equals_reference(ran: tuple[Layout, list[dict[str, Any]]], case: str, exchange: str) -> None:
     layout, by_rank = ran
-    assert_equal(gathered([rank["layer"][case] for rank in by_rank], layout.ep), expected(CASES[case]))
+    assert_equal(gathered([rank[exchange][case] for rank in by_rank], layout.ep), expected(CASES[case]))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,6 +8,7 @@ Legend: T tokens, B samples, S timesteps, D width, E experts, e experts of a ran
 
 import dataclasses
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Layout:
 
     ep: int
     cut: tuple[int, ...]
+    exchange: str = "auto"  # "node": two nodes of two ranks
 
     @property
     def world(self) -> int:
@@ -55,6 +57,10 @@ LAYOUTS = [
     Layout(1, (0, 0, 8)),
     Layout(4, (0, 2, 4, 4, 8)),
     Layout(2, (0, 2, 4, 4, 8)),
+    Layout(2, (0, 2, 8), "once"),
+    Layout(4, (0, 2, 4, 4, 8), "once"),
+    Layout(2, (0, 2, 4, 4, 8), "once"),
+    Layout(4, (0, 2, 4, 4, 8), "node"),
 ]
 
 
@@ -186,10 +192,11 @@ def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
     meshes.join()
     results = []
     for layout in layouts:
+        os.environ["LOCAL_WORLD_SIZE"] = "2" if layout.exchange == "node" else str(layout.world)
         mesh = meshes.arrange(layout.ep)
         results.append({name: run_layer(case, layout, mesh) for name, case in CASES.items()})
-        results[-1]["model"] = run_model(MODEL, mesh)
-        results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh)
+        results[-1]["model"] = run_model(MODEL, mesh, layout.exchange)
+        results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh, layout.exchange)
     meshes.stop()
     return results
 
@@ -197,7 +204,7 @@ def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
 def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         plain = OneLayer(case)
-    model = parallelize(plain, mesh, SEED, torch.float64)
+    model = parallelize(plain, mesh, SEED, torch.float64, layout.exchange)
     moe_layer: Any = model.dense.moe
     with torch.no_grad():
         moe_layer.gate.w_gate.w_DE.copy_(batch()["w_gate"])
@@ -222,11 +229,11 @@ def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.
     }
 
 
-def run_model(config: LSTMConfig, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
+def run_model(config: LSTMConfig, mesh: meshes.Mesh, exchange: str) -> dict[str, torch.Tensor]:
     """Two windows of text, the second from the state that the first leaves; gradients flow through both."""
     with torch.device("meta"):
         plain = LSTMLanguageModel(config, VOCABULARY_SIZE)
-    model = parallelize(plain, mesh, SEED, torch.float64)
+    model = parallelize(plain, mesh, SEED, torch.float64, exchange)
     fill_zeros(model.dense)
     share = NUM_SAMPLES // mesh.dp.size
     mine = slice(mesh.dp.index * share, (mesh.dp.index + 1) * share)
@@ -375,7 +382,9 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         torch.testing.assert_close(value, expected[key], **EXACT, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}")
+@pytest.fixture(
+    scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}-{layout.exchange}"
+)
 def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
     """A layout and what its ranks returned."""
     layout = request.param

@@ -25,7 +25,7 @@ T = TypeVar("T")
 def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Tensor:
     """Tells every rank how many rows it will get for each of its experts. Returns count_Pe (int64), by sender."""
     count_Pe = torch.empty_like(count_E)
-    axis.sent[site, "counts"] += count_E.nbytes * (axis.size - 1) // axis.size
+    axis.count((site, "counts"), [count_E.nbytes // axis.size] * axis.size)
     dist.all_to_all_single(count_Pe, count_E.contiguous(), group=axis.group)
     return count_Pe.view(axis.size, -1)
 
@@ -55,7 +55,7 @@ class _AllToAll(torch.autograd.Function):
 
 def _exchange(x_N: torch.Tensor, send_P: list[int], receive_P: list[int], axis: Axis, label: Label) -> torch.Tensor:
     bytes_per_row = x_N.element_size() * x_N[:1].numel() if len(x_N) else 0
-    axis.sent[label] += (sum(send_P) - send_P[axis.index]) * bytes_per_row
+    axis.count(label, [n * bytes_per_row for n in send_P])
     x_R = x_N.new_empty((sum(receive_P), *x_N.shape[1:]))
     dist.all_to_all_single(x_R, x_N.contiguous(), receive_P, send_P, group=axis.group)
     return x_R

@@ -31,7 +31,16 @@ class Axis:
     size: int
     index: int  # of this rank
     group: dist.ProcessGroup
+    node_P: tuple[int, ...] = ()  # of each of its ranks; empty where all are in one
     sent: Counter = field(default_factory=Counter)
+
+    def count(self, label: tuple[int | str, str], bytes_P: list[int]) -> None:
+        """What this rank sends to each, over the links between nodes apart from the others."""
+        self.sent[label] += 0
+        for peer, num_bytes in enumerate(bytes_P):
+            if peer != self.index:
+                far = self.node_P and self.node_P[peer] != self.node_P[self.index]
+                self.sent[label[0], f"{label[1]}_between_nodes" if far else label[1]] += num_bytes
 
     def parts(self, number: int) -> list[slice]:
         """`number` things in consecutive parts, one for each rank, as `torch.chunk` cuts them: equal but for the last
@@ -51,11 +60,15 @@ class Mesh:
     device: torch.device
     device_mesh: DeviceMesh  # (ep, edp), on CPU: for sharded tensors in checkpoints
     files: dist.ProcessGroup  # all ranks on gloo, for checkpoints: one may be written while a step runs
+    inside: Axis | None = None  # the ranks of `ep` in this rank's node, where `ep` spans several nodes evenly
 
     @property
     def sent(self) -> Counter:
         """Bytes that this rank has sent to others, by (site, direction)."""
-        return Counter({**self.ep.sent, **self.edp.sent, **self.dp.sent})  # "+" would drop who has sent nothing yet
+        total: Counter = Counter()
+        for axis in (self.ep, self.edp, self.dp, *([self.inside] if self.inside else [])):
+            total.update(axis.sent)  # "+" would drop who has sent nothing yet
+        return total
 
     @property
     def is_main(self) -> bool:
@@ -181,14 +194,21 @@ def arrange(ep: int) -> Mesh:
     # (ep, edp): a stack of experts is cut over ep, and that part over the replicas which update it
     device_mesh = DeviceMesh("cpu", torch.arange(world).view(-1, ep).t(), mesh_dim_names=("ep", "edp"))
     assert dist.group.WORLD is not None
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    node_P = tuple(r // per_node for r in range(rank - rank % ep, rank - rank % ep + ep))
+    inside = None
+    if 1 < per_node < ep and ep % per_node == 0:
+        nodes = [dist.new_group(list(range(first, first + per_node))) for first in range(0, world, per_node)]
+        inside = Axis(per_node, rank % per_node, nodes[rank // per_node])  # type: ignore[arg-type]
     return Mesh(
-        ep=Axis(ep, rank % ep, device_mesh.get_group("ep")),
+        ep=Axis(ep, rank % ep, device_mesh.get_group("ep"), node_P if len(set(node_P)) > 1 else ()),
         edp=Axis(world // ep, rank // ep, device_mesh.get_group("edp")),
         dp=Axis(world, rank, dist.group.WORLD),
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ranks_per_node=per_node,
         device=device,
         device_mesh=device_mesh,
         files=dist.new_group(backend="gloo", timeout=timedelta(hours=1)),
+        inside=inside,
     )
 
 

@@ -1,0 +1,150 @@
+"""Rows sent once: bytes by hand and beside the plain exchange; values and gradients are in test_parity.py and
+test_hierarchical.py.
+
+Four ranks with two experts each, two of them a node: experts 0 to 3 on the first node.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.config import override
+from moe_dist.context import Context
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.parallelize import exchange_on
+from moe_dist.routing import Routing, route
+
+pytestmark = pytest.mark.timeout(150)
+
+DIM = 8
+ROW = DIM * 4  # bytes
+EACH = 4 + 2 * 4  # of an assignment: its weight; its row and its expert there
+# rank -> its tokens' experts
+CHOSEN = {0: [[0, 1, 2], [2, 4, 5], [4, 6, 7], [3, 2, 0]], 1: [[6, 7, 5]], 2: [], 3: [[1, 2, 3], [7, 6, 4]]}
+
+
+class Scale:
+    """Expert i multiplies by 1 + i."""
+
+    needs_context = False
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __call__(self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Any) -> Any:
+        expert_R = torch.arange(len(count_e)).repeat_interleave(count_e)
+        return x_RD * (gate_R * (1 + self.first + expert_R))[:, None], None
+
+
+def context() -> Context:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Context(nothing, nothing, nothing.bool(), 0, 1, True, 0, 1, 1, 1, site=7)
+
+
+def sent(x_TD: torch.Tensor, routing: Routing, num_experts: int, mesh: meshes.Mesh, kind: str) -> dict[str, Any]:
+    before = mesh.sent
+    first = mesh.my_experts(num_experts).start
+    y_TD, _ = exchange_on(mesh, kind, 3)(x_TD, routing, Scale(first), context())
+    now = mesh.sent
+    return {"y": y_TD} | {direction: n - before[7, direction] for (_, direction), n in now.items()}
+
+
+def by_hand() -> dict[str, Any]:
+    mesh = start()
+    expert_TK = torch.tensor(CHOSEN[mesh.dp.index], dtype=torch.int64).view(-1, 3)
+    x_TD = torch.arange(len(expert_TK) * DIM, dtype=torch.float32).view(-1, DIM)
+    routing = route(expert_TK, torch.full(expert_TK.shape, 0.5), torch.ones_like(expert_TK, dtype=torch.bool), 8)
+    told = {kind: sent(x_TD, routing, 8, mesh, kind) for kind in ("ragged", "once", "node")}
+    scale_T = 0.5 * (1.0 + expert_TK).sum(1)
+    for kind in told.values():
+        torch.testing.assert_close(kind.pop("y"), x_TD * scale_T[:, None])
+    meshes.stop()
+    return told
+
+
+def start() -> meshes.Mesh:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    meshes.join()
+    return meshes.arrange(4)
+
+
+def test_bytes_by_hand() -> None:
+    told = run_distributed(by_hand, 4, timeout=120)
+    # rank 0, by rank of the experts: [0, 0, 1], [1, 2, 2], [2, 3, 3], [1, 1, 0]
+    # ragged: to rank 1 four of its rows, to the other node 2 + 3; a weight each
+    assert told[0]["ragged"]["dispatch"] == 4 * (ROW + 4)
+    assert told[0]["ragged"]["dispatch_between_nodes"] == 5 * (ROW + 4)
+    # once: rank 1 gets tokens 0, 1, 3 with four assignments; rank 2 tokens 1 and 2, rank 3 token 2: five assignments
+    assert told[0]["once"]["dispatch"] == 3 * ROW + 4 * EACH
+    assert told[0]["once"]["dispatch_between_nodes"] == 3 * ROW + 5 * EACH
+    # node: tokens 1 and 2 cross, each once, with five assignments. Inside: rank 1 gets tokens 0, 1, 3 as above, and of
+    # rank 3's token [1, 2, 3], which is the 0th there and lands on rank 0, two assignments
+    assert told[0]["node"]["dispatch_between_nodes"] == 2 * ROW + 5 * EACH
+    assert told[0]["node"]["dispatch"] == 4 * ROW + 6 * EACH
+    # rank 1: [6, 7, 5] is on both ranks of the other node: ragged sends three rows, once two, node one
+    assert [told[1][kind]["dispatch_between_nodes"] for kind in ("ragged", "once", "node")] == [
+        3 * (ROW + 4), 2 * ROW + 3 * EACH, ROW + 3 * EACH
+    ]  # fmt: skip
+    # token 2 of rank 0 and token 0 of rank 1, being even, land on rank 2 and go on to rank 3, with two assignments;
+    # rank 3 sends its own token [7, 6, 4] to rank 2 with one
+    assert told[2]["node"]["dispatch"] == 2 * ROW + 4 * EACH
+    assert told[3]["node"]["dispatch"] == ROW + EACH
+    # what rows went there comes back, and nothing else: tokens 1 and 2 of rank 0, and that of rank 1, from rank 2
+    assert [told[rank]["node"]["combine_between_nodes"] for rank in range(4)] == [ROW, 0, 3 * ROW, 0]
+    assert told[3]["node"]["combine"] == 2 * ROW
+
+
+def a_page() -> tuple[float, ...]:
+    """Bytes between nodes and in all of 1,024 bf16 tokens a rank, 4 of 256 experts by Zipf's law with exponent 0.6."""
+    mesh = start()
+    generator = torch.Generator().manual_seed(mesh.dp.index)
+    weight_E = (1.0 + torch.randperm(256, generator=torch.Generator().manual_seed(9))) ** -0.6
+    expert_TK = torch.multinomial(weight_E.expand(1024, -1), 4, generator=generator)
+    routing = route(expert_TK, torch.rand(1024, 4, generator=generator), torch.ones_like(expert_TK).bool(), 256)
+    x_TD, bytes_ = torch.randn(1024, 512).bfloat16(), []
+    for kind in ("ragged", "node"):
+        told = sent(x_TD, routing, 256, mesh, kind)
+        del told["y"]
+        bytes_ += [sum(n for d, n in told.items() if d.endswith("between_nodes")), sum(told.values())]
+    meshes.stop()
+    return tuple(map(float, bytes_))
+
+
+def test_half_the_bytes_cross_between_nodes() -> None:
+    far, total, far_once, total_once = torch.tensor(run_distributed(a_page, 4, timeout=120)).sum(0).tolist()
+    assert far_once <= 0.5 * far and total_once <= 0.75 * total
+
+
+def one_node(kind: str, k: int) -> str:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    meshes.join()
+    mesh = meshes.arrange(2)
+    try:
+        return type(exchange_on(mesh, kind, k)).__name__
+    finally:
+        meshes.stop()
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "name"), [("auto", 1, "RaggedExchange"), ("auto", 2, "Hop"), ("ragged", 4, "RaggedExchange")]
+)
+def test_what_auto_chooses_in_a_node(kind: str, k: int, name: str) -> None:
+    # of two ranks 2 experts are expected on 2 (1 - 0.5²) = 1.5 = 0.75 k, one on 1
+    assert run_distributed(one_node, 2, kind, k) == [name] * 2
+
+
+def test_no_nodes_to_cross() -> None:
+    with pytest.raises(ValueError, match="do not span several nodes of 2 ranks evenly"):
+        run_distributed(one_node, 2, "node", 4)
+
+
+def test_an_unknown_exchange_is_refused() -> None:
+    from runs import tiny
+
+    from moe_dist.config import check
+
+    with pytest.raises(ValueError, match=r"mesh\.exchange='twice'"):
+        check(override(tiny(), ["mesh.exchange=twice"]))
