@@ -27,7 +27,13 @@ def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
 
 def one_line(text: str) -> tuple[float, dict]:
     meshes.join()
-    sets = ["mesh.ep=2", "batch.accumulation=2", "batch.samples_per_balance_group=2", f"data.text={text}"]
+    sets = [
+        "mesh.ep=2",
+        "mesh.exchange=ragged",
+        "batch.accumulation=2",
+        "batch.samples_per_balance_group=2",
+        f"data.text={text}",
+    ]
     run = Run(tiny(*sets))
     meter = Meter(run.mesh, run.task)
     batches = list(run.task.batches(0))
