@@ -5,9 +5,9 @@ numbers, not rows x columns. "diet" is tensor2tensor's form of it: sqrt(v)_ij = 
 smaller step.
 
 Two passes over memory, for the update's second moments are those of the whole gradient: `squares_of` reads it, and
-`factored_update` reads it again and moves the weights. On CPU numba compiles each into one loop, without a compiler on
-the machine and once for all runs (in eager torch each is two or three passes over temporaries); on a GPU they are
-eager, of as many whole experts at a time as fill it.
+`factored_update` reads it again and moves the weights. On CPU numba makes one loop of each for matrices that are worth
+it, at their first use in a process and without a compiler on the machine; in eager torch, as on a GPU and for small
+matrices, each is two or three passes over temporaries.
 
 Legend: e experts, each a matrix and all of one shape; D rows, F columns.
 """
@@ -17,16 +17,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from moe_dist.config import OptimConfig
 
-ELEMENTS_AT_ONCE = 2**26  # on a GPU
+WORTH_A_LOOP = 2**14  # elements of a matrix; below, eager temporaries stay in cache and cost less than a compilation
+ELEMENTS_AT_ONCE = {"cpu": 2**17, "cuda": 2**26}  # of eager temporaries: in cache, or enough to fill a GPU
+ELEMENTS_A_THREAD = 2**17  # at least
 SHORT = 64  # rows whose squares add up in one float32
-# Sums in the order that vector instructions like, and a fused multiply-add; NaN and infinity stay what they are.
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 
 def squares_of(g_eDF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,8 +33,8 @@ def squares_of(g_eDF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     short: float32 will do."""
     (e, rows, columns) = g_eDF.shape
     row_eD, column_eF = g_eDF.new_empty(e, rows), g_eDF.new_empty(e, columns)
-    if g_eDF.device.type == "cpu":
-        _by_thread(_sum_squares, g_eDF, row_eD, column_eF)
+    if _is_worth_a_loop(g_eDF):
+        _loop(_sum_squares, g_eDF, row_eD, column_eF)
     else:
         _sum_squares_eagerly(g_eDF, row_eD, column_eF)
     return row_eD, column_eF
@@ -62,8 +61,9 @@ def factored_update(
         left_eD, right_eF = r_eD.sqrt_(), c_eF.sqrt_()
         right_eF = right_eF / _or_one(right_eF.mean(1, keepdim=True))
     scalars = (config.eps, lr * scale, 1 - lr * config.weight_decay)
-    if w_eDF.device.type == "cpu":
-        _by_thread(_move, w_eDF, g_eDF, left_eD, right_eF, scalars=scalars)
+    if _is_worth_a_loop(w_eDF):
+        torch.autograd.graph.increment_version(w_eDF)  # as an operation in place does: a graph that holds it is stale
+        _loop(_move, w_eDF, g_eDF, left_eD, right_eF, scalars=scalars)
     else:
         _move_eagerly(w_eDF, g_eDF, left_eD, right_eF, *scalars)
 
@@ -72,16 +72,32 @@ def _or_one(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, x, 1)
 
 
-def _by_thread(kernel: Callable[..., None], *stacks: torch.Tensor, scalars: tuple[float, ...] = ()) -> None:
-    """Whole experts to each of torch's threads. Scalars in the type of the stacks: a wider one would widen all."""
-    arrays = [t.detach().numpy() for t in stacks]
+def _is_worth_a_loop(t_eDF: torch.Tensor) -> bool:
+    """By the matrix and not by the stack, which depends on how many ranks share it."""
+    return t_eDF.device.type == "cpu" and t_eDF.shape[1] * t_eDF.shape[2] >= WORTH_A_LOOP
+
+
+def _loop(over: Callable[..., None], *stacks: torch.Tensor, scalars: tuple[float, ...] = ()) -> None:
+    """Runs a loop over experts, compiled; whole experts to each of torch's threads. Scalars in the type of the stacks:
+    a wider one would widen all."""
+    kernel, arrays = _compiled(over), [t.detach().numpy() for t in stacks]
+    assert all(a.dtype == arrays[0].dtype and len(a) == len(arrays[0]) for a in arrays)
     numbers = [arrays[0].dtype.type(x) for x in scalars]
-    threads = min(torch.get_num_threads(), len(arrays[0]))
-    if threads < 2:
+    parts = min(torch.get_num_threads(), len(arrays[0]), arrays[0].size // ELEMENTS_A_THREAD)
+    if parts < 2:
         return kernel(*arrays, *numbers)
-    parts = zip(*(np.array_split(a, threads) for a in arrays), strict=True)
-    for done in [_threads(threads).submit(kernel, *part, *numbers) for part in parts]:
+    by_part = zip(*(np.array_split(a, parts) for a in arrays), strict=True)
+    for done in [_threads(torch.get_num_threads()).submit(kernel, *part, *numbers) for part in by_part]:
         done.result()
+
+
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Sums in the order that vector instructions like, and a fused multiply-add; NaN and infinity stay what they are.
+    Nothing is kept on disk: numba's cache does not bear ranks that write it at once, nor the want of a folder."""
+    import numba
+
+    return numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})(function)
 
 
 @functools.cache
@@ -89,7 +105,6 @@ def _threads(number: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(number)
 
 
-@_compiled
 def _sum_squares(g_eDF: Any, row_eD: Any, column_eF: Any) -> None:
     e, rows, columns = g_eDF.shape
     part_F = np.zeros(columns, g_eDF.dtype)
@@ -107,7 +122,6 @@ def _sum_squares(g_eDF: Any, row_eD: Any, column_eF: Any) -> None:
             column_eF[i] += part_F
 
 
-@_compiled
 def _move(w_eDF: Any, g_eDF: Any, left_eD: Any, right_eF: Any, eps: float, size: float, keep: float) -> None:
     e, rows, columns = w_eDF.shape
     for i in range(e):
@@ -136,5 +150,6 @@ def _move_eagerly(
 
 def _in_pieces(*stacks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Of whole experts, so that temporaries stay small and kernels few."""
-    at_once = max(1, ELEMENTS_AT_ONCE // stacks[0][0].numel()) if len(stacks[0]) else 1
+    _, rows, columns = stacks[0].shape
+    at_once = max(1, ELEMENTS_AT_ONCE[stacks[0].device.type] // (rows * columns))
     return zip(*(t.split(at_once) for t in stacks), strict=True)

@@ -81,8 +81,10 @@ def test_many_steps_equal_the_plain_form(form: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_threads_are_no_part_of_the_result(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five experts, of 150 rows: column sums are made of three parts."""
+    monkeypatch.setattr(factored, "WORTH_A_LOOP", 1)
+    monkeypatch.setattr(factored, "ELEMENTS_A_THREAD", 1)
     config = OptimConfig(eps=1e-3, expert_beta2=0.9)
     generator = torch.Generator().manual_seed(0)
     g_list = [torch.randn(5, 150, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -97,21 +99,38 @@ def test_threads_are_no_part_of_the_result(threads: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("at_once", [1, 400, 2**26], ids=["one expert", "two experts", "all"])
 def test_eager_passes_equal_the_compiled_ones(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU runs, on the same float32 numbers; 5 experts of 12 x 16."""
-    monkeypatch.setattr(factored, "ELEMENTS_AT_ONCE", at_once)
+    """On the same float32 numbers; 5 experts of 12 x 16."""
+    monkeypatch.setitem(factored.ELEMENTS_AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     g, w = (torch.randn(5, 12, 16, generator=generator) for _ in range(2))
-    row, column = torch.empty(5, 12), torch.empty(5, 16)
-    factored._sum_squares_eagerly(g, row, column)
-    torch.testing.assert_close((row, column), squares_of(g))
-    moved = w.clone()
-    factored._move_eagerly(moved, g, row, column, 1e-3, 0.1, 0.9)
-    factored._by_thread(factored._move, w, g, row, column, scalars=(1e-3, 0.1, 0.9))
-    torch.testing.assert_close(moved, w)
+    config = OptimConfig(eps=1e-3, weight_decay=0.1)
+    told = []
+    for worth in (2**20, 1):
+        monkeypatch.setattr(factored, "WORTH_A_LOOP", worth)
+        moved, row, column = w.clone(), torch.zeros(5, 12), torch.zeros(5, 16)
+        sums = squares_of(g)
+        factored_update(moved, g, *sums, row, column, 0.5, 0.1, 3, config)
+        told.append((*sums, moved, row, column))
+    torch.testing.assert_close(*told)
+    assert not torch.equal(told[0][2], w)
 
 
-def test_what_is_not_a_number_is_seen() -> None:
-    """In the sums, of which the norm is made; fast arithmetic may not take it for a number."""
+@pytest.mark.parametrize("columns", [7, 2**13], ids=["eager", "compiled"])
+def test_a_graph_of_earlier_weights_is_refused(columns: int) -> None:
+    w = nn.Parameter(torch.ones(1, 2, columns))
+    loss = (w * w).sum()
+    loss.backward(retain_graph=True)
+    assert w.grad is not None
+    row, column = torch.zeros(1, 2), torch.zeros(1, columns)
+    factored_update(w.detach(), w.grad, *squares_of(w.grad), row, column, 1.0, 0.1, 1, PLAIN)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("worth", [2**20, 1], ids=["eager", "compiled"])
+def test_what_is_not_a_number_is_seen(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sums, of which the norm is made."""
+    monkeypatch.setattr(factored, "WORTH_A_LOOP", worth)
     for value in (math.nan, math.inf, 1e30):
         g = torch.ones(2, 5, 70)
         g[1, 3, 66] = value

@@ -282,11 +282,11 @@ def measure(sets: list[str]) -> None:
     x_RD = torch.ones(64, 400).requires_grad_()
     with torch.device("meta"):
         layers = [Experts(100, 400, 300) for _ in range(4)]
-    one = torch.nn.Parameter(torch.ones(1, 1, 1))
-    one.grad = torch.ones(1, 1, 1)
-    tiny_state = Factored(one, ALONE)
-    tiny_state.square()
-    tiny_state.update(1.0, 1e-3, 1, config)  # loads what is compiled, which is there once
+    one = torch.nn.Parameter(torch.ones(1, 400, 300))
+    one.grad = torch.ones(1, 400, 300)
+    first = Factored(one, ALONE)
+    first.square()
+    first.update(1.0, 1e-3, 1, config)  # compiles what a process has once
     before = process.memory_info().rss
     stacks: dict[str, nn.Parameter] = {}
     for i, layer in enumerate(layers):
