@@ -52,9 +52,12 @@ def set_up(
     model = parallelize(task.plain_model(config), mesh, config.seed, dtype, config.mesh.exchange)
     engine = Engine(model, config.optim, ds, layout, mesh)
     if first:
-        new = begin_from(first, engine, mesh, ("head.",) if read_state(first).get("classes") != classes else ())
+        num_taken, new = begin_from(
+            first, engine, mesh, ("head.",) if read_state(first).get("classes") != classes else ()
+        )
         if mesh.is_main and known is None:
-            print(f"note: weights of {first}, but new: {', '.join(new) or 'none'}", flush=True)
+            print(f"note: {num_taken} of {num_taken + len(new)} weights are those of {first}", end="", flush=True)
+            print(f"; not there, or of another shape: {_told(new)}" if new else "", flush=True)
     task.start(dtype)
     return Training(config, mesh, layout, task, model, engine)
 

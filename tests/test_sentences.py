@@ -232,8 +232,8 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
 @pytest.mark.parametrize(
     ("texts", "max_tokens", "message"),
     [
-        (("a", "\u200b"), 9, r"data.sentences: '\\u200b' has no token: leave it out"),
-        (("a|b", "|"), 9, "'' has no token"),
+        (("a", "\u200b"), 9, r"text 2 of 2, '\\u200b', has no token: leave it out"),
+        (("a|b", "|"), 9, "text 2 of 2, '', has no token"),
         (("a",), 2, "model.max_tokens=2: at least 3"),
         (("a|b",), 4, "model.max_tokens=4: at least 5"),
     ],

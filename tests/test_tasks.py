@@ -20,6 +20,7 @@ from moe_dist.meter import Meter
 from moe_dist.models.transformer import norm_divergence
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
+from moe_dist.tasks import task_of
 from moe_dist.training import set_up, train_step
 from moe_dist.verify import Layout
 
@@ -341,3 +342,10 @@ def test_a_bad_setting_is_one_line_and_status_2(
     name: str, assignments: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_plan([name, *set_(*assignments.split())], says, capsys)
+
+
+def test_classes_that_the_data_lacks_are_told() -> None:
+    mesh: Any = None  # not asked
+    for more, note in ((0, ""), (2, "2 of model.num_classes=12 are not in the data")):
+        config = tiny_images(f"model.num_classes={10 + more}")
+        assert task_of(config)(config, meshes.lay_out(config, 1), mesh, None).note == note

@@ -167,9 +167,9 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
     task.load_state(task_state)
 
 
-def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()) -> list[str]:
+def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()) -> tuple[int, list[str]]:
     """Takes the weights that a checkpoint has by name and in the whole shape, on any layout, and begins anew in all
-    else; returns the names of the other weights. `new`: beginnings of names that are never taken. A collective.
+    else; returns how many, and the names of the others. `new`: beginnings of names that are never taken. A collective.
 
     Raises ValueError where there is none to take, and for a broken file.
     """
@@ -194,7 +194,7 @@ def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...
         t.copy_(on_cpu[key])
     engine.load_dense_state({key.removeprefix("dense/"): t for key, t in dense.items()}, optimizer.updates)
     optimizer.round_masters()
-    return [key.partition("/")[2] for key in weights if key not in taken]
+    return len(taken), [key.partition("/")[2] for key in weights if key not in taken]
 
 
 def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, Spread]]:

@@ -115,9 +115,9 @@ class Sentences:
         b_N = tokens.encode_all(sentence.text2 or "" for sentence in sentences)  # nothing, where there are no pairs
         self.ids: list[tuple[np.ndarray, np.ndarray | None]] = []
         self.num_cut = 0
-        for sentence, a, b in zip(sentences, a_N, b_N, strict=True):
+        for number, (sentence, a, b) in enumerate(zip(sentences, a_N, b_N, strict=True), start=1):
             if not len(a) + len(b):
-                raise ValueError(f"data.sentences: {sentence.text!r} has no token: leave it out")
+                raise ValueError(f"text {number} of {len(sentences)}, {sentence.text!r}, has no token: leave it out")
             kept_a, kept_b = _kept(len(a), len(b), max_tokens - markers)
             self.num_cut += (kept_a, kept_b) != (len(a), len(b))
             self.ids.append((a[:kept_a], b[:kept_b] if pairs else None))

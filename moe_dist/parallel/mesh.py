@@ -6,6 +6,7 @@ a node where it can); `edp`, the ranks that hold the same experts as I do; `dp`,
     rank = edp_index * ep + ep_index          world = edp * ep
 """
 
+import math
 import os
 import socket
 import sys
@@ -280,7 +281,8 @@ def lay_out(config: Config, world: int) -> Layout:
         key, spread = ("num_experts", moe.num_experts) if groups is None else ("num_groups", groups)
         if spread < 1 or spread % ep:
             raise ValueError(
-                f"{section}.{key}={spread} is not a multiple of mesh.ep={ep}; nearest: {_nearest_multiple(spread, ep)}"
+                f"{section}.{key}={spread} is not a multiple of mesh.ep={ep}; "
+                f"nearest: {_nearest_multiple(spread, ep)}, or mesh.ep={math.gcd(spread, world)}"
             )
     if batch.accumulation < 1:
         raise ValueError(f"batch.accumulation={batch.accumulation}: at least 1")

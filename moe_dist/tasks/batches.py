@@ -3,7 +3,7 @@
 Legend: T tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,12 @@ def context(
 def balance(layout: Layout, stats: dict[str, LayerStats]) -> Any:
     """Of one micro-batch's layers, its part of the mean over the step's balance groups."""
     return sum(s.balance_loss for s in stats.values()) / layout.num_balance_groups
+
+
+def note_of(num_classes: int, classes: Sequence[str]) -> str:
+    """Where a model can tell more classes than its data has."""
+    more = num_classes - len(classes)
+    return f"{more} of model.num_classes={num_classes} are not in the data" if more else ""
 
 
 class OfEncoders:

@@ -17,7 +17,7 @@ from moe_dist.layer import LayerStats
 from moe_dist.models.vision import VisionTransformer
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import OfEncoders, balance, context, meta
+from moe_dist.tasks.batches import OfEncoders, balance, context, meta, note_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class ImageClassification(OfEncoders):
         self.config, self.layout, self.mesh = config, layout, mesh
         self.num_patches = (config.model.image_size // config.model.patch_size) ** 2
         self.splits = open_images(config.data, config.model, layout.samples, config.seed)
+        self.note = note_of(config.model.num_classes, self.splits["train"].images.classes)
         self.dtype, self.next_step = torch.float32, -1
         self.reading: Iterator[ImageBatch]
 

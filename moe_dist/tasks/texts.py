@@ -25,7 +25,7 @@ from moe_dist.meter import perplexity
 from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import OfEncoders, balance, context, meta
+from moe_dist.tasks.batches import OfEncoders, balance, context, meta, note_of
 
 SPLITS = ("train", "valid", "test")
 NUM_SPANS = 20  # of a window that are looked at for the best answers
@@ -225,8 +225,9 @@ class TextClassification(Texts):
         self.tokens = self.tokens_for(texts)
         sizes = (self.model.max_tokens, self.layout.samples)
         self.splits = {s: Sentences(sentences[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
-        if cut := self.splits["train"].num_cut:
-            self.note = f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}"
+        cut = self.splits["train"].num_cut
+        lost = f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}" if cut else ""
+        self.note = "; ".join(note for note in (note_of(self.model.num_classes, self.classes), lost) if note)
 
     @staticmethod
     def check_data(config: Config, main: bool) -> None:
