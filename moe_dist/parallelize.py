@@ -78,13 +78,13 @@ def exchange_on(mesh: Mesh, kind: str, k: int) -> Any:
     "auto" sends a token once where nodes are to be crossed, or where it is likely enough that a rank has several of its
     experts: `benchmarks/exchange.py` has times of 0.91 and less of the ragged ones at 0.75 of the rows and less.
     """
+    if mesh.ep.size == 1:
+        return LocalExchange()
     if kind == "node" and mesh.inside is None:
         raise ValueError(
             f"mesh.exchange='node': {mesh.ep.size} expert-parallel ranks do not span several nodes of "
             f"{mesh.ranks_per_node} ranks evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
         )
-    if mesh.ep.size == 1:
-        return LocalExchange()
     if kind == "auto":
         ranks = mesh.ep.size * (1 - (1 - 1 / mesh.ep.size) ** k)  # that k experts drawn alike lie on, expected
         kind = "node" if mesh.inside else "once" if ranks <= 0.75 * k else "ragged"
