@@ -60,7 +60,7 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
     meshes.join()
     mesh = meshes.arrange(dist.get_world_size())
     kinds = [BASE, "once", *(["node"] if mesh.inside else [])]
-    exchanges = {kind: exchange_on(mesh, kind, args.k) for kind in kinds}
+    exchanges = {kind: exchange_on(mesh, kind) for kind in kinds}
     routing, dtype = routed(args, mesh.dp.index), getattr(torch, args.dtype)
     ctx: Any = argparse.Namespace(site=0)  # of a context only the site matters here
     x_TD = torch.randn(args.tokens, args.dim).to(dtype).requires_grad_()

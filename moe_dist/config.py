@@ -21,7 +21,7 @@ class MeshConfig:
 
     ep: int = 1  # expert-parallel degree: ranks that share one set of experts
     # how rows travel to experts: "ragged" once for each of them, "once" to each rank, "node" to each node and from
-    # there to its ranks; "auto" chooses by the mesh and the experts a token has
+    # there to its ranks; "auto" is "node" where `ep` spans several nodes evenly, else "ragged"
     exchange: str = "auto"
 
 

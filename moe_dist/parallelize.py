@@ -58,7 +58,7 @@ def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype, exc
                 module.to(torch.promote_types(dtype, torch.float32))
             kind = gates if isinstance(module, GroupProjection) else experts
             kind |= {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
-        layer.exchange = exchange_on(mesh, exchange, layer.gate.k)  # 3
+        layer.exchange = exchange_on(mesh, exchange)  # 3
         layer.sums = Sums(mesh)
         layer.__dict__["experts"] = layer._modules.pop("experts")  # 4: an attribute, no longer a submodule
     for name, p in (experts | gates | dict(model.named_parameters())).items():
@@ -72,12 +72,8 @@ def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype, exc
     return ParallelModel(model, experts, gates, rows)
 
 
-def exchange_on(mesh: Mesh, kind: str, k: int) -> Any:
-    """The exchange of `config.MeshConfig.exchange` for a layer that chooses `k` experts a token.
-
-    "auto" sends a token once where nodes are to be crossed, or where it is likely enough that a rank has several of its
-    experts: `benchmarks/exchange.py` has times of 0.91 and less of the ragged ones at 0.75 of the rows and less.
-    """
+def exchange_on(mesh: Mesh, kind: str) -> Any:
+    """The exchange of `config.MeshConfig.exchange`. Raises ValueError for "node" without several nodes."""
     if mesh.ep.size == 1:
         return LocalExchange()
     if kind == "node" and mesh.inside is None:
@@ -85,9 +81,6 @@ def exchange_on(mesh: Mesh, kind: str, k: int) -> Any:
             f"mesh.exchange='node': {mesh.ep.size} expert-parallel ranks do not span several nodes of "
             f"{mesh.ranks_per_node} ranks evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
         )
-    if kind == "auto":
-        ranks = mesh.ep.size * (1 - (1 - 1 / mesh.ep.size) ** k)  # that k experts drawn alike lie on, expected
-        kind = "node" if mesh.inside else "once" if ranks <= 0.75 * k else "ragged"
-    if kind == "node" and mesh.inside:
+    if mesh.inside and kind in ("auto", "node"):
         return once_per_node(mesh.ep, mesh.inside)
     return once(mesh.ep) if kind == "once" else RaggedExchange(mesh.ep)

@@ -458,10 +458,8 @@ def test_shared_experts_exchange_at_every_depth_and_are_reduced_once(ran: tuple[
         labels = {(2 * i + 2, direction) for i in moe_blocks for direction in EXCHANGES} if away else set()
         assert all(rank[name]["labels"] == labels for rank in by_rank)
     calls = {}
-    # each use: counts, rows and weights there, rows back; and all but the counts again in backward. Rows that are sent
-    # once, as they are over two ranks here, bring a list of their experts
-    if away:
-        calls["all_to_all_single"] = WIDENET.depth * (4 + (layout.ep == 2) + 3)
+    if away:  # each use: counts, rows and weights there, rows back; and all but the counts again in backward
+        calls["all_to_all_single"] = WIDENET.depth * (4 + 3)
     if replicas > 1:  # 4 stacks, each in a part for every replica
         calls["reduce"] = 4 * replicas
     bytes_of_experts = 8 * NUM_EXPERTS // layout.ep * (2 * DIM * MOE.hidden + MOE.hidden + DIM)
