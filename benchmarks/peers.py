@@ -70,7 +70,6 @@ class Layer:
     by_expert: ByExpert | None = (
         None  # the gradients of the weights as (e, D, F), (e, F, D); None: other work than ours
     )
-    reuse: bool = False  # the memory of those gradients, as `outside.Master.clear_to_reuse` and `experts.py` do
     dropped: float = 0.0  # of the assignments
 
     def __post_init__(self) -> None:
@@ -79,8 +78,6 @@ class Layer:
     def step(self) -> None:
         """Lets the last step's gradients go, then forward and backward."""
         for p in self.weights:
-            if self.reuse:
-                p.spare = p.grad  # type: ignore[attr-defined]
             p.grad = None
         self.x_TD.grad = self.gate_TK.grad = None
         y_TD, *losses = self.forward(self.x_TD, self.gate_TK)
@@ -107,8 +104,7 @@ def _gradients(*weights: nn.Parameter, transposed: bool = False) -> ByExpert:
     return by_expert
 
 
-def ours(work: Work, mesh: Mesh, reuse: bool) -> Layer:
-    """`reuse`: as a training step on CPU has it, else with fresh memory for the gradients of the weights every time."""
+def ours(work: Work, mesh: Mesh) -> Layer:
     exchange, _ = _of_mesh(mesh)
     experts, ctx = _experts(work), _context(work, mesh)
     keep_TK = torch.ones_like(work.expert_TK, dtype=torch.bool)
@@ -117,7 +113,7 @@ def ours(work: Work, mesh: Mesh, reuse: bool) -> Layer:
         return (exchange(x_TD, route(work.expert_TK, gate_TK, keep_TK, work.num_experts), experts, ctx)[0],)
 
     weights = [experts.w1_eDF, experts.w2_eFD]
-    return Layer(torch.__version__, work, forward, weights, _gradients(*weights), reuse)
+    return Layer(torch.__version__, work, forward, weights, _gradients(*weights))
 
 
 def ours_gate(work: Work, mesh: Mesh) -> Layer:
@@ -129,7 +125,7 @@ def ours_gate(work: Work, mesh: Mesh) -> Layer:
         y_TD, stats = moe(x_TD, ctx)
         return y_TD, stats.balance_loss
 
-    return Layer(torch.__version__, work, forward, list(moe.parameters()), reuse=True)
+    return Layer(torch.__version__, work, forward, list(moe.parameters()))
 
 
 def dense(work: Work, mesh: Mesh) -> Layer:
@@ -363,8 +359,7 @@ ALL: dict[str, Callable[[Work, Mesh], Any]] = {
     "dense_reused": lambda work, mesh: dense_reused(work),
     "sorted": lambda work, mesh: SortedLimit(work, reuse=False),
     "sorted_reused": lambda work, mesh: SortedLimit(work, reuse=True),
-    "ours": lambda work, mesh: ours(work, mesh, reuse=True),
-    "ours_fresh": lambda work, mesh: ours(work, mesh, reuse=False),
+    "ours": ours,
     "naive": naive,
     "deepspeed": lambda work, mesh: deepspeed(work, mesh, drops=False),
     "deepspeed_drops": lambda work, mesh: deepspeed(work, mesh, drops=True),

@@ -1,9 +1,11 @@
-"""Experts as stacked weights and a grouped matmul.
+"""Experts as stacked weights: the plain way, and where the devices' fast paths (`kernels`) take over.
 
-Legend: R rows sorted by expert, D width, F hidden units, e experts on this rank (all E of them before `parallelize`).
+Legend: T tokens, R copies of them sorted by expert, D width, F hidden units, e experts on this rank (all E of them
+before `parallelize`).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +14,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.context import Context
+from moe_dist.kernels import cpu
+from moe_dist.memory import empty
 from moe_dist.parameters import parameter
+from moe_dist.routing import Routing
+from moe_dist.rows import Copies
 
-# relu(h_RF, which, ctx_R) -> hidden units; `which`: rows by expert, or which of a dense network's layers
-Relu = Callable[[torch.Tensor, Any, Context | None], torch.Tensor]
-
-
-def relu(h_RF: torch.Tensor, which: Any, ctx_R: Context | None) -> torch.Tensor:
-    """The plain one; another may know whose units they are (`replay`)."""
-    return h_RF.relu()
+# on(h_RF, which=.., ctx_R=..) -> which hidden units are on, in place of ReLU's sign (`replay`); `which`: rows by
+# expert, or which of a dense network's layers
+On = Callable[..., torch.Tensor]
 
 
 class Experts(nn.Module):
@@ -32,24 +34,30 @@ class Experts(nn.Module):
         """`recompute`: hidden activations are not kept, but computed again in backward (Appendix D)."""
         super().__init__()
         self.recompute = recompute
-        self.relu: Relu = relu
+        self.on: On | None = None
         self.w1_eDF = parameter(num_experts, dim, hidden, bound=(3 / dim) ** 0.5)
         self.w2_eFD = parameter(num_experts, hidden, dim, bound=(3 / hidden) ** 0.5)
 
-    def forward(
-        self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None
-    ) -> tuple[torch.Tensor, None]:
-        """Rows (R, D) sorted by expert, and their weights (R,) -> weighted rows (R, D)."""
+    def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, None]:
+        """The sum of each token's weighted outputs: (T, D). Assignments are to this rank's experts."""
+        copies, count_e = Copies(routing.token_N, len(x_TD)), routing.count_E
+        on = self.on and partial(self.on, which=count_e, ctx_R=ctx.rows(routing.token_N))
+        if self._is_fast(x_TD):
+            weights = routing.gate_N, count_e, self.w1_eDF, self.w2_eFD
+            return cpu.feedforward(x_TD, copies, *weights, on, self.recompute), None
+        x_RD = copies.take(x_TD)
         y_RD = (
-            checkpoint(self._two_layers, x_RD, count_e, ctx_R, use_reentrant=False)
+            checkpoint(self._two_layers, x_RD, count_e, on, use_reentrant=False)
             if self.recompute
-            else self._two_layers(x_RD, count_e, ctx_R)
+            else self._two_layers(x_RD, count_e, on)
         )
-        return y_RD * gate_R.to(x_RD.dtype)[:, None], None
+        return copies.add_up(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
 
-    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> torch.Tensor:
-        hidden_RF = self.relu(grouped_matmul(x_RD, self.w1_eDF, count_e), count_e, ctx_R)
-        return grouped_matmul(hidden_RF, self.w2_eFD, count_e)
+    def _is_fast(self, x_TD: torch.Tensor) -> bool:
+        return x_TD.device.type == "cpu"
+
+    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None) -> torch.Tensor:
+        return grouped_matmul(relu(grouped_matmul(x_RD, self.w1_eDF, count_e), on), self.w2_eFD, count_e)
 
 
 class GeluExperts(Experts):
@@ -63,11 +71,19 @@ class GeluExperts(Experts):
         self.b1_e1F = parameter(num_experts, 1, hidden, bound=0.0)
         self.b2_e1D = parameter(num_experts, 1, dim, bound=0.0)
 
-    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> torch.Tensor:
+    def _is_fast(self, x_TD: torch.Tensor) -> bool:
+        return False
+
+    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None) -> torch.Tensor:
         expert_R = torch.arange(len(count_e), device=x_RD.device).repeat_interleave(count_e, output_size=len(x_RD))
         # GELU once: the code of Xue et al. 2021 has one after the output as well, the paper and ViT do not
         hidden_RF = F.gelu(grouped_matmul(x_RD, self.w1_eDF, count_e) + self.b1_e1F.squeeze(1)[expert_R])
         return grouped_matmul(hidden_RF, self.w2_eFD, count_e) + self.b2_e1D.squeeze(1)[expert_R]
+
+
+def relu(h_RF: torch.Tensor, on: cpu.On | None) -> torch.Tensor:
+    """`on` decides in place of the sign."""
+    return h_RF.relu() if on is None else torch.where(on(h_RF), h_RF, 0)
 
 
 def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:
@@ -90,8 +106,8 @@ class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: list[int]) -> torch.Tensor:
         ctx.save_for_backward(x_RD, w_eDF)
-        ctx.count_e, ctx.w_eDF = count_e, w_eDF
-        y_RF = x_RD.new_empty(x_RD.shape[0], w_eDF.shape[2])
+        ctx.count_e = count_e
+        y_RF = empty(len(x_RD), w_eDF.shape[2], like=x_RD)
         for x, w, y in zip(x_RD.split(count_e), w_eDF, y_RF.split(count_e), strict=True):
             torch.mm(x, w, out=y)
         return y_RF
@@ -100,8 +116,7 @@ class _GroupedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
         x_RD, w_eDF = ctx.saved_tensors
         dy_RF = grad[0].contiguous()
-        dx_RD, dw_eDF = torch.empty_like(x_RD), ctx.w_eDF.__dict__.pop("spare", None)
-        dw_eDF = torch.empty_like(w_eDF) if dw_eDF is None else dw_eDF
+        dx_RD, dw_eDF = empty(*x_RD.shape, like=x_RD), empty(*w_eDF.shape, like=w_eDF)
         parts = zip(
             x_RD.split(ctx.count_e), w_eDF, dy_RF.split(ctx.count_e), dx_RD.split(ctx.count_e), dw_eDF, strict=True
         )

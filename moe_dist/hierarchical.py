@@ -23,6 +23,7 @@ from moe_dist.gating.topk import NoisyTopK, Pick, choose, highest, noise_std
 from moe_dist.layer import LayerStats, MoE
 from moe_dist.parameters import parameter
 from moe_dist.routing import GateStats, Routing, route
+from moe_dist.rows import Copies
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class GroupProjection(nn.Module):
 
 
 class Groups(nn.Module):
-    """Groups of experts as the experts of a layer: rows sorted by group, each group with a noisy top-k gate."""
+    """Groups of experts as the experts of a layer, each with a noisy top-k gate."""
 
     needs_context = True
     first_group = 0  # global id of this rank's first group; `parallelize` sets it
@@ -74,11 +75,10 @@ class Groups(nn.Module):
         self.exchange = LocalExchange()
         self.pick: Pick = highest
 
-    def forward(
-        self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_g: torch.Tensor, ctx_R: Context
-    ) -> tuple[torch.Tensor, GroupStats]:
-        """Rows (R, D) sorted by group, and their weights (R,) -> weighted rows (R, D)."""
-        ctx_R = dataclasses.replace(ctx_R, level=1)
+    def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, GroupStats]:
+        """The sum of each token's weighted outputs: (T, D). Assignments are to this rank's groups."""
+        copies, gate_R, count_g = Copies(routing.token_N, len(x_TD)), routing.gate_N, routing.count_E
+        x_RD, ctx_R = copies.take(x_TD), dataclasses.replace(ctx.rows(routing.token_N), level=1)
         b, num_groups = self.experts_per_group, len(count_g)
         group_R = torch.arange(num_groups, device=x_RD.device).repeat_interleave(count_g)
         expert_Rb = (self.first_group + group_R)[:, None] * b + torch.arange(b, device=x_RD.device)
@@ -87,14 +87,14 @@ class Groups(nn.Module):
         chosen_RK, gate_RK, load_Rb = choose(clean_Rb, std_Rb, self.k, expert_Rb, ctx_R, self.pick)
         weight_RK = gate_R.to(gate_RK.dtype)[:, None] * gate_RK  # Eq. 12
         local_RK = group_R[:, None] * b + chosen_RK
-        routing = route(local_RK, weight_RK, torch.ones_like(local_RK, dtype=torch.bool), num_groups * b)
-        y_RD, _ = self.exchange(x_RD, routing, self.experts, ctx_R)
+        inner = route(local_RK, weight_RK, torch.ones_like(local_RK, dtype=torch.bool), num_groups * b)
+        y_RD, _ = self.exchange(x_RD, inner, self.experts, ctx_R)
         spread = torch.zeros_like(clean_Rb)
-        return y_RD, GroupStats(
+        return copies.add_up(y_RD), GroupStats(
             importance_Ge=_sum_by_group(spread.scatter(1, chosen_RK, weight_RK), group_R, num_groups, ctx_R),
             load_Ge=_sum_by_group(load_Rb, group_R, num_groups, ctx_R),
             rows_Gg=_sum_by_group(spread[:, :1] + 1, group_R, num_groups, ctx_R),
-            count_e=routing.count_E,
+            count_e=inner.count_E,
         )
 
 

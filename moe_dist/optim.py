@@ -86,7 +86,7 @@ class Optimizer(torch.optim.AdamW):
         self.norm, self.begun = math.nan, True
         self.squares.clear()
         for state in self.spread:
-            state.clear_to_reuse()
+            state.clear()
         for table in self.rows.values():
             table.clear()
 

@@ -64,12 +64,6 @@ class Master:
     def clear(self) -> None:
         self.p.grad = self.sum = None
 
-    def clear_to_reuse(self) -> None:
-        """As `clear`, but leaves the gradient's memory to the next one (`experts.py` takes it): on CPU the system would
-        take it back, and to fill fresh pages again costs a tenth of a step of 256 experts."""
-        self.p.spare = self.p.grad  # type: ignore[attr-defined]
-        self.clear()
-
     @torch.no_grad()
     def round_master(self) -> None:
         """The parameter follows its master."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_dist.context import Context
-from moe_dist.experts import GeluExperts, Relu
+from moe_dist.experts import GeluExperts, On
 from moe_dist.gating.topk import highest
 from moe_dist.hierarchical import Groups
 from moe_dist.layer import MoE
@@ -51,7 +51,7 @@ class Choices:
         """From now on all gates of the model pick here, and all hidden units are switched here."""
         for module in model.modules():
             if isinstance(module, FeedForward):
-                module.relu = self._of_layers
+                module.on = self._of_layers
             if isinstance(module, MoE):
                 experts, first = module.experts, mesh.my_experts(module.gate.num_experts).start
                 module.gate.pick = self.pick
@@ -61,7 +61,7 @@ class Choices:
                     experts = experts.experts
                 if not isinstance(experts, GeluExperts):  # which have no sign to flip
                     experts.needs_context = True
-                    experts.relu = self._of_experts(first)
+                    experts.on = self._of_experts(first)
 
     def pick(
         self, score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: Context
@@ -84,8 +84,8 @@ class Choices:
         self._widen((top_TK - replayed_TK).abs().amax(1)[flipped_T] / score_TE[flipped_T].abs().amax(1))
         return replayed_TK, recorded_TK
 
-    def relu(self, h_RF: torch.Tensor, expert_R: torch.Tensor, ctx_R: Context) -> torch.Tensor:
-        """As `experts.relu`, but the units that are recorded as on are on. `expert_R`: global ids."""
+    def units_on(self, h_RF: torch.Tensor, expert_R: torch.Tensor, ctx_R: Context) -> torch.Tensor:
+        """Those above zero, or those that are recorded as on. `expert_R`: global ids."""
         key_R, place, on_RF = _key(ctx_R, expert_R), _place(ctx_R), h_RF > 0
         told = self.told.get(place, key_R[:0])
         new_R = ~torch.isin(key_R, told)  # not so where backward computes the rows again
@@ -94,29 +94,27 @@ class Choices:
             new_RB = _pack(on_RF[new_R])
             keys, on = self.on.get(place, (key_R[:0], new_RB[:0]))
             self.on[place] = torch.cat([keys, key_R[new_R]]), torch.cat([on, new_RB])
-            return h_RF.relu()
+            return on_RF
         keys, on = self.replayed["on"][place]
         recorded_RF = _unpack(on[self._find(key_R, keys.to(key_R.device)).cpu()], on_RF)
         differs_RF = (recorded_RF != on_RF) & new_R[:, None]
         self.signs += int(differs_RF.sum())
         size_RF = h_RF.detach().abs()
         self._widen((size_RF / size_RF.amax(1, keepdim=True))[differs_RF])
-        return torch.where(recorded_RF, h_RF, 0)
+        return recorded_RF
 
-    def _of_experts(self, first: int) -> Relu:
+    def _of_experts(self, first: int) -> On:
         """Of experts from global id `first` on."""
 
-        def relu(h_RF: torch.Tensor, count_e: torch.Tensor, ctx_R: Context | None) -> torch.Tensor:
-            assert ctx_R is not None
-            expert_e = torch.arange(first, first + len(count_e), device=h_RF.device)
-            return self.relu(h_RF, expert_e.repeat_interleave(count_e), ctx_R)
+        def on(h_RF: torch.Tensor, which: torch.Tensor, ctx_R: Context) -> torch.Tensor:
+            expert_e = torch.arange(first, first + len(which), device=h_RF.device)
+            return self.units_on(h_RF, expert_e.repeat_interleave(which), ctx_R)
 
-        return relu
+        return on
 
-    def _of_layers(self, h_TF: torch.Tensor, layer: int, ctx: Context | None) -> torch.Tensor:
+    def _of_layers(self, h_RF: torch.Tensor, which: int, ctx_R: Context) -> torch.Tensor:
         """Of a dense network, which every word visits: its layers take the place of experts."""
-        assert ctx is not None
-        return self.relu(h_TF, torch.full_like(ctx.sample_T, layer), ctx)
+        return self.units_on(h_RF, torch.full_like(ctx_R.sample_T, which), ctx_R)
 
     def _find(self, key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Where each of `key_T` is in `keys`, which hold it once. A word that never was at that expert is no rounding:

@@ -13,7 +13,9 @@ PACKAGE = ROOT / "moe_dist"
 ORDER = [
     {"config"},
     {"parallel"},
-    {"context", "keyed", "parameters", "routing"},
+    {"context", "keyed", "memory", "parameters"},
+    {"rows", "routing"},
+    {"kernels"},
     {"experts", "gating", "dispatch"},
     {"layer"},
     {"hierarchical"},

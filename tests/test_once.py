@@ -34,9 +34,10 @@ class Scale:
     def __init__(self, first: int) -> None:
         self.first = first
 
-    def __call__(self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Any) -> Any:
-        expert_R = torch.arange(len(count_e)).repeat_interleave(count_e)
-        return x_RD * (gate_R * (1 + self.first + expert_R))[:, None], None
+    def __call__(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> Any:
+        expert_N = torch.arange(len(routing.count_E)).repeat_interleave(routing.count_E)
+        scale_T = torch.zeros(len(x_TD)).index_add(0, routing.token_N, routing.gate_N * (1 + self.first + expert_N))
+        return x_TD * scale_T.to(x_TD.dtype)[:, None], None
 
 
 def context() -> Context:

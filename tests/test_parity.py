@@ -28,6 +28,7 @@ from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.parallelize import ParallelModel, parallelize
 from moe_dist.parameters import bounds_of, initialize, parameter
+from moe_dist.routing import Routing
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -103,13 +104,13 @@ class ExpertsByPlace(nn.Module):
         super().__init__()
         self.scale_eD = parameter(num_experts, dim, bound=1.0)
 
-    def forward(
-        self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Context
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, None]:
+        ctx_R = ctx.rows(routing.token_N)
         assert ctx_R.valid_T.all()
         place_R = 1 + ctx_R.sample_T + 10 * ctx_R.position_T
-        weight_R = gate_R * place_R.double().sin()
-        return self.scale_eD.repeat_interleave(count_e, 0) * x_RD * weight_R[:, None], None
+        weight_R = routing.gate_N * place_R.double().sin()
+        scale_RD = self.scale_eD.repeat_interleave(routing.count_E, 0) * weight_R[:, None]
+        return torch.zeros_like(x_TD).index_add(0, routing.token_N, scale_RD * x_TD[routing.token_N]), None
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import Gate
 from reference_widenet import gelu_experts, moe
+from test_experts import NOWHERE
 from test_gating import close, context
 
 from moe_dist import keyed
@@ -18,6 +19,7 @@ from moe_dist.gating.losses import switch_balance
 from moe_dist.gating.softmax_topk import SoftmaxTopK
 from moe_dist.layer import MoE
 from moe_dist.parameters import bounds_of, initialize
+from moe_dist.routing import Routing
 
 FLOAT64 = torch.float64
 DIM, HIDDEN, NUM_EXPERTS, NUM_SAMPLES, TOKENS = 6, 10, 5, 6, 4
@@ -188,7 +190,8 @@ def test_gelu_experts_by_hand() -> None:
             (experts.w1_eDF, experts.b1_e1F, experts.w2_eFD, experts.b2_e1D), (2, 1, 4, 5), strict=True
         ):
             p.copy_(torch.tensor([0.0, value]).view(2, 1, 1))
-    y_RD, _ = experts(torch.ones(1, 1, dtype=FLOAT64), torch.tensor([0.5]), torch.tensor([0, 1]), None)
+    routing = Routing(torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0, 1]))
+    y_RD, _ = experts(torch.ones(1, 1, dtype=FLOAT64), routing, NOWHERE)
     close(y_RD, [[(4 * 3 * (1 + math.erf(3 / 2**0.5)) / 2 + 5) / 2]])
 
 
@@ -199,7 +202,8 @@ def test_recomputed_gelu_experts_give_the_same() -> None:
         with torch.no_grad():
             for key, p in experts.named_parameters():
                 p.copy_(drawn(*p.shape, key=key))
-        y_RD, _ = experts(drawn(7, DIM, key="rows"), torch.ones(7, dtype=FLOAT64), torch.tensor([4, 0, 3]), None)
+        routing = Routing(torch.arange(7), torch.ones(7, dtype=FLOAT64), torch.tensor([4, 0, 3]))
+        y_RD, _ = experts(drawn(7, DIM, key="rows"), routing, NOWHERE)
         y_RD.square().sum().backward()
         told.append([y_RD.detach(), *(p.grad for p in experts.parameters())])
     assert all(torch.equal(plain, again) for plain, again in zip(*told, strict=True))

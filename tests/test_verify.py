@@ -22,6 +22,7 @@ from moe_dist.models.lstm_lm import FeedForward
 from moe_dist.parallel import collectives
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.replay import Choices
+from moe_dist.routing import Routing
 from moe_dist.verify import REFERENCE, Layout, run_layouts
 
 # the demo, its widths, batch and vocabulary divided so that 1, 2, 3 and 4 ranks can have it
@@ -194,7 +195,7 @@ def hidden(experts: Experts, choices: Choices, x_RD: list[list[float]], ctx_R: C
     second of a rank whose first is 6."""
     choices.watch(MoE(NoisyTopK(3, 2, 1), experts), Mock(my_experts=lambda n: range(6, 6 + n)))
     x = torch.tensor(x_RD, requires_grad=True)
-    y_R = experts(x, torch.ones(len(x)), torch.tensor([0, len(x)]), ctx_R)[0][:, 0]
+    y_R = experts(x, Routing(torch.arange(len(x)), torch.ones(len(x)), torch.tensor([0, len(x)])), ctx_R)[0][:, 0]
     y_R.sum().backward()
     assert x.grad is not None
     return y_R.tolist(), x.grad.tolist()

@@ -26,6 +26,7 @@ from moe_dist.dispatch.exchange import ExpertModule, LocalExchange
 from moe_dist.parallel.collectives import all_to_all_counts, all_to_all_rows
 from moe_dist.parallel.mesh import Axis
 from moe_dist.routing import Routing
+from moe_dist.rows import Copies
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Hop:
             return all_to_all_rows(x_U, send, get, self.axis, (ctx.site, direction))
 
         row_U = row_U[order_U]
-        x_VD = rows(x_TD.index_select(0, row_U), send_U, get_V, "dispatch")
+        copies = Copies(row_U, num_rows)
+        x_VD = rows(copies.take(x_TD), send_U, get_V, "dispatch")
         ctx_V = ctx
         if experts.needs_context:
             mine = ctx.rows(row_U)
@@ -77,7 +79,7 @@ class Hop:
         there = Routing(row_M[by_expert_M], gate_M[by_expert_M], torch.bincount(expert_M, minlength=per_block))
         y_VD, stats = self.then(x_VD, there, experts, ctx_V)
         y_UD = rows(y_VD, get_V, send_U, "combine")
-        return y_UD.new_zeros(num_rows, y_UD.shape[1]).index_add(0, row_U, y_UD), stats
+        return copies.add_up(y_UD), stats
 
     def _land(
         self, block_U: torch.Tensor, row_U: torch.Tensor, of_N: torch.Tensor, rank_N: torch.Tensor

@@ -8,6 +8,7 @@ output goes through a sigmoid first. The MoE sees all unrolled timesteps at once
 Legend: B samples (lanes of text), S timesteps, T = B S tokens, D width, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from moe_dist.config import LSTMConfig, nearest
 from moe_dist.context import Context
-from moe_dist.experts import Experts, Relu, relu
+from moe_dist.experts import Experts, On, relu
 from moe_dist.gating.topk import NoisyTopK
 from moe_dist.hierarchical import Groups, HierarchicalMoE
 from moe_dist.keyed import dropout
@@ -93,12 +94,12 @@ class FeedForward(nn.Module):
             parameter(hidden, hidden, bound=(3 / hidden) ** 0.5) for _ in range(num_layers - 1)
         )
         self.w2_FD = parameter(hidden, dim, bound=(3 / hidden) ** 0.5)
-        self.relu: Relu = relu
+        self.on: On | None = None
 
     def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, None]:
-        hidden_TF = self.relu(x_TD @ self.w1_DF, 0, ctx)
-        for i, w_FF in enumerate(self.inner_FF, start=1):
-            hidden_TF = self.relu(hidden_TF @ w_FF, i, ctx)
+        hidden_TF = x_TD
+        for i, w in enumerate([self.w1_DF, *self.inner_FF]):
+            hidden_TF = relu(hidden_TF @ w, self.on and partial(self.on, which=i, ctx_R=ctx))
         return hidden_TF @ self.w2_FD, None
 
 
