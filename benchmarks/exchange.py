@@ -1,12 +1,16 @@
-"""Bytes and seconds of a layer's exchange by kind: ragged, once to each rank, once to each node.
+"""Bytes and seconds of a layer's exchange by kind: ragged, once to each rank, once to each node; ragged in pieces.
 
     .venv/bin/python benchmarks/exchange.py                      four ranks here, told that they are two nodes of two
     .venv/bin/python benchmarks/exchange.py --ranks 2            two ranks of one node
     sudo benchmarks/two_nodes.sh 1gbit 2 benchmarks/exchange.py  two network namespaces with a link of 1 Gbit/s
     torchrun ... benchmarks/exchange.py --json FILE              any ranks
+    sudo benchmarks/two_nodes.sh 1gbit 1 benchmarks/exchange.py --kinds ragged pieces1 pieces2 pieces4 --hidden 1024 \
+        --experts 32 --zipf 0                                    what is hidden of the transfer behind the experts
 
-Forward and backward of 4,096 tokens a rank to experts that only weight their rows, 4 of 256 for each token, popular by
-Zipf's law. All kinds take turns in random order, a round is one of each, timed by the clock between barriers, and every
+Forward and backward of 4,096 tokens a rank to experts that only weight their rows, or have `--hidden` units, 4 of 256
+for each token, popular by Zipf's law. "pieces2": plainly, in two pieces, gradients of weights while the last one
+travels; "ragged" does nothing meanwhile. "bf16": plainly, but bf16 on the wire. "experts": the same work without a
+transfer. All kinds take turns in random order, a round is one of each, timed by the clock between barriers, and every
 kind's output and gradient are compared with the ragged ones. Bytes are of forward, there and back, with ids, weights:
 those that a rank sends to others, the mean of the ranks. Prints medians with 90 % intervals, and medians of the rounds'
 ratios to the ragged exchange.
@@ -26,22 +30,45 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_dist.config import MeshConfig
+from moe_dist.experts import Experts
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.parallelize import exchange_on
 from moe_dist.routing import Routing, route
+from moe_dist.rows import Copies
 
 BASE = "ragged"
 
 
-class Weigh:
-    """An expert module without experts: rows times their weights."""
+class Weigh(torch.nn.Module):
+    """Without experts: rows times their weights."""
 
     needs_context = False
 
-    def __call__(self, x_RD: torch.Tensor, gate_R: torch.Tensor, count_e: torch.Tensor, ctx_R: Any) -> Any:
-        return x_RD * gate_R.to(x_RD.dtype)[:, None], None
+    def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Any) -> Any:
+        copies = Copies(routing.token_N, len(x_TD))
+        return copies.add_up(copies.take(x_TD) * routing.gate_N.to(x_TD.dtype)[:, None]), None
+
+
+class Compute:
+    """As many rows for each of this rank's experts as the exchange brings on average, and nothing travels."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, x_TD: torch.Tensor, routing: Routing, experts: Any, ctx: Any) -> Any:
+        count_e = routing.count_E.view(self.size, -1).sum(0)
+        return experts(x_TD, Routing(routing.token_N, routing.gate_N, count_e), ctx)
+
+
+def configured(kind: str) -> MeshConfig:
+    if kind.startswith("pieces"):
+        return MeshConfig(exchange=BASE, pieces=int(kind.removeprefix("pieces")))
+    if kind == "bf16":
+        return MeshConfig(exchange=BASE, pieces=0, wire="bf16")
+    return MeshConfig(exchange=kind, pieces=0)
 
 
 def routed(args: argparse.Namespace, rank: int) -> Routing:
@@ -59,24 +86,31 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
         os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
     meshes.join()
     mesh = meshes.arrange(dist.get_world_size())
-    kinds = [BASE, "once", *(["node"] if mesh.inside else [])]
-    exchanges = {kind: exchange_on(mesh, kind) for kind in kinds}
+    kinds = [kind for kind in args.kinds or [BASE, "once", "node"] if kind != "node" or mesh.inside or args.kinds]
+    exchanges = {kind: exchange_on(mesh, configured(kind)) for kind in kinds if kind != "experts"}
+    exchanges["experts"] = Compute(mesh.ep.size)
     routing, dtype = routed(args, mesh.dp.index), getattr(torch, args.dtype)
     ctx: Any = argparse.Namespace(site=0)  # of a context only the site matters here
     x_TD = torch.randn(args.tokens, args.dim).to(dtype).requires_grad_()
     dy_TD = torch.randn(args.tokens, args.dim).to(dtype)
+    experts: torch.nn.Module = Weigh()
+    if args.hidden:
+        experts = Experts(args.experts // mesh.ep.size, args.dim, args.hidden).to(dtype)
+        for p in experts.parameters():
+            torch.nn.init.uniform_(p, -(args.dim**-0.5), args.dim**-0.5)
+    leaves = [x_TD, *experts.parameters()]
     order, taken, told = random.Random(0), {kind: [] for kind in kinds}, {}
     for _ in range(args.rounds + 2):
         for kind in order.sample(kinds, len(kinds)):
             dist.barrier()
             start, sent = time.perf_counter(), mesh.sent
-            y_TD, _ = exchanges[kind](x_TD, routing, Weigh(), ctx)
+            y_TD, _ = exchanges[kind](x_TD, routing, experts, ctx)
             forward = Counter({label: n - sent[label] for label, n in mesh.sent.items()})
-            (dx_TD,) = torch.autograd.grad(y_TD, x_TD, dy_TD)
+            gradients = torch.autograd.grad(y_TD, leaves, dy_TD)
             dist.barrier()
             taken[kind].append(time.perf_counter() - start)
             far = sum(n for (_, direction), n in forward.items() if direction.endswith("between_nodes"))
-            told[kind] = (torch.tensor([far, forward.total()], dtype=torch.float64), y_TD.detach(), dx_TD)
+            told[kind] = (torch.tensor([far, forward.total()], dtype=torch.float64), y_TD.detach(), *gradients)
     rows = []
     for kind in kinds:
         (bytes_2, *got), seconds = told[kind], taken[kind][2:]
@@ -85,7 +119,15 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
         ratios = [mine / base for mine, base in zip(seconds, taken[BASE][2:], strict=True)]
         low, high = statistics.quantiles(seconds, n=20, method="inclusive")[::18]
         rows.append(
-            {"impl": kind, "T": args.tokens, "D": args.dim, "E": args.experts, "K": args.k, "dtype": args.dtype}
+            {
+                "impl": kind,
+                "T": args.tokens,
+                "D": args.dim,
+                "H": args.hidden,
+                "E": args.experts,
+                "K": args.k,
+                "dtype": args.dtype,
+            }
             | {"world": mesh.dp.size, "ranks_per_node": mesh.ranks_per_node, "skew": args.zipf, "rounds": args.rounds}
             | {"bytes_between_nodes": far, "bytes": total, "error": max(errors).item()}
             | {"ms": 1e3 * statistics.median(seconds), "low": 1e3 * low, "high": 1e3 * high}
@@ -98,7 +140,7 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
 def show(rows: list[dict[str, Any]]) -> None:
     first, cells = rows[0], "{:<8}{:>17}{:>11}{:>11}{:>11}{:>9}{:>9}{:>9}{:>11}{:>10}"
     print(
-        "{world} ranks, {ranks_per_node} a node; T{T} D{D} E{E} K{K} {dtype}, zipf {skew}, {rounds} rounds".format(
+        "{world} ranks, {ranks_per_node} a node; T{T} D{D} H{H} E{E} K{K} {dtype}, zipf {skew}, {rounds} rounds".format(
             **first
         )
     )
@@ -121,13 +163,17 @@ def main() -> None:
         "dim": 512,
         "experts": 256,
         "k": 4,
+        "hidden": 0,
         "rounds": 15,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="ragged first; else ragged, once and node")
     parser.add_argument("--zipf", type=float, default=0.6, help="0: all experts alike")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there")
     args = parser.parse_args()
+    if args.kinds and args.kinds[0] != BASE:
+        parser.error(f"--kinds {args.kinds[0]}: first comes {BASE}, which the others are held against")
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: at least 2, for an interval")
     launched = "RANK" in os.environ

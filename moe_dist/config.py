@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EXCHANGES = ("auto", "ragged", "once", "node")
+WIRES = ("same", "bf16")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class MeshConfig:
     # how rows travel to experts: "ragged" once for each of them, "once" to each rank, "node" to each node and from
     # there to its ranks; "auto" is "node" where `ep` spans several nodes evenly, else "ragged"
     exchange: str = "auto"
+    # pieces that plainly sent rows travel in, one while the experts run on another; 0: nothing is done meanwhile;
+    # None: 2 where `ep` spans nodes, else 0
+    pieces: int | None = None
+    wire: str = "same"  # what rows travel in: "same" as they are computed in, or "bf16"; sums are taken in float32
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,7 @@ def check(config: Config) -> None:
         raise ValueError(f"save_every={config.save_every} is not a multiple of log_every={config.log_every}")
     for key, known in (
         ("mesh.exchange", EXCHANGES),
+        ("mesh.wire", WIRES),
         ("optim.clip_by", CLIP_BY),
         ("optim.decay", DECAYS),
         ("wandb.mode", WANDB_MODES),

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.context import Context
 from moe_dist.kernels import cpu
+from moe_dist.later import Later
 from moe_dist.memory import empty
 from moe_dist.parameters import parameter
 from moe_dist.routing import Routing
@@ -40,24 +41,49 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, None]:
         """The sum of each token's weighted outputs: (T, D). Assignments are to this rank's experts."""
+        return self._run(x_TD, routing, ctx, 0, None, *self.parameters())
+
+    def parts(self, sizes: list[int]) -> list[Callable[..., tuple[torch.Tensor, None]]]:
+        """The same for consecutive parts of the experts. To be called when rows have departed and none has arrived:
+        what follows may put gradients of weights off until their gradients have left (`later`)."""
+        later = Later(sizes, *self.parameters())
+
+        def part(i: int) -> Callable[..., tuple[torch.Tensor, None]]:
+            first, put_off = sum(sizes[:i]), partial(later.put_off, i)
+            return lambda x_TD, routing, ctx: self._run(x_TD, routing, ctx, first, put_off, *later.part(i))
+
+        return [part(i) for i in range(len(sizes))]
+
+    def _run(
+        self,
+        x_TD: torch.Tensor,
+        routing: Routing,
+        ctx: Context,
+        first: int,
+        put_off: cpu.PutOff | None,
+        *weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """Of the experts from `first` on, whose weights are given."""
         copies, count_e = Copies(routing.token_N, len(x_TD)), routing.count_E
-        on = self.on and partial(self.on, which=count_e, ctx_R=ctx.rows(routing.token_N))
+        on = None
+        if self.on:
+            of_all_e = F.pad(count_e, (first, len(self.w1_eDF) - first - len(count_e)))
+            on = partial(self.on, which=of_all_e, ctx_R=ctx.rows(routing.token_N))
         if self._is_fast(x_TD):
-            weights = routing.gate_N, count_e, self.w1_eDF, self.w2_eFD
-            return cpu.feedforward(x_TD, copies, *weights, on, self.recompute), None
-        x_RD = copies.take(x_TD)
-        y_RD = (
-            checkpoint(self._two_layers, x_RD, count_e, on, use_reentrant=False)
-            if self.recompute
-            else self._two_layers(x_RD, count_e, on)
-        )
+            w1_eDF, w2_eFD = weights
+            gate_N, recompute = routing.gate_N, self.recompute
+            return cpu.feedforward(x_TD, copies, gate_N, count_e, w1_eDF, w2_eFD, on, recompute, put_off), None
+        run = partial(checkpoint, self._plain, use_reentrant=False) if self.recompute else self._plain
+        y_RD = run(copies.take(x_TD), count_e, on, *weights)
         return copies.add_up(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
 
     def _is_fast(self, x_TD: torch.Tensor) -> bool:
         return x_TD.device.type == "cpu"
 
-    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None) -> torch.Tensor:
-        return grouped_matmul(relu(grouped_matmul(x_RD, self.w1_eDF, count_e), on), self.w2_eFD, count_e)
+    @staticmethod
+    def _plain(x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None, *weights: torch.Tensor) -> torch.Tensor:
+        w1_eDF, w2_eFD = weights
+        return grouped_matmul(relu(grouped_matmul(x_RD, w1_eDF, count_e), on), w2_eFD, count_e)
 
 
 class GeluExperts(Experts):
@@ -74,11 +100,13 @@ class GeluExperts(Experts):
     def _is_fast(self, x_TD: torch.Tensor) -> bool:
         return False
 
-    def _two_layers(self, x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None) -> torch.Tensor:
+    @staticmethod
+    def _plain(x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None, *weights: torch.Tensor) -> torch.Tensor:
+        w1_eDF, w2_eFD, b1_e1F, b2_e1D = weights
         expert_R = torch.arange(len(count_e), device=x_RD.device).repeat_interleave(count_e, output_size=len(x_RD))
         # GELU once: the code of Xue et al. 2021 has one after the output as well, the paper and ViT do not
-        hidden_RF = F.gelu(grouped_matmul(x_RD, self.w1_eDF, count_e) + self.b1_e1F.squeeze(1)[expert_R])
-        return grouped_matmul(hidden_RF, self.w2_eFD, count_e) + self.b2_e1D.squeeze(1)[expert_R]
+        hidden_RF = F.gelu(grouped_matmul(x_RD, w1_eDF, count_e) + b1_e1F.squeeze(1)[expert_R])
+        return grouped_matmul(hidden_RF, w2_eFD, count_e) + b2_e1D.squeeze(1)[expert_R]
 
 
 def relu(h_RF: torch.Tensor, on: cpu.On | None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_dist.config import MeshConfig
 from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
 from moe_dist.dispatch.once import once, once_per_node
 from moe_dist.hierarchical import GroupProjection, Groups
@@ -22,6 +23,8 @@ from moe_dist.layer import MoE
 from moe_dist.parallel.collectives import Sums
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parameters import bounds_of, initialize
+
+DEFAULT = MeshConfig()
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class ParallelModel:
     rows: dict[str, dict[str, nn.Parameter]]
 
 
-def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype, exchange: str = "auto") -> ParallelModel:
-    """`model` must be on the meta device; afterwards it is on the mesh's, in `dtype`. `exchange`: `config.MeshConfig`.
+def parallelize(
+    model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype, config: MeshConfig = DEFAULT
+) -> ParallelModel:
+    """`model` must be on the meta device; afterwards it is on the mesh's, in `dtype`. `config`: of the exchange.
 
     Raises ValueError for an exchange that the mesh cannot have."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
@@ -58,7 +63,7 @@ def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype, exc
                 module.to(torch.promote_types(dtype, torch.float32))
             kind = gates if isinstance(module, GroupProjection) else experts
             kind |= {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
-        layer.exchange = exchange_on(mesh, exchange)  # 3
+        layer.exchange = exchange_on(mesh, config)  # 3
         layer.sums = Sums(mesh)
         layer.__dict__["experts"] = layer._modules.pop("experts")  # 4: an attribute, no longer a submodule
     for name, p in (experts | gates | dict(model.named_parameters())).items():
@@ -72,8 +77,9 @@ def parallelize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype, exc
     return ParallelModel(model, experts, gates, rows)
 
 
-def exchange_on(mesh: Mesh, kind: str) -> Any:
-    """The exchange of `config.MeshConfig.exchange`. Raises ValueError for "node" without several nodes."""
+def exchange_on(mesh: Mesh, config: MeshConfig) -> Any:
+    """The exchange that is configured. Raises ValueError for "node" without several nodes."""
+    kind, wire = config.exchange, torch.bfloat16 if config.wire == "bf16" else None
     if mesh.ep.size == 1:
         return LocalExchange()
     if kind == "node" and mesh.inside is None:
@@ -82,5 +88,6 @@ def exchange_on(mesh: Mesh, kind: str) -> Any:
             f"{mesh.ranks_per_node} ranks evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
         )
     if mesh.inside and kind in ("auto", "node"):
-        return once_per_node(mesh.ep, mesh.inside)
-    return once(mesh.ep) if kind == "once" else RaggedExchange(mesh.ep)
+        return once_per_node(mesh.ep, mesh.inside, wire)
+    pieces = config.pieces if config.pieces is not None else 2 if mesh.ep.node_P else 0
+    return once(mesh.ep, wire) if kind == "once" else RaggedExchange(mesh.ep, pieces, wire)

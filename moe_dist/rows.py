@@ -24,6 +24,15 @@ class Copies:
         count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
         return self.token_N.argsort(stable=True), count_T.cumsum(0) - count_T
 
+    def reordered(self, order_N: torch.Tensor) -> "Copies":
+        """The same copies in another order: first comes copy order_N[0]. Sums are taken in this one's."""
+        by_token_N, first_T = self.by_token
+        place_N = torch.empty_like(order_N)
+        place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        other = Copies(self.token_N[order_N], self.num_tokens)
+        other.__dict__["by_token"] = place_N[by_token_N], first_T
+        return other
+
     def take(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (N, D); differentiable."""
         return _Take.apply(x_TD, self)

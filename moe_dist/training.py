@@ -49,7 +49,7 @@ def set_up(
     was, classes = (before or {}).get("classes"), task.known().get("classes")
     if resumed and was not in (None, classes):
         raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(classes)} now")
-    model = parallelize(task.plain_model(config), mesh, config.seed, dtype, config.mesh.exchange)
+    model = parallelize(task.plain_model(config), mesh, config.seed, dtype, config.mesh)
     engine = Engine(model, config.optim, ds, layout, mesh)
     if first:
         num_taken, new = begin_from(

@@ -12,8 +12,10 @@ PACKAGE = ROOT / "moe_dist"
 # imports run from later to earlier; modules of one rank may import each other where they do not form a cycle
 ORDER = [
     {"config"},
+    {"memory"},
+    {"later"},
     {"parallel"},
-    {"context", "keyed", "memory", "parameters"},
+    {"context", "keyed", "parameters"},
     {"rows", "routing"},
     {"kernels"},
     {"experts", "gating", "dispatch"},

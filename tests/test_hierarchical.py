@@ -40,7 +40,7 @@ from test_parity import NUM_EXPERTS as NUM_GROUPS
 from torch import nn
 
 from moe_dist import keyed
-from moe_dist.config import OptimConfig
+from moe_dist.config import MeshConfig, OptimConfig
 from moe_dist.context import Context
 from moe_dist.gating.topk import NoisyTopK
 from moe_dist.hierarchical import Groups, GroupStats, HierarchicalMoE
@@ -142,7 +142,7 @@ def run_layout(layout: Layout) -> dict[str, Any]:
 def parallel_layer(case: Case, mesh: meshes.Mesh, dtype: torch.dtype, exchange: str = "auto") -> ParallelModel:
     with torch.device("meta"):
         plain = OneLayer(case)
-    model = parallelize(plain, mesh, SEED, dtype, exchange)
+    model = parallelize(plain, mesh, SEED, dtype, MeshConfig(exchange=exchange))
     fill_primary(model.dense.moe.gate)
     mine = mesh.my_experts(NUM_GROUPS)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config import override
+from moe_dist.config import MeshConfig, override
 from moe_dist.context import Context
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
@@ -48,7 +48,7 @@ def context() -> Context:
 def sent(x_TD: torch.Tensor, routing: Routing, num_experts: int, mesh: meshes.Mesh, kind: str) -> dict[str, Any]:
     before = mesh.sent
     first = mesh.my_experts(num_experts).start
-    y_TD, _ = exchange_on(mesh, kind)(x_TD, routing, Scale(first), context())
+    y_TD, _ = exchange_on(mesh, MeshConfig(exchange=kind))(x_TD, routing, Scale(first), context())
     now = mesh.sent
     return {"y": y_TD} | {direction: n - before[7, direction] for (_, direction), n in now.items()}
 
@@ -124,7 +124,7 @@ def one_node(kind: str, ep: int) -> str:
     meshes.join()
     mesh = meshes.arrange(ep)
     try:
-        return type(exchange_on(mesh, kind)).__name__
+        return type(exchange_on(mesh, MeshConfig(exchange=kind))).__name__
     finally:
         meshes.stop()
 

@@ -18,7 +18,7 @@ from reference import Expert, Gate, language_model, moe, relu_experts
 from torch import nn
 
 from moe_dist import keyed
-from moe_dist.config import LSTMConfig, MoEConfig
+from moe_dist.config import LSTMConfig, MeshConfig, MoEConfig
 from moe_dist.context import Context
 from moe_dist.experts import Experts
 from moe_dist.gating.topk import NoisyTopK
@@ -46,6 +46,7 @@ class Layout:
     ep: int
     cut: tuple[int, ...]
     exchange: str = "auto"  # "node": two nodes of two ranks
+    pieces: int | None = None
 
     @property
     def world(self) -> int:
@@ -62,6 +63,9 @@ LAYOUTS = [
     Layout(4, (0, 2, 4, 4, 8), "once"),
     Layout(2, (0, 2, 4, 4, 8), "once"),
     Layout(4, (0, 2, 4, 4, 8), "node"),
+    Layout(2, (0, 2, 8), "ragged", 1),
+    Layout(2, (0, 2, 8), "ragged", 3),
+    Layout(4, (0, 2, 4, 4, 8), "ragged", 2),
 ]
 
 
@@ -196,8 +200,8 @@ def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
         os.environ["LOCAL_WORLD_SIZE"] = "2" if layout.exchange == "node" else str(layout.world)
         mesh = meshes.arrange(layout.ep)
         results.append({name: run_layer(case, layout, mesh) for name, case in CASES.items()})
-        results[-1]["model"] = run_model(MODEL, mesh, layout.exchange)
-        results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh, layout.exchange)
+        results[-1]["model"] = run_model(MODEL, mesh, layout)
+        results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh, layout)
     meshes.stop()
     return results
 
@@ -205,7 +209,7 @@ def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
 def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         plain = OneLayer(case)
-    model = parallelize(plain, mesh, SEED, torch.float64, layout.exchange)
+    model = parallelize(plain, mesh, SEED, torch.float64, MeshConfig(exchange=layout.exchange, pieces=layout.pieces))
     moe_layer: Any = model.dense.moe
     with torch.no_grad():
         moe_layer.gate.w_gate.w_DE.copy_(batch()["w_gate"])
@@ -230,11 +234,11 @@ def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.
     }
 
 
-def run_model(config: LSTMConfig, mesh: meshes.Mesh, exchange: str) -> dict[str, torch.Tensor]:
+def run_model(config: LSTMConfig, mesh: meshes.Mesh, layout: Layout) -> dict[str, torch.Tensor]:
     """Two windows of text, the second from the state that the first leaves; gradients flow through both."""
     with torch.device("meta"):
         plain = LSTMLanguageModel(config, VOCABULARY_SIZE)
-    model = parallelize(plain, mesh, SEED, torch.float64, exchange)
+    model = parallelize(plain, mesh, SEED, torch.float64, MeshConfig(exchange=layout.exchange, pieces=layout.pieces))
     fill_zeros(model.dense)
     share = NUM_SAMPLES // mesh.dp.size
     mine = slice(mesh.dp.index * share, (mesh.dp.index + 1) * share)
@@ -383,9 +387,7 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         torch.testing.assert_close(value, expected[key], **EXACT, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.fixture(
-    scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}-{layout.exchange}"
-)
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda x: f"world{x.world}-ep{x.ep}-{x.exchange}-{x.pieces}")
 def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
     """A layout and what its ranks returned."""
     layout = request.param

@@ -6,22 +6,27 @@ formed at the owner, and experts that are layers themselves know the weight that
 
 The ragged exchange, in order:
   1. counts: every rank learns how many rows it will get for each of its experts;
-  2. dispatch: exactly those rows and weights travel, and their context where the experts want it;
+  2. dispatch: exactly those rows and weights travel, and their context where the experts want it; of each rank's first
+     experts in the first piece, and so on, so that the next travels while the experts run on one;
   3. regroup: rows come in order of sender; a routing of their own tells the experts of them;
   4. the experts run, and weight their rows;
   5. combine: the rows return;
   6. each token sums what came back for it.
-No padding, nothing dropped. A rank with no rows to send or to receive makes every call all the same.
+No padding, nothing dropped. A rank with no rows to send or to receive makes every call all the same. In backward the
+same pieces go the other way, and gradients of weights are formed while the last ones travel (`later`).
 
-Legend: T tokens, D width, N assignments of this rank's tokens, R rows held here, E experts, e of this rank, P ranks.
+Legend: T tokens, D width, N assignments of this rank's tokens, R rows held here, E experts, e of this rank, P ranks,
+C pieces.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from moe_dist.context import Context
-from moe_dist.parallel.collectives import all_to_all_counts, all_to_all_rows
+from moe_dist.parallel.collectives import Crossing, all_to_all_counts
 from moe_dist.parallel.mesh import Axis
 from moe_dist.routing import Routing
 from moe_dist.rows import Copies
@@ -31,6 +36,7 @@ class ExpertModule(Protocol):
     """Any module that takes rows and a routing of them to its experts, and gives each row's sum of weighted outputs.
 
     `needs_context` says whether it looks at what `ctx` has of each row; otherwise that may be of other rows.
+    One that has `parts` (`experts.Experts`) can run on some of its experts, and put gradients of weights off.
     """
 
     needs_context: bool
@@ -47,37 +53,57 @@ class LocalExchange:
         return experts(x_TD, routing, ctx)
 
 
+@dataclass(frozen=True)
 class RaggedExchange:
-    """Experts are spread over the ranks of an axis, in consecutive blocks of equal size."""
+    """Experts are spread over the ranks of an axis, in consecutive blocks of equal size.
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    `pieces`: that rows travel in, at most one for each of a rank's experts; 0: in one, and nothing else is done
+    meanwhile. `wire`: a dtype to travel in."""
+
+    axis: Axis
+    pieces: int = 0
+    wire: torch.dtype | None = None
 
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
     ) -> tuple[torch.Tensor, Any]:
         count_Pe = all_to_all_counts(routing.count_E, self.axis, ctx.site)  # 1
-        send_P = routing.count_E.view(self.axis.size, -1).sum(1).tolist()
-        receive_P = count_Pe.sum(1).tolist()
-        there, back = (ctx.site, "dispatch"), (ctx.site, "combine")
+        in_parts = self.pieces > 0 and hasattr(experts, "parts")
+        sizes_C = [len(c) for c in torch.arange(count_Pe.shape[1]).chunk(self.pieces if in_parts else 1)]
+        send_PC, got_PC = (_by_piece(count.view_as(count_Pe), sizes_C) for count in (routing.count_E, count_Pe))
+        ways = list(zip(send_PC.t().tolist(), got_PC.t().tolist(), strict=True))
 
-        def dispatch(x_N: torch.Tensor) -> torch.Tensor:
-            return all_to_all_rows(x_N, send_P, receive_P, self.axis, there)
+        def dispatch(x_N: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+            wire = self.wire if x_N is x_ND else None
+            return Crossing(ways, self.axis, (ctx.site, "dispatch"), wire).out(x_N)
 
-        copies = Copies(routing.token_N, len(x_TD))
-        x_RD, gate_R = dispatch(copies.take(x_TD)), dispatch(routing.gate_N)  # 2
+        order_N = _by_expert(send_PC)
+        copies = Copies(routing.token_N, len(x_TD)).reordered(order_N)
+        x_ND = copies.take(x_TD)
+        gate_C, key_C, x_C = dispatch(routing.gate_N[order_N]), None, dispatch(x_ND)  # 2
         if experts.needs_context:
-            ctx_N = ctx.rows(routing.token_N)
-            key_R2 = dispatch(torch.stack([ctx_N.sample_T, ctx_N.position_T], 1))
-            ctx = ctx.received(key_R2[:, 0], key_R2[:, 1], torch.ones_like(key_R2[:, 0], dtype=torch.bool))
-        order_R = _by_expert(count_Pe)  # 3
-        y_RD, stats = experts(x_RD, Routing(order_R, gate_R.index_select(0, order_R), count_Pe.sum(0)), ctx)  # 4
-        y_ND = all_to_all_rows(y_RD, receive_P, send_P, self.axis, back)  # 5
-        return copies.add_up(y_ND), stats  # 6
+            mine = ctx.rows(copies.token_N)
+            key_C = dispatch(torch.stack([mine.sample_T, mine.position_T], 1))
+        parts = experts.parts(sizes_C) if in_parts else [experts]  # type: ignore[attr-defined]
+        back = Crossing([(get, send) for send, get in ways], self.axis, (ctx.site, "combine"), self.wire)
+        returning = []
+        for c, (part, count_Pc) in enumerate(zip(parts, count_Pe.split(sizes_C, 1), strict=True)):
+            if key_C:
+                key_R2 = key_C[c]()
+                ctx = ctx.received(key_R2[:, 0], key_R2[:, 1], torch.ones_like(key_R2[:, 0], dtype=torch.bool))
+            order_R, gate_R, x_RD = _by_expert(count_Pc), gate_C[c](), x_C[c]()  # 3
+            y_RD, stats = part(x_RD, Routing(order_R, gate_R.index_select(0, order_R), count_Pc.sum(0)), ctx)  # 4
+            returning.append(back.into(c, y_RD))  # 5
+        return copies.add_up(back.whole(returning)), stats  # 6
+
+
+def _by_piece(count_Pe: torch.Tensor, sizes_C: list[int]) -> torch.Tensor:
+    """The rows of each rank in each piece: (P, C)."""
+    return torch.stack([part.sum(1) for part in count_Pe.split(sizes_C, 1)], 1)
 
 
 def _by_expert(count_Pe: torch.Tensor) -> torch.Tensor:
-    """The order that sorts rows that lie by (sender, expert) by (expert, sender): int64 (R,)."""
+    """The order that sorts rows that lie by (rank, expert), or (rank, piece), by the latter first: int64 (R,)."""
     num_senders, num_experts = count_Pe.shape
     expert_PE = torch.arange(num_experts, device=count_Pe.device).expand(num_senders, -1)
     return torch.repeat_interleave(expert_PE.flatten(), count_Pe.flatten()).argsort(stable=True)

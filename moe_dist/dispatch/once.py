@@ -37,6 +37,7 @@ class Hop:
     blocks: int
     ranks_per_block: int
     then: Any
+    wire: torch.dtype | None = None  # to travel in
 
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
@@ -59,7 +60,8 @@ class Hop:
         place_U -= (sent_P2[:, 0].cumsum(0) - sent_P2[:, 0])[rank_U]
 
         def rows(x_U: torch.Tensor, send: list[int], get: list[int], direction: str) -> torch.Tensor:
-            return all_to_all_rows(x_U, send, get, self.axis, (ctx.site, direction))
+            wire = self.wire if x_U.dim() > 1 else None  # not of gate weights
+            return all_to_all_rows(x_U, send, get, self.axis, (ctx.site, direction), wire)
 
         row_U = row_U[order_U]
         copies = Copies(row_U, num_rows)
@@ -93,11 +95,11 @@ class Hop:
         return torch.where(block_U == mine // ranks, mine, rank_U) if ranks > 1 else block_U
 
 
-def once(axis: Axis) -> Hop:
+def once(axis: Axis, wire: torch.dtype | None = None) -> Hop:
     """To each rank of the axis once."""
-    return Hop(axis, axis.size, 1, LocalExchange())
+    return Hop(axis, axis.size, 1, LocalExchange(), wire)
 
 
-def once_per_node(axis: Axis, inside: Axis) -> Hop:
+def once_per_node(axis: Axis, inside: Axis, wire: torch.dtype | None = None) -> Hop:
     """To each node once; `inside`: the ranks of the axis in this rank's node, consecutive and as many in every node."""
-    return Hop(axis, axis.size // inside.size, inside.size, once(inside))
+    return Hop(axis, axis.size // inside.size, inside.size, once(inside, wire), wire)
