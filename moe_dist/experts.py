@@ -6,7 +6,6 @@ before `parallelize`).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.context import Context
 from moe_dist.kernels import cpu
+from moe_dist.kernels.loop import GroupedMatmul
 from moe_dist.later import Later
-from moe_dist.memory import empty
 from moe_dist.parameters import parameter
 from moe_dist.routing import Routing
 from moe_dist.rows import Copies
@@ -69,7 +68,7 @@ class Experts(nn.Module):
         if self.on:
             of_all_e = F.pad(count_e, (first, len(self.w1_eDF) - first - len(count_e)))
             on = partial(self.on, which=of_all_e, ctx_R=ctx.rows(routing.token_N))
-        if self._is_fast(x_TD):
+        if self._is_fast(len(routing.token_N)):
             w1_eDF, w2_eFD = weights
             gate_N, recompute = routing.gate_N, self.recompute
             return cpu.feedforward(x_TD, copies, gate_N, count_e, w1_eDF, w2_eFD, on, recompute, put_off), None
@@ -77,8 +76,8 @@ class Experts(nn.Module):
         y_RD = run(copies.take(x_TD), count_e, on, *weights)
         return copies.add_up(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
 
-    def _is_fast(self, x_TD: torch.Tensor) -> bool:
-        return x_TD.device.type == "cpu"
+    def _is_fast(self, num_rows: int) -> bool:
+        return cpu.is_worth_it(num_rows, self.w1_eDF)
 
     @staticmethod
     def _plain(x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None, *weights: torch.Tensor) -> torch.Tensor:
@@ -97,7 +96,7 @@ class GeluExperts(Experts):
         self.b1_e1F = parameter(num_experts, 1, hidden, bound=0.0)
         self.b2_e1D = parameter(num_experts, 1, dim, bound=0.0)
 
-    def _is_fast(self, x_TD: torch.Tensor) -> bool:
+    def _is_fast(self, num_rows: int) -> bool:
         return False
 
     @staticmethod
@@ -118,37 +117,10 @@ def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tenso
     """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). No rows: a zero gradient."""
     if native_grouped_matmul(x_RD, w_eDF):
         return F.grouped_mm(x_RD, w_eDF, offs=count_e.cumsum(0).int())
-    return _GroupedMatmul.apply(x_RD, w_eDF, count_e.tolist())
+    return GroupedMatmul.apply(x_RD, w_eDF, count_e.tolist())
 
 
 def native_grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor) -> bool:
     """Whether torch has one kernel for it: CUDA, bf16, rows of a multiple of 16 bytes, under 1,024 experts."""
     even = all(n % 8 == 0 for n in w_eDF.shape[1:])
     return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and even and len(w_eDF) < 1024
-
-
-class _GroupedMatmul(torch.autograd.Function):
-    """The portable path: a matmul per expert into one buffer. Indexing a stacked parameter under autograd would write
-    a gradient of the whole stack for every expert."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: list[int]) -> torch.Tensor:
-        ctx.save_for_backward(x_RD, w_eDF)
-        ctx.count_e = count_e
-        y_RF = empty(len(x_RD), w_eDF.shape[2], like=x_RD)
-        for x, w, y in zip(x_RD.split(count_e), w_eDF, y_RF.split(count_e), strict=True):
-            torch.mm(x, w, out=y)
-        return y_RF
-
-    @staticmethod
-    def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
-        x_RD, w_eDF = ctx.saved_tensors
-        dy_RF = grad[0].contiguous()
-        dx_RD, dw_eDF = empty(*x_RD.shape, like=x_RD), empty(*w_eDF.shape, like=w_eDF)
-        parts = zip(
-            x_RD.split(ctx.count_e), w_eDF, dy_RF.split(ctx.count_e), dx_RD.split(ctx.count_e), dw_eDF, strict=True
-        )
-        for x, w, dy, dx, dw in parts:
-            torch.mm(dy, w.t(), out=dx)
-            torch.mm(x.t(), dy, out=dw)  # zeros where there are no rows
-        return dx_RD, dw_eDF, None

@@ -19,10 +19,17 @@ Told = dict[str, torch.Tensor]
 NOWHERE = Context(*(torch.zeros(T, dtype=t) for t in (torch.int64, torch.int64, torch.bool)), 0, 1, True, 0, T, T, 1)
 
 
-class Plain(Experts):
-    """As on a device without a fast path."""
+class Fast(Experts):
+    """At any size."""
 
-    def _is_fast(self, x_TD: torch.Tensor) -> bool:
+    def _is_fast(self, num_rows: int) -> bool:
+        return True
+
+
+class Plain(Experts):
+    """As on a device without a fast path, and where it is not worth it."""
+
+    def _is_fast(self, num_rows: int) -> bool:
         return False
 
 
@@ -99,7 +106,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("cls", [Experts, Plain])
+@pytest.mark.parametrize("cls", [Fast, Plain])
 @pytest.mark.parametrize("kind", ["ragged", "dropped", "nothing"])
 def test_output_and_gradients_are_those_of_a_loop(kind: str, cls: type[Experts], threads: None) -> None:
     right = expected(kind)
@@ -111,7 +118,7 @@ def test_output_and_gradients_are_those_of_a_loop(kind: str, cls: type[Experts],
         assert not any(t.any() for t in right.values())
 
 
-@pytest.mark.parametrize("cls", [Experts, Plain])
+@pytest.mark.parametrize("cls", [Fast, Plain])
 def test_bf16_is_within_its_rounding(cls: type[Experts]) -> None:
     right, actual = expected("ragged"), ours("ragged", cls, torch.bfloat16)
     for name, wanted in right.items():
@@ -122,7 +129,7 @@ def test_bf16_is_within_its_rounding(cls: type[Experts]) -> None:
 
 
 def test_no_tokens_at_all() -> None:
-    for cls in (Experts, Plain):
+    for cls in (Fast, Plain):
         experts = cls(E, D, F)
         x_TD = torch.zeros(0, D, requires_grad=True)
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -136,7 +143,7 @@ def test_no_tokens_at_all() -> None:
 def test_signs_from_outside_decide() -> None:
     """A unit below zero that is on adds to the output, and its gradient comes through: x = 1, w1 = (-2, 3),
     w2 = (5, 7), of which the first alone is on: y = -10, dx = -2 x 5, dw1 = (5, 0), dw2 = (-2, 0)."""
-    for cls in (Experts, Plain):
+    for cls in (Fast, Plain):
         experts = cls(1, 1, 2)
         with torch.no_grad():
             experts.w1_eDF.copy_(torch.tensor([[[-2.0, 3.0]]]))
@@ -149,7 +156,7 @@ def test_signs_from_outside_decide() -> None:
         assert [p.grad is not None and p.grad.flatten().tolist() for p in experts.parameters()] == [[5, 0], [-2, 0]]
 
 
-@pytest.mark.parametrize("cls", [Experts, Plain, GeluExperts])
+@pytest.mark.parametrize("cls", [Fast, Plain, GeluExperts])
 def test_recompute_keeps_nothing_of_the_hidden_size(cls: type[Experts]) -> None:
     numbers = []
     for recompute in (False, True):
@@ -165,3 +172,10 @@ def test_recompute_keeps_nothing_of_the_hidden_size(cls: type[Experts]) -> None:
             experts(x_TD, routing, NOWHERE)
         numbers.append(sum(sizes))
     assert numbers[0] >= T * K * F and numbers[1] == 0
+
+
+def test_the_fast_path_is_taken_where_an_expert_has_much_to_do() -> None:
+    """128 KiB of hidden units an expert: 4 experts of 64 units have them from 4 x 2^17 / (4 x 64) = 2048 rows on."""
+    experts = Experts(4, 8, 64)
+    assert [experts._is_fast(n) for n in (0, 2047, 2048, 10000)] == [False, False, True, True]
+    assert not GeluExperts(4, 8, 64)._is_fast(10000)

@@ -7,21 +7,19 @@ earlier one (`memory`), the gradients of the weights as well.
 Legend: T tokens, N rows, those of an expert n, those of the fullest m, D width, F hidden units, e experts.
 """
 
-import functools
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from moe_dist.kernels.loop import each
 from moe_dist.later import Form
 from moe_dist.memory import empty
 from moe_dist.rows import Copies, added_up
 
-PIECES = 4  # of the experts for each thread: the first to finish takes the next
+WORTH_IT = 2**17  # bytes of hidden units that an expert has on average; below, calls of torch cost more than memory
 On = Callable[[torch.Tensor], torch.Tensor]  # hidden units (N, F) before ReLU -> which are on
 PutOff = Callable[[Form], None]
 
@@ -36,6 +34,12 @@ def feedforward(
     `on` decides in place of ReLU's sign; `recompute`: hidden units are not kept; `put_off` takes what forms the
     gradients of w1 and w2, which then come later."""
     return _Feedforward.apply(x_TD, gate_N, w1_eDF, w2_eFD, copies, count_e.tolist(), on, recompute, put_off)
+
+
+def is_worth_it(num_rows: int, w1_eDF: torch.Tensor) -> bool:
+    """Whether this beats matmuls by expert and the rest at once (docs/log.md has the times)."""
+    e, _, hidden = w1_eDF.shape
+    return w1_eDF.device.type == "cpu" and num_rows * hidden * w1_eDF.element_size() >= WORTH_IT * e
 
 
 class _Feedforward(torch.autograd.Function):
@@ -53,7 +57,7 @@ class _Feedforward(torch.autograd.Function):
             for h_nF, y_nD, scale_n1, w2_FD in experts:
                 torch.mm(h_nF, w2_FD, out=y_nD).mul_(scale_n1)
 
-        _each(down, count_e, [h_NF, y_ND, scale_N1], [w2_eFD])
+        each(down, count_e, [h_NF, y_ND, scale_N1], [w2_eFD])
         ctx.save_for_backward(x_TD, gate_N, w1_eDF, w2_eFD, *([] if recompute else [h_NF, on_NF]))
         return added_up(y_ND, copies)
 
@@ -91,7 +95,7 @@ class _Feedforward(torch.autograd.Function):
                     _weights(x_TD, cache, token_n, h_nF, dy_nD, dh_nF, dw1_DF, dw2_FD)
 
         rows = [copies.token_N, h_NF, on_NF, scale_N1, dgate_N, dy_ND, dh_NF, dx_ND]
-        _each(back, count_e, rows, [w1_eDF, w2_eFD, dw1_eDF, dw2_eFD])
+        each(back, count_e, rows, [w1_eDF, w2_eFD, dw1_eDF, dw2_eFD])
         if waits:
             ctx.put_off(partial(_all_weights, x_TD, count_e, [copies.token_N, h_NF, dy_ND, dh_NF]))
         return added_up(dx_ND, copies), dgate_N, dw1_eDF, dw2_eFD, *[None] * 5
@@ -110,7 +114,7 @@ def _hidden(
             if on is None:
                 h_nF.relu_()
 
-    _each(up, count_e, [copies.token_N, h_NF], [w1_eDF])
+    each(up, count_e, [copies.token_N, h_NF], [w1_eDF])
     on_NF = None if on is None else on(h_NF)
     return (h_NF if on_NF is None else h_NF.mul_(on_NF)), on_NF
 
@@ -121,7 +125,7 @@ def _all_weights(x_TD: torch.Tensor, count_e: list[int], rows: list[torch.Tensor
         for expert in experts:
             _weights(x_TD, cache, *expert)
 
-    _each(form, count_e, rows, list(dw))
+    each(form, count_e, rows, list(dw))
 
 
 def _weights(
@@ -142,37 +146,3 @@ def _room(cache: dict[str, torch.Tensor], name: str, n: int, like: torch.Tensor)
     if name not in cache or len(cache[name]) < n:
         cache[name] = like.new_empty(n, like.shape[1])
     return cache[name][:n]
-
-
-def _each(
-    do: Callable[[Any], None],
-    count_e: list[int],
-    rows: list[torch.Tensor | None],
-    stacks: list[torch.Tensor | None],
-) -> None:
-    """do(experts) for consecutive parts of the experts with about as many rows each, in threads; of each expert come
-    its rows and its matrices, None where there are none."""
-    of_all = [[None] * len(count_e) if t is None else t.split(count_e) for t in rows]
-    of_all += [[None] * len(count_e) if t is None else t.unbind() for t in stacks]
-    experts, threads = list(zip(*of_all, strict=True)), torch.get_num_threads()
-    if threads == 1:
-        return do(experts)
-    parts, share, done = [0], sum(count_e) / (PIECES * threads), 0
-    for i, n in enumerate(count_e, 1):
-        done += n
-        if done >= share or i == len(count_e):
-            parts.append(i)
-            done = 0
-    for result in _threads(threads).map(do, (experts[a:b] for a, b in itertools.pairwise(parts))):
-        assert result is None
-
-
-@functools.cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    """Each has one of torch's own threads, and no gradients."""
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
-
-    return ThreadPoolExecutor(number, initializer=start)
