@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 2 train.py lstm_moe_demo --set mesh.ep=2        two ranks, experts spread over both
     torchrun --nproc-per-node 2 train.py lstm_moe_demo --set zero=3 --set optim.lr=1e-3
     python train.py lstm_moe_demo --dry-run                                   the layout, and nothing else
+    python train.py lstm_moe_demo --profile                                   with a trace of its third to fifth step
     torchrun --nproc-per-node 2 train.py --resume runs/NAME                   goes on where the run stopped
     python train.py --resume runs/NAME --grow 2                               with two experts for each, as a new run
     python train.py --evaluate runs/NAME                                      test metrics of its newest checkpoint
@@ -26,6 +27,7 @@ from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.stop import STATUS, Stop
+from moe_dist.profiling import profiled
 from moe_dist.training import Training, set_up, train_step
 
 
@@ -48,7 +50,7 @@ def main(run: Run) -> None:
         if mesh.is_main and result:
             print(result_lines(run, task.told(result), engine.optimizer.updates), flush=True)
         if mesh.is_main and not run.evaluate:
-            report.write_report(folder)
+            report.write_all(folder)
         meshes.stop()
     sys.exit(status)
 
@@ -56,9 +58,9 @@ def main(run: Run) -> None:
 def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float], int]:
     """Test metrics after the last step, none where SIGTERM ended the run before, and the exit status."""
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
-    meter, optimizer, result = Meter(mesh, task, run.flops_per_unit), engine.optimizer, {}
+    meter, optimizer, result = Meter(mesh, task, run.told["flops_per_unit"]), engine.optimizer, {}
     saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused)
-    with saver, Stop(mesh) as stop, Metrics(
+    with saver, Stop(mesh) as stop, profiled(folder, mesh, run.profile) as profile, Metrics(
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
         start_step=run.first_step, wandb_id=run.wandb_id,
     ) as metrics:  # fmt: skip
@@ -69,6 +71,7 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
             with meter.step():
                 for _, sums, stats in train_step(training, step):
                     meter.add(sums, stats)
+            profile()
             last = step == config.steps
             stopping = stop.asked() and not last
             if step % config.log_every == 0 or last or stopping:
@@ -77,10 +80,11 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
                 metrics.log(step, meter.read() | told)
             if (step % config.eval_every == 0 or last) and not stopping:  # who asks to stop does not wait for long
                 metrics.log(step, evaluate(engine, task, "valid", mesh) | task.of_weights(engine))
-                metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
-            if last:
-                result = evaluate(engine, task, "test", mesh)
-                metrics.log(step, result)
+                if last:
+                    result = evaluate(engine, task, "test", mesh)
+                    metrics.log(step, result)
+                draw = partial(report.write_all, folder)
+                metrics.pictures(step, draw if last else partial(report.write_report, folder, only_loads=True))
             if step % config.save_every == 0 or last or stopping:
                 saver.save(step, state)
             if stopping:

@@ -1,6 +1,7 @@
 """The command line of train.py, and the run folder that it opens.
 
-RUN/config.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report/*.png  RUN/wandb/  RUN/lock
+RUN/config.json  RUN/layout.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report.html  RUN/report/*.png
+RUN/profile/  RUN/wandb/  RUN/lock
 """
 
 import argparse
@@ -46,7 +47,8 @@ class Run:
     refused: dict[Path, str] = field(default_factory=dict)
     growth: Growth | None = None
     evaluate: bool = False
-    flops_per_unit: int = 0
+    profile: bool = False
+    told: dict[str, Any] = field(default_factory=dict)  # the layout, of `summary.describe`
 
     @cached_property
     def saved(self) -> dict[str, Any]:
@@ -105,8 +107,9 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
             _lock(self.lock, folder)
-            (folder / "config.json.new").write_text(to_json(self.config))
-            (folder / "config.json.new").rename(folder / "config.json")
+            for file, text in (("config.json", to_json(self.config)), ("layout.json", json.dumps(self.told, indent=2))):
+                (folder / f"{file}.new").write_text(text)
+                (folder / f"{file}.new").rename(folder / file)
         except OSError as error:
             raise ValueError(f"{folder}: cannot be written ({error.strerror}); give another --folder") from None
         return folder
@@ -129,6 +132,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
     parser.add_argument("--grow-noise", type=float, metavar="X", help="largest change of a copied weight (0.01 of it)")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test metrics of the newest checkpoint")
+    parser.add_argument("--profile", action="store_true", help="traces a few steps with torch's profiler: RUN/profile/")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if started on N ranks")
@@ -143,6 +147,8 @@ def plan(argv: list[str], doc: str | None) -> Run:
             raise ValueError("--json and --ranks: only with --dry-run")
         if args.ranks is not None and args.ranks < 1:
             raise ValueError(f"--ranks {args.ranks}: at least 1")
+        if args.profile and args.evaluate:
+            raise ValueError("--profile: only of training, not with --evaluate")
         check_launch()
         run = _resolve(args)
         check(run.config)
@@ -163,7 +169,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
         if _is_main() and not run.evaluate:
             run.check_folder()
-    run.flops_per_unit = told["flops_per_unit"]
+    run.told, run.profile = told, args.profile
     return run
 
 

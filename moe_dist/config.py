@@ -275,7 +275,7 @@ def check(config: Config) -> None:
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ValueError(f"name={config.name!r}: a word that can name a folder, for the run folder begins with it")
     for key in dotted_keys(config):
-        name, value = key.rpartition(".")[2], _get(config, key)
+        name, value = key.rpartition(".")[2], value_of(config, key)
         if isinstance(value, int) and value > MOST and key != "seed":
             raise ValueError(f"{key}={value}: at most {MOST}")
         if value is None:
@@ -303,7 +303,7 @@ def check(config: Config) -> None:
         ("optim.decay", DECAYS),
         ("wandb.mode", WANDB_MODES),
     ):
-        if (value := _get(config, key)) not in known:
+        if (value := value_of(config, key)) not in known:
             raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
     if not isinstance(config.model, LSTMConfig) and config.batch.timesteps != BatchConfig().timesteps:
         raise ValueError(f"batch.timesteps={config.batch.timesteps}: only a language model has timesteps; leave it out")
@@ -320,7 +320,8 @@ def check(config: Config) -> None:
         )
 
 
-def _get(config: Config, key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
+    """Of the field with this dotted key."""
     return functools.reduce(getattr, key.split("."), config)
 
 

@@ -139,7 +139,8 @@ class Engine:
 
         Raises FloatingPointError, on every rank, for a step that could not be skipped."""
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # undoes the engine's averaging over ranks
-        self.engine.step()
+        with self.optimizer.mesh.clock.range("optimizer"):
+            self.engine.step()
         self.optimizer.check_not_skipped()
 
     def flat(self) -> list[torch.Tensor]:

@@ -40,7 +40,7 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, None]:
         """The sum of each token's weighted outputs: (T, D). Assignments are to this rank's experts."""
-        return self._run(x_TD, routing, ctx, 0, None, *self.parameters())
+        return self.run(x_TD, routing, ctx, 0, None, *self.parameters())
 
     def parts(self, sizes: list[int]) -> list[Callable[..., tuple[torch.Tensor, None]]]:
         """The same for consecutive parts of the experts. To be called when rows have departed and none has arrived:
@@ -49,11 +49,11 @@ class Experts(nn.Module):
 
         def part(i: int) -> Callable[..., tuple[torch.Tensor, None]]:
             first, put_off = sum(sizes[:i]), partial(later.put_off, i)
-            return lambda x_TD, routing, ctx: self._run(x_TD, routing, ctx, first, put_off, *later.part(i))
+            return lambda x_TD, routing, ctx: self.run(x_TD, routing, ctx, first, put_off, *later.part(i))
 
         return [part(i) for i in range(len(sizes))]
 
-    def _run(
+    def run(
         self,
         x_TD: torch.Tensor,
         routing: Routing,

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,9 +33,11 @@ class Meter:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step: counts it, its seconds, and the bytes that it sends, by (site, direction)."""
+        """Around one training step: counts it, its seconds and those of its parts, and the bytes that it sends, by
+        (site, direction)."""
         start, sent = time.perf_counter(), self.mesh.sent
-        yield
+        with self.mesh.clock.step():
+            yield
         self.steps += 1
         self.seconds += time.perf_counter() - start
         for label, total in self.mesh.sent.items():
@@ -56,12 +60,23 @@ class Meter:
 
     def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
         """The task's measures, speed, and the load of each layer; then starts anew. A collective: all ranks must call
-        it."""
+        it.
+
+        Of steps also "time/PART_ms", milliseconds a step, the mean of the ranks, for each of `clock.PARTS`, and
+        "memory/peak_bytes", a list by rank (`peak_memory`), with the largest as "memory/largest_peak_bytes".
+        """
         by_name = {f"exchange/{_place(site)}/{direction}_bytes": n for (site, direction), n in self.sent.items()}
         sent = dict(sorted(by_name.items()))  # one order on every rank
         sums = self.sums | {
             k: torch.tensor(float(n), dtype=torch.float64, device=self.mesh.device) for k, n in sent.items()
         }
+        parts: dict[str, float] = {}
+        if self.steps:
+            parts = {f"time/{part}_ms": 1e3 * seconds for part, seconds in self.mesh.clock.read().items()}
+            sums |= {key: torch.tensor(ms, dtype=torch.float64, device=self.mesh.device) for key, ms in parts.items()}
+            memory = torch.zeros(self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
+            memory[self.mesh.dp.index] = peak_memory(self.mesh.device)
+            sums["memory/peak_bytes"] = memory  # a place for each rank
         flat = sum_over(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
         total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
         of_task = {key.removeprefix(SUMS): total[key].item() for key in total if key.startswith(SUMS)}
@@ -75,6 +90,9 @@ class Meter:
             work = of_task.get("work", of_task[unit]) / self.seconds  # units of the size that flops are counted for
             values["tflops_per_device"] = self.flops_per_unit * work / self.mesh.dp.size / 1e12
             values |= {key: total[key].item() / self.steps for key in sent}
+            values |= {key: total[key].item() / self.steps / self.mesh.dp.size for key in parts}
+            values["memory/peak_bytes"] = total["memory/peak_bytes"].tolist()
+            values["memory/largest_peak_bytes"] = total["memory/peak_bytes"].max().item()
             if "balance" in total:
                 groups = self.steps * self.task.layout.num_balance_groups
                 values["train/balance_loss"] = total["balance"].item() / groups
@@ -89,6 +107,14 @@ class Meter:
 
 def _place(site: int | str) -> str:
     return f"site{site}" if isinstance(site, int) else site
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, the most so far: on CUDA of tensors on the device (torch's allocator), on CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def perplexity(loss: float) -> float:

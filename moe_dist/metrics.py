@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import queue
+import re
 import secrets
 import sys
 import threading
@@ -24,6 +25,7 @@ _LINE_SECONDS = 2.0  # least time between two progress lines
 _WANDB_INIT_SECONDS = 15.0
 _WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
 _WANDB_QUEUE = 1_000  # lines wandb may lie behind
+HIDDEN = re.compile(r"moe/.+/p\d+_over_mean_load|exchange/.+_bytes")  # in wandb: `panels` draws them together
 _HEADLINE = {  # what the terminal shows: the last value of each, where there is one
     "train/loss": "loss",
     "train/perplexity": "perplexity",
@@ -69,6 +71,7 @@ class Metrics:
         if not enabled:
             return
         self._start_step, self._total_steps = start_step, total_steps
+        self._run = run
         run.mkdir(parents=True, exist_ok=True)
         _keep_until(run / FILE_NAME, start_step)
         self._file = open(run / FILE_NAME, "ab", buffering=0)  # noqa: SIM115 (close() closes it)
@@ -102,9 +105,16 @@ class Metrics:
         self._show(step, "  ".join(f"{name} {_number(value)}" for name, value in self._headline.items()))
 
     def pictures(self, step: int, draw: Callable[[], list[pathlib.Path]]) -> None:
-        """Gives wandb the PNG files that `draw` returns. It is called in wandb's thread; without wandb, never."""
+        """Gives wandb the PNG and HTML files that `draw` returns, and the charts of `panels`. It is called in wandb's
+        thread; without wandb, never."""
+
+        def make() -> dict[str, Any]:
+            from moe_dist.panels import charts  # here, as matplotlib is by `draw`: for wandb alone
+
+            return {f"report/{path.stem}": path for path in draw()} | charts(read_metrics(self._run))
+
         if self._enabled and self._wandb:
-            self._wandb.put(step, lambda: {f"report/{path.stem}": path for path in draw()})
+            self._wandb.put(step, make)
 
     def _append(self, line: bytes) -> None:
         """What a full disk does not take is told once, and waits for the next line: the run goes on."""
@@ -250,6 +260,7 @@ class _WandbThread(threading.Thread):
                     finish_timeout_raises=True,
                 ),
             )
+            known: set[str] = set()
             while (item := self._queue.get()) is not None:
                 step, make = item
                 try:
@@ -257,6 +268,10 @@ class _WandbThread(threading.Thread):
                 except Exception as error:  # a picture may fail; curves go on
                     tqdm.write(f"warning: not told to wandb at step {step}: {error!r:.300}", file=sys.stderr)
                 else:
+                    for key in sorted(values.keys() - known):
+                        known.add(key)
+                        if HIDDEN.fullmatch(key):
+                            run.define_metric(key, hidden=True)
                     run.log(values, step=step)
             run.finish(self._exit_code)
         except Exception as error:
@@ -275,7 +290,9 @@ def _for_wandb(value: Any) -> Any:
 
     if isinstance(value, np.ndarray):
         return wandb.Histogram(value[np.isfinite(value)].tolist())
-    return wandb.Image(str(value)) if isinstance(value, pathlib.Path) else value
+    if isinstance(value, pathlib.Path):
+        return wandb.Html(value, inject=False) if value.suffix == ".html" else wandb.Image(str(value))
+    return value
 
 
 def _wandb_teardown() -> None:

@@ -106,9 +106,10 @@ class Optimizer(torch.optim.AdamW):
     @torch.no_grad()
     def _update_and_free(self, state: Spread) -> None:
         assert self.begun and state not in self.squares, "a second gradient of experts that have been updated"
-        self._form(state)
-        self._update(state, self._factor(self.previous_norm))
-        state.clear()
+        with self.mesh.clock.range("optimizer"):
+            self._form(state)
+            self._update(state, self._factor(self.previous_norm))
+            state.clear()
 
     def _trust(self, parts: list[torch.Tensor], before: list[torch.Tensor]) -> None:
         """LAMB's ratios of the dense matrices, of each of which this rank has a part (none: an empty one), or at stage

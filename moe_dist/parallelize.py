@@ -3,7 +3,8 @@
   1. every rank keeps the experts, or groups of experts, that the mesh says are its own;
   2. parameters, so far on the meta device, are filled: dense ones keyed by name, experts by name and global id;
   3. each MoE layer gets the exchange of the mesh, and the sums that its balance loss needs;
-  4. experts, and matrices that are updated by row (`by_row`, large vocabularies), leave the module tree: DeepSpeed
+  4. gate, exchange and experts of each layer are timed by the mesh's clock;
+  5. experts, and matrices that are updated by row (`by_row`, large vocabularies), leave the module tree: DeepSpeed
      sees dense parameters only, and `optim` updates all.
 
 Legend: a stacked expert parameter holds this rank's experts along its first dimension.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_dist.clock import Clock
 from moe_dist.config import MeshConfig
 from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
 from moe_dist.dispatch.once import once, once_per_node
@@ -65,7 +67,8 @@ def parallelize(
             kind |= {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
         layer.exchange = exchange_on(mesh, config)  # 3
         layer.sums = Sums(mesh)
-        layer.__dict__["experts"] = layer._modules.pop("experts")  # 4: an attribute, no longer a submodule
+        time_layer(layer, name, mesh.clock)  # 4
+        layer.__dict__["experts"] = layer._modules.pop("experts")  # 5: an attribute, no longer a submodule
     for name, p in (experts | gates | dict(model.named_parameters())).items():
         initialize(p, name, bounds[name], seed, ids.get(name))  # 2
     rows: dict[str, dict[str, nn.Parameter]] = {}
@@ -75,6 +78,18 @@ def parallelize(
             module.__dict__ |= module._parameters  # attributes, no longer parameters
             module._parameters.clear()
     return ParallelModel(model, experts, gates, rows)
+
+
+def time_layer(layer: MoE, name: str, clock: Clock) -> None:
+    """Its gate, exchange and experts, and those inside of groups of experts, become ranges of the clock."""
+    layer.gate.forward = clock.around("gate", layer.gate.forward, f"gate {name}")
+    layer.exchange = clock.around("exchange", layer.exchange, f"exchange {name}")
+    experts = layer.experts
+    if isinstance(experts, Groups):
+        experts.forward = clock.around("gate", experts.forward, f"gates of groups {name}")  # type: ignore[method-assign]
+        experts.exchange = clock.around("exchange", experts.exchange, f"exchange in groups {name}")  # type: ignore
+        experts = experts.experts
+    experts.run = clock.around("experts", experts.run, f"experts {name}")
 
 
 def exchange_on(mesh: Mesh, config: MeshConfig) -> Any:

@@ -6,6 +6,7 @@ Legend: n lines, E experts.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
+from moe_dist.clock import PARTS
+from moe_dist.told import RIGHT, byte_unit, sent_bytes, step_milliseconds, unit_of
+
 _LOAD_KEY = re.compile(r"moe/(.+)/load")
-_BYTES_KEY = re.compile(r"exchange/(.+)/(.+)_bytes")
-_SPEED_KEY = re.compile(r"(.+)_per_second")
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
 _COLUMNS, _ROWS = 300, 256  # most of a heat map, near what its pixels can show: more are drawn in groups
-_BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
-_RIGHT = {  # measures of what is right, with their names and axes
-    "accuracy": ("accuracy", "accuracy (part of all that are right)"),
-    "masked_accuracy": ("masked words", "accuracy (part of masked words that are right)"),
-    "order_accuracy": ("order of sentences", "accuracy (part of orders that are right)"),
-    "f1": ("answers", "F1 of answers (%)"),
-}
 _STYLES: dict[str, dict[str, Any]] = {
     "train": dict(color="tab:blue"),
     "valid": dict(color="tab:orange", linewidth=2, markersize=8),
@@ -39,17 +34,79 @@ _OUTSIDE: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon
 def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:
     """Every picture of the run `name`, by file name without ending; `lines` as `metrics.read_metrics` has them."""
     drawn = {
-        "loss": _curves(lines, "loss", f"{name}: loss", f"loss (nats per {_unit(lines).removesuffix('s')})"),
+        "loss": _curves(lines, "loss", f"{name}: loss", f"loss (nats per {unit_of(lines).removesuffix('s')})"),
         "perplexity": _curves(lines, "perplexity", f"{name}: perplexity", "perplexity"),
-        **{key: _curves(lines, key, f"{name}: {what}", unit) for key, (what, unit) in _RIGHT.items()},
+        **{key: _curves(lines, key, f"{name}: {what}", unit) for key, (what, unit) in RIGHT.items()},
         **load_maps(lines, name),
         **{f"balance_{_stem(layer)}": _balance(lines, layer, name) for layer in _layers(lines)},
         "norms": _norms(lines, name),
+        "step_time": _step_time(lines, name),
         "speed": _speed(lines, name),
         "optimizer": _optimizer(lines, name),
         "exchange": _exchange(lines, name),
+        "memory": _memory(lines, name),
     }
     return {stem: figure for stem, figure in drawn.items() if figure}
+
+
+def together(runs: dict[str, list[dict]]) -> dict[str, Figure]:
+    """Curves of several runs, their lines by name, on the same axes in a colour for each, by file name."""
+    unit = unit_of([line for lines in runs.values() for line in lines])
+    splits: dict[str, dict[str, Any]] = {"train": dict(alpha=0.5), "valid": dict(linewidth=2, markersize=8)}
+    drawn: dict[str, Figure] = {}
+    for quantity, (what, ylabel) in {
+        "loss": ("loss", "loss (nats)"),
+        "perplexity": ("perplexity",) * 2,
+        **RIGHT,
+    }.items():
+        figure, (axes,) = _panels(f"{what}: train thin, valid thick", ylabel)
+        for i, (name, lines) in enumerate(runs.items()):
+            told = [(split, style) for split, style in splits.items() if _has(lines, f"{split}/{quantity}")]
+            for split, style in told:
+                label = name if split == told[-1][0] else None
+                _plot(axes, lines, f"{split}/{quantity}", color=_color(i), label=label, **style)
+        drawn[quantity] = figure
+    of_line: dict[str, tuple[str, Callable[[dict], float | None]]] = {
+        f"{unit} per second": ("of all ranks", lambda line: line.get(f"{unit}_per_second")),
+        "time of a training step": ("milliseconds", step_milliseconds),
+        "largest load of an expert": ("/ mean load, worst layer", lambda line: _worst(line, "max_over_mean_load")),
+        "drop rate": ("of assignments, worst layer", lambda line: _worst(line, "drop_rate")),
+    }
+    for title, (ylabel, of) in of_line.items():
+        figure, (axes,) = _panels(title, ylabel)
+        for i, (name, lines) in enumerate(runs.items()):
+            of_run = [{"step": line["step"], title: value} for line in lines if (value := of(line)) is not None]
+            if of_run:
+                _plot(axes, of_run, title, color=_color(i), label=name)
+        drawn[title.replace(" ", "_")] = figure
+    drawn = {stem: figure for stem, figure in drawn.items() if any(np.any(x.get_ydata()) for x in figure.axes[0].lines)}
+    for stem, figure in drawn.items():
+        (axes,) = figure.axes
+        axes.legend()
+        if stem in ("loss", "perplexity", *RIGHT, "largest_load_of_an_expert"):
+            _log_where_it_helps(axes)
+        else:
+            _from_zero(axes)
+        if stem == "drop_rate":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if stem == "time_of_a_training_step":
+            _cut_start(axes, np.concatenate([np.asarray(line.get_ydata()) for line in axes.lines]))
+    return drawn
+
+
+def _color(i: int) -> Any:
+    return colormaps["tab10"](i % 10)
+
+
+def _worst(line: dict, what: str) -> float | None:
+    return max((value for key, value in line.items() if re.fullmatch(rf"moe/.+/{what}", key)), default=None)
+
+
+def _cut_start(axes: Axes, values: np.ndarray) -> None:
+    """Leaves room for twice the median: the first steps compile, and may take ten times as long as the others."""
+    top = 2 * float(np.nanmedian(values)) if np.isfinite(values).any() else 0.0
+    if 0 < top < axes.get_ylim()[1]:
+        axes.set_ylim(-0.05 * top, top)
 
 
 def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
@@ -59,11 +116,6 @@ def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
 
 def _layers(lines: list[dict]) -> list[str]:
     return list(dict.fromkeys(match[1] for line in lines for key in line if (match := _LOAD_KEY.fullmatch(key))))
-
-
-def _unit(lines: list[dict]) -> str:
-    """What speed counts: "words", "images"."""
-    return next((match[1] for line in lines for key in line if (match := _SPEED_KEY.fullmatch(key))), "words")
 
 
 def _stem(layer: str) -> str:
@@ -223,7 +275,7 @@ def _norms(lines: list[dict], name: str) -> Figure | None:
 
 
 def _speed(lines: list[dict], name: str) -> Figure | None:
-    unit = _unit(lines)
+    unit = unit_of(lines)
     if not _has(lines, f"{unit}_per_second"):
         return None
     figure, (speed, flops) = _panels(
@@ -258,25 +310,49 @@ def _optimizer(lines: list[dict], name: str) -> Figure | None:
 
 
 def _exchange(lines: list[dict], name: str) -> Figure | None:
-    """Bytes sent to other ranks, stacked by direction, and by place where there are several: the use of a layer, or a
-    matrix of the vocabulary."""
-    keys = {key: match for line in lines for key in line if (match := _BYTES_KEY.fullmatch(key))}
-    having = [line for line in lines if not keys.keys().isdisjoint(line)]
-    sent = {key: np.nan_to_num([line.get(key, 0.0) for line in having], posinf=0.0, neginf=0.0) for key in keys}
+    """Bytes sent to other ranks, stacked by direction, by link where there are several, and by place likewise: the use
+    of a layer, or a matrix of the vocabulary."""
+    having, sent = sent_bytes(lines)
     if not any(values.any() for values in sent.values()):
         return None
-    by_direction: dict[str, np.ndarray] = {}
-    by_site: dict[str, np.ndarray] = {}
-    for key, match in keys.items():
-        for stack, label in ((by_direction, match[2].replace(":grad", " (backward)")), (by_site, match[1])):
-            stack[label] = stack.get(label, 0) + sent[key]
-    stacks = [by_direction, by_site] if len(by_site) > 1 else [by_direction]
-    largest = max(sum(sent.values()))
-    size, unit = next(((size, unit) for size, unit in _BYTE_UNITS.items() if largest >= size), (1, "bytes"))
+    stacks: list[dict[str, np.ndarray]] = [{}, {}, {}]
+    for labels, values in sent.items():
+        for stack, label in zip(stacks, labels, strict=True):
+            stack[label] = stack.get(label, 0) + values
+    stacks = stacks[:1] + [stack for stack in stacks[1:] if len(stack) > 1]
+    size, unit = byte_unit(np.sum(list(sent.values()), axis=0).max())
     figure, panels = _panels(f"{name}: sent to other ranks", *[f"sent by all ranks\n({unit} per step)"] * len(stacks))
     edges = _edges(np.array([line["step"] for line in having]))
     for axes, stack in zip(panels, stacks, strict=True):
         _stack(axes, edges, {label: values / size for label, values in stack.items()})
+    return figure
+
+
+def _step_time(lines: list[dict], name: str) -> Figure | None:
+    """Milliseconds of a step by part (`clock`)."""
+    having = [line for line in lines if step_milliseconds(line) is not None]
+    if not having:
+        return None
+    keys = [f"time/{part}_ms" for part in PARTS]
+    figure, (axes,) = _panels(f"{name}: time of a training step by part", "milliseconds per step\n(mean of the ranks)")
+    times = {key: np.nan_to_num([line[key] for line in having], posinf=0.0, neginf=0.0) for key in keys}
+    _stack(axes, _edges(np.array([line["step"] for line in having])), dict(zip(PARTS, times.values(), strict=True)))
+    _cut_start(axes, sum(times.values(), np.zeros(len(having))))
+    return figure
+
+
+def _memory(lines: list[dict], name: str) -> Figure | None:
+    """The most that each rank has held."""
+    peaks = [(line["step"], line["memory/peak_bytes"]) for line in lines if "memory/peak_bytes" in line]
+    if not peaks:
+        return None
+    size, unit = byte_unit(max(float(peak_P.max()) for _, peak_P in peaks))
+    figure, (axes,) = _panels(f"{name}: memory of a rank", f"most held so far\n({unit})")
+    for label, color in (("largest", "tab:red"), ("smallest", "tab:blue")):  # ranks may be others after a resumption
+        held = [{"step": step, label: (max if label == "largest" else min)(peak_P) / size} for step, peak_P in peaks]
+        _plot(axes, held, label, color=color, label=f"{label} rank")
+    axes.legend(**_OUTSIDE)
+    _from_zero(axes)
     return figure
 
 

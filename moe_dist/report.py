@@ -1,10 +1,17 @@
-"""Draws a run as PNG pictures in RUN/report: `python -m moe_dist.report RUN`."""
+"""Draws runs: PNG pictures of each in RUN/report, and one HTML page of them all.
+
+python -m moe_dist.report RUN                             RUN/report/*.png and RUN/report.html, also while it runs
+python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
+"""
 
 import argparse
+import os
 import pathlib
 import sys
 
 from moe_dist.metrics import FILE_NAME, read_metrics
+
+PAGE = "report.html"
 
 
 def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Path]:
@@ -27,12 +34,38 @@ def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Pa
     return paths
 
 
+def write_all(run: pathlib.Path) -> list[pathlib.Path]:
+    """The pictures of a run and its page, `run/report.html`. Raises as they do."""
+    return [*write_report(run), write_page([run], run / PAGE)]
+
+
+def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
+    """Writes the HTML page of the runs to `file`, whole or not at all, and returns it.
+
+    Raises ValueError if one of them has no metrics yet, OSError if the page cannot be written.
+    """
+    from moe_dist.page import page
+    from moe_dist.told import read_run
+
+    names = [run.resolve().name for run in runs]
+    alike = len(set(names)) < len(names)
+    html = page([read_run(run, str(run) if alike else None) for run in runs])
+    beside = file.with_name(file.name + ".new")
+    beside.write_text(html, encoding="utf-8")
+    os.replace(beside, file)
+    return file
+
+
 def main() -> None:
-    """Runs the command line; what is wrong with the run is one line on stderr and exit status 1."""
-    parser = argparse.ArgumentParser(description="Draw the curves of a run as PNG pictures in RUN/report.")
-    parser.add_argument("run", metavar="RUN", type=pathlib.Path, help="folder of the run")
+    """Runs the command line; what is wrong with a run is one line on stderr and exit status 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", type=pathlib.Path, nargs="+", help="folder of a run")
+    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help=f"the page (default, of one run: RUN/{PAGE})")
+    args = parser.parse_args()
     try:
-        for path in write_report(parser.parse_args().run):
+        if len(args.runs) > 1 and args.html is None:
+            raise ValueError(f"{len(args.runs)} runs on one page: --html FILE says where it goes")
+        for path in [write_page(args.runs, args.html)] if args.html else write_all(args.runs[0]):
             print(path)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.manifest import newest_whole
@@ -82,9 +83,12 @@ def train_step(training: Training, step: int) -> Iterator[tuple[Batch, dict[str,
     layers' statistics. The update comes with the last one's backward."""
     config, task, engine = training.config, training.task, training.engine
     engine.optimizer.begin(learning_rate(config.optim, step, config.steps))
-    batches = list(task.batches(step - 1))
-    total = task.total(batches)
+    with record_function("data"):
+        batches = list(task.batches(step - 1))
+        total = task.total(batches)
     for batch in batches:
-        loss, sums, stats = task.loss(engine, batch, total)
-        engine.backward(loss)
+        with record_function("forward"):
+            loss, sums, stats = task.loss(engine, batch, total)
+        with record_function("backward and update"):
+            engine.backward(loss)
         yield batch, sums, stats

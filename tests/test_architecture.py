@@ -11,7 +11,7 @@ PACKAGE = ROOT / "moe_dist"
 
 # imports run from later to earlier; modules of one rank may import each other where they do not form a cycle
 ORDER = [
-    {"config"},
+    {"clock", "config"},
     {"memory"},
     {"later"},
     {"parallel"},
@@ -22,10 +22,10 @@ ORDER = [
     {"layer"},
     {"hierarchical"},
     {"factored"},
-    {"models", "outside", "optim", "data", "metrics", "pictures", "report", "meter"},
+    {"models", "outside", "optim", "data", "metrics", "told", "pictures", "page", "panels", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary", "replay"},
     {"tasks", "configs"},
-    {"cli", "training"},
+    {"cli", "training", "profiling"},
     {"reader", "verify"},
     {"generate", "classify"},
 ]

@@ -134,6 +134,8 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
     assert done.returncode == 0, done.stderr
     assert f"run folder: {run}" in done.stdout and "unigram model" in done.stdout
     assert from_json((run / "config.json").read_text()) == tiny(*more)
+    assert json.loads((run / "layout.json").read_text())["world"] == 1
+    assert "<h1>run</h1>" in (run / "report.html").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # at most (w_importance + w_load) x CV² of one expert for all, which is num_experts - 1
     assert lines[0]["tflops_per_device"] > 0
@@ -155,7 +157,8 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
     ]
     assert [line["_step"] for line in history if "report/load_middle/path" in line] == [10, 20]
     pictures = {path.stem for path in (run / "report").glob("*.png")}
-    assert pictures == {"loss", "perplexity", "load_middle", "balance_middle", "speed", "optimizer"}
+    of_steps = {"speed", "step_time", "optimizer", "memory"}
+    assert pictures == {"loss", "perplexity", "load_middle", "balance_middle"} | of_steps
     before = sorted(run.rglob("*"))
     again = train("--evaluate", str(run))
     assert again.returncode == 0, again.stderr

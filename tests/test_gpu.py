@@ -7,6 +7,7 @@ import torch
 from runs import Run, tiny
 
 from moe_dist import keyed
+from moe_dist.clock import Clock
 from moe_dist.context import Context
 from moe_dist.experts import grouped_matmul, native_grouped_matmul
 from moe_dist.parallel import mesh as meshes
@@ -57,3 +58,15 @@ def test_a_few_steps_on_every_stage_agree(ds: str, small_text: Path) -> None:
     norms = [Run(tiny(f"ds_config={ds}", f"zero={z}", f"data.text={small_text}")).steps(0, 5).norms for z in range(4)]
     for other in norms[1:]:
         assert other == pytest.approx(norms[0], rel=1e-5 if ds == "fp32" else 0.02)
+
+
+def test_the_clock_tells_where_the_stream_was() -> None:
+    """20 products of 2 x 4096³ operations take their time on any device, whenever Python was done with them."""
+    clock, x = Clock(torch.device("cuda")), torch.ones(4096, 4096, device="cuda")
+    for _ in range(2):  # the first one loads kernels
+        clock.read()
+        with clock.step(), clock.range("experts"):
+            for _ in range(20):
+                x @ x
+    seconds = clock.read()
+    assert seconds["experts"] > 20 * 2 * 4096**3 / 2e15 and seconds["rest"] < seconds["experts"] / 10

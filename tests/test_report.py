@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_dist import pictures, report
+from moe_dist.clock import PARTS
 from moe_dist.metrics import read_metrics
 
 
@@ -216,11 +217,23 @@ def test_the_map_of_many_experts_shows_the_busiest_of_each_block(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("number", [None, -math.inf, 0])
 def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
-    whole = train_line(1) | layer("1", [1.0, 3.0]) | {"exchange/site2/counts_bytes": 8.0}
+    whole = (
+        train_line(1) | layer("1", [1.0, 3.0]) | {"exchange/site2/counts_bytes": 8.0, "memory/peak_bytes": [1e9, 2e9]}
+    )
+    whole |= {f"time/{part}_ms": 1.0 for part in PARTS}
     spoilt = {key: [number, 3.0] if isinstance(value, list) else number for key, value in whole.items()} | {"step": 1}
     for lines in ([spoilt], [whole, spoilt | {"step": 2}, whole | {"step": 3}]):
         found = {path.stem: path for path in report.write_report(write(tmp_path, lines))}
-        assert {"loss", "perplexity", "load_1", "balance_1", "speed", "optimizer"} <= found.keys()
+        assert {
+            "loss",
+            "perplexity",
+            "load_1",
+            "balance_1",
+            "speed",
+            "step_time",
+            "optimizer",
+            "memory",
+        } <= found.keys()
         assert all(matplotlib.image.imread(path).std() > 0 for path in found.values())
     gap = drawn(tmp_path, lines)["loss"].axes[0].lines[0].get_ydata()
     np.testing.assert_array_equal(gap, [9.0, 0.0 if number == 0 else math.nan, 9.0])

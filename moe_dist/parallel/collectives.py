@@ -179,7 +179,7 @@ def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.
     if axis.size > 1:
         dist.all_reduce(x, op, group=axis.group)
     if label:
-        axis.sent[label] += 2 * x.nbytes * (axis.size - 1) // axis.size
+        axis.count_ring(label, 2 * x.nbytes * (axis.size - 1) // axis.size)
     return x
 
 
@@ -187,14 +187,14 @@ def sum_to(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
     """In place on rank `owner` of the axis, the sum over its ranks; on the others `x` is of no use afterwards."""
     if axis.size > 1:
         dist.reduce(x, group=axis.group, group_dst=owner)
-        axis.sent[label] += x.nbytes * (axis.size - 1) // axis.size
+        axis.count_ring(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
 def from_owner(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
     """In place, the `x` of rank `owner` of the axis, on each of its ranks."""
     if axis.size > 1:
         dist.broadcast(x, group=axis.group, group_src=owner)
-        axis.sent[label] += x.nbytes * (axis.size - 1) // axis.size
+        axis.count_ring(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
 def shared_sum(x: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
+from moe_dist.clock import Clock
 from moe_dist.config import Config, MoEConfig, mixture
 
 
@@ -40,8 +41,15 @@ class Axis:
         self.sent[label] += 0
         for peer, num_bytes in enumerate(bytes_P):
             if peer != self.index:
-                far = self.node_P and self.node_P[peer] != self.node_P[self.index]
-                self.sent[label[0], f"{label[1]}_between_nodes" if far else label[1]] += num_bytes
+                self._send(label, peer, num_bytes)
+
+    def count_ring(self, label: tuple[int | str, str], num_bytes: int) -> None:
+        """What each rank sends to the next one, and the last to the first, where a sum goes round them."""
+        self._send(label, (self.index + 1) % self.size, num_bytes)
+
+    def _send(self, label: tuple[int | str, str], peer: int, num_bytes: int) -> None:
+        far = self.node_P and self.node_P[peer] != self.node_P[self.index]
+        self.sent[label[0], f"{label[1]}_between_nodes" if far else label[1]] += num_bytes
 
     def parts(self, number: int) -> list[slice]:
         """`number` things in consecutive parts, one for each rank, as `torch.chunk` cuts them: equal but for the last
@@ -62,6 +70,7 @@ class Mesh:
     device_mesh: DeviceMesh  # (ep, edp), on CPU: for sharded tensors in checkpoints
     files: dist.ProcessGroup  # all ranks on gloo, for checkpoints: one may be written while a step runs
     inside: Axis | None = None  # the ranks of `ep` in this rank's node, where `ep` spans several nodes evenly
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
 
     @property
     def sent(self) -> Counter:
@@ -196,20 +205,25 @@ def arrange(ep: int) -> Mesh:
     device_mesh = DeviceMesh("cpu", torch.arange(world).view(-1, ep).t(), mesh_dim_names=("ep", "edp"))
     assert dist.group.WORLD is not None
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    node_P = tuple(r // per_node for r in range(rank - rank % ep, rank - rank % ep + ep))
+
+    def node_P(ranks: range) -> tuple[int, ...]:
+        nodes = tuple(r // per_node for r in ranks)
+        return nodes if len(set(nodes)) > 1 else ()
+
     inside = None
     if 1 < per_node < ep and ep % per_node == 0:
         nodes = [dist.new_group(list(range(first, first + per_node))) for first in range(0, world, per_node)]
         inside = Axis(per_node, rank % per_node, nodes[rank // per_node])  # type: ignore[arg-type]
     return Mesh(
-        ep=Axis(ep, rank % ep, device_mesh.get_group("ep"), node_P if len(set(node_P)) > 1 else ()),
-        edp=Axis(world // ep, rank // ep, device_mesh.get_group("edp")),
-        dp=Axis(world, rank, dist.group.WORLD),
+        ep=Axis(ep, rank % ep, device_mesh.get_group("ep"), node_P(range(rank - rank % ep, rank - rank % ep + ep))),
+        edp=Axis(world // ep, rank // ep, device_mesh.get_group("edp"), node_P(range(rank % ep, world, ep))),
+        dp=Axis(world, rank, dist.group.WORLD, node_P(range(world))),
         ranks_per_node=per_node,
         device=device,
         device_mesh=device_mesh,
         files=dist.new_group(backend="gloo", timeout=timedelta(hours=1)),
         inside=inside,
+        clock=Clock(device),
     )
 
 

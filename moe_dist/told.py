@@ -1,0 +1,210 @@
+"""What run folders tell: their metrics, config and layout, and the numbers that a reader asks for first.
+
+What a run's config holds is read field by field, by the names that `Config` has, and what looks like a token or a key
+is hidden; nothing is read from the environment.
+
+Legend: P ranks.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_dist.clock import PARTS
+from moe_dist.config import dotted_keys, from_json, value_of
+from moe_dist.metrics import FILE_NAME, read_metrics
+
+RIGHT = {  # measures of what is right, with their names and axes
+    "accuracy": ("accuracy", "accuracy (part of all that are right)"),
+    "masked_accuracy": ("masked words", "accuracy (part of masked words that are right)"),
+    "order_accuracy": ("order of sentences", "accuracy (part of orders that are right)"),
+    "f1": ("answers", "F1 of answers (%)"),
+}
+LINKS = ("inside a node", "between nodes")  # over which bytes go
+_BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
+_BYTES_KEY = re.compile(r"exchange/(.+)/(.+)_bytes")
+_SPEED_KEY = re.compile(r"(.+)_per_second")
+# what is in the URL of a server before "@", and what services give out
+_SECRET = re.compile(r"(?<=://)[^/\s]+(?=@)|\b(?:hf_|sk-|gh[a-z]_|github_pat_|wandb_v1_)\w{8,}|\b[0-9a-fA-F]{32,}\b")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder tells."""
+
+    name: str
+    lines: list[dict]  # of its metrics
+    config: dict[str, Any]  # by dotted key; empty where it cannot be read
+    layout: dict[str, Any]  # as `summary.describe` has it; empty in older runs
+
+    def last(self, key: str) -> Any:
+        """The newest value, None where there is none."""
+        return next((line[key] for line in reversed(self.lines) if key in line), None)
+
+    def median(self, key: str) -> float | None:
+        """Of the finite ones."""
+        values = np.array([line[key] for line in self.lines if key in line], dtype=float)
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+    def layers(self, what: str) -> list[float]:
+        """The newest `what` of each MoE layer."""
+        keys = dict.fromkeys(key for line in self.lines for key in line if re.fullmatch(rf"moe/.+/{what}", key))
+        return [self.last(key) for key in keys]
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """`name`: instead of the folder's. Raises ValueError where the folder has no metrics yet."""
+    lines = read_metrics(folder)
+    if not lines:
+        raise ValueError(f"metrics file {folder / FILE_NAME} is empty: wait until the run has logged a step")
+    return Run(name or folder.resolve().name, lines, _config(folder / "config.json"), _layout(folder / "layout.json"))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """Only fields that a config has, and no secrets: whatever else a file holds is not shown."""
+    try:
+        config = from_json(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    fields = {key: value_of(config, key) for key in dotted_keys(config)}
+    return {key: _SECRET.sub("(hidden)", value) if isinstance(value, str) else value for key, value in fields.items()}
+
+
+def _layout(path: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def unit_of(lines: list[dict]) -> str:
+    """What speed counts: "words", "images"."""
+    return next((match[1] for line in lines for key in line if (match := _SPEED_KEY.fullmatch(key))), "words")
+
+
+def step_milliseconds(line: dict) -> float | None:
+    """Of all parts together; None where the line does not tell them."""
+    keys = [f"time/{part}_ms" for part in PARTS]
+    return sum(line[key] for key in keys) if all(key in line for key in keys) else None
+
+
+def sent_bytes(lines: list[dict]) -> tuple[list[dict], dict[tuple[str, str, str], np.ndarray]]:
+    """The lines that tell of bytes sent, and by (direction, link, place) those of a step of each of them, over all
+    ranks."""
+    keys = {key: match for line in lines for key in line if (match := _BYTES_KEY.fullmatch(key))}
+    having = [line for line in lines if not keys.keys().isdisjoint(line)]
+    sent: dict[tuple[str, str, str], np.ndarray] = {}
+    for key, match in keys.items():
+        direction, far, _ = match[2].partition("_between_nodes")
+        label = (direction.replace(":grad", " (backward)"), LINKS[bool(far)], match[1])
+        values = np.nan_to_num([line.get(key, 0.0) for line in having], posinf=0.0, neginf=0.0)
+        sent[label] = sent.get(label, 0) + values
+    return having, sent
+
+
+def byte_unit(number: float) -> tuple[float, str]:
+    """The unit that a number of bytes is best told in, and its size."""
+    return next(((size, unit) for size, unit in _BYTE_UNITS.items() if number >= size), (1.0, "bytes"))
+
+
+def short(run: Run) -> Iterator[tuple[str, str]]:
+    """What it comes to: names and numbers for people, as have the three below."""
+    layout = run.layout
+    steps = run.config.get("steps")
+    yield "steps", f"{run.lines[-1]['step']}" + (f" of {steps}" if steps else "")
+    for split in ("train", "valid", "test"):
+        for what in ("loss", "perplexity", *RIGHT):
+            if (value := run.last(f"{split}/{what}")) is not None:
+                yield f"{split} {what.replace('_', ' ')}, last", f"{value:.4g}"
+    if layout:
+        yield "ranks", ranks_of(layout)
+        yield "ZeRO stage, precision", f"{layout.get('zero')}, {layout.get('dtype')}"
+        yield "parameters", f"{layout.get('parameters', 0):,}"
+    if "num_experts" in layout:
+        yield "experts", f"{layout['num_experts']:,}, {layout['experts_per_token']} for each token"
+    unit = unit_of(run.lines)
+    if (speed := run.median(f"{unit}_per_second")) is not None:
+        yield f"{unit} per second, median", f"{speed:,.0f}"
+    if (flops := run.median("tflops_per_device")) is not None:
+        yield "TFLOPS per device, median", f"{flops:.3g}"
+    if parts := _medians(run):
+        yield "milliseconds per step, median", f"{sum(parts.values()):,.1f}"
+    by_link = _by_link(run)
+    if by_link:
+        yield "sent per step by all ranks", size(sum(by_link.values()))
+    if (peak := run.last("memory/largest_peak_bytes")) is not None:
+        yield "memory of the largest rank", size(peak)
+    if loads := run.layers("max_over_mean_load"):
+        yield "largest load over the mean, last", f"{max(loads):.3g}"
+        yield "dead experts, last", f"{sum(run.layers('dead_experts')):.0f}"
+        yield "drop rate, last", f"{100 * max(run.layers('drop_rate')):.2f} %"
+    if skipped := run.last("train/skipped_steps"):
+        yield "skipped steps", f"{skipped:.0f}"
+
+
+def ranks_of(layout: dict[str, Any]) -> str:
+    """How many, where, and on which axes."""
+    nodes = layout.get("nodes", 1)
+    of = f"edp {layout.get('edp')} x ep {layout.get('ep')}"
+    return f"{layout.get('world')} on {nodes} node{'s' if nodes != 1 else ''}: {of}"
+
+
+def _medians(run: Run) -> dict[str, float]:
+    """Milliseconds a step by part."""
+    return {part: value for part in PARTS if (value := run.median(f"time/{part}_ms")) is not None}
+
+
+def times(run: Run) -> Iterator[tuple[str, str]]:
+    """Of the parts of a step."""
+    parts = _medians(run)
+    total = sum(parts.values())
+    for part, value in parts.items():
+        yield f"{part}, median", f"{value:,.2f} ms  ({100 * value / max(total, 1e-9):.1f} %)"
+
+
+def _by_link(run: Run) -> dict[str, float]:
+    """Bytes a step of all ranks, the mean of the lines."""
+    totals = dict.fromkeys(LINKS, 0.0)
+    _, sent = sent_bytes(run.lines)
+    for (_, link, _), values in sent.items():
+        totals[link] += float(values.mean())
+    return totals if sent else {}
+
+
+def links(run: Run) -> Iterator[tuple[str, str]]:
+    """Bytes of a step, by link, and by direction and link."""
+    for link, total in _by_link(run).items():
+        yield f"{link}, per step", size(total)
+    totals: defaultdict[str, float] = defaultdict(float)
+    _, sent = sent_bytes(run.lines)
+    for (direction, link, place), values in sent.items():
+        what = direction if place.startswith("site") else f"{place}: {direction}"  # a site is one use of a layer
+        totals[f"{what}, {link}"] += float(values.mean())
+    yield from ((what, size(total)) for what, total in totals.items() if total)
+
+
+def memory(run: Run) -> Iterator[tuple[str, str]]:
+    """Of a rank."""
+    peak_P = run.last("memory/peak_bytes")
+    if peak_P is not None:
+        yield "measured, largest rank", size(float(max(peak_P)))
+        yield "measured, smallest rank", size(float(min(peak_P)))
+    estimate = run.layout.get("per_rank", {}).get("memory_bytes", {})
+    if estimate:
+        yield "estimated", size(sum(estimate.values()))
+    for kind, num_bytes in estimate.items():
+        yield f"estimated: {kind}", size(num_bytes)
+
+
+def size(num_bytes: float) -> str:
+    """For people: "1.50 MB"."""
+    unit, name = byte_unit(num_bytes)
+    return f"{num_bytes / unit:,.2f} {name}" if unit > 1 else f"{num_bytes:.0f} bytes"

@@ -1,0 +1,218 @@
+"""Where the time of a step goes: hand-worked milliseconds, and a trace whose ranges hold what they say."""
+
+import gzip
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import check_plan, free_port, ranks, set_
+from runs import TINY
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist import clock as clocks
+from moe_dist.clock import Clock
+from moe_dist.routing import Routing
+
+
+class Work(torch.autograd.Function):
+    """Takes `forward` and `backward` milliseconds of a clock that nothing else moves."""
+
+    now = 0.0
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, forward: int, backward: int) -> torch.Tensor:
+        ctx.save_for_backward(x)  # as real work has it, so that a checkpoint has something to compute again
+        ctx.backward_ms = backward
+        Work.now += forward / 1e3
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
+        assert ctx.saved_tensors
+        Work.now += ctx.backward_ms / 1e3
+        return grad[0], None, None
+
+
+def work(x: torch.Tensor, forward: int, backward: int) -> torch.Tensor:
+    return Work.apply(x, forward, backward)
+
+
+class Event:
+    """As one on a stream that lies 40 ms behind, until somebody waits for it."""
+
+    behind = 0.04
+
+    def __init__(self) -> None:
+        self.at = Work.now
+
+    def query(self) -> bool:
+        return self.at <= Work.now - Event.behind
+
+    def synchronize(self) -> None:
+        Event.behind = 0.0
+
+    def elapsed_time(self, other: "Event") -> float:
+        assert other.query(), "an event that the stream has not passed"
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Clock:
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: Work.now)
+    monkeypatch.setattr(clocks, "_event", Event)
+    monkeypatch.setattr(Event, "behind", 0.04)
+    return Clock(torch.device(request.param))
+
+
+def step(clock: Clock, recompute: bool = False, learned: bool = True) -> None:
+    """A gate, an exchange with experts in it, and what is before, behind and after them. Without a `learned` gate no
+    gradient comes by it."""
+
+    def gate(x: torch.Tensor) -> tuple[Routing, None]:
+        weight = work(x, 1, 2) if learned else work(x.detach(), 1, 2)
+        return Routing(torch.zeros(1), weight, torch.zeros(1)), None
+
+    def experts(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, None]:
+        y = checkpoint(work, x, 7, 11, use_reentrant=False) if recompute else work(x, 7, 11)
+        return y * weight, None
+
+    def exchange(x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, None]:
+        y, _ = timed_experts(work(x, 3, 5), routing.gate_N)
+        return work(y, 13, 17), None
+
+    timed_gate = clock.around("gate", gate, "gate")
+    timed_exchange = clock.around("exchange", exchange, "exchange")
+    timed_experts = clock.around("experts", experts, "experts")
+    x = work(torch.ones(1, requires_grad=True), 19, 23)
+    routing, _ = timed_gate(x)
+    y, _ = timed_exchange(x, routing)
+    work(y + x, 29, 31).sum().backward()
+    with clock.range("optimizer"):
+        Work.now += 37 / 1e3
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_part_has_its_forward_and_its_backward(clock: Clock, recompute: bool) -> None:
+    for _ in range(2):
+        with clock.step():
+            step(clock, recompute)
+        Work.now += 1.0  # between steps
+    again = 7 if recompute else 0  # the experts' forward, within their backward
+    one = {
+        "gate": 1 + 2, "exchange": 3 + 13 + 5 + 17, "experts": 7 + 11 + again, "optimizer": 37,
+        "rest": 19 + 23 + 29 + 31,
+    }  # fmt: skip
+    assert clock.read() == pytest.approx({part: 2 * ms / 1e3 for part, ms in one.items()})
+    assert set(clock.read().values()) == {0.0}
+
+
+def test_events_are_read_when_the_stream_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocks, "_event", Event)
+    monkeypatch.setattr(Event, "behind", 0.04)
+    clock = Clock(torch.device("cuda"))
+    for _ in range(50):
+        with clock.step():
+            step(clock)
+    assert len(clock._events) <= 2 * 20, "those of the last step, not of all"
+    assert sum(clock.read().values()) == pytest.approx(50 * 0.198)  # 19 + 1 + 3 + 7 + 13 + 29 + ... of a step
+
+
+def test_where_no_gradient_comes_by_the_others_have_theirs(clock: Clock) -> None:
+    with clock.step():
+        step(clock, learned=False)
+    expected = {"gate": 1, "exchange": 3 + 13 + 5 + 17, "experts": 7 + 11, "optimizer": 37, "rest": 19 + 23 + 29 + 31}
+    assert clock.read() == pytest.approx({part: ms / 1e3 for part, ms in expected.items()})
+
+
+def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: Clock) -> None:
+    """Its output has a gradient, but does not come of its argument."""
+    weight = torch.ones(1, requires_grad=True)
+    experts = clock.around("experts", lambda x: (work(weight, 1, 2), None), "experts")
+    exchange = clock.around("exchange", lambda x: (experts(x)[0] + work(x, 3, 5), None), "exchange")
+    with clock.step():
+        exchange(work(torch.ones(1, requires_grad=True), 7, 11))[0].sum().backward()
+        Work.now += 13 / 1e3
+    expected = {"gate": 0, "exchange": 3 + 5, "experts": 1 + 2, "optimizer": 0, "rest": 7 + 11 + 13}
+    assert clock.read() == pytest.approx({part: ms / 1e3 for part, ms in expected.items()})
+
+
+def test_of_an_argument_without_a_gradient_the_forward_is_timed_alone(clock: Clock) -> None:
+    weight = torch.ones(1, requires_grad=True)
+    with clock.step():
+        clock.around("experts", lambda x: (work(weight, 1, 2), None), "experts")(torch.ones(1))[0].sum().backward()
+        Work.now += 13 / 1e3
+    assert clock.read() == pytest.approx(
+        {part: {"experts": 1e-3, "rest": 15e-3}.get(part, 0.0) for part in clocks.PARTS}
+    )
+
+
+class Fail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> Any:
+        raise FloatingPointError
+
+
+def test_an_error_in_backward_leaves_the_next_step_alone(clock: Clock) -> None:
+    x = torch.ones(1, requires_grad=True)
+    with pytest.raises(FloatingPointError), clock.step():
+        clock.around("experts", lambda x: (Fail.apply(x), None), "experts")(x)[0].sum().backward()
+    clock.read()
+    with clock.step():
+        Work.now += 0.25
+    assert clock.read() == pytest.approx({part: 0.25 if part == "rest" else 0.0 for part in clocks.PARTS})
+
+
+def test_outside_of_a_step_nothing_is_done(clock: Clock) -> None:
+    x = torch.ones(1, requires_grad=True)
+    y, _ = clock.around("experts", lambda x: (x * 2, None), "experts")(x)
+    assert type(y.grad_fn).__name__ == "MulBackward0"  # no view
+    step(clock)
+    assert set(clock.read().values()) == {0.0}
+
+
+def test_only_training_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_plan(["--evaluate", str(tmp_path), "--profile"], "--profile: only of training", capsys)
+
+
+@pytest.mark.timeout(120)
+def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(small_text: Path, tmp_path: Path) -> None:
+    """Of a hierarchical layer, whose groups have gates, exchanges and experts of their own."""
+    sets = set_(*TINY, "steps=6", "mesh.ep=2", "model.moe.num_groups=4", f"data.text={small_text}", "eval_every=6")
+    ended = ranks(free_port(), "lstm_moe_demo", "--folder", str(tmp_path / "run"), *sets, "--profile")
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == ["rank0.json.gz", "rank1.json.gz"]
+    for path in (tmp_path / "run" / "profile").iterdir():
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        ranges = [e for e in events if e.get("cat") == "user_annotation"]
+        parts = (
+            "gate middle",
+            "gates of groups middle",
+            "exchange middle",
+            "exchange in groups middle",
+            "experts middle",
+        )
+        count = Counter(e["name"] for e in ranges)
+        assert {count[f"{part}{side}"] for part in parts for side in ("", " (backward)")} == {3}  # steps
+        assert {count[name] for name in ("data", "forward", "backward and update", "optimizer")} == {3}
+        inside = {part: set() for part in parts}  # type: ignore[var-annotated]
+        for event in events:
+            if event.get("name", "").startswith("autograd::engine"):
+                around = [
+                    e for e in ranges if e["ts"] <= event["ts"] and event["ts"] + event["dur"] <= e["ts"] + e["dur"]
+                ]
+                innermost = min(around, key=lambda e: e["dur"])["name"]
+                if innermost.endswith(" (backward)"):
+                    inside[innermost.removesuffix(" (backward)")].add(event["name"].split(": ")[-1])
+        where = {node: {part for part in parts if node in inside[part]} for node in set().union(*inside.values())}
+        assert where["_LandBackward"] == where["_DepartBackward"] == {"exchange middle"}
+        assert where["TopkBackward0"] == {"gate middle", "gates of groups middle"}
+        of_experts = {node for node in where if re.search("Relu|Feed[Ff]orward", node)}
+        assert of_experts and all(where[node] == {"experts middle"} for node in of_experts)

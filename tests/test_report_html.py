@@ -1,0 +1,297 @@
+"""The page of runs: that it shows the numbers of hand-made metrics, asks nothing of a network, and tells no secret."""
+
+import dataclasses
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import tiny
+from wandb_file import wandb_records
+
+from moe_dist import pictures, report
+from moe_dist.config import to_json
+from moe_dist.metrics import Metrics
+from moe_dist.page import page
+from moe_dist.told import read_run, size
+
+LAYOUT = {
+    "config": "tiny", "world": 4, "nodes": 2, "ep": 2, "edp": 2, "zero": 1, "dtype": "bf16", "samples": 8,
+    "accumulation": 2, "samples_per_rank": 1, "parameters": 12345, "num_experts": 8, "experts_per_rank": 4,
+    "experts_per_token": 2, "num_groups": None,
+    "per_rank": {"parameters": 9876, "memory_bytes": {"dense parameters": 3_000_000, "activations": 500_000}},
+}  # fmt: skip
+
+
+def line(step: int, slow: float = 1.0) -> dict[str, Any]:
+    """Of a run on two nodes of two ranks, whose steps take 40 ms times `slow`."""
+    parts = {"gate": 4.0, "exchange": 8.0, "experts": 12.0, "optimizer": 6.0, "rest": 10.0}
+    return {
+        "step": step, "train/loss": 9 / step, "train/lr": 1e-3, "train/grad_norm": 1.5, "train/skipped_steps": 3,
+        "words_per_second": 1000.0 * step / slow, "tflops_per_device": 0.25,
+        **{f"time/{part}_ms": ms * slow for part, ms in parts.items()},
+        "memory/peak_bytes": [1e9, 3e9, 2e9, 1.5e9], "memory/largest_peak_bytes": 3e9,
+        "exchange/site2/dispatch_bytes": 1e6 * step, "exchange/site2/dispatch_between_nodes_bytes": 3e6 * step,
+        "exchange/experts/gradients_bytes": 0.5e6,
+        "moe/middle/load": [4.0 * step, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0], "moe/middle/importance": [1.0] * 8,
+        "moe/middle/max_over_mean_load": 2.5, "moe/middle/dead_experts": 1, "moe/middle/drop_rate": 0.125,
+        "moe/middle/cv_load": 0.4, "moe/middle/cv_importance": 0.1,
+        **{f"moe/middle/p{p}_over_mean_load": p / 50 for p in (10, 50, 90)},
+    }  # fmt: skip
+
+
+def a_run(run: Path, slow: float = 1.0, config: str = to_json(tiny())) -> Path:
+    lines = [line(step, slow) for step in range(1, 6)]
+    lines += [{"step": 5, "valid/loss": 2.5, "valid/perplexity": 12.1825}, {"step": 5, "test/loss": 2.75}]
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    (run / "config.json").write_text(config)
+    (run / "layout.json").write_text(json.dumps(LAYOUT))
+    return run
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs, the second of another seed and half as fast."""
+    folder = tmp_path_factory.mktemp("runs")
+    other = to_json(dataclasses.replace(tiny(), seed=7))
+    return [a_run(folder / "one"), a_run(folder / "two", slow=2.0, config=other)]
+
+
+@pytest.fixture(scope="module")
+def of_one(both: list[Path]) -> str:
+    return page([read_run(both[0])])
+
+
+@pytest.fixture(scope="module")
+def of_both(both: list[Path]) -> str:
+    return page([read_run(run) for run in both])
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """Rows of the page's tables by their first cell; of several the first."""
+    rows = re.findall(r"<tr><th>([^<]+)</th>((?:<td>[^<]*</td>)+)</tr>", text)
+    return {html.unescape(name): re.findall(r"<td>([^<]*)</td>", told) for name, told in reversed(rows)}
+
+
+def test_the_page_of_a_run_has_the_numbers_of_its_metrics(of_one: str) -> None:
+    found = {key: told for key, (told, *_) in cells(of_one).items()}
+    expected = {
+        "steps": "5 of 20",
+        "train loss, last": "1.8",  # 9 / 5
+        "valid perplexity, last": "12.18",
+        "test loss, last": "2.75",
+        "ranks": "4 on 2 nodes: edp 2 x ep 2",
+        "ZeRO stage, precision": "1, bf16",
+        "parameters": "12,345",
+        "words per second, median": "3,000",  # of 1,000 to 5,000
+        "milliseconds per step, median": "40.0",
+        # dispatch: 1 MB x (1 + ... + 5) / 5 = 3 MB inside a node and three times that between them; 0.5 MB of gradients
+        "sent per step by all ranks": "12.50 MB",
+        "inside a node, per step": "3.50 MB",
+        "between nodes, per step": "9.00 MB",
+        "dispatch, between nodes": "9.00 MB",
+        "experts: gradients, inside a node": "500.00 kB",
+        "gate, median": "4.00 ms  (10.0 %)",
+        "exchange, median": "8.00 ms  (20.0 %)",
+        "experts, median": "12.00 ms  (30.0 %)",
+        "optimizer, median": "6.00 ms  (15.0 %)",
+        "rest, median": "10.00 ms  (25.0 %)",
+        "measured, largest rank": "3.00 GB",
+        "measured, smallest rank": "1.00 GB",
+        "estimated": "3.50 MB",
+        "estimated: activations": "500.00 kB",
+        "largest load over the mean, last": "2.5",
+        "dead experts, last": "1",
+        "drop rate, last": "12.50 %",
+        "skipped steps": "3",
+        "samples of a rank": "1 in each micro-batch",
+        "model.dim": "16",
+    }
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def test_each_picture_is_on_the_page_and_the_layout_says_where_ranks_are(of_one: str) -> None:
+    titles = re.findall(r'<svg role="img" aria-label="one: ([^"]+)"', of_one)
+    assert titles == [
+        "loss", "perplexity", "optimizer", "balance of MoE layer middle", "time of a training step by part",
+        "speed of training steps", "sent to other ranks", "memory of a rank",
+    ]  # fmt: skip
+    assert '<img alt="one: load of MoE layer middle" src="data:image/png;base64,' in of_one
+    # experts 0 to 3 on even ranks, of which rank 2 is on the second node
+    assert "<b>rank 2</b>, node 1<br>experts 0 to 3" in of_one and "<b>rank 3</b>, node 1<br>experts 4 to 7" in of_one
+
+
+def test_several_runs_have_a_column_each_and_what_differs_is_told(of_both: str) -> None:
+    text, found = of_both, cells(of_both)
+    assert found["milliseconds per step, median"] == ["40.0", "80.0"]
+    assert found["gate, median"] == ["4.00 ms  (10.0 %)", "8.00 ms  (10.0 %)"]
+    differs = text[text.index('<h2 id="what-differs">') : text.index('<h2 id="side-by-side">')]
+    assert cells(differs) == {"seed": ["0", "7"]}
+    for title in ("loss: train thin, valid thick", "time of a training step", "drop rate", "words per second"):
+        assert f'aria-label="{title}"' in text
+    for picture in ("loss", "time of a training step by part", "memory of a rank"):
+        assert f'aria-label="one: {picture}"' in text and f'aria-label="two: {picture}"' in text
+    ids = re.findall(r'<(?:clipPath|svg|linearGradient)[^>]* id="([^"]+)"', text)
+    assert len(ids) == len(set(ids)), "two pictures name a part of theirs alike"
+
+
+def outside(text: str) -> list[str]:
+    """Whatever could make a browser ask for something that is not in the page."""
+    inside = r"(?!#|data:|url\(#)"
+    return re.findall(
+        rf"""<(?:script|link|iframe|object|embed)\b(?! rel="icon" href="data:,")|https?:|//\w|@import"""
+        rf"""|\b(?:src|href|srcset|xlink:href)\s*=\s*["']{inside}|url\((?!#|["']?#)""",
+        re.sub(r"data:image/png;base64,[\w+/=]+", "data:", text),
+    )
+
+
+def test_nothing_on_the_page_is_elsewhere(of_one: str, of_both: str) -> None:
+    for bad in ('<img src="x.png">', "<script>", '<a href="https://a.b">', "url(font.woff)", "@import 'a.css'"):
+        assert outside(bad), bad
+    assert outside(of_one) == [] and outside(of_both) == []
+
+
+def test_no_token_of_a_config_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "e" * 40)
+    monkeypatch.setattr(pictures, "all_pictures", lambda *_: {})  # which take a while, and know no config
+    text = to_json(
+        tiny("data.text=https://user:pa55word@host/a.txt", "init=hf_abcdefghijklmnop", "compare=" + "0f" * 20)
+    )
+    shown = page([read_run(a_run(tmp_path / "odd", config=text))])
+    added = json.loads(text) | {"api_key": "s3cret-of-an-added-field"}
+    added["wandb"] |= {"api_key": "s3cret-of-an-added-field"}
+    hidden = page([read_run(a_run(tmp_path / "added", config=json.dumps(added)))])
+    for secret in ("pa55word", "hf_abc", "0f" * 20, "s3cret", "e" * 40):
+        assert secret not in shown + hidden
+    assert cells(shown)["data.text"] == ["https://(hidden)@host/a.txt"] and cells(shown)["init"] == ["(hidden)"]
+    assert "no config.json of this version" in hidden
+
+
+def test_names_are_text_and_a_run_may_lack_anything(tmp_path: Path) -> None:
+    run = tmp_path / "<b>&amp;"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "test/loss": 4.0}\n{"step": 2, "train/loss": null}\n')
+    (run / "layout.json").write_text("{")
+    text = page([read_run(run)])
+    assert "<b>&amp;" not in text and "&lt;b&gt;&amp;amp;" in text
+    assert cells(text)["test loss, last"] == ["4"] and cells(text)["train loss, last"] == ["nan"]
+    assert "gate" not in text and "it is of an earlier version" in text
+
+
+def test_a_run_that_goes_on_with_other_ranks_has_a_page(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    peaks = [1e9, 3e9, 2e9, 1.5e9], [4e9, 5e9]
+    lines = [{"step": step, "memory/peak_bytes": peak} for step, peak in enumerate(peaks, start=1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert cells(page([read_run(run)]))["measured, largest rank"] == ["5.00 GB"]
+
+
+def test_the_command_line_writes_one_page(
+    both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = map(str, both)
+    drawn = pictures.all_pictures
+    monkeypatch.setattr(pictures, "all_pictures", lambda *args: dict(list(drawn(*args).items())[:1]))
+    monkeypatch.setattr(pictures, "together", lambda runs: {})
+
+    def run(*args: str) -> list[str]:
+        monkeypatch.setattr(report.sys, "argv", ["report", *args])
+        report.main()
+        return capsys.readouterr().out.split()
+
+    assert run(one, two, "--html", str(tmp_path / "both.html")) == [str(tmp_path / "both.html")]
+    assert run(one)[-1] == f"{one}/report.html" and (both[0] / "report" / "loss.png").is_file()
+    assert (both[0] / "report.html").read_text().count("<h1>one</h1>") == 1
+    again = a_run(tmp_path / "one")  # of the same name, elsewhere
+    run(one, str(again), "--html", str(tmp_path / "alike.html"))
+    assert f"<h1>{one}, {again}</h1>" in (tmp_path / "alike.html").read_text()
+    for args, says in (
+        ([one, two], "error: 2 runs on one page: --html FILE"),
+        ([str(tmp_path), "--html", str(tmp_path / "x.html")], "error: no metrics file"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(*args)
+        assert str(end.value).startswith(says)
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.50 kB"), (2.5e12, "2,500.00 GB")]
+)
+def test_sizes(num_bytes: float, told: str) -> None:
+    assert size(num_bytes) == told
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.mark.timeout(200)
+def test_a_browser_shows_the_page_without_an_error_or_a_request(of_one: str, of_both: str, tmp_path: Path) -> None:
+    """What a page asks for has an initiator in the browser's record of its network; what the browser asks for itself
+    (its own updates, say) has none. A proxy that is not there keeps both from the network."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser at hand: none of {', '.join(BROWSERS)}")
+
+    def opened(text: str) -> tuple[str, str, set[str]]:
+        """The page as the browser has it, what its console says, and the addresses that it asked for."""
+        file, log = tmp_path / "page.html", tmp_path / "net.json"
+        file.write_text(text)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+        options += ["--no-first-run", "--proxy-server=127.0.0.1:9"]
+        options += [f"--user-data-dir={tmp_path / 'user'}", f"--log-net-log={log}", file.as_uri()]
+        done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr
+        console = "\n".join(row for row in done.stderr.splitlines() if "CONSOLE" in row)
+        asked = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+        of_page = {each["url"] for each in asked if each.get("initiator", "not an origin") != "not an origin"}
+        return done.stdout, console, {url for url in of_page if not url.startswith(("file:", "data:"))}
+
+    bad = '<html><img src="http://outside.example/a.png"><script>console.error("loud"); nothing()</script></html>'
+    _, console, asked = opened(bad)  # what is looked for can be found
+    assert "loud" in console and "nothing is not defined" in console
+    assert asked == {"http://outside.example/a.png"}
+    for text, num_pictures in ((of_one, 8), (of_both, 2 * 8 + 6)):  # of each, and of both
+        dom, console, asked = opened(text)
+        assert console == "" and asked == set()
+        assert dom.count("<svg") == num_pictures and "Bytes by link" in dom
+
+
+@pytest.mark.timeout(120)
+def test_wandb_has_the_same_in_panels_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    run = tmp_path / "run"
+    with Metrics(run, {}, enabled=True, wandb_mode="offline", total_steps=5) as log:
+        for step in range(1, 4):
+            log.log(step, {key: value for key, value in line(step).items() if key != "step"})
+        log.pictures(3, lambda: [report.write_page([run], run / "report.html")])
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    records = wandb_records(path)
+    hidden = {record.metric.name for record in records if record.HasField("metric") and record.metric.options.hidden}
+    assert hidden == {
+        *(f"moe/middle/p{p}_over_mean_load" for p in (10, 50, 90)), "exchange/experts/gradients_bytes",
+        "exchange/site2/dispatch_bytes", "exchange/site2/dispatch_between_nodes_bytes",
+    }  # fmt: skip
+    updates = [update for record in records for update in record.config.update if len(update.nested_key) == 3]
+    panels = {update.nested_key[2]: json.loads(update.value_json)["panel_config"] for update in updates}
+    assert {key: panel["stringSettings"]["title"] for key, panel in panels.items()} == {
+        "charts/step_time": "milliseconds of a training step by part",
+        "charts/bytes_by_link": "bytes sent per step by all ranks",
+        "charts/load_middle": "load of an expert / mean load, layer middle",
+    }
+    rows = {
+        path.name.partition("_table")[0]: json.loads(path.read_text())["data"]
+        for path in (run / "wandb").glob("offline-run-*/files/media/table/charts/*.json")
+    }
+    assert [3, "experts", 12.0] in rows["step_time"] and len(rows["step_time"]) == 3 * 5  # steps and parts
+    assert [2, "dispatch, between nodes", 6e6] in rows["bytes_by_link"]
+    assert [1, "max", 2.5] in rows["load_middle"] and [1, "p10", 0.2] in rows["load_middle"]
+    (sent,) = (run / "wandb").glob("offline-run-*/files/media/html/report/*.html")
+    assert sent.read_text() == (run / "report.html").read_text()
