@@ -25,7 +25,7 @@ class MeshConfig:
     # there to its ranks; "auto" is "node" where `ep` spans several nodes evenly, else "ragged"
     exchange: str = "auto"
     # pieces that plainly sent rows travel in, one while the experts run on another; 0: nothing is done meanwhile;
-    # None: 2 where `ep` spans nodes, else 0
+    # None: 4 where `ep` spans nodes, else 0
     pieces: int | None = None
     wire: str = "same"  # what rows travel in: "same" as they are computed in, or "bf16"; sums are taken in float32
 

@@ -104,5 +104,5 @@ def exchange_on(mesh: Mesh, config: MeshConfig) -> Any:
         )
     if mesh.inside and kind in ("auto", "node"):
         return once_per_node(mesh.ep, mesh.inside, wire)
-    pieces = config.pieces if config.pieces is not None else 2 if mesh.ep.node_P else 0
+    pieces = config.pieces if config.pieces is not None else 4 if mesh.ep.node_P else 0
     return once(mesh.ep, wire) if kind == "once" else RaggedExchange(mesh.ep, pieces, wire)
