@@ -7,6 +7,7 @@
     python train.py lstm_moe_demo --dry-run                                   the layout, and nothing else
     python train.py lstm_moe_demo --profile                                   with a trace of its third to fifth step
     torchrun --nproc-per-node 2 train.py --resume runs/NAME                   goes on where the run stopped
+    torchrun ... train.py NAME --folder runs/NAME --resume auto               begins, or goes on: for launch/
     python train.py --resume runs/NAME --grow 2                               with two experts for each, as a new run
     python train.py --evaluate runs/NAME                                      test metrics of its newest checkpoint
 
@@ -43,7 +44,7 @@ def main(run: Run) -> None:
         folder = run.open()
 
     with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
-        if run.evaluate:
+        if run.evaluate or run.finished:
             result, status = evaluate(engine, task, "test", mesh), 0
         else:
             result, status = train(run, folder, training)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from statistics import mean
 from typing import IO, Any
@@ -28,16 +29,27 @@ from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel.collectives import from_main
-from moe_dist.parallel.mesh import Mesh, check_launch, end, lay_out, memory_per_rank, num_nodes, world_size
+from moe_dist.parallel.mesh import (
+    Mesh,
+    check_launch,
+    end,
+    lay_out,
+    memory_per_rank,
+    num_nodes,
+    ranks_per_node,
+    world_size,
+)
 from moe_dist.summary import describe, table
 from moe_dist.tasks import task_of
+
+AUTO = Path("auto")  # of --resume: from --folder, where it has a checkpoint
 
 
 @dataclass
 class Run:
     """What the command line asks for. `earlier` is the run to go on from, None for a new one, and `checkpoint` its
     newest whole checkpoint, which `choose` finds, with newer ones that were `refused`. With `growth` its experts become
-    more, in a run folder of their own."""
+    more, in a run folder of their own. With `auto` there may be no checkpoint yet, and nothing left to do."""
 
     config: Config
     ds_config: dict[str, Any]
@@ -47,6 +59,7 @@ class Run:
     refused: dict[Path, str] = field(default_factory=dict)
     growth: Growth | None = None
     evaluate: bool = False
+    auto: bool = False
     profile: bool = False
     told: dict[str, Any] = field(default_factory=dict)  # the layout, of `summary.describe`
 
@@ -61,6 +74,15 @@ class Run:
         return self.saved["step"]
 
     @property
+    def finished(self) -> bool:
+        return self.first_step >= self.config.steps
+
+    @property
+    def patience(self) -> int:
+        """Seconds that a run which goes on by itself waits for what killed ranks have left to end."""
+        return 20 if self.auto else 0
+
+    @property
     def wandb_id(self) -> str | None:
         return None if self.growth else self.saved.get("wandb_id")
 
@@ -73,13 +95,17 @@ class Run:
 
         Raises ValueError, on every rank, where none is whole or has steps to go.
         """
-        if not self.earlier:
+        earlier = self.earlier
+        if not earlier or (self.auto and not from_main(lambda: manifest.found(earlier))):
             return
-        self.checkpoint, self.refused = manifest.newest_whole(self.earlier, mesh.files)
+        self.checkpoint, self.refused = manifest.newest_whole(earlier, mesh.files)
         for reason in self.refused.values():
             _say(f"warning: {reason}. Refused; using {self.checkpoint.name}", sys.stderr)
-        if not self.evaluate and self.first_step >= self.config.steps:
-            raise ValueError(f"{self.earlier}: has all of its {self.config.steps} steps; --set steps=N goes on to more")
+        done = f"{earlier}: has all of its {self.config.steps} steps; --set steps=N goes on to more"
+        if self.auto:
+            _say(f"note: {done}" if self.finished else f"goes on from {self.checkpoint}")
+        elif self.finished and not self.evaluate:
+            raise ValueError(done)
 
     def open(self) -> Path:
         """The run folder, the same on every rank, with the config in it. Raises ValueError on every rank where it
@@ -95,7 +121,7 @@ class Run:
             raise ValueError(f"{folder}: cannot be written ({there} is no folder to write to); give another --folder")
         if (folder / "lock").exists():
             with open(folder / "lock", "a") as lock:
-                _lock(lock, folder)
+                _lock(lock, folder, self.patience)
 
     def _claim(self) -> Path:
         """Makes the folder this process's own for as long as it lives."""
@@ -106,7 +132,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
-            _lock(self.lock, folder)
+            _lock(self.lock, folder, self.patience)
             for file, text in (("config.json", to_json(self.config)), ("layout.json", json.dumps(self.told, indent=2))):
                 (folder / f"{file}.new").write_text(text)
                 (folder / f"{file}.new").rename(folder / file)
@@ -115,11 +141,15 @@ class Run:
         return folder
 
 
-def _lock(file: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: in use by a run that has not ended; wait for it, or stop it") from None
+def _lock(file: IO[str], folder: Path, seconds: int) -> None:
+    """`seconds`: how long to wait for it."""
+    for left in reversed(range(seconds + 1)):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if left == 0:
+                raise ValueError(f"{folder}: in use by a run that has not ended; wait for it, or stop it") from None
+            time.sleep(1)
 
 
 def plan(argv: list[str], doc: str | None) -> Run:
@@ -128,7 +158,10 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("name", nargs="?", help="a named config; --list shows them")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
     parser.add_argument("--folder", type=Path, metavar="PATH", help="run folder of a new run (default: runs/NAME-TIME)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="goes on from the newest checkpoint of a run folder")
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN|auto", help="goes on from the newest checkpoint of a run; auto (with NAME "
+        "and --folder): of that folder, or begins there, for launchers that start the same command again",
+    )  # fmt: skip
     parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
     parser.add_argument("--grow-noise", type=float, metavar="X", help="largest change of a copied weight (0.01 of it)")
     parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test metrics of the newest checkpoint")
@@ -214,6 +247,8 @@ def read_config(run: Path) -> Config:
 
 
 def _resolve(args: argparse.Namespace) -> Run:
+    if args.resume == AUTO:
+        return _begin_or_go_on(args)
     earlier = args.resume or args.evaluate
     new = args.name is not None or args.grow is not None
     if (args.name is None) == (earlier is None) or (args.resume and args.evaluate) or (args.folder and not new):
@@ -227,7 +262,7 @@ def _resolve(args: argparse.Namespace) -> Run:
     if args.folder and manifest.found(args.folder):
         raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
     if earlier is None:
-        config = override(configs.get(args.name), args.set)
+        config = _new_config(args)
         return Run(config, read_ds_config(config), args.folder)
     config = read_config(earlier)
     section = (mixture(config) or ("", None))[0]
@@ -237,10 +272,7 @@ def _resolve(args: argparse.Namespace) -> Run:
             raise ValueError(
                 f"--set {key}: {earlier} cannot go on with another; what may change: {', '.join(may_change)}"
             )
-    if world_size() % config.mesh.ep:  # the layout is no part of the result, so any that fits will do
-        ep = math.gcd(config.mesh.ep, world_size())
-        _say(f"note: mesh.ep={ep} here ({earlier} was trained with {config.mesh.ep}); the result is the same")
-        config = override(config, [f"mesh.ep={ep}"])
+    config = _fit_ep(config)
     steps, config = config.steps, override(config, args.set)
     if args.resume and config.optim.decay == "cosine" and config.steps != steps:
         _say(f"note: the learning rate goes on as if the run had always had {config.steps} steps, not {steps}")
@@ -253,6 +285,37 @@ def _resolve(args: argparse.Namespace) -> Run:
         folder, growth = args.folder, _growth(args, config)
         config = growth.of(config)
     return Run(config, read_ds_config(config), folder, earlier, growth=growth, evaluate=bool(args.evaluate))
+
+
+def _new_config(args: argparse.Namespace) -> Config:
+    """Where --set mesh.ep does not say more, experts are spread over the ranks of a node, as far as they divide."""
+    config = override(configs.get(args.name), args.set)
+    if (experts := mixture(config)) and not any(text.startswith("mesh.ep=") for text in args.set):
+        spread = getattr(experts[1], "num_groups", None) or experts[1].num_experts
+        config = override(config, [f"mesh.ep={math.gcd(spread, args.ranks or ranks_per_node())}"])
+    return config
+
+
+def _fit_ep(config: Config) -> Config:
+    """The layout is no part of the result, so any that fits will do."""
+    if world_size() % config.mesh.ep:
+        ep = math.gcd(config.mesh.ep, world_size())
+        _say(f"note: mesh.ep={ep} on these ranks, which {config.mesh.ep} does not divide; the result is the same")
+        config = override(config, [f"mesh.ep={ep}"])
+    return config
+
+
+def _begin_or_go_on(args: argparse.Namespace) -> Run:
+    if args.name is None or args.folder is None or args.evaluate or args.grow is not None:
+        raise ValueError("--resume auto: give NAME and --folder PATH with it, and neither --evaluate nor --grow")
+    config = _fit_ep(_new_config(args))
+    if manifest.found(args.folder):
+        before = read_config(args.folder)
+        for key in dotted_keys(config):  # name and task first: the same ones have the same fields
+            kept, asked = (attrgetter(key)(each) for each in (before, config))
+            if kept != asked and not key.startswith(MAY_CHANGE):
+                raise ValueError(f"--folder {args.folder}: trained with {key}={kept}, not {asked}; give another folder")
+    return Run(config, read_ds_config(config), args.folder, args.folder, auto=True)
 
 
 def _growth(args: argparse.Namespace, config: Config) -> Growth:

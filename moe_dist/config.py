@@ -20,7 +20,9 @@ WIRES = ("same", "bf16")
 class MeshConfig:
     """How the ranks are used; like the ZeRO stage and the accumulation, no part of the result."""
 
-    ep: int = 1  # expert-parallel degree: ranks that share one set of experts
+    # expert-parallel degree: ranks that share one set of experts; train.py's default is the ranks of a node, as far as
+    # they divide the experts
+    ep: int = 1
     # how rows travel to experts: "ragged" once for each of them, "once" to each rank, "node" to each node and from
     # there to its ranks; "auto" is "node" where `ep` spans several nodes evenly, else "ragged"
     exchange: str = "auto"

@@ -176,8 +176,18 @@ def describe(config: Config, layout: Layout, ds: dict[str, Any], model: nn.Modul
             "experts_per_rank": moe.num_experts // ep,
             "experts_per_token": moe.k if groups is None else moe.k**2,
             "num_groups": groups,
+            "experts_by_node": _by_node(moe.num_experts, ep, layout.world // num_nodes),
         }
     return told | {"per_rank": per_rank(model, config, layout, ds)}
+
+
+def _by_node(num_experts: int, ep: int, ranks_per_node: int) -> list[tuple[int, int]]:
+    """First and last expert on each node of an ep group, which are consecutive ones, and so are groups of experts.
+    Empty where some ep groups begin in the middle of a node and end on another."""
+    if ranks_per_node % ep and ep % ranks_per_node:
+        return []
+    each = num_experts // max(1, ep // ranks_per_node)
+    return [(first, first + each - 1) for first in range(0, num_experts, each)]
 
 
 def table(told: dict[str, Any]) -> str:
@@ -197,6 +207,8 @@ def table(told: dict[str, Any]) -> str:
     if groups := told.get("num_groups"):
         each = f"{groups // told['ep']} per rank, {told['experts_per_token'] ** 0.5:.0f} per {token}"
         rows += [("groups of experts", f"{groups} in all, {each}")]
+    if "num_experts" in told and told["nodes"] > 1:
+        rows += [("experts by node", _shown_by_node(told))]
     rows += [("parameters", f"{told['parameters']:,}")]
     if "ops_per_timestep" in told:
         rows += [
@@ -213,6 +225,15 @@ def table(told: dict[str, Any]) -> str:
     rows += [("memory per rank, estimated", _size(sum(mine["memory_bytes"].values())))]
     rows += [(f"  {kind}", _size(size)) for kind, size in mine["memory_bytes"].items()]
     return "\n".join(f"{name:<32}{value}" for name, value in rows)
+
+
+def _shown_by_node(told: dict[str, Any]) -> str:
+    ranges = [f"{first}-{last}" for first, last in told["experts_by_node"]]
+    if not ranges:
+        return f"some ep groups lie on two nodes ({told['world'] // told['nodes']} ranks a node, ep {told['ep']})"
+    if len(ranges) > 4:
+        ranges = [*ranges[:2], "...", ranges[-1]]
+    return " | ".join(ranges) if len(ranges) > 1 else "all on each"
 
 
 def _size(num_bytes: int) -> str:

@@ -111,6 +111,10 @@ def check_launch() -> None:
     _check_number("WORLD_SIZE", 1, 2**31 - 1)
     _check_number("RANK", 0, world_size() - 1)
     _check_number("MASTER_PORT", 1, 2**16 - 1)
+    if "LOCAL_WORLD_SIZE" in os.environ and num_nodes() * ranks_per_node() != world_size():
+        raise ValueError(
+            f"{world_size()} ranks on {num_nodes()} nodes, {ranks_per_node()} of them here: start as many on each node"
+        )
 
 
 def _check_number(key: str, least: int, most: int) -> None:
@@ -124,7 +128,7 @@ def memory_per_rank() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(local_rank()).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return whole // ranks_per_node()
 
 
 def local_rank() -> int:
@@ -141,8 +145,13 @@ def world_size() -> int:
 
 
 def num_nodes() -> int:
-    """Nodes that torchrun started ranks on; one without it."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    """Nodes that torchrun, or DeepSpeed's launcher, started ranks on; one without them."""
+    return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("CROSS_SIZE") or "1")
+
+
+def ranks_per_node() -> int:
+    """As the launcher told; one without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def start(ep: int) -> Mesh:
@@ -204,7 +213,7 @@ def arrange(ep: int) -> Mesh:
     # (ep, edp): a stack of experts is cut over ep, and that part over the replicas which update it
     device_mesh = DeviceMesh("cpu", torch.arange(world).view(-1, ep).t(), mesh_dim_names=("ep", "edp"))
     assert dist.group.WORLD is not None
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    per_node = ranks_per_node()
 
     def node_P(ranks: range) -> tuple[int, ...]:
         nodes = tuple(r // per_node for r in ranks)

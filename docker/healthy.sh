@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Healthy: as many ranks of train.py as GPUS says are here, and none of them is stopped or dead.
+set -uo pipefail
+ranks=0
+for process in /proc/[0-9]*; do
+  # a rank's own command, not the launcher's, which names train.py too
+  mapfile -d '' -t words 2>/dev/null <"$process/cmdline" || continue
+  [[ ${words[0]:-} == *python* && ${words[1]:-} == train.py ]] || continue
+  if [[ $(sed 's/.*) //' "$process/stat" 2>/dev/null) != [RSD]* ]]; then
+    echo "a rank is stopped or dead: $process"
+    exit 1
+  fi
+  ranks=$((ranks + 1))
+done
+echo "$ranks of ${GPUS:-1} ranks"
+((ranks >= ${GPUS:-1}))

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Trains on several nodes: start it on each, with the same variables.
+#
+#   NODES=2 GPUS=8 MASTER=node0:29400 RDZV_ID=first CONFIG=moe_256 launch/multinode.sh [--dry-run] [arguments of train.py]
+#
+# NODES     how many, or a range such as 1:2: nodes may come and go, and the run goes on with those that are there
+# GPUS      ranks per node, on CPU too
+# MASTER    host:port of one of the nodes, by the name that `hostname` gives there; it has to stay
+# RDZV_ID   name of the run, whose folder is runs/$RDZV_ID: the same disk on all nodes
+# RESTARTS  how often ranks that fail are started again, and as often an agent that was killed (0)
+# ADDRESS   of this node for the others, where its host name is not known to them
+# RDZV_CONF more of torchrun's --rdzv-conf: last_call_timeout=5 waits 5 s instead of 30 for more nodes than the fewest
+#
+# --dry-run only prints the command. SIGTERM saves a checkpoint; the same command goes on from it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+nodes=${NODES:-1} restarts=${RESTARTS:-0}
+master=${MASTER:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}
+conf=${RDZV_CONF:-}
+if [[ ${ADDRESS:-} ]]; then
+  conf+=${conf:+,}is_host=$([[ ${master%:*} == "$ADDRESS" ]] && echo 1 || echo 0)
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# with agents' store shared with ranks, torch 2.13 tells its place to the first nodes alone: one that joins later waits
+# for it in vain
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+dry=; if [[ ${1:-} == --dry-run ]]; then dry=1; shift; fi
+
+# ranks of a killed agent are killed with it (setpriv), for the next agent starts new ones
+command=(torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-1}" --max-restarts "$restarts"
+  --rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id "$id" ${conf:+--rdzv-conf "$conf"}
+  ${ADDRESS:+--local-addr "$ADDRESS"}
+  --no-python setpriv --pdeathsig KILL python
+  train.py "${CONFIG:-lstm_moe_demo}" --folder "runs/$id" --resume auto "$@")
+echo "+$(printf " %q" "${command[@]}")"
+[[ ! $dry ]] || exit 0
+
+stopping=
+trap 'stopping=1; kill -TERM "$agent" 2>/dev/null || true' TERM INT
+TORCHELASTIC_ERROR_FILE=$(mktemp); export TORCHELASTIC_ERROR_FILE
+trap 'rm -f "$TORCHELASTIC_ERROR_FILE"' EXIT
+for ((left = restarts; ; left--)); do
+  : >"$TORCHELASTIC_ERROR_FILE"
+  "${command[@]}" &
+  agent=$! status=0
+  wait "$agent" || status=$?
+  while kill -0 "$agent" 2>/dev/null; do status=0; wait "$agent" || status=$?; done  # a signal had ended the wait
+  if ((status == 0)) || [[ $stopping ]]; then exit "$status"; fi
+  # an agent that was killed, or has lost the others (it wrote why), is started again; where ranks have failed too often
+  # it writes nothing, and that is the end
+  if ! ((status > 128)) && [[ ! -s $TORCHELASTIC_ERROR_FILE ]]; then exit "$status"; fi
+  if ((left == 0)); then exit "$status"; fi
+  echo "launch: the agent ended with status $status; starting it again ($left left)" >&2
+done

@@ -1,0 +1,62 @@
+"""The files of ds_configs/, and the keys that such a file may have."""
+
+from pathlib import Path
+
+import pytest
+from runs import Run, tiny
+
+from moe_dist.engine import DS_CONFIGS, KEYS, import_deepspeed, read_ds_config
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
+
+NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+SAME = (("offload", 1, "bf16"), ("offload", 2, "zero2"), ("offload", 3, "zero3"))  # where the state lies, no more
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_accepted_and_told(name: str) -> None:
+    assert read_ds_config(tiny(f"ds_config={name}"))["zero_optimization"]["stage"] in (1, 2, 3)
+    assert f"| `{name}` |" in (DS_CONFIGS / "README.md").read_text()
+
+
+def test_deepspeed_has_every_key() -> None:
+    """Of sections that it reads with classes; it ignores none, for they forbid what they do not know."""
+    import_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    classes = {
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "comms_logger": CommsLoggerConfig,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    }
+    checked = 0
+    for key in KEYS:
+        section, _, name = key.rpartition(".")
+        if section in classes:
+            fields = classes[section].model_fields
+            assert name in {*fields, *(field.alias for field in fields.values())}, key
+            checked += 1
+    assert checked > 15
+
+
+@pytest.mark.timeout(150)
+def test_offloaded_state_changes_nothing(small_text: Path) -> None:
+    for losses in run_distributed(train, 2, str(small_text), timeout=120):
+        for stage, (offloaded, here) in losses.items():
+            assert offloaded == here and len(here) == 4, stage
+
+
+def train(text: str) -> dict[int, tuple[list[float], list[float]]]:
+    meshes.join()
+    told = {}
+    for offload, stage, other in SAME:
+        runs = [Run(tiny(f"ds_config={name}", f"zero={stage}", "mesh.ep=2", f"data.text={text}", "optim.lr=1e-3"))
+                for name in (offload, other)]  # fmt: skip
+        told[stage] = (runs[0].steps(0, 4).losses, runs[1].steps(0, 4).losses)
+    meshes.stop()
+    return told

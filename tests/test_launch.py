@@ -1,0 +1,335 @@
+"""Launch scripts: what they run, on two nodes, with nodes that leave and agents that are killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from processes import ROOT, check_one_line, check_plan, end, free_port, set_, start
+from runs import TINY
+
+from experiments.elastic import Nodes, alone, coming_and_going, losses
+from moe_dist.checkpoint import manifest
+from moe_dist.cli import plan
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = ("local.sh", "multinode.sh", "deepspeed.sh", "slurm.sbatch")
+VARIABLES = {"NODES": "2", "GPUS": "3", "MASTER": "node0:29400", "RDZV_ID": "mine", "CONFIG": "moe_4"}
+WAIT = "for i in {1..200}; do sleep 0.1; done"
+AS_TOLD = {"optim.lr=1e-4", "optim.warmup_steps=1"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
+    """There is no torchrun, srun or deepspeed on its path."""
+    done = subprocess.run(
+        ["bash", str(LAUNCH / script), "--dry-run", "--set", "data.text=two words"],
+        env=VARIABLES | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("+ ") and line.endswith(r"--set data.text=two\ words"), line
+    launcher, *told = {
+        "local.sh": ("torchrun", "--nproc-per-node 3", "--folder runs/mine", "moe_4"),
+        "multinode.sh": ("torchrun", "--nnodes 2 --nproc-per-node 3", "-endpoint node0:29400 --rdzv-id mine", "moe_4"),
+        "deepspeed.sh": ("deepspeed", "--num_nodes 2 --num_gpus 3 --master_addr node0 --master_port 29400", "moe_4"),
+        "slurm.sbatch": ("srun", "NODES=2 GPUS=3 MASTER=node0:29400 RDZV_ID=mine CONFIG=moe_4", "launch/multinode.sh"),
+    }[script]  # fmt: skip
+    assert f" {launcher} " in line and all(each in line for each in told), line
+
+
+@pytest.mark.parametrize("script", ["multinode.sh", "deepspeed.sh"])
+@pytest.mark.parametrize("missing", ["MASTER", "RDZV_ID"])
+def test_a_missing_variable_is_named(script: str, missing: str) -> None:
+    variables = {key: value for key, value in VARIABLES.items() if key != missing} | {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run([LAUNCH / script], env=variables, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and f"{missing}: " in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", *(ROOT / "docker").glob("*.sh")]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_pods_of_kubernetes_find_each_other() -> None:
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(variables["NODES"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["GPUS"])
+    assert job["spec"]["completionMode"] == "Indexed" and service["spec"]["clusterIP"] == "None"
+    name, subdomain = job["metadata"]["name"], pod["subdomain"]
+    assert subdomain == service["metadata"]["name"] and service["spec"]["selector"] == {"job-name": name}
+    assert variables["MASTER"] == f"{name}-0.{subdomain}:29400"  # an indexed pod's host name is JOB-INDEX
+    assert variables["ADDRESS"] == f"{name}-$(JOB_COMPLETION_INDEX).{subdomain}"
+    assert pod["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
+    assert variables["WANDB_API_KEY"] is None  # from a secret alone
+    subprocess.run([ROOT / container["command"][0], "--dry-run"], env=VARIABLES | {"PATH": "/usr/bin:/bin"}, check=True)
+
+
+def test_the_cluster_of_docker_is_two_nodes_without_privileges_or_keys() -> None:
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    for name, node in compose["services"].items():
+        variables = node["environment"]
+        assert node["hostname"] == variables["ADDRESS"] == name
+        assert variables["MASTER"] == "node0:29400" and variables["RDZV_ID"] and variables["WANDB_API_KEY"] is None
+        assert variables["GLOO_SOCKET_IFNAME"] == variables["NCCL_SOCKET_IFNAME"] == "eth0"
+        assert int(variables["NODES"]) == len(compose["services"]) == 2
+        assert node["cap_drop"] == ["ALL"] and node["volumes"] == ["runs:/app/runs"] and "runs" in compose["volumes"]
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    assert {"USER 10001", "FROM runtime AS cpu", "FROM runtime AS cuda"} <= set(dockerfile.splitlines())
+    kept = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert kept[0] == "*" and all((ROOT / line[1:].replace("*", "")).exists() or "*" in line for line in kept[1:])
+
+
+def small(text: Path, *more: str) -> tuple[str, ...]:
+    return (*TINY, *AS_TOLD, f"data.text={text}", "eval_every=1000", *more)
+
+
+@pytest.mark.timeout(150)
+def test_two_nodes_train_as_one_process(small_text: Path, tmp_path: Path) -> None:
+    """Two agents on this machine, two ranks each: 20 losses at a learning rate of 1e-4."""
+    sets = small(small_text, "steps=20", "save_every=20")
+    whole = alone(tmp_path / "one", "lstm_moe_demo", *sets)
+    with Nodes(tmp_path / "two", "lstm_moe_demo", 2, *sets) as nodes:
+        nodes.start()
+        nodes.start()
+        assert nodes.end() == [0, 0], nodes.log.read_text()
+    assert nodes.starts() == [(4, 0)]
+    assert losses(nodes.folder) == pytest.approx(whole, abs=1e-5) and len(whole) == 20
+
+
+def no_namespaces() -> str:
+    """Why network namespaces cannot be made here; empty where they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if not shutil.which("ip"):
+        return "network namespaces need iproute2"
+    name = f"try{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    return made.stderr.strip()
+
+
+@pytest.mark.timeout(250)
+def test_two_namespaces_train_as_one_process(small_text: Path, tmp_path: Path) -> None:
+    """The same over a cable, each node with an address of its own."""
+    if why := no_namespaces():
+        pytest.skip(why)
+    sets = small(small_text, "steps=20", "save_every=20")
+    whole = alone(tmp_path / "one", "lstm_moe_demo", *sets)
+    variables = {"NODES": "2", "GPUS": "2", "RDZV_ID": "namespaces", "CONFIG": "lstm_moe_demo"}
+    process = subprocess.Popen(
+        [LAUNCH / "namespaces.sh", LAUNCH / "multinode.sh", "--folder", tmp_path / "two", *set_(*sets)],
+        env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        told = process.communicate(timeout=150)[0]
+    finally:
+        process.terminate()  # it removes the namespaces, which SIGKILL would leave behind
+        process.wait(60)
+    assert process.returncode == 0, told
+    assert "4 on 2 nodes = 2 expert-data (edp) x 2 expert parallel (ep)" in told
+    assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5) and len(whole) == 20
+
+
+@pytest.mark.timeout(200)
+def test_a_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
+    """Two nodes, one, two: the same losses at equal samples."""
+    sets = small(small_text, "steps=30", "save_every=10")
+    whole = alone(tmp_path / "whole", "lstm_moe_demo", *sets)
+    nodes = coming_and_going(tmp_path / "broken", "lstm_moe_demo", 1, (10, 20), *sets)
+    worlds, after = zip(*nodes.starts(), strict=True)
+    assert worlds == (2, 1, 2) and after[0] == 0 and 10 <= after[1] < 20 <= after[2], nodes.log.read_text()
+    assert "starting it again" not in nodes.log.read_text()  # torchrun's agents did it, no script's loop
+    assert losses(nodes.folder) == pytest.approx(whole, abs=1e-5) and len(whole) == 30
+
+
+def agent_of(node: psutil.Popen, timeout: float = 30) -> psutil.Process:
+    deadline = time.monotonic() + timeout
+    while not (found := [each for each in node.children() if "torchrun" in " ".join(each.cmdline())]):
+        assert time.monotonic() < deadline and node.poll() is None
+        time.sleep(0.05)
+    return found[0]
+
+
+@pytest.mark.timeout(150)
+def test_a_killed_agent_is_started_again(small_text: Path, tmp_path: Path) -> None:
+    """Its ranks end with it, and the run goes on from the newest checkpoint to the loss of an unbroken one."""
+    sets = small(small_text, "steps=200", "save_every=50")
+    with Nodes(tmp_path / "killed", "lstm_moe_demo", 2, *sets) as nodes:
+        nodes.environment |= {"NODES": "1", "RESTARTS": "1"}
+        node = nodes.start()
+        nodes.reach(50)
+        agent = agent_of(node)
+        ranks = agent.children(recursive=True)
+        agent.kill()
+        assert len(ranks) >= 2 and not psutil.wait_procs(ranks, timeout=10)[1]
+        assert nodes.end() == [0], nodes.log.read_text()
+    assert "the agent ended with status 137; starting it again (1 left)" in nodes.log.read_text()
+    (_, _), (world, after) = nodes.starts()
+    assert world == 2 and after in (50, 100, 150)
+    assert losses(nodes.folder) == pytest.approx(alone(tmp_path / "whole", "lstm_moe_demo", *sets), abs=1e-5)
+
+
+def agent_that(does: str, folder: Path, **variables: str) -> tuple[int, int, str]:
+    """launch/multinode.sh with a `torchrun` of a few words in place of the real one: (status, how often, stderr)."""
+    folder.mkdir(exist_ok=True)
+    (folder / "torchrun").write_text(f'#!/bin/bash\necho >>"{folder}/starts"\n{does}\n')
+    (folder / "torchrun").chmod(0o755)
+    done = subprocess.run(
+        [LAUNCH / "multinode.sh"], env=VARIABLES | {"PATH": f"{folder}:/usr/bin:/bin", "RESTARTS": "2"} | variables,
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    return done.returncode, len((folder / "starts").read_text().splitlines()), done.stderr
+
+
+def test_only_an_agent_that_died_is_started_again(tmp_path: Path) -> None:
+    """1 + RESTARTS times. Ranks that failed too often, which torchrun does not write to its error file, are the end."""
+    assert agent_that("kill -9 $$", tmp_path / "killed")[:2] == (137, 3)
+    assert agent_that('echo lost >"$TORCHELASTIC_ERROR_FILE"; exit 1', tmp_path / "lost")[:2] == (1, 3)
+    assert agent_that("exit 1", tmp_path / "ranks") == (1, 1, "")
+    assert agent_that("exit 0", tmp_path / "done") == (0, 1, "")
+    assert agent_that("kill -9 $$", tmp_path / "none", RESTARTS="0")[:2] == (137, 1)
+    # SIGTERM goes on to the agent, which is not started again
+    assert agent_that('trap "exit 1" TERM; kill -TERM $PPID; ' + WAIT, tmp_path / "stopped") == (1, 1, "")
+
+
+def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(tmp_path: Path) -> None:
+    stubs = {
+        "srun": 'trap "echo saved; exit 143" TERM\necho "srun $*"\nkill -USR1 $PPID\n' + WAIT,
+        "scontrol": 'if [ "$1" = show ]; then printf "a1\\na2\\n"; else echo "scontrol $*"; fi',
+    }
+    for name, does in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "a[1-2]"}
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sbatch", "--set", "seed=1"], env=job | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    command, *rest = done.stdout.splitlines()
+    assert "NODES=2 GPUS=4 MASTER=a1:29400 RDZV_ID=slurm-77" in command, done.stderr
+    assert rest == [
+        "srun --nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 launch/multinode.sh --set seed=1",
+        "saved",
+        "scontrol requeue 77",
+    ]
+
+
+@pytest.mark.timeout(150)
+def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
+    """Without ssh: one script a node."""
+    (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
+    variables = VARIABLES | {
+        "GPUS": "1", "MASTER": f"127.0.0.1:{free_port()}", "CONFIG": "lstm_moe_demo",
+        "HOSTFILE": str(tmp_path / "hostfile"),
+    }  # fmt: skip
+    sets = small(small_text, "steps=2", "save_every=2")
+    command = [LAUNCH / "deepspeed.sh", "--folder", tmp_path / "run", *set_(*sets)]
+    started = [
+        subprocess.Popen(
+            command, env=os.environ | variables | {"NODE_RANK": rank}, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in started] == [0, 0], told
+    assert "2 on 2 nodes = 2 expert-data (edp) x 1 expert parallel (ep)" in told[0]
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -> None:
+    """The same command three times, stopped in the middle of the first."""
+    folder = tmp_path / "run"
+    command = ["lstm_moe_demo", "--folder", str(folder), "--resume", "auto", *set_(*small(small_text, "steps=300"))]
+    process = start(*command)
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert end(process)[0] == 143
+    (saved,) = manifest.found(folder)
+    told = [subprocess.run([sys.executable, ROOT / "train.py", *command], capture_output=True, text=True) for _ in "12"]
+    assert [each.returncode for each in told] == [0, 0], told
+    assert f"goes on from {saved}" in told[0].stdout
+    assert f"note: {folder}: has all of its 300 steps" in told[1].stdout and "test perplexity" in told[1].stdout
+    assert losses(folder).keys() == set(range(1, 301))
+
+
+def test_resume_auto_takes_the_same_run_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`run` has two steps of the small demo."""
+    config = json.loads((run / "config.json").read_text())
+    same = [*TINY, "steps=9", f"data.text={config['data']['text']}"]
+    auto = ["--folder", str(run), "--resume", "auto"]
+    check_plan(["lstm_moe_demo", *auto, *set_(*same, "seed=5")], "trained with seed=0, not 5; give another", capsys)
+    check_plan(["widenet_demo", *auto], "trained with name=lstm_moe_demo, not widenet_demo", capsys)
+    check_plan(["--resume", "auto"], "give NAME and --folder", capsys)
+    plan(["lstm_moe_demo", *auto, *set_(*same, "optim.lr=5e-4")], None)
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, ranks: int, nodes: int, here: int) -> None:
+    told = {"WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": nodes, "LOCAL_WORLD_SIZE": here, "RANK": 0, "MASTER_PORT": 29500}
+    for key, value in told.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+
+HIERARCHICAL = ("model.moe.num_experts=32", "model.moe.num_groups=8", "model.moe.k=2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "sets", "ep", "by_node"),
+    [
+        (8, 2, (), 4, "all on each"),  # 64 experts, 4 ranks a node
+        (8, 2, ("mesh.ep=2",), 2, "all on each"),
+        (8, 2, ("mesh.ep=8",), 8, "0-31 | 32-63"),
+        (8, 2, ("mesh.ep=1",), 1, "all on each"),
+        (6, 2, (), 1, "all on each"),  # gcd(64, 3): 3 ranks a node do not divide 64 experts
+        (6, 2, ("mesh.ep=2",), 2, "some ep groups lie on two nodes (3 ranks a node, ep 2)"),
+        (8, 4, ("mesh.ep=4",), 4, "0-31 | 32-63"),  # two ep groups, of two nodes each
+        (8, 2, (*HIERARCHICAL, "mesh.ep=8"), 8, "0-15 | 16-31"),  # groups 0-3 of 4 experts on node 0, 4-7 on node 1
+        (16, 2, HIERARCHICAL, 8, "all on each"),  # 8 groups
+    ],
+)
+def test_experts_stay_in_a_node_by_default_and_the_table_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: int, nodes: int, sets: tuple[str, ...],
+    ep: int, by_node: str,
+) -> None:  # fmt: skip
+    launched(monkeypatch, ranks, nodes, ranks // nodes)
+    samples = ("batch.samples=96", "batch.samples_per_balance_group=48")
+    with pytest.raises(SystemExit) as exit_:
+        plan(["lstm_moe_demo", "--dry-run", *set_(*samples, *sets)], None)
+    assert exit_.value.code == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["ranks"].split(" = ")[1].endswith(f" x {ep} expert parallel (ep)")
+    assert rows["experts by node"].strip() == by_node
+
+
+def test_nodes_of_different_size_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(monkeypatch, 3, 2, 2)
+    check_plan(["lstm_moe_demo", "--dry-run"], "3 ranks on 2 nodes, 2 of them here: start as many on each", capsys)
+
+
+def test_a_mistake_is_still_one_line() -> None:
+    status, stderr = end(start("lstm_moe_demo", "--resume", "auto"))
+    assert status == 2
+    check_one_line(stderr, "--folder PATH")
