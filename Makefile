@@ -47,4 +47,5 @@ gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/lm.py --json benchmarks/results/lm_gpu.json
 	$(BIN)/python benchmarks/optimizer.py --json benchmarks/results/optimizer_gpu.json
+	$(BIN)/python benchmarks/layer.py --shapes e32 e256 e1024 widenet3072 --gate --json benchmarks/results/layer_gpu.json
 	$(BIN)/torchrun --standalone --nproc-per-node 1 train.py lstm_moe_demo --set steps=200 --set ds_config=bf16 --set wandb.mode=off

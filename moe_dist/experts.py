@@ -68,7 +68,7 @@ class Experts(nn.Module):
         if self.on:
             of_all_e = F.pad(count_e, (first, len(self.w1_eDF) - first - len(count_e)))
             on = partial(self.on, which=of_all_e, ctx_R=ctx.rows(routing.token_N))
-        if self._is_fast(len(routing.token_N)):
+        if self._is_fast(len(routing.token_N), weights[0]):
             w1_eDF, w2_eFD = weights
             gate_N, recompute = routing.gate_N, self.recompute
             return cpu.feedforward(x_TD, copies, gate_N, count_e, w1_eDF, w2_eFD, on, recompute, put_off), None
@@ -76,8 +76,8 @@ class Experts(nn.Module):
         y_RD = run(copies.take(x_TD), count_e, on, *weights)
         return copies.add_up(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
 
-    def _is_fast(self, num_rows: int) -> bool:
-        return cpu.is_worth_it(num_rows, self.w1_eDF)
+    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
+        return cpu.is_worth_it(num_rows, w1_eDF)
 
     @staticmethod
     def _plain(x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None, *weights: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ class GeluExperts(Experts):
         self.b1_e1F = parameter(num_experts, 1, hidden, bound=0.0)
         self.b2_e1D = parameter(num_experts, 1, dim, bound=0.0)
 
-    def _is_fast(self, num_rows: int) -> bool:
+    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
         return False
 
     @staticmethod

@@ -22,14 +22,14 @@ NOWHERE = Context(*(torch.zeros(T, dtype=t) for t in (torch.int64, torch.int64, 
 class Fast(Experts):
     """At any size."""
 
-    def _is_fast(self, num_rows: int) -> bool:
+    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
         return True
 
 
 class Plain(Experts):
     """As on a device without a fast path, and where it is not worth it."""
 
-    def _is_fast(self, num_rows: int) -> bool:
+    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
         return False
 
 
@@ -177,5 +177,6 @@ def test_recompute_keeps_nothing_of_the_hidden_size(cls: type[Experts]) -> None:
 def test_the_fast_path_is_taken_where_an_expert_has_much_to_do() -> None:
     """128 KiB of hidden units an expert: 4 experts of 64 units have them from 4 x 2^17 / (4 x 64) = 2048 rows on."""
     experts = Experts(4, 8, 64)
-    assert [experts._is_fast(n) for n in (0, 2047, 2048, 10000)] == [False, False, True, True]
-    assert not GeluExperts(4, 8, 64)._is_fast(10000)
+    assert [experts._is_fast(n, experts.w1_eDF) for n in (0, 2047, 2048, 10000)] == [False, False, True, True]
+    assert [experts._is_fast(1024, experts.w1_eDF[:2]), experts._is_fast(1023, experts.w1_eDF[:2])] == [True, False]
+    assert not GeluExperts(4, 8, 64)._is_fast(10000, experts.w1_eDF)

@@ -73,14 +73,12 @@ class RaggedExchange:
         send_PC, got_PC = (_by_piece(count.view_as(count_Pe), sizes_C) for count in (routing.count_E, count_Pe))
         ways = list(zip(send_PC.t().tolist(), got_PC.t().tolist(), strict=True))
 
-        def dispatch(x_N: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-            wire = self.wire if x_N is x_ND else None
+        def dispatch(x_N: torch.Tensor, wire: torch.dtype | None = None) -> list[Callable[[], torch.Tensor]]:
             return Crossing(ways, self.axis, (ctx.site, "dispatch"), wire).out(x_N)
 
         order_N = _by_expert(send_PC)
         copies = Copies(routing.token_N, len(x_TD)).reordered(order_N)
-        x_ND = copies.take(x_TD)
-        gate_C, key_C, x_C = dispatch(routing.gate_N[order_N]), None, dispatch(x_ND)  # 2
+        x_C, gate_C, key_C = dispatch(copies.take(x_TD), self.wire), dispatch(routing.gate_N[order_N]), None  # 2
         if experts.needs_context:
             mine = ctx.rows(copies.token_N)
             key_C = dispatch(torch.stack([mine.sample_T, mine.position_T], 1))
@@ -91,7 +89,7 @@ class RaggedExchange:
             if key_C:
                 key_R2 = key_C[c]()
                 ctx = ctx.received(key_R2[:, 0], key_R2[:, 1], torch.ones_like(key_R2[:, 0], dtype=torch.bool))
-            order_R, gate_R, x_RD = _by_expert(count_Pc), gate_C[c](), x_C[c]()  # 3
+            x_RD, gate_R, order_R = x_C[c](), gate_C[c](), _by_expert(count_Pc)  # 3
             y_RD, stats = part(x_RD, Routing(order_R, gate_R.index_select(0, order_R), count_Pc.sum(0)), ctx)  # 4
             returning.append(back.into(c, y_RD))  # 5
         return copies.add_up(back.whole(returning)), stats  # 6
