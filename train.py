@@ -51,7 +51,7 @@ def main(run: Run) -> None:
         if mesh.is_main and result:
             print(result_lines(run, task.told(result), engine.optimizer.updates), flush=True)
         if mesh.is_main and not run.evaluate:
-            report.write_all(folder)
+            report.try_to_write_all(folder)
         meshes.stop()
     sys.exit(status)
 

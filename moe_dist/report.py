@@ -39,6 +39,19 @@ def write_all(run: pathlib.Path) -> list[pathlib.Path]:
     return [*write_report(run), write_page([run], run / PAGE)]
 
 
+def try_to_write_all(run: pathlib.Path) -> None:
+    """As `write_all`, but a full disk is told: the run that they are of loses nothing by it."""
+    try:
+        write_all(run)
+    except OSError as error:
+        print(
+            f"warning: {run / PAGE} and its pictures cannot be written ({error.strerror}); "
+            f"python -m moe_dist.report {run} draws them later",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
     """Writes the HTML page of the runs to `file`, whole or not at all, and returns it.
 
@@ -51,8 +64,12 @@ def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
     alike = len(set(names)) < len(names)
     html = page([read_run(run, str(run) if alike else None) for run in runs])
     beside = file.with_name(file.name + ".new")
-    beside.write_text(html, encoding="utf-8")
-    os.replace(beside, file)
+    try:
+        beside.write_text(html, encoding="utf-8")
+        os.replace(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
     return file
 
 

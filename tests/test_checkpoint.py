@@ -286,7 +286,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> 
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, "the last checkpoint is missing"
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 3 and all("cannot be written (" in line for line in warnings), done.stderr
+    assert all("cannot be written (" in line for line in warnings), done.stderr
+    assert len(warnings) == 4 and "report.html" in warnings[-1], "three checkpoints and the page"
+    assert not (run / "report.html.new").exists()
     assert "test perplexity" in done.stdout and "step 5/5" in done.stderr
     assert contents(run / "checkpoints") == before
 
