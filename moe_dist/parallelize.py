@@ -89,7 +89,8 @@ def time_layer(layer: MoE, name: str, clock: Clock) -> None:
         experts.forward = clock.around("gate", experts.forward, f"gates of groups {name}")  # type: ignore[method-assign]
         experts.exchange = clock.around("exchange", experts.exchange, f"exchange in groups {name}")  # type: ignore
         experts = experts.experts
-    experts.run = clock.around("experts", experts.run, f"experts {name}")
+    each = "run" if hasattr(experts, "parts") else "forward"  # of a piece
+    setattr(experts, each, clock.around("experts", getattr(experts, each), f"experts {name}"))
 
 
 def exchange_on(mesh: Mesh, config: MeshConfig) -> Any:
