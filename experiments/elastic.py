@@ -28,6 +28,8 @@ SETS = ("optim.lr=1e-4", "optim.warmup_steps=1", "log_every=1", "save_every=10",
 # keep-alives and the wait for more nodes, in seconds instead of torch's 15 and 30
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the scripts start this Python's torchrun
+
 
 class Nodes:
     """Agents on this machine that share one run; what they print goes to FOLDER.log."""
@@ -38,7 +40,7 @@ class Nodes:
             master = f"localhost:{free.getsockname()[1]}"
         self.environment = os.environ | {
             "NODES": "1:2", "GPUS": str(ranks), "MASTER": master, "RDZV_ID": folder.name, "CONFIG": name,
-            "RESTARTS": "4", "RDZV_CONF": RENDEZVOUS, "OMP_NUM_THREADS": "1",
+            "RESTARTS": "4", "RDZV_CONF": RENDEZVOUS, "OMP_NUM_THREADS": "1", "PATH": PATH,
         }  # fmt: skip
         self.command = [str(ROOT / "launch" / "multinode.sh"), "--folder", str(folder), *set_(*sets)]
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")

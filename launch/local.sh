@@ -6,6 +6,7 @@
 # GPUS: ranks, on CPU too. --dry-run only prints the command. The run folder is runs/$RDZV_ID.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v torchrun >/dev/null || PATH=$PWD/.venv/bin:$PATH # that of `make`
 
 config=${CONFIG:-lstm_moe_demo}
 run=runs/${RDZV_ID:-$config-$(date +%Y%m%d-%H%M%S)}

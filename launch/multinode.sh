@@ -14,6 +14,7 @@
 # --dry-run only prints the command. SIGTERM saves a checkpoint; the same command goes on from it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v torchrun >/dev/null || PATH=$PWD/.venv/bin:$PATH # that of `make`
 
 nodes=${NODES:-1} restarts=${RESTARTS:-0}
 master=${MASTER:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}

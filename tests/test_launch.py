@@ -15,7 +15,7 @@ import yaml
 from processes import ROOT, check_one_line, check_plan, end, free_port, set_, start
 from runs import TINY
 
-from experiments.elastic import Nodes, alone, coming_and_going, losses
+from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses
 from moe_dist.checkpoint import manifest
 from moe_dist.cli import plan
 
@@ -51,6 +51,20 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     variables = {key: value for key, value in VARIABLES.items() if key != missing} | {"PATH": "/usr/bin:/bin"}
     done = subprocess.run([LAUNCH / script], env=variables, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and f"{missing}: " in done.stderr
+
+
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "deepspeed.sh"])
+def test_without_an_environment_of_ones_own_that_of_make_is_taken(script: str, tmp_path: Path) -> None:
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    bin = tmp_path / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    for name in ("torchrun", "deepspeed"):
+        (bin / name).write_text('#!/bin/bash\necho started with "$(command -v python)"\n')
+        (bin / name).chmod(0o755)
+    (bin / "python").symlink_to(sys.executable)
+    environment = VARIABLES | {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run([tmp_path / "launch" / script], env=environment, capture_output=True, text=True, timeout=20)
+    assert done.stdout.splitlines()[1:] == [f"started with {bin}/python"], done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
@@ -128,7 +142,7 @@ def test_two_namespaces_train_as_one_process(small_text: Path, tmp_path: Path) -
         pytest.skip(why)
     sets = small(small_text, "steps=20", "save_every=20")
     whole = alone(tmp_path / "one", "lstm_moe_demo", *sets)
-    variables = {"NODES": "2", "GPUS": "2", "RDZV_ID": "namespaces", "CONFIG": "lstm_moe_demo"}
+    variables = {"NODES": "2", "GPUS": "2", "RDZV_ID": "namespaces", "CONFIG": "lstm_moe_demo", "PATH": PATH}
     process = subprocess.Popen(
         [LAUNCH / "namespaces.sh", LAUNCH / "multinode.sh", "--folder", tmp_path / "two", *set_(*sets)],
         env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -233,7 +247,7 @@ def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     variables = VARIABLES | {
         "GPUS": "1", "MASTER": f"127.0.0.1:{free_port()}", "CONFIG": "lstm_moe_demo",
-        "HOSTFILE": str(tmp_path / "hostfile"),
+        "HOSTFILE": str(tmp_path / "hostfile"), "PATH": PATH,
     }  # fmt: skip
     sets = small(small_text, "steps=2", "save_every=2")
     command = [LAUNCH / "deepspeed.sh", "--folder", tmp_path / "run", *set_(*sets)]
