@@ -19,14 +19,16 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from moe_dist import report
+from moe_dist import chaos, report
 from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines
+from moe_dist.config import ChaosConfig
 from moe_dist.evaluate import evaluate
 from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.record import RankLost
 from moe_dist.parallel.stop import STATUS, Stop
 from moe_dist.profiling import profiled
 from moe_dist.training import Training, set_up, train_step
@@ -42,8 +44,11 @@ def main(run: Run) -> None:
         if run.checkpoint:
             load(run.checkpoint, engine, task, mesh, run.growth)
         folder = run.open()
+        if config.chaos != ChaosConfig():
+            chaos.make(training, folder)
 
-    with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
+    # a disk may fill, a gradient be infinite, another rank die
+    with plain_errors(OSError), plain_errors(FloatingPointError), plain_errors(RankLost):
         if run.evaluate or run.finished:
             result, status = evaluate(engine, task, "test", mesh), 0
         else:
@@ -61,7 +66,8 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
     meter, optimizer, result = Meter(mesh, task, run.told["flops_per_unit"]), engine.optimizer, {}
     saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused)
-    with saver, Stop(mesh) as stop, profiled(folder, mesh, run.profile) as profile, Metrics(
+    recorded, traced = mesh.record.kept(folder, config.mesh.patience), profiled(folder, mesh, run.profile)
+    with Stop(mesh) as stop, recorded, saver, traced as profile, Metrics(
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
         start_step=run.first_step, wandb_id=run.wandb_id,
     ) as metrics:  # fmt: skip
@@ -78,7 +84,7 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
             if step % config.log_every == 0 or last or stopping:
                 lr, skipped = learning_rate(config.optim, step, config.steps), step - optimizer.updates
                 told = {"train/lr": lr, "train/grad_norm": optimizer.norm, "train/skipped_steps": skipped}
-                metrics.log(step, meter.read() | told)
+                metrics.log(step, {**meter.read(), **told, **training.finite.read()})
             if (step % config.eval_every == 0 or last) and not stopping:  # who asks to stop does not wait for long
                 metrics.log(step, evaluate(engine, task, "valid", mesh) | task.of_weights(engine))
                 if last:

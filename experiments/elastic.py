@@ -87,9 +87,15 @@ class Nodes:
 
     def starts(self) -> list[tuple[int, int]]:
         """(ranks, the step that they began after) of each start, in order."""
-        told = re.findall(r"^ranks +(\d+) on|^goes on from .*step_(\d+)", self.log.read_text(), re.MULTILINE)
-        worlds = [int(world) for world, _ in told if world]
-        return list(zip(worlds, [0] + [int(step) for world, step in told if not world], strict=True))
+        found: list[tuple[int, int]] = []
+        for ranks, step in re.findall(
+            r"^ranks +(\d+) on|^goes on from .*step_(\d+)", self.log.read_text(), re.MULTILINE
+        ):
+            if ranks:
+                found.append((int(ranks), 0))
+            else:
+                found[-1] = (found[-1][0], int(step))
+        return found
 
     def __enter__(self) -> "Nodes":
         return self

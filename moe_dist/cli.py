@@ -229,10 +229,11 @@ def _check_memory(needed: int) -> None:
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
 MAY_CHANGE = (
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "save_in_background", "ds_config", "zero",
-    "compare", "mesh.ep", "mesh.exchange", "mesh.pieces", "mesh.wire", "batch.accumulation", "data.workers",
-    "data.image_root", "data.null_threshold", "model.moe.recompute", "model.encoder.recompute", "optim.lr",
-    "optim.warmup_steps", "optim.decay", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
-    "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "wandb.mode",
+    "compare", "mesh.ep", "mesh.exchange", "mesh.pieces", "mesh.wire", "mesh.patience", "batch.accumulation",
+    "data.workers", "data.image_root", "data.null_threshold", "model.moe.recompute", "model.encoder.recompute",
+    "optim.lr", "optim.warmup_steps", "optim.decay", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
+    "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "optim.max_skipped",
+    "chaos.", "wandb.mode",
 )  # fmt: skip
 
 

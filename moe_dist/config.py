@@ -30,6 +30,7 @@ class MeshConfig:
     # None: 4 where `ep` spans nodes, else 0
     pieces: int | None = None
     wire: str = "same"  # what rows travel in: "same" as they are computed in, or "bf16"; sums are taken in float32
+    patience: float = 60.0  # seconds that a rank waits for others in one call before it says for whom, and ends
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_norm: float | None = 1.0  # one norm over dense parameters and all experts
+    max_skipped: int = 10  # steps in a row whose gradients are not finite, and that are skipped; then the run ends
     clip_by: str = "step"  # whose norm: this "step"'s, or the "previous" one's (of a run's first step: not clipped)
     # expert gradients are used and freed as soon as backward has made them: 4 bytes a parameter are all that an expert
     # parameter takes in fp32; a step whose gradient is not finite ends the run, for it cannot be skipped
@@ -210,6 +212,22 @@ class WandbConfig:
     """Where curves go besides the run folder."""
 
     mode: str = "online"  # "online" (offline when there is no login), "offline" or "off"
+
+
+@dataclass(frozen=True)
+class ChaosConfig:
+    """Faults made on purpose, to try a cluster and the trainer on it (`chaos`)."""
+
+    # every step: "one_expert" gets all tokens; "empty_rank": experts of the last rank get none; "ragged": each rank
+    # sends rows of some of its tokens, of all or of none
+    routing: str = "none"
+    # once, on `rank` in a `phase` of `step`: "kill" it, "kill_agent" which started it, "stop" it for good (SIGSTOP),
+    # "delay" it by `seconds`; or "nan" in what the step's first layer gets
+    fault: str = "none"
+    rank: int = 0
+    step: int = 1
+    phase: str = "dispatch"  # "forward", "backward", "step" or "save", or a call: "counts", "dispatch", "combine"
+    seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -237,6 +255,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    chaos: ChaosConfig = field(default_factory=ChaosConfig)
 
 
 def mixture(config: Config) -> tuple[str, MoEConfig | SoftmaxMoEConfig] | None:
@@ -255,19 +274,24 @@ def dropout(config: Config) -> float:
 WANDB_MODES = ("online", "offline", "off")
 CLIP_BY = ("step", "previous")
 DECAYS = ("rsqrt", "cosine")
+ROUTINGS = ("none", "one_expert", "empty_rank", "ragged")
+FAULTS = ("none", "kill", "kill_agent", "stop", "delay", "nan")
+PHASES = ("forward", "backward", "step", "save", "counts", "dispatch", "combine")
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
 # ranges of fields by their names, which mean the same in every section
 AT_LEAST_ONE = (
-    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "vocabulary_size", "dim", "lstm_units",
+    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "max_skipped", "vocabulary_size", "dim",
+    "lstm_units", "step",
     "ffn_hidden", "ffn_layers", "softmax_samples", "num_experts", "hidden", "timesteps", "depth", "num_heads",
     "blocks_per_attention", "blocks_per_ffn", "blocks_per_norm", "blocks_per_routing", "image_size", "channels",
     "patch_size", "num_classes", "embedding_dim", "max_tokens",
     "stride", "longest_answer",
 )  # fmt: skip
 BELOW_ONE = ("dropout", "beta1", "beta2", "expert_beta2", "label_smoothing")  # and 0 or more
-POSITIVE = ("lr", "eps", "clip_norm")
+POSITIVE = ("lr", "eps", "clip_norm", "patience")
 NOT_NEGATIVE = (
     "w_importance", "w_load", "w_balance", "warmup_steps", "weight_decay", "mixup", "randaugment_layers", "workers",
+    "rank", "seconds",
 )  # fmt: skip
 
 
@@ -304,6 +328,9 @@ def check(config: Config) -> None:
         ("optim.clip_by", CLIP_BY),
         ("optim.decay", DECAYS),
         ("wandb.mode", WANDB_MODES),
+        ("chaos.routing", ROUTINGS),
+        ("chaos.fault", FAULTS),
+        ("chaos.phase", PHASES),
     ):
         if (value := value_of(config, key)) not in known:
             raise ValueError(f"{key}={value!r}; {nearest(value, known)}")

@@ -11,6 +11,7 @@ from moe_dist.parallel.mesh import Mesh
 @torch.no_grad()
 def evaluate(engine: Any, task: Any, split: str, mesh: Mesh) -> dict[str, Any]:
     """{"SPLIT/loss", "SPLIT/MEASURE"}, what the task measures. A collective: all ranks must call it."""
+    mesh.record.enter("evaluation")
     meter = Meter(mesh, task)
     for batches in task.evaluation(split):
         total = task.total(batches)

@@ -88,7 +88,7 @@ class Metrics:
             bar_format = "step {n_fmt}/{total_fmt} |{bar}| {desc}  eta {remaining}"
             self._bar = tqdm(initial=start_step, total=total_steps, bar_format=bar_format, dynamic_ncols=True)
 
-    def log(self, step: int, values: Mapping[str, float | list[float]]) -> None:
+    def log(self, step: int, values: Mapping[str, float | list[float] | str]) -> None:
         """Appends one line to the metrics file, and shows it: as curves in wandb, and its headline on the terminal.
 
         A list, of a number per expert, is a histogram in wandb. What is not finite is null in the file, for JSON has
@@ -192,10 +192,10 @@ def _keep_until(path: pathlib.Path, step: int) -> None:
     os.replace(beside, path)
 
 
-def _or_null(value: float | list[float]) -> Any:
+def _or_null(value: float | list[float] | str) -> Any:
     if isinstance(value, list):
         return [_or_null(each) for each in value]
-    return value if math.isfinite(value) else None
+    return value if isinstance(value, str) or math.isfinite(value) else None
 
 
 def _as_number(value: Any) -> Any:

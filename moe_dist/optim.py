@@ -138,6 +138,7 @@ class Optimizer(torch.optim.AdamW):
         if not self.begun:  # DeepSpeed's bf16 optimizer of stage 0 takes a step on zeros when it is made
             return
         self.begun = False
+        self.mesh.record.enter("step")
         (group,) = self.param_groups  # a norm needs every gradient at once
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         rows, waiting = list(self.rows.values()), [state for state in self.spread if state not in self.squares]

@@ -3,7 +3,7 @@
   1. every rank keeps the experts, or groups of experts, that the mesh says are its own;
   2. parameters, so far on the meta device, are filled: dense ones keyed by name, experts by name and global id;
   3. each MoE layer gets the exchange of the mesh, and the sums that its balance loss needs;
-  4. gate, exchange and experts of each layer are timed by the mesh's clock;
+  4. gate, exchange and experts of each layer are timed by the mesh's clock, and its record knows their name;
   5. experts, and matrices that are updated by row (`by_row`, large vocabularies), leave the module tree: DeepSpeed
      sees dense parameters only, and `optim` updates all.
 
@@ -18,13 +18,16 @@ from torch import nn
 
 from moe_dist.clock import Clock
 from moe_dist.config import MeshConfig
+from moe_dist.context import Context
 from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
 from moe_dist.dispatch.once import once, once_per_node
 from moe_dist.hierarchical import GroupProjection, Groups
 from moe_dist.layer import MoE
 from moe_dist.parallel.collectives import Sums
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.record import Record
 from moe_dist.parameters import bounds_of, initialize
+from moe_dist.routing import Routing
 
 DEFAULT = MeshConfig()
 
@@ -68,6 +71,7 @@ def parallelize(
         layer.exchange = exchange_on(mesh, config)  # 3
         layer.sums = Sums(mesh)
         time_layer(layer, name, mesh.clock)  # 4
+        layer.exchange = _named(layer.exchange, name, mesh.record)
         layer.__dict__["experts"] = layer._modules.pop("experts")  # 5: an attribute, no longer a submodule
     for name, p in (experts | gates | dict(model.named_parameters())).items():
         initialize(p, name, bounds[name], seed, ids.get(name))  # 2
@@ -91,6 +95,14 @@ def time_layer(layer: MoE, name: str, clock: Clock) -> None:
         experts = experts.experts
     each = "run" if hasattr(experts, "parts") else "forward"  # of a piece
     setattr(experts, each, clock.around("experts", getattr(experts, each), f"experts {name}"))
+
+
+def _named(exchange: Any, name: str, record: Record) -> Any:
+    def named(x_TD: torch.Tensor, routing: Routing, experts: Any, ctx: Context) -> tuple[torch.Tensor, Any]:
+        record.layers[ctx.site] = name
+        return exchange(x_TD, routing, experts, ctx)
+
+    return named
 
 
 def exchange_on(mesh: Mesh, config: MeshConfig) -> Any:

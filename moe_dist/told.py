@@ -147,7 +147,8 @@ def short(run: Run) -> Iterator[tuple[str, str]]:
         yield "dead experts, last", f"{sum(run.layers('dead_experts')):.0f}"
         yield "drop rate, last", f"{100 * max(run.layers('drop_rate')):.2f} %"
     if skipped := run.last("train/skipped_steps"):
-        yield "skipped steps", f"{skipped:.0f}"
+        where = run.last("train/not_finite")
+        yield "skipped steps", f"{skipped:.0f}" + (f" (last: {where})" if where else "")
 
 
 def ranks_of(layout: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.checkpoint.sharded import begin_from
 from moe_dist.config import Config
 from moe_dist.engine import Engine, compute_dtype
+from moe_dist.finite import Finite
 from moe_dist.layer import LayerStats
 from moe_dist.optim import learning_rate
 from moe_dist.parallel.mesh import Layout, Mesh, lay_out
@@ -31,6 +32,7 @@ class Training:
     task: Task
     model: ParallelModel
     engine: Engine
+    finite: Finite
 
 
 def set_up(
@@ -51,6 +53,7 @@ def set_up(
     if resumed and was not in (None, classes):
         raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(classes)} now")
     model = parallelize(task.plain_model(config), mesh, config.seed, dtype, config.mesh)
+    finite = Finite(model.dense, mesh)
     engine = Engine(model, config.optim, ds, layout, mesh)
     if first:
         num_taken, new = begin_from(
@@ -60,7 +63,7 @@ def set_up(
             print(f"note: {num_taken} of {num_taken + len(new)} weights are those of {first}", end="", flush=True)
             print(f"; not there, or of another shape: {_told(new)}" if new else "", flush=True)
     task.start(dtype)
-    return Training(config, mesh, layout, task, model, engine)
+    return Training(config, mesh, layout, task, model, engine, finite)
 
 
 def _initial(run: str, mesh: Mesh) -> Path:
@@ -80,15 +83,23 @@ def _told(classes: Any) -> str:
 
 def train_step(training: Training, step: int) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:
     """Optimizer step `step` (from 1): yields each micro-batch of this rank after its backward, with its sums and its
-    layers' statistics. The update comes with the last one's backward."""
+    layers' statistics. The update comes with the last one's backward.
+
+    Raises FloatingPointError, on every rank, where too many steps in a row have been skipped (`finite`)."""
     config, task, engine = training.config, training.task, training.engine
+    training.mesh.record.step = step
+    training.finite.begin()
     engine.optimizer.begin(learning_rate(config.optim, step, config.steps))
     with record_function("data"):
         batches = list(task.batches(step - 1))
         total = task.total(batches)
     for batch in batches:
+        training.mesh.record.enter("forward")
         with record_function("forward"):
             loss, sums, stats = task.loss(engine, batch, total)
+            training.finite.note("the loss", loss)
+        training.mesh.record.enter("backward")
         with record_function("backward and update"):
             engine.backward(loss)
         yield batch, sums, stats
+    training.finite.end(step, engine.optimizer, config.optim.max_skipped)

@@ -25,7 +25,9 @@ ORDER = [
     {"models", "outside", "optim", "data", "metrics", "told", "pictures", "page", "panels", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary", "replay"},
     {"tasks", "configs"},
+    {"finite"},
     {"cli", "training", "profiling"},
+    {"chaos"},
     {"reader", "verify"},
     {"generate", "classify"},
 ]
@@ -112,9 +114,9 @@ ABOUT_SIZE = re.compile(rf"\b{SIZE}{COMPARE}|{COMPARE}(\w+\.)*{SIZE}|\.size\b(?!
 
 def test_nothing_branches_on_the_world_size() -> None:
     """collectives.py may skip a call, parallelize.py chooses the exchange, mesh.py refuses what cannot be laid out,
-    and verify.py lists layouts; elsewhere a world of one runs the same lines as a world of many."""
+    verify.py lists layouts, chaos.py picks a rank; elsewhere a world of one runs the same lines as a world of many."""
     for path in [*files(), ROOT / "train.py"]:
-        if path.name not in ("collectives.py", "parallelize.py", "mesh.py", "verify.py"):
+        if path.name not in ("collectives.py", "parallelize.py", "mesh.py", "verify.py", "chaos.py"):
             assert not [b for b in branches(path) if ABOUT_SIZE.search(b)], path
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from processes import ROOT, check_one_line, check_plan, end, free_port, set_, start
@@ -167,33 +166,6 @@ def test_a_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
     assert worlds == (2, 1, 2) and after[0] == 0 and 10 <= after[1] < 20 <= after[2], nodes.log.read_text()
     assert "starting it again" not in nodes.log.read_text()  # torchrun's agents did it, no script's loop
     assert losses(nodes.folder) == pytest.approx(whole, abs=1e-5) and len(whole) == 30
-
-
-def agent_of(node: psutil.Popen, timeout: float = 30) -> psutil.Process:
-    deadline = time.monotonic() + timeout
-    while not (found := [each for each in node.children() if "torchrun" in " ".join(each.cmdline())]):
-        assert time.monotonic() < deadline and node.poll() is None
-        time.sleep(0.05)
-    return found[0]
-
-
-@pytest.mark.timeout(150)
-def test_a_killed_agent_is_started_again(small_text: Path, tmp_path: Path) -> None:
-    """Its ranks end with it, and the run goes on from the newest checkpoint to the loss of an unbroken one."""
-    sets = small(small_text, "steps=200", "save_every=50")
-    with Nodes(tmp_path / "killed", "lstm_moe_demo", 2, *sets) as nodes:
-        nodes.environment |= {"NODES": "1", "RESTARTS": "1"}
-        node = nodes.start()
-        nodes.reach(50)
-        agent = agent_of(node)
-        ranks = agent.children(recursive=True)
-        agent.kill()
-        assert len(ranks) >= 2 and not psutil.wait_procs(ranks, timeout=10)[1]
-        assert nodes.end() == [0], nodes.log.read_text()
-    assert "the agent ended with status 137; starting it again (1 left)" in nodes.log.read_text()
-    (_, _), (world, after) = nodes.starts()
-    assert world == 2 and after in (50, 100, 150)
-    assert losses(nodes.folder) == pytest.approx(alone(tmp_path / "whole", "lstm_moe_demo", *sets), abs=1e-5)
 
 
 def agent_that(does: str, folder: Path, **variables: str) -> tuple[int, int, str]:

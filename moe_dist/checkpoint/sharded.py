@@ -117,6 +117,7 @@ class Saver:
             from_main(begin, group)
             writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group)
+            self.mesh.record.enter("save")
             mine = sorted(partial.glob(f"shard-{self.mesh.dp.index + 1:05d}-*"))
             mine += [partial / manifest.STATE] if self.mesh.is_main else []
             manifest.seal(partial, mine, final, group)

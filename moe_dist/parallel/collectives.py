@@ -3,7 +3,8 @@
 Each exchange call carries a label (site, direction): `site` is the use of a layer, `direction` is "counts",
 "dispatch" or "combine", and ":grad" marks the way back in backward; (module, "rows") labels rows of a vocabulary,
 ("experts", "gradients") and ("experts", "weights") what replicas of experts tell each other. Bytes sent to other ranks
-are counted under it, those of a reduction as a ring sends them, the mean of the ranks.
+are counted under it, those of a reduction as a ring sends them, the mean of the ranks. Every call is in the `record`
+of the axis, under it or by its name.
 
 Legend: N rows sent by this rank, R rows received, E global experts, e experts of this rank, P ranks of the axis.
 """
@@ -28,7 +29,7 @@ def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Ten
     """Tells every rank how many rows it will get for each of its experts. Returns count_Pe (int64), by sender."""
     count_Pe = torch.empty_like(count_E)
     axis.count((site, "counts"), [count_E.nbytes // axis.size] * axis.size)
-    dist.all_to_all_single(count_Pe, count_E.contiguous(), group=axis.group)
+    _call(axis, (site, "counts"), lambda: dist.all_to_all_single(count_Pe, count_E.contiguous(), **_of(axis)))
     return count_Pe.view(axis.size, -1)
 
 
@@ -46,6 +47,16 @@ def all_to_all_rows(
     """
     (x_R,) = Crossing([(send_P, receive_P)], axis, label, wire).out(x_N)
     return x_R()
+
+
+def _call(axis: Axis, label: Label, start: Callable[[], Any]) -> None:
+    """One that is waited for at once."""
+    axis.record.wait(axis.record.begin(label, axis.ranks, start))
+
+
+def _of(axis: Axis) -> dict[str, Any]:
+    """What every call of torch gets."""
+    return {"group": axis.group, "async_op": True}
 
 
 class Crossing:
@@ -95,16 +106,17 @@ class _Way:
         bytes_per_row = x_N.element_size() * x_N[:1].numel() if len(x_N) else 0
         self.axis.count(self.label, [n * bytes_per_row for n in send_P])
         x_N, x_R = x_N.contiguous(), self.got.split([sum(receive) for _, receive in self.pieces])[c]
-        work = dist.all_to_all_single(x_R, x_N, receive_P, send_P, group=self.axis.group, async_op=True)
-        self.under_way[c] = work, x_N, x_R  # which live until then
+        start = partial(dist.all_to_all_single, x_R, x_N, receive_P, send_P, **_of(self.axis))
+        call = self.axis.record.begin(self.label, self.axis.ranks, start, send_P, receive_P)
+        self.under_way[c] = call, x_N, x_R  # which live until then
 
     def start_all(self, x_N: torch.Tensor) -> None:
         for c, x in enumerate(x_N.split([sum(send) for send, _ in self.pieces])):
             self.start(c, x)
 
     def wait(self, c: int) -> torch.Tensor:
-        work, _, x_R = self.under_way.pop(c)
-        work.wait()
+        call, _, x_R = self.under_way.pop(c)
+        self.axis.record.wait(call)
         if not self.under_way:
             self.got = None
         return x_R.to(self.dtype)
@@ -177,7 +189,7 @@ def any_over(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.T
 
 def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.Tensor:
     if axis.size > 1:
-        dist.all_reduce(x, op, group=axis.group)
+        _call(axis, label or ("all ranks", "sum"), lambda: dist.all_reduce(x, op, **_of(axis)))
     if label:
         axis.count_ring(label, 2 * x.nbytes * (axis.size - 1) // axis.size)
     return x
@@ -186,14 +198,14 @@ def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.
 def sum_to(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
     """In place on rank `owner` of the axis, the sum over its ranks; on the others `x` is of no use afterwards."""
     if axis.size > 1:
-        dist.reduce(x, group=axis.group, group_dst=owner)
+        _call(axis, label, lambda: dist.reduce(x, group_dst=owner, **_of(axis)))
         axis.count_ring(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
 def from_owner(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
     """In place, the `x` of rank `owner` of the axis, on each of its ranks."""
     if axis.size > 1:
-        dist.broadcast(x, group=axis.group, group_src=owner)
+        _call(axis, label, lambda: dist.broadcast(x, group_src=owner, **_of(axis)))
         axis.count_ring(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
@@ -219,7 +231,7 @@ class _SharedSum(torch.autograd.Function):
 def gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The parts of all ranks of the axis, equal in shape, one after the other along the first dimension."""
     parts = [torch.empty_like(x) for _ in range(axis.size)]
-    dist.all_gather(parts, x.contiguous(), group=axis.group)
+    _call(axis, ("all ranks", "gather"), lambda: dist.all_gather(parts, x.contiguous(), **_of(axis)))
     return torch.cat(parts)
 
 

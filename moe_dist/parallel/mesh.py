@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.clock import Clock
 from moe_dist.config import Config, MoEConfig, mixture
+from moe_dist.parallel.record import Record
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Axis:
     group: dist.ProcessGroup
     node_P: tuple[int, ...] = ()  # of each of its ranks; empty where all are in one
     sent: Counter = field(default_factory=Counter)
+    record: Record = field(default_factory=Record)
+    ranks: tuple[int, ...] = ()  # of the world, in the order of the axis
 
     def count(self, label: tuple[int | str, str], bytes_P: list[int]) -> None:
         """What this rank sends to each, over the links between nodes apart from the others."""
@@ -71,6 +74,7 @@ class Mesh:
     files: dist.ProcessGroup  # all ranks on gloo, for checkpoints: one may be written while a step runs
     inside: Axis | None = None  # the ranks of `ep` in this rank's node, where `ep` spans several nodes evenly
     clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
+    record: Record = field(default_factory=Record)  # of all its axes
 
     @property
     def sent(self) -> Counter:
@@ -213,7 +217,10 @@ def arrange(ep: int) -> Mesh:
     # (ep, edp): a stack of experts is cut over ep, and that part over the replicas which update it
     device_mesh = DeviceMesh("cpu", torch.arange(world).view(-1, ep).t(), mesh_dim_names=("ep", "edp"))
     assert dist.group.WORLD is not None
-    per_node = ranks_per_node()
+    per_node, record = ranks_per_node(), Record(rank, world)
+
+    def axis(ranks: range, group: dist.ProcessGroup) -> Axis:
+        return Axis(len(ranks), ranks.index(rank), group, node_P(ranks), record=record, ranks=tuple(ranks))
 
     def node_P(ranks: range) -> tuple[int, ...]:
         nodes = tuple(r // per_node for r in ranks)
@@ -222,17 +229,19 @@ def arrange(ep: int) -> Mesh:
     inside = None
     if 1 < per_node < ep and ep % per_node == 0:
         nodes = [dist.new_group(list(range(first, first + per_node))) for first in range(0, world, per_node)]
-        inside = Axis(per_node, rank % per_node, nodes[rank // per_node])  # type: ignore[arg-type]
+        first = rank - rank % per_node
+        inside = axis(range(first, first + per_node), nodes[rank // per_node])  # type: ignore[arg-type]
     return Mesh(
-        ep=Axis(ep, rank % ep, device_mesh.get_group("ep"), node_P(range(rank - rank % ep, rank - rank % ep + ep))),
-        edp=Axis(world // ep, rank // ep, device_mesh.get_group("edp"), node_P(range(rank % ep, world, ep))),
-        dp=Axis(world, rank, dist.group.WORLD, node_P(range(world))),
+        ep=axis(range(rank - rank % ep, rank - rank % ep + ep), device_mesh.get_group("ep")),
+        edp=axis(range(rank % ep, world, ep), device_mesh.get_group("edp")),
+        dp=axis(range(world), dist.group.WORLD),
         ranks_per_node=per_node,
         device=device,
         device_mesh=device_mesh,
         files=dist.new_group(backend="gloo", timeout=timedelta(hours=1)),
         inside=inside,
         clock=Clock(device),
+        record=record,
     )
 
 

@@ -18,7 +18,7 @@ from moe_dist.data.stream import Stream
 from moe_dist.data.text import Lanes, Vocabulary, unigram_perplexity
 from moe_dist.layer import LayerStats
 from moe_dist.meter import perplexity
-from moe_dist.models.lstm_lm import LSTMLanguageModel, state_widths
+from moe_dist.models.lstm_lm import LSTMLanguageModel, State, state_widths
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
 from moe_dist.tasks.batches import balance, context, meta
@@ -114,7 +114,7 @@ class LanguageModel:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
         """The step's loss is nll per valid word."""
         nll, state, stats = engine(batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx)
-        self.state[batch.micro] = tuple(tuple(t.detach() for t in lstm) for lstm in state)
+        self.state[batch.micro] = _anew_where_not_finite(state)
         sums = {"nll": nll, "words": batch.ctx.valid_T.sum()}
         return (nll / total + balance(self.layout, stats)).to(nll.dtype), sums, stats
 
@@ -173,6 +173,12 @@ class LanguageModel:
         """Beside what knowing only word frequencies gives."""
         unigram = unigram_perplexity(self.vocabulary.counts, self.lanes["test"].token_N)
         return f"test perplexity {result['test/perplexity']:.2f}    unigram model {unigram:.1f}"
+
+
+def _anew_where_not_finite(state: State) -> State:
+    """Zeros for lanes that would give nothing but NaN from now on (`finite`); without their past."""
+    ok_1B1 = torch.stack([t.detach().isfinite().all(-1) for pair in state for t in pair]).all(0)[..., None]
+    return tuple(tuple(torch.where(ok_1B1, t.detach(), 0) for t in pair) for pair in state)  # type: ignore[misc]
 
 
 def saved_vocabulary(saved: dict[str, Any]) -> Vocabulary:

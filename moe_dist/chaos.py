@@ -1,0 +1,118 @@
+"""Faults made on purpose, to try a cluster, and this trainer on it: `chaos` of a config (`config.ChaosConfig`).
+
+    --set chaos.fault=kill --set chaos.rank=1 --set chaos.step=17 --set chaos.phase=dispatch
+    --set chaos.routing=one_expert
+
+A fault happens once in a run folder, however often the run is started again: it leaves RUN/chaos there. A `routing`
+holds in every step of training. Nothing else in the trainer knows of this module.
+
+Legend: T tokens, N assignments of them, E experts.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_dist import keyed
+from moe_dist.config import ChaosConfig
+from moe_dist.context import Context
+from moe_dist.layer import MoE
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.routing import Routing
+from moe_dist.training import Training
+
+MARK = "chaos"  # a file of the run folder
+
+
+def make(training: Training, folder: Path) -> None:
+    """Lets happen what the config asks for. Raises ValueError for a rank that there is not."""
+    chaos, mesh = training.config.chaos, training.mesh
+    if chaos.routing != "none":
+        _say(mesh, f"routing of all layers: {chaos.routing}")
+        for module in training.model.dense.modules():
+            if isinstance(module, MoE):
+                module.gate.forward = _routed(module.gate.forward, chaos.routing, mesh)
+    if chaos.fault == "none" or (folder / MARK).exists():
+        return
+    if chaos.rank >= mesh.dp.size:
+        raise ValueError(f"chaos.rank={chaos.rank}: ranks are 0 to {mesh.dp.size - 1}")
+    where = "in what the first layer gets" if chaos.fault == "nan" else f"in the {chaos.phase}"
+    _say(mesh, f"{chaos.fault} of rank {chaos.rank}, {where} of step {chaos.step}")
+    if chaos.rank == mesh.dp.index:
+        _Fault(chaos, mesh, folder / MARK, training.model.dense)
+
+
+def _say(mesh: Mesh, what: str) -> None:
+    if mesh.is_main:
+        print(f"chaos: {what}", flush=True)
+
+
+class _Fault:
+    """That is to come, on this rank."""
+
+    def __init__(self, chaos: ChaosConfig, mesh: Mesh, mark: Path, model: nn.Module) -> None:
+        self.chaos, self.record, self.mark = chaos, mesh.record, mark
+        if chaos.fault == "nan":
+            for module in model.modules():
+                if module._parameters:
+                    module.register_forward_pre_hook(self._not_a_number)
+        else:
+            mesh.record.meddle = self._at
+
+    def _due(self) -> bool:
+        """Leaves the mark."""
+        if self.record.step != self.chaos.step or self.mark.exists():
+            return False
+        self.mark.write_text(f"{self.chaos}\n")
+        return True
+
+    def _at(self, phase: str) -> None:
+        """In this phase, or in a call that has begun."""
+        if phase != self.chaos.phase or not self._due():
+            return
+        if self.chaos.fault == "delay":
+            time.sleep(self.chaos.seconds)
+        elif self.chaos.fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            if self.chaos.fault == "kill_agent":
+                os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _not_a_number(self, module: nn.Module, args: tuple) -> Any:
+        """In what the first layer of the step gets that takes numbers, instead of words."""
+        x = args[0]
+        if not (torch.is_grad_enabled() and x.is_floating_point() and self._due()):
+            return None
+        x = x.clone()
+        x.view(-1)[0] = torch.nan
+        return x, *args[1:]
+
+
+def _routed(gate: Callable[..., tuple], kind: str, mesh: Mesh) -> Callable[..., tuple]:
+    def changed(x_TD: torch.Tensor, ctx: Context) -> tuple:
+        routing, told = gate(x_TD, ctx)
+        if not ctx.train:
+            return routing, told
+        num_experts = len(routing.count_E)
+        expert_N = torch.arange(num_experts, device=x_TD.device).repeat_interleave(routing.count_E)
+        if kind == "one_expert":  # the first choice of each token in the order of experts
+            order_N = routing.token_N.argsort(stable=True)
+            token_N = routing.token_N[order_N]
+            keep_N = order_N[torch.diff(token_N, prepend=token_N.new_tensor([-1])) > 0]
+            expert_N = torch.zeros_like(expert_N)
+        elif kind == "empty_rank":  # the last one's experts get nothing
+            keep_N = (expert_N < num_experts - len(mesh.my_experts(num_experts))).nonzero().squeeze(1)
+        else:  # ragged: every rank sends what it has of some first tokens alone, of none or of all
+            part = keyed.uniform(1, ctx.seed, "ragged", ctx.step, ctx.site, mesh.dp.index).item()
+            keep_N = (routing.token_N < int(part * (len(x_TD) + 1))).nonzero().squeeze(1)
+        count_E = torch.bincount(expert_N[keep_N], minlength=num_experts)
+        return Routing(routing.token_N[keep_N], routing.gate_N[keep_N], count_E), told
+
+    return changed

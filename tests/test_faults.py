@@ -1,0 +1,227 @@
+"""Ranks that stop, die, are late or give NaN: what the others say and do, and what comes of the run."""
+
+import math
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import end, free_port, set_, start
+from runs import TINY, Run, tiny
+
+from experiments import faults
+from experiments.elastic import losses
+from moe_dist import chaos
+from moe_dist.checkpoint.manifest import found
+from moe_dist.config import check
+from moe_dist.metrics import read_metrics
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.record import WIDTH
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.training import train_step
+
+
+def two_ranks(folder: Path, text: Path, *sets: str) -> list[subprocess.Popen[str]]:
+    """Of one run, started by hand, with a fault of rank 1 in step 3."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    fault = ("chaos.rank=1", "chaos.step=3", *sets)
+    sets = (*TINY, "steps=6", "save_every=2", "mesh.ep=2", f"data.text={text}", *fault)
+    return [
+        start("lstm_moe_demo", "--folder", str(folder), *set_(*sets), RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        for rank in range(2)
+    ]
+
+
+def told(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
+    """(status, warnings and errors)"""
+    status, stderr = end(process)
+    return status, [line for line in stderr.splitlines() if line.startswith(("warning", "error"))]
+
+
+@pytest.mark.timeout(120)
+def test_a_stopped_rank_is_named_with_layer_direction_and_rows(small_text: Path, tmp_path: Path) -> None:
+    """Within patience and 5 seconds, by a rank that ends; its record has the call and how long others waited."""
+    run = tmp_path / "run"
+    other, stopped = two_ranks(run, small_text, "chaos.fault=stop", "chaos.phase=dispatch", "mesh.patience=4")
+    try:
+        status, (warning, error) = told(other)
+    finally:
+        stopped.kill()
+        stopped.communicate()
+    assert status == 1
+    named = re.compile(
+        r"(?:warning|error on rank 0): has waited for (\d+) s in dispatch of middle \(site 2\), step 3: "
+        rf"rank 1 \((\d+) rows to it, (\d+) from it\): stopped or dead \(see {run}/calls\)"
+    )
+    (after, _, _), (waited, out, back) = (map(int, named.fullmatch(line).groups()) for line in (warning, error))  # type: ignore[union-attr]
+    assert 2 <= after < 4 <= waited <= 4 + 5
+    mine, theirs = ((run / "calls" / f"rank0000{rank}.txt").read_text() for rank in range(2))
+    assert {len(line) for line in mine.splitlines()} == {WIDTH - 1} and ", ended, in forward" in mine
+    # 4 lanes x 6 words x 2 experts = 48 rows of each rank
+    # rows and their weights are on their way, as many of each
+    calls = re.findall(r"dispatch of middle .site 2., step 3, (\d+) rows out, (\d+) in: begun", mine)
+    ((mine_out, mine_in),) = set(calls)
+    assert mine_out == "48" and int(mine_in) == 48 - out + back  # rows to itself, and from the stopped one
+    assert "counts of middle (site 2), step 3" in theirs and "dispatch of middle (site 2), step 3" not in theirs
+    assert read_metrics(run)[-1]["step"] == 2 and [path.name for path in found(run)] == ["step_00000002"]
+
+
+@pytest.mark.timeout(120)
+def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
+    other, dead = two_ranks(tmp_path, small_text, "chaos.fault=kill", "chaos.phase=forward", "mesh.patience=600")
+    status, (error,) = told(other)
+    assert status == 2 and dead.wait() == -9 and dead.communicate()
+    assert re.match(
+        r"error: lost another rank in counts of middle \(site 2\), step 3: rank 1: stopped or dead \(see .*/calls\): ",
+        error,
+    ), error
+
+
+@pytest.mark.timeout(120)
+def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path) -> None:
+    """Alive, so nobody calls it dead, however long it takes; and who was late changes nothing."""
+    late = ("chaos.fault=delay", "chaos.phase=forward", "chaos.seconds=5", "mesh.patience=6")
+    statuses, warnings = zip(*map(told, two_ranks(tmp_path / "late", small_text, *late)), strict=True)
+    assert statuses == (0, 0)
+    (warning,) = [line for line in warnings[0] if "waited" in line]
+    assert " in counts of middle (site 2), step 3: rank 1, late in forward (see" in warning
+    (whole,) = run_distributed(unbroken, 1, "steps=6", f"data.text={small_text}")
+    assert list(losses(tmp_path / "late").values()) == pytest.approx(whole, abs=1e-5)
+
+
+def unbroken(*sets: str) -> list[float]:
+    """Losses of the steps of a config."""
+    meshes.join()
+    config = tiny(*sets)
+    return Run(config).steps(0, config.steps).losses
+
+
+@pytest.mark.timeout(120)
+def test_not_a_number_is_skipped_and_told_with_its_layer(small_text: Path, tmp_path: Path) -> None:
+    """On two ranks and on one; what it was never began. A gradient, too; and too many in a row are the end."""
+    for world in (1, 2):
+        for seen in run_distributed(not_a_number, world, str(small_text), tmp_path / str(world), timeout=100):
+            rank = world - 1
+            assert seen == {
+                "input": f"step 2: the output of lstm1 is not finite (rank {rank})",
+                "gradient": "step 4: the gradient of lstm2's output is not finite (rank 0)",
+                "weights": "step 5: a gradient of weights is not finite, though what all layers give out is",
+                "updates": 5 - 3, "unchanged": True, "then": True,
+                "end": "step 9: a gradient of weights is not finite, though what all layers give out is; 3 steps in a "
+                "row",
+            }  # fmt: skip
+
+
+def not_a_number(text: str, folder: Path) -> dict[str, Any]:
+    meshes.join()
+    folder.mkdir(exist_ok=True)
+    rank = meshes.world_size() - 1
+    sets = ("chaos.fault=nan", f"chaos.rank={rank}", "chaos.step=2", "optim.max_skipped=3", f"data.text={text}")
+    run = Run(tiny(f"mesh.ep={rank + 1}", *sets))
+    chaos.make(run.training, folder)
+    seen: dict[str, Any] = {}
+    before = run.steps(0, 1).weights()
+    run.steps(1, 2)
+    seen["input"] = run.training.finite.read()["train/not_finite"]
+    seen["unchanged"] = all(torch.equal(before[key], t) for key, t in run.weights().items())
+    run.steps(2, 3)
+    assert run.training.finite.read() == {} and all(map(math.isfinite, [*run.losses[2:], run.norms[2]]))
+
+    def spoil(module: Any, args: Any, y: Any) -> None:
+        if meshes.dist.get_rank() == 0:
+            y[0].register_hook(lambda g: g * math.inf)
+
+    handle = dict(run.model.dense.named_modules())["lstm2"].register_forward_hook(spoil, prepend=True)
+    run.steps(3, 4)
+    handle.remove()
+    seen["gradient"] = run.training.finite.read()["train/not_finite"]
+    experts = next(iter(run.model.experts.values()))
+    handle = experts.register_hook(lambda g: g * math.inf)
+    run.steps(4, 5)
+    seen["weights"] = run.training.finite.read()["train/not_finite"]
+    seen["updates"] = run.optimizer.updates
+    handle.remove()
+    run.steps(5, 6)
+    seen["then"] = run.training.finite.skipped == 0
+    experts.register_hook(lambda g: g * math.inf)
+    try:
+        run.steps(6, 20)
+    except FloatingPointError as error:
+        seen["end"] = str(error).partition(" were skipped")[0]
+    meshes.stop()
+    return seen
+
+
+@pytest.mark.timeout(120)
+def test_chaotic_routings_train_on_any_layout(small_text: Path) -> None:
+    """All tokens to one expert, ranks that send nothing, experts of a rank that get nothing: the same losses with
+    experts spread over two ranks and with all on each, and with rows that travel in pieces or once."""
+    for kind in ("one_expert", "ragged"):
+        plain, *others = run_distributed(spread_and_not, 2, str(small_text), kind, timeout=100)[0]
+        assert len(set(plain[0])) == 3  # it trains
+        for each in others:
+            assert each[0] == pytest.approx(plain[0], abs=1e-6)
+            assert each[1] == plain[1]
+    ((_, load), *_) = run_distributed(spread_and_not, 2, str(small_text), "empty_rank", timeout=100)[0][1:]
+    assert min(load[:4]) > 0 and load[4:] == [0] * 4
+
+
+def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
+    """(losses, load of the last step) at ep 1, and ep 2 with each way of sending."""
+    meshes.join()
+    found_ = []
+    for sets in (["mesh.ep=1"], ["mesh.ep=2"], ["mesh.ep=2", "mesh.pieces=2"], ["mesh.ep=2", "mesh.exchange=once"]):
+        run = Run(tiny(*sets, f"chaos.routing={kind}", f"data.text={text}"))
+        chaos.make(run.training, Path("nowhere"))
+        run.steps(0, 2)
+        sums: Any = 0
+        for _, values, stats in train_step(run.training, 3):
+            sums = values["nll"] / values["words"] + sums
+            load_E = stats["middle"].load_E
+        run.losses.append(sums.item())
+        meshes.dist.all_reduce(load_E)
+        found_.append((run.losses, load_E.tolist()))
+    meshes.stop()
+    return found_
+
+
+@pytest.mark.parametrize(
+    "sets", ["chaos.fault=murder", "chaos.phase=lunch", "chaos.routing=all", "chaos.rank=-1", "chaos.step=0",
+             "mesh.patience=0", "optim.max_skipped=0"]
+)  # fmt: skip
+def test_what_chaos_cannot_be_is_named(sets: str) -> None:
+    with pytest.raises(ValueError, match=sets.partition("=")[0]):
+        check(tiny(sets))
+
+
+def test_a_rank_that_is_not_there(small_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"chaos.rank=1: ranks are 0 to 0"):
+        run_distributed(with_rank_1, 1, str(small_text), tmp_path)
+
+
+def with_rank_1(text: str, folder: Path) -> None:
+    meshes.join()
+    chaos.make(Run(tiny("chaos.fault=kill", "chaos.rank=1", f"data.text={text}")).training, folder)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_and_a_killed_agent_are_survived(small_text: Path, tmp_path: Path) -> None:
+    """`experiments/faults.py` in short: the losses of an unbroken run, from the newest checkpoint on."""
+    sets = (*TINY, *faults.SETS, f"data.text={small_text}")
+    (found_,) = run_distributed(unbroken, 1, *sets)
+    whole = dict(enumerate(found_, 1))
+    assert len(whole) == faults.STEPS
+    for kill in (faults.Kill("kill", 1, 13, "dispatch"), faults.Kill("kill_agent", 0, 15, "save")):
+        outcome = faults.survive(kill, tmp_path / kill.fault, whole, "lstm_moe_demo", *sets)
+        assert outcome.holds and outcome.after == 10, outcome
+    assert "the agent ended with status 137; starting it again (1 left)" in (tmp_path / "kill_agent.log").read_text()
+
+
+def test_kills_are_of_every_kind() -> None:
+    kills = faults.draw(30)
+    assert {(kill.fault, kill.phase) for kill in kills} == {(f, p) for f in faults.VICTIMS for p in faults.PHASES}
+    assert all(1 <= kill.step <= faults.STEPS for kill in kills) and {kill.rank for kill in kills} == {0, 1}
+    # the newest whole checkpoint before step 11, of those at 5, 10, ...; one that dies in a save has not got it
+    assert faults.Kill("kill", 0, 11, "step").whole == 10 == faults.Kill("kill", 0, 15, "save").whole
