@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -277,6 +278,8 @@ DECAYS = ("rsqrt", "cosine")
 ROUTINGS = ("none", "one_expert", "empty_rank", "ragged")
 FAULTS = ("none", "kill", "kill_agent", "stop", "delay", "nan")
 PHASES = ("forward", "backward", "step", "save", "counts", "dispatch", "combine")
+# what is in the URL of a server before "@", and what services give out
+KEY = re.compile(r"(?<=://)[^/\s]+(?=@)|\b(?:hf_|sk-|gh[a-z]_|github_pat_|wandb_v1_)\w{8,}")
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
 # ranges of fields by their names, which mean the same in every section
 AT_LEAST_ONE = (
@@ -296,12 +299,17 @@ NOT_NEGATIVE = (
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a number out of its range, a name that is no folder's, or an unknown wandb mode. Whether
+    """Raises ValueError for a number out of its range, a name that is no folder's, an unknown mode, or a key. Whether
     the parts fit together (a layout, a gate, a DeepSpeed config) is checked where they meet."""
     if config.name in ("", ".", "..") or "/" in config.name:
         raise ValueError(f"name={config.name!r}: a word that can name a folder, for the run folder begins with it")
     for key in dotted_keys(config):
         name, value = key.rpartition(".")[2], value_of(config, key)
+        if isinstance(value, str) and KEY.search(value):
+            raise ValueError(
+                f"{key} holds what looks like a password or a key, which would be kept in the run folder; give it by "
+                f"the environment (HF_TOKEN, WANDB_API_KEY)"
+            )
         if isinstance(value, int) and value > MOST and key != "seed":
             raise ValueError(f"{key}={value}: at most {MOST}")
         if value is None:

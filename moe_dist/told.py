@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moe_dist.clock import PARTS
-from moe_dist.config import dotted_keys, from_json, value_of
+from moe_dist.config import KEY, dotted_keys, from_json, value_of
 from moe_dist.metrics import FILE_NAME, read_metrics
 
 RIGHT = {  # measures of what is right, with their names and axes
@@ -30,8 +30,7 @@ LINKS = ("inside a node", "between nodes")  # over which bytes go
 _BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
 _BYTES_KEY = re.compile(r"exchange/(.+)/(.+)_bytes")
 _SPEED_KEY = re.compile(r"(.+)_per_second")
-# what is in the URL of a server before "@", and what services give out
-_SECRET = re.compile(r"(?<=://)[^/\s]+(?=@)|\b(?:hf_|sk-|gh[a-z]_|github_pat_|wandb_v1_)\w{8,}|\b[0-9a-fA-F]{32,}\b")
+_SECRET = re.compile(rf"{KEY.pattern}|\b[0-9a-fA-F]{{32,}}\b")  # such a number may be a key too, or name a folder
 
 
 @dataclass(frozen=True)
