@@ -28,7 +28,6 @@ from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.record import RankLost
 from moe_dist.parallel.stop import STATUS, Stop
 from moe_dist.profiling import profiled
 from moe_dist.training import Training, set_up, train_step
@@ -47,8 +46,7 @@ def main(run: Run) -> None:
         if config.chaos != ChaosConfig():
             chaos.make(training, folder)
 
-    # a disk may fill, a gradient be infinite, another rank die
-    with plain_errors(OSError), plain_errors(FloatingPointError), plain_errors(RankLost):
+    with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
         if run.evaluate or run.finished:
             result, status = evaluate(engine, task, "test", mesh), 0
         else:
@@ -66,11 +64,10 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
     meter, optimizer, result = Meter(mesh, task, run.told["flops_per_unit"]), engine.optimizer, {}
     saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused)
-    recorded, traced = mesh.record.kept(folder, config.mesh.patience), profiled(folder, mesh, run.profile)
-    with Stop(mesh) as stop, recorded, saver, traced as profile, Metrics(
+    with saver, Stop(mesh) as stop, profiled(folder, mesh, run.profile) as profile, Metrics(
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
         start_step=run.first_step, wandb_id=run.wandb_id,
-    ) as metrics:  # fmt: skip
+    ) as metrics, mesh.record.kept(folder, config.mesh.patience):  # fmt: skip
         state = {"wandb_id": metrics.wandb_id} | task.known()
         if run.growth:  # what --resume of the new run finds
             saver.save(run.first_step, state)

@@ -21,16 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 FOLDER = "calls"
 BEAT = 0.5  # seconds between two first lines
 LINES, WIDTH = 256, 160  # calls that a file holds, and characters of a line
 _FIRST_LINE = re.compile(r"line (\d+), (\d+) calls begun(, ended)?, in (\w+)")
-
-
-class RankLost(Exception):
-    """Another rank has gone, or does not come."""
 
 
 class Line(NamedTuple):
@@ -77,8 +73,8 @@ class Record:
 
     @contextlib.contextmanager
     def kept(self, run: Path, patience: float) -> Iterator[None]:
-        """Records into the run folder until it is left. An exception that another rank's end has caused becomes a
-        RankLost, which says whose."""
+        """Records into the run folder until it is left. Where another rank's end is the cause of an exception, this one
+        says whose, and ends at once: what else would end in an orderly way may wait for that rank, or for a network."""
         self.folder, self.patience = run / FOLDER, patience
         self.begun, self.line, self.moved = 0, 0, 0
         self.open: dict[int, Call] = {}
@@ -103,11 +99,11 @@ class Record:
         except RuntimeError as error:  # what gloo and NCCL raise
             call = next(iter(self.open.values()), None)
             if silent := self._silent():
-                raise RankLost(f"{self._told(silent, 'lost another rank', call)}: {_reason(error)}") from error
+                self._end(f"{self._told(silent, 'lost another rank', call)}: {_reason(error)}")
             ended = [str(rank) for rank, line in self._first_lines().items() if line and line.ended]
-            if not (call and ended):
-                raise
-            raise RankLost(f"in {call.what}: rank {', '.join(ended[:4])} ended first, and says why") from error
+            if call and ended:
+                self._end(f"in {call.what}: rank {', '.join(ended[:4])} ended first, and says why")
+            raise
         finally:
             end.set()
             watch.join()
@@ -194,9 +190,13 @@ class Record:
             if waited < self.patience:
                 print(f"warning: {told}", file=sys.stderr, flush=True)
             else:
-                print(f"error on rank {self.rank}: {told}", file=sys.stderr, flush=True)
-                self._write_first_line(", ended")
-                os._exit(1)
+                self._end(told)
+
+    def _end(self, told: str) -> NoReturn:
+        self._write_first_line(", ended")
+        sys.stdout.flush()
+        print(f"error on rank {self.rank}: {told}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _first_lines(self) -> dict[int, Line | None]:
         """Of every other rank; None for one that has none in this folder."""
