@@ -184,7 +184,10 @@ class Record:
             if waited < self.patience / 2 or (waited < self.patience and warned == since):
                 continue
             warned, silent = since, self._silent()
-            if oldest.work.is_completed() if oldest else not silent:  # it has come; or all are at work
+            if oldest and oldest.work.is_completed():
+                continue
+            if not (oldest or silent):  # all are at work, for as long as it takes
+                self.moved = self.line
                 continue
             told = self._told(silent, f"has waited for {waited:.0f} s", oldest)
             if waited < self.patience:
