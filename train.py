@@ -53,7 +53,7 @@ def main(run: Run) -> None:
             result, status = train(run, folder, training)
         if mesh.is_main and result:
             print(result_lines(run, task.told(result), engine.optimizer.updates), flush=True)
-        if mesh.is_main and not run.evaluate:
+        if mesh.is_main and config.report and not run.evaluate:
             report.try_to_write_all(folder)
         meshes.stop()
     sys.exit(status)

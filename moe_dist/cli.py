@@ -233,7 +233,7 @@ MAY_CHANGE = (
     "data.workers", "data.image_root", "data.null_threshold", "model.moe.recompute", "model.encoder.recompute",
     "optim.lr", "optim.warmup_steps", "optim.decay", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
     "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "optim.max_skipped",
-    "chaos.", "wandb.mode",
+    "chaos.", "report", "wandb.mode",
 )  # fmt: skip
 
 

@@ -247,6 +247,7 @@ class Config:
     ds_config: str = "fp32"
     zero: int | None = None
     init: str | None = None  # a run whose weights are taken where name and shape agree, and whose tokens are
+    report: bool = True  # pictures and a page of the run are drawn at its end
     compare: str | None = None  # kept metrics (JSON) of a baseline, printed beside the result
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: TextDataConfig | ImageDataConfig | PretrainingDataConfig | SentenceDataConfig | QuestionDataConfig = field(

@@ -16,9 +16,9 @@ from moe_dist.training import set_up, train_step
 from moe_dist.verify import whole_weights
 
 TINY = [
-    "steps=20", "log_every=1", "wandb.mode=off", "data.vocabulary_size=300", "model.dim=16", "model.moe.num_experts=8",
-    "model.moe.k=2", "model.moe.hidden=24", "batch.samples=8", "batch.timesteps=6", "batch.samples_per_balance_group=4",
-    "optim.lr=1e-4", "optim.warmup_steps=5", "optim.clip_norm=0.3",
+    "steps=20", "log_every=1", "report=false", "wandb.mode=off", "data.vocabulary_size=300", "model.dim=16",
+    "model.moe.num_experts=8", "model.moe.k=2", "model.moe.hidden=24", "batch.samples=8", "batch.timesteps=6",
+    "batch.samples_per_balance_group=4", "optim.lr=1e-4", "optim.warmup_steps=5", "optim.clip_norm=0.3",
 ]  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def tiny(*more: str) -> Config:
 
 
 ENCODER = [
-    "steps=20", "log_every=1", "wandb.mode=off", "model.encoder.dim=32", "model.encoder.num_heads=2",
+    "steps=20", "log_every=1", "report=false", "wandb.mode=off", "model.encoder.dim=32", "model.encoder.num_heads=2",
     "model.encoder.depth=3", "model.encoder.moe.hidden=24", "batch.samples=32", "batch.samples_per_balance_group=8",
     "batch.samples_per_token_group=4", "optim.warmup_steps=3", "optim.clip_norm=0.3", "optim.lr=2e-3",
     "optim.trust_ratio=false", "compare=none",

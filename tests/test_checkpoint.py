@@ -277,7 +277,7 @@ def test_a_sealed_checkpoint_that_cannot_be_is_one_line(
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> None:
     limit = "ulimit -f 190; exec "  # no file above 190 kB, as if the disk were full: pictures fit, checkpoints do not
-    sets = set_("steps=5", f"save_in_background={background}")
+    sets = set_("steps=5", "report=true", f"save_in_background={background}")
     command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--resume", str(run), *sets]
     before = contents(run / "checkpoints")
     done = subprocess.run(

@@ -127,7 +127,7 @@ def test_list_and_dry_run() -> None:
 
 @pytest.mark.timeout(200)
 def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tmp_path: Path) -> None:
-    more = [f"data.text={small_text}", "eval_every=10", "wandb.mode=offline"]
+    more = [f"data.text={small_text}", "eval_every=10", "report=true", "wandb.mode=offline"]
     sets = [part for s in [*TINY, *more] for part in ("--set", s)]
     run = tmp_path / "run"
     done = train("lstm_moe_demo", "--folder", str(run), *sets, timeout=100)

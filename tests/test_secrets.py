@@ -18,7 +18,7 @@ KEYS = {
 def test_keys_of_the_environment_are_nowhere(small_text: Path, tmp_path: Path) -> None:
     """In a run with wandb, its report, its record of calls, and the traceback of one that a bug has ended."""
     folder = tmp_path / "run"
-    sets = set_(*TINY, "steps=2", "save_every=1", "wandb.mode=offline", f"data.text={small_text}")
+    sets = set_(*TINY, "steps=2", "save_every=1", "report=true", "wandb.mode=offline", f"data.text={small_text}")
     process = start("lstm_moe_demo", "--folder", str(folder), *sets, "--profile", **KEYS)
     said = "".join(process.communicate(timeout=100))
     assert process.returncode == 0, said
