@@ -14,9 +14,9 @@ least; else the clock's, of the slowest rank.
 
 `dense` is the limit: one expert of the same shape gets all T·K rows, under plain autograd. `sorted` is matmuls and
 ReLU alone, without autograd, on rows that lie sorted. `ours` reuses the memory of the weights' gradients, as training
-on CPU does, `sorted_reused` and `dense_reused` reuse all; `ours_fresh`, `sorted` and other systems reuse none. `--gate`
-adds our layer with a noisy gate and both its losses, held against the dense limit with that gate alone beside it.
-`peers.py` says what the others are.
+on CPU does, `sorted_reused` and `dense_reused` reuse all; `sorted` and other systems reuse none. `ours_triton` has the
+kernels for a GPU that training does not take before they are measured. `--gate` adds our layer with a noisy gate and
+both its losses, held against the dense limit with that gate alone beside it. `peers.py` says what the others are.
 
 On Linux fresh pages are a fifth of plain autograd's time, or none of it: where other implementations share the process,
 its heap may keep enough for all. `--keep-memory` has it so for every one, and the figures hang on nobody else then.

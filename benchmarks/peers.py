@@ -23,6 +23,7 @@ from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
 from moe_dist.engine import import_deepspeed
 from moe_dist.experts import Experts
 from moe_dist.gating.topk import NoisyTopK
+from moe_dist.kernels import gpu
 from moe_dist.layer import Alone, MoE
 from moe_dist.parallel.collectives import Sums
 from moe_dist.parallel.mesh import Mesh
@@ -104,9 +105,10 @@ def _gradients(*weights: nn.Parameter, transposed: bool = False) -> ByExpert:
     return by_expert
 
 
-def ours(work: Work, mesh: Mesh) -> Layer:
+def ours(work: Work, mesh: Mesh, triton: bool = False) -> Layer:
     exchange, _ = _of_mesh(mesh)
     experts, ctx = _experts(work), _context(work, mesh)
+    experts.triton = triton
     keep_TK = torch.ones_like(work.expert_TK, dtype=torch.bool)
 
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -114,6 +116,13 @@ def ours(work: Work, mesh: Mesh) -> Layer:
 
     weights = [experts.w1_eDF, experts.w2_eFD]
     return Layer(torch.__version__, work, forward, weights, _gradients(*weights))
+
+
+def ours_triton(work: Work, mesh: Mesh) -> Layer:
+    """With Triton's kernels, which are switched off elsewhere until they are measured here."""
+    if not gpu.supported(len(work.x_TD), work.x_TD, work.w1_eDF, work.w2_eFD):
+        raise ImportError("it wants Triton, a Hopper GPU, one dtype of 32 bits at most, widths in multiples of 16")
+    return ours(work, mesh, triton=True)
 
 
 def ours_gate(work: Work, mesh: Mesh) -> Layer:
@@ -360,6 +369,7 @@ ALL: dict[str, Callable[[Work, Mesh], Any]] = {
     "sorted": lambda work, mesh: SortedLimit(work, reuse=False),
     "sorted_reused": lambda work, mesh: SortedLimit(work, reuse=True),
     "ours": ours,
+    "ours_triton": ours_triton,
     "naive": naive,
     "deepspeed": lambda work, mesh: deepspeed(work, mesh, drops=False),
     "deepspeed_drops": lambda work, mesh: deepspeed(work, mesh, drops=True),

@@ -26,7 +26,7 @@ PHASES = ("forward", "dispatch", "backward", "step", "save")
 VICTIMS = {"kill": "rank", "kill_agent": "agent"}  # fault of a config -> who dies of it
 SETS = (
     "optim.lr=1e-4", "optim.warmup_steps=1", f"steps={STEPS}", f"save_every={SAVE_EVERY}", "log_every=1",
-    "eval_every=1000", "wandb.mode=off",
+    "eval_every=1000", "report=false", "wandb.mode=off",
 )  # fmt: skip
 
 

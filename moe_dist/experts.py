@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_dist import kernels
 from moe_dist.context import Context
-from moe_dist.kernels import cpu
 from moe_dist.kernels.loop import GroupedMatmul
-from moe_dist.later import Later
+from moe_dist.later import Later, PutOff
 from moe_dist.parameters import parameter
 from moe_dist.routing import Routing
 from moe_dist.rows import Copies
@@ -35,6 +35,9 @@ class Experts(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.on: On | None = None
+        # on a GPU, Triton's kernels in place of torch's. Not before one has timed them (`ours_triton` of
+        # benchmarks/layer.py): in Triton's interpreter they are right, whether they are faster is not known
+        self.triton = False
         self.w1_eDF = parameter(num_experts, dim, hidden, bound=(3 / dim) ** 0.5)
         self.w2_eFD = parameter(num_experts, hidden, dim, bound=(3 / hidden) ** 0.5)
 
@@ -59,7 +62,7 @@ class Experts(nn.Module):
         routing: Routing,
         ctx: Context,
         first: int,
-        put_off: cpu.PutOff | None,
+        put_off: PutOff | None,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         """Of the experts from `first` on, whose weights are given."""
@@ -68,19 +71,23 @@ class Experts(nn.Module):
         if self.on:
             of_all_e = F.pad(count_e, (first, len(self.w1_eDF) - first - len(count_e)))
             on = partial(self.on, which=of_all_e, ctx_R=ctx.rows(routing.token_N))
-        if self._is_fast(len(routing.token_N), weights[0]):
-            w1_eDF, w2_eFD = weights
-            gate_N, recompute = routing.gate_N, self.recompute
-            return cpu.feedforward(x_TD, copies, gate_N, count_e, w1_eDF, w2_eFD, on, recompute, put_off), None
+        if fast := self._fast(len(routing.token_N), x_TD, on, *weights):
+            options = {"recompute": self.recompute, "put_off": put_off}
+            return fast(x_TD, copies, routing.gate_N, count_e, *weights, **options), None
         run = partial(checkpoint, self._plain, use_reentrant=False) if self.recompute else self._plain
         y_RD = run(copies.take(x_TD), count_e, on, *weights)
         return copies.add_up(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
 
-    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
-        return cpu.is_worth_it(num_rows, w1_eDF)
+    def _fast(
+        self, num_rows: int, x_TD: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor
+    ) -> kernels.FeedForward | None:
+        w1_eDF, w2_eFD = weights
+        return kernels.fast_path(num_rows, x_TD, w1_eDF, w2_eFD, on, self.triton)
 
     @staticmethod
-    def _plain(x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None, *weights: torch.Tensor) -> torch.Tensor:
+    def _plain(
+        x_RD: torch.Tensor, count_e: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor
+    ) -> torch.Tensor:
         w1_eDF, w2_eFD = weights
         return grouped_matmul(relu(grouped_matmul(x_RD, w1_eDF, count_e), on), w2_eFD, count_e)
 
@@ -96,11 +103,13 @@ class GeluExperts(Experts):
         self.b1_e1F = parameter(num_experts, 1, hidden, bound=0.0)
         self.b2_e1D = parameter(num_experts, 1, dim, bound=0.0)
 
-    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
-        return False
+    def _fast(self, num_rows: int, x_TD: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor) -> None:
+        return None
 
     @staticmethod
-    def _plain(x_RD: torch.Tensor, count_e: torch.Tensor, on: cpu.On | None, *weights: torch.Tensor) -> torch.Tensor:
+    def _plain(
+        x_RD: torch.Tensor, count_e: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor
+    ) -> torch.Tensor:
         w1_eDF, w2_eFD, b1_e1F, b2_e1D = weights
         expert_R = torch.arange(len(count_e), device=x_RD.device).repeat_interleave(count_e, output_size=len(x_RD))
         # GELU once: the code of Xue et al. 2021 has one after the output as well, the paper and ViT do not
@@ -108,7 +117,7 @@ class GeluExperts(Experts):
         return grouped_matmul(hidden_RF, w2_eFD, count_e) + b2_e1D.squeeze(1)[expert_R]
 
 
-def relu(h_RF: torch.Tensor, on: cpu.On | None) -> torch.Tensor:
+def relu(h_RF: torch.Tensor, on: kernels.On | None) -> torch.Tensor:
     """`on` decides in place of the sign."""
     return h_RF.relu() if on is None else torch.where(on(h_RF), h_RF, 0)
 

@@ -16,6 +16,7 @@ import torch
 from moe_dist.memory import empty
 
 Form = Callable[..., None]  # form(*gradients): writes those of one part of every stack
+PutOff = Callable[[Form], None]
 
 
 class Later:

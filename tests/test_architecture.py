@@ -78,6 +78,14 @@ def test_deepspeed_is_imported_once() -> None:
     assert uses == [PACKAGE / "engine.py"]
 
 
+def test_triton_is_imported_by_its_kernels_and_they_when_they_run() -> None:
+    """So that nothing misses it where there is none: at the top of no other file, and of none those kernels."""
+    for path in files():
+        at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        uses = [line for line in map(ast.unparse, at_top) if re.search(r"\btriton\b|gpu_kernels", line)]
+        assert not uses or path == PACKAGE / "kernels" / "gpu_kernels.py", path
+
+
 def test_torchvision_is_imported_once() -> None:
     uses = re.compile(r"(import|from) torchvision\b|import_module\(.torchvision")
     assert [path for path in files() if uses.search(path.read_text())] == [PACKAGE / "data" / "vision.py"]

@@ -5,13 +5,16 @@ Legend: T tokens, N assignments, D width, F hidden units, E experts.
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from moe_dist import keyed
+from moe_dist import kernels, keyed
 from moe_dist.context import Context
 from moe_dist.experts import Experts, GeluExperts
+from moe_dist.kernels import cpu
 from moe_dist.routing import Routing, route
 
 T, D, F, E, K = 40, 8, 64, 7, 3
@@ -22,15 +25,15 @@ NOWHERE = Context(*(torch.zeros(T, dtype=t) for t in (torch.int64, torch.int64, 
 class Fast(Experts):
     """At any size."""
 
-    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
-        return True
+    def _fast(self, num_rows: int, x_TD: torch.Tensor, on: kernels.On | None, *_: Any) -> kernels.FeedForward:
+        return partial(cpu.feedforward, on=on)
 
 
 class Plain(Experts):
     """As on a device without a fast path, and where it is not worth it."""
 
-    def _is_fast(self, num_rows: int, w1_eDF: torch.Tensor) -> bool:
-        return False
+    def _fast(self, *_: Any) -> None:
+        return None
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
@@ -176,7 +179,12 @@ def test_recompute_keeps_nothing_of_the_hidden_size(cls: type[Experts]) -> None:
 
 def test_the_fast_path_is_taken_where_an_expert_has_much_to_do() -> None:
     """128 KiB of hidden units an expert: 4 experts of 64 units have them from 4 x 2^17 / (4 x 64) = 2048 rows on."""
+
+    def is_fast(experts: Experts, num_rows: int, num_experts: int = 4) -> bool:
+        weights = (w[:num_experts] for w in experts.parameters())
+        return experts._fast(num_rows, torch.zeros(40, 8), None, *weights) is not None
+
     experts = Experts(4, 8, 64)
-    assert [experts._is_fast(n, experts.w1_eDF) for n in (0, 2047, 2048, 10000)] == [False, False, True, True]
-    assert [experts._is_fast(1024, experts.w1_eDF[:2]), experts._is_fast(1023, experts.w1_eDF[:2])] == [True, False]
-    assert not GeluExperts(4, 8, 64)._is_fast(10000, experts.w1_eDF)
+    assert [is_fast(experts, n) for n in (0, 2047, 2048, 10000)] == [False, False, True, True]
+    assert [is_fast(experts, 1024, 2), is_fast(experts, 1023, 2)] == [True, False]
+    assert not is_fast(GeluExperts(4, 8, 64), 10000)

@@ -15,13 +15,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.loop import each
-from moe_dist.later import Form
+from moe_dist.later import PutOff
 from moe_dist.memory import empty
 from moe_dist.rows import Copies, added_up
 
 WORTH_IT = 2**17  # bytes of hidden units that an expert has on average; below, calls of torch cost more than memory
 On = Callable[[torch.Tensor], torch.Tensor]  # hidden units (N, F) before ReLU -> which are on
-PutOff = Callable[[Form], None]
 
 
 def feedforward(
