@@ -1,12 +1,13 @@
 """What a config comes to on a mesh, counted on the meta device: no process group, no memory."""
 
+import functools
 from collections import Counter
 from fractions import Fraction
 from typing import Any
 
 from torch import nn
 
-from moe_dist.config import Config, LSTMConfig, MoEConfig, TextDataConfig, mixture
+from moe_dist.config import Config, LSTMConfig, MoEConfig, TextConfig, TextDataConfig, mixture
 from moe_dist.hierarchical import GroupProjection
 from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import LAYERS
@@ -79,19 +80,25 @@ def _softmax_columns(config: Config) -> int:
     """Words whose logits are taken for one target in training, on average."""
     assert isinstance(config.model, LSTMConfig) and isinstance(config.data, TextDataConfig)
     size, samples = config.data.vocabulary_size, config.model.softmax_samples
-    return size if samples is None else 1 + round(inclusion(size, samples).sum().item())
+    return size if samples is None else 1 + round(distinct(size, samples))
 
 
-def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any]) -> dict[str, Any]:
-    """{"parameters": numbers, "memory_bytes": by kind, an estimate}: what one rank holds.
+@functools.cache
+def distinct(vocabulary_size: int, samples: int) -> float:
+    """Words among `samples` draws, on average: of negatives, and about so of a text."""
+    return inclusion(vocabulary_size, samples).sum().item()
 
-    Parameters and optimizer state are exact but for padding, and "rows" as if every row had been touched; of experts
-    that replicas share it is the rank that owns the most. Activations follow from the widths of what is kept for
-    backward.
+
+def held(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What of parameters one rank holds: {"dense", "experts", "gates", "rows": {"parameters": a number, "weights",
+    "gradients", "masters", "state": bytes}}.
+
+    Exact but for padding, and "rows" as if every row had been touched; of experts that replicas share it is the rank
+    that owns the most.
     """
     stage, ep, world = ds["zero_optimization"]["stage"], config.mesh.ep, layout.world
     bf16 = bool(ds.get("bf16", {}).get("enabled"))
-    width = 2 if bf16 else FLOAT
+    width = width_of(ds)
     held: Counter[str] = Counter()  # parameters of a rank before ZeRO
     owned: Counter[str] = Counter()  # of experts and gates, those that the rank updates
     factored = 0  # rows and columns of expert matrices that it updates
@@ -107,34 +114,99 @@ def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any
             factored += matrices * (p.shape[1] + p.shape[2])
             largest = max(largest, p.numel() // ep)
     dense, experts, gates, rows = (held[kind] for kind in ("dense", "experts", "gates", "rows"))
-    expert_state = owned["experts"] * MOMENTS if config.optim.expert_form == "adam" else factored * FLOAT
-    master = FLOAT if bf16 else 0
+    master, parts = FLOAT if bf16 else 0, world if stage else 1
+    return {
+        "dense": {
+            "parameters": dense // (world if stage == 3 else 1),
+            "weights": dense * width // (world if stage == 3 else 1),
+            "gradients": dense * width // (world if stage >= 2 else 1),
+            # above stage 0 DeepSpeed keeps a master of float32 parameters too
+            "masters": dense * (FLOAT if stage else master) // parts,
+            "state": dense * MOMENTS // parts,
+        },
+        "experts": {
+            "parameters": experts,
+            "weights": experts * width,
+            "gradients": (largest if config.optim.free_gradients else experts) * FLOAT,
+            "masters": owned["experts"] * master,
+            "state": owned["experts"] * MOMENTS if config.optim.expert_form == "adam" else factored * FLOAT,
+        },
+        "gates": {
+            "parameters": gates,
+            "weights": gates * FLOAT,
+            "gradients": gates * FLOAT,
+            "masters": 0,
+            "state": owned["gates"] * MOMENTS,
+        },
+        "rows": {
+            "parameters": rows, "weights": rows * width, "gradients": 0, "masters": rows * master,
+            "state": rows * MOMENTS,
+        },
+    }  # fmt: skip
+
+
+def width_of(ds: dict[str, Any]) -> int:
+    """Bytes of a parameter and of an activation."""
+    return 2 if ds.get("bf16", {}).get("enabled") else FLOAT
+
+
+def per_rank(model: nn.Module, config: Config, layout: Layout, ds: dict[str, Any]) -> dict[str, Any]:
+    """{"parameters": numbers, "memory_bytes": by kind, an estimate}: what one rank holds, by `held`. Activations follow
+    from the widths of what is kept for backward."""
+    of = held(model, config, layout, ds)
     memory = {
-        "dense parameters": dense * width // (world if stage == 3 else 1),
-        "dense gradients": dense * width // (world if stage >= 2 else 1),
-        # above stage 0 DeepSpeed keeps a master of float32 parameters too
-        "dense optimizer": dense * (MOMENTS + (FLOAT if stage else master)) // (world if stage else 1),
-        "expert parameters": experts * width,
-        "expert gradients": (largest if config.optim.free_gradients else experts) * FLOAT,
-        "expert optimizer": expert_state + owned["experts"] * master,
-        "gates of groups": gates * (FLOAT + FLOAT) + owned["gates"] * MOMENTS,  # parameters, gradients, moments
-        "rows of the vocabulary": rows * (width + master + MOMENTS),
-        "activations": _activations(model, config, layout.samples_per_rank, width),
+        "dense parameters": of["dense"]["weights"],
+        "dense gradients": of["dense"]["gradients"],
+        "dense optimizer": of["dense"]["masters"] + of["dense"]["state"],
+        "expert parameters": of["experts"]["weights"],
+        "expert gradients": of["experts"]["gradients"],
+        "expert optimizer": of["experts"]["masters"] + of["experts"]["state"],
+        "gates of groups": sum(of["gates"][each] for each in ("weights", "gradients", "state")),
+        "rows of the vocabulary": sum(of["rows"][each] for each in ("weights", "masters", "state")),
+        "activations": activations(model, config, layout.samples_per_rank, width_of(ds)),
     }
     return {
-        "parameters": dense // (world if stage == 3 else 1) + experts + gates + rows,
+        "parameters": sum(each["parameters"] for each in of.values()),
         "memory_bytes": {kind: size for kind, size in memory.items() if size},
     }
 
 
-def _activations(plain: Any, config: Config, samples: int, width: int) -> int:
-    """Bytes that one micro-batch of `samples` keeps for backward on a rank, its rows spread evenly over ranks."""
+def rows_per_sample(plain: Any, config: Config) -> int:
+    """Rows that one use of a mixture gets from a sample without padding, where none is dropped."""
+    experts = mixture(config)
+    tokens = config.batch.timesteps if isinstance(config.model, LSTMConfig) else plain.num_tokens
+    if not experts:
+        return 0
+    grouped = isinstance(experts[1], MoEConfig) and experts[1].num_groups is not None
+    return tokens * experts[1].k ** (2 if grouped else 1)
+
+
+def activations(plain: Any, config: Config, samples: int, width: int, rows: float | None = None) -> int:
+    """Bytes that one micro-batch of `samples` keeps for backward on a rank, its rows spread evenly over ranks. `rows`:
+    those of a sample in a use of a mixture, where that is known; else `rows_per_sample`."""
+    rows = rows_per_sample(plain, config) if rows is None else rows
     if isinstance(config.model, LSTMConfig):
-        return _of_lstm(config.model, samples * config.batch.timesteps, width) + _softmax(config)
-    return samples * plain.num_tokens * plain.encoder.kept_per_token() * width
+        tokens = samples * config.batch.timesteps
+        return _of_lstm(config.model, tokens, int(samples * rows), width) + _softmax(config)
+    encoder = config.model.encoder
+    kept = plain.num_tokens * plain.encoder.kept_per_token(_masked(config, plain.num_tokens))
+    units = 0 if encoder.recompute else 2 * encoder.moe.hidden  # before GELU and after
+    kept_of_rows = plain.encoder.uses_of_mixtures * kept_per_row(encoder.dim, units)
+    return int(samples * (kept + rows * kept_of_rows) * width)
 
 
-def _of_lstm(model: LSTMConfig, tokens: int, width: int) -> int:
+def kept_per_row(dim: int, units: int) -> int:
+    """Numbers that one use of a mixture keeps for backward of each row: what its expert reads, its hidden `units`,
+    what it gives, and that weighted."""
+    return 3 * dim + units
+
+
+def _masked(config: Config, tokens: int) -> int:
+    """What a token may see is told to attention where samples have padding."""
+    return tokens if isinstance(config.model, TextConfig) else 0
+
+
+def _of_lstm(model: LSTMConfig, tokens: int, rows: int, width: int) -> int:
     """Per layer its input, its output and the mask of dropout; an LSTM's gates and cells in float32, as CPU kernels
     keep them; scores."""
     moe, layers = model.moe, LAYERS[model.middle]
@@ -145,9 +217,8 @@ def _of_lstm(model: LSTMConfig, tokens: int, width: int) -> int:
     if model.middle == "moe":
         groups = moe.num_groups or moe.num_experts
         wide += 8 * groups + (8 * moe.k * (moe.num_experts // groups) if moe.num_groups else 0)
-        visits = moe.k if moe.num_groups is None else moe.k**2
-        narrow += visits * (3 * model.dim + (0 if moe.recompute else moe.hidden))
-    return tokens * (narrow * width + wide * FLOAT)
+    per_row = kept_per_row(model.dim, 0 if moe.recompute else moe.hidden) if model.middle == "moe" else 0
+    return tokens * (narrow * width + wide * FLOAT) + rows * per_row * width
 
 
 def _softmax(config: Config) -> int:

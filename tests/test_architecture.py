@@ -24,11 +24,11 @@ ORDER = [
     {"factored"},
     {"models", "outside", "optim", "data", "metrics", "told", "pictures", "page", "panels", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary", "replay"},
-    {"tasks", "configs"},
+    {"tasks", "configs", "machine"},
     {"finite"},
     {"cli", "training", "profiling"},
     {"chaos"},
-    {"reader", "verify"},
+    {"reader", "verify", "rehearsal", "plan"},
     {"generate", "classify"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -122,9 +122,11 @@ ABOUT_SIZE = re.compile(rf"\b{SIZE}{COMPARE}|{COMPARE}(\w+\.)*{SIZE}|\.size\b(?!
 
 def test_nothing_branches_on_the_world_size() -> None:
     """collectives.py may skip a call, parallelize.py chooses the exchange, mesh.py refuses what cannot be laid out,
-    verify.py lists layouts, chaos.py picks a rank; elsewhere a world of one runs the same lines as a world of many."""
+    verify.py lists layouts, chaos.py picks a rank, machine.py and plan.py reckon what other worlds would do; elsewhere
+    a world of one runs the same lines as a world of many."""
+    free = ("collectives.py", "parallelize.py", "mesh.py", "verify.py", "chaos.py", "machine.py", "plan.py")
     for path in [*files(), ROOT / "train.py"]:
-        if path.name not in ("collectives.py", "parallelize.py", "mesh.py", "verify.py", "chaos.py"):
+        if path.name not in free:
             assert not [b for b in branches(path) if ABOUT_SIZE.search(b)], path
 
 

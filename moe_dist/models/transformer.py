@@ -154,19 +154,24 @@ class Encoder(nn.Module):
         """Of scores and of the values they weigh, in a sample of `tokens`; of no matrix of parameters."""
         return len(self.blocks) * 2 * tokens**2 * self.config.dim
 
-    def kept_per_token(self) -> int:
-        """Numbers kept for backward, where no token is dropped: an estimate from what each operation saves."""
-        config, kept = self.config, self.config.dim
+    def kept_per_token(self, seen: int = 0) -> int:
+        """Numbers kept for backward of a token, but for its rows: from what each operation saves. `seen`: tokens of the
+        mask that attention is given."""
+        config, kept = self.config, 2 * self.config.dim
         for block in self.blocks:
-            # inputs of two LayerNorms and what they give, outputs under dropout with its masks
-            kept += 8 * config.dim
-            kept += 0 if config.recompute else 5 * config.dim  # queries, keys, values, what they give twice
+            # inputs of two LayerNorms and what they give, masks of dropout; queries, keys, values, what they give
+            kept += (4 + 2 * (config.dropout > 0)) * config.dim
+            kept += 0 if config.recompute else 4 * config.dim + seen
             if block.ffn.startswith("moe"):
-                kept += config.moe.k * (3 * config.dim + (0 if config.recompute else 3 * config.moe.hidden))
-                kept += 4 * config.moe.num_experts
+                kept += 4 * config.moe.num_experts + 2 * config.moe.k  # scores, sums in float64
             else:
                 kept += 0 if config.recompute else 2 * config.ffn_hidden
         return kept
+
+    @property
+    def uses_of_mixtures(self) -> int:
+        """How often a token goes to experts."""
+        return sum(block.ffn.startswith("moe") for block in self.blocks)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,89 @@
+"""What `moe_dist.plan --measure` predicts beside what is then measured: seconds of a step, peak memory of a rank.
+
+    .venv/bin/python experiments/plan.py --rounds 3      adds to what is kept; 2 minutes a round and config on two cores
+
+A round of a config is its plan by measurements, and then a short training on each of the layouts below in processes of
+their own, in an order drawn anew, with the same steps. Prediction and measurement are each the median of all rounds.
+Memory is what a rank has held at most beside what imports take: on CPU, peak resident memory. Writes
+experiments/results/plan/results.json after each round, and table.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+from moe_dist import configs
+from moe_dist.config import override
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.plan import measured, plan_layouts
+from moe_dist.rehearsal import trained
+
+FOLDER = Path(__file__).parent / "results" / "plan"
+RANKS = 2
+CONFIGS: dict[str, tuple[str, list[str], list[tuple[int, int]]]] = {  # config, overrides, layouts: ep, ZeRO stage
+    "lstm_moe_demo": ("lstm_moe_demo", [], [(2, 0), (1, 1), (2, 3)]),
+    "lstm_moe_demo, 256 experts, 128 lanes": (
+        "lstm_moe_demo", ["model.moe.num_experts=256", "batch.samples=128"], [(1, 0), (2, 1), (1, 3)],
+    ),
+    "widenet_demo, 128 images": ("widenet_demo", ["batch.samples=128"], [(1, 0), (2, 1), (2, 2)]),
+    "widenet_text_demo": ("widenet_text_demo", [], [(2, 0), (1, 2), (1, 3)]),
+}  # fmt: skip
+
+
+def one(name: str) -> dict[str, Any]:
+    """A round of a config: by layout what was predicted, and what was measured."""
+    base, sets, layouts = CONFIGS[name]
+    config = override(configs.get(base), [*sets, "wandb.mode=off"])
+    machine, owns = measured(config, 1, RANKS, 1.0)
+    planned = {(each.ep, each.zero): each for each in plan_layouts(config, 1, RANKS, machine, owns)}
+    told: dict[str, Any] = {"machine": dataclasses.asdict(machine)}
+    for ep, zero in random.sample(layouts, len(layouts)):
+        at, plan = override(config, [f"mesh.ep={ep}", f"zero={zero}"]), planned[ep, zero]
+        ran = run_distributed(trained, RANKS, at, timeout=280)
+        libraries = plan.memory["libraries"]
+        told[f"{ep},{zero}"] = {
+            "predicted": {"step": plan.step, "bytes": plan.bytes - libraries, "seconds": plan.seconds},
+            "measured": {key: max(each[key] for each in ran) for key in ("step", "bytes")}
+            | {"seconds": ran[0]["seconds"]},
+        }
+    return told
+
+
+def table(kept: dict[str, list[Any]]) -> str:
+    """Markdown, medians over rounds."""
+    heads = ["config", "ep, ZeRO", "ms predicted", "ms measured", "off", "MB predicted", "MB measured", "off"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, rounds in kept.items():
+        for ep, zero in CONFIGS[name][2]:
+            cells = []
+            for key, unit in (("step", 1e3), ("bytes", 1e-6)):
+                each = [[unit * r[f"{ep},{zero}"][what][key] for r in rounds] for what in ("predicted", "measured")]
+                said, got = map(statistics.median, each)
+                cells += [*(f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in each)]
+                cells += [f"{100 * (said / got - 1):+.0f} %"]
+            lines += [f"| {name} | {ep}, {zero} | {' | '.join(cells)} |"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=CONFIGS, action="append", help="these configs alone")
+    args = parser.parse_args()
+    file = FOLDER / "results.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for _ in range(args.rounds):
+        for name in args.only or CONFIGS:
+            kept.setdefault(name, []).append(one(name))
+            file.write_text(json.dumps(kept, indent=1) + "\n")
+            (FOLDER / "table.md").write_text(table(kept) + "\n")
+    print(table(kept))
+
+
+if __name__ == "__main__":
+    main()
