@@ -41,15 +41,16 @@ Key = tuple[int, int]  # expert-parallel degree, ZeRO stage
 Ran = dict[str, Any]  # of `trained`
 
 
-def trained(config: Config, echo: int = 1, first: int = 0) -> Ran:
+def trained(config: Config, echo: int | None = None, first: int = 0) -> Ran:
     """By a rank of any world: {"seconds": of a step by part, medians; "step": the median of whole ones; "libraries",
     "bytes": the most that it has held when all is imported, and beside that (on CUDA by torch's allocator)}. `echo`:
-    the degree whose other ranks do not exist; this is one from rank `first` on."""
+    a degree whose other ranks do not exist; this is one of them, from rank `first` on."""
     import_deepspeed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     libraries = peak_memory(device)
     mesh = meshes.start(config.mesh.ep)
-    mesh = alone(mesh, echo, (first + mesh.dp.index) % echo)
+    if echo is not None:
+        mesh = alone(mesh, echo, (first + mesh.dp.index) % echo)
     with contextlib.redirect_stdout(io.StringIO()):  # its notes
         training = set_up(config, read_ds_config(config), mesh)
     steps = []
