@@ -271,16 +271,21 @@ def touched(plain: nn.Module, config: Config) -> float:
     return FLOAT * (read * model.dim + scored * (model.dim + 1)) + 2 * size
 
 
+def traffic(plain: Any, config: Config, layout: Layout, per_node: int, ds: dict[str, Any]) -> list[Traffic]:
+    """All that a rank sends in a step."""
+    uses, rows = uses_of_mixtures(plain, config), rows_per_sample(plain, config)
+    routings = uses if isinstance(config.model, LSTMConfig) else sum(b.routes for b in plain.encoder.blocks)
+    balance = 6 if mixture(config) and chosen(config)[2] else 1  # sums for each routing
+    sent = exchanged(config, layout, per_node, uses, width_of(ds), rows)
+    return sent + summed(plain, config, layout, per_node, ds, routings * balance)
+
+
 def seconds(
     plain: Any, config: Config, layout: Layout, per_node: int, ds: dict[str, Any], own: Own, machine: Machine
 ) -> tuple[dict[str, float], list[Traffic]]:
     """(Seconds of a step by part, what is sent). Of rows that travel in C pieces while experts run, all but a C-th part
     of the shorter of the two is hidden."""
-    uses, rows = uses_of_mixtures(plain, config), rows_per_sample(plain, config)
-    routings = uses if isinstance(config.model, LSTMConfig) else sum(b.routes for b in plain.encoder.blocks)
-    balance = 6 if mixture(config) and chosen(config)[2] else 1  # sums for each routing
-    sent = exchanged(config, layout, per_node, uses, width_of(ds), rows)
-    sent += summed(plain, config, layout, per_node, ds, routings * balance)
+    sent = traffic(plain, config, layout, per_node, ds)
     told = {part: own.seconds.get(part, 0.0) for part in PARTS}
     for each in sent:
         told[each.part] += each.seconds(machine, math.ceil(layout.world / per_node))

@@ -5,7 +5,8 @@ No layout is run; three kinds of short runs stand for all:
             the experts, as if others sent what it sends itself (`parallel.echo`). As many of them as a node has ranks
             run side by side, each as another rank, for they share the machine as ranks do
   together  for each ZeRO stage, those of the highest degree form one world, which sums gradients, and each still sends
-            rows to itself. What they take beyond what is reckoned for them is the stage's addition
+            rows to itself. What they take beyond what is reckoned for them, mostly waiting for the slowest, is divided
+            by their calls: the stage's addition to each call. Once more, each sends when all are there: an exchange's
   talk      as many processes time a sum and an all-to-all of two sizes
 """
 
@@ -23,7 +24,7 @@ import torch
 from moe_dist.clock import PARTS
 from moe_dist.config import Config, MoEConfig, mixture, override
 from moe_dist.engine import import_deepspeed, read_ds_config
-from moe_dist.machine import Link, Machine, Own, exchange_of, memory, moved_by_update, seconds
+from moe_dist.machine import Link, Machine, Own, exchange_of, memory, moved_by_update, seconds, traffic
 from moe_dist.meter import peak_memory
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import all_to_all_rows, sum_over
@@ -41,16 +42,16 @@ Key = tuple[int, int]  # expert-parallel degree, ZeRO stage
 Ran = dict[str, Any]  # of `trained`
 
 
-def trained(config: Config, echo: int | None = None, first: int = 0) -> Ran:
+def trained(config: Config, echo: int | None = None, first: int = 0, waits: bool = False) -> Ran:
     """By a rank of any world: {"seconds": of a step by part, medians; "step": the median of whole ones; "libraries",
     "bytes": the most that it has held when all is imported, and beside that (on CUDA by torch's allocator)}. `echo`:
-    a degree whose other ranks do not exist; this is one of them, from rank `first` on."""
+    a degree whose other ranks do not exist; this is one of them, from rank `first` on, and `waits` where it sends."""
     import_deepspeed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     libraries = peak_memory(device)
     mesh = meshes.start(config.mesh.ep)
     if echo is not None:
-        mesh = alone(mesh, echo, (first + mesh.dp.index) % echo)
+        mesh = alone(mesh, echo, (first + mesh.dp.index) % echo, waits)
     with contextlib.redirect_stdout(io.StringIO()):  # its notes
         training = set_up(config, read_ds_config(config), mesh)
     steps = []
@@ -85,12 +86,16 @@ def rehearse(
     machine = Machine("this machine", memory_of_rank, rows, sums, between)
     ran = {ep: _side_by_side(one, ep, per_node) for ep, one in fits.items()}
     added = [_added(fits[most], most, stage, ran[most], per_node, machine) for stage in range(4)]
+    waited = _waited(fits[most], most, ran[most], per_node)
     owns = {}
     for at, _ in layouts:
         ep, stage = at.mesh.ep, _stage(at)
         like = min(fits, key=lambda known: abs(math.log(known / ep)))
         own = _own(at, layout, _fewer(fits[like], like), ran[like])
-        owns[ep, stage] = Own(_plus(own.seconds, added[stage].seconds), _plus(own.bytes, added[stage].bytes))
+        calls = _calls(at, layout, per_node)
+        waits = {part: each * calls[part] for part, each in added[stage].seconds.items()}
+        waits["exchange"] = waited - calls["exchange"] * rows.latency if calls["exchange"] else 0.0
+        owns[ep, stage] = Own(_plus(own.seconds, waits), _plus(own.bytes, added[stage].bytes))
     return machine, owns
 
 
@@ -105,17 +110,35 @@ def _own(config: Config, layout: Layout, one: Config, ran: Ran) -> Own:
     return Own(ran["seconds"] | update, {REST: beside, "libraries": int(ran["libraries"])})
 
 
+def _waited(one: Config, echo: int, ran: Ran, ranks: int) -> float:
+    """Seconds that a world of `ranks` waits in a step where each sends rows to itself when all are there."""
+    many = override(one, [f"batch.samples={one.batch.samples * ranks}"])
+    by_rank = run_distributed(trained, ranks, many, echo, 0, True, timeout=600)
+    return max(each["seconds"]["exchange"] for each in by_rank) - ran["seconds"]["exchange"]
+
+
 def _added(one: Config, echo: int, stage: int, ran: Ran, ranks: int, machine: Machine) -> Own:
-    """What a world of `ranks` takes at a ZeRO stage beyond what is reckoned for it: each has as many experts, and their
-    gradients are summed as if they were the same."""
+    """What a world of `ranks` takes at a ZeRO stage beyond what is reckoned for it, seconds for each call of a part:
+    each has as many experts, and their gradients are summed as if they were the same."""
     many = override(one, [f"zero={stage}", f"batch.samples={one.batch.samples * ranks}"])
     by_rank = run_distributed(trained, ranks, many, echo, timeout=600)
     many, layout, ds = _fewer(many, echo), lay_out(many, ranks), read_ds_config(many)
     plain, own = task_of(many).plain_model(many), _own(many, layout, _fewer(one, echo), ran)
     told, _ = seconds(plain, many, layout, ranks, ds, own, machine)
-    took = {part: max(each["seconds"][part] for each in by_rank) - told[part] for part in ("rest", "optimizer")}
+    calls = _calls(many, layout, ranks)
+    took = {
+        part: (max(each["seconds"][part] for each in by_rank) - told[part]) / calls[part]
+        for part in ("rest", "optimizer")
+        if calls[part]
+    }
     held = max(each["bytes"] for each in by_rank) - _named(many, layout) - own.bytes[REST]
     return Own(took, {REST: int(held)})
+
+
+def _calls(config: Config, layout: Layout, per_node: int) -> dict[str, float]:
+    """Between ranks in a step, by part."""
+    sent = traffic(task_of(config).plain_model(config), config, layout, per_node, read_ds_config(config))
+    return {part: sum(each.calls for each in sent if each.part == part) for part in PARTS}
 
 
 def _plus(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -260,10 +260,12 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
     def distributed(run: Any, world: int, *more: Any, timeout: float) -> list[Any]:
         if run is rehearsal.talk:
             return [(FREE, FREE)] * world
-        config = more[0]  # together: half of the experts on each, and ZeRO that takes 1 s of update and 2 s of rest
+        config = more[0]  # together: half of the experts on each, and ZeRO that takes 9 s of update and 2 s of rest
         zero, (experts, dense) = config.zero, (16 * 32 * 65_536, 28 * (DENSE - 8192))
         update = 0.8 * (dense / (2 if zero else 1) + experts / 2) / (dense + experts)  # of which replicas have a half
-        return [ran(4.0, update + zero, 9.0 + 2 * zero, 6e8 + 1e7 * zero)] * 2
+        waited = ran(4.0, update + 9 * zero, 9.0 + 2 * zero, 6e8 + 1e7 * zero)
+        waited["seconds"]["exchange"] += 0.7 * (True in more)
+        return [waited] * 2
 
     monkeypatch.setattr(rehearsal, "_side_by_side", side_by_side)
     monkeypatch.setattr(rehearsal, "run_distributed", distributed)
@@ -283,8 +285,12 @@ def test_parts_are_put_together_by_layout(as_if_measured: dict[int, Config]) -> 
     # of 32 experts' 65,536: about as in the world of one
     experts, dense, alone = 16 * 32 * 65_536, 28 * DENSE, 28 * (DENSE - 8192)
     assert owns[2, 0].seconds["optimizer"] == pytest.approx(0.8 * (dense + experts) / (alone + experts))
-    # at ZeRO 1 half of the dense elements, and what DeepSpeed added
+    # at ZeRO 1 half of the dense elements, and 9 s divided by 9 calls: weights once, and for both replicas gradients
+    # and weights of two matrices. Where experts are spread there is the one call
     assert owns[2, 1].seconds["optimizer"] == pytest.approx(1 + 0.8 * (dense / 2 + experts) / (alone + experts))
+    assert owns[1, 1].seconds["optimizer"] == pytest.approx(9 + (dense / 2 + experts) / (dense + 2 * experts))
+    # where rows are sent, they were waited for
+    assert owns[2, 0].seconds["exchange"] == pytest.approx(0.5 + 0.7) and owns[1, 0].seconds["exchange"] == 0.5
     # with all experts on both ranks each updates half of them
     assert owns[1, 0].seconds["optimizer"] == pytest.approx((dense + experts) / (dense + 2 * experts))
     # of 700 MB the model of half the experts takes 16 bytes for each dense element, 8 for each of the experts' and
