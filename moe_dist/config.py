@@ -280,7 +280,9 @@ ROUTINGS = ("none", "one_expert", "empty_rank", "ragged")
 FAULTS = ("none", "kill", "kill_agent", "stop", "delay", "nan")
 PHASES = ("forward", "backward", "step", "save", "counts", "dispatch", "combine")
 # what is in the URL of a server before "@", and what services give out
-KEY = re.compile(r"(?<=://)[^/\s]+(?=@)|\b(?:hf_|sk-|gh[a-z]_|github_pat_|wandb_v1_)\w{8,}")
+KEY = re.compile(
+    r"(?<=://)[^/\s]+(?=@)|\b(?:hf_|gh[a-z]_|AKIA)[A-Za-z0-9]{16,}|\b(?:sk-|github_pat_|wandb_v1_)[\w-]{16,}"
+)
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
 # ranges of fields by their names, which mean the same in every section
 AT_LEAST_ONE = (

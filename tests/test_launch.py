@@ -85,6 +85,8 @@ def test_the_pods_of_kubernetes_find_each_other() -> None:
     assert subdomain == service["metadata"]["name"] and service["spec"]["selector"] == {"job-name": name}
     assert variables["MASTER"] == f"{name}-0.{subdomain}:29400"  # an indexed pod's host name is JOB-INDEX
     assert variables["ADDRESS"] == f"{name}-$(JOB_COMPLETION_INDEX).{subdomain}"
+    # $(...) stands for what is set before it, and Kubernetes' own index is set last
+    assert list(variables).index("JOB_COMPLETION_INDEX") < list(variables).index("ADDRESS")
     assert pod["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
     assert variables["WANDB_API_KEY"] is None  # from a secret alone
     subprocess.run([ROOT / container["command"][0], "--dry-run"], env=VARIABLES | {"PATH": "/usr/bin:/bin"}, check=True)
@@ -186,9 +188,13 @@ def test_only_an_agent_that_died_is_started_again(tmp_path: Path) -> None:
     assert agent_that('trap "exit 1" TERM; kill -TERM $PPID; ' + WAIT, tmp_path / "stopped") == (1, 1, "")
 
 
-def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "then"), [(143, ["scontrol requeue 77"]), (1, ["scontrol requeue 77"]), (0, []), (2, [])]
+)
+def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(status: int, then: list[str], tmp_path: Path) -> None:
+    """But for one that has just ended, or cannot begin."""
     stubs = {
-        "srun": 'trap "echo saved; exit 143" TERM\necho "srun $*"\nkill -USR1 $PPID\n' + WAIT,
+        "srun": f'trap "echo saved; exit {status}" TERM\necho "srun $*"\nkill -USR1 $PPID\n' + WAIT,
         "scontrol": 'if [ "$1" = show ]; then printf "a1\\na2\\n"; else echo "scontrol $*"; fi',
     }
     for name, does in stubs.items():
@@ -204,8 +210,31 @@ def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(tmp_path: Path) -
     assert rest == [
         "srun --nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 launch/multinode.sh --set seed=1",
         "saved",
-        "scontrol requeue 77",
+        *then,
     ]
+    assert done.returncode == (0 if then else status)
+
+
+def test_a_container_is_healthy_while_all_its_ranks_run(tmp_path: Path) -> None:
+    """By processes as /proc tells of them: the shell, torchrun and two ranks, as python and as torchrun start them."""
+    commands = [
+        "bash launch/local.sh",
+        "python bin/torchrun train.py moe_4",
+        "python train.py moe_4",
+        "python -u train.py",
+    ]
+    for number, command in enumerate(commands):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "cmdline").write_text("\0".join(command.split()) + "\0")
+        (tmp_path / str(number) / "stat").write_text(f"{number} (python) S 1 1")
+
+    def healthy(ranks: int) -> int:
+        command = [ROOT / "docker" / "healthy.sh", tmp_path]
+        return subprocess.run(command, env=os.environ | {"GPUS": str(ranks)}, timeout=30, check=False).returncode
+
+    assert (healthy(2), healthy(3)) == (0, 1)
+    (tmp_path / "3" / "stat").write_text("3 (python) T 1 1")
+    assert healthy(2) == 1
 
 
 @pytest.mark.timeout(150)

@@ -30,10 +30,19 @@ def test_keys_of_the_environment_are_nowhere(small_text: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", ["https://me:pass@host/data", KEYS["HF_TOKEN"], "s3://AKIA:secret@bucket/x", "ghp_0123456789abcdef"]
+    "text",
+    [
+        "https://me:pass@host/data",
+        KEYS["HF_TOKEN"],
+        "s3://key:secret@bucket/x",
+        "ghp_0123456789abcdef",
+        "sk-proj-0123456789abcdef",
+        "AKIA0123456789ABCDEF",
+    ],
 )
 def test_a_key_in_a_config_is_refused_and_not_repeated(text: str) -> None:
     with pytest.raises(ValueError, match=r"^data.text holds what looks like a password or a key") as error:
         check(tiny(f"data.text={text}"))
     assert text not in str(error.value) and "HF_TOKEN" in str(error.value)
-    check(tiny("data.text=hub/snapshots/0123456789abcdef0123456789abcdef"))  # names of folders are none
+    for name in ("hub/snapshots/0123456789abcdef0123456789abcdef", "hf_datasets_of_everybody/*.txt", "hf_tokenizers"):
+        check(tiny(f"data.text={name}"))  # names of folders are none
