@@ -195,8 +195,8 @@ def exchanged(config: Config, layout: Layout, per_node: int, uses: int, width: i
     num, k, grouped = chosen(config)
     assignments = layout.samples_per_rank * layout.accumulation * uses * rows / (k if grouped else 1)  # to groups
     tokens = assignments / k
-    nodes = max(1, ep // per_node)
-    ranks = ep // nodes  # of a node
+    ranks = math.gcd(ep, per_node)  # of a node; where nodes cut through groups, of the worst, for whom others wait
+    nodes = ep // ranks
     if kind == "node":
         of_ranks, of_nodes = visited(num, k, ep), visited(num, k, nodes)
         there = of_nodes / nodes  # of each node: a row goes to a rank there that has an expert of it

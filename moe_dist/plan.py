@@ -51,8 +51,8 @@ class Planned:
 
 
 def legal(config: Config, nodes: int, per_node: int) -> Iterator[tuple[Config, Layout]]:
-    """Every expert-parallel degree and ZeRO stage that the config has on the ranks. Raises ValueError, that of the last
-    degree, where there is none."""
+    """Every expert-parallel degree and ZeRO stage that the config and its DeepSpeed file have on the ranks. Raises
+    ValueError, of the first that is none, where there is no other."""
     world, found, refused = nodes * per_node, False, None
     for ep in (d for d in range(1, world + 1) if world % d == 0):
         try:
@@ -62,9 +62,14 @@ def legal(config: Config, nodes: int, per_node: int) -> Iterator[tuple[Config, L
         except ValueError as error:
             refused = refused or error
             continue
-        for stage in range(4):
+        for staged in (override(at, [f"zero={stage}"]) for stage in range(4)):
+            try:
+                read_ds_config(staged)
+            except ValueError as error:
+                refused = refused or error
+                continue
             found = True
-            yield override(at, [f"zero={stage}"]), layout
+            yield staged, layout
     if not found:
         assert refused
         raise refused
@@ -147,7 +152,7 @@ def measured(config: Config, nodes: int, per_node: int, nic: float) -> tuple[Mac
     second between nodes. Raises ValueError for data that is not here, or a model of which no share fits."""
     from moe_dist.rehearsal import rehearse  # which trains
 
-    return rehearse(list(legal(config, nodes, per_node)), per_node, memory_per_rank() // per_node, Link(5e-5, nic))
+    return rehearse(list(legal(config, nodes, per_node)), per_node, memory_per_rank(per_node), Link(5e-5, nic))
 
 
 def main(argv: list[str]) -> int:

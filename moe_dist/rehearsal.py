@@ -77,7 +77,7 @@ def rehearse(
     """
     config, layout = layouts[0]
     task_of(config).check_data(config, main=True)
-    worlds = {at.mesh.ep: _alone(at, layout, per_node) for at, _ in layouts}
+    worlds = {at.mesh.ep: _alone(at, layout, per_node) for at, _ in reversed(layouts)}  # of the lowest stage
     fits = {ep: one for ep, one in worlds.items() if _named(_fewer(one, ep), lay_out(one, 1)) < memory_of_rank}
     if not fits:
         raise ValueError(f"{config.name}: no rank's share of it can be trained here alone; use --gpu")
@@ -85,7 +85,8 @@ def rehearse(
     rows, sums = run_distributed(talk, per_node, per_node, timeout=300)[0]
     machine = Machine("this machine", memory_of_rank, rows, sums, between)
     ran = {ep: _side_by_side(one, ep, per_node) for ep, one in fits.items()}
-    added = [_added(fits[most], most, stage, ran[most], per_node, machine) for stage in range(4)]
+    stages = {_stage(at) for at, _ in layouts}
+    added = {stage: _added(fits[most], most, stage, ran[most], per_node, machine) for stage in stages}
     waited = _waited(fits[most], most, ran[most], per_node)
     owns = {}
     for at, _ in layouts:
@@ -153,7 +154,7 @@ def _stage(config: Config) -> int:
 def _alone(config: Config, layout: Layout, per_node: int) -> Config:
     """A rank's share of the batch as a world of one, and the exchange of its layout."""
     micro, kind = layout.samples_per_rank, exchange_of(config, per_node)
-    sets = ["mesh.ep=1", "zero=0", f"batch.samples={micro * layout.accumulation}"]
+    sets = ["mesh.ep=1", f"batch.samples={micro * layout.accumulation}"]
     sets += [f"mesh.exchange={'ragged' if kind == 'ragged' else 'once'}"]
     sets += [f"batch.samples_per_balance_group={math.gcd(micro, layout.samples_per_balance_group)}"]
     return override(config, sets)

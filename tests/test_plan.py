@@ -55,6 +55,9 @@ def test_bytes_of_an_exchange_by_hand() -> None:
     assert sent(demo("mesh.ep=2"), 2, 2, "combine") == (2048 * 2 * 512, 0)
     # a rank to a node
     assert sent(demo("mesh.ep=2"), 2, 1, "combine") == (0, 2048 * 2 * 512)
+    # two nodes of three: words of 96 lanes, 512 a rank; of pairs of ranks the middle one is in two nodes
+    sets = ["mesh.ep=2", "batch.samples=96", "batch.samples_per_balance_group=96"]
+    assert sent(demo(*sets), 6, 3, "combine") == (0, 1024 * 2 * 512)
     # two nodes of two ranks: 512 words; of their 2,048 rows a quarter stays, one goes to the node's other rank
     assert sent(demo("mesh.ep=4", "mesh.exchange=ragged"), 4, 2, "combine") == (512 * 1024, 1024 * 1024)
 
@@ -365,6 +368,11 @@ def test_every_legal_layout_is_planned_and_the_best_comes_first() -> None:
     planned = plan_layouts(config, 2, 4, gpu_machine("h100"))
     assert sorted((p.ep, p.zero) for p in planned) == list(itertools.product((1, 2, 4), range(4)))
     assert [p.step for p in planned] == sorted(p.step for p in planned)
+
+
+def test_a_file_is_planned_at_the_stages_that_it_is_read_at() -> None:
+    layouts = list(legal(demo("ds_config=zero2"), 1, 2))  # overlap_comm is of no use at 0
+    assert {(at.mesh.ep, at.zero) for at, _ in layouts} == set(itertools.product((1, 2), (1, 2, 3)))
 
 
 def test_131072_experts_in_seconds(tmp_path: Path) -> None:

@@ -127,12 +127,12 @@ def _check_number(key: str, least: int, most: int) -> None:
         raise ValueError(f"{key}={text} in the environment: a whole number from {least} to {most}")
 
 
-def memory_per_rank() -> int:
-    """Bytes: of a rank's GPU, or its share of the machine's memory."""
+def memory_per_rank(ranks: int | None = None) -> int:
+    """Bytes: of a rank's GPU, or its share of the machine's memory. `ranks`: of a node; None: those that are here."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(local_rank()).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole // ranks_per_node()
+    return whole // (ranks or ranks_per_node())
 
 
 def local_rank() -> int:
