@@ -28,6 +28,7 @@ from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.collectives import meet
 from moe_dist.parallel.stop import STATUS, Stop
 from moe_dist.profiling import profiled
 from moe_dist.training import Training, set_up, train_step
@@ -67,7 +68,7 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
     with saver, Stop(mesh) as stop, profiled(folder, mesh, run.profile) as profile, Metrics(
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
         start_step=run.first_step, wandb_id=run.wandb_id,
-    ) as metrics, mesh.record.kept(folder, config.mesh.patience):  # fmt: skip
+    ) as metrics, mesh.record.kept(folder, config.mesh.patience, meet):  # fmt: skip
         state = {"wandb_id": metrics.wandb_id} | task.known()
         if run.growth:  # what --resume of the new run finds
             saver.save(run.first_step, state)

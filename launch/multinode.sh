@@ -17,6 +17,7 @@ cd "$(dirname "$0")/.."
 command -v torchrun >/dev/null || PATH=$PWD/.venv/bin:$PATH # that of `make`
 
 nodes=${NODES:-1} restarts=${RESTARTS:-0}
+[[ $restarts =~ ^[0-9]{1,6}$ ]] || { echo "error: RESTARTS=$restarts: a number, 0 or more" >&2; exit 2; }
 master=${MASTER:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}
 conf=${RDZV_CONF:-}
 if [[ ${ADDRESS:-} ]]; then

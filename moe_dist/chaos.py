@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from moe_dist import keyed
-from moe_dist.config import ChaosConfig
+from moe_dist.config import ChaosConfig, mixture
 from moe_dist.context import Context
 from moe_dist.layer import MoE
 from moe_dist.parallel.mesh import Mesh
@@ -28,10 +28,11 @@ from moe_dist.routing import Routing
 from moe_dist.training import Training
 
 MARK = "chaos"  # a file of the run folder
+EXCHANGES = ("counts", "dispatch", "combine")  # phases that are directions of an exchange
 
 
 def make(training: Training, folder: Path) -> None:
-    """Lets happen what the config asks for. Raises ValueError for a rank that there is not."""
+    """Lets happen what the config asks for. Raises ValueError for what cannot happen in this run."""
     chaos, mesh = training.config.chaos, training.mesh
     if chaos.routing != "none":
         _say(mesh, f"routing of all layers: {chaos.routing}")
@@ -40,12 +41,32 @@ def make(training: Training, folder: Path) -> None:
                 module.gate.forward = _routed(module.gate.forward, chaos.routing, mesh)
     if chaos.fault == "none" or (folder / MARK).exists():
         return
-    if chaos.rank >= mesh.dp.size:
-        raise ValueError(f"chaos.rank={chaos.rank}: ranks are 0 to {mesh.dp.size - 1}")
+    _check(training)
     where = "in what the first layer gets" if chaos.fault == "nan" else f"in the {chaos.phase}"
     _say(mesh, f"{chaos.fault} of rank {chaos.rank}, {where} of step {chaos.step}")
     if chaos.rank == mesh.dp.index:
         _Fault(chaos, mesh, folder / MARK, training.model.dense)
+
+
+def _check(training: Training) -> None:
+    """A fault that never comes would look like one that was survived."""
+    config, mesh, chaos = training.config, training.mesh, training.config.chaos
+    if chaos.rank >= mesh.dp.size:
+        raise ValueError(f"chaos.rank={chaos.rank}: ranks are 0 to {mesh.dp.size - 1}")
+    if chaos.step > config.steps:
+        raise ValueError(f"chaos.step={chaos.step}: the run has {config.steps}")
+    if chaos.fault == "nan":
+        return
+    if chaos.phase in EXCHANGES and not (mesh.ep.size > 1 and mixture(config)):
+        raise ValueError(
+            f"chaos.phase={chaos.phase!r}: nothing is exchanged on one expert-parallel rank; --set mesh.ep"
+        )
+    if chaos.phase == "save" and chaos.step % config.save_every and chaos.step != config.steps:
+        raise ValueError(
+            f"chaos.step={chaos.step}: a checkpoint is saved at multiples of save_every={config.save_every}"
+        )
+    if chaos.fault == "kill_agent" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise ValueError("chaos.fault='kill_agent': this process was not started by torchrun")
 
 
 def _say(mesh: Mesh, what: str) -> None:

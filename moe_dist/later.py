@@ -41,17 +41,17 @@ class _Slices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, later: Later, *stacks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.later, ctx.stacks = later, stacks
+        # not `later` itself: its slices hold this node, and Python does not see a cycle through C++
+        ctx.forms, ctx.sizes, ctx.number, ctx.stacks = later.forms, later.sizes, later.number, stacks
         return tuple(t for part in zip(*(s.split(later.sizes) for s in stacks), strict=True) for t in part)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        later = ctx.later
         wholes = [empty(*s.shape, like=s) for s in ctx.stacks]
-        for i, parts in enumerate(zip(*(w.split(later.sizes) for w in wholes), strict=True)):
-            if form := later.forms.pop(i, None):
+        for i, parts in enumerate(zip(*(w.split(ctx.sizes) for w in wholes), strict=True)):
+            if form := ctx.forms.pop(i, None):
                 form(*parts)
                 continue
-            for part, grad in zip(parts, grads[i * later.number : (i + 1) * later.number], strict=True):
+            for part, grad in zip(parts, grads[i * ctx.number : (i + 1) * ctx.number], strict=True):
                 part.zero_() if grad is None else part.copy_(grad)
         return None, *wholes

@@ -166,29 +166,40 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
     path = run / FILE_NAME
     if not path.is_file():
         raise ValueError(f"no metrics file {path}: give the folder of a run that has started")
-    return [values for _, values in _lines(path)]
+    lines = []
+    for number, _, values in _lines(path):
+        if isinstance(values, str):
+            raise ValueError(f"{path} line {number} {values}: mend or remove it")
+        lines.append(values)
+    return lines
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, dict]]:
-    """Yields each complete line of a metrics file, as written and as read."""
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:
+    """Yields of each complete line of a metrics file its number, itself, and what it says or why it cannot be read."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 try:
                     values = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path} line {number} is not JSON ({line[:80]!r}): mend or remove it") from error
+                except ValueError:
+                    yield number, line, f"is not JSON ({line[:80]!r})"
+                    continue
                 if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-                    raise ValueError(f"{path} line {number} has no step ({line[:80]!r}): mend or remove it")
-                yield line, {key: _as_number(value) for key, value in values.items()}
+                    yield number, line, f"has no step ({line[:80]!r})"
+                    continue
+                yield number, line, {key: _as_number(value) for key, value in values.items()}
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Drops the lines after `step` (at step 0: all, for the run starts anew) without ever leaving half a file."""
+    """Drops the lines after `step` (at step 0: all, for the run starts anew) without ever leaving half a file, and with
+    a warning those that a crash of the machine has damaged: a run that is started again by itself goes on."""
     beside = path.with_name(path.name + ".new")
     with beside.open("wb") as file:
-        if step and path.exists():
-            file.writelines(line for line, values in _lines(path) if values["step"] <= step)
+        for number, line, values in _lines(path) if step and path.exists() else ():
+            if isinstance(values, str):
+                print(f"warning: {path} line {number} {values}: it is dropped", file=sys.stderr, flush=True)
+            elif values["step"] <= step:
+                file.write(line)
     os.replace(beside, path)
 
 

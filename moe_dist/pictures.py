@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -18,6 +19,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from moe_dist.clock import PARTS
 from moe_dist.told import RIGHT, byte_unit, sent_bytes, step_milliseconds, unit_of
+
+matplotlib.rcParams["text.parse_math"] = False  # a run may be named with a $
 
 _LOAD_KEY = re.compile(r"moe/(.+)/load")
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}

@@ -20,7 +20,7 @@ from pathlib import Path
 from moe_dist import configs
 from moe_dist.cli import plain_errors
 from moe_dist.clock import PARTS
-from moe_dist.config import Config, check, nearest, override
+from moe_dist.config import Config, check, mixture, nearest, override
 from moe_dist.engine import read_ds_config
 from moe_dist.machine import GPUS, Link, Machine, Own, gpu_machine, memory, of_gpu, seconds
 from moe_dist.parallel.mesh import Layout, lay_out, memory_per_rank
@@ -54,7 +54,7 @@ def legal(config: Config, nodes: int, per_node: int) -> Iterator[tuple[Config, L
     """Every expert-parallel degree and ZeRO stage that the config and its DeepSpeed file have on the ranks. Raises
     ValueError, of the first that is none, where there is no other."""
     world, found, refused = nodes * per_node, False, None
-    for ep in (d for d in range(1, world + 1) if world % d == 0):
+    for ep in (d for d in range(1, world + 1) if world % d == 0 and (d == 1 or mixture(config))):
         try:
             at = override(config, [f"mesh.ep={ep}"])
             layout = lay_out(at, world)

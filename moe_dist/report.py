@@ -40,12 +40,12 @@ def write_all(run: pathlib.Path) -> list[pathlib.Path]:
 
 
 def try_to_write_all(run: pathlib.Path) -> None:
-    """As `write_all`, but a full disk is told: the run that they are of loses nothing by it."""
+    """As `write_all`, but what hinders it (a full disk, a damaged line) is told: the run that they are of is whole."""
     try:
         write_all(run)
-    except OSError as error:
+    except Exception as error:  # whatever it is: the next start would train nothing and end here again
         print(
-            f"warning: {run / PAGE} and its pictures cannot be written ({error.strerror}); "
+            f"warning: {run / PAGE} and its pictures cannot be written ({getattr(error, 'strerror', None) or error}); "
             f"python -m moe_dist.report {run} draws them later",
             file=sys.stderr,
             flush=True,

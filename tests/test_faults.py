@@ -1,8 +1,10 @@
 """Ranks that stop, die, are late or give NaN: what the others say and do, and what comes of the run."""
 
+import dataclasses
 import math
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from experiments import faults
 from experiments.elastic import losses
 from moe_dist import chaos
 from moe_dist.checkpoint.manifest import found
-from moe_dist.config import check
+from moe_dist.config import check, override
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel import record
 from moe_dist.parallel.record import WIDTH
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.training import train_step
@@ -79,7 +82,7 @@ def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path) -> None:
-    """Alive, so nobody calls it dead, however long it takes; and who was late changes nothing."""
+    """Alive, so nobody calls it dead; and who was late changes nothing."""
     late = ("chaos.fault=delay", "chaos.phase=forward", "chaos.seconds=5", "mesh.patience=6")
     statuses, warnings = zip(*map(told, two_ranks(tmp_path / "late", small_text, *late)), strict=True)
     assert statuses == (0, 0)
@@ -194,14 +197,58 @@ def test_what_chaos_cannot_be_is_named(sets: str) -> None:
         check(tiny(sets))
 
 
-def test_a_rank_that_is_not_there(small_text: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"chaos.rank=1: ranks are 0 to 0"):
-        run_distributed(with_rank_1, 1, str(small_text), tmp_path)
+@pytest.mark.timeout(120)
+def test_what_cannot_happen_is_refused(small_text: Path, tmp_path: Path) -> None:
+    """In 30 steps of one process that is not torchrun's: it would look like survived."""
+    assert run_distributed(refusals, 1, str(small_text), tmp_path) == [
+        [
+            "chaos.rank=1: ranks are 0 to 0",
+            "chaos.step=31: the run has 30",
+            "chaos.phase='dispatch': nothing is exchanged on one expert-parallel rank; --set mesh.ep",
+            "chaos.step=3: a checkpoint is saved at multiples of save_every=2",
+            "chaos.fault='kill_agent': this process was not started by torchrun",
+        ]
+    ]
 
 
-def with_rank_1(text: str, folder: Path) -> None:
+def refusals(text: str, folder: Path) -> list[str]:
     meshes.join()
-    chaos.make(Run(tiny("chaos.fault=kill", "chaos.rank=1", f"data.text={text}")).training, folder)
+    sets = ["chaos.rank=1", "chaos.step=31", "chaos.phase=dispatch", "chaos.phase=save", "chaos.fault=kill_agent"]
+    training = Run(tiny("steps=30", "save_every=2", f"data.text={text}")).training
+    told = []
+    for each in sets:
+        more = ["chaos.fault=kill", "chaos.step=3", "chaos.phase=forward", each]
+        config = override(training.config, ["chaos.rank=0", *more])
+        with pytest.raises(ValueError) as error:
+            chaos.make(dataclasses.replace(training, config=config), folder)
+        told.append(str(error.value))
+    return told
+
+
+@pytest.mark.parametrize("stalls", [(1.3,), (0.2, 1.3)])
+def test_who_is_kept_from_writing_is_not_dead_where_nobody_waits(
+    stalls: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patience of 1.6 s, in which all are asked after 0.8 and 1.6, for 0.4 each. One that writes nothing from 1.3 on
+    for 0.9 s is well; one that writes nothing at all is not. What it wrote when it was last started is nothing."""
+    monkeypatch.setattr(record, "BEAT", 0.1)
+    ended: list[str] = []
+    monkeypatch.setattr(record.Record, "_end", lambda self, told: ended.append(told))
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "calls" / "rank00001.txt").write_text("line 9, 7 calls begun, in step, long ago; rank 1 of 3\n")
+    other, start, put = record.Record(2, 3), time.perf_counter(), record.Record._put
+    stall = 0.9 if len(stalls) == 1 else 5.0
+
+    def slow(self: record.Record, line: int, text: str) -> None:
+        passed = time.perf_counter() - start
+        if self is other and stalls[0] <= passed < stalls[0] + stall:
+            time.sleep(stalls[0] + stall - passed)
+        put(self, line, text)
+
+    monkeypatch.setattr(record.Record, "_put", slow)
+    with other.kept(tmp_path, 600), record.Record(0, 3).kept(tmp_path, 1.6):
+        time.sleep(3)
+    assert bool(ended) == (stall > 1) and all("rank 2: stopped or dead" in each for each in ended)
 
 
 @pytest.mark.timeout(300)

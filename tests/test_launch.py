@@ -52,6 +52,17 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     assert done.returncode == 1 and f"{missing}: " in done.stderr
 
 
+@pytest.mark.parametrize("restarts", ["-1", "often", ""])
+def test_a_number_of_restarts_that_is_none(restarts: str) -> None:
+    done = subprocess.run(
+        [LAUNCH / "multinode.sh", "--dry-run"], env=os.environ | VARIABLES | {"RESTARTS": restarts},
+        capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        (2, f"error: RESTARTS={restarts}: a number, 0 or more\n") if restarts else (0, "")
+    )
+
+
 @pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "deepspeed.sh"])
 def test_without_an_environment_of_ones_own_that_of_make_is_taken(script: str, tmp_path: Path) -> None:
     shutil.copytree(LAUNCH, tmp_path / "launch")

@@ -115,6 +115,14 @@ def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
         read_metrics(tmp_path)
 
 
+def test_a_run_that_is_started_again_goes_on_without_spoilt_lines(tmp_path, capfd):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 2}\n[3]\n')
+    make(tmp_path, start_step=2).close()
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    first, second = warnings_in(capfd.readouterr().err)
+    assert "line 2 is not JSON" in first and "line 4 has no step" in second and "dropped" in first
+
+
 def test_disabled_does_nothing(tmp_path, capfd):
     with make(tmp_path / "run", enabled=False, wandb_mode="offline", wandb_id="kept") as log:
         log.log(1, values(1))

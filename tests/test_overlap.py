@@ -1,10 +1,12 @@
 """What is done while rows travel: the order of events in forward and backward, on one of two ranks. That results are
 the same is in test_parity.py. And rows that travel in bf16."""
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from moe_dist.config import MeshConfig
 from moe_dist.context import Context
@@ -123,3 +125,14 @@ def test_rows_that_travel_in_bf16_are_half_the_bytes() -> None:
         for error, share in told.values():
             assert share == 0.5
             assert 1e-4 < error < 8e-3  # a rounding of 2^-9 there and one back
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_what_was_put_off_is_let_go(backward: bool) -> None:
+    later = Later([2, 2], nn.Parameter(torch.ones(4, 3)))
+    known = weakref.ref(later)
+    y = later.part(0)[0].sum() + later.part(1)[0].sum()
+    if backward:
+        y.backward()
+    del later, y
+    assert known() is None

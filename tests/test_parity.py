@@ -22,6 +22,7 @@ from moe_dist.config import LSTMConfig, MeshConfig, MoEConfig
 from moe_dist.context import Context
 from moe_dist.experts import Experts
 from moe_dist.gating.topk import NoisyTopK
+from moe_dist.kernels import cpu
 from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import LSTMLanguageModel
 from moe_dist.parallel import mesh as meshes
@@ -47,6 +48,7 @@ class Layout:
     cut: tuple[int, ...]
     exchange: str = "auto"  # "node": two nodes of two ranks
     pieces: int | None = None
+    worth_it: int = cpu.WORTH_IT  # bytes of hidden units of an expert from which it is run by itself
 
     @property
     def world(self) -> int:
@@ -66,6 +68,12 @@ LAYOUTS = [
     Layout(2, (0, 2, 8), "ragged", 1),
     Layout(2, (0, 2, 8), "ragged", 3),
     Layout(4, (0, 2, 4, 4, 8), "ragged", 2),
+    # experts by themselves, their gradients put off where rows travel in pieces; in some pieces alone; and sent once
+    Layout(1, (0, 8), worth_it=0),
+    Layout(2, (0, 2, 8), "ragged", 1, worth_it=0),
+    Layout(2, (0, 2, 8), "ragged", 3, worth_it=0),
+    Layout(2, (0, 2, 8), "ragged", 3, worth_it=400),  # 5 rows of an expert
+    Layout(2, (0, 2, 8), "once", worth_it=0),
 ]
 
 
@@ -198,7 +206,7 @@ def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
     results = []
     for layout in layouts:
         os.environ["LOCAL_WORLD_SIZE"] = "2" if layout.exchange == "node" else str(layout.world)
-        mesh = meshes.arrange(layout.ep)
+        mesh, cpu.WORTH_IT = meshes.arrange(layout.ep), layout.worth_it
         results.append({name: run_layer(case, layout, mesh) for name, case in CASES.items()})
         results[-1]["model"] = run_model(MODEL, mesh, layout)
         results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh, layout)
@@ -387,7 +395,9 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         torch.testing.assert_close(value, expected[key], **EXACT, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda x: f"world{x.world}-ep{x.ep}-{x.exchange}-{x.pieces}")
+@pytest.fixture(
+    scope="module", params=LAYOUTS, ids=lambda x: f"world{x.world}-ep{x.ep}-{x.exchange}-{x.pieces}-{x.worth_it}"
+)
 def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
     """A layout and what its ranks returned."""
     layout = request.param

@@ -370,6 +370,10 @@ def test_every_legal_layout_is_planned_and_the_best_comes_first() -> None:
     assert [p.step for p in planned] == sorted(p.step for p in planned)
 
 
+def test_without_experts_there_is_no_expert_parallel() -> None:
+    assert {at.mesh.ep for at, _ in legal(get("lstm_wide_demo"), 1, 4)} == {1}
+
+
 def test_a_file_is_planned_at_the_stages_that_it_is_read_at() -> None:
     layouts = list(legal(demo("ds_config=zero2"), 1, 2))  # overlap_comm is of no use at 0
     assert {(at.mesh.ep, at.zero) for at, _ in layouts} == set(itertools.product((1, 2), (1, 2, 3)))

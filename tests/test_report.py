@@ -247,3 +247,18 @@ def test_report_of_a_run_without_metrics_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: metrics file .*metrics\.jsonl is empty") as end:
         report.main()
     assert "\n" not in str(end.value)
+
+
+def test_no_name_of_a_run_hinders_its_pictures(tmp_path):
+    run = write(tmp_path / r"lr$\alfa$", [train_line(1), train_line(2)])
+    assert report.write_report(run)
+
+
+def test_a_finished_run_is_not_lost_for_its_report(tmp_path, capfd):
+    (tmp_path / "metrics.jsonl").write_text("spoilt\n")
+    report.try_to_write_all(tmp_path)
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert (
+        warning.startswith(f"warning: {tmp_path}/report.html and its pictures cannot be written")
+        and "line 1" in warning
+    )

@@ -274,6 +274,11 @@ class Sums:
         return from_owners(x, self.mesh.ep)
 
 
+def meet() -> None:
+    """Waits until all ranks are here, for as long as it takes."""
+    from_main(lambda: None)
+
+
 def from_main(make: Callable[[], T], group: Group | None = None) -> T:
     """What `make` returns on the main rank, on every rank (any picklable object); no other rank calls it.
 

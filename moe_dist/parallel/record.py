@@ -72,12 +72,15 @@ class Record:
     file: int | None = None
 
     @contextlib.contextmanager
-    def kept(self, run: Path, patience: float) -> Iterator[None]:
-        """Records into the run folder until it is left. Where another rank's end is the cause of an exception, this one
+    def kept(self, run: Path, patience: float, meet: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Records into the run folder until it is left, from when `meet` returns: for what some rank had to do before,
+        others have all the patience that it takes. Where another rank's end is the cause of an exception, this one
         says whose, and ends at once: what else would end in an orderly way may wait for that rank, or for a network."""
         self.folder, self.patience = run / FOLDER, patience
         self.begun, self.line, self.moved = 0, 0, 0
         self.open: dict[int, Call] = {}
+        self.stale = self._first_lines()  # from an earlier start
+        meet()
         self.started = time.perf_counter()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +177,7 @@ class Record:
 
     def _watch(self, end: threading.Event) -> None:
         warned: Any = None
+        seen: dict[int, Line | None] = {}  # when it warned
         while not end.wait(BEAT):
             self._write_first_line()
             for call in list(self.open.values()):
@@ -183,7 +187,10 @@ class Record:
             waited = (self.line - since) * BEAT
             if waited < self.patience / 2 or (waited < self.patience and warned == since):
                 continue
-            warned, silent = since, self._silent()
+            silent = self._silent()
+            if not oldest:  # nobody waits: one that a slow disk kept from writing for a moment is not dead
+                silent = [rank for rank in silent if waited < self.patience or self._first_line(rank) == seen.get(rank)]
+            warned, seen = since, self._first_lines() if waited < self.patience else seen
             if oldest and oldest.work.is_completed():
                 continue
             if not (oldest or silent):  # all are at work, for as long as it takes
@@ -214,13 +221,16 @@ class Record:
         return Line(int(match[1]), int(match[2]), bool(match[3]), match[4]) if match else None
 
     def _silent(self) -> list[int]:
-        """Ranks that have a file, and write nothing in it though they have not ended."""
+        """Ranks that have come, and write nothing though they have not ended."""
         before = self._first_lines()
         for _ in range(4):  # meanwhile the others may ask the same
             time.sleep(BEAT)
             self._write_first_line()
         after = self._first_lines()
-        return [rank for rank, line in after.items() if line and line == before[rank] and not line.ended]
+        return [
+            rank for rank, line in after.items()
+            if line and line == before[rank] != self.stale[rank] and not line.ended
+        ]  # fmt: skip
 
     def _told(self, silent: list[int], what: str, call: Call | None) -> str:
         """Whom this rank waits for, or has lost."""
