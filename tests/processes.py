@@ -40,7 +40,7 @@ def start(*args: str, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def end(process: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
+def end(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, str]:
     """(exit status, stderr)"""
     try:
         stderr = process.communicate(timeout=timeout)[1]

@@ -83,8 +83,8 @@ def save_for_ever(text: str, folder: Path) -> None:
 @pytest.mark.timeout(120)
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_path: Path) -> None:
     chance, torn = random.Random(0), 0
-    for first in range(0, 6, 3):
-        runs = [tmp_path / str(i) for i in range(first, first + 3)]
+    for first in (0, 2):
+        runs = [tmp_path / str(i) for i in (first, first + 1)]
         code = f"import sys; sys.path[:0] = {sys.path!r}; import test_checkpoint, pathlib; "
         code += "test_checkpoint.save_for_ever(sys.argv[1], pathlib.Path(sys.argv[2]))"
         started = [subprocess.Popen([sys.executable, "-c", code, str(small_text), str(run)]) for run in runs]
@@ -93,7 +93,9 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_pat
                 while not any(path.name >= "step_00000005" for path in (run / "checkpoints").glob("step_*")):
                     assert process.poll() is None
                     time.sleep(0.001)
-                time.sleep(chance.random() / 5)
+                while not any((run / "checkpoints").glob("partial_*")):
+                    assert process.poll() is None
+                time.sleep(chance.random() / 200)
                 process.kill()
                 process.wait()
                 newest, refused = manifest.newest_whole(run)

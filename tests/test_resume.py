@@ -147,7 +147,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.timeout(240)
 def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_path: Path) -> None:
-    sets = [*TINY, "steps=150", "save_every=50", "eval_every=50", "log_every=1", f"data.text={small_text}", "mesh.ep=2"]
+    sets = [*TINY, "steps=90", "save_every=30", "eval_every=30", "log_every=1", f"data.text={small_text}", "mesh.ep=2"]
     options = [part for s in sets for part in ("--set", s)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(
@@ -156,14 +156,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_pat
     process = psutil.Popen(command("lstm_moe_demo", "--folder", str(killed), *options), env=environment())
     try:
         deadline = time.monotonic() + 100
-        while not manifest.folder(killed, 50).exists():
-            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint of step 50"
+        while not manifest.folder(killed, 30).exists():
+            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint of step 30"
             time.sleep(0.01)
     finally:
         for each in [*process.children(recursive=True), process]:  # ranks outlive a killed launcher
             each.kill()
             each.wait(10)
-    assert not manifest.folder(killed, 150).exists(), "killed in the middle"
+    assert not manifest.folder(killed, 90).exists(), "killed in the middle"
     subprocess.run(command("--resume", str(killed)), env=environment(), check=True, timeout=100)
 
     def curves(run: Path) -> list[dict[str, Any]]:
@@ -173,8 +173,8 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_pat
         return [{k: v for k, v in line.items() if k not in clock and not k.startswith(measured)} for line in lines]
 
     assert curves(killed) == curves(whole)
-    for shard in sorted(manifest.folder(whole, 150).glob("*.safetensors")):
-        expected, got = load_file(shard), load_file(manifest.folder(killed, 150) / shard.name)
+    for shard in sorted(manifest.folder(whole, 90).glob("*.safetensors")):
+        expected, got = load_file(shard), load_file(manifest.folder(killed, 90) / shard.name)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[k], got[k]) for k in expected)
 
