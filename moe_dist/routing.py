@@ -77,3 +77,11 @@ def sum_by_group(x_TE: torch.Tensor, ctx: Context) -> torch.Tensor:
     differences, and parts of them are summed on other ranks."""
     valid_TE = torch.where(ctx.valid_T[:, None], x_TE, x_TE.new_zeros(())).double()
     return valid_TE.new_zeros(ctx.num_balance_groups, x_TE.shape[1]).index_add(0, ctx.balance_group_T, valid_TE)
+
+
+def sum_chosen_by_group(chosen_TK: torch.Tensor, x_TK: torch.Tensor, num_experts: int, ctx: Context) -> torch.Tensor:
+    """The same, of what is x_TK[t, k] for expert chosen_TK[t, k] and zero for all others: (G, E)."""
+    valid_TK = torch.where(ctx.valid_T[:, None], x_TK, x_TK.new_zeros(())).double()
+    place_TK = ctx.balance_group_T[:, None] * num_experts + chosen_TK
+    sums = valid_TK.new_zeros(ctx.num_balance_groups * num_experts)
+    return sums.index_add(0, place_TK.flatten(), valid_TK.flatten()).view(-1, num_experts)

@@ -11,7 +11,7 @@ from moe_dist.context import Context
 from moe_dist.gating.losses import switch_balance
 from moe_dist.gating.topk import Pick, Projection, highest
 from moe_dist.parameters import with_bound
-from moe_dist.routing import GateStats, Routing, route, sum_by_group, within_capacity
+from moe_dist.routing import GateStats, Routing, route, sum_by_group, sum_chosen_by_group, within_capacity
 
 INITIAL_VARIANCE = 0.1  # of a logit, for an input of unit variance: what Fedus et al. 2021 (section 2.4) start from
 
@@ -58,9 +58,9 @@ class SoftmaxTopK(nn.Module):
         # group, padding left out, and a part of a slot is a slot. The authors' code rounds down and leaves the last
         # slot of every expert empty (it counts places from 1 and asks for less than the capacity); we do not.
         keep_TK = within_capacity(chosen_TK, self.capacity_factor, ctx, self.num_experts)
-        chosen_TE = torch.zeros_like(p_TE).scatter(1, chosen_TK, 1.0)
+        chosen_GE = sum_chosen_by_group(chosen_TK, torch.ones_like(gate_TK), self.num_experts, ctx)
         dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()
-        stats = GateStats(sum_by_group(p_TE, ctx), sum_by_group(chosen_TE, ctx), dropped)
+        stats = GateStats(sum_by_group(p_TE, ctx), chosen_GE, dropped)
         return route(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:

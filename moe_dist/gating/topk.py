@@ -13,7 +13,7 @@ from moe_dist import keyed
 from moe_dist.context import Context
 from moe_dist.gating.losses import cv_squared
 from moe_dist.parameters import parameter
-from moe_dist.routing import GateStats, Routing, route, sum_by_group, within_capacity
+from moe_dist.routing import GateStats, Routing, route, sum_by_group, sum_chosen_by_group, within_capacity
 
 
 class Projection(nn.Module):
@@ -64,10 +64,14 @@ class NoisyTopK(nn.Module):
         std_TE = noise_std(self.w_noise(x_TD)) if self.noise and ctx.train else None
         expert_E = torch.arange(self.num_experts, device=x_TD.device)
         chosen_TK, gate_TK, load_TE = choose(clean_TE, std_TE, self.k, expert_E, ctx, self.pick)
-        importance_TE = torch.zeros_like(clean_TE).scatter(1, chosen_TK, gate_TK)
         keep_TK = within_capacity(chosen_TK, self.capacity_factor, ctx, self.num_experts)
         dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()
-        stats = GateStats(sum_by_group(importance_TE, ctx), sum_by_group(load_TE, ctx), dropped)
+        importance_GE = sum_chosen_by_group(chosen_TK, gate_TK, self.num_experts, ctx)
+        if load_TE is None:
+            load_GE = sum_chosen_by_group(chosen_TK, torch.ones_like(gate_TK), self.num_experts, ctx)
+        else:
+            load_GE = sum_by_group(load_TE, ctx)
+        stats = GateStats(importance_GE, load_GE, dropped)
         return route(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
@@ -91,10 +95,11 @@ def highest(score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: Context
 
 def choose(
     clean_TE: torch.Tensor, std_TE: torch.Tensor | None, k: int, expert_E: torch.Tensor, ctx: Context, pick: Pick
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Choices (T, K), their weights (T, K) and each token's part of the load (T, E), from clean logits.
 
-    `std_TE` scales the noise, None for none. `expert_E`: global ids, by which noise is keyed; (E,), or (T, E) where
+    `std_TE` scales the noise. None for none, and then for the load too: Eq. 9 is 1 of what is chosen, else 0.
+    `expert_E`: global ids, by which noise is keyed; (E,), or (T, E) where
     rows choose among different experts.
     """
     # Eq. 4
@@ -102,9 +107,8 @@ def choose(
     top_TK, expert_TK = pick(score_TE, k, expert_E, ctx)
     gate_TK = top_TK[:, :k].softmax(1)  # Eqs. 3 and 5: all others are -inf before the softmax
     chosen_TK = expert_TK[:, :k]
-    if std_TE is None:  # Eq. 9 without noise is 0 or 1
-        return chosen_TK, gate_TK, torch.zeros_like(clean_TE).scatter(1, chosen_TK, 1.0)
-    return chosen_TK, gate_TK, probability_in_top_k(clean_TE, std_TE, chosen_TK, top_TK)
+    load_TE = None if std_TE is None else probability_in_top_k(clean_TE, std_TE, chosen_TK, top_TK)
+    return chosen_TK, gate_TK, load_TE
 
 
 def probability_in_top_k(
