@@ -1,4 +1,5 @@
-"""Experts as stacked weights: the plain way, and where the devices' fast paths (`kernels`) take over.
+"""Experts as stacked weights. `outputs` is their mathematics; `run` gives the same by the device's fast path, where
+there is one (`kernels`).
 
 Legend: T tokens, R copies of them sorted by expert, D width, F hidden units, e experts on this rank (all E of them
 before `parallelize`).
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist import kernels
 from moe_dist.context import Context
 from moe_dist.kernels.loop import GroupedMatmul
-from moe_dist.later import Later, PutOff
+from moe_dist.later import Later, Part, PutOff
 from moe_dist.parameters import parameter
 from moe_dist.routing import Routing
 from moe_dist.rows import Copies
@@ -45,16 +46,18 @@ class Experts(nn.Module):
         """The sum of each token's weighted outputs: (T, D). Assignments are to this rank's experts."""
         return self.run(x_TD, routing, ctx, 0, None, *self.parameters())
 
-    def parts(self, sizes: list[int]) -> list[Callable[..., tuple[torch.Tensor, None]]]:
-        """The same for consecutive parts of the experts. To be called when rows have departed and none has arrived:
-        what follows may put gradients of weights off until their gradients have left (`later`)."""
-        later = Later(sizes, *self.parameters())
-
-        def part(i: int) -> Callable[..., tuple[torch.Tensor, None]]:
-            first, put_off = sum(sizes[:i]), partial(later.put_off, i)
-            return lambda x_TD, routing, ctx: self.run(x_TD, routing, ctx, first, put_off, *later.part(i))
-
-        return [part(i) for i in range(len(sizes))]
+    def outputs(
+        self,
+        x_RD: torch.Tensor,
+        count_e: torch.Tensor,
+        on: kernels.On | None,
+        put_off: PutOff | None,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of the `count_e[i]` consecutive rows of each expert i: (R, D). `on` decides in place of ReLU's sign."""
+        w1_eDF, w2_eFD = weights
+        h_RF = grouped_matmul(x_RD, w1_eDF, count_e, put_off and partial(put_off, 0))
+        return grouped_matmul(relu(h_RF, on), w2_eFD, count_e, put_off and partial(put_off, 1))
 
     def run(
         self,
@@ -65,7 +68,7 @@ class Experts(nn.Module):
         put_off: PutOff | None,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """Of the experts from `first` on, whose weights are given."""
+        """Of the experts from `first` on, whose weights are given. `put_off`: where gradients of weights may wait."""
         copies, count_e = Copies(routing.token_N, len(x_TD)), routing.count_E
         on = None
         if self.on:
@@ -74,22 +77,30 @@ class Experts(nn.Module):
         if fast := self._fast(len(routing.token_N), x_TD, on, *weights):
             options = {"recompute": self.recompute, "put_off": put_off}
             return fast(x_TD, copies, routing.gate_N, count_e, *weights, **options), None
-        run = partial(checkpoint, self._plain, use_reentrant=False) if self.recompute else self._plain
-        y_RD = run(copies.take(x_TD), count_e, on, *weights)
+        outputs = partial(checkpoint, self.outputs, use_reentrant=False) if self.recompute else self.outputs
+        y_RD = outputs(copies.take(x_TD), count_e, on, put_off, *weights)
         return copies.add_up(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
+
+    @property
+    def most_parts(self) -> int:
+        return len(self.w1_eDF)
+
+    def parts(self, sizes: list[int]) -> list[Part]:
+        """Consecutive parts of the experts, each called as all are. To be made when rows have departed and none has
+        arrived: what follows may put gradients of weights off until the rows' gradients have left (`later`)."""
+        later = Later(sizes, *self.parameters())
+
+        def part(i: int) -> Part:
+            first, put_off = sum(sizes[:i]), partial(later.put_off, i)
+            return Part(lambda x_TD, routing, ctx: self.run(x_TD, routing, ctx, first, put_off, *later.part(i)), False)
+
+        return [part(i) for i in range(len(sizes))]
 
     def _fast(
         self, num_rows: int, x_TD: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor
     ) -> kernels.FeedForward | None:
         w1_eDF, w2_eFD = weights
         return kernels.fast_path(num_rows, x_TD, w1_eDF, w2_eFD, on, self.triton)
-
-    @staticmethod
-    def _plain(
-        x_RD: torch.Tensor, count_e: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor
-    ) -> torch.Tensor:
-        w1_eDF, w2_eFD = weights
-        return grouped_matmul(relu(grouped_matmul(x_RD, w1_eDF, count_e), on), w2_eFD, count_e)
 
 
 class GeluExperts(Experts):
@@ -103,18 +114,23 @@ class GeluExperts(Experts):
         self.b1_e1F = parameter(num_experts, 1, hidden, bound=0.0)
         self.b2_e1D = parameter(num_experts, 1, dim, bound=0.0)
 
-    def _fast(self, num_rows: int, x_TD: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor) -> None:
-        return None
-
-    @staticmethod
-    def _plain(
-        x_RD: torch.Tensor, count_e: torch.Tensor, on: kernels.On | None, *weights: torch.Tensor
+    def outputs(
+        self,
+        x_RD: torch.Tensor,
+        count_e: torch.Tensor,
+        on: kernels.On | None,
+        put_off: PutOff | None,
+        *weights: torch.Tensor,
     ) -> torch.Tensor:
         w1_eDF, w2_eFD, b1_e1F, b2_e1D = weights
         expert_R = torch.arange(len(count_e), device=x_RD.device).repeat_interleave(count_e, output_size=len(x_RD))
+        h_RF = grouped_matmul(x_RD, w1_eDF, count_e, put_off and partial(put_off, 0)) + b1_e1F.squeeze(1)[expert_R]
         # GELU once: the code of Xue et al. 2021 has one after the output as well, the paper and ViT do not
-        hidden_RF = F.gelu(grouped_matmul(x_RD, w1_eDF, count_e) + b1_e1F.squeeze(1)[expert_R])
-        return grouped_matmul(hidden_RF, w2_eFD, count_e) + b2_e1D.squeeze(1)[expert_R]
+        h_RF = F.gelu(h_RF)
+        return grouped_matmul(h_RF, w2_eFD, count_e, put_off and partial(put_off, 1)) + b2_e1D.squeeze(1)[expert_R]
+
+    def _fast(self, *_: object) -> None:
+        return None  # GELU is most of what such a path would save, and it would compute it twice (docs/log.md)
 
 
 def relu(h_RF: torch.Tensor, on: kernels.On | None) -> torch.Tensor:
@@ -122,14 +138,9 @@ def relu(h_RF: torch.Tensor, on: kernels.On | None) -> torch.Tensor:
     return h_RF.relu() if on is None else torch.where(on(h_RF), h_RF, 0)
 
 
-def grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor) -> torch.Tensor:
-    """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). No rows: a zero gradient."""
-    if native_grouped_matmul(x_RD, w_eDF):
-        return F.grouped_mm(x_RD, w_eDF, offs=count_e.cumsum(0).int())
-    return GroupedMatmul.apply(x_RD, w_eDF, count_e.tolist())
-
-
-def native_grouped_matmul(x_RD: torch.Tensor, w_eDF: torch.Tensor) -> bool:
-    """Whether torch has one kernel for it: CUDA, bf16, rows of a multiple of 16 bytes, under 1,024 experts."""
-    even = all(n % 8 == 0 for n in w_eDF.shape[1:])
-    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and even and len(w_eDF) < 1024
+def grouped_matmul(
+    x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor, put_off: Callable[..., None] | None = None
+) -> torch.Tensor:
+    """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). No rows: a zero gradient. `put_off`
+    takes what forms the gradient of w, which then comes later."""
+    return GroupedMatmul.apply(x_RD, w_eDF, count_e, put_off)

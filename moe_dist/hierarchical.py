@@ -11,6 +11,7 @@ G balance groups, E all experts.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +21,10 @@ from moe_dist.dispatch.exchange import LocalExchange
 from moe_dist.experts import Experts, grouped_matmul
 from moe_dist.gating.losses import cv_squared
 from moe_dist.gating.topk import NoisyTopK, Pick, choose, highest, noise_std
+from moe_dist.later import Part
 from moe_dist.layer import LayerStats, MoE
 from moe_dist.parameters import parameter
-from moe_dist.routing import GateStats, Routing, route
+from moe_dist.routing import GateStats, Routing, route, sum_chosen_by_group
 from moe_dist.rows import Copies
 
 
@@ -77,10 +79,22 @@ class Groups(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, GroupStats]:
         """The sum of each token's weighted outputs: (T, D). Assignments are to this rank's groups."""
+        return self.run(x_TD, routing, ctx, self.experts)
+
+    most_parts = 1  # it tells of all of its rows together
+
+    def parts(self, sizes: list[int]) -> list[Part]:
+        """As `Experts.parts`: the gradients of experts may wait, those of gates do not."""
+        assert len(sizes) == 1
+        (experts,) = self.experts.parts([len(self.experts.w1_eDF)])
+        return [Part(lambda x_TD, routing, ctx: self.run(x_TD, routing, ctx, experts), self.needs_context)]
+
+    def run(self, x_TD: torch.Tensor, routing: Routing, ctx: Context, experts: Any) -> tuple[torch.Tensor, GroupStats]:
+        """By these `experts`, which are its own."""
         copies, gate_R, count_g = Copies(routing.token_N, len(x_TD)), routing.gate_N, routing.count_E
         x_RD, ctx_R = copies.take(x_TD), dataclasses.replace(ctx.rows(routing.token_N), level=1)
         b, num_groups = self.experts_per_group, len(count_g)
-        group_R = torch.arange(num_groups, device=x_RD.device).repeat_interleave(count_g)
+        group_R = torch.arange(num_groups, device=x_RD.device).repeat_interleave(count_g, output_size=len(x_RD))
         expert_Rb = (self.first_group + group_R)[:, None] * b + torch.arange(b, device=x_RD.device)
         clean_Rb = self.w_gate(x_RD, count_g)
         std_Rb = noise_std(self.w_noise(x_RD, count_g)) if self.noise and ctx_R.train else None
@@ -88,12 +102,15 @@ class Groups(nn.Module):
         weight_RK = gate_R.to(gate_RK.dtype)[:, None] * gate_RK  # Eq. 12
         local_RK = group_R[:, None] * b + chosen_RK
         inner = route(local_RK, weight_RK, torch.ones_like(local_RK, dtype=torch.bool), num_groups * b)
-        y_RD, _ = self.exchange(x_RD, inner, self.experts, ctx_R)
-        spread = torch.zeros_like(clean_Rb)
+        y_RD, _ = self.exchange(x_RD, inner, experts, ctx_R)
+        if load_Rb is None:
+            load_Ge = sum_chosen_by_group(local_RK, torch.ones_like(gate_RK), num_groups * b, ctx_R)
+        else:
+            load_Ge = _sum_by_group(load_Rb, group_R, num_groups, ctx_R)
         return copies.add_up(y_RD), GroupStats(
-            importance_Ge=_sum_by_group(spread.scatter(1, chosen_RK, weight_RK), group_R, num_groups, ctx_R),
-            load_Ge=_sum_by_group(load_Rb, group_R, num_groups, ctx_R),
-            rows_Gg=_sum_by_group(spread[:, :1] + 1, group_R, num_groups, ctx_R),
+            importance_Ge=sum_chosen_by_group(local_RK, weight_RK, num_groups * b, ctx_R),
+            load_Ge=load_Ge,
+            rows_Gg=sum_chosen_by_group(group_R[:, None], torch.ones_like(gate_RK[:, :1]), num_groups, ctx_R),
             count_e=inner.count_E,
         )
 

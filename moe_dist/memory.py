@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 LARGE = 2**20  # bytes
-SLACK = 1.5  # the largest block that a tensor takes, in its own size
+SLACK = 1.5  # the largest block that a tensor takes, in its own size; the most of all, in what was lent at once
 
-_free: list[np.ndarray] = []  # the end may grow at any time: a tensor may die within `empty`
+_free: list[np.ndarray] = []  # oldest first; the end may grow at any time: a tensor may die within `empty`
+_total = _most = 0  # bytes of all blocks, free and lent; the most that were lent at once
 _taking = Lock()
 
 
@@ -25,18 +26,22 @@ def empty(*size: int, like: torch.Tensor) -> torch.Tensor:
     block = _take(num_bytes)
     lent = block[:num_bytes]  # torch holds it for as long as any tensor has the memory
     weakref.finalize(lent, _free.append, block).atexit = False
-    return torch.from_numpy(lent).view(like.dtype).view(size)
+    # not a view, whose memory autograd would not add another gradient to in place
+    return like.new_empty(0).set_(torch.from_numpy(lent).untyped_storage(), 0, size)  # type: ignore[call-overload]
 
 
 def _take(num_bytes: int) -> np.ndarray:
-    """The smallest free block that will do. In place of one that was outgrown comes a larger one: sizes that change
-    from step to step do not pile up."""
+    """The smallest free block that will do, else a new one. Of all, those that have lain free for longest go, so that
+    sizes which change from step to step do not pile up."""
+    global _total, _most
     with _taking:
-        sizes = [(len(block), i) for i, block in enumerate(_free)]
-        fitting = [(n, i) for n, i in sizes if num_bytes <= n <= SLACK * num_bytes]
+        fitting = [(len(b), i) for i, b in enumerate(_free) if num_bytes <= len(b) <= SLACK * num_bytes]
         if fitting:
-            return _free.pop(min(fitting)[1])
-        outgrown = [(n, i) for n, i in sizes if num_bytes / SLACK <= n < num_bytes]
-        if outgrown:
-            del _free[max(outgrown)[1]]
-    return np.empty(num_bytes, np.uint8)
+            block = _free.pop(min(fitting)[1])
+        else:
+            block = np.empty(num_bytes, np.uint8)
+            _total += num_bytes
+        _most = max(_most, _total - sum(map(len, list(_free))))
+        while _free and _total > SLACK * _most:
+            _total -= len(_free.pop(0))
+    return block

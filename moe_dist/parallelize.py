@@ -90,7 +90,7 @@ def time_layer(layer: MoE, name: str, clock: Clock) -> None:
     layer.exchange = clock.around("exchange", layer.exchange, f"exchange {name}")
     experts = layer.experts
     if isinstance(experts, Groups):
-        experts.forward = clock.around("gate", experts.forward, f"gates of groups {name}")  # type: ignore[method-assign]
+        experts.run = clock.around("gate", experts.run, f"gates of groups {name}")  # type: ignore[method-assign]
         experts.exchange = clock.around("exchange", experts.exchange, f"exchange in groups {name}")  # type: ignore
         experts = experts.experts
     each = "run" if hasattr(experts, "parts") else "forward"  # of a piece
@@ -115,7 +115,7 @@ def exchange_on(mesh: Mesh, config: MeshConfig) -> Any:
             f"mesh.exchange='node': {mesh.ep.size} expert-parallel ranks do not span several nodes of "
             f"{mesh.ranks_per_node} ranks evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
         )
-    if mesh.inside and kind in ("auto", "node"):
-        return once_per_node(mesh.ep, mesh.inside, wire)
     pieces = config.pieces if config.pieces is not None else 4 if mesh.ep.node_P else 0
-    return once(mesh.ep, wire) if kind == "once" else RaggedExchange(mesh.ep, pieces, wire)
+    if mesh.inside and kind in ("auto", "node"):
+        return once_per_node(mesh.ep, mesh.inside, wire, pieces > 0)
+    return once(mesh.ep, wire, pieces > 0) if kind == "once" else RaggedExchange(mesh.ep, pieces, wire)

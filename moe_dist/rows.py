@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from moe_dist.memory import empty
 
@@ -59,6 +60,7 @@ class _Take(torch.autograd.Function):
         return taken(x_TD, copies)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_ND: torch.Tensor) -> tuple:
         return added_up(grad_ND[0].contiguous(), ctx.copies), None
 
@@ -70,5 +72,6 @@ class _AddUp(torch.autograd.Function):
         return added_up(y_ND, copies)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_TD: torch.Tensor) -> tuple:
         return taken(grad_TD[0].contiguous(), ctx.copies), None

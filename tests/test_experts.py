@@ -5,6 +5,7 @@ Legend: T tokens, N assignments, D width, F hidden units, E experts.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from moe_dist import kernels, keyed
 from moe_dist.context import Context
-from moe_dist.experts import Experts, GeluExperts
-from moe_dist.kernels import cpu
+from moe_dist.experts import Experts, GeluExperts, grouped_matmul
+from moe_dist.kernels import cpu, loop
 from moe_dist.routing import Routing, route
 
 T, D, F, E, K = 40, 8, 64, 7, 3
@@ -129,6 +130,45 @@ def test_bf16_is_within_its_rounding(cls: type[Experts]) -> None:
         # a unit within that of zero may fall either way, and its gradient is whole or none
         assert (actual[name] - wanted).norm() < 0.02 * wanted.norm(), name
     assert actual["gate"].dtype == torch.float32 and actual["w1"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cls", [Fast, Plain])
+def test_inference_mode_is_that_of_all_threads(cls: type[Experts], threads: None) -> None:
+    experts, x_TD = cls(E, D, F).double(), drawn(T, D, key="x")
+    with torch.no_grad():
+        for p, key in zip(experts.parameters(), ("w1", "w2"), strict=True):
+            p.copy_(leaves()[key])
+    routing = route(choices("ragged")[0], choices("ragged")[1], kept("ragged"), E)
+    with torch.inference_mode():
+        y_TD, _ = experts(x_TD, routing, NOWHERE)
+    torch.testing.assert_close(y_TD.clone(), expected("ragged")["y"], rtol=1e-12, atol=1e-12)
+
+
+def test_threads_that_begin_later_have_what_torch_was_told() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    loop._threads.cache_clear()
+    ours("ragged", Fast, torch.float64)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
+    torch.set_num_threads(before)
+
+
+def test_torchs_own_grouped_matmul_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken on CUDA alone (tests/test_gpu.py); on CPU torch has it, too, slowly."""
+    count_e = torch.tensor([100, 0, 7, 193, 0])
+    results: list[list[torch.Tensor]] = []
+    for native in (False, True):
+        monkeypatch.setattr(loop, "native", lambda *_, native=native: native)
+        x_RD, w_eDF = drawn(300, 64, key="x").bfloat16(), drawn(5, 64, 128, key="w").bfloat16()
+        x_RD, w_eDF = x_RD.requires_grad_(), w_eDF.requires_grad_()
+        y_RF = grouped_matmul(x_RD, w_eDF, count_e)
+        y_RF.backward(drawn(300, 128, key="dy").bfloat16())
+        assert x_RD.grad is not None and w_eDF.grad is not None
+        results.append([y_RF.detach(), x_RD.grad, w_eDF.grad])
+    for portable, own in zip(*results, strict=True):
+        assert (portable - own).float().norm() < 0.005 * portable.float().norm()  # each element rounded by 2^-8
+    assert not results[1][2][1].any(), "an expert without rows has a zero gradient"
 
 
 def test_no_tokens_at_all() -> None:

@@ -1,6 +1,7 @@
 """What is done while rows travel: the order of events in forward and backward, on one of two ranks. That results are
 the same is in test_parity.py. And rows that travel in bf16."""
 
+import os
 import weakref
 from typing import Any
 
@@ -11,22 +12,24 @@ from torch import nn
 from moe_dist.config import MeshConfig
 from moe_dist.context import Context
 from moe_dist.experts import Experts, GeluExperts
+from moe_dist.hierarchical import Groups
 from moe_dist.kernels import cpu
 from moe_dist.later import Later
 from moe_dist.parallel import collectives
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.parallelize import exchange_on
-from moe_dist.routing import route
+from moe_dist.routing import Routing, route
 
 pytestmark = pytest.mark.timeout(100)
 T, D, F, E = 16, 8, 12, 8
 
 
-def events(pieces: int, gelu: bool = False) -> list[str]:
+def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
     """Of rows alone, not of their weights: what leaves ("+") and is waited for ("-"), and what the experts form."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
     meshes.join()
-    mesh = meshes.arrange(2)
+    mesh = meshes.arrange(torch.distributed.get_world_size())
     told: list[str] = []
     start, wait, form = collectives._Way.start, collectives._Way.wait, Later.put_off
 
@@ -34,63 +37,102 @@ def events(pieces: int, gelu: bool = False) -> list[str]:
         return f"{way.label[1]} {c}"
 
     def started(way: Any, c: int, x: torch.Tensor) -> None:
-        told.extend([f"+{name(way, c)}"] if x.dim() == 2 else [])
+        told.extend([f"+{name(way, c)}"] if x.dim() == 2 and x.is_floating_point() else [])
         start(way, c, x)
 
     def waited(way: Any, c: int) -> torch.Tensor:
         x = wait(way, c)
-        told.extend([f"-{name(way, c)}"] if x.dim() == 2 else [])
+        told.extend([f"-{name(way, c)}"] if x.dim() == 2 and x.is_floating_point() else [])
         return x
 
-    def put_off(later: Later, i: int, do: Any) -> None:
-        def formed(*gradients: torch.Tensor) -> None:
-            told.append(f"weights {i}")
-            do(*gradients)
+    def put_off(later: Later, i: int, s: int, do: Any) -> None:
+        def formed(out: torch.Tensor | None) -> torch.Tensor:
+            told.append(f"w{s + 1} {i}")
+            return do(out)
 
-        form(later, i, formed)
+        form(later, i, s, formed)
 
     collectives._Way.start, collectives._Way.wait, Later.put_off = started, waited, put_off  # type: ignore
-    cpu.WORTH_IT = 0
-    experts = (GeluExperts if gelu else Experts)(E // 2, D, F)
+    cpu.WORTH_IT = 0 if what == "fast" else 2**40
+    mine = E // mesh.ep.size
+    experts = (
+        Groups(mine, 3, D, F, k=2) if what == "groups" else (GeluExperts if what == "gelu" else Experts)(mine, D, F)
+    )
+    experts.first_group = mesh.my_experts(E).start  # type: ignore[assignment]
+    for p in experts.parameters():
+        torch.nn.init.uniform_(p, 0.5, 1)
     x_TD = torch.ones(T, D, requires_grad=True)
     expert_TK = torch.stack([torch.arange(T) % E, (torch.arange(T) + 3) % E], 1)
     routing = route(expert_TK, torch.ones(T, 2), expert_TK >= 0, E)
     token_T = torch.arange(T)
-    ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 2 * T, 2 * T, 1)
-    y_TD, _ = exchange_on(mesh, MeshConfig(exchange="ragged", pieces=pieces))(x_TD, routing, experts, ctx)
+    ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4 * T, 4 * T, 1)
+    y_TD, _ = exchange_on(mesh, MeshConfig(exchange=kind, pieces=pieces))(x_TD, routing, experts, ctx)
     told.append("backward")
     y_TD.sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in [x_TD, experts.w1_eDF, experts.w2_eFD])
+    assert all(p.grad is not None and p.grad.any() for p in [x_TD, *experts.parameters()])
     meshes.stop()
     return told
 
 
 def test_pieces_travel_while_experts_run_and_weights_wait_for_the_last() -> None:
-    first, second = run_distributed(events, 2, 2, timeout=90)
+    first, second = run_distributed(events, 2, "ragged", 2, timeout=90)
     assert first == second == [
         "+dispatch 0", "+dispatch 1", "-dispatch 0", "+combine 0", "-dispatch 1", "+combine 1",
         "-combine 0", "-combine 1",
         "backward",
         "+combine:grad 0", "+combine:grad 1",
         "-combine:grad 1", "+dispatch:grad 1", "-combine:grad 0", "+dispatch:grad 0",
-        "weights 0", "weights 1",
+        "w1 0", "w1 1", "w2 0", "w2 1",
         "-dispatch:grad 0", "-dispatch:grad 1",
     ]  # fmt: skip
 
 
-def test_in_one_piece_the_weights_alone_wait() -> None:
-    told = run_distributed(events, 2, 1, timeout=90)[0]
-    assert told[-3:] == ["+dispatch:grad 0", "weights 0", "-dispatch:grad 0"]
+@pytest.mark.parametrize("kind, what", [("ragged", "fast"), ("once", "fast"), ("ragged", "groups"), ("once", "groups")])
+def test_in_one_piece_the_weights_alone_wait(kind: str, what: str) -> None:
+    told = run_distributed(events, 2, kind, 1, what, timeout=90)[0]
+    assert told[-4:] == ["+dispatch:grad 0", "w1 0", "w2 0", "-dispatch:grad 0"]
 
 
-def test_without_pieces_nothing_is_put_off() -> None:
-    told = run_distributed(events, 2, 0, timeout=90)[0]
-    assert told[-2:] == ["+dispatch:grad 0", "-dispatch:grad 0"] and not any("weights" in event for event in told)
+def test_over_nodes_they_wait_for_the_rows_of_other_nodes() -> None:
+    told = run_distributed(events, 4, "node", 4, timeout=90)[0]
+    assert told[told.index("backward") :] == [
+        "backward",
+        "+combine:grad 0", "-combine:grad 0", "+combine:grad 0", "-combine:grad 0",
+        "+dispatch:grad 0", "-dispatch:grad 0",  # in the node
+        "+dispatch:grad 0", "w1 0", "w2 0", "-dispatch:grad 0",
+    ]  # fmt: skip
 
 
-def test_experts_without_a_fast_path_go_in_pieces_too() -> None:
-    told = run_distributed(events, 2, 2, True, timeout=90)[0]
-    assert told[0:2] == ["+dispatch 0", "+dispatch 1"] and not any("weights" in event for event in told)
+@pytest.mark.parametrize("kind", ["ragged", "once"])
+def test_without_pieces_nothing_is_put_off(kind: str) -> None:
+    told = run_distributed(events, 2, kind, 0, timeout=90)[0]
+    assert told[-2:] == ["+dispatch:grad 0", "-dispatch:grad 0"] and not any(event[0] == "w" for event in told)
+
+
+@pytest.mark.parametrize("what", ["plain", "gelu"])
+def test_experts_without_a_fast_path_do_likewise(what: str) -> None:
+    told = run_distributed(events, 2, "ragged", 2, what, timeout=90)[0]
+    assert told[:2] == ["+dispatch 0", "+dispatch 1"]
+    assert told[-6:] == ["w1 0", "w1 1", "w2 0", "w2 1", "-dispatch:grad 0", "-dispatch:grad 1"]
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 3]])
+def test_what_an_earlier_backward_put_off_is_not_a_later_ones(sizes: list[int]) -> None:
+    """The first stops before the weights; in the second expert 3 has no part."""
+    experts = Experts(4, D, F)
+    for p in experts.parameters():
+        torch.nn.init.uniform_(p, 0.5, 1)
+    x_TD, token_T = torch.ones(4, D, requires_grad=True), torch.arange(4)
+    ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4, 4, 1)
+    counts = torch.ones(4, dtype=torch.int64).split(sizes)
+    outputs = [
+        part(x_TD, Routing(torch.arange(len(c)), torch.ones(len(c)), c), ctx)[0]
+        for part, c in zip(experts.parts(sizes), counts, strict=True)
+    ]
+    torch.autograd.grad(sum(y.sum() for y in outputs) * 100, [x_TD], retain_graph=True)
+    outputs[0].sum().backward()
+    assert experts.w1_eDF.grad is not None
+    assert experts.w1_eDF.grad[: sizes[0]].all() and not experts.w1_eDF.grad[sizes[0] :].any()
 
 
 def narrow() -> dict[str, tuple[float, float]]:

@@ -36,7 +36,8 @@ class ExpertModule(Protocol):
     """Any module that takes rows and a routing of them to its experts, and gives each row's sum of weighted outputs.
 
     `needs_context` says whether it looks at what `ctx` has of each row; otherwise that may be of other rows.
-    One that has `parts` (`experts.Experts`) can run on some of its experts, and put gradients of weights off.
+    One that has `parts(sizes)` (`experts.Experts`) can run some of its experts at a time, `most_parts` at most, and put
+    gradients of their weights off.
     """
 
     needs_context: bool
@@ -68,31 +69,34 @@ class RaggedExchange:
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
     ) -> tuple[torch.Tensor, Any]:
         count_Pe = all_to_all_counts(routing.count_E, self.axis, ctx.site)  # 1
-        in_parts = self.pieces > 0 and hasattr(experts, "parts")
-        sizes_C = [len(c) for c in torch.arange(count_Pe.shape[1]).chunk(self.pieces if in_parts else 1)]
-        send_PC, got_PC = (_by_piece(count.view_as(count_Pe), sizes_C) for count in (routing.count_E, count_Pe))
-        ways = list(zip(send_PC.t().tolist(), got_PC.t().tolist(), strict=True))
+        most_parts = getattr(experts, "most_parts", 0) if self.pieces else 0
+        sizes_C = [len(c) for c in torch.arange(count_Pe.shape[1]).chunk(max(1, min(self.pieces, most_parts)))]
+        send_PC, get_PC = (_by_piece(count.view_as(count_Pe), sizes_C) for count in (routing.count_E, count_Pe))
+        send_CP, get_CP = torch.stack([send_PC.t(), get_PC.t()]).tolist()
+        there, back = list(zip(send_CP, get_CP, strict=True)), list(zip(get_CP, send_CP, strict=True))
 
         def dispatch(x_N: torch.Tensor, wire: torch.dtype | None = None) -> list[Callable[[], torch.Tensor]]:
-            return Crossing(ways, self.axis, (ctx.site, "dispatch"), wire).out(x_N)
+            return Crossing(there, self.axis, (ctx.site, "dispatch"), wire).out(x_N)
 
-        order_N = _by_expert(send_PC)
+        order_N = _by_expert(send_PC, len(routing.token_N))
         copies = Copies(routing.token_N, len(x_TD)).reordered(order_N)
-        x_C, gate_C, key_C = dispatch(copies.take(x_TD), self.wire), dispatch(routing.gate_N[order_N]), None  # 2
+        x_arrives_C = dispatch(copies.take(x_TD), self.wire)  # 2
+        gate_arrives_C = dispatch(routing.gate_N[order_N])
         if experts.needs_context:
             mine = ctx.rows(copies.token_N)
-            key_C = dispatch(torch.stack([mine.sample_T, mine.position_T], 1))
-        parts = experts.parts(sizes_C) if in_parts else [experts]  # type: ignore[attr-defined]
-        back = Crossing([(get, send) for send, get in ways], self.axis, (ctx.site, "combine"), self.wire)
+            key_arrives_C = dispatch(torch.stack([mine.sample_T, mine.position_T], 1))
+        parts: list[Any] = experts.parts(sizes_C) if most_parts else [experts]  # type: ignore[attr-defined]
+        combine = Crossing(back, self.axis, (ctx.site, "combine"), self.wire)
         returning = []
         for c, (part, count_Pc) in enumerate(zip(parts, count_Pe.split(sizes_C, 1), strict=True)):
-            if key_C:
-                key_R2 = key_C[c]()
+            if experts.needs_context:
+                key_R2 = key_arrives_C[c]()
                 ctx = ctx.received(key_R2[:, 0], key_R2[:, 1], torch.ones_like(key_R2[:, 0], dtype=torch.bool))
-            x_RD, gate_R, order_R = x_C[c](), gate_C[c](), _by_expert(count_Pc)  # 3
+            x_RD, gate_R = x_arrives_C[c](), gate_arrives_C[c]()
+            order_R = _by_expert(count_Pc, len(x_RD))  # 3
             y_RD, stats = part(x_RD, Routing(order_R, gate_R.index_select(0, order_R), count_Pc.sum(0)), ctx)  # 4
-            returning.append(back.into(c, y_RD))  # 5
-        return copies.add_up(back.whole(returning)), stats  # 6
+            returning.append(combine.into(c, y_RD))  # 5
+        return copies.add_up(combine.whole(returning)), stats  # 6
 
 
 def _by_piece(count_Pe: torch.Tensor, sizes_C: list[int]) -> torch.Tensor:
@@ -100,8 +104,9 @@ def _by_piece(count_Pe: torch.Tensor, sizes_C: list[int]) -> torch.Tensor:
     return torch.stack([part.sum(1) for part in count_Pe.split(sizes_C, 1)], 1)
 
 
-def _by_expert(count_Pe: torch.Tensor) -> torch.Tensor:
+def _by_expert(count_Pe: torch.Tensor, num_rows: int) -> torch.Tensor:
     """The order that sorts rows that lie by (rank, expert), or (rank, piece), by the latter first: int64 (R,)."""
     num_senders, num_experts = count_Pe.shape
     expert_PE = torch.arange(num_experts, device=count_Pe.device).expand(num_senders, -1)
-    return torch.repeat_interleave(expert_PE.flatten(), count_Pe.flatten()).argsort(stable=True)
+    expert_R = expert_PE.flatten().repeat_interleave(count_Pe.flatten(), output_size=num_rows)
+    return expert_R.argsort(stable=True)

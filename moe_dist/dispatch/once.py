@@ -23,7 +23,7 @@ import torch
 
 from moe_dist.context import Context
 from moe_dist.dispatch.exchange import ExpertModule, LocalExchange
-from moe_dist.parallel.collectives import all_to_all_counts, all_to_all_rows
+from moe_dist.parallel.collectives import Crossing, all_to_all_counts, all_to_all_rows
 from moe_dist.parallel.mesh import Axis
 from moe_dist.routing import Routing
 from moe_dist.rows import Copies
@@ -38,6 +38,7 @@ class Hop:
     ranks_per_block: int
     then: Any
     wire: torch.dtype | None = None  # to travel in
+    puts_off: bool = False  # gradients of weights, until those of the rows have left
 
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
@@ -54,33 +55,37 @@ class Hop:
         order_U, order_N = rank_U.argsort(stable=True), rank_U[of_N].argsort(stable=True)
         sent_P2 = torch.stack([torch.bincount(r, minlength=self.axis.size) for r in (rank_U, rank_U[of_N])], 1)
         got_P2 = all_to_all_counts(sent_P2.flatten(), self.axis, ctx.site)
-        (send_U, send_N), (get_V, get_M) = sent_P2.t().tolist(), got_P2.t().tolist()
+        (send_U, send_N), (get_V, get_M) = torch.stack([sent_P2.t(), got_P2.t()]).tolist()
         place_U = torch.empty_like(order_U)  # among the rows for its rank
         place_U[order_U] = torch.arange(len(order_U), device=x_TD.device)
         place_U -= (sent_P2[:, 0].cumsum(0) - sent_P2[:, 0])[rank_U]
 
-        def rows(x_U: torch.Tensor, send: list[int], get: list[int], direction: str) -> torch.Tensor:
-            wire = self.wire if x_U.dim() > 1 else None  # not of gate weights
-            return all_to_all_rows(x_U, send, get, self.axis, (ctx.site, direction), wire)
+        def dispatch(x_U: torch.Tensor, send: list[int], get: list[int], wire: Any = None) -> Any:
+            return Crossing([(send, get)], self.axis, (ctx.site, "dispatch"), wire).out(x_U)[0]
 
         row_U = row_U[order_U]
         copies = Copies(row_U, num_rows)
-        x_VD = rows(copies.take(x_TD), send_U, get_V, "dispatch")
-        ctx_V = ctx
-        if experts.needs_context:
-            mine = ctx.rows(row_U)
-            key_V2 = rows(torch.stack([mine.sample_T, mine.position_T], 1), send_U, get_V, "dispatch")
-            ctx_V = ctx.received(key_V2[:, 0], key_V2[:, 1], torch.ones_like(key_V2[:, 0], dtype=torch.bool))
+        x_arrives = dispatch(copies.take(x_TD), send_U, get_V, self.wire)
         about_N2 = torch.stack([place_U[of_N], expert_N % per_block], 1)[order_N].int()
-        about_M2 = rows(about_N2, send_N, get_M, "dispatch").long()
-        gate_M = rows(routing.gate_N[order_N], send_N, get_M, "dispatch")
+        about_arrives = dispatch(about_N2, send_N, get_M)
+        gate_arrives = dispatch(routing.gate_N[order_N], send_N, get_M)
+        ctx_V, needs_context = ctx, experts.needs_context
+        if needs_context:
+            mine = ctx.rows(row_U)
+            key_arrives = dispatch(torch.stack([mine.sample_T, mine.position_T], 1), send_U, get_V)
+        if self.puts_off and hasattr(experts, "parts"):
+            (experts,) = experts.parts([num_experts // self.axis.size])
+        if needs_context:
+            key_V2 = key_arrives()
+            ctx_V = ctx.received(key_V2[:, 0], key_V2[:, 1], torch.ones_like(key_V2[:, 0], dtype=torch.bool))
+        x_VD, about_M2, gate_M = x_arrives(), about_arrives().long(), gate_arrives()
 
         first_P = got_P2[:, 0].cumsum(0) - got_P2[:, 0]
         row_M = about_M2[:, 0] + first_P.repeat_interleave(got_P2[:, 1], output_size=len(about_M2))
         expert_M, by_expert_M = about_M2[:, 1].sort(stable=True)
         there = Routing(row_M[by_expert_M], gate_M[by_expert_M], torch.bincount(expert_M, minlength=per_block))
         y_VD, stats = self.then(x_VD, there, experts, ctx_V)
-        y_UD = rows(y_VD, get_V, send_U, "combine")
+        y_UD = all_to_all_rows(y_VD, get_V, send_U, self.axis, (ctx.site, "combine"), self.wire)
         return copies.add_up(y_UD), stats
 
     def _land(
@@ -95,11 +100,11 @@ class Hop:
         return torch.where(block_U == mine // ranks, mine, rank_U) if ranks > 1 else block_U
 
 
-def once(axis: Axis, wire: torch.dtype | None = None) -> Hop:
+def once(axis: Axis, wire: torch.dtype | None = None, puts_off: bool = False) -> Hop:
     """To each rank of the axis once."""
-    return Hop(axis, axis.size, 1, LocalExchange(), wire)
+    return Hop(axis, axis.size, 1, LocalExchange(), wire, puts_off)
 
 
-def once_per_node(axis: Axis, inside: Axis, wire: torch.dtype | None = None) -> Hop:
+def once_per_node(axis: Axis, inside: Axis, wire: torch.dtype | None = None, puts_off: bool = False) -> Hop:
     """To each node once; `inside`: the ranks of the axis in this rank's node, consecutive and as many in every node."""
-    return Hop(axis, axis.size // inside.size, inside.size, once(inside, wire), wire)
+    return Hop(axis, axis.size // inside.size, inside.size, once(inside, wire), wire, puts_off)

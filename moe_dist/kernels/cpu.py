@@ -90,13 +90,16 @@ class _Feedforward(torch.autograd.Function):
                 else:
                     dh_nF.mul_(on_nF)
                 torch.mm(dh_nF, w1_DF.t(), out=dx_nD)
-                if not waits:
-                    _weights(x_TD, cache, token_n, h_nF, dy_nD, dh_nF, dw1_DF, dw2_FD)
+                if not waits:  # zeros where there are no rows
+                    torch.mm(h_nF.t(), dy_nD, out=dw2_FD)
+                    torch.mm(_gather(x_TD, token_n, cache).t(), dh_nF, out=dw1_DF)
 
         rows = [copies.token_N, h_NF, on_NF, scale_N1, dgate_N, dy_ND, dh_NF, dx_ND]
         each(back, count_e, rows, [w1_eDF, w2_eFD, dw1_eDF, dw2_eFD])
         if waits:
-            ctx.put_off(partial(_all_weights, x_TD, count_e, [copies.token_N, h_NF, dy_ND, dh_NF]))
+            assert dh_NF is not None and dy_ND is not None
+            ctx.put_off(0, partial(_of_w1, x_TD, copies.token_N, dh_NF, count_e))
+            ctx.put_off(1, partial(_of_w2, h_NF, dy_ND, count_e))
         return added_up(dx_ND, copies), dgate_N, dw1_eDF, dw2_eFD, *[None] * 5
 
 
@@ -118,22 +121,29 @@ def _hidden(
     return (h_NF if on_NF is None else h_NF.mul_(on_NF)), on_NF
 
 
-def _all_weights(x_TD: torch.Tensor, count_e: list[int], rows: list[torch.Tensor | None], *dw: torch.Tensor) -> None:
+def _of_w1(
+    x_TD: torch.Tensor, token_N: torch.Tensor, dh_NF: torch.Tensor, count_e: list[int], out_eDF: torch.Tensor | None
+) -> torch.Tensor:
+    dw1_eDF = empty(len(count_e), x_TD.shape[1], dh_NF.shape[1], like=x_TD) if out_eDF is None else out_eDF
+
     def form(experts: Any) -> None:
         cache: dict[str, torch.Tensor] = {}
-        for expert in experts:
-            _weights(x_TD, cache, *expert)
+        for token_n, dh_nF, dw1_DF in experts:
+            torch.mm(_gather(x_TD, token_n, cache).t(), dh_nF, out=dw1_DF)
 
-    each(form, count_e, rows, list(dw))
+    each(form, count_e, [token_N, dh_NF], [dw1_eDF])
+    return dw1_eDF
 
 
-def _weights(
-    x_TD: torch.Tensor, cache: dict[str, torch.Tensor], token_n: torch.Tensor, h_nF: torch.Tensor, dy_nD: torch.Tensor,
-    dh_nF: torch.Tensor, dw1_DF: torch.Tensor, dw2_FD: torch.Tensor,
-) -> None:  # fmt: skip
-    """Zeros where there are no rows."""
-    torch.mm(h_nF.t(), dy_nD, out=dw2_FD)
-    torch.mm(_gather(x_TD, token_n, cache).t(), dh_nF, out=dw1_DF)
+def _of_w2(h_NF: torch.Tensor, dy_ND: torch.Tensor, count_e: list[int], out_eFD: torch.Tensor | None) -> torch.Tensor:
+    dw2_eFD = empty(len(count_e), h_NF.shape[1], dy_ND.shape[1], like=h_NF) if out_eFD is None else out_eFD
+
+    def form(experts: Any) -> None:
+        for h_nF, dy_nD, dw2_FD in experts:
+            torch.mm(h_nF.t(), dy_nD, out=dw2_FD)
+
+    each(form, count_e, [h_NF, dy_ND], [dw2_eFD])
+    return dw2_eFD
 
 
 def _gather(x_TD: torch.Tensor, token_n: torch.Tensor, cache: dict[str, torch.Tensor]) -> torch.Tensor:

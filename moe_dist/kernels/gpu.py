@@ -118,16 +118,19 @@ class _Feedforward(torch.autograd.Function):
         dz_NF, weighted_NF, dgate_N = work.hidden_gradients(dy_TD, w2_eFD, gate_N, h_NF)
         dx_TD = added_up(work.times(dz_NF, w1_eDF, transposed=True), ctx.copies)
 
-        def form(dw1_eDF: torch.Tensor, dw2_eFD: torch.Tensor) -> None:
-            work.weights_gradient(x_TD, dz_NF, dw1_eDF, left_is_gathered=True)
-            work.weights_gradient(weighted_NF, dy_TD, dw2_eFD, left_is_gathered=False)
+        def of_w1(out_eDF: torch.Tensor | None = None) -> torch.Tensor:
+            out_eDF = torch.empty_like(w1_eDF) if out_eDF is None else out_eDF
+            return work.weights_gradient(x_TD, dz_NF, out_eDF, left_is_gathered=True)
+
+        def of_w2(out_eFD: torch.Tensor | None = None) -> torch.Tensor:
+            out_eFD = torch.empty_like(w2_eFD) if out_eFD is None else out_eFD
+            return work.weights_gradient(weighted_NF, dy_TD, out_eFD, left_is_gathered=False)
 
         if ctx.put_off is not None:
-            ctx.put_off(form)
+            ctx.put_off(0, of_w1)
+            ctx.put_off(1, of_w2)
             return dx_TD, dgate_N, *[None] * 6
-        dw = torch.empty_like(w1_eDF), torch.empty_like(w2_eFD)
-        form(*dw)
-        return dx_TD, dgate_N, *dw, *[None] * 4
+        return dx_TD, dgate_N, of_w1(), of_w2(), *[None] * 4
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,8 @@ class _Work:
 
     def weights_gradient(
         self, left: torch.Tensor, right: torch.Tensor, out_eLC: torch.Tensor, left_is_gathered: bool
-    ) -> None:
-        """Tokens on one side, rows in order on the other."""
+    ) -> torch.Tensor:
+        """`out_eLC`, filled. Tokens on one side, rows in order on the other."""
         from moe_dist.kernels.gpu_kernels import of_weights
 
         t, (e, n, c) = self.tiles.weights, out_eLC.shape
@@ -196,6 +199,7 @@ class _Work:
         grid = -(-c // t["COLUMNS"]), -(-n // t["ROWS"]), e
         sides = left, right, self.token_N, out_eLC
         of_weights[grid](*sides, self.count_e, self.end_e, n, c, LEFT_IS_GATHERED=left_is_gathered, **t)
+        return out_eLC
 
 
 def _in_order(t: torch.Tensor, *block: int) -> Any:

@@ -1,4 +1,4 @@
-"""A loop over experts, whole experts to each of torch's threads on CPU; and the grouped matmul that is such a loop.
+"""A loop over experts, whole experts to each of torch's threads on CPU; and the grouped matmul, by it or by a kernel.
 
 Legend: R rows sorted by expert, D width, F columns, e experts.
 """
@@ -7,11 +7,15 @@ import functools
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from moe_dist.later import Form
 from moe_dist.memory import empty
 
 PIECES = 4  # of the experts for each thread: the first to finish takes the next
@@ -37,19 +41,31 @@ def each(
         if done >= share or i == len(count_e):
             parts.append(i)
             done = 0
-    for result in _threads(threads).map(do, (experts[a:b] for a, b in itertools.pairwise(parts))):
+    inference = torch.is_inference_mode_enabled()  # which is a thread's own
+
+    def run(part: list[Any]) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            do(part)
+
+    for result in _threads(threads).map(run, (experts[a:b] for a, b in itertools.pairwise(parts))):
         assert result is None
 
 
 @functools.cache
 def _threads(number: int) -> ThreadPoolExecutor:
-    """Each has one of torch's own threads, and no gradients."""
+    """Each has one of torch's own threads."""
+    all_here = Barrier(number + 1)
 
     def start() -> None:
         torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
+        all_here.wait()
 
-    return ThreadPoolExecutor(number, initializer=start)
+    pool = ThreadPoolExecutor(number, initializer=start)
+    for _ in range(number):
+        pool.submit(int)
+    all_here.wait()
+    torch.set_num_threads(number)  # for threads that begin later as well, who would have got what was set last
+    return pool
 
 
 class GroupedMatmul(torch.autograd.Function):
@@ -57,28 +73,71 @@ class GroupedMatmul(torch.autograd.Function):
     would write a gradient of the whole stack for every expert."""
 
     @staticmethod
-    def forward(ctx: Any, x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: list[int]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_RD: torch.Tensor, w_eDF: torch.Tensor, count_e: torch.Tensor, put_off: Callable[[Form], None] | None
+    ) -> torch.Tensor:
+        """`put_off` takes what forms the gradient of w, which then comes later."""
         ctx.save_for_backward(x_RD, w_eDF)
-        ctx.count_e = count_e
-        y_RF = empty(len(x_RD), w_eDF.shape[2], like=x_RD)
-
-        def run(experts: Any) -> None:
-            for x, y, w in experts:
-                torch.mm(x, w, out=y)
-
-        each(run, count_e, [x_RD, y_RF], [w_eDF])
-        return y_RF
+        ctx.products = products = (_Native if native(x_RD, w_eDF) else _Loop)(count_e)
+        ctx.put_off = put_off
+        return products.rows(x_RD, w_eDF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RF: torch.Tensor) -> tuple:
         x_RD, w_eDF = ctx.saved_tensors
-        dx_RD, dw_eDF = empty(*x_RD.shape, like=x_RD), empty(*w_eDF.shape, like=w_eDF)
+        dy_RF = dy_RF.contiguous()
+        dx_RD = ctx.products.rows(dy_RF, w_eDF.mT)
+        if ctx.put_off is not None:
+            ctx.put_off(partial(ctx.products.weights, x_RD, dy_RF))
+            return dx_RD, None, None, None
+        return dx_RD, ctx.products.weights(x_RD, dy_RF), None, None
+
+
+class _Loop:
+    """Products by expert."""
+
+    def __init__(self, count_e: torch.Tensor) -> None:
+        self.count_e: list[int] = count_e.tolist()
+
+    def rows(self, x_RK: torch.Tensor, w_eKC: torch.Tensor) -> torch.Tensor:
+        out_RC = empty(len(x_RK), w_eKC.shape[2], like=x_RK)
 
         def run(experts: Any) -> None:
-            for x, dy, dx, w, dw in experts:
-                torch.mm(dy, w.t(), out=dx)
-                torch.mm(x.t(), dy, out=dw)  # zeros where there are no rows
+            for x, out, w in experts:
+                torch.mm(x, w, out=out)
 
-        each(run, ctx.count_e, [x_RD, dy_RF.contiguous(), dx_RD], [w_eDF, dw_eDF])
-        return dx_RD, dw_eDF, None
+        each(run, self.count_e, [x_RK, out_RC], [w_eKC])
+        return out_RC
+
+    def weights(self, x_RK: torch.Tensor, dy_RC: torch.Tensor, out_eKC: torch.Tensor | None = None) -> torch.Tensor:
+        """Zeros where there are no rows."""
+        if out_eKC is None:
+            out_eKC = empty(len(self.count_e), x_RK.shape[1], dy_RC.shape[1], like=x_RK)
+
+        def run(experts: Any) -> None:
+            for x, dy, out in experts:
+                torch.mm(x.t(), dy, out=out)
+
+        each(run, self.count_e, [x_RK, dy_RC], [out_eKC])
+        return out_eKC
+
+
+class _Native:
+    """In one kernel of torch."""
+
+    def __init__(self, count_e: torch.Tensor) -> None:
+        self.end_e = count_e.cumsum(0).int()
+
+    def rows(self, x_RK: torch.Tensor, w_eKC: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(x_RK, w_eKC, offs=self.end_e)
+
+    def weights(self, x_RK: torch.Tensor, dy_RC: torch.Tensor, out_eKC: torch.Tensor | None = None) -> torch.Tensor:
+        made_eKC = F.grouped_mm(x_RK.t(), dy_RC, offs=self.end_e)
+        return made_eKC if out_eKC is None else out_eKC.copy_(made_eKC)
+
+
+def native(x_RD: torch.Tensor, w_eDF: torch.Tensor) -> bool:
+    """Whether torch has one kernel for it: CUDA, bf16, rows of a multiple of 16 bytes, under 1,024 experts."""
+    even = all(n % 8 == 0 for n in w_eDF.shape[1:])
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and even and len(w_eDF) < 1024

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from moe_dist.memory import empty
 from moe_dist.parallel.mesh import Axis, Mesh
@@ -137,6 +138,7 @@ class _Depart(torch.autograd.Function):
         return tuple(x_N.new_empty(0) for _ in crossing.pieces)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *signs: torch.Tensor) -> tuple:
         return ctx.crossing.back.wait_all(), None
 
@@ -148,6 +150,7 @@ class _Arrive(torch.autograd.Function):
         return crossing.there.wait(c)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_R: torch.Tensor) -> tuple:
         ctx.crossing.back.start(ctx.c, grad_R[0])
         return grad_R[0].new_empty(0), None, None
@@ -161,6 +164,7 @@ class _Leave(torch.autograd.Function):
         return x_R.new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *sign: torch.Tensor) -> tuple:
         return ctx.crossing.back.wait(ctx.c), None, None
 
@@ -172,6 +176,7 @@ class _Land(torch.autograd.Function):
         return crossing.there.wait_all()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_N: torch.Tensor) -> tuple:
         ctx.crossing.back.start_all(grad_N[0])
         return None, *(grad_N[0].new_empty(0) for _ in ctx.crossing.pieces)
@@ -224,6 +229,7 @@ class _SharedSum(torch.autograd.Function):
         return sum_over(x.clone(), axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
         return grad[0], None
 
@@ -247,6 +253,7 @@ class _FromOwners(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
         return sum_over(grad[0].clone(), ctx.axis), None
 
