@@ -37,15 +37,15 @@ from moe_dist.training import Training, set_up, train_step
 def main(run: Run) -> None:
     config = run.config
     with plain_errors():
-        mesh = meshes.start(config.mesh.ep)
+        mesh = meshes.start(config.mesh.ep, config.mesh.patience)
         run.choose(mesh)
         training = set_up(config, run.ds_config, mesh, run.known(), resumed=run.checkpoint is not None)
         task, engine = training.task, training.engine
         if run.checkpoint:
             load(run.checkpoint, engine, task, mesh, run.growth)
         folder = run.open()
-        if config.chaos != ChaosConfig():
-            chaos.make(training, folder)
+        if config.chaos != ChaosConfig() and not (run.evaluate or run.finished):
+            chaos.make(training, folder, begins=run.checkpoint is None)
 
     with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
         if run.evaluate or run.finished:

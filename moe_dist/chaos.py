@@ -31,8 +31,9 @@ MARK = "chaos"  # a file of the run folder
 EXCHANGES = ("counts", "dispatch", "combine")  # phases that are directions of an exchange
 
 
-def make(training: Training, folder: Path) -> None:
-    """Lets happen what the config asks for. Raises ValueError for what cannot happen in this run."""
+def make(training: Training, folder: Path, begins: bool = True) -> None:
+    """Lets happen what the config asks for. Raises ValueError where a run `begins` in which it cannot; a run that goes
+    on may do so on fewer ranks, or behind the step."""
     chaos, mesh = training.config.chaos, training.mesh
     if chaos.routing != "none":
         _say(mesh, f"routing of all layers: {chaos.routing}")
@@ -41,7 +42,8 @@ def make(training: Training, folder: Path) -> None:
                 module.gate.forward = _routed(module.gate.forward, chaos.routing, mesh)
     if chaos.fault == "none" or (folder / MARK).exists():
         return
-    _check(training)
+    if begins:
+        _check(training)
     where = "in what the first layer gets" if chaos.fault == "nan" else f"in the {chaos.phase}"
     _say(mesh, f"{chaos.fault} of rank {chaos.rank}, {where} of step {chaos.step}")
     if chaos.rank == mesh.dp.index:

@@ -6,6 +6,7 @@ RUN/profile/  RUN/wandb/  RUN/lock
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -142,7 +143,7 @@ class Run:
 
 
 def _lock(file: IO[str], folder: Path, seconds: int) -> None:
-    """`seconds`: how long to wait for it."""
+    """`seconds`: how long to wait for it. Some file systems of clusters have no locks."""
     for left in reversed(range(seconds + 1)):
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,6 +151,13 @@ def _lock(file: IO[str], folder: Path, seconds: int) -> None:
             if left == 0:
                 raise ValueError(f"{folder}: in use by a run that has not ended; wait for it, or stop it") from None
             time.sleep(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            _say(
+                f"warning: {folder}: its disk has no locks ({error.strerror}); do not start two runs in it", sys.stderr
+            )
+            return
 
 
 def plan(argv: list[str], doc: str | None) -> Run:

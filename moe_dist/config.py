@@ -281,8 +281,9 @@ FAULTS = ("none", "kill", "kill_agent", "stop", "delay", "nan")
 PHASES = ("forward", "backward", "step", "save", "counts", "dispatch", "combine")
 # what is in the URL of a server before "@", and what services give out
 KEY = re.compile(
-    r"(?<=://)[^/\s]+(?=@)|\b(?:hf_|gh[a-z]_|AKIA)[A-Za-z0-9]{16,}|\b(?:sk-|github_pat_|wandb_v1_)[\w-]{16,}"
-)
+    r"(?<=://)[^\s@?]+(?=@)|\b(?:hf_|gh[a-z]_|AKIA)[A-Za-z0-9]{16,}|\b(?:sk-|github_pat_|wandb_v1_)[\w-]{16,}"
+    r"|(?<=[?&])(?:\w*token|\w*key|\w*sig|\w*signature|X-Amz-\w+)=[^&\s]+", re.IGNORECASE,
+)  # fmt: skip
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
 # ranges of fields by their names, which mean the same in every section
 AT_LEAST_ONE = (
@@ -388,9 +389,9 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {text!r}: expected KEY=VALUE, for example --set mesh.ep=2")
-        if key not in known:
-            raise ValueError(f"--set {text!r}: no field {key!r}; {nearest(key, known)}")
+            raise ValueError(f"--set {KEY.sub('***', text)!r}: expected KEY=VALUE, for example --set mesh.ep=2")
+        if key not in known:  # whose value is not repeated, for it may be a password
+            raise ValueError(f"--set: no field {KEY.sub('***', key)!r}; {nearest(key, known)}")
         config = _replace(config, key.split("."), _parse(key, value, known[key]))
     return config
 
@@ -410,7 +411,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
     except (KeyError, ValueError):
         expected = " or ".join("none" if k is types.NoneType else k.__name__ for k in options)
-        raise ValueError(f"--set {key}={text}: expected {expected}") from None
+        raise ValueError(f"--set {key}={KEY.sub('***', text)}: expected {expected}") from None
 
 
 def to_json(config: Config) -> str:

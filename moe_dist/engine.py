@@ -10,6 +10,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,46 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+CALLS = (
+    "all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "barrier",
+    "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+)  # fmt: skip
+
+
+def _record_calls(backend: Any, mesh: Mesh) -> None:
+    """Has the calls that DeepSpeed makes by its `backend` recorded like ours: a rank may wait in them for another."""
+
+    def recorded(name: str) -> Any:
+        method = getattr(type(backend), name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            run = partial(method, backend, *args, **kwargs)
+            return mesh.record.during(("DeepSpeed", name), mesh.dp.ranks, run, _work)
+
+        return call
+
+    for name in CALLS:
+        setattr(backend, name, recorded(name))
+
+
+def _work(result: Any) -> Any:
+    """What a call has left to wait for."""
+    if hasattr(result, "is_completed"):
+        return result
+    return _OnStream() if torch.cuda.is_available() else None
+
+
+class _OnStream:
+    """What a GPU has been given up to here."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def is_completed(self) -> bool:
+        return self.event.query()
+
+
 class Engine:
     """Forward, backward and step of a model whose dense parameters DeepSpeed shards."""
 
@@ -178,6 +219,7 @@ class Engine:
         self.names = {name: p for name, p in model.dense.named_parameters()}
         self.optimizer.parts = self._parts
         self.engine, *_ = self.deepspeed.initialize(model=model.dense, optimizer=self.optimizer, config=full)
+        _record_calls(self.deepspeed.comm.comm.cdb, mesh)
 
     def _parts(self) -> list[torch.Tensor]:
         """Of the float32 master of each dense matrix what this rank updates, maybe nothing; views."""

@@ -21,6 +21,9 @@ from tqdm import tqdm
 from moe_dist.config import WANDB_MODES
 
 FILE_NAME = "metrics.jsonl"
+_LISTS = ("/importance", "/load", "memory/peak_bytes")  # by expert or rank; what keys end with
+_TEXTS = ("train/not_finite",)
+_MOST_STEPS = 10**9
 _LINE_SECONDS = 2.0  # least time between two progress lines
 _WANDB_INIT_SECONDS = 15.0
 _WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
@@ -184,10 +187,21 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:
                 except ValueError:
                     yield number, line, f"is not JSON ({line[:80]!r})"
                     continue
-                if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                step = values.get("step") if isinstance(values, dict) else None
+                if type(step) is not int or not 0 <= step <= _MOST_STEPS:
                     yield number, line, f"has no step ({line[:80]!r})"
                     continue
+                if strange := [key for key, value in values.items() if not _is_told(key, value)]:
+                    yield number, line, f"has a {strange[0]!r} that is none of ours ({line[:80]!r})"
+                    continue
                 yield number, line, {key: _as_number(value) for key, value in values.items()}
+
+
+def _is_told(key: str, value: Any) -> bool:
+    """Whether a line may hold it."""
+    if key.endswith(_LISTS):
+        return isinstance(value, list) and len(value) > 0 and all(isinstance(x, int | float | None) for x in value)
+    return isinstance(value, str if key in _TEXTS else int | float | None)
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:

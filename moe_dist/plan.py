@@ -13,9 +13,12 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from moe_dist import configs
 from moe_dist.cli import plain_errors
@@ -24,9 +27,16 @@ from moe_dist.config import Config, check, mixture, nearest, override
 from moe_dist.engine import read_ds_config
 from moe_dist.machine import GPUS, Link, Machine, Own, gpu_machine, memory, of_gpu, seconds
 from moe_dist.parallel.mesh import Layout, lay_out, memory_per_rank
+from moe_dist.parallel.spawn import RankFailed
 from moe_dist.tasks import task_of
 
 MOST_RANKS = 2**20
+PROCESSES_PER_CORE = 4  # that take turns on a CPU, still about as ranks would
+
+
+def most_processes() -> int:
+    """That this machine runs as ranks."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else PROCESSES_PER_CORE * (os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +162,13 @@ def measured(config: Config, nodes: int, per_node: int, nic: float) -> tuple[Mac
     second between nodes. Raises ValueError for data that is not here, or a model of which no share fits."""
     from moe_dist.rehearsal import rehearse  # which trains
 
-    return rehearse(list(legal(config, nodes, per_node)), per_node, memory_per_rank(per_node), Link(5e-5, nic))
+    try:
+        return rehearse(list(legal(config, nodes, per_node)), per_node, memory_per_rank(per_node), Link(5e-5, nic))
+    except (RankFailed, TimeoutError) as error:  # of memory, most likely
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"{config.name}: a rank's share of it could not be trained here ({reason}); use --gpu"
+        ) from None
 
 
 def main(argv: list[str]) -> int:
@@ -171,6 +187,12 @@ def main(argv: list[str]) -> int:
         for key, number in (("nodes", args.nodes), ("gpus-per-node", args.gpus_per_node)):
             if not 1 <= number <= MOST_RANKS:
                 raise ValueError(f"--{key} {number}: from 1 to {MOST_RANKS}")
+        if args.nodes * args.gpus_per_node > MOST_RANKS:
+            raise ValueError(f"--nodes {args.nodes} x --gpus-per-node {args.gpus_per_node}: {MOST_RANKS} ranks at most")
+        if args.measure and args.gpus_per_node > (most := most_processes()):
+            raise ValueError(
+                f"--measure starts the ranks of a node, --gpus-per-node {args.gpus_per_node}: {most} at most here"
+            )
         for key, size in (("nic", args.nic), ("memory", args.memory)):
             if size is not None and not 0 < size < 1e9:
                 raise ValueError(f"--{key} {size}: a positive number of GB")

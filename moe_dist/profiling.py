@@ -5,6 +5,7 @@ Its ranges are those of `clock`, with the layer in their name and "(backward)" w
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,11 +26,15 @@ def profiled(folder: Path, mesh: Mesh, wanted: bool) -> Iterator[Callable[[], No
         yield lambda: None
         return
     path = folder / "profile" / f"rank{mesh.dp.index}.json.gz"
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(trace: profile) -> None:
         mesh.clock.named = False
-        trace.export_chrome_trace(str(path))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(path))
+        except OSError as error:  # a full disk costs the trace, not the run
+            print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+            return
         if mesh.is_main:
             print(f"profile: {path.parent}/rank*.json.gz (open one in ui.perfetto.dev or chrome://tracing)", flush=True)
 

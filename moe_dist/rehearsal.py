@@ -31,6 +31,7 @@ from moe_dist.parallel.collectives import all_to_all_rows, sum_over
 from moe_dist.parallel.echo import alone
 from moe_dist.parallel.mesh import Layout, lay_out
 from moe_dist.parallel.spawn import run_distributed
+from moe_dist.summary import activations, width_of
 from moe_dist.tasks import task_of
 from moe_dist.training import set_up, train_step
 
@@ -78,7 +79,7 @@ def rehearse(
     config, layout = layouts[0]
     task_of(config).check_data(config, main=True)
     worlds = {at.mesh.ep: _alone(at, layout, per_node) for at, _ in reversed(layouts)}  # of the lowest stage
-    fits = {ep: one for ep, one in worlds.items() if _named(_fewer(one, ep), lay_out(one, 1)) < memory_of_rank}
+    fits = {ep: one for ep, one in worlds.items() if _least(_fewer(one, ep)) < memory_of_rank}
     if not fits:
         raise ValueError(f"{config.name}: no rank's share of it can be trained here alone; use --gpu")
     most = max(fits)
@@ -175,6 +176,13 @@ def _named(config: Config, layout: Layout) -> int:
     """Bytes of what counts name."""
     plain = task_of(config).plain_model(config)
     return sum(memory(plain, config, layout, read_ds_config(config), Own({}, {})).values())
+
+
+def _least(one: Config) -> int:
+    """Bytes of a world of one: what counts name, and what is kept for backward."""
+    plain, layout = task_of(one).plain_model(one), lay_out(one, 1)
+    kept = activations(plain, one, layout.samples_per_rank, width_of(read_ds_config(one)))
+    return _named(one, layout) + kept
 
 
 def _side_by_side(one: Config, echo: int, ranks: int) -> Ran:

@@ -1,5 +1,6 @@
 """Bad input: what each mistake says, on one line, and what it costs (seconds, and nothing written)."""
 
+import errno
 import json
 import shutil
 import signal
@@ -7,12 +8,13 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import check_one_line, check_plan, end, free_port, ranks, set_, start
 from runs import TINY, tiny
 
-from moe_dist import configs, engine
+from moe_dist import cli, configs, engine
 from moe_dist.cli import Run, result_lines
 from moe_dist.config import override
 from moe_dist.parallel.mesh import lay_out
@@ -226,6 +228,17 @@ def test_a_spoilt_run_is_one_line(
 def test_a_run_of_an_earlier_version_cannot_go_on() -> None:
     with pytest.raises(ValueError, match="no vocabulary with counts"):
         saved_vocabulary({"step": 2, "updates": 2, "vocabulary": ["a"]})
+
+
+def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(cli.fcntl, "flock", no_locks)
+    with (tmp_path / "lock").open("a") as lock:
+        cli._lock(lock, tmp_path, 0)
+    said = f"warning: {tmp_path}: its disk has no locks (Function not implemented); do not start two runs in it\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.timeout(200)

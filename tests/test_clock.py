@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist import clock as clocks
 from moe_dist.clock import Clock
+from moe_dist.profiling import profiled
 from moe_dist.routing import Routing
 
 
@@ -180,6 +182,15 @@ def test_outside_of_a_step_nothing_is_done(clock: Clock) -> None:
 
 def test_only_training_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_plan(["--evaluate", str(tmp_path), "--profile"], "--profile: only of training", capsys)
+
+
+def test_a_full_disk_costs_the_trace_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "profile").write_text("no folder can be made here")
+    mesh: Any = SimpleNamespace(dp=SimpleNamespace(index=0), clock=SimpleNamespace(named=False), is_main=True)
+    with profiled(tmp_path, mesh, True) as step:
+        for _ in range(6):
+            step()
+    assert capsys.readouterr().err == f"warning: {tmp_path}/profile/rank0.json.gz cannot be written (File exists)\n"
 
 
 @pytest.mark.timeout(120)

@@ -92,6 +92,23 @@ def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path)
     assert list(losses(tmp_path / "late").values()) == pytest.approx(whole, abs=1e-5)
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_rank_that_others_wait_for_in_a_sum_of_deepspeed_is_named(
+    zero: int, small_text: Path, tmp_path: Path
+) -> None:
+    """Nothing is exchanged between these two: only DeepSpeed has them wait for each other."""
+    late = ("mesh.ep=1", f"zero={zero}", "chaos.fault=delay", "chaos.phase=backward", "chaos.seconds=60")
+    other, slow = two_ranks(tmp_path, small_text, *late, "mesh.patience=4")
+    try:
+        status, (_, error) = told(other)
+    finally:
+        slow.kill()
+        slow.communicate()
+    named = r"error on rank 0: has waited for \d s in [a-z_]+ of DeepSpeed, step 3: rank 1, late in backward \(see"
+    assert status == 1 and re.match(named, error), error
+
+
 def unbroken(*sets: str) -> list[float]:
     """Losses of the steps of a config."""
     meshes.join()
@@ -222,6 +239,8 @@ def refusals(text: str, folder: Path) -> list[str]:
         with pytest.raises(ValueError) as error:
             chaos.make(dataclasses.replace(training, config=config), folder)
         told.append(str(error.value))
+    config = override(training.config, ["chaos.fault=kill", "chaos.rank=1", "chaos.step=3"])
+    chaos.make(dataclasses.replace(training, config=config), folder, begins=False)  # it goes on, on fewer ranks
     return told
 
 

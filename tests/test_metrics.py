@@ -113,6 +113,14 @@ def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\nspoilt\n')
     with pytest.raises(ValueError, match=r"line 2 is not JSON.*spoilt"):
         read_metrics(tmp_path)
+    for strange in ('"train/loss": "abc"', '"moe/middle/load": 1', '"memory/peak_bytes": []', '"moe/1/load": ["a"]'):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, {strange}}}\n')
+        with pytest.raises(ValueError, match=r"line 1 has a '.*' that is none of ours"):
+            read_metrics(tmp_path)
+    for step in ("-1", "1.5", "true", "99999999999999999999"):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        with pytest.raises(ValueError, match=r"line 1 has no step"):
+            read_metrics(tmp_path)
 
 
 def test_a_run_that_is_started_again_goes_on_without_spoilt_lines(tmp_path, capfd):

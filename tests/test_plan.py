@@ -414,6 +414,14 @@ def test_what_does_not_fit_is_refused_with_the_number(capsys: pytest.CaptureFixt
         ("lstm_moe_demo --gpu h10", "did you mean 'h100'?"),
         ("lstm_moe_demo --gpu h100 --nodes 0", "--nodes 0: from 1"),
         ("lstm_moe_demo --gpu h100 --gpus-per-node -2", "--gpus-per-node -2: from 1"),
+        (
+            "lstm_moe_demo --gpu h100 --nodes 1048576 --gpus-per-node 2",
+            "--nodes 1048576 x --gpus-per-node 2: 1048576 r",
+        ),
+        (
+            "lstm_moe_demo --measure --gpus-per-node 4096",
+            "--measure starts the ranks of a node, --gpus-per-node 4096: ",
+        ),
         ("lstm_moe_demo --gpu h100 --memory -1", "--memory -1.0: a positive number"),
         ("lstm_moe_demo --gpu h100 --nic nan", "--nic nan: a positive number"),
         ("lstm_moe_demo --gpu h100 --set mesh.eq=2", "'mesh.ep'"),

@@ -38,11 +38,18 @@ def test_keys_of_the_environment_are_nowhere(small_text: Path, tmp_path: Path) -
         "ghp_0123456789abcdef",
         "sk-proj-0123456789abcdef",
         "AKIA0123456789ABCDEF",
+        "https://me:pa/ss@host/data",
+        "https://host/data?access_token=0123",
+        "s3://bucket/x?a=1&X-Amz-Signature=0123",
     ],
 )
 def test_a_key_in_a_config_is_refused_and_not_repeated(text: str) -> None:
     with pytest.raises(ValueError, match=r"^data.text holds what looks like a password or a key") as error:
         check(tiny(f"data.text={text}"))
     assert text not in str(error.value) and "HF_TOKEN" in str(error.value)
+    for wrong in (f"wandb.api={text}", f"zero={text}", text):
+        with pytest.raises(ValueError, match=r"^--set") as error:
+            tiny(wrong)
+        assert text not in str(error.value)
     for name in ("hub/snapshots/0123456789abcdef0123456789abcdef", "hf_datasets_of_everybody/*.txt", "hf_tokenizers"):
         check(tiny(f"data.text={name}"))  # names of folders are none

@@ -128,8 +128,8 @@ class Saver:
                 raise  # no fault of a disk
             raise OSError(f"{final} cannot be written ({reasons[0]})") from None
         self.refused.discard(final)
-        if self.mesh.is_main:
-            manifest.prune(self.run, self.keep, self.refused)
+        # together, for others wait in a step for one that deletes as long as for any other
+        from_main(lambda: manifest.prune(self.run, self.keep, self.refused), group)
 
 
 def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth | None = None) -> None:

@@ -158,10 +158,10 @@ def ranks_per_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
-def start(ep: int) -> Mesh:
+def start(ep: int, patience: float = 60.0) -> Mesh:
     """Joins the other ranks and arranges them. Raises ValueError where `ep` does not divide their number."""
     check_ep(ep, world_size())
-    join()
+    join(timedelta(seconds=max(600, 2 * patience)))  # torch's own word comes after ours (`record`)
     return arrange(ep)
 
 

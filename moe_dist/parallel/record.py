@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+T = TypeVar("T")
 FOLDER = "calls"
 BEAT = 0.5  # seconds between two first lines
 LINES, WIDTH = 256, 160  # calls that a file holds, and characters of a line
@@ -51,6 +52,10 @@ class Call:
     line: int = 0  # that was the first one's number when it began
     began: float = 0.0
     waited: bool = False  # for it, which on CUDA is not to its end
+    returned: bool = False  # that of a library, which is a work of its own
+
+    def is_completed(self) -> bool:
+        return self.returned
 
     def rows(self, rank: int) -> str:
         if self.send_P is None or self.receive_P is None or rank not in self.peers:
@@ -127,6 +132,15 @@ class Record:
         """Starts a call: `start` gives torch's work."""
         if self.file is None:
             return Call(start())
+        call = self._begin(label, peers, send_P, receive_P)
+        call.work = start()
+        self.open[call.number] = call
+        return call
+
+    def _begin(
+        self, label: tuple[int | str, str], peers: tuple[int, ...],
+        send_P: list[int] | None = None, receive_P: list[int] | None = None,
+    ) -> Call:  # fmt: skip
         if self.meddle:
             self.meddle(label[1])
         self.begun += 1
@@ -136,9 +150,22 @@ class Record:
         what = f"{label[1].replace(':grad', ' (backward)')} of {layer}{site}, step {self.step}"
         call = Call(None, self.begun, what, peers, send_P, receive_P, self.line, time.perf_counter())
         self._write(call, "begun")
-        call.work = start()
-        self.open[call.number] = call
         return call
+
+    def during(
+        self, label: tuple[int | str, str], peers: tuple[int, ...], run: Callable[[], T], work: Callable[[T], Any]
+    ) -> T:
+        """What `run` returns, a call of a library's. It may wait for others itself; what it has left to wait for is the
+        `work` of what it returns, as torch's (`is_completed`), None where that is nothing."""
+        if self.file is None:
+            return run()
+        call = self._begin(label, peers)
+        call.work = self.open[call.number] = call  # under way until it returns
+        result = run()
+        call.work, call.waited = work(result) or call, True
+        call.returned = call.work is call
+        self._close(call)
+        return result
 
     def wait(self, call: Call) -> None:
         """For its end; on CUDA the stream waits."""
@@ -236,10 +263,11 @@ class Record:
         """Whom this rank waits for, or has lost."""
         where = f"in {call.what}" if call else f"in a call that is none of the exchange's, step {self.step}"
         late = {} if silent or call is None else {
-            rank: line.phase for rank, line in self._first_lines().items() if line and line.begun < call.number
+            rank: f"late in {line.phase}" if not line.ended else "which has ended"
+            for rank, line in self._first_lines().items() if line and line.begun < call.number
         }  # fmt: skip
         whom = [f"rank {rank}{call.rows(rank) if call else ''}" for rank in silent]
-        whom += [f"rank {rank}{call.rows(rank) if call else ''}, late in {phase}" for rank, phase in late.items()]
+        whom += [f"rank {rank}{call.rows(rank) if call else ''}, {why}" for rank, why in late.items()]
         named = "; ".join(whom[:4]) + (f"; and {len(whom) - 4} more" if len(whom) > 4 else "")
         if silent:
             named += ": stopped or dead"
