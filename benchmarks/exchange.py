@@ -19,7 +19,6 @@ ratios to the ragged exchange.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from machine import machine
 
 from moe_dist.config import MeshConfig
 from moe_dist.experts import Experts
@@ -131,7 +131,8 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
             | {"world": mesh.dp.size, "ranks_per_node": mesh.ranks_per_node, "skew": args.zipf, "rounds": args.rounds}
             | {"bytes_between_nodes": far, "bytes": total, "error": max(errors).item()}
             | {"ms": 1e3 * statistics.median(seconds), "low": 1e3 * low, "high": 1e3 * high}
-            | {"of_ragged": statistics.median(ratios), "machine": platform.machine(), "version": torch.__version__}
+            | {"of_ragged": statistics.median(ratios), "version": torch.__version__}
+            | machine()
         )
     meshes.stop()
     return rows

@@ -1,7 +1,7 @@
 """Milliseconds of one MoE feed-forward layer, forward and backward: ours, the limits it is held against, other systems.
 
     .venv/bin/python benchmarks/layer.py                            e32 and e256, all that is installed
-    .venv/bin/python benchmarks/layer.py --shapes e32 e256 widenet3072 widenet4096 --gate --json FILE
+    .venv/bin/python benchmarks/layer.py --shapes e32 e256 widenet3072 widenet4096 --gate --gelu --json FILE
     .venv/bin/python benchmarks/layer.py --shapes e32 e256 e1024 --threads 2
     .venv/bin/python benchmarks/layer.py --shapes e256 --world 2 --skew 0.6
     .venv/bin/python benchmarks/layer.py --shapes tokens --impl ours        a ladder of E; `rows` is the other
@@ -16,7 +16,8 @@ least; else the clock's, of the slowest rank.
 ReLU alone, without autograd, on rows that lie sorted. `ours` reuses the memory of the weights' gradients, as training
 on CPU does, `sorted_reused` and `dense_reused` reuse all; `sorted` and other systems reuse none. `ours_triton` has the
 kernels for a GPU that training does not take before they are measured. `--gate` adds our layer with a noisy gate and
-both its losses, held against the dense limit with that gate alone beside it. `peers.py` says what the others are.
+both its losses, held against the dense limit with that gate alone beside it; `--gelu` adds our experts with GELU and
+biases, held against a dense network of that kind. `peers.py` says what the others are.
 
 On Linux fresh pages are a fifth of plain autograd's time, or none of it: where other implementations share the process,
 its heap may keep enough for all. `--keep-memory` has it so for every one, and the figures hang on nobody else then.
@@ -29,7 +30,6 @@ Legend: T tokens of all ranks, D width, H hidden units (F in names of tensors), 
 import argparse
 import ctypes
 import json
-import platform
 import random
 import statistics
 import time
@@ -38,8 +38,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from machine import in_words, machine
 from optimizer import interval
-from peers import ALL, ONE_RANK, WITH_GATE, Work
+from peers import ALL, ONE_RANK, WITH_GATE, WITH_GELU, Work
 
 from moe_dist import keyed
 from moe_dist.parallel import mesh as meshes
@@ -69,7 +70,8 @@ LADDERS = {  # E at equal tokens, and at equal tokens per expert; they meet at E
 }
 EVERY = SHAPES | LADDERS["tokens"] | LADDERS["rows"]
 DTYPES = {"bf16": (torch.bfloat16, torch.float32), "fp32": (torch.float32, torch.float64)}  # and the reference's
-BASES = {"ours_gate": "dense_gate", "dense_gate": "dense_gate"}  # "dense" for all others
+# "dense" for all others
+BASES = {f"{whose}_{what}": f"dense_{what}" for whose in ("dense", "ours") for what in ("gate", "gelu")}
 Key = tuple[str, str]  # shape, implementation
 
 
@@ -143,6 +145,7 @@ def measure(
     mesh = meshes.start(ep=meshes.world_size())
     layers: dict[Key, Any] = {}
     taken: dict[Key, Taken] = {}
+    left_out: set[str] = set()
     for name in shapes:
         shape = EVERY[name]
         whole = draw(shape, skew, mesh.device)
@@ -153,10 +156,12 @@ def measure(
         right = {what: t[experts if what in ("w1", "w2") else tokens] for what, t in of_all.items()}
         for impl in impls:
             try:
-                layer = (ALL | WITH_GATE)[impl](work, mesh)
+                layer = (ALL | WITH_GATE | WITH_GELU)[impl](work, mesh)
             except ImportError as error:
-                if mesh.is_main and name == shapes[0]:
-                    print(f"{impl} is left out: {error}")
+                reason = f"{impl} is left out: {error}"
+                if mesh.is_main and reason not in left_out:
+                    print(reason)
+                left_out.add(reason)
                 continue
             layer.step()
             layers[name, impl] = layer
@@ -261,6 +266,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["e32", "e256"], choices=[*LADDERS, *EVERY], metavar="SHAPE")
     parser.add_argument("--impl", nargs="+", default=list(ALL), choices=list(ALL), help="`dense` always joins")
     parser.add_argument("--gate", action="store_true", help="our layer and the dense limit with a noisy gate as well")
+    parser.add_argument("--gelu", action="store_true", help="and both with GELU and biases in place of ReLU")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--world", type=int, default=1, help="ranks on this machine; experts are spread over all")
@@ -276,15 +282,17 @@ def main() -> None:
         if args.world < 1 or EVERY[name].E % args.world or EVERY[name].T % args.world:
             parser.error(f"--world {args.world}: must divide the {EVERY[name].E} experts and the tokens of {name}")
     impls = [impl for impl in ALL if impl in ("dense", *args.impl) and not (args.world > 1 and impl in ONE_RANK)]
-    job = shapes, impls + list(WITH_GATE) * args.gate, args.rounds, args.threads, args.skew, args.keep_memory
+    impls += list(WITH_GATE) * args.gate + list(WITH_GELU) * args.gelu
+    job = shapes, impls, args.rounds, args.threads, args.skew, args.keep_memory
     alone = args.world == 1
     taken = measure(*job) if alone else slowest(run_distributed(measure, args.world, *job, timeout=24 * 3600))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, ranks x threads: {args.world} x {args.threads}, torch {torch.__version__}, {args.rounds} rounds")
+    device, told = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", machine()
+    ranks = f"ranks x threads: {args.world} x {args.threads}"
+    print(f"{device}, {in_words(told)}, {ranks}, torch {torch.__version__}, {args.rounds} rounds")
     common = {
         "world": args.world, "skew": args.skew, "threads": args.threads, "rounds": args.rounds,
-        "keep_memory": args.keep_memory, "device": device, "machine": platform.machine(),
-    }  # fmt: skip
+        "keep_memory": args.keep_memory, "device": device,
+    } | told  # fmt: skip
     rows = summary(taken, common)
     print_table(rows, taken)
     if args.json:

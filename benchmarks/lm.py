@@ -15,7 +15,6 @@ is followed by a step of the other.
 
 import argparse
 import json
-import platform
 import random
 import resource
 import statistics
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import deepspeed_moe
 import torch
+from machine import machine
 
 from moe_dist.config import override
 from moe_dist.configs import get
@@ -132,7 +132,7 @@ def main() -> None:
     steps = measure(steppers, args.rounds)
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"\r{device}, {args.ds_config}, {args.lanes} lanes x 20 words a step, {args.rounds} rounds")
-    common = {"device": device, "machine": platform.machine(), "dtype": args.ds_config}
+    common = {"device": device, "dtype": args.ds_config} | machine()
     rows = summary(steps, steppers[DENSE].words, common)
     print(f"{'':<18}words/s  90 % of rounds  of dense  of DeepSpeed  experts/word  loss: first, last")
     for row in rows:

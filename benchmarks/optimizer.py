@@ -12,7 +12,6 @@ medians with 90 % intervals, and medians of the rounds' ratios to fused Adam, an
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from torch import nn
 
 from moe_dist.config import OptimConfig
@@ -133,8 +133,8 @@ def main() -> None:
     for num_experts in args.experts:
         common = {
             "num_experts": num_experts, "dim": DIM, "hidden": HIDDEN, "rounds": args.rounds, "device": name,
-            "machine": platform.machine(), "version": torch.__version__,
-        }  # fmt: skip
+            "version": torch.__version__,
+        } | machine()  # fmt: skip
         here = summary(measure(num_experts, args.rounds, device), common)
         for row in here:
             low, median, high = (1e3 * row[key] for key in ("low", "seconds", "high"))

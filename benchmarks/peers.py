@@ -1,9 +1,9 @@
 """What `layer.py` times: our layer, the limits that it is held against, a naive loop, and the layers of other systems.
 
-All do the same work, experts of two matrices with ReLU and no biases, on the same weights, tokens, choices and gate
-weights. Each has its weights in the layout of its own code, and gets the choices as that code wants them. Where
-sorting the choices is part of a layer's forward (ours with `route`, Hugging Face, torchtitan), it is timed; what
-DeepSpeed's gate makes of them is not.
+All but SonicMoE do the same work, experts of two matrices with ReLU and no biases, on the same weights, tokens, choices
+and gate weights. Each has its weights in the layout of its own code, and gets the choices as that code wants them.
+Where sorting the choices is part of a layer's forward (ours with `route`, Hugging Face, torchtitan, MegaBlocks,
+ScatterMoE, SonicMoE), it is timed; what DeepSpeed's and Tutel's gates make of them is not.
 
 Legend: T tokens of this rank, K choices of each, N = T·K, D width, F hidden units, E experts, e of this rank.
 """
@@ -16,17 +16,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from moe_dist.config import MeshConfig
 from moe_dist.context import Context
-from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
 from moe_dist.engine import import_deepspeed
-from moe_dist.experts import Experts
+from moe_dist.experts import Experts, GeluExperts
 from moe_dist.gating.topk import NoisyTopK
 from moe_dist.kernels import gpu
-from moe_dist.layer import Alone, MoE
+from moe_dist.layer import MoE
 from moe_dist.parallel.collectives import Sums
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallelize import exchange_on
 from moe_dist.routing import route
 
 CAPACITY_FACTOR = 1.25
@@ -105,17 +107,17 @@ def _gradients(*weights: nn.Parameter, transposed: bool = False) -> ByExpert:
     return by_expert
 
 
-def ours(work: Work, mesh: Mesh, triton: bool = False) -> Layer:
+def ours(work: Work, mesh: Mesh, triton: bool = False, kind: type[Experts] = Experts) -> Layer:
     exchange, _ = _of_mesh(mesh)
-    experts, ctx = _experts(work), _context(work, mesh)
+    experts, ctx = _experts(work, kind), _context(work, mesh)
     experts.triton = triton
     keep_TK = torch.ones_like(work.expert_TK, dtype=torch.bool)
 
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (exchange(x_TD, route(work.expert_TK, gate_TK, keep_TK, work.num_experts), experts, ctx)[0],)
 
-    weights = [experts.w1_eDF, experts.w2_eFD]
-    return Layer(torch.__version__, work, forward, weights, _gradients(*weights))
+    weights = list(experts.parameters())
+    return Layer(torch.__version__, work, forward, weights, _gradients(*weights) if kind is Experts else None)
 
 
 def ours_triton(work: Work, mesh: Mesh) -> Layer:
@@ -155,6 +157,16 @@ def dense_gate(work: Work, mesh: Mesh) -> Layer:
         return _mlp(x_ND, *weights), gate.balance_loss(importance_GE, load_GE), routing.gate_N.sum()
 
     return Layer(torch.__version__, _rows_of_dense(work), forward, [*weights, *gate.parameters()])
+
+
+def dense_gelu(work: Work, mesh: Mesh) -> Layer:
+    """The dense limit with GELU and biases."""
+    w1, w2, b1, b2 = weights = [nn.Parameter(p[0]) for p in _experts(work, GeluExperts).parameters()]
+
+    def forward(x_ND: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.addmm(b2, F.gelu(torch.addmm(b1, x_ND, w1)), w2),)
+
+    return Layer(torch.__version__, _rows_of_dense(work), forward, weights)
 
 
 class SortedLimit:
@@ -323,9 +335,115 @@ def torchtitan(work: Work, mesh: Mesh) -> Layer:
     return Layer(version("torchtitan"), work, forward, weights, _gradients(*weights, transposed=True))
 
 
+def tutel(work: Work, mesh: Mesh) -> Layer:
+    """Its encoder, all-to-all, experts and decoder as its `moe_layer` has them, whose gate cannot be given weights. Its
+    `extract_critical` decides once, with capacity factor 0: every expert has as many rows as the fullest one needs. Its
+    kernels move bf16 rows in float32."""
+    from tutel import moe, net
+    from tutel.experts.ffn import ExpertModule
+
+    k, (e, dim, hidden), group = work.expert_TK.shape[1], work.w1_eDF.shape, mesh.ep.group
+    with torch.device("meta"):
+        experts = ExpertModule(dim, hidden, e, 1, torch.relu, has_fc1_bias=False, has_fc2_bias=False)
+    experts.batched_fc1_w = w1 = nn.Parameter(work.w1_eDF.mT.contiguous())
+    experts.batched_fc2_w = w2 = nn.Parameter(work.w2_eFD)
+    unsharded = SimpleNamespace(megablocks_size=0, adaptive_degree=1, sharded_count=1, group=group)
+    score_TE = torch.zeros(len(work.x_TD), work.num_experts, device=work.x_TD.device)
+    score_TE.scatter_(1, work.expert_TK, work.gate_TK)
+    (*places, _, capacity, count_E), _ = moe.extract_critical(score_TE, k, loss_fn=None, capacity_factor=0, group=group)
+
+    def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        decision = (*places, list(gate_TK.t().contiguous()), capacity, count_E)
+        x_eCD = net.all_to_all(moe.fast_encode(x_TD, decision), 1, 0, group=group)
+        y_ECD = net.all_to_all(experts(x_eCD, unsharded), 0, 1, group=group)
+        return (moe.fast_decode(y_ECD, decision),)
+
+    def by_expert() -> tuple[Any, Any]:
+        return w1.grad.mT, w2.grad  # type: ignore[union-attr]
+
+    return Layer(version("tutel"), work, forward, [w1, w2], by_expert)
+
+
+def megablocks(work: Work, mesh: Mesh) -> Layer:
+    """The experts of its `dMoE`, all but the router, with the grouped matmuls that it recommends on Hopper."""
+    import grouped_gemm  # noqa: F401  # megablocks can be without it, these matmuls cannot
+    from megablocks import Arguments, ParallelDroplessMLP
+
+    _wants_gpu(work, torch.bfloat16)
+    e, dim, hidden = work.w1_eDF.shape
+    arguments = Arguments(
+        hidden_size=dim, ffn_hidden_size=hidden, bias=False, activation_fn=torch.relu, mlp_impl="grouped",
+        moe_num_experts=work.num_experts, moe_top_k=work.expert_TK.shape[1], moe_loss_weight=0.0,
+        moe_expert_model_parallelism=mesh.ep.size > 1, expert_parallel_group=mesh.ep.group,
+        fp16=False, bf16=True, device=torch.device("meta"),
+    )  # fmt: skip
+    layer = ParallelDroplessMLP(arguments)
+    weights = [nn.Parameter(w.flatten(0, 1)) for w in (work.w1_eDF.mT, work.w2_eFD)]
+    layer.mlp.w1, layer.mlp.w2 = weights
+
+    def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (layer(x_TD, None, gate_TK.to(x_TD.dtype), work.expert_TK),)
+
+    def by_expert() -> tuple[Any, Any]:
+        """It divides them by the ranks that share the experts."""
+        dw1_eFD, dw2_eFD = (mesh.ep.size * p.grad.view(e, hidden, dim) for p in weights)  # type: ignore[union-attr]
+        return dw1_eFD.mT, dw2_eFD
+
+    return Layer(version("megablocks"), work, forward, weights, by_expert)
+
+
+def scattermoe(work: Work, mesh: Mesh) -> Layer:
+    """Its `MLP`. In float32 its matmuls are of TF32."""
+    from scattermoe.mlp import MLP
+
+    _wants_gpu(work, torch.bfloat16, torch.float32)
+    e, dim, hidden = work.w1_eDF.shape
+    with torch.device("meta"):
+        mlp = MLP(dim, hidden, e, work.expert_TK.shape[1], activation=nn.ReLU())
+    weights = [nn.Parameter(w.mT.contiguous()) for w in (work.w1_eDF, work.w2_eFD)]
+    mlp.experts.weight, mlp.output_experts.weight = weights
+
+    def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (mlp(x_TD, gate_TK.to(x_TD.dtype), work.expert_TK),)
+
+    return Layer(version("scattermoe"), work, forward, weights, _gradients(*weights, transposed=True))
+
+
+def sonicmoe(work: Work, mesh: Mesh) -> Layer:
+    """`moe_general_routing_inputs`, which takes choices. It has gated experts alone: these have SwiGLU, its default,
+    and two thirds of the hidden units, as much to multiply with the third matrix; up to a multiple of 16, which is 1 %
+    more at 1,024 units. Their weights are parts of the given ones."""
+    from sonicmoe import moe_general_routing_inputs
+    from sonicmoe.enums import ActivationType
+
+    _wants_gpu(work, torch.bfloat16, capability=9)
+    (num_tokens, k), hidden = work.expert_TK.shape, -(-work.w1_eDF.shape[2] // 24) * 16
+    w1_eFD, w2_eDF = work.w1_eDF.mT.repeat(1, 2, 1)[:, : 2 * hidden], work.w2_eFD.mT[..., :hidden]
+    w1, w2 = weights = [nn.Parameter(w.contiguous()) for w in (w1_eFD, w2_eDF)]
+    token_N = torch.arange(num_tokens, dtype=torch.int32, device=work.x_TD.device).repeat_interleave(k)
+    expert_N = work.expert_TK.flatten().int()
+
+    def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        of_experts = (w1.permute(1, 2, 0), None, w2.permute(1, 2, 0), None, work.num_experts)
+        stream = torch.cuda.current_stream().cuda_stream
+        given = (x_TD, gate_TK.flatten(), token_N, expert_N, *of_experts, stream, ActivationType.SWIGLU)
+        return (moe_general_routing_inputs(*given)[0],)
+
+    return Layer(version("sonic-moe"), work, forward, weights)
+
+
+def _wants_gpu(work: Work, *dtypes: torch.dtype, capability: int = 0) -> None:
+    """Raises ImportError, which leaves an implementation out."""
+    x = work.x_TD
+    if not x.is_cuda or x.dtype not in dtypes or torch.cuda.get_device_capability(x.device)[0] < capability:
+        least = f" of compute capability {capability} or more" if capability else ""
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ImportError(f"it wants a GPU{least}, and {names}")
+
+
 def _of_mesh(mesh: Mesh) -> tuple[Any, Any]:
     """Exchange and sums, as `parallelize` chooses them."""
-    return (LocalExchange(), Alone()) if mesh.ep.size == 1 else (RaggedExchange(mesh.ep), Sums(mesh))
+    return exchange_on(mesh, MeshConfig()), Sums(mesh)
 
 
 def _gate(work: Work) -> NoisyTopK:
@@ -335,11 +453,14 @@ def _gate(work: Work) -> NoisyTopK:
     return gate
 
 
-def _experts(work: Work) -> Experts:
+def _experts(work: Work, kind: type[Experts] = Experts) -> Experts:
+    """Biases, where there are any, are 0."""
     e, dim, hidden = work.w1_eDF.shape
     with torch.device("meta"):
-        experts = Experts(e, dim, hidden)
-    experts.w1_eDF, experts.w2_eFD = nn.Parameter(work.w1_eDF), nn.Parameter(work.w2_eFD)
+        experts = kind(e, dim, hidden)
+    given = {"w1_eDF": work.w1_eDF, "w2_eFD": work.w2_eFD}
+    for name, p in list(experts.named_parameters()):
+        setattr(experts, name, nn.Parameter(given[name] if name in given else work.w1_eDF.new_zeros(p.shape)))
     return experts
 
 
@@ -375,6 +496,12 @@ ALL: dict[str, Callable[[Work, Mesh], Any]] = {
     "deepspeed_drops": lambda work, mesh: deepspeed(work, mesh, drops=True),
     "hf_grouped_mm": hf_grouped_mm,
     "torchtitan": torchtitan,
+    "tutel": tutel,
+    "megablocks": megablocks,
+    "scattermoe": scattermoe,
+    "sonicmoe": sonicmoe,
 }
 WITH_GATE = {"dense_gate": dense_gate, "ours_gate": ours_gate}
-ONE_RANK = {"sorted", "sorted_reused", "naive", "hf_grouped_mm"}  # know no exchange of tokens between ranks
+WITH_GELU = {"dense_gelu": dense_gelu, "ours_gelu": lambda work, mesh: ours(work, mesh, kind=GeluExperts)}
+# know no exchange of tokens between ranks, or it is not here
+ONE_RANK = {"sorted", "sorted_reused", "naive", "hf_grouped_mm", "scattermoe", "sonicmoe"}
