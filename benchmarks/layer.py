@@ -40,7 +40,8 @@ import torch
 import torch.distributed as dist
 from machine import in_words, machine
 from optimizer import interval
-from peers import ALL, ONE_RANK, WITH_GATE, WITH_GELU, Work
+from ours import OURS, WITH_GATE, WITH_GELU, Work
+from peers import PEERS
 
 from moe_dist import keyed
 from moe_dist.parallel import mesh as meshes
@@ -72,6 +73,9 @@ EVERY = SHAPES | LADDERS["tokens"] | LADDERS["rows"]
 DTYPES = {"bf16": (torch.bfloat16, torch.float32), "fp32": (torch.float32, torch.float64)}  # and the reference's
 # "dense" for all others
 BASES = {f"{whose}_{what}": f"dense_{what}" for whose in ("dense", "ours") for what in ("gate", "gelu")}
+ALL = OURS | PEERS
+# know no exchange of tokens between ranks, or it is not here
+ONE_RANK = {"sorted", "sorted_reused", "naive", "hf_grouped_mm", "scattermoe", "sonicmoe"}
 Key = tuple[str, str]  # shape, implementation
 
 

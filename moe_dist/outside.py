@@ -22,6 +22,7 @@ from torch import nn
 
 from moe_dist.config import OptimConfig
 from moe_dist.factored import factored_update, squares_of
+from moe_dist.memory import empty
 from moe_dist.parallel.collectives import any_over, from_owner, sum_over, sum_to
 from moe_dist.parallel.mesh import Axis
 
@@ -45,7 +46,10 @@ class Master:
     def _widen(self, p: torch.Tensor) -> None:
         """Adds a narrow gradient to the wide sum: micro-batches do not add up in bf16."""
         assert p.grad is not None
-        self.sum = p.grad.to(self.master.dtype) if self.sum is None else self.sum.add_(p.grad)
+        if self.sum is None:
+            self.sum = empty(*p.shape, like=self.master).copy_(p.grad)
+        else:
+            self.sum.add_(p.grad)
         p.grad = None
 
     @property
