@@ -9,11 +9,11 @@
 
 Forward and backward of 4,096 tokens a rank to experts that only weight their rows, or have `--hidden` units, 4 of 256
 for each token, popular by Zipf's law. "pieces2": plainly, in two pieces, gradients of weights while the last one
-travels; "ragged" does nothing meanwhile. "bf16": plainly, but bf16 on the wire. "experts": the same work without a
-transfer. All kinds take turns in random order, a round is one of each, timed by the clock between barriers, and every
-kind's output and gradient are compared with the ragged ones. Bytes are of forward, there and back, with ids, weights:
-those that a rank sends to others, the mean of the ranks. Prints medians with 90 % intervals, and medians of the rounds'
-ratios to the ragged exchange.
+travels; "ragged" does nothing meanwhile, nor do "once" and "node"; with "once+" and "node+" gradients of weights wait.
+"bf16": plainly, but bf16 on the wire. "experts": the same work without a transfer. All kinds take turns in random
+order, a round is one of each, timed by the clock between barriers, and every kind's output and gradient are compared
+with the ragged ones. Bytes are of forward, there and back, with ids, weights: those that a rank sends to others, the
+mean of the ranks. Prints medians with 90 % intervals, and medians of the rounds' ratios to the ragged exchange.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def configured(kind: str) -> MeshConfig:
         return MeshConfig(exchange=BASE, pieces=int(kind.removeprefix("pieces")))
     if kind == "bf16":
         return MeshConfig(exchange=BASE, pieces=0, wire="bf16")
-    return MeshConfig(exchange=kind, pieces=0)
+    return MeshConfig(exchange=kind.removesuffix("+"), pieces=int(kind.endswith("+")))
 
 
 def routed(args: argparse.Namespace, rank: int) -> Routing:

@@ -19,18 +19,21 @@ WIRES = ("same", "bf16")
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the ranks are used; like the ZeRO stage and the accumulation, no part of the result."""
+    """How the ranks are used; like the ZeRO stage and the accumulation, no part of the result, but for `wire`."""
 
     # expert-parallel degree: ranks that share one set of experts; train.py's default is the ranks of a node, as far as
     # they divide the experts
     ep: int = 1
     # how rows travel to experts: "ragged" once for each of them, "once" to each rank, "node" to each node and from
-    # there to its ranks; "auto" is "node" where `ep` spans several nodes evenly, else "ragged"
+    # there to its ranks; "auto" is "node" where `ep` spans several nodes of several ranks evenly, else "ragged"
     exchange: str = "auto"
-    # pieces that plainly sent rows travel in, one while the experts run on another; 0: nothing is done meanwhile;
-    # None: 4 where `ep` spans nodes, else 0
+    # pieces that rows travel in, one while the experts run on another, while gradients of weights wait for those of the
+    # rows to leave; rows that are sent once, or to groups of experts, go in one. 0: nothing is done meanwhile; None: 4
+    # where `ep` spans nodes, else 0
     pieces: int | None = None
-    wire: str = "same"  # what rows travel in: "same" as they are computed in, or "bf16"; sums are taken in float32
+    # what rows travel in: "same" as they are computed in, or "bf16", which rounds rows of other ranks alone, so that the
+    # layout is a part of the result; sums are taken in float32
+    wire: str = "same"
     patience: float = 60.0  # seconds that a rank waits for others in one call before it says for whom, and ends
 
 
