@@ -31,8 +31,8 @@ class MeshConfig:
     # rows to leave; rows that are sent once, or to groups of experts, go in one. 0: nothing is done meanwhile; None: 4
     # where `ep` spans nodes, else 0
     pieces: int | None = None
-    # what rows travel in: "same" as they are computed in, or "bf16", which rounds rows of other ranks alone, so that the
-    # layout is a part of the result; sums are taken in float32
+    # what rows travel in: "same" as they are computed in, or "bf16", which rounds those that go to other ranks, so that
+    # the layout is a part of the result; sums are taken in float32
     wire: str = "same"
     patience: float = 60.0  # seconds that a rank waits for others in one call before it says for whom, and ends
 

@@ -92,7 +92,11 @@ class Experts(nn.Module):
 
         def part(i: int) -> Part:
             first, put_off = sum(sizes[:i]), partial(later.put_off, i)
-            return Part(lambda x_TD, routing, ctx: self.run(x_TD, routing, ctx, first, put_off, *later.part(i)), False)
+
+            def run(x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, None]:
+                return self.run(x_TD, routing, ctx, first, put_off, *later.part(i))
+
+            return Part(run, self.needs_context)
 
         return [part(i) for i in range(len(sizes))]
 
@@ -130,7 +134,7 @@ class GeluExperts(Experts):
         return grouped_matmul(h_RF, w2_eFD, count_e, put_off and partial(put_off, 1)) + b2_e1D.squeeze(1)[expert_R]
 
     def _fast(self, *_: object) -> None:
-        return None  # GELU is most of what such a path would save, and it would compute it twice (docs/log.md)
+        return None  # one that computes GELU again in backward was no faster (docs/log.md)
 
 
 def relu(h_RF: torch.Tensor, on: kernels.On | None) -> torch.Tensor:

@@ -125,6 +125,8 @@ def test_what_an_earlier_backward_put_off_is_not_a_later_ones(sizes: list[int]) 
     x_TD, token_T = torch.ones(4, D, requires_grad=True), torch.arange(4)
     ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4, 4, 1)
     counts = torch.ones(4, dtype=torch.int64).split(sizes)
+    experts.needs_context = True  # as the certificate's do
+    assert all(part.needs_context for part in experts.parts(sizes))
     outputs = [
         part(x_TD, Routing(torch.arange(len(c)), torch.ones(len(c)), c), ctx)[0]
         for part, c in zip(experts.parts(sizes), counts, strict=True)
