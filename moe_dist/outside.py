@@ -46,10 +46,12 @@ class Master:
     def _widen(self, p: torch.Tensor) -> None:
         """Adds a narrow gradient to the wide sum: micro-batches do not add up in bf16."""
         assert p.grad is not None
-        if self.sum is None:
-            self.sum = empty(*p.shape, like=self.master).copy_(p.grad)
-        else:
+        if self.sum is not None:
             self.sum.add_(p.grad)
+        elif p.grad.is_sparse:
+            self.sum = p.grad.to(self.master.dtype)
+        else:
+            self.sum = empty(*p.shape, like=self.master).copy_(p.grad)
         p.grad = None
 
     @property
