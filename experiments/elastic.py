@@ -40,7 +40,7 @@ class Nodes:
             master = f"localhost:{free.getsockname()[1]}"
         self.environment = os.environ | {
             "NODES": "1:2", "GPUS": str(ranks), "MASTER": master, "RDZV_ID": folder.name, "CONFIG": name,
-            "RESTARTS": "4", "RDZV_CONF": RENDEZVOUS, "OMP_NUM_THREADS": "1", "PATH": PATH,
+            "RESTARTS": "4", "ADDRESS": "localhost", "OMP_NUM_THREADS": "1", "PATH": PATH,
         }  # fmt: skip
         self.command = [str(ROOT / "launch" / "multinode.sh"), "--folder", str(folder), *set_(*sets)]
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
@@ -48,8 +48,8 @@ class Nodes:
 
     def start(self) -> psutil.Popen:
         with self.log.open("a") as log:
-            # the first is the master, by name; each is in a process group of its own, with its agent
-            environment = self.environment | {"ADDRESS": "127.0.0.1" if self.running else "localhost"}
+            # the first has the store, though each could here; each is in a process group of its own, with its agent
+            environment = self.environment | {"RDZV_CONF": f"{RENDEZVOUS},is_host={int(not self.running)}"}
             node = psutil.Popen(self.command, env=environment, stdout=log, stderr=log, start_new_session=True)
         self.running.append(node)
         return node

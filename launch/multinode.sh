@@ -9,21 +9,29 @@
 # RDZV_ID   name of the run, whose folder is runs/$RDZV_ID: the same disk on all nodes
 # RESTARTS  how often ranks that fail are started again, and as often an agent that was killed (0)
 # ADDRESS   of this node for the others, where its host name is not known to them
-# RDZV_CONF more of torchrun's --rdzv-conf: last_call_timeout=5 waits 5 s instead of 30 for more nodes than the fewest
+# RDZV_CONF more of torchrun's --rdzv-conf: last_call_timeout=5 waits 5 s instead of 30 for more nodes than the fewest;
+#           is_host=1 on MASTER's node and is_host=0 on others, where torchrun does not see by itself which one it is
 #
 # --dry-run only prints the command. SIGTERM saves a checkpoint; the same command goes on from it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/common.sh
 command -v torchrun >/dev/null || PATH=$PWD/.venv/bin:$PATH # that of `make`
 
 nodes=${NODES:-1} restarts=${RESTARTS:-0}
-[[ $restarts =~ ^[0-9]{1,6}$ ]] || { echo "error: RESTARTS=$restarts: a number, 0 or more" >&2; exit 2; }
+[[ $restarts =~ ^[0-9]{1,6}$ ]] || fail "RESTARTS=$restarts: a number, 0 or more"
 master=${MASTER:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}
-conf=${RDZV_CONF:-}
-if [[ ${ADDRESS:-} ]]; then
-  conf+=${conf:+,}is_host=$([[ ${master%:*} == "$ADDRESS" ]] && echo 1 || echo 0)
+conf=${RDZV_CONF:-} address=${ADDRESS:-}
+address=${address#[} address=${address%]}
+read_master "$master"
+if [[ $address && $conf != *is_host=* ]]; then
+  # where they are written differently, torchrun compares addresses; it ends where this node's own name has none
+  if [[ $address == "$host" ]]; then conf+=${conf:+,}is_host=1
+  elif ! getent hosts "$(uname -n)" >/dev/null; then conf+=${conf:+,}is_host=0; fi
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# seconds that torchrun gives ranks after SIGTERM to save a checkpoint, by itself 30; where nodes come and go it stays 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 # with agents' store shared with ranks, torch 2.13 tells its place to the first nodes alone: one that joins later waits
 # for it in vain
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -32,10 +40,10 @@ dry=; if [[ ${1:-} == --dry-run ]]; then dry=1; shift; fi
 # ranks of a killed agent are killed with it (setpriv), for the next agent starts new ones
 command=(torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-1}" --max-restarts "$restarts"
   --rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id "$id" ${conf:+--rdzv-conf "$conf"}
-  ${ADDRESS:+--local-addr "$ADDRESS"}
+  ${address:+--local-addr "$address"}
   --no-python setpriv --pdeathsig KILL python
   train.py "${CONFIG:-lstm_moe_demo}" --folder "runs/$id" --resume auto "$@")
-echo "+$(printf " %q" "${command[@]}")"
+print_command "${command[@]}"
 [[ ! $dry ]] || exit 0
 
 stopping=

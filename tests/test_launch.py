@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,23 +19,51 @@ from runs import TINY
 from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses
 from moe_dist.checkpoint import manifest
 from moe_dist.cli import plan
+from moe_dist.config import KEY
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "multinode.sh", "deepspeed.sh", "slurm.sbatch")
 VARIABLES = {"NODES": "2", "GPUS": "3", "MASTER": "node0:29400", "RDZV_ID": "mine", "CONFIG": "moe_4"}
+PLAIN = {"PATH": "/usr/bin:/bin"}  # of a machine with none of the launchers
 WAIT = "for i in {1..200}; do sleep 0.1; done"
 AS_TOLD = {"optim.lr=1e-4", "optim.warmup_steps=1"}
+
+
+def ran(script: str, *args: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A launch script with VARIABLES, those that are given in their place, and no launcher on its path."""
+    environment = PLAIN | VARIABLES | ({"NODES": "1"} if script == "local.sh" else {}) | variables
+    command = ["bash", LAUNCH / script, *args]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+
+
+def printed(script: str, *args: str, **variables: str) -> str:
+    """The line of a dry run."""
+    done = ran(script, "--dry-run", *args, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    return line
+
+
+def host_address() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
+
+
+def stub(folder: Path, **programs: str) -> str:
+    """Programs of a few words of bash in `folder`; a path on which they come first."""
+    folder.mkdir(exist_ok=True)
+    for name, does in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{does}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{PLAIN['PATH']}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
     """There is no torchrun, srun or deepspeed on its path."""
-    done = subprocess.run(
-        ["bash", str(LAUNCH / script), "--dry-run", "--set", "data.text=two words"],
-        env=VARIABLES | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=20,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    (line,) = done.stdout.splitlines()
+    line = printed(script, "--set", "data.text=two words")
     assert line.startswith("+ ") and line.endswith(r"--set data.text=two\ words"), line
     launcher, *told = {
         "local.sh": ("torchrun", "--nproc-per-node 3", "--folder runs/mine", "moe_4"),
@@ -44,23 +74,111 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
     assert f" {launcher} " in line and all(each in line for each in told), line
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_printed_has_no_password_and_no_key(script: str, tmp_path: Path) -> None:
+    """What is run has them."""
+    keys = ["https://me:pa$s@host/a@b", "hf_" + "a" * 30, "sk-" + "b-" * 9, "wandb_v1_" + "c" * 20, "ghp_" + "d" * 20]
+    args = [f"data.text={key}" for key in keys]
+    line = printed(script, *args)
+    assert all(KEY.search(each) for each in args)
+    assert line.endswith(" data.text=https://***@host/a@b" + 4 * " data.text=***"), line
+    path = stub(tmp_path, **dict.fromkeys(("torchrun", "deepspeed", "srun"), r'printf "%s\n" "$@"'))
+    assert ran(script, *args, PATH=path).stdout.splitlines()[-len(args) :] == args
+    assert printed(script, "ask-" + "e" * 20, "shelf_" + "f" * 20).endswith(f" ask-{'e' * 20} shelf_{'f' * 20}")
+
+
 @pytest.mark.parametrize("script", ["multinode.sh", "deepspeed.sh"])
 @pytest.mark.parametrize("missing", ["MASTER", "RDZV_ID"])
 def test_a_missing_variable_is_named(script: str, missing: str) -> None:
-    variables = {key: value for key, value in VARIABLES.items() if key != missing} | {"PATH": "/usr/bin:/bin"}
-    done = subprocess.run([LAUNCH / script], env=variables, capture_output=True, text=True, timeout=20)
+    done = ran(script, **{missing: ""})
     assert done.returncode == 1 and f"{missing}: " in done.stderr
 
 
-@pytest.mark.parametrize("restarts", ["-1", "often", ""])
-def test_a_number_of_restarts_that_is_none(restarts: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "variable", "value", "says"),
+    [
+        *(("multinode.sh", "RESTARTS", each, "a number, 0 or more") for each in ("-1", "often")),
+        *(
+            (script, "MASTER", each, "host:port, as node0:29400 or [fd00::1]:29400")
+            for script in ("multinode.sh", "deepspeed.sh")
+            for each in ("node0", "node0:", ":29400", "node0:http", "::1", "fd00::1:29400", "[::1]")
+        ),
+        *(
+            ("local.sh", "NODES", each, "this script is for one; launch/multinode.sh is for more")
+            for each in ("2", "1:2")
+        ),
+    ],
+)
+def test_a_variable_that_is_wrong_is_one_line(script: str, variable: str, value: str, says: str) -> None:
+    done = ran(script, **{variable: value})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {variable}={value}: {says}\n")
+
+
+def test_no_number_of_restarts_is_none() -> None:
+    assert " --max-restarts 0 " in printed("multinode.sh", RESTARTS="")
+
+
+def test_an_ipv6_address_has_brackets_only_before_a_port() -> None:
+    assert " --rdzv-endpoint \\[::1\\]:29400 " in printed("multinode.sh", MASTER="[::1]:29400")
+    assert " --local-addr ::1 " in printed("multinode.sh", ADDRESS="[::1]")
+    assert " --master_addr ::1 --master_port 29500 " in printed("deepspeed.sh", MASTER="[::1]:29500")
+
+
+@pytest.mark.parametrize(
+    ("master", "address", "conf", "told"),
+    [
+        ("node0:29400", "node0", "", "is_host=1"),
+        ("[::1]:29400", "::1", "", "is_host=1"),
+        ("[::1]:29400", "[::1]", "a=1", "a=1,is_host=1"),
+        ("node0:29400", "10.0.0.1", "", None),  # of the same machine, perhaps: torchrun compares addresses
+        ("node0:29400", "10.0.0.1", "a=1", "a=1"),
+        ("node0:29400", "node0", "is_host=0", "is_host=0"),
+        ("node0:29400", "10.0.0.1", "a=1,is_host=1", "a=1,is_host=1"),
+        ("node0:29400", "", "", None),
+    ],
+)
+def test_who_has_the_store(master: str, address: str, conf: str, told: str | None, tmp_path: Path) -> None:
+    path = stub(tmp_path, getent="exit 0")
+    line = printed("multinode.sh", MASTER=master, ADDRESS=address, RDZV_CONF=conf, PATH=path)
+    assert re.findall(r"--rdzv-conf (\S+)", line.replace("\\,", ",")) == ([told] if told else []), line
+
+
+def test_a_node_whose_own_name_has_no_address_is_not_asked_for_it(tmp_path: Path) -> None:
+    """torchrun would end there."""
+    path = stub(tmp_path, getent="exit 2")
+    assert " --rdzv-conf is_host=0 " in printed("multinode.sh", ADDRESS="10.0.0.1", PATH=path)
+    assert " --rdzv-conf is_host=1 " in printed("multinode.sh", ADDRESS="node0", PATH=path)
+
+
+@pytest.mark.skipif(not host_address(), reason="this machine's name has no address")
+def test_a_master_by_name_is_the_node_of_its_address(small_text: Path, tmp_path: Path) -> None:
+    """ADDRESS is the address, MASTER the name of the same machine: the store is there."""
     done = subprocess.run(
-        [LAUNCH / "multinode.sh", "--dry-run"], env=os.environ | VARIABLES | {"RESTARTS": restarts},
-        capture_output=True, text=True, timeout=20,
+        [LAUNCH / "multinode.sh", "--folder", tmp_path / "run", "--dry-run", *set_(*small(small_text))],
+        env=os.environ | VARIABLES | {
+            "NODES": "1", "GPUS": "1", "CONFIG": "lstm_moe_demo", "MASTER": f"{socket.gethostname()}:{free_port()}",
+            "ADDRESS": host_address(), "PATH": PATH,
+        },
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (
-        (2, f"error: RESTARTS={restarts}: a number, 0 or more\n") if restarts else (0, "")
-    )
+    assert done.returncode == 0 and "1 on 1 node" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh"])
+def test_ranks_have_less_time_to_save_than_the_cluster_grants(script: str, tmp_path: Path) -> None:
+    """torchrun kills them after that time, by itself 30 s."""
+    path = stub(tmp_path, torchrun='echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
+    assert ran(script, PATH=path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7").stdout.splitlines()[1:] == ["7"]
+    seconds = int(ran(script, PATH=path).stdout.splitlines()[1])
+    slurm = re.search(r"--signal=B:USR1@(\d+)", (LAUNCH / "slurm.sbatch").read_text())
+    *_, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    graces = [
+        int(slurm.group(1)) if slurm else 0,
+        job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"],
+        *(int(node["stop_grace_period"].removesuffix("s")) for node in compose["services"].values()),
+    ]
+    assert 30 < seconds < min(graces), graces
 
 
 @pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "deepspeed.sh"])
@@ -72,7 +190,7 @@ def test_without_an_environment_of_ones_own_that_of_make_is_taken(script: str, t
         (bin / name).write_text('#!/bin/bash\necho started with "$(command -v python)"\n')
         (bin / name).chmod(0o755)
     (bin / "python").symlink_to(sys.executable)
-    environment = VARIABLES | {"PATH": "/usr/bin:/bin"}
+    environment = PLAIN | VARIABLES | {"NODES": "1"}
     done = subprocess.run([tmp_path / "launch" / script], env=environment, capture_output=True, text=True, timeout=20)
     assert done.stdout.splitlines()[1:] == [f"started with {bin}/python"], done.stderr
 
@@ -85,8 +203,11 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def test_the_pods_of_kubernetes_find_each_other() -> None:
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    claim, service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
+    runs = next(each["persistentVolumeClaim"] for each in pod["volumes"] if each["name"] == "runs")
+    assert (claim["kind"], claim["metadata"]["name"]) == ("PersistentVolumeClaim", runs["claimName"])
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"] and claim["spec"]["resources"]["requests"]["storage"]
     (container,) = pod["containers"]
     variables = {each["name"]: each.get("value") for each in container["env"]}
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(variables["NODES"])
@@ -100,7 +221,7 @@ def test_the_pods_of_kubernetes_find_each_other() -> None:
     assert list(variables).index("JOB_COMPLETION_INDEX") < list(variables).index("ADDRESS")
     assert pod["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
     assert variables["WANDB_API_KEY"] is None  # from a secret alone
-    subprocess.run([ROOT / container["command"][0], "--dry-run"], env=VARIABLES | {"PATH": "/usr/bin:/bin"}, check=True)
+    subprocess.run([ROOT / container["command"][0], "--dry-run"], env=VARIABLES | PLAIN, check=True)
 
 
 def test_the_cluster_of_docker_is_two_nodes_without_privileges_or_keys() -> None:
@@ -178,13 +299,8 @@ def test_a_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
 
 def agent_that(does: str, folder: Path, **variables: str) -> tuple[int, int, str]:
     """launch/multinode.sh with a `torchrun` of a few words in place of the real one: (status, how often, stderr)."""
-    folder.mkdir(exist_ok=True)
-    (folder / "torchrun").write_text(f'#!/bin/bash\necho >>"{folder}/starts"\n{does}\n')
-    (folder / "torchrun").chmod(0o755)
-    done = subprocess.run(
-        [LAUNCH / "multinode.sh"], env=VARIABLES | {"PATH": f"{folder}:/usr/bin:/bin", "RESTARTS": "2"} | variables,
-        capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
+    path = stub(folder, torchrun=f'echo >>"{folder}/starts"\n{does}')
+    done = ran("multinode.sh", **{"PATH": path, "RESTARTS": "2"} | variables)
     return done.returncode, len((folder / "starts").read_text().splitlines()), done.stderr
 
 
@@ -199,31 +315,39 @@ def test_only_an_agent_that_died_is_started_again(tmp_path: Path) -> None:
     assert agent_that('trap "exit 1" TERM; kill -TERM $PPID; ' + WAIT, tmp_path / "stopped") == (1, 1, "")
 
 
-@pytest.mark.parametrize(
-    ("status", "then"), [(143, ["scontrol requeue 77"]), (1, ["scontrol requeue 77"]), (0, []), (2, [])]
-)
+@pytest.mark.parametrize(("status", "then"), [(143, ["scontrol requeue 77"]), (1, ["scontrol requeue 77"]), (0, [])])
 def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(status: int, then: list[str], tmp_path: Path) -> None:
-    """But for one that has just ended, or cannot begin."""
-    stubs = {
-        "srun": f'trap "echo saved; exit {status}" TERM\necho "srun $*"\nkill -USR1 $PPID\n' + WAIT,
-        "scontrol": 'if [ "$1" = show ]; then printf "a1\\na2\\n"; else echo "scontrol $*"; fi',
-    }
-    for name, does in stubs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
-        (tmp_path / name).chmod(0o755)
+    """But for one that has just ended. As the real one, this srun kills its step where it gets a SIGTERM itself;
+    scancel hands one to the step."""
+    step = f'trap "echo saved; exit {status}" TERM; echo $$ >{tmp_path}/pid; {WAIT}'
+    path = stub(
+        tmp_path,
+        srun=f"""echo "srun $*"; bash -c '{step}' & step=$!
+            trap "kill -9 $step; exit 137" TERM
+            until [ -s {tmp_path}/pid ]; do sleep 0.05; done
+            kill -USR1 $PPID; wait $step""",
+        scancel=f'echo "scancel $*"; kill -TERM $(cat {tmp_path}/pid)',
+        scontrol='if [ "$1" = show ]; then printf "a1\\na2\\n"; else echo "scontrol $*"; fi',
+    )
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "a[1-2]"}
     done = subprocess.run(
-        ["bash", LAUNCH / "slurm.sbatch", "--set", "seed=1"], env=job | {"PATH": f"{tmp_path}:/usr/bin:/bin"},
-        capture_output=True, text=True, timeout=20,
+        ["bash", LAUNCH / "slurm.sbatch", "--set", "seed=1"], cwd=ROOT, env=job | {"PATH": path}, capture_output=True,
+        text=True, timeout=30,
     )  # fmt: skip
     command, *rest = done.stdout.splitlines()
     assert "NODES=2 GPUS=4 MASTER=a1:29400 RDZV_ID=slurm-77" in command, done.stderr
     assert rest == [
         "srun --nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 launch/multinode.sh --set seed=1",
+        "scancel --signal=TERM 77",
         "saved",
         *then,
     ]
     assert done.returncode == (0 if then else status)
+
+
+def test_a_range_of_nodes_is_written_as_slurm_has_it() -> None:
+    line = printed("slurm.sbatch", NODES="1:2")
+    assert " NODES=1:2 " in line and " srun --nodes 1-2 " in line, line
 
 
 def test_a_container_is_healthy_while_all_its_ranks_run(tmp_path: Path) -> None:
