@@ -102,7 +102,8 @@ class Run:
         self.checkpoint, self.refused = manifest.newest_whole(earlier, mesh.files)
         for reason in self.refused.values():
             _say(f"warning: {reason}. Refused; using {self.checkpoint.name}", sys.stderr)
-        done = f"{earlier}: has all of its {self.config.steps} steps; --set steps=N goes on to more"
+        done, steps = f"{earlier}: has all of its {self.first_step} steps", self.config.steps
+        done += f", and steps={steps} are fewer" if steps < self.first_step else "; --set steps=N goes on to more"
         if self.auto:
             _say(f"note: {done}" if self.finished else f"goes on from {self.checkpoint}")
         elif self.finished and not self.evaluate:
@@ -134,6 +135,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
             _lock(self.lock, folder, self.patience)
+            if self.finished:  # nothing is trained, so what was stays told
+                return folder
             for file, text in (("config.json", to_json(self.config)), ("layout.json", json.dumps(self.told, indent=2))):
                 (folder / f"{file}.new").write_text(text)
                 (folder / f"{file}.new").rename(folder / file)
@@ -178,7 +181,9 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if started on N ranks")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_field_meant(unknown)}")
     if args.list:
         for name, make in sorted(configs.CONFIGS.items()):
             _say(f"{name:<26}{(make.__doc__ or '').splitlines()[0]}")
@@ -205,13 +210,21 @@ def plan(argv: list[str], doc: str | None) -> Run:
     if args.dry_run:
         sys.exit(0)
     with plain_errors():
-        if run.config.init and not run.earlier:
-            manifest.checkpoints(Path(run.config.init))
+        if run.config.init and not run.earlier and not manifest.found(Path(run.config.init)):
+            raise ValueError(f"init={run.config.init}: no checkpoint to begin with; give a run folder that has one")
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
         if _is_main() and not run.evaluate:
             run.check_folder()
     run.told, run.profile = told, args.profile
     return run
+
+
+def _field_meant(unknown: list[str]) -> str:
+    """A hint where the first of the arguments names a field of a config, with its value or before it."""
+    key, equals, value = unknown[0].lstrip("-").partition("=")
+    if key not in dotted_keys(Config(name="")):
+        return ""
+    return f"; did you mean --set {key}={value if equals else (unknown[1:] or ['...'])[0]}?"
 
 
 def _is_main() -> bool:

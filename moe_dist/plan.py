@@ -23,7 +23,7 @@ import torch
 from moe_dist import configs
 from moe_dist.cli import plain_errors
 from moe_dist.clock import PARTS
-from moe_dist.config import Config, check, mixture, nearest, override
+from moe_dist.config import Config, check, mixture, override
 from moe_dist.engine import read_ds_config
 from moe_dist.machine import GPUS, Link, Machine, Own, gpu_machine, memory, of_gpu, seconds
 from moe_dist.parallel.mesh import Layout, lay_out, memory_per_rank
@@ -112,7 +112,7 @@ def table(planned: list[Planned], machine: Machine) -> str:
     """For a terminal: a line a layout, the best marked; of it, bytes by what is sent."""
     best, kinds = planned[0], list(planned[0].memory)
     heads = ["", "ep", "ZeRO", *(_short(kind) for kind in kinds), "memory", "inside", "between", *PARTS, "step", ""]
-    size, name = _unit(max(each.bytes for each in planned))
+    size, name = _unit(min(1e9, max(each.bytes for each in planned)))
     sent, sent_name = _unit(max(sum(each.inside.values()) + sum(each.between.values()) for each in planned))
     rows = [heads]
     for each in planned:
@@ -199,7 +199,7 @@ def main(argv: list[str]) -> int:
         if bool(args.gpu) == args.measure:
             raise ValueError(f"give one of --gpu ({', '.join(GPUS)}) and --measure")
         if args.gpu and args.gpu not in GPUS:
-            raise ValueError(f"--gpu {args.gpu}: {nearest(args.gpu, GPUS)}")
+            raise ValueError(f"--gpu {args.gpu}: one of {', '.join(GPUS)}")
         if args.measure and args.nodes > 1 and args.nic is None:
             raise ValueError(f"--nodes {args.nodes} --measure: links between nodes cannot be measured here; give --nic")
         if args.json and not args.json.absolute().parent.is_dir():
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> int:
         told = {"machine": dataclasses.asdict(machine), "layouts": [dataclasses.asdict(each) for each in planned]}
         with plain_errors(OSError):
             args.json.write_text(json.dumps(told, indent=1) + "\n")
-    print(table(planned, machine))
+    print(table(planned, machine), flush=True)
     if not planned[0].fits:
         least = min(each.bytes for each in planned)
         print(f"error: no layout fits: {_bytes(least)} at least of {_bytes(machine.memory)} a rank", file=sys.stderr)

@@ -107,6 +107,22 @@ def test_half_an_environment_of_ranks_is_one_line(
     check_plan(["lstm_moe_demo"], says, capsys)
 
 
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (["steps=20"], "; did you mean --set steps=20?"),
+        (["--optim.lr", "1e-3"], "; did you mean --set optim.lr=1e-3?"),
+        (["--steps"], "; did you mean --set steps=...?"),
+        (["--speed"], ""),
+    ],
+)
+def test_a_field_without_set_gets_a_hint(args: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.plan(["lstm_moe_demo", *args], None)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {' '.join(args)}{hint}\n")
+
+
 def test_a_wrong_field_is_named_without_its_value() -> None:
     with pytest.raises(ValueError, match=r"^--set: no field 'mesh\.eq'; did you mean 'mesh\.ep'\?$"):
         override(configs.get("lstm_moe_demo"), ["mesh.eq=2"])

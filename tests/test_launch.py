@@ -401,7 +401,7 @@ def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
 
 
 def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -> None:
-    """The same command three times, stopped in the middle of the first."""
+    """The same command three times, stopped in the middle of the first, and with fewer steps in the last."""
     folder = tmp_path / "run"
     command = ["lstm_moe_demo", "--folder", str(folder), "--resume", "auto", *set_(*small(small_text, "steps=300"))]
     process = start(*command)
@@ -411,10 +411,14 @@ def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -
     process.terminate()
     assert end(process)[0] == 143
     (saved,) = manifest.found(folder)
-    told = [subprocess.run([sys.executable, ROOT / "train.py", *command], capture_output=True, text=True) for _ in "12"]
+    told = [
+        subprocess.run([sys.executable, ROOT / "train.py", *command, *more], capture_output=True, text=True)
+        for more in ([], set_("steps=200"))
+    ]
     assert [each.returncode for each in told] == [0, 0], told
     assert f"goes on from {saved}" in told[0].stdout
-    assert f"note: {folder}: has all of its 300 steps" in told[1].stdout and "test perplexity" in told[1].stdout
+    assert f"note: {folder}: has all of its 300 steps, and steps=200 are fewer" in told[1].stdout
+    assert "test perplexity" in told[1].stdout and json.loads((folder / "config.json").read_text())["steps"] == 300
     assert losses(folder).keys() == set(range(1, 301))
 
 

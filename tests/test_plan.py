@@ -411,7 +411,7 @@ def test_what_does_not_fit_is_refused_with_the_number(capsys: pytest.CaptureFixt
         ("lstm_moe_dem --gpu h100", "lstm_moe_demo"),
         ("lstm_moe_demo", "give one of --gpu (a100, h100, h200, b200) and --measure"),
         ("lstm_moe_demo --gpu h100 --measure", "give one of --gpu"),
-        ("lstm_moe_demo --gpu h10", "did you mean 'h100'?"),
+        ("lstm_moe_demo --gpu h10", "--gpu h10: one of a100, h100, h200, b200"),
         ("lstm_moe_demo --gpu h100 --nodes 0", "--nodes 0: from 1"),
         ("lstm_moe_demo --gpu h100 --gpus-per-node -2", "--gpus-per-node -2: from 1"),
         (
