@@ -306,8 +306,9 @@ def test_parts_are_put_together_by_layout(as_if_measured: dict[int, Config]) -> 
 
 
 def test_a_share_that_does_not_fit_is_not_measured(as_if_measured: dict[int, Config]) -> None:
-    """Its times are those of the nearest degree. A world of one of 64 experts takes 72 MB, of 32 about 55."""
-    _, owns = rehearsal.rehearse(list(legal(demo(), 1, 2)), 2, 60_000_000, FREE)
+    """Its times are those of the nearest degree. A world of one of 64 experts takes 71 MB, of 32 about 54, and either
+    keeps 46 for backward."""
+    _, owns = rehearsal.rehearse(list(legal(demo(), 1, 2)), 2, 108_000_000, FREE)
     assert as_if_measured.keys() == {2} and owns[1, 0].seconds["experts"] == 4.0
     with pytest.raises(ValueError, match="alone; use --gpu"):
         rehearsal.rehearse(list(legal(demo(), 1, 2)), 2, 10**7, FREE)
