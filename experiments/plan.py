@@ -1,6 +1,7 @@
 """What `moe_dist.plan --measure` predicts beside what is then measured: seconds of a step, peak memory of a rank.
 
-    .venv/bin/python experiments/plan.py --rounds 3      adds to what is kept; 2 minutes a round and config on two cores
+    .venv/bin/python experiments/plan.py --rounds 3      adds to what is kept; 3 minutes a round and config on two cores
+    .venv/bin/python experiments/plan.py --rounds 3 --blind     layouts alone that the plan was not made with
 
 A round of a config is its plan by measurements, and then a short training on each of the layouts below in processes of
 their own, in an order drawn anew, with the same steps. Prediction and measurement are each the median of all rounds.
@@ -24,7 +25,8 @@ from moe_dist.rehearsal import trained
 
 FOLDER = Path(__file__).parent / "results" / "plan"
 RANKS = 2
-CONFIGS: dict[str, tuple[str, list[str], list[tuple[int, int]]]] = {  # config, overrides, layouts: ep, ZeRO stage
+Set = dict[str, tuple[str, list[str], list[tuple[int, int]]]]  # config, overrides, layouts: ep, ZeRO stage
+LOOKED_AT: Set = {  # while the plan's form was chosen
     "lstm_moe_demo": ("lstm_moe_demo", [], [(2, 0), (1, 1), (2, 3)]),
     "lstm_moe_demo, 256 experts, 128 lanes": (
         "lstm_moe_demo", ["model.moe.num_experts=256", "batch.samples=128"], [(1, 0), (2, 1), (1, 3)],
@@ -32,6 +34,21 @@ CONFIGS: dict[str, tuple[str, list[str], list[tuple[int, int]]]] = {  # config, 
     "widenet_demo, 128 images": ("widenet_demo", ["batch.samples=128"], [(1, 0), (2, 1), (2, 2)]),
     "widenet_text_demo": ("widenet_text_demo", [], [(2, 0), (1, 2), (1, 3)]),
 }  # fmt: skip
+BLIND: Set = {  # written down before any of them was planned or measured
+    "lstm_moe_demo, 2 of 8 groups, 2 of 8 experts": (
+        "lstm_moe_demo", ["model.moe.num_groups=8", "model.moe.k=2"], [(2, 1), (1, 2), (2, 3)],
+    ),
+    "lstm_moe_demo, width 256, 32 experts of 512": (
+        "lstm_moe_demo", ["model.dim=256", "model.moe.num_experts=32", "model.moe.hidden=512"],
+        [(2, 0), (1, 1), (2, 2)],
+    ),
+    "widenet_demo, 8 experts, 64 images, depth 4": (
+        "widenet_demo", ["model.encoder.moe.num_experts=8", "batch.samples=64", "model.encoder.depth=4"],
+        [(2, 0), (1, 1), (2, 3)],
+    ),
+    "widenet_pretraining_demo": ("widenet_pretraining_demo", [], [(1, 0), (2, 2), (1, 3)]),
+}  # fmt: skip
+CONFIGS = LOOKED_AT | BLIND
 
 
 def one(name: str) -> dict[str, Any]:
@@ -73,12 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=CONFIGS, action="append", help="these configs alone")
+    parser.add_argument("--blind", action="store_true", help="those alone that the plan was not made with")
     args = parser.parse_args()
     file = FOLDER / "results.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     FOLDER.mkdir(parents=True, exist_ok=True)
     for _ in range(args.rounds):
-        for name in args.only or CONFIGS:
+        for name in args.only or (BLIND if args.blind else CONFIGS):
             kept.setdefault(name, []).append(one(name))
             file.write_text(json.dumps(kept, indent=1) + "\n")
             (FOLDER / "table.md").write_text(table(kept) + "\n")
