@@ -87,7 +87,7 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
     meshes.join()
     mesh = meshes.arrange(dist.get_world_size())
     kinds = [kind for kind in args.kinds or [BASE, "once", "node"] if kind != "node" or mesh.inside or args.kinds]
-    exchanges = {kind: exchange_on(mesh, configured(kind)) for kind in kinds if kind != "experts"}
+    exchanges = {kind: exchange_on(mesh, configured(kind), args.experts, args.k) for kind in kinds if kind != "experts"}
     exchanges["experts"] = Compute(mesh.ep.size)
     routing, dtype = routed(args, mesh.dp.index), getattr(torch, args.dtype)
     ctx: Any = argparse.Namespace(site=0)  # of a context only the site matters here

@@ -99,7 +99,7 @@ def gradients(*weights: nn.Parameter, transposed: bool = False) -> ByExpert:
 
 
 def ours(work: Work, mesh: Mesh, triton: bool = False, kind: type[Experts] = Experts) -> Layer:
-    exchange, _ = _of_mesh(mesh)
+    exchange, _ = _of_mesh(work, mesh)
     experts, ctx = _experts(work, kind), _context(work, mesh)
     experts.triton = triton
     keep_TK = torch.ones_like(work.expert_TK, dtype=torch.bool)
@@ -121,7 +121,7 @@ def ours_triton(work: Work, mesh: Mesh) -> Layer:
 def ours_gate(work: Work, mesh: Mesh) -> Layer:
     """Our layer whole, with a noisy gate that chooses, and both its losses."""
     moe, ctx = MoE(_gate(work), _experts(work)), _context(work, mesh)
-    moe.exchange, moe.sums = _of_mesh(mesh)
+    moe.exchange, moe.sums = _of_mesh(work, mesh)
 
     def forward(x_TD: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y_TD, stats = moe(x_TD, ctx)
@@ -138,7 +138,7 @@ def dense(work: Work, mesh: Mesh) -> Layer:
 
 def dense_gate(work: Work, mesh: Mesh) -> Layer:
     """The dense limit, and beside it the gate alone."""
-    gate, ctx, sums = _gate(work), _context(work, mesh), _of_mesh(mesh)[1]
+    gate, ctx, sums = _gate(work), _context(work, mesh), _of_mesh(work, mesh)[1]
     weights = [nn.Parameter(w[0]) for w in (work.w1_eDF, work.w2_eFD)]
     x_TD = work.x_TD.detach().requires_grad_()  # gradients add up in it, as they do where the gate is part of a layer
 
@@ -229,9 +229,9 @@ def naive(work: Work, mesh: Mesh) -> Layer:
     return Layer(torch.__version__, work, forward, [*w1, *w2], by_expert)
 
 
-def _of_mesh(mesh: Mesh) -> tuple[Any, Any]:
+def _of_mesh(work: Work, mesh: Mesh) -> tuple[Any, Any]:
     """Exchange and sums, as `parallelize` chooses them."""
-    return exchange_on(mesh, MeshConfig()), Sums(mesh)
+    return exchange_on(mesh, MeshConfig(), work.num_experts, work.expert_TK.shape[1]), Sums(mesh)
 
 
 def _gate(work: Work) -> NoisyTopK:

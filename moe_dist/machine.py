@@ -4,7 +4,6 @@ A rank's own work (`Own`) is what it would do in a world of one: of a GPU that i
 public peaks (`of_gpu`), of this machine from short runs (`rehearsal`). What ranks say to each other is a latency a call
 and a bandwidth, inside a node and between nodes. Rows are even over experts.
 
-Legend: E experts (or groups), K chosen by a token, B blocks of experts (of ranks or of nodes).
 """
 
 import math
@@ -15,6 +14,7 @@ from torch import nn
 
 from moe_dist.clock import PARTS
 from moe_dist.config import Config, LSTMConfig, MoEConfig, mixture
+from moe_dist.dispatch.once import best_kind, visited
 from moe_dist.parallel.mesh import Layout
 from moe_dist.summary import FLOAT, activations, counts, distinct, held, kinds, rows_per_sample, width_of
 
@@ -156,16 +156,7 @@ def exchange_of(config: Config, per_node: int) -> str:
     ep, kind = config.mesh.ep, config.mesh.exchange
     if ep == 1:
         return "local"
-    if kind in ("auto", "node") and 1 < per_node < ep and ep % per_node == 0:
-        return "node"
-    return "once" if kind == "once" else "ragged"
-
-
-def visited(num_experts: int, k: int, blocks: int) -> float:
-    """Of B blocks of experts, how many have one of the k distinct experts that a token chooses, on average:
-    B (1 - C(E - E/B, k) / C(E, k))."""
-    elsewhere = num_experts - num_experts // blocks
-    return blocks * (1 - math.prod((elsewhere - i) / (num_experts - i) for i in range(k)))
+    return best_kind(*chosen(config)[:2], ep, per_node) if kind == "auto" else kind
 
 
 @dataclass(frozen=True)

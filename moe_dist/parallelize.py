@@ -20,7 +20,7 @@ from moe_dist.clock import Clock
 from moe_dist.config import MeshConfig
 from moe_dist.context import Context
 from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
-from moe_dist.dispatch.once import once, once_per_node
+from moe_dist.dispatch.once import best_kind, once, once_per_node
 from moe_dist.hierarchical import GroupProjection, Groups
 from moe_dist.layer import MoE
 from moe_dist.parallel.collectives import Sums
@@ -68,7 +68,7 @@ def parallelize(
                 module.to(torch.promote_types(dtype, torch.float32))
             kind = gates if isinstance(module, GroupProjection) else experts
             kind |= {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
-        layer.exchange = exchange_on(mesh, config)  # 3
+        layer.exchange = exchange_on(mesh, config, layer.gate.num_experts, layer.gate.k)  # 3
         layer.sums = Sums(mesh)
         time_layer(layer, name, mesh.clock)  # 4
         layer.exchange = _named(layer.exchange, name, mesh.record)
@@ -105,17 +105,20 @@ def _named(exchange: Any, name: str, record: Record) -> Any:
     return named
 
 
-def exchange_on(mesh: Mesh, config: MeshConfig) -> Any:
-    """The exchange that is configured. Raises ValueError for "node" without several nodes."""
+def exchange_on(mesh: Mesh, config: MeshConfig, num_experts: int, k: int) -> Any:
+    """The exchange that is configured; "auto" asks how many of how many experts (or groups) a token chooses. Raises
+    ValueError for "node" without several nodes."""
     kind, wire = config.exchange, torch.bfloat16 if config.wire == "bf16" else None
     if mesh.ep.size == 1:
         return LocalExchange()
-    if kind == "node" and mesh.inside is None:
-        raise ValueError(
-            f"mesh.exchange='node': {mesh.ep.size} expert-parallel ranks do not span several nodes of "
-            f"{mesh.ranks_per_node} ranks evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
-        )
     pieces = config.pieces if config.pieces is not None else 4 if mesh.ep.node_P else 0
-    if mesh.inside and kind in ("auto", "node"):
+    if kind == "auto":
+        kind = best_kind(num_experts, k, mesh.ep.size, mesh.ranks_per_node)
+    if kind == "node":
+        if mesh.inside is None:
+            raise ValueError(
+                f"mesh.exchange='node': {mesh.ep.size} expert-parallel ranks do not span several nodes of "
+                f"{mesh.ranks_per_node} ranks evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
+            )
         return once_per_node(mesh.ep, mesh.inside, wire, pieces > 0)
     return once(mesh.ep, wire, pieces > 0) if kind == "once" else RaggedExchange(mesh.ep, pieces, wire)

@@ -12,6 +12,7 @@ import torch
 
 from moe_dist.config import MeshConfig, override
 from moe_dist.context import Context
+from moe_dist.dispatch.once import best_kind
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.parallelize import exchange_on
@@ -48,7 +49,7 @@ def context() -> Context:
 def sent(x_TD: torch.Tensor, routing: Routing, num_experts: int, mesh: meshes.Mesh, kind: str) -> dict[str, Any]:
     before = mesh.sent
     first = mesh.my_experts(num_experts).start
-    y_TD, _ = exchange_on(mesh, MeshConfig(exchange=kind))(x_TD, routing, Scale(first), context())
+    y_TD, _ = exchange_on(mesh, MeshConfig(exchange=kind), num_experts, 3)(x_TD, routing, Scale(first), context())
     now = mesh.sent
     return {"y": y_TD} | {direction: n - before[7, direction] for (_, direction), n in now.items()}
 
@@ -119,27 +120,45 @@ def test_half_the_bytes_cross_between_nodes() -> None:
     assert far_once <= 0.5 * far and total_once <= 0.75 * total
 
 
-def one_node(kind: str, ep: int) -> str:
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
+def chosen(kind: str, ep: int, per_node: int, k: int) -> str:
+    os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
     meshes.join()
     mesh = meshes.arrange(ep)
     try:
-        return type(exchange_on(mesh, MeshConfig(exchange=kind))).__name__
+        exchange = exchange_on(mesh, MeshConfig(exchange=kind), 64, k)
+        return f"{type(exchange).__name__} {getattr(exchange, 'pieces', '')}{getattr(exchange, 'puts_off', '')}"
     finally:
         meshes.stop()
 
 
 @pytest.mark.parametrize(
-    ("kind", "ep", "name"),
-    [("auto", 2, "RaggedExchange"), ("once", 2, "Hop"), ("node", 1, "LocalExchange")],
+    ("kind", "ep", "per_node", "k", "name"),
+    [
+        ("auto", 2, 2, 4, "RaggedExchange 0"),
+        ("once", 2, 2, 4, "Hop False"),
+        ("node", 1, 2, 4, "LocalExchange "),
+        ("auto", 2, 1, 4, "Hop True"),
+        ("auto", 2, 1, 2, "RaggedExchange 4"),
+    ],
 )
-def test_what_there_is_in_a_node(kind: str, ep: int, name: str) -> None:
-    assert run_distributed(one_node, 2, kind, ep) == [name] * 2
+def test_what_there_is_in_a_node_and_between(kind: str, ep: int, per_node: int, k: int, name: str) -> None:
+    assert run_distributed(chosen, 2, kind, ep, per_node, k) == [name] * 2
 
 
 def test_no_nodes_to_cross() -> None:
     with pytest.raises(ValueError, match="do not span several nodes of 2 ranks evenly"):
-        run_distributed(one_node, 2, "node", 2)
+        run_distributed(chosen, 2, "node", 2, 2, 4)
+
+
+def test_the_best_kind_by_hand() -> None:
+    # of 8 experts on two nodes of one rank a rank has none of k with C(4, k) / C(8, k): of 4 with 1/70, so that a token
+    # visits 2 (1 - 1/70) = 1.97 of them, less than half of 4; of 3 with 4/56, 1.86 ranks of 3
+    assert [best_kind(8, k, 2, 1) for k in (4, 3)] == ["once", "ragged"]
+    # four such nodes, two experts each: of 5 a rank has none with C(6, 5) / C(8, 5) = 6/56, so 3.57 ranks; of 8, four
+    assert [best_kind(8, k, 4, 1) for k in (5, 8)] == ["ragged", "once"]
+    # in a node; over two nodes evenly; where pairs of ranks do not fit in nodes of three
+    assert [best_kind(8, 4, 2, per_node) for per_node in (2, 4, 3)] == ["ragged", "ragged", "once"]
+    assert [best_kind(8, k, 4, 2) for k in (1, 4)] == ["node", "node"]
 
 
 def test_an_unknown_exchange_is_refused() -> None:

@@ -66,7 +66,7 @@ def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
     routing = route(expert_TK, torch.ones(T, 2), expert_TK >= 0, E)
     token_T = torch.arange(T)
     ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4 * T, 4 * T, 1)
-    y_TD, _ = exchange_on(mesh, MeshConfig(exchange=kind, pieces=pieces))(x_TD, routing, experts, ctx)
+    y_TD, _ = exchange_on(mesh, MeshConfig(exchange=kind, pieces=pieces), E, 2)(x_TD, routing, experts, ctx)
     told.append("backward")
     y_TD.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in [x_TD, *experts.parameters()])
@@ -153,7 +153,7 @@ def narrow() -> dict[str, tuple[float, float]]:
         results, sent = [], []
         for wire in ("same", "bf16"):
             before, x_TD = mesh.sent, x.clone().requires_grad_()
-            exchange = exchange_on(mesh, MeshConfig(exchange=kind, wire=wire))
+            exchange = exchange_on(mesh, MeshConfig(exchange=kind, wire=wire), E, 2)
             y_TD, _ = exchange(x_TD, route(expert_TK, torch.ones(T, 2), expert_TK >= 0, E), experts, ctx)
             y_TD.square().sum().backward()
             assert x_TD.grad is not None and y_TD.dtype == x_TD.grad.dtype == torch.float32

@@ -15,9 +15,10 @@ from test_summary import held_by
 from moe_dist import rehearsal
 from moe_dist.config import Config, override
 from moe_dist.configs import get
+from moe_dist.dispatch.once import visited
 from moe_dist.engine import read_ds_config
 from moe_dist.layer import MoE
-from moe_dist.machine import GPUS, Link, Machine, Own, exchanged, gpu_machine, memory, of_gpu, seconds, visited
+from moe_dist.machine import GPUS, Link, Machine, Own, exchanged, gpu_machine, memory, of_gpu, seconds
 from moe_dist.meter import Meter
 from moe_dist.parallel import echo
 from moe_dist.parallel import mesh as meshes
@@ -53,10 +54,13 @@ def test_bytes_of_an_exchange_by_hand() -> None:
     # 2,048 rows of 128 float32 there, and their gradients back, with a weight of 4 bytes and its gradient
     assert sent(demo("mesh.ep=2"), 2, 2, "dispatch") == (2048 * (2 * 512 + 8), 0)
     assert sent(demo("mesh.ep=2"), 2, 2, "combine") == (2048 * 2 * 512, 0)
-    # a rank to a node
-    assert sent(demo("mesh.ep=2"), 2, 1, "combine") == (0, 2048 * 2 * 512)
+    # a rank to a node, at 2 experts a word; with 4 a word goes once to a rank that has one: to the other with
+    # 1 - C(32, 4) / C(64, 4) = 1 - 32 x 31 x 30 x 29 / (64 x 63 x 62 x 61)
+    assert sent(demo("mesh.ep=2", "model.moe.k=2"), 2, 1, "combine") == (0, 1024 * 2 * 512)
+    away = 1 - 32 * 31 * 30 * 29 / (64 * 63 * 62 * 61)
+    assert sent(demo("mesh.ep=2"), 2, 1, "combine") == (0, pytest.approx(1024 * away * 2 * 512))
     # two nodes of three: words of 96 lanes, 512 a rank; of pairs of ranks the middle one is in two nodes
-    sets = ["mesh.ep=2", "batch.samples=96", "batch.samples_per_balance_group=96"]
+    sets = ["mesh.ep=2", "batch.samples=96", "batch.samples_per_balance_group=96", "mesh.exchange=ragged"]
     assert sent(demo(*sets), 6, 3, "combine") == (0, 1024 * 2 * 512)
     # two nodes of two ranks: 512 words; of their 2,048 rows a quarter stays, one goes to the node's other rank
     assert sent(demo("mesh.ep=4", "mesh.exchange=ragged"), 4, 2, "combine") == (512 * 1024, 1024 * 1024)
