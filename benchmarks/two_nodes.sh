@@ -8,6 +8,7 @@ set -euo pipefail
 (($# >= 3)) || { sed -n 2,6p "$0"; exit 2; }
 cd "$(dirname "$0")/.."
 export RATE=${1/none/} PER_NODE=$2 TORCHRUN=${TORCHRUN:-.venv/bin/torchrun} OMP_NUM_THREADS=1
+export TWO_NODES="benchmarks/two_nodes.sh $1 $2 "  # before the script's own command, in what it tells (machine.py)
 shift 2
 # shellcheck disable=SC2016  # of each node, not of this shell
 exec launch/namespaces.sh bash -c '"$TORCHRUN" --nnodes 2 --node-rank "$NODE" --nproc-per-node "$PER_NODE" \

@@ -89,8 +89,9 @@ def table(kept: dict[str, list[Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=CONFIGS, action="append", help="these configs alone")
-    parser.add_argument("--blind", action="store_true", help="those alone that the plan was not made with")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", choices=CONFIGS, action="append", help="these configs alone")
+    which.add_argument("--blind", action="store_true", help="those alone that the plan was not made with")
     args = parser.parse_args()
     file = FOLDER / "results.json"
     kept = json.loads(file.read_text()) if file.exists() else {}

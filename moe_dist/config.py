@@ -25,8 +25,8 @@ class MeshConfig:
     # they divide the experts
     ep: int = 1
     # how rows travel to experts: "ragged" once for each of them, "once" to each rank, "node" to each node and from
-    # there to its ranks; "auto" is "node" where `ep` spans several nodes of several ranks evenly, "once" where between
-    # other nodes that halves the rows at least, as of four experts on two nodes; else "ragged"
+    # there to its ranks; "auto", whatever `pieces` is, is "node" where `ep` spans several nodes of several ranks
+    # evenly, else "once" where that halves the rows at least, as with 4 experts of a token on 2 ranks, else "ragged"
     exchange: str = "auto"
     # pieces that rows travel in, one while the experts run on another, while gradients of weights wait for those of the
     # rows to leave; rows that are sent once, or to groups of experts, go in one. 0: nothing is done meanwhile; None: 4

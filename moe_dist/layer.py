@@ -42,7 +42,7 @@ class MoE(nn.Module):
     Made whole: `parallelize` slices the experts and sets `exchange` and `sums` from the mesh.
     """
 
-    gate: Any  # gate(x_TD, ctx) -> Routing, GateStats; and gate.balance_loss
+    gate: Any  # gate(x_TD, ctx) -> Routing, GateStats; and gate.balance_loss, gate.num_experts, gate.k
     experts: Any  # see dispatch.exchange.ExpertModule
 
     def __init__(self, gate: nn.Module, experts: nn.Module) -> None:

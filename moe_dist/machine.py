@@ -3,7 +3,6 @@
 A rank's own work (`Own`) is what it would do in a world of one: of a GPU that is not at hand it follows from counts and
 public peaks (`of_gpu`), of this machine from short runs (`rehearsal`). What ranks say to each other is a latency a call
 and a bandwidth, inside a node and between nodes. Rows are even over experts.
-
 """
 
 import math
@@ -14,8 +13,8 @@ from torch import nn
 
 from moe_dist.clock import PARTS
 from moe_dist.config import Config, LSTMConfig, MoEConfig, mixture
-from moe_dist.dispatch.once import best_kind, visited
 from moe_dist.parallel.mesh import Layout
+from moe_dist.parallelize import best_kind, visited
 from moe_dist.summary import FLOAT, activations, counts, distinct, held, kinds, rows_per_sample, width_of
 
 INDEX = 8  # bytes of an int64
@@ -275,15 +274,19 @@ def seconds(
     plain: Any, config: Config, layout: Layout, per_node: int, ds: dict[str, Any], own: Own, machine: Machine
 ) -> tuple[dict[str, float], list[Traffic]]:
     """(Seconds of a step by part, what is sent). Of rows that travel in C pieces while experts run, all but a C-th part
-    of the shorter of the two is hidden."""
+    of the shorter of the two is hidden; of rows in one piece the last of their four ways, behind gradients of weights,
+    which are a third of the experts' work."""
     sent = traffic(plain, config, layout, per_node, ds)
     told = {part: own.seconds.get(part, 0.0) for part in PARTS}
     for each in sent:
         told[each.part] += each.seconds(machine, math.ceil(layout.world / per_node))
-    if exchange_of(config, per_node) == "ragged":
-        pieces = config.mesh.pieces if config.mesh.pieces is not None else 4 if config.mesh.ep > per_node else 0
-        hidden = min(told["exchange"], told["experts"]) * (1 - 1 / max(1, pieces))
-        told["exchange"] -= hidden
+    kind, pieces = exchange_of(config, per_node), config.mesh.pieces
+    if pieces is None:
+        pieces = 0 if per_node % config.mesh.ep == 0 else 4  # as where nodes cut through a group, for whom others wait
+    if kind != "local" and pieces:
+        rows, experts = told["exchange"], told["experts"]
+        parts = pieces if kind == "ragged" and not chosen(config)[2] else 1  # rows to groups go in one
+        told["exchange"] -= max(min(rows / 4, experts / 3), min(rows, experts) * (1 - 1 / parts))
     return told, sent
 
 

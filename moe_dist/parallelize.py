@@ -10,6 +10,7 @@
 Legend: a stacked expert parameter holds this rank's experts along its first dimension.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from moe_dist.clock import Clock
 from moe_dist.config import MeshConfig
 from moe_dist.context import Context
 from moe_dist.dispatch.exchange import LocalExchange, RaggedExchange
-from moe_dist.dispatch.once import best_kind, once, once_per_node
+from moe_dist.dispatch.once import once, once_per_node
 from moe_dist.hierarchical import GroupProjection, Groups
 from moe_dist.layer import MoE
 from moe_dist.parallel.collectives import Sums
@@ -122,3 +123,19 @@ def exchange_on(mesh: Mesh, config: MeshConfig, num_experts: int, k: int) -> Any
             )
         return once_per_node(mesh.ep, mesh.inside, wire, pieces > 0)
     return once(mesh.ep, wire, pieces > 0) if kind == "once" else RaggedExchange(mesh.ep, pieces, wire)
+
+
+def visited(num_experts: int, k: int, blocks: int) -> float:
+    """Of B blocks of experts, how many have one of the k distinct experts that a token chooses, on average, experts
+    being as popular as each other: B (1 - C(E - E/B, k) / C(E, k))."""
+    elsewhere = num_experts - num_experts // blocks
+    return blocks * (1 - math.prod((elsewhere - i) / (num_experts - i) for i in range(k)))
+
+
+def best_kind(num_experts: int, k: int, ranks: int, per_node: int) -> str:
+    """ "ragged", "once" or "node", by what was measured (docs/log.md, "which exchange"): to each node once where the
+    ranks span several nodes of several ranks evenly; else to each rank once, where that halves the rows at least; else
+    plainly, for between nodes such rows may travel in pieces while experts run, and in a node they are as fast."""
+    if 1 < per_node < ranks and ranks % per_node == 0:
+        return "node"
+    return "once" if visited(num_experts, k, ranks) <= k / 2 else "ragged"

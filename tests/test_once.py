@@ -12,10 +12,9 @@ import torch
 
 from moe_dist.config import MeshConfig, override
 from moe_dist.context import Context
-from moe_dist.dispatch.once import best_kind
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import exchange_on
+from moe_dist.parallelize import best_kind, exchange_on
 from moe_dist.routing import Routing, route
 
 pytestmark = pytest.mark.timeout(150)
@@ -134,7 +133,8 @@ def chosen(kind: str, ep: int, per_node: int, k: int) -> str:
 @pytest.mark.parametrize(
     ("kind", "ep", "per_node", "k", "name"),
     [
-        ("auto", 2, 2, 4, "RaggedExchange 0"),
+        ("auto", 2, 2, 4, "Hop False"),
+        ("auto", 2, 2, 2, "RaggedExchange 0"),
         ("once", 2, 2, 4, "Hop False"),
         ("node", 1, 2, 4, "LocalExchange "),
         ("auto", 2, 1, 4, "Hop True"),
@@ -151,13 +151,12 @@ def test_no_nodes_to_cross() -> None:
 
 
 def test_the_best_kind_by_hand() -> None:
-    # of 8 experts on two nodes of one rank a rank has none of k with C(4, k) / C(8, k): of 4 with 1/70, so that a token
-    # visits 2 (1 - 1/70) = 1.97 of them, less than half of 4; of 3 with 4/56, 1.86 ranks of 3
-    assert [best_kind(8, k, 2, 1) for k in (4, 3)] == ["once", "ragged"]
-    # four such nodes, two experts each: of 5 a rank has none with C(6, 5) / C(8, 5) = 6/56, so 3.57 ranks; of 8, four
-    assert [best_kind(8, k, 4, 1) for k in (5, 8)] == ["ragged", "once"]
-    # in a node; over two nodes evenly; where pairs of ranks do not fit in nodes of three
-    assert [best_kind(8, 4, 2, per_node) for per_node in (2, 4, 3)] == ["ragged", "ragged", "once"]
+    # of 8 experts on two ranks, of a node or not, a rank has none of k with C(4, k) / C(8, k): of 4 with 1/70, so that
+    # a token visits 2 (1 - 1/70) = 1.97 of them, less than half of 4; of 3 with 4/56, 1.86 ranks of 3
+    assert [best_kind(8, k, 2, per_node) for per_node in (1, 2, 3) for k in (4, 3)] == ["once", "ragged"] * 3
+    # four ranks, two experts each: of 5 a rank has none with C(6, 5) / C(8, 5) = 6/56, so 3.57 ranks; of 8, four
+    assert [best_kind(8, k, 4, 4) for k in (5, 8)] == ["ragged", "once"]
+    # over two nodes of two evenly
     assert [best_kind(8, k, 4, 2) for k in (1, 4)] == ["node", "node"]
 
 

@@ -10,13 +10,12 @@ outputs for each row. These return, and each row adds up what comes back for it.
               hop to the ranks of the node
 
 So y_t is that of Shazeer et al. 2017, Eq. 1, but for the order of its sum: a rank's share first. Within an expert rows
-lie in order of sender, then of token, as in the plain exchange. `best_kind` says which pays where.
+lie in order of sender, then of token, as in the plain exchange.
 
-Legend: T rows here, D width, N assignments of them, E experts, B blocks of them, U pairs (row, block), P ranks of the
-axis; V rows and M assignments that arrive.
+Legend: T rows here, D width, N assignments of them, B blocks, U pairs (row, block), P ranks of the axis; V rows and M
+assignments that arrive.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,24 +98,6 @@ class Hop:
         turn_U = torch.full_like(row_U, ranks).scatter_reduce(0, of_N, turn_N, "amin")
         rank_U = block_U * ranks + (turn_U - row_U) % ranks
         return torch.where(block_U == mine // ranks, mine, rank_U) if ranks > 1 else block_U
-
-
-def visited(num_experts: int, k: int, blocks: int) -> float:
-    """Of B blocks of experts, how many have one of the k distinct experts that a token chooses, on average, experts
-    being as popular as each other: B (1 - C(E - E/B, k) / C(E, k))."""
-    elsewhere = num_experts - num_experts // blocks
-    return blocks * (1 - math.prod((elsewhere - i) / (num_experts - i) for i in range(k)))
-
-
-def best_kind(num_experts: int, k: int, ranks: int, per_node: int) -> str:
-    """ "ragged", "once" or "node", by what was measured (docs/log.md, "which exchange"): to each node once where the
-    ranks span several nodes of several ranks evenly; else between nodes to each rank once, where that halves the rows
-    at least; else plainly, for between nodes such rows go in pieces while experts run, and in one they are as fast.
-    """
-    if 1 < per_node < ranks and ranks % per_node == 0:
-        return "node"
-    in_a_node = per_node % ranks == 0
-    return "once" if not in_a_node and visited(num_experts, k, ranks) <= k / 2 else "ragged"
 
 
 def once(axis: Axis, wire: torch.dtype | None = None, puts_off: bool = False) -> Hop:
