@@ -302,7 +302,7 @@ BELOW_ONE = ("dropout", "beta1", "beta2", "expert_beta2", "label_smoothing")  # 
 POSITIVE = ("lr", "eps", "clip_norm", "patience")
 NOT_NEGATIVE = (
     "w_importance", "w_load", "w_balance", "warmup_steps", "weight_decay", "mixup", "randaugment_layers", "workers",
-    "rank", "seconds",
+    "rank", "seconds", "pieces",
 )  # fmt: skip
 
 

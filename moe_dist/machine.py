@@ -12,10 +12,21 @@ from typing import Any
 from torch import nn
 
 from moe_dist.clock import PARTS
-from moe_dist.config import Config, LSTMConfig, MoEConfig, mixture
+from moe_dist.config import Config, LSTMConfig, mixture
 from moe_dist.parallel.mesh import Layout
-from moe_dist.parallelize import best_kind, visited
-from moe_dist.summary import FLOAT, activations, counts, distinct, held, kinds, rows_per_sample, width_of
+from moe_dist.parallelize import visited
+from moe_dist.summary import (
+    FLOAT,
+    activations,
+    chosen,
+    counts,
+    distinct,
+    exchange_of,
+    held,
+    kinds,
+    rows_per_sample,
+    width_of,
+)
 
 INDEX = 8  # bytes of an int64
 
@@ -140,22 +151,6 @@ def width_of_model(config: Config) -> int:
 def uses_of_mixtures(plain: Any, config: Config) -> int:
     """Exchanges of a micro-batch, there and back."""
     return int(mixture(config) is not None) if isinstance(config.model, LSTMConfig) else plain.encoder.uses_of_mixtures
-
-
-def chosen(config: Config) -> tuple[int, int, bool]:
-    """(experts or groups that the gate chooses from, how many it chooses, whether they are groups)."""
-    experts = mixture(config)
-    assert experts
-    groups = experts[1].num_groups if isinstance(experts[1], MoEConfig) else None
-    return groups or experts[1].num_experts, experts[1].k, groups is not None
-
-
-def exchange_of(config: Config, per_node: int) -> str:
-    """ "local", "ragged", "once" or "node": what `parallelize.exchange_on` gives on nodes of `per_node` ranks."""
-    ep, kind = config.mesh.ep, config.mesh.exchange
-    if ep == 1:
-        return "local"
-    return best_kind(*chosen(config)[:2], ep, per_node) if kind == "auto" else kind
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def visited(num_experts: int, k: int, blocks: int) -> float:
 
 
 def best_kind(num_experts: int, k: int, ranks: int, per_node: int) -> str:
-    """ "ragged", "once" or "node", by what was measured (docs/log.md, "which exchange"): to each node once where the
+    """ "ragged", "once" or "node", by what was measured (docs/log.md, 2026-11-30): to each node once where the
     ranks span several nodes of several ranks evenly; else to each rank once, where that halves the rows at least; else
     plainly, for between nodes such rows may travel in pieces while experts run, and in a node they are as fast."""
     if 1 < per_node < ranks and ranks % per_node == 0:

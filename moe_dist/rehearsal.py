@@ -12,8 +12,10 @@ No layout is run; three kinds of short runs stand for all:
 
 import contextlib
 import io
+import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +26,14 @@ import torch
 from moe_dist.clock import PARTS
 from moe_dist.config import Config, MoEConfig, mixture, override
 from moe_dist.engine import import_deepspeed, read_ds_config
-from moe_dist.machine import Link, Machine, Own, exchange_of, memory, moved_by_update, seconds, traffic
+from moe_dist.machine import Link, Machine, Own, memory, moved_by_update, seconds, traffic
 from moe_dist.meter import peak_memory
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import all_to_all_rows, sum_over
 from moe_dist.parallel.echo import alone
 from moe_dist.parallel.mesh import Layout, lay_out
 from moe_dist.parallel.spawn import run_distributed
-from moe_dist.summary import activations, width_of
+from moe_dist.summary import activations, exchange_of, width_of
 from moe_dist.tasks import task_of
 from moe_dist.training import set_up, train_step
 
@@ -82,12 +84,23 @@ def rehearse(
     fits = {ep: one for ep, one in worlds.items() if _least(_fewer(one, ep)) < memory_of_rank}
     if not fits:
         raise ValueError(f"{config.name}: no rank's share of it can be trained here alone; use --gpu")
-    most = max(fits)
+    most, stages = max(fits), {_stage(at) for at, _ in layouts}
+    number, runs = itertools.count(1), 2 + len(fits) + len(stages)
+
+    def begin(what: str) -> None:
+        print(f"measuring, run {next(number)} of {runs}: {what}", file=sys.stderr, flush=True)
+
+    begin("sums and exchanges")
     rows, sums = run_distributed(talk, per_node, per_node, timeout=300)[0]
     machine = Machine("this machine", memory_of_rank, rows, sums, between)
-    ran = {ep: _side_by_side(one, ep, per_node) for ep, one in fits.items()}
-    stages = {_stage(at) for at, _ in layouts}
-    added = {stage: _added(fits[most], most, stage, ran[most], per_node, machine) for stage in stages}
+    ran, added = {}, {}
+    for ep, one in fits.items():
+        begin(f"ranks of ep {ep}, each by itself")
+        ran[ep] = _side_by_side(one, ep, per_node)
+    for stage in stages:
+        begin(f"ZeRO stage {stage}")
+        added[stage] = _added(fits[most], most, stage, ran[most], per_node, machine)
+    begin("waiting for each other")
     waited = _waited(fits[most], most, ran[most], per_node)
     owns = {}
     for at, _ in layouts:

@@ -13,6 +13,7 @@ from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import LAYERS
 from moe_dist.models.softmax import LOGITS_PER_CHUNK, TOKENS_PER_CHUNK, inclusion
 from moe_dist.parallel.mesh import Layout
+from moe_dist.parallelize import best_kind
 
 EMBEDDING_AND_SOFTMAX = ("embedding.", "softmax.")  # left out of the paper's parameter and operation counts
 FLOAT = 4  # bytes
@@ -228,6 +229,25 @@ def _softmax(config: Config) -> int:
     return FLOAT * columns * (2 * max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // columns) + config.model.dim)
 
 
+SENT = {"ragged": "for each expert", "once": "to each rank", "node": "to each node, then to its ranks"}
+
+
+def chosen(config: Config) -> tuple[int, int, bool]:
+    """(experts or groups that the gate chooses from, how many it chooses, whether they are groups)."""
+    experts = mixture(config)
+    assert experts
+    groups = experts[1].num_groups if isinstance(experts[1], MoEConfig) else None
+    return groups or experts[1].num_experts, experts[1].k, groups is not None
+
+
+def exchange_of(config: Config, per_node: int) -> str:
+    """ "local", "ragged", "once" or "node": what `parallelize.exchange_on` gives on nodes of `per_node` ranks."""
+    ep, kind = config.mesh.ep, config.mesh.exchange
+    if ep == 1:
+        return "local"
+    return best_kind(*chosen(config)[:2], ep, per_node) if kind == "auto" else kind
+
+
 def describe(config: Config, layout: Layout, ds: dict[str, Any], model: nn.Module, num_nodes: int) -> dict[str, Any]:
     """Everything that the table tells, for a program."""
     ep, experts = config.mesh.ep, mixture(config)
@@ -247,6 +267,7 @@ def describe(config: Config, layout: Layout, ds: dict[str, Any], model: nn.Modul
             "experts_per_rank": moe.num_experts // ep,
             "experts_per_token": moe.k if groups is None else moe.k**2,
             "num_groups": groups,
+            "exchange": exchange_of(config, layout.world // num_nodes),
             "experts_by_node": _by_node(moe.num_experts, ep, layout.world // num_nodes),
         }
     return told | {"per_rank": per_rank(model, config, layout, ds)}
@@ -278,6 +299,8 @@ def table(told: dict[str, Any]) -> str:
     if groups := told.get("num_groups"):
         each = f"{groups // told['ep']} per rank, {told['experts_per_token'] ** 0.5:.0f} per {token}"
         rows += [("groups of experts", f"{groups} in all, {each}")]
+    if (kind := told.get("exchange", "local")) != "local":
+        rows += [("exchange", f"{kind}: a row {SENT[kind]}")]
     if "num_experts" in told and told["nodes"] > 1:
         rows += [("experts by node", _shown_by_node(told))]
     rows += [("parameters", f"{told['parameters']:,}")]

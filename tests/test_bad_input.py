@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
         ("optim.lr=-1", "optim.lr=-1.0: a positive number"),
         ("optim.lr=1e400", "optim.lr=inf: a positive number"),
         ("optim.warmup_steps=-1", "optim.warmup_steps=-1: 0 or more"),
+        ("mesh.pieces=-1", "mesh.pieces=-1: 0 or more"),
         ("model.moe.w_load=nan", "w_load=nan: 0 or more"),
         ("model.moe.capacity_factor=1e30", "capacity_factor=1e+30: from 0.001 to 1000"),
         ("name=../x", "name='../x'"),

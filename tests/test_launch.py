@@ -98,6 +98,7 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     ("script", "variable", "value", "says"),
     [
         *(("multinode.sh", "RESTARTS", each, "a number, 0 or more") for each in ("-1", "often")),
+        *(("multinode.sh", "NODES", each, "a number, or a range such as 1:2") for each in ("two", "1:", "1-2")),
         *(
             (script, "MASTER", each, "host:port, as node0:29400 or [fd00::1]:29400")
             for script in ("multinode.sh", "deepspeed.sh")
@@ -444,22 +445,23 @@ HIERARCHICAL = ("model.moe.num_experts=32", "model.moe.num_groups=8", "model.moe
 
 
 @pytest.mark.parametrize(
-    ("ranks", "nodes", "sets", "ep", "by_node"),
+    ("ranks", "nodes", "sets", "ep", "by_node", "exchange"),
     [
-        (8, 2, (), 4, "all on each"),  # 64 experts, 4 ranks a node
-        (8, 2, ("mesh.ep=2",), 2, "all on each"),
-        (8, 2, ("mesh.ep=8",), 8, "0-31 | 32-63"),
-        (8, 2, ("mesh.ep=1",), 1, "all on each"),
-        (6, 2, (), 1, "all on each"),  # gcd(64, 3): 3 ranks a node do not divide 64 experts
-        (6, 2, ("mesh.ep=2",), 2, "some ep groups lie on two nodes (3 ranks a node, ep 2)"),
-        (8, 4, ("mesh.ep=4",), 4, "0-31 | 32-63"),  # two ep groups, of two nodes each
-        (8, 2, (*HIERARCHICAL, "mesh.ep=8"), 8, "0-15 | 16-31"),  # groups 0-3 of 4 experts on node 0, 4-7 on node 1
-        (16, 2, HIERARCHICAL, 8, "all on each"),  # 8 groups
+        (8, 2, (), 4, "all on each", "ragged"),  # 64 experts, 4 ranks a node; 4 a word are on 2.8 of 4 ranks
+        (8, 2, ("mesh.ep=2",), 2, "all on each", "once"),  # and on 1.9 of 2
+        (8, 2, ("mesh.ep=8",), 8, "0-31 | 32-63", "node"),
+        (8, 2, ("mesh.ep=1",), 1, "all on each", None),
+        (6, 2, (), 1, "all on each", None),  # gcd(64, 3): 3 ranks a node do not divide 64 experts
+        (6, 2, ("mesh.ep=2",), 2, "some ep groups lie on two nodes (3 ranks a node, ep 2)", "once"),
+        (8, 4, ("mesh.ep=4",), 4, "0-31 | 32-63", "node"),  # two ep groups, of two nodes each
+        # groups 0-3 of 4 experts on node 0, 4-7 on node 1
+        (8, 2, (*HIERARCHICAL, "mesh.ep=8"), 8, "0-15 | 16-31", "node"),
+        (16, 2, HIERARCHICAL, 8, "all on each", "ragged"),  # 8 groups
     ],
 )
 def test_experts_stay_in_a_node_by_default_and_the_table_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: int, nodes: int, sets: tuple[str, ...],
-    ep: int, by_node: str,
+    ep: int, by_node: str, exchange: str | None,
 ) -> None:  # fmt: skip
     launched(monkeypatch, ranks, nodes, ranks // nodes)
     samples = ("batch.samples=96", "batch.samples_per_balance_group=48")
@@ -469,6 +471,7 @@ def test_experts_stay_in_a_node_by_default_and_the_table_tells(
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert rows["ranks"].split(" = ")[1].endswith(f" x {ep} expert parallel (ep)")
     assert rows["experts by node"].strip() == by_node
+    assert (rows["exchange"].strip().partition(":")[0] if "exchange" in rows else None) == exchange
 
 
 def test_nodes_of_different_size_are_refused(
