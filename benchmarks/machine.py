@@ -34,11 +34,7 @@ def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
     of_core = {key.strip(): value.strip() for key, _, value in pairs}
     flags = of_core.get("flags")
     has = None if flags is None else [name for name in INSTRUCTIONS if name in flags.split()]
-    words = [str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]
-    if "--json" in words:  # where it was written is no part of it
-        at = words.index("--json")
-        del words[at : at + 2]
-    command = os.environ.get("TWO_NODES", "") + shlex.join(words)
+    command = os.environ.get("TWO_NODES", "") + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     of_cpu = {"machine": platform.machine(), "cpu": of_core.get("model name"), "instructions": has}
     return {"command": command, "commit": COMMIT} | of_cpu
 

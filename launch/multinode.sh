@@ -20,7 +20,7 @@ command -v torchrun >/dev/null || PATH=$PWD/.venv/bin:$PATH # that of `make`
 
 nodes=${NODES:-1} restarts=${RESTARTS:-0}
 [[ $restarts =~ ^[0-9]{1,6}$ ]] || fail "RESTARTS=$restarts: a number, 0 or more"
-[[ $nodes =~ ^[0-9]{1,6}(:[0-9]{1,6})?$ ]] || fail "NODES=$nodes: a number, or a range such as 1:2"
+[[ $nodes =~ ^[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?$ ]] || fail "NODES=$nodes: a number, or a range such as 1:2"
 master=${MASTER:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}
 conf=${RDZV_CONF:-} address=${ADDRESS:-}
 address=${address#[} address=${address%]}

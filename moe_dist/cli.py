@@ -205,7 +205,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
         model = task.plain_model(run.config)
         if run.config.compare:
             _kept_metrics(run.config.compare)
-    told = describe(run.config, layout, run.ds_config, model, num_nodes())
+        told = describe(run.config, layout, run.ds_config, model, num_nodes())
     _say(json.dumps(told) if args.json else table(told))
     if args.dry_run:
         sys.exit(0)

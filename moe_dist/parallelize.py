@@ -107,22 +107,39 @@ def _named(exchange: Any, name: str, record: Record) -> Any:
 
 
 def exchange_on(mesh: Mesh, config: MeshConfig, num_experts: int, k: int) -> Any:
-    """The exchange that is configured; "auto" asks how many of how many experts (or groups) a token chooses. Raises
-    ValueError for "node" without several nodes."""
-    kind, wire = config.exchange, torch.bfloat16 if config.wire == "bf16" else None
-    if mesh.ep.size == 1:
-        return LocalExchange()
+    """The exchange that is configured, for k of `num_experts` experts, or groups, of a token. Raises ValueError where
+    the mesh cannot have it."""
+    kind = kind_on(config.exchange, num_experts, k, mesh.ep.size, mesh.ranks_per_node)
+    wire = torch.bfloat16 if config.wire == "bf16" else None
     pieces = config.pieces if config.pieces is not None else 4 if mesh.ep.node_P else 0
-    if kind == "auto":
-        kind = best_kind(num_experts, k, mesh.ep.size, mesh.ranks_per_node)
-    if kind == "node":
-        if mesh.inside is None:
-            raise ValueError(
-                f"mesh.exchange='node': {mesh.ep.size} expert-parallel ranks do not span several nodes of "
-                f"{mesh.ranks_per_node} ranks evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
-            )
-        return once_per_node(mesh.ep, mesh.inside, wire, pieces > 0)
-    return once(mesh.ep, wire, pieces > 0) if kind == "once" else RaggedExchange(mesh.ep, pieces, wire)
+    if kind == "local":
+        return LocalExchange()
+    if kind == "ragged":
+        return RaggedExchange(mesh.ep, pieces, wire)
+    if kind == "once":
+        return once(mesh.ep, wire, pieces > 0)
+    assert mesh.inside
+    return once_per_node(mesh.ep, mesh.inside, wire, pieces > 0)
+
+
+def kind_on(asked: str, num_experts: int, k: int, ranks: int, per_node: int) -> str:
+    """ "local", or "ragged", "once" or "node" as was `asked` for (`mesh.exchange`). "auto" is what was the fastest
+    (docs/log.md, 2026-11-30): to each node once where the ranks span several nodes of several ranks evenly; else to
+    each rank once, where that halves the rows at least; else plainly, for between nodes such rows may travel in pieces
+    while experts run, and in a node they are as fast. Raises ValueError for "node" without such nodes."""
+    evenly = 1 < per_node < ranks and ranks % per_node == 0
+    if ranks == 1:
+        return "local"
+    if asked == "node" and not evenly:
+        raise ValueError(
+            f"mesh.exchange='node': {ranks} expert-parallel ranks do not span several nodes of {per_node} ranks "
+            "evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
+        )
+    if asked != "auto":
+        return asked
+    if evenly:
+        return "node"
+    return "once" if visited(num_experts, k, ranks) <= k / 2 else "ragged"
 
 
 def visited(num_experts: int, k: int, blocks: int) -> float:
@@ -130,12 +147,3 @@ def visited(num_experts: int, k: int, blocks: int) -> float:
     being as popular as each other: B (1 - C(E - E/B, k) / C(E, k))."""
     elsewhere = num_experts - num_experts // blocks
     return blocks * (1 - math.prod((elsewhere - i) / (num_experts - i) for i in range(k)))
-
-
-def best_kind(num_experts: int, k: int, ranks: int, per_node: int) -> str:
-    """ "ragged", "once" or "node", by what was measured (docs/log.md, 2026-11-30): to each node once where the
-    ranks span several nodes of several ranks evenly; else to each rank once, where that halves the rows at least; else
-    plainly, for between nodes such rows may travel in pieces while experts run, and in a node they are as fast."""
-    if 1 < per_node < ranks and ranks % per_node == 0:
-        return "node"
-    return "once" if visited(num_experts, k, ranks) <= k / 2 else "ragged"

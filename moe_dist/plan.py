@@ -28,6 +28,7 @@ from moe_dist.engine import read_ds_config
 from moe_dist.machine import GPUS, Link, Machine, Own, gpu_machine, memory, of_gpu, seconds
 from moe_dist.parallel.mesh import Layout, lay_out, memory_per_rank
 from moe_dist.parallel.spawn import RankFailed
+from moe_dist.summary import exchange_of
 from moe_dist.tasks import task_of
 
 MOST_RANKS = 2**20
@@ -68,7 +69,7 @@ def legal(config: Config, nodes: int, per_node: int) -> Iterator[tuple[Config, L
         try:
             at = override(config, [f"mesh.ep={ep}"])
             layout = lay_out(at, world)
-            _check_exchange(at, per_node)
+            exchange_of(at, per_node)
         except ValueError as error:
             refused = refused or error
             continue
@@ -83,12 +84,6 @@ def legal(config: Config, nodes: int, per_node: int) -> Iterator[tuple[Config, L
     if not found:
         assert refused
         raise refused
-
-
-def _check_exchange(config: Config, per_node: int) -> None:
-    ep = config.mesh.ep
-    if config.mesh.exchange == "node" and ep > 1 and not (1 < per_node < ep and ep % per_node == 0):
-        raise ValueError(f"mesh.exchange='node': ep={ep} does not span nodes of {per_node} ranks evenly; give 'auto'")
 
 
 def plan_layouts(

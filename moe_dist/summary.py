@@ -13,7 +13,7 @@ from moe_dist.layer import MoE
 from moe_dist.models.lstm_lm import LAYERS
 from moe_dist.models.softmax import LOGITS_PER_CHUNK, TOKENS_PER_CHUNK, inclusion
 from moe_dist.parallel.mesh import Layout
-from moe_dist.parallelize import best_kind
+from moe_dist.parallelize import kind_on
 
 EMBEDDING_AND_SOFTMAX = ("embedding.", "softmax.")  # left out of the paper's parameter and operation counts
 FLOAT = 4  # bytes
@@ -229,7 +229,11 @@ def _softmax(config: Config) -> int:
     return FLOAT * columns * (2 * max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // columns) + config.model.dim)
 
 
-SENT = {"ragged": "for each expert", "once": "to each rank", "node": "to each node, then to its ranks"}
+SENT = {
+    "ragged": "for each chosen expert, or group",
+    "once": "to each rank that has one",
+    "node": "to each node that has one, and on to its ranks",
+}
 
 
 def chosen(config: Config) -> tuple[int, int, bool]:
@@ -241,11 +245,8 @@ def chosen(config: Config) -> tuple[int, int, bool]:
 
 
 def exchange_of(config: Config, per_node: int) -> str:
-    """ "local", "ragged", "once" or "node": what `parallelize.exchange_on` gives on nodes of `per_node` ranks."""
-    ep, kind = config.mesh.ep, config.mesh.exchange
-    if ep == 1:
-        return "local"
-    return best_kind(*chosen(config)[:2], ep, per_node) if kind == "auto" else kind
+    """What `parallelize.kind_on` says of a config on nodes of `per_node` ranks, or raises; "local" without experts."""
+    return kind_on(config.mesh.exchange, *chosen(config)[:2], config.mesh.ep, per_node) if mixture(config) else "local"
 
 
 def describe(config: Config, layout: Layout, ds: dict[str, Any], model: nn.Module, num_nodes: int) -> dict[str, Any]:

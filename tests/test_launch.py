@@ -98,7 +98,7 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     ("script", "variable", "value", "says"),
     [
         *(("multinode.sh", "RESTARTS", each, "a number, 0 or more") for each in ("-1", "often")),
-        *(("multinode.sh", "NODES", each, "a number, or a range such as 1:2") for each in ("two", "1:", "1-2")),
+        *(("multinode.sh", "NODES", each, "a number, or a range such as 1:2") for each in ("two", "0", "1:")),
         *(
             (script, "MASTER", each, "host:port, as node0:29400 or [fd00::1]:29400")
             for script in ("multinode.sh", "deepspeed.sh")

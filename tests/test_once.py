@@ -14,7 +14,7 @@ from moe_dist.config import MeshConfig, override
 from moe_dist.context import Context
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import best_kind, exchange_on
+from moe_dist.parallelize import exchange_on, kind_on
 from moe_dist.routing import Routing, route
 
 pytestmark = pytest.mark.timeout(150)
@@ -153,11 +153,11 @@ def test_no_nodes_to_cross() -> None:
 def test_the_best_kind_by_hand() -> None:
     # of 8 experts on two ranks, of a node or not, a rank has none of k with C(4, k) / C(8, k): of 4 with 1/70, so that
     # a token visits 2 (1 - 1/70) = 1.97 of them, less than half of 4; of 3 with 4/56, 1.86 ranks of 3
-    assert [best_kind(8, k, 2, per_node) for per_node in (1, 2, 3) for k in (4, 3)] == ["once", "ragged"] * 3
+    assert [kind_on("auto", 8, k, 2, per_node) for per_node in (1, 2, 3) for k in (4, 3)] == ["once", "ragged"] * 3
     # four ranks, two experts each: of 5 a rank has none with C(6, 5) / C(8, 5) = 6/56, so 3.57 ranks; of 8, four
-    assert [best_kind(8, k, 4, 4) for k in (5, 8)] == ["ragged", "once"]
+    assert [kind_on("auto", 8, k, 4, 4) for k in (5, 8)] == ["ragged", "once"]
     # over two nodes of two evenly
-    assert [best_kind(8, k, 4, 2) for k in (1, 4)] == ["node", "node"]
+    assert [kind_on("auto", 8, k, 4, 2) for k in (1, 4)] == ["node", "node"]
 
 
 def test_an_unknown_exchange_is_refused() -> None:
