@@ -19,6 +19,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from moe_dist.parallel import ports
+
+ports.hold()  # before torch is imported: that takes seconds, in which another process may get the port
+
 from moe_dist import chaos, report
 from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines

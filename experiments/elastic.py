@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import psutil
 
 from moe_dist.checkpoint import manifest
 from moe_dist.metrics import read_metrics
+from moe_dist.parallel import ports
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("optim.lr=1e-4", "optim.warmup_steps=1", "log_every=1", "save_every=10", "eval_every=1000", "wandb.mode=off")
@@ -35,12 +35,9 @@ class Nodes:
     """Agents on this machine that share one run; what they print goes to FOLDER.log."""
 
     def __init__(self, folder: Path, name: str, ranks: int, *sets: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            master = f"localhost:{free.getsockname()[1]}"
         self.environment = os.environ | {
-            "NODES": "1:2", "GPUS": str(ranks), "MASTER": master, "RDZV_ID": folder.name, "CONFIG": name,
-            "RESTARTS": "4", "ADDRESS": "localhost", "OMP_NUM_THREADS": "1", "PATH": PATH,
+            "NODES": "1:2", "GPUS": str(ranks), "MASTER": f"localhost:{ports.free()}", "RDZV_ID": folder.name,
+            "CONFIG": name, "RESTARTS": "4", "ADDRESS": "localhost", "OMP_NUM_THREADS": "1", "PATH": PATH,
         }  # fmt: skip
         self.command = [str(ROOT / "launch" / "multinode.sh"), "--folder", str(folder), *set_(*sets)]
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +55,3 @@ def ranks(port: int, *args: str, **environment: str) -> list[tuple[int, str]]:
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | environment
     started = [start(*args, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
     return [end(process) for process in started]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import check_one_line, check_plan, end, free_port, ranks, set_, start
+from processes import check_one_line, check_plan, end, ranks, set_, start
 from runs import TINY, tiny
 
 from moe_dist import cli, configs, engine
 from moe_dist.cli import Run, result_lines
 from moe_dist.config import override
+from moe_dist.parallel import ports
 from moe_dist.parallel.mesh import lay_out
 from moe_dist.tasks.language_model import saved_vocabulary
 
@@ -200,7 +201,7 @@ def test_a_ds_config_that_contradicts_the_run_or_is_broken(
 def test_every_rank_ends_with_one_line(assignment: str, says: str, small_text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = set_(*TINY, f"data.text={small_text}", assignment)
-    for status, stderr in ranks(free_port(), "lstm_moe_demo", "--folder", str(run), *sets):
+    for status, stderr in ranks(ports.free(), "lstm_moe_demo", "--folder", str(run), *sets):
         assert status == 2
         check_one_line(stderr, says)
     assert not run.exists(), "nothing was written"
@@ -219,7 +220,7 @@ def test_a_port_in_use_ends_every_rank() -> None:
 
 @pytest.mark.timeout(100)
 def test_a_rank_that_never_comes() -> None:
-    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
     status, stderr = end(start("lstm_moe_demo", **world | {"MOE_DIST_JOIN_SECONDS": "2"}))
     assert status == 2
     check_one_line(stderr, "1/2 clients joined")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import check_one_line, end, free_port, set_, start
+from processes import check_one_line, end, set_, start
 from runs import TINY, Run, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,7 @@ from moe_dist.checkpoint.sharded import Saver
 from moe_dist.checkpoint.whole import export, inspect
 from moe_dist.config import from_json
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel import ports
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.reader import Reader
 
@@ -83,7 +84,9 @@ def save_for_ever(text: str, folder: Path) -> None:
 @pytest.mark.timeout(120)
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_path: Path) -> None:
     chance, torn = random.Random(0), 0
-    for first in (0, 2):
+    for first in (0, 2, 4, 6):
+        if first >= 4 and torn:  # a save takes milliseconds: on a busy machine kills may come too late for it
+            break
         runs = [tmp_path / str(i) for i in (first, first + 1)]
         code = f"import sys; sys.path[:0] = {sys.path!r}; import test_checkpoint, pathlib; "
         code += "test_checkpoint.save_for_ever(sys.argv[1], pathlib.Path(sys.argv[2]))"
@@ -299,7 +302,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> 
 def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = set_(*TINY, "steps=100000", "eval_every=100000", "save_every=100000", f"data.text={small_text}", "mesh.ep=2")
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
     both = [
         start("lstm_moe_demo", "--folder", str(run), *sets, RANK=str(rank), LOCAL_RANK=str(rank), **world)
         for rank in range(2)

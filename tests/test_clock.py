@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from processes import check_plan, free_port, ranks, set_
+from processes import check_plan, ranks, set_
 from runs import TINY
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist import clock as clocks
 from moe_dist.clock import Clock
+from moe_dist.parallel import ports
 from moe_dist.profiling import profiled
 from moe_dist.routing import Routing
 
@@ -197,7 +198,7 @@ def test_a_full_disk_costs_the_trace_alone(tmp_path: Path, capsys: pytest.Captur
 def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(small_text: Path, tmp_path: Path) -> None:
     """Of a hierarchical layer, whose groups have gates, exchanges and experts of their own."""
     sets = set_(*TINY, "steps=6", "mesh.ep=2", "model.moe.num_groups=4", f"data.text={small_text}", "eval_every=6")
-    ended = ranks(free_port(), "lstm_moe_demo", "--folder", str(tmp_path / "run"), *sets, "--profile")
+    ended = ranks(ports.free(), "lstm_moe_demo", "--folder", str(tmp_path / "run"), *sets, "--profile")
     assert [status for status, _ in ended] == [0, 0], ended
     assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == ["rank0.json.gz", "rank1.json.gz"]
     for path in (tmp_path / "run" / "profile").iterdir():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import end, free_port, set_, start
+from processes import end, set_, start
 from runs import TINY, Run, tiny
 
 from experiments import faults
@@ -20,7 +20,7 @@ from moe_dist.checkpoint.manifest import found
 from moe_dist.config import check, override
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel import record
+from moe_dist.parallel import ports, record
 from moe_dist.parallel.record import WIDTH
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.training import train_step
@@ -28,7 +28,7 @@ from moe_dist.training import train_step
 
 def two_ranks(folder: Path, text: Path, *sets: str) -> list[subprocess.Popen[str]]:
     """Of one run, started by hand, with a fault of rank 1 in step 3."""
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
     fault = ("chaos.rank=1", "chaos.step=3", *sets)
     sets = (*TINY, "steps=6", "save_every=2", "mesh.ep=2", f"data.text={text}", *fault)
     return [
@@ -279,7 +279,8 @@ def test_a_killed_rank_and_a_killed_agent_are_survived(small_text: Path, tmp_pat
     assert len(whole) == faults.STEPS
     for kill in (faults.Kill("kill", 1, 13, "dispatch"), faults.Kill("kill_agent", 0, 15, "save")):
         outcome = faults.survive(kill, tmp_path / kill.fault, whole, "lstm_moe_demo", *sets)
-        assert outcome.holds and outcome.after == 10, outcome
+        log = (tmp_path / f"{kill.fault}.log").read_text()
+        assert outcome.holds and outcome.after == 10, f"{outcome}\n{log}"
     assert "the agent ended with status 137; starting it again (1 left)" in (tmp_path / "kill_agent.log").read_text()
 
 

@@ -8,7 +8,6 @@ a node where it can); `edp`, the ranks that hold the same experts as I do; `dp`,
 
 import math
 import os
-import socket
 import sys
 import threading
 from collections import Counter
@@ -24,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.clock import Clock
 from moe_dist.config import Config, MoEConfig, mixture
+from moe_dist.parallel import ports
 from moe_dist.parallel.record import Record
 
 
@@ -173,10 +173,8 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> None:
     Raises ValueError where rank 0's port is taken, or not all ranks meet there in time.
     """
     if "MASTER_ADDR" not in os.environ:  # one process without a launcher is a world of one
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        alone = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports.free()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ |= alone
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -201,12 +199,20 @@ def _meet(seconds: int) -> tuple[dist.Store, int, int]:
 
     def meet() -> None:
         try:
-            met.set_result(next(rendezvous("env://", timeout=timedelta(seconds=seconds))))
+            met.set_result(_meet_at(ports.give(), timedelta(seconds=seconds)))
         except Exception as error:
             met.set_exception(error)
 
     threading.Thread(target=meet, daemon=True).start()
     return met.result(seconds + 2)  # torch's own reason is the better one
+
+
+def _meet_at(held: int | None, timeout: timedelta) -> tuple[dist.Store, int, int]:
+    if held is None:
+        return next(rendezvous("env://", timeout=timeout))
+    host, at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, at, world_size(), is_master=True, timeout=timeout, master_listen_fd=held)
+    return store, 0, world_size()
 
 
 def arrange(ep: int) -> Mesh:

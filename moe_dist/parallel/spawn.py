@@ -13,7 +13,6 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -31,9 +30,11 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
     `function`, arguments and results are pickled. Raises RankFailed for the first rank that fails, or the ValueError
     that it raised; TimeoutError after `timeout` seconds. No process is left in any case.
     """
+    import torch.distributed as dist  # not above: a rank imports this file before its environment is set
+
     deadline = time.monotonic() + timeout
     call = pickle.dumps((function, args))
-    port = _free_port()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # its port is never let go
     spawn = multiprocessing.get_context("forkserver")  # who starts many may have it import what they need once
     processes: list[Any] = []
     running: dict[Connection, int] = {}  # where a rank's answer comes from -> the rank
@@ -41,7 +42,8 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
     try:
         for rank in range(world):
             answer, say = spawn.Pipe(duplex=False)
-            processes.append(spawn.Process(target=_rank, args=(say, call, rank, world, port, timeout), daemon=True))
+            told = (say, call, rank, world, store.port, timeout)
+            processes.append(spawn.Process(target=_rank, args=told, daemon=True))
             processes[rank].start()
             say.close()  # the rank alone holds it now, so that its death is an end of file
             running[answer] = rank
@@ -92,6 +94,7 @@ def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeou
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # another process listens there
         "OMP_NUM_THREADS": "1",
     }
     faulthandler.dump_traceback_later(0.8 * timeout)  # where it hangs, to stderr
@@ -109,12 +112,6 @@ def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeou
     faulthandler.cancel_dump_traceback_later()
     say.send(message)
     say.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _name(function: Callable[..., Any]) -> str:

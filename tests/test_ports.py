@@ -1,0 +1,73 @@
+"""Ports of ranks: nobody else gets the one where they meet."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import ROOT
+
+from moe_dist.parallel import ports
+
+RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+HELD = """
+import os, socket, sys
+from moe_dist.parallel import ports
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
+ports.hold()
+assert not any(name.split(".")[0] == "torch" for name in sys.modules)
+for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::1"):
+    try:
+        socket.create_server((host, int(sys.argv[1])), family=family).close()
+    except OSError:
+        continue
+    sys.exit(f"another got it on {host}")
+
+from moe_dist.parallel import mesh
+mesh.join()
+assert ports.give() is None  # it is the store's now
+mesh.stop()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_the_port_is_held_before_torch_is_imported() -> None:
+    subprocess.run([sys.executable, "-c", HELD, str(ports.free())], cwd=ROOT, check=True, timeout=50)
+
+
+def test_train_takes_it_first() -> None:
+    """Nothing between it and the standard library."""
+    lines = [line for line in Path(ROOT / "train.py").read_text().splitlines() if line.startswith(("from", "import"))]
+    ours = [line for line in lines if "moe_dist" in line]
+    assert ours[0] == "from moe_dist.parallel import ports" and lines.index(ours[0]) == len(lines) - len(ours)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1"},
+        {"TORCHELASTIC_USE_AGENT_STORE": "True"},  # of torchrun --standalone: its agent listens there
+        {"MASTER_PORT": "99999"},
+        {"MASTER_PORT": ""},
+    ],
+)
+def test_nothing_is_held_where_it_is_not_rank_0s(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in ({"RANK": "0", "MASTER_PORT": str(ports.free())} | environment).items():
+        monkeypatch.setenv(key, value)
+    ports.hold()
+    assert ports.give() is None
+
+
+def test_a_port_of_another_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        ports.hold()
+        assert ports.give() is None
+
+
+@pytest.mark.skipif(not RANGE.exists(), reason="Linux")
+def test_a_free_port_is_not_one_that_a_kernel_hands_out() -> None:
+    lowest = int(RANGE.read_text().split()[0])
+    assert all(1024 <= ports.free() < lowest for _ in range(100))
