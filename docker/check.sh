@@ -46,7 +46,7 @@ inside=$(
 fail() { echo "$*"; exit 1; }
 [[ $(id -u) != 0 ]] || fail "runs as root"
 for tool in gcc cc g++ c++ make cmake ninja git; do ! command -v $tool || fail "a build tool"; done
-! touch /app/train.py 2>/dev/null || fail "code can be written"
+! touch /app/train.py 2>/dev/null && ! mv /app/train.py /app/other.py 2>/dev/null || fail "code can be written"
 touch runs/try && rm runs/try || fail "runs/ cannot be written"
 [[ ! -e .git && ! -e tests ]] || fail "more than the program"
 ! env | grep -iE "token|secret|passw|_key=" || fail "a key"

@@ -20,7 +20,9 @@ command -v torchrun >/dev/null || PATH=$PWD/.venv/bin:$PATH # that of `make`
 
 nodes=${NODES:-1} restarts=${RESTARTS:-0}
 [[ $restarts =~ ^[0-9]{1,6}$ ]] || fail "RESTARTS=$restarts: a number, 0 or more"
-[[ $nodes =~ ^[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?$ ]] || fail "NODES=$nodes: a number, or a range such as 1:2"
+if ! [[ $nodes =~ ^[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?$ ]] || ((${nodes%:*} > ${nodes#*:})); then
+  fail "NODES=$nodes: a number, or a range such as 1:2"
+fi
 master=${MASTER:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}
 conf=${RDZV_CONF:-} address=${ADDRESS:-}
 address=${address#[} address=${address%]}
@@ -47,16 +49,18 @@ command=(torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-1}" --max-restarts
 print_command "${command[@]}"
 [[ ! $dry ]] || exit 0
 
-stopping=
-trap 'stopping=1; kill -TERM "$agent" 2>/dev/null || true' TERM INT
+agent='' stopping=''
+trap 'stopping=1; [[ ! $agent ]] || kill -TERM "$agent" 2>/dev/null || true' TERM INT
 TORCHELASTIC_ERROR_FILE=$(mktemp); export TORCHELASTIC_ERROR_FILE
 trap 'rm -f "$TORCHELASTIC_ERROR_FILE"' EXIT
 for ((left = restarts; ; left--)); do
   : >"$TORCHELASTIC_ERROR_FILE"
   "${command[@]}" &
-  agent=$! status=0
+  asked=$stopping agent=$! status=0
+  [[ ! $asked ]] || kill -TERM "$agent" 2>/dev/null || true  # when there was none to tell; at any later time the trap does
   wait "$agent" || status=$?
   while kill -0 "$agent" 2>/dev/null; do status=0; wait "$agent" || status=$?; done  # a signal had ended the wait
+  agent=''
   if ((status == 0)) || [[ $stopping ]]; then exit "$status"; fi
   # an agent that was killed, or has lost the others (it wrote why), is started again; where ranks have failed too often
   # it writes nothing, and that is the end

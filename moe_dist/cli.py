@@ -180,6 +180,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if started on N ranks")
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --ranks: as if they were on N nodes, not on one")
     parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -193,6 +194,8 @@ def plan(argv: list[str], doc: str | None) -> Run:
             raise ValueError("--json and --ranks: only with --dry-run")
         if args.ranks is not None and args.ranks < 1:
             raise ValueError(f"--ranks {args.ranks}: at least 1")
+        if args.nodes is not None and (args.nodes < 1 or not args.ranks or args.ranks % args.nodes):
+            raise ValueError(f"--nodes {args.nodes}: with --ranks, a multiple of it")
         if args.profile and args.evaluate:
             raise ValueError("--profile: only of training, not with --evaluate")
         check_launch()
@@ -205,7 +208,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
         model = task.plain_model(run.config)
         if run.config.compare:
             _kept_metrics(run.config.compare)
-        told = describe(run.config, layout, run.ds_config, model, num_nodes())
+        told = describe(run.config, layout, run.ds_config, model, args.nodes or num_nodes())
     _say(json.dumps(told) if args.json else table(told))
     if args.dry_run:
         sys.exit(0)
@@ -314,7 +317,8 @@ def _new_config(args: argparse.Namespace) -> Config:
     config = override(configs.get(args.name), args.set)
     if (experts := mixture(config)) and not any(text.startswith("mesh.ep=") for text in args.set):
         spread = getattr(experts[1], "num_groups", None) or experts[1].num_experts
-        config = override(config, [f"mesh.ep={math.gcd(spread, args.ranks or ranks_per_node())}"])
+        here = args.ranks // (args.nodes or 1) if args.ranks else ranks_per_node()
+        config = override(config, [f"mesh.ep={math.gcd(spread, here)}"])
     return config
 
 

@@ -133,7 +133,7 @@ def kind_on(asked: str, num_experts: int, k: int, ranks: int, per_node: int) -> 
     if asked == "node" and not evenly:
         raise ValueError(
             f"mesh.exchange='node': {ranks} expert-parallel ranks do not span several nodes of {per_node} ranks "
-            "evenly; give 'auto', or mesh.ep a multiple of the ranks of a node"
+            "evenly; give 'auto', or as mesh.ep the ranks of two nodes or more"
         )
     if asked != "auto":
         return asked

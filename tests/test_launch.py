@@ -99,7 +99,7 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     ("script", "variable", "value", "says"),
     [
         *(("multinode.sh", "RESTARTS", each, "a number, 0 or more") for each in ("-1", "often")),
-        *(("multinode.sh", "NODES", each, "a number, or a range such as 1:2") for each in ("two", "0", "1:")),
+        *(("multinode.sh", "NODES", each, "a number, or a range such as 1:2") for each in ("two", "0", "1:", "2:1")),
         *(
             (script, "MASTER", each, "host:port, as node0:29400 or [fd00::1]:29400")
             for script in ("multinode.sh", "deepspeed.sh")
@@ -150,6 +150,17 @@ def test_a_node_whose_own_name_has_no_address_is_not_asked_for_it(tmp_path: Path
     path = stub(tmp_path, getent="exit 2")
     assert " --rdzv-conf is_host=0 " in printed("multinode.sh", ADDRESS="10.0.0.1", PATH=path)
     assert " --rdzv-conf is_host=1 " in printed("multinode.sh", ADDRESS="node0", PATH=path)
+
+
+def test_who_asks_to_stop_between_two_agents_is_heard(tmp_path: Path) -> None:
+    """The script gets the signal when it says that it starts the next one."""
+    again = tmp_path / "again.sh"  # of every bash
+    again.write_text('echo() { builtin echo "$@"; if [[ $* == *"starting it again"* ]]; then kill -TERM $$; fi; }')
+    kill, run = 'if mkdir "$FIRST"; then kill -9 $$; fi', "for i in {1..50}; do sleep 0.1; done; echo to its end"
+    path = stub(tmp_path, torchrun=f"{kill}; trap 'exit 3' TERM; {run}")
+    done = ran("multinode.sh", PATH=path, RESTARTS="1", FIRST=str(tmp_path / "first"), BASH_ENV=str(again))
+    assert "starting it again" in done.stderr
+    assert done.returncode in (3, 143) and "to its end" not in done.stdout, done.stdout  # 143: before it has its trap
 
 
 @pytest.mark.skipif(not host_address(), reason="this machine's name has no address")

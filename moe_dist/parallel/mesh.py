@@ -99,6 +99,7 @@ class Mesh:
 
 
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # what torchrun tells every rank
+MEETING = "meeting"  # name of the thread in which a rank waits for the others
 JOIN_SECONDS = "MOE_DIST_JOIN_SECONDS"  # of the environment: how long ranks wait for each other at the start
 
 
@@ -123,7 +124,7 @@ def check_launch() -> None:
 
 def _check_number(key: str, least: int, most: int) -> None:
     text = os.environ[key]
-    if not (text.isdecimal() and least <= int(text) <= most):
+    if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
         raise ValueError(f"{key}={text} in the environment: a whole number from {least} to {most}")
 
 
@@ -203,7 +204,7 @@ def _meet(seconds: int) -> tuple[dist.Store, int, int]:
         except Exception as error:
             met.set_exception(error)
 
-    threading.Thread(target=meet, daemon=True).start()
+    threading.Thread(target=meet, name=MEETING, daemon=True).start()
     return met.result(seconds + 2)  # torch's own reason is the better one
 
 
@@ -258,9 +259,9 @@ def stop() -> None:
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process, without the others. At once where ranks have met: threads of libraries abort an orderly end
-    now and then, with words of theirs."""
-    if dist.is_initialized():
+    """Ends this process, without the others. At once where ranks have met, or are still about to: threads of libraries
+    abort an orderly end now and then, with words of theirs."""
+    if dist.is_initialized() or any(thread.name == MEETING for thread in threading.enumerate()):
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -1,5 +1,6 @@
 """The port at which ranks meet: free when a launcher looks, and soon another's. Imports no torch."""
 
+import errno
 import os
 import secrets
 import socket
@@ -14,10 +15,10 @@ def hold() -> None:
     global _held
     ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the agent listens there itself
     port = os.environ.get("MASTER_PORT", "")
-    if ours and os.environ.get("RANK") == "0" and port.isdecimal() and 0 < int(port) < 2**16:
+    if ours and os.environ.get("RANK") == "0" and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16:
         family, both = (socket.AF_INET6, True) if socket.has_dualstack_ipv6() else (socket.AF_INET, False)
         with suppress(OSError):
-            _held = socket.create_server(("", int(port)), family=family, dualstack_ipv6=both)
+            _held = socket.create_server(("", int(port)), family=family, dualstack_ipv6=both, backlog=4096)
 
 
 def give() -> int | None:
@@ -28,11 +29,13 @@ def give() -> int | None:
 
 
 def free() -> int:
-    """A port of this machine that is free, below those that a kernel hands out by itself to whoever asks for any."""
+    """A port of this machine that is free, below those that Linux by itself hands out to whoever asks for any. Raises
+    OSError where none can be had."""
     while True:
         with socket.socket() as found:
             try:
                 found.bind(("127.0.0.1", port := 20000 + secrets.randbelow(12768)))
-            except OSError:
-                continue
-            return port
+                return port
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
