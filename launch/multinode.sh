@@ -48,6 +48,7 @@ command=(torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-1}" --max-restarts
   train.py "${CONFIG:-lstm_moe_demo}" --folder "runs/$id" --resume auto "$@")
 print_command "${command[@]}"
 [[ ! $dry ]] || exit 0
+getent hosts "$host" >/dev/null || echo "launch: no address of $host is known here yet; torchrun tries for a minute" >&2
 
 agent='' stopping=''
 trap 'stopping=1; [[ ! $agent ]] || kill -TERM "$agent" 2>/dev/null || true' TERM INT

@@ -99,11 +99,12 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     ("script", "variable", "value", "says"),
     [
         *(("multinode.sh", "RESTARTS", each, "a number, 0 or more") for each in ("-1", "often")),
+        *((script, "GPUS", each, "ranks per node, a number") for script in SCRIPTS for each in ("two", "0", "-1")),
         *(("multinode.sh", "NODES", each, "a number, or a range such as 1:2") for each in ("two", "0", "1:", "2:1")),
         *(
             (script, "MASTER", each, "host:port, as node0:29400 or [fd00::1]:29400")
             for script in ("multinode.sh", "deepspeed.sh")
-            for each in ("node0", "node0:", ":29400", "node0:http", "::1", "fd00::1:29400", "[::1]")
+            for each in ("node0", "node0:", ":29400", "node0:http", "node0:65536", "::1", "fd00::1:29400", "[::1]")
         ),
         *(
             ("local.sh", "NODES", each, "this script is for one; launch/multinode.sh is for more")
@@ -150,6 +151,17 @@ def test_a_node_whose_own_name_has_no_address_is_not_asked_for_it(tmp_path: Path
     path = stub(tmp_path, getent="exit 2")
     assert " --rdzv-conf is_host=0 " in printed("multinode.sh", ADDRESS="10.0.0.1", PATH=path)
     assert " --rdzv-conf is_host=1 " in printed("multinode.sh", ADDRESS="node0", PATH=path)
+
+
+def test_a_master_without_an_address_is_told(tmp_path: Path) -> None:
+    """Not refused: the names of pods come up with them."""
+    path = stub(tmp_path, getent='[[ $2 != "$UNKNOWN" ]]', torchrun="exit 0")
+    for unknown, said in (
+        ("node0", ["launch: no address of node0 is known here yet; torchrun tries for a minute"]),
+        ("", []),
+    ):
+        done = ran("multinode.sh", PATH=path, UNKNOWN=unknown)
+        assert (done.returncode, done.stderr.splitlines()) == (0, said)
 
 
 def test_who_asks_to_stop_between_two_agents_is_heard(tmp_path: Path) -> None:
@@ -312,7 +324,7 @@ def test_a_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
 
 def agent_that(does: str, folder: Path, **variables: str) -> tuple[int, int, str]:
     """launch/multinode.sh with a `torchrun` of a few words in place of the real one: (status, how often, stderr)."""
-    path = stub(folder, torchrun=f'echo >>"{folder}/starts"\n{does}')
+    path = stub(folder, torchrun=f'echo >>"{folder}/starts"\n{does}', getent="exit 0")
     done = ran("multinode.sh", **{"PATH": path, "RESTARTS": "2"} | variables)
     return done.returncode, len((folder / "starts").read_text().splitlines()), done.stderr
 

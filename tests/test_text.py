@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moe_dist.data.text as text
+from moe_dist.data.progress import told
 from moe_dist.data.sources import SPLITS, Lines, open_text
 from moe_dist.data.text import Lanes, Vocabulary, tokenize, unigram_perplexity
 
@@ -199,3 +200,10 @@ def test_embedded_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
     ids = {split: vocabulary.encode(lines[split]) for split in SPLITS}
     assert [round(100 * (ids[split] == 0).mean(), 1) for split in SPLITS] == [3.6, 5.5, 6.0]
     assert [round(unigram_perplexity(vocabulary.counts, ids[split])) for split in SPLITS[1:]] == [343, 361]
+
+
+def test_a_long_pass_is_told_and_ends_its_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(told((time.sleep(1.2) or i for i in range(3)), "lines of a text")) == [0, 1, 2]
+    assert (said := capsys.readouterr().err).endswith("\n") and "lines of a text: 3it" in said
+    assert list(told([1, 2], "lines of a text")) == [1, 2]
+    assert capsys.readouterr().err == ""

@@ -6,7 +6,6 @@ Legend: I images of a split, N classes, Y and X pixels.
 import gzip
 import lzma
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from moe_dist import keyed
 from moe_dist.config import ImageDataConfig, nearest
+from moe_dist.data.progress import told
 from moe_dist.data.vision import import_torchvision
 
 EMBEDDED = "embedded"
@@ -60,9 +59,8 @@ class Images:
     def check_files(self) -> None:
         """Reads the head of every file, and says so where it takes longer than two seconds. Raises ValueError for
         one that holds no image, naming it."""
-        often = 0.1 if sys.stderr.isatty() else 2  # seconds; a log wants few lines
         files: Iterable[bytes] = self.item_I if self.item_I.ndim == 1 else ()
-        for file in tqdm(files, "image files", delay=2, mininterval=often, leave=False, file=sys.stderr):
+        for file in told(files, "image files"):
             open_file(file, None)
 
 

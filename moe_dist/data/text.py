@@ -4,7 +4,6 @@ Dimensions: N tokens in a stream, V words, B lanes, S timesteps.
 """
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from tqdm import tqdm
+
+from moe_dist.data.progress import told
 
 UNK, EOS = "<unk>", "<eos>"
 UNK_ID, EOS_ID = 0, 1
@@ -45,8 +45,7 @@ class Vocabulary:
         """
         counts: Counter[str] = Counter()
         num_lines = 0
-        often = 0.1 if sys.stderr.isatty() else 2  # seconds; a log wants few lines
-        for line in tqdm(lines, "vocabulary", unit=" lines", delay=2, mininterval=often, leave=False, file=sys.stderr):
+        for line in told(lines, "vocabulary", " lines"):
             counts.update(tokenize(line))
             num_lines += 1
         num_words = counts.total()

@@ -7,7 +7,6 @@ Legend: b samples, S tokens of each.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
-from tqdm import tqdm
+
+from moe_dist.data.progress import told
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL))
@@ -47,7 +47,7 @@ class Tokens:
         Raises ValueError for a size that is too small for the text's characters or more than it fills.
         """
         tokenizer, count = _tokenizer({}), Counter[str]()
-        for line in _told(lines, "characters"):
+        for line in told(lines, "characters", " lines"):
             count.update(tokenizer.normalizer.normalize_str(line))
         alphabet = _alphabet(count)
         # The trainer numbers pieces inside a word as it meets them in a hash table, which is in another order in every
@@ -68,7 +68,7 @@ class Tokens:
             continuing_subword_prefix=INSIDE,
             show_progress=False,
         )
-        tokenizer.train_from_iterator(_told(lines, "pieces"), trainer)
+        tokenizer.train_from_iterator(told(lines, "pieces", " lines"), trainer)
         index = tokenizer.get_vocab(with_added_tokens=False)
         if len(index) < size:
             raise ValueError(
@@ -169,8 +169,3 @@ def _alphabet(count: Counter[str]) -> list[str]:
         covered += count[character]
         kept.append(character)
     return sorted(kept)
-
-
-def _told(lines: Iterable[str], what: str) -> Iterable[str]:
-    often = 0.1 if sys.stderr.isatty() else 2  # seconds; a log wants few lines
-    return tqdm(lines, what, unit=" lines", delay=2, mininterval=often, leave=False, file=sys.stderr)
