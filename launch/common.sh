@@ -12,7 +12,7 @@ print_command() {
 
 # read_master HOST:PORT: sets host, without the brackets of an IPv6 address, and port
 read_master() {
-  if ! [[ $1 =~ ^(\[([^]]+)\]|([^]:[]+)):([0-9]{1,5})$ ]] || ((10#${BASH_REMATCH[4]} > 65535)); then
+  if ! [[ $1 =~ ^(\[([^]]+)\]|([^]:[]+)):([0-9]{1,5})$ ]] || ((10#${BASH_REMATCH[4]} < 1 || 10#${BASH_REMATCH[4]} > 65535)); then
     fail "MASTER=$1: host:port, as node0:29400 or [fd00::1]:29400"
   fi
   # shellcheck disable=SC2034

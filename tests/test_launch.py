@@ -104,7 +104,17 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
         *(
             (script, "MASTER", each, "host:port, as node0:29400 or [fd00::1]:29400")
             for script in ("multinode.sh", "deepspeed.sh")
-            for each in ("node0", "node0:", ":29400", "node0:http", "node0:65536", "::1", "fd00::1:29400", "[::1]")
+            for each in (
+                "node0",
+                "node0:",
+                ":29400",
+                "node0:http",
+                "node0:0",
+                "node0:65536",
+                "::1",
+                "fd00::1:29400",
+                "[::1]",
+            )
         ),
         *(
             ("local.sh", "NODES", each, "this script is for one; launch/multinode.sh is for more")

@@ -1,5 +1,6 @@
 """The estimate of --dry-run against what a rank then holds."""
 
+import json
 from typing import Any
 
 import pytest
@@ -146,6 +147,20 @@ def test_nodes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     assert "8 on 2 nodes = 2 expert-data (edp) x 4 expert parallel (ep)" in said
     assert "64 in all, 16 per rank, 4 per word" in said
+
+
+def test_nodes_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Experts over both of them, or, where nothing is said, over the ranks of each."""
+    for sets, ep, exchange, experts in (
+        (["--set", "mesh.ep=4", "--set", "mesh.exchange=node"], 4, "node", [[0, 31], [32, 63]]),
+        ([], 2, "once", [[0, 63]]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            plan(["lstm_moe_demo", "--dry-run", "--json", "--ranks", "4", "--nodes", "2", *sets], None)
+        assert end.value.code == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["world"], told["nodes"], told["ep"], told["exchange"]) == (4, 2, ep, exchange)
+        assert told["experts_by_node"] == experts
 
 
 def test_replicas_share_the_state_and_freed_gradients_are_one_stack() -> None:
