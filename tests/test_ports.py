@@ -1,15 +1,17 @@
 """Ports of ranks: nobody else gets the one where they meet."""
 
 import errno
+import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from processes import ROOT
 
-from moe_dist.parallel import ports
+from moe_dist.parallel import mesh, ports
 
 HELD = """
 import os, socket, sys
@@ -70,6 +72,27 @@ def test_a_port_of_another_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_free_port_is_not_one_that_linux_hands_out_by_itself() -> None:
     assert all(1024 <= ports.free() < 32768 for _ in range(100))
+
+
+def test_who_is_still_to_meet_the_others_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python's own end, in which torch's wait for them may abort."""
+
+    class Ended(Exception):
+        pass
+
+    def ended(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(mesh, "_meet_at", lambda *_: never.wait())
+    monkeypatch.setattr(os, "_exit", ended)
+    never = threading.Event()
+    with pytest.raises(SystemExit, match="2"):
+        mesh.end(2)
+    with pytest.raises(TimeoutError):
+        mesh._meet(-2)
+    with pytest.raises(Ended, match="2"):
+        mesh.end(2)
+    never.set()
 
 
 def test_no_free_port_where_none_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
