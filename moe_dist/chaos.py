@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist import keyed
+from moe_dist import keyed, run_folder
 from moe_dist.config import ChaosConfig, mixture
 from moe_dist.context import Context
 from moe_dist.layer import MoE
@@ -47,7 +47,7 @@ def make(training: Training, folder: Path, begins: bool = True) -> None:
     where = "in what the first layer gets" if chaos.fault == "nan" else f"in the {chaos.phase}"
     _say(mesh, f"{chaos.fault} of rank {chaos.rank}, {where} of step {chaos.step}")
     if chaos.rank == mesh.dp.index:
-        _Fault(chaos, mesh, folder / MARK, training.model.dense)
+        _Fault(chaos, mesh, folder, training.model.dense)
 
 
 def _check(training: Training) -> None:
@@ -79,8 +79,10 @@ def _say(mesh: Mesh, what: str) -> None:
 class _Fault:
     """That is to come, on this rank."""
 
-    def __init__(self, chaos: ChaosConfig, mesh: Mesh, mark: Path, model: nn.Module) -> None:
-        self.chaos, self.record, self.mark = chaos, mesh.record, mark
+    def __init__(self, chaos: ChaosConfig, mesh: Mesh, folder: Path, model: nn.Module) -> None:
+        self.chaos = chaos
+        self.record = mesh.record
+        self.folder = folder
         if chaos.fault == "nan":
             for module in model.modules():
                 if module._parameters:
@@ -90,9 +92,9 @@ class _Fault:
 
     def _due(self) -> bool:
         """Leaves the mark."""
-        if self.record.step != self.chaos.step or self.mark.exists():
+        if self.record.step != self.chaos.step or (self.folder / MARK).exists():
             return False
-        self.mark.write_text(f"{self.chaos}\n")
+        run_folder.write(self.folder, MARK, f"{self.chaos}\n")
         return True
 
     def _at(self, phase: str) -> None:

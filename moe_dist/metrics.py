@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moe_dist import run_folder
 from moe_dist.config import WANDB_MODES
 
 FILE_NAME = "metrics.jsonl"
@@ -75,9 +76,9 @@ class Metrics:
             return
         self._start_step, self._total_steps = start_step, total_steps
         self._run = run
-        run.mkdir(parents=True, exist_ok=True)
-        _keep_until(run / FILE_NAME, start_step)
-        self._file = open(run / FILE_NAME, "ab", buffering=0)  # noqa: SIM115 (close() closes it)
+        _keep_until(run, start_step)
+        descriptor = run_folder.open_existing(run / FILE_NAME, os.O_WRONLY | os.O_APPEND)
+        self._file = open(descriptor, "ab", buffering=0)  # noqa: SIM115 (close() closes it)
         self._waiting = b""  # lines that a full disk did not take
         self._wandb: _WandbThread | None = None
         if wandb_mode != "off":
@@ -179,7 +180,7 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:
     """Yields of each complete line of a metrics file its number, itself, and what it says or why it cannot be read."""
-    with path.open("rb") as file:
+    with open(run_folder.open_existing(path), "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 try:
@@ -204,17 +205,19 @@ def _is_told(key: str, value: Any) -> bool:
     return isinstance(value, str if key in _TEXTS else int | float | None)
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-    """Drops the lines after `step` (at step 0: all, for the run starts anew) without ever leaving half a file, and with
-    a warning those that a crash of the machine has damaged: a run that is started again by itself goes on."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        for number, line, values in _lines(path) if step and path.exists() else ():
+def _keep_until(run: pathlib.Path, step: int) -> None:
+    """Drops the lines of a run's metrics after `step`, at step 0 all of them, for the run starts anew.
+
+    The file is replaced as a whole. Lines that a crash of the machine has damaged are dropped with a warning, so that a
+    run that is started again by itself goes on.
+    """
+    path = run / FILE_NAME
+    with run_folder.replacing(run, FILE_NAME) as file:
+        for number, line, values in _lines(path) if step and path.is_file() else ():
             if isinstance(values, str):
                 print(f"warning: {path} line {number} {values}: it is dropped", file=sys.stderr, flush=True)
             elif values["step"] <= step:
                 file.write(line)
-    os.replace(beside, path)
 
 
 def _or_null(value: float | list[float] | str) -> Any:
@@ -267,6 +270,7 @@ class _WandbThread(threading.Thread):
         try:
             import wandb
 
+            run_folder.make_folder(self._folder, "wandb")
             wandb.setup(wandb.Settings(silent=True))
             online = self._online and wandb.login(prompt=False, verify=False)
             run = wandb.init(

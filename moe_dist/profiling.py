@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from moe_dist import run_folder
 from moe_dist.parallel.mesh import Mesh
 
 BEFORE, STEPS = 2, 3  # steps that are not traced, for the first ones differ, and that are
@@ -25,18 +26,19 @@ def profiled(folder: Path, mesh: Mesh, wanted: bool) -> Iterator[Callable[[], No
     if not wanted:
         yield lambda: None
         return
-    path = folder / "profile" / f"rank{mesh.dp.index}.json.gz"
+    name = f"profile/rank{mesh.dp.index}.json.gz"
 
     def write(trace: profile) -> None:
         mesh.clock.named = False
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(path))
+            with run_folder.replacing(folder, name) as file:
+                trace.export_chrome_trace(file.name)
         except OSError as error:  # a full disk costs the trace, not the run
-            print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+            print(f"warning: {folder / name} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
             return
         if mesh.is_main:
-            print(f"profile: {path.parent}/rank*.json.gz (open one in ui.perfetto.dev or chrome://tracing)", flush=True)
+            files = f"{folder}/profile/rank*.json.gz"
+            print(f"profile: {files} (open one in ui.perfetto.dev or chrome://tracing)", flush=True)
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     plan = schedule(wait=BEFORE - 1, warmup=1, active=STEPS, repeat=1)

@@ -5,10 +5,10 @@ python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
+from moe_dist import run_folder
 from moe_dist.metrics import FILE_NAME, read_metrics
 
 PAGE = "report.html"
@@ -25,12 +25,12 @@ def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Pa
     if not lines:
         raise ValueError(f"metrics file {run / FILE_NAME} is empty: wait until the run has logged a step")
     draw = pictures.load_maps if only_loads else pictures.all_pictures
-    folder = run / "report"
-    folder.mkdir(exist_ok=True)
     paths = []
     for stem, figure in draw(lines, run.resolve().name).items():
-        paths.append(folder / f"{stem}.png")
-        figure.savefig(paths[-1])
+        name = f"report/{stem}.png"
+        with run_folder.replacing(run, name) as file:
+            figure.savefig(file, format="png")
+        paths.append(run / name)
     return paths
 
 
@@ -63,14 +63,7 @@ def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
     names = [run.resolve().name for run in runs]
     alike = len(set(names)) < len(names)
     html = page([read_run(run, str(run) if alike else None) for run in runs])
-    beside = file.with_name(file.name + ".new")
-    try:
-        beside.write_text(html, encoding="utf-8")
-        os.replace(beside, file)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    return file
+    return run_folder.write(file.parent, file.name, html)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def check_folder(run: Path, name: str) -> Path:
     """Returns the path of the folder `name` of a run folder.
 
     Raises:
-        OSError: The folder, or one on the way to it, is a link or a file. One that does not exist is accepted.
+        OSError: The folder, or one on the way to it, is a link.
     """
     path = run
     for part in PurePath(name).parts:
@@ -32,8 +32,6 @@ def check_folder(run: Path, name: str) -> Path:
             reason = f"{path} is a link, and nothing is written through a link inside a run folder"
             advice = "move what it leads to into its place, or let the run folder itself be the link"
             raise OSError(errno.ELOOP, f"{reason}; {advice}", str(path))
-        if path.exists() and not path.is_dir():
-            raise OSError(errno.ENOTDIR, f"{path} is not a folder; remove it", str(path))
     return path
 
 

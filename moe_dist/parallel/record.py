@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from moe_dist.run_folder import make_folder, open_existing
+
 T = TypeVar("T")
 FOLDER = "calls"
 BEAT = 0.5  # seconds between two first lines
@@ -88,10 +90,11 @@ class Record:
         meet()
         self.started = time.perf_counter()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if (path := self._path(self.rank)).exists():  # what it was at when it was last started
+            make_folder(run, FOLDER)
+            path = self._path(self.rank)
+            if os.path.lexists(path):  # from the last start
                 path.replace(path.with_suffix(".before"))
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self.file = open_existing(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             os.write(self.file, (b" " * (WIDTH - 1) + b"\n") * (LINES + 1))  # room, before a disk may be full
         except OSError as error:
             print(f"warning: {self.folder}: {error.strerror}; calls are not recorded", file=sys.stderr, flush=True)
@@ -241,8 +244,8 @@ class Record:
 
     def _first_line(self, rank: int) -> Line | None:
         try:
-            with self._path(rank).open() as file:
-                match = _FIRST_LINE.match(file.readline())
+            with open(open_existing(self._path(rank)), errors="replace") as file:
+                match = _FIRST_LINE.match(file.readline(2 * WIDTH))
         except OSError:
             return None
         return Line(int(match[1]), int(match[2]), bool(match[3]), match[4]) if match else None
