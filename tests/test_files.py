@@ -1,0 +1,248 @@
+"""Local files: which ones a source names, how each kind is read, and quotes that do not close."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from moe_dist.data.files import find_files, find_splits, read_rows
+
+ROWS = [{"text": f"line {i}", "n": i} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows_of(folder: Path, content: str, name: str = "x.csv") -> list[tuple[str, ...]]:
+    return [tuple(row.values()) for row in read_rows(write(folder / name, content))]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.NDJSON", "x.json", "list.json"])
+def test_json_lines_and_lists(tmp_path: Path, name: str) -> None:
+    content = json.dumps(ROWS, indent=1) if name == "list.json" else "\ufeff\n" + LINES
+    assert list(read_rows(write(tmp_path / name, content))) == ROWS
+
+
+def test_other_columns_differ_from_row_to_row(tmp_path: Path) -> None:
+    others: list[Any] = [1, "a", None, {"page": [1, {}]}, [[]], 10**400, 1e400, True]
+    rows = [{"text": "a", f"meta{i % 3}": other} for i, other in enumerate(others)]
+    path = write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_rows(path)) == rows
+
+
+@pytest.mark.parametrize("name", ["x.txt", "X.MD", "wiki.train.tokens", "enwik8", "news.en-00001-of-00100"])
+def test_plain_text(tmp_path: Path, name: str) -> None:
+    assert rows_of(tmp_path, "\ufeffa\r\nb\rc\n{d}", name) == [("a\n",), ("b\n",), ("c\n",), ("{d}",)]
+
+
+def packed(ending: str, content: bytes) -> bytes:
+    if ending == ".zst":
+        return pyarrow.compress(content, codec="zstd", asbytes=True)
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending](content)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_packed_files(tmp_path: Path, ending: str) -> None:
+    content = packed(ending, LINES.encode())
+    assert list(read_rows(write(tmp_path / f"x.jsonl{ending}", content))) == ROWS
+    bare = write(tmp_path / f"x{ending}", packed(ending, b"a b\nc"))
+    assert list(read_rows(bare)) == [{"text": "a b\n"}, {"text": "c"}]
+    for cut in (len(content) // 2, len(content) - 3):
+        with pytest.raises(ValueError, match=f"cut.jsonl{ending}"):
+            list(read_rows(write(tmp_path / f"cut.jsonl{ending}", content[:cut])))
+
+
+def test_members_of_a_zip_are_read_each_by_its_own_ending(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.jsonl.zip", "w") as archive:
+        members = {"b/c.txt": "last", "a.csv": "text\nfirst", "bare": '{"text": "second"}'}
+        hidden = {"__MACOSX/._a.csv": b"\0", ".x/y.txt": "no", "empty/": ""}
+        for name, content in (members | hidden).items():
+            archive.writestr(name, content)
+    assert [row["text"] for row in read_rows(tmp_path / "x.jsonl.zip")] == ["first", "last", "second"]
+
+
+def test_parquet_reads_the_columns_that_are_needed(tmp_path: Path) -> None:
+    table = pyarrow.table({"n": [1, 2], "text": ["a", None], "at": pyarrow.array([2**62, 1], pyarrow.timestamp("us"))})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    write(tmp_path / "y.parquet.gz", gzip.compress((tmp_path / "x.parquet").read_bytes()))
+    for name in ("x.parquet", "y.parquet.gz"):
+        assert list(read_rows(tmp_path / name, ["text", "label"])) == [{"text": "a"}, {"text": None}]
+    with pytest.raises(ValueError, match=r"x.parquet: "):  # a time that no datetime holds, read where none is needed
+        list(read_rows(tmp_path / "x.parquet", ["words"]))
+
+
+def labelled(texts: dict[int, str], separator: str = ",", rows: int = 40) -> str:
+    """A file of rows "film I is fine" with labels 0 and 1, some of which have another text, as it stands."""
+    lines = [f"{texts.get(i, f'film {i} is fine')}{separator}{i % 2}" for i in range(rows)]
+    return f"text{separator}label\n" + "\n".join(lines) + "\n"
+
+
+LITERAL = {
+    "at the first": {0: '" film'},
+    "at the last": {39: '" film'},
+    "three": {5: '"one', 9: '"two', 30: '"three'},
+    "alone": {7: '"'},
+    "a word in quotes": {8: '"Titanic" is long', 9: 'so is "Heat"'},
+    "one before a text in quotes": {3: '"not closed', 12: '"closed"'},
+    "doubled, not closed": {3: '"not ""closed', 9: '"nor ""this"" one'},
+}
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("texts", LITERAL.values(), ids=LITERAL)
+def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path: Path, texts: dict[int, str], separator: str) -> None:
+    rows = rows_of(tmp_path, labelled(texts, separator), "x.csv" if separator == "," else "x.tsv")
+    expected = {i: text.strip('"') if text == '"closed"' else text for i, text in texts.items()}
+    assert rows == [(expected.get(i, f"film {i} is fine"), str(i % 2)) for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "rows", "label"),
+    [(5, 6, 40, str), (5, 30, 40, str), (0, 1, 8, ["good", "bad"].__getitem__), (2, 1200, 2500, lambda i: i / 7)],
+)
+@pytest.mark.parametrize("text_first", [True, False])
+def test_quotes_that_open_one_text_and_close_another_are_refused_in_csv_and_rows_in_tsv(
+    tmp_path: Path, first: int, last: int, rows: int, label: Any, text_first: bool
+) -> None:
+    texts = {first: '"I like it.', last: 'It was good."'}
+    found = [(texts.get(i, f"film {i}"), str(label(i % 2))) for i in range(rows)]
+    names = ("text", "label") if text_first else ("label", "text")
+    pairs = [names, *(pair if text_first else pair[::-1] for pair in found)]
+    assert rows_of(tmp_path, "\n".join(map("\t".join, pairs)), "x.tsv") == pairs[1:]
+    with pytest.raises(ValueError, match=rf"x.csv, .*: line {first + 2} begins a field in quotes"):
+        rows_of(tmp_path, "\n".join(map(",".join, pairs)))
+
+
+def test_what_a_csv_writer_writes_is_read_as_it_was(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    letters = ["a", "b", " ", "'", '"', '""', ",", "\t", ";", "é", "\n", "\r\n", "1", "0", ".", "#"]
+    for case in range(200):
+        rows = [
+            ("".join(rng.choices(letters, k=rng.randrange(12))), rng.choice(["good", "bad"]), str(i))
+            for i in range(rng.randrange(1, 30))
+        ]
+        for name, dialect in (("x.csv", csv.excel), ("x.tsv", csv.excel_tab)):
+            with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+                rows = [(text if name == "x.csv" else text.replace("\t", " "), *more) for text, *more in rows]
+                writer = csv.writer(file, dialect, quoting=rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
+                writer.writerows([("text", "label", "n"), *rows])
+            assert [tuple(row.values()) for row in read_rows(tmp_path / name)] == rows, (case, name)
+    long = "\n".join(["word, " * 20_000] * 3)  # longer than what the csv library takes by itself
+    with (tmp_path / "long.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), (long, "1"), ("b", "0")])
+    assert [row["text"] for row in read_rows(tmp_path / "long.csv")] == [long, "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\na,1\nb, c,1\n", r"behind row 1: line 3 has 3 fields, its heading 2: put a text"),
+        ("text,label\n\na\n", "line 3 has 1 fields, its heading 2"),
+        ('text,label\n"Well", he said, and went,1\n', "line 2 has 4 fields"),
+        ("text,label,text\n", "heading has 'text' twice"),
+        ("text\0,label\n", "NUL byte"),
+    ],
+)
+def test_tables_that_do_not_hold_together(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rows_of(tmp_path, content)
+
+
+def test_which_files_a_source_names(tmp_path: Path) -> None:
+    shown = ["a.txt", "a/b.txt", "a/c.jsonl", "b.md", "x[1].txt"]
+    passed_over = [".a.txt", ".ipynb_checkpoints/a.txt", "a/.hidden/b.txt", "a/._c.jsonl", "README.md", "a/LICENSE"]
+    for name in shown + passed_over:
+        write(tmp_path / name, "x")
+    os.symlink(tmp_path, tmp_path / "a" / "again")
+    os.symlink(tmp_path / "a", tmp_path / "z")
+    os.symlink("a.txt", tmp_path / "link.txt")  # another file, by its name
+    found = {
+        str(tmp_path): ["a.txt", "a/b.txt", "a/c.jsonl", "b.md", "link.txt", "x[1].txt"],
+        f"{tmp_path}/**/*.txt": ["a.txt", "a/b.txt", "link.txt", "x[1].txt"],
+        f"{tmp_path}/a*": ["a.txt"],
+        f"{tmp_path}/**": ["README.md", "a.txt", "a/LICENSE", "a/b.txt", "a/c.jsonl", "b.md", "link.txt", "x[1].txt"],
+        f"{tmp_path}/*/**/b.*": ["a/again/b.md", "a/b.txt"],
+        f"{tmp_path}/x[1].txt": ["x[1].txt"],
+        f"{tmp_path}/.a.txt": [".a.txt"],
+        f"{tmp_path}/none*": [],
+        f"{tmp_path}/none": [],
+    }
+    for source, names in found.items():
+        assert sorted(str(file.relative_to(tmp_path)) for file in find_files(source)) == names, source
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("train.txt valid.txt test.txt", {"train": 1, "valid": 1, "test": 1}),
+        ("data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet dev.csv", {"train": 2, "valid": 1}),
+        ("training/a.txt training/test.txt eval/x.txt", {"train": 2, "test": 1}),  # a folder's name is first
+        ("my_Train.txt x.validation.txt", {"train": 1, "valid": 1}),
+        ("a.txt testament.txt trained.txt", {"train": 3}),
+    ],
+)
+def test_splits_of_a_folder_by_names(tmp_path: Path, names: str, splits: dict[str, int]) -> None:
+    for name in names.split():
+        write(tmp_path / name, "x")
+    assert {split: len(files) for split, files in find_splits(str(tmp_path)).items()} == splits
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("train.txt test.txt more.txt", "more.txt is of no split, unlike the others"),
+        ("train_dev.txt test.txt", "train_dev.txt is of train and valid"),
+        ("README.md .train.txt", "the folder has no data files"),
+    ],
+)
+def test_folders_without_clear_splits(tmp_path: Path, names: str, message: str) -> None:
+    for name in names.split():
+        write(tmp_path / name, "x")
+    with pytest.raises(ValueError, match=message):
+        find_splits(str(tmp_path))
+
+
+def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "train.txt", "x")
+    card = "---\nconfigs:\n- config_name: one\n  data_files: a/*\n- config_name: two\n---\n# A\n"
+    write(tmp_path / "README.md", card)
+    with pytest.raises(ValueError, match="several datasets, one, two: give the folder of one"):
+        find_splits(str(tmp_path))
+    write(tmp_path / "README.md", card.replace("two", "one"))
+    assert find_splits(str(tmp_path)) == {"train": [tmp_path / "a" / "train.txt"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.xml", "<a>b</a>", "files that end with .xml are not read: name it .txt where it is plain text"),
+        ("x.tar.gz", gzip.compress(b"x"), "files that end with .tar are not read"),
+        ("x.pdf", "%PDF", "end with .pdf"),
+        ("bare", LINES, "its name has no ending, and its first line is not prose, .{'text|its name has no ending"),
+        ("x.00001", "id\ttext\n", "first line is not prose"),
+        ("bare.gz", gzip.compress(b"id,text\n1,a\n"), "first line is not prose"),
+        ("pages", '<?xml version="1.0"?>', "first line is not prose"),
+        ("x.jsonl", LINES + "[1]", "behind row 3: a row is list"),
+        ("x.json", '["a"]', "a row is str, 'a': each is an object"),
+        ("x.txt", "é".encode("latin1"), "no UTF-8 .*0xe9.*: give UTF-8"),
+    ],
+)
+def test_what_is_not_understood_is_refused(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_rows(path))
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
