@@ -10,7 +10,6 @@ room for.
 Legend: B images or sentences, S tokens of each, C classes.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from moe_dist.arguments import Parser, path_argument
 from moe_dist.cli import plain_errors
 from moe_dist.config import ImageDataConfig, VisionConfig
 from moe_dist.context import Context
@@ -125,9 +125,11 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dic
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files, and folders of them")
+    parser = Parser(description=__doc__)
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "images", type=path_argument, nargs="*", metavar="IMAGE", help="image files, and folders of them"
+    )
     parser.add_argument("--sentences", metavar="FILE", help="a sentence a line; - is standard input")
     parser.add_argument("--text", help="one sentence")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="most probable classes (3)")

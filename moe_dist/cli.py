@@ -22,10 +22,11 @@ from statistics import mean
 from typing import IO, Any
 
 from moe_dist import configs
+from moe_dist.arguments import Parser, one_line, path_argument
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.grow import Growth
-from moe_dist.config import Config, check, dotted_keys, from_json, mixture, override, to_json
+from moe_dist.config import Config, check, dotted_keys, from_json, mixture, override, shown, to_json
 from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
@@ -43,6 +44,7 @@ from moe_dist.parallel.mesh import (
 from moe_dist.summary import describe, table
 from moe_dist.tasks import task_of
 
+MOST_RANKS = 2**20
 AUTO = Path("auto")  # of --resume: from --folder, where it has a checkpoint
 
 
@@ -165,17 +167,19 @@ def _lock(file: IO[str], folder: Path, seconds: int) -> None:
 
 def plan(argv: list[str], doc: str | None) -> Run:
     """Reads the command line. Prints and exits for --list and --dry-run; a mistake is one line and exit status 2."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc)
     parser.add_argument("name", nargs="?", help="a named config; --list shows them")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
-    parser.add_argument("--folder", type=Path, metavar="PATH", help="run folder of a new run (default: runs/NAME-TIME)")
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN|auto", help="goes on from the newest checkpoint of a run; auto (with NAME "
-        "and --folder): of that folder, or begins there, for launchers that start the same command again",
+        "--folder", type=path_argument, metavar="PATH", help="run folder of a new run (default: runs/NAME-TIME)"
+    )
+    parser.add_argument(
+        "--resume", type=path_argument, metavar="RUN|auto", help="goes on from the newest checkpoint of a run; auto "
+        "(with NAME and --folder): of that folder, or begins there, for launchers that start the same command again",
     )  # fmt: skip
     parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
     parser.add_argument("--grow-noise", type=float, metavar="X", help="largest change of a copied weight (0.01 of it)")
-    parser.add_argument("--evaluate", type=Path, metavar="RUN", help="test metrics of the newest checkpoint")
+    parser.add_argument("--evaluate", type=path_argument, metavar="RUN", help="test metrics of the newest checkpoint")
     parser.add_argument("--profile", action="store_true", help="traces a few steps with torch's profiler: RUN/profile/")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
@@ -192,15 +196,14 @@ def plan(argv: list[str], doc: str | None) -> Run:
     with plain_errors():
         if (args.json or args.ranks is not None) and not args.dry_run:
             raise ValueError("--json and --ranks: only with --dry-run")
-        if args.ranks is not None and args.ranks < 1:
-            raise ValueError(f"--ranks {args.ranks}: at least 1")
+        if args.ranks is not None and not 1 <= args.ranks <= MOST_RANKS:
+            raise ValueError(f"--ranks {shown(args.ranks)}: from 1 to {MOST_RANKS}")
         if args.nodes is not None and (args.nodes < 1 or not args.ranks or args.ranks % args.nodes):
-            raise ValueError(f"--nodes {args.nodes}: with --ranks, a multiple of it")
+            raise ValueError(f"--nodes {shown(args.nodes)}: with --ranks, a multiple of it")
         if args.profile and args.evaluate:
             raise ValueError("--profile: only of training, not with --evaluate")
         check_launch()
         run = _resolve(args)
-        check(run.config)
         task = task_of(run.config)
         if not args.dry_run:  # which tells of a model without its data
             task.check_data(run.config, _is_main())
@@ -266,9 +269,11 @@ def read_config(run: Path) -> Config:
     if not (run / "config.json").is_file():
         raise ValueError(f"{run}: not a run folder (no config.json)")
     try:
-        return from_json((run / "config.json").read_text())
+        config = from_json((run / "config.json").read_text())
+        check(config)
     except ValueError as error:
         raise ValueError(f"{run / 'config.json'}: {error}") from None
+    return config
 
 
 def _resolve(args: argparse.Namespace) -> Run:
@@ -299,6 +304,7 @@ def _resolve(args: argparse.Namespace) -> Run:
             )
     config = _fit_ep(config)
     steps, config = config.steps, override(config, args.set)
+    check(config)
     if args.resume and config.optim.decay == "cosine" and config.steps != steps:
         _say(f"note: the learning rate goes on as if the run had always had {config.steps} steps, not {steps}")
     if args.resume and (earlier / METRICS).exists():
@@ -309,12 +315,14 @@ def _resolve(args: argparse.Namespace) -> Run:
         lay_out(config, world_size())  # for the saved experts are read by the same ranks
         folder, growth = args.folder, _growth(args, config)
         config = growth.of(config)
+        check(config)
     return Run(config, read_ds_config(config), folder, earlier, growth=growth, evaluate=bool(args.evaluate))
 
 
 def _new_config(args: argparse.Namespace) -> Config:
     """Where --set mesh.ep does not say more, experts are spread over the ranks of a node, as far as they divide."""
     config = override(configs.get(args.name), args.set)
+    check(config)
     if (experts := mixture(config)) and not any(text.startswith("mesh.ep=") for text in args.set):
         spread = getattr(experts[1], "num_groups", None) or experts[1].num_experts
         here = args.ranks // (args.nodes or 1) if args.ranks else ranks_per_node()
@@ -346,7 +354,7 @@ def _begin_or_go_on(args: argparse.Namespace) -> Run:
 
 def _growth(args: argparse.Namespace, config: Config) -> Growth:
     if args.grow < 2:
-        raise ValueError(f"--grow {args.grow}: 2 or more")
+        raise ValueError(f"--grow {shown(args.grow)}: 2 or more")
     experts = mixture(config)
     if not experts:
         raise ValueError(f"--grow {args.grow}: {args.resume} has no experts")
@@ -359,19 +367,20 @@ def _growth(args: argparse.Namespace, config: Config) -> Growth:
 
 
 @contextlib.contextmanager
-def plain_errors(kind: type[Exception] = ValueError) -> Iterator[None]:
-    """A user's mistake, found before any work, is one line and exit status 2; so is any other `kind` of error that does
-    not need a traceback. Ctrl-C is one line and status 130.
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Makes an error one line on stderr and exit status 2: a user's mistake and what the system refuses (ValueError,
+    OSError), or other `kinds` that need no traceback. Ctrl-C is one line and status 130.
 
     Rank 0 speaks first, and its end ends the others; one that alone found a mistake is heard a little later.
     """
+    caught = kinds or (ValueError, OSError)
     try:
         yield
-    except kind as error:
+    except caught as error:
         if not _is_main():
             time.sleep(3)
         where = "error" if _is_main() else f"error on rank {os.environ['RANK']}"
-        print(f"{where}: {' '.join(map(str.strip, str(error).splitlines()))}", file=sys.stderr, flush=True)
+        print(one_line(f"{where}: {error}"), file=sys.stderr, flush=True)
         end(2)
     except KeyboardInterrupt:
         if _is_main():

@@ -289,53 +289,87 @@ KEY = re.compile(
     r"|(?<=[?&])(?:\w*token|\w*key|\w*sig|\w*signature|X-Amz-\w+)=[^&\s]+", re.IGNORECASE,
 )  # fmt: skip
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
-# ranges of fields by their names, which mean the same in every section
-AT_LEAST_ONE = (
-    "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "max_skipped", "vocabulary_size", "dim",
-    "lstm_units", "step",
-    "ffn_hidden", "ffn_layers", "softmax_samples", "num_experts", "hidden", "timesteps", "depth", "num_heads",
-    "blocks_per_attention", "blocks_per_ffn", "blocks_per_norm", "blocks_per_routing", "image_size", "channels",
-    "patch_size", "num_classes", "embedding_dim", "max_tokens",
-    "stride", "longest_answer",
-)  # fmt: skip
-BELOW_ONE = ("dropout", "beta1", "beta2", "expert_beta2", "label_smoothing")  # and 0 or more
-POSITIVE = ("lr", "eps", "clip_norm", "patience")
-NOT_NEGATIVE = (
-    "w_importance", "w_load", "w_balance", "warmup_steps", "weight_decay", "mixup", "randaugment_layers", "workers",
-    "rank", "seconds", "pieces",
-)  # fmt: skip
+MOST_STEPS = 10**8 - 1  # the name of a checkpoint has eight digits
+WEEK = 7 * 24 * 3600  # seconds
+# the least and the most of each number, by the name of its field, which means the same in every
+# section; products of a few of a step's numbers are far from what float32 holds
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (-(2**63), 2**63 - 1),
+    # steps
+    "steps": (1, MOST_STEPS), "log_every": (1, MOST_STEPS), "eval_every": (1, MOST_STEPS),
+    "save_every": (1, MOST_STEPS), "step": (1, MOST_STEPS), "warmup_steps": (0, MOST_STEPS),
+    "max_skipped": (1, MOST_STEPS), "keep_checkpoints": (1, MOST_STEPS),
+    # ranks and processes
+    "zero": (0, 3), "ep": (1, MOST), "rank": (0, MOST), "pieces": (0, 1024), "workers": (0, 1024),
+    "patience": (1e-3, WEEK), "seconds": (0, WEEK),
+    # sizes of the model
+    "dim": (1, MOST), "lstm_units": (1, MOST), "ffn_hidden": (1, MOST), "ffn_layers": (1, 1000),
+    "vocabulary_size": (1, MOST), "embedding_dim": (1, MOST), "max_tokens": (1, MOST), "softmax_samples": (1, MOST),
+    "num_experts": (1, MOST), "num_groups": (1, MOST), "k": (1, MOST), "hidden": (1, MOST),
+    "depth": (1, 10_000), "num_heads": (1, MOST), "blocks_per_attention": (1, MOST), "blocks_per_ffn": (1, MOST),
+    "blocks_per_norm": (1, MOST), "blocks_per_routing": (1, MOST),
+    "image_size": (1, 2**16), "channels": (1, MOST), "patch_size": (1, 2**16), "num_classes": (1, MOST),
+    # the batch and its samples
+    "samples": (1, MOST), "timesteps": (1, MOST), "accumulation": (1, MOST), "samples_per_balance_group": (1, MOST),
+    "samples_per_token_group": (1, MOST), "stride": (1, MOST), "longest_answer": (1, MOST),
+    "randaugment_layers": (0, 100), "randaugment_magnitude": (0, 30), "mixup": (0, 1000), "label_smoothing": (0, 0.99),
+    "null_threshold": (-1e6, 1e6),
+    # losses and the optimizer
+    "dropout": (0, 0.99), "capacity_factor": (1e-3, 1e3), "w_importance": (0, 1e6), "w_load": (0, 1e6),
+    "w_balance": (0, 1e6), "lr": (1e-12, 1e6), "weight_decay": (0, 1e6), "beta1": (0, 0.999999),
+    "beta2": (0, 0.999999), "expert_beta2": (0, 0.999999), "eps": (1e-30, 1.0), "clip_norm": (1e-12, 1e12),
+}  # fmt: skip
+LONGEST_TEXT = 1000  # characters of a field
+LONGEST_NAME = 100  # characters of `Config.name`, for the names of folders begin with it
+# characters that end a line or a path, or are half of one
+NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def wrong_text(text: str) -> str | None:
+    """Returns how an error about a text goes on that a user gave as a name, a path or a mode: what is
+    wrong with it. None where nothing is."""
+    if not text.strip():
+        return "is empty"
+    if len(text) > LONGEST_TEXT:
+        return f"has {len(text)} characters; at most {LONGEST_TEXT}"
+    if found := NO_TEXT.search(text):
+        return f"has a character that no name can have, {found[0]!a}"
+    return None
+
+
+def shown(value: Any) -> str:
+    """Returns a value for an error about it, whose middle is left out where it is long."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:40]}[...]{text[-20:]}"
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for a number out of its range, a name that is no folder's, an unknown mode, or a key. Whether
-    the parts fit together (a layout, a gate, a DeepSpeed config) is checked where they meet."""
-    if config.name in ("", ".", "..") or "/" in config.name:
-        raise ValueError(f"name={config.name!r}: a word that can name a folder, for the run folder begins with it")
+    """Checks each field of a config by itself. Whether the parts fit together (a layout, a gate, a
+    DeepSpeed config) is checked where they meet.
+
+    Raises:
+        ValueError: A number is out of its range (`RANGES`), a text is empty or cannot be a name, a
+            mode is unknown, or a value looks like a password or a key.
+    """
+    if config.name in (".", "..") or "/" in config.name or len(config.name) > LONGEST_NAME:
+        raise ValueError(
+            f"name={shown(config.name)!r}: a word of at most {LONGEST_NAME} characters that can name a "
+            f"folder, for the run folder begins with it"
+        )
     for key in dotted_keys(config):
         name, value = key.rpartition(".")[2], value_of(config, key)
-        if isinstance(value, str) and KEY.search(value):
-            raise ValueError(
-                f"{key} holds what looks like a password or a key, which would be kept in the run folder; give it by "
-                f"the environment (HF_TOKEN, WANDB_API_KEY)"
-            )
-        if isinstance(value, int) and value > MOST and key != "seed":
-            raise ValueError(f"{key}={value}: at most {MOST}")
-        if value is None:
-            continue
-        if name in AT_LEAST_ONE and value < 1:
-            raise ValueError(f"{key}={value}: at least 1")
-        if name in BELOW_ONE and not 0 <= value < 1:
-            raise ValueError(f"{key}={value}: from 0 to below 1")
-        if name == "capacity_factor" and not 1e-3 <= value <= 1e3:
-            raise ValueError(f"{key}={value}: from 0.001 to 1000, or none")
-        if name == "randaugment_magnitude" and not 0 <= value <= 30:
-            raise ValueError(f"{key}={value}: from 0 to 30")
-        if name in POSITIVE and not 0 < value < float("inf"):
-            raise ValueError(f"{key}={value}: a positive number")
-        if name in NOT_NEGATIVE and not 0 <= value < float("inf"):
-            raise ValueError(f"{key}={value}: 0 or more")
-    if config.steps >= 10**8:  # a checkpoint's name has eight digits
-        raise ValueError(f"steps={config.steps}: at most 99999999")
+        if isinstance(value, str):
+            if KEY.search(value):
+                raise ValueError(
+                    f"{key} holds what looks like a password or a key, which would be kept in the run "
+                    f"folder; give it by the environment (HF_TOKEN, WANDB_API_KEY)"
+                )
+            if wrong := wrong_text(value):
+                raise ValueError(f"{key}={shown(value)!r} {wrong}; give a value, or leave {key} out")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            least, most = RANGES[name]
+            if not least <= value <= most:
+                raise ValueError(f"{key}={shown(value)}: from {_number(least)} to {_number(most)}")
     if config.save_every % config.log_every:  # else a resumed run's first line would hold fewer steps
         raise ValueError(f"save_every={config.save_every} is not a multiple of log_every={config.log_every}")
     for key, known in (
@@ -365,6 +399,10 @@ def check(config: Config) -> None:
         )
 
 
+def _number(x: float) -> str:
+    return str(x) if isinstance(x, int) else f"{x:g}"
+
+
 def value_of(config: Config, key: str) -> Any:
     """Of the field with this dotted key."""
     return functools.reduce(getattr, key.split("."), config)
@@ -377,10 +415,16 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    """Returns the type of each field of a section. Python parses the annotations anew at each call."""
+    return typing.get_type_hints(section)
+
+
 def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every field of a config that `--set` may name, as {dotted key: type}."""
     keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(type(config)).items():
+    for name, kind in _hints(type(config)).items():
         value = getattr(config, name)
         inner = dataclasses.is_dataclass(value)
         keys |= dotted_keys(value, f"{prefix}{name}.") if inner else {prefix + name: kind}
@@ -393,9 +437,9 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {KEY.sub('***', text)!r}: expected KEY=VALUE, for example --set mesh.ep=2")
+            raise ValueError(f"--set {shown(KEY.sub('***', text))!r}: expected KEY=VALUE, for example --set mesh.ep=2")
         if key not in known:  # whose value is not repeated, for it may be a password
-            raise ValueError(f"--set: no field {KEY.sub('***', key)!r}; {nearest(key, known)}")
+            raise ValueError(f"--set: no field {shown(KEY.sub('***', key))!r}; {nearest(key, known)}")
         config = _replace(config, key.split("."), _parse(key, value, known[key]))
     return config
 
@@ -415,7 +459,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
     except (KeyError, ValueError):
         expected = " or ".join("none" if k is types.NoneType else k.__name__ for k in options)
-        raise ValueError(f"--set {key}={KEY.sub('***', text)}: expected {expected}") from None
+        raise ValueError(f"--set {key}={shown(KEY.sub('***', text))}: expected {expected}") from None
 
 
 def to_json(config: Config) -> str:
@@ -423,14 +467,22 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Inverse of `to_json`. Raises ValueError for text that is no config, naming the field."""
-    return _build(Config, json.loads(text), "")
+    """Returns the config of a text that `to_json` made.
+
+    Raises:
+        ValueError: The text is no config, or a value is not of its field's type; the error names the field.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("config: JSON that is nested too deep") from None
+    return _build(Config, values, "")
 
 
 def _build(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"config: {prefix.rstrip('.') or 'the whole'} is {values!r}, expected an object")
-    hints, fields = typing.get_type_hints(cls), {}
+        raise ValueError(f"config: {prefix.rstrip('.') or 'the whole'} is {shown(repr(values))}, expected an object")
+    hints, fields = _hints(cls), {}
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"config: no field {prefix + name!r}; {nearest(name, hints)}")
@@ -438,8 +490,8 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         sections = [k for k in typing.get_args(kind) or (kind,) if dataclasses.is_dataclass(k)]
         if sections:
             value = _build(_section(sections, value), value, f"{prefix}{name}.")
-        elif not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
-            raise ValueError(f"config: {prefix}{name}={value!r}, expected {getattr(kind, '__name__', kind)}")
+        elif not _is_of(value, kind):
+            raise ValueError(f"config: {prefix}{name}={shown(repr(value))}, expected {getattr(kind, '__name__', kind)}")
         fields[name] = value
     try:
         return cls(**fields)
@@ -447,12 +499,19 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         raise ValueError(f"config: {error}") from None
 
 
+def _is_of(value: Any, kind: Any) -> bool:
+    """Returns whether a value of JSON is of a field's type: a whole number is a float as well, and
+    true and false are no numbers."""
+    options = typing.get_args(kind) or (kind,)
+    return type(value) in options or (type(value) is int and float in options)
+
+
 def _section(sections: list[Any], values: Any) -> Any:
     """Of the kinds that a section may be, the one that has the fields of `values`, or else most of them."""
     names = set(values) if isinstance(values, dict) else set()
 
     def fit(section: Any) -> tuple[int, int]:
-        fields = typing.get_type_hints(section).keys()
+        fields = _hints(section).keys()
         return len(names & fields), -len(fields)
 
     return max(sections, key=fit)

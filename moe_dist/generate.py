@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from moe_dist import keyed
+from moe_dist.arguments import Parser, path_argument
 from moe_dist.cli import plain_errors
 from moe_dist.data import sources
 from moe_dist.data.text import EOS, EOS_ID, UNK, UNK_ID, Vocabulary, tokenize
@@ -155,12 +156,9 @@ DEFAULTS: dict[str, Any] = {
 
 def command_line(argv: list[str]) -> argparse.Namespace:
     """With `mode`, a key of MODES. Raises ValueError for numbers out of range, or options that do not go together."""
-    parser = argparse.ArgumentParser(
-        prog="python -m moe_dist.generate", description=__doc__, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(prog="python -m moe_dist.generate", description=__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run folder")
+    add("run", type=path_argument, metavar="RUN", help="a run folder")
     add("--prompt", metavar="TEXT", help="what to read first (default: nothing, the start of a line)")
     add = parser.add_argument_group("the prompt's continuation, if nothing else is asked for").add_argument
     add("--words", type=int, metavar="N", help="so many words (default 50)")
@@ -173,7 +171,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     add("--experts", action="store_true", help="the experts that each word of the prompt visits, with gate weights")
     add("--specialisation", action="store_true", help="for each expert the words in context with its highest weights")
     add = parser.add_argument_group("with --specialisation").add_argument
-    add("--of", type=Path, metavar="FILE", help="over this text (default: the test split of the run)")
+    add("--of", type=path_argument, metavar="FILE", help="over this text (default: the test split of the run)")
     add("--read", type=int, metavar="N", help="over its first N words, to the end of a line (default 10000)")
     add("--only", type=int, nargs="+", metavar="I", help="these experts (default: the busiest)")
     given = vars(parser.parse_args(argv))

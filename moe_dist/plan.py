@@ -9,21 +9,20 @@ achieved (`machine.ACHIEVED`, `machine.OF_BANDWIDTH`); `--measure` with short ru
 (`rehearsal`). With `--gpu` no tensor is made, whatever the size.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from moe_dist import configs
-from moe_dist.cli import plain_errors
+from moe_dist.arguments import Parser, path_argument
+from moe_dist.cli import MOST_RANKS, plain_errors
 from moe_dist.clock import PARTS
-from moe_dist.config import Config, check, mixture, override
+from moe_dist.config import Config, check, mixture, override, shown
 from moe_dist.engine import read_ds_config
 from moe_dist.machine import GPUS, Link, Machine, Own, gpu_machine, memory, of_gpu, seconds
 from moe_dist.parallel.mesh import Layout, lay_out, memory_per_rank
@@ -31,7 +30,6 @@ from moe_dist.parallel.spawn import RankFailed
 from moe_dist.summary import exchange_of
 from moe_dist.tasks import task_of
 
-MOST_RANKS = 2**20
 PROCESSES_PER_CORE = 4  # that take turns on a CPU, still about as ranks would
 
 
@@ -167,7 +165,7 @@ def measured(config: Config, nodes: int, per_node: int, nic: float) -> tuple[Mac
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("name", help="a named config; train.py --list shows them")
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, default=1, metavar="G", help="ranks of a node, on CPU too")
@@ -176,12 +174,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nic", type=float, metavar="GB", help="GB a second of a rank between nodes")
     parser.add_argument("--memory", type=float, metavar="GB", help="of a rank, in place of what machine or preset has")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all of it there, too")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="writes all of it there, too")
     args = parser.parse_args(argv)
     with plain_errors():
         for key, number in (("nodes", args.nodes), ("gpus-per-node", args.gpus_per_node)):
             if not 1 <= number <= MOST_RANKS:
-                raise ValueError(f"--{key} {number}: from 1 to {MOST_RANKS}")
+                raise ValueError(f"--{key} {shown(number)}: from 1 to {MOST_RANKS}")
         if args.nodes * args.gpus_per_node > MOST_RANKS:
             raise ValueError(f"--nodes {args.nodes} x --gpus-per-node {args.gpus_per_node}: {MOST_RANKS} ranks at most")
         if args.measure and args.gpus_per_node > (most := most_processes()):

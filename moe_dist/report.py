@@ -4,11 +4,11 @@ python -m moe_dist.report RUN                             RUN/report/*.png and R
 python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
 """
 
-import argparse
 import pathlib
 import sys
 
 from moe_dist import run_folder
+from moe_dist.arguments import Parser, path_argument
 from moe_dist.metrics import FILE_NAME, read_metrics
 
 PAGE = "report.html"
@@ -68,15 +68,17 @@ def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
 
 def main() -> None:
     """Runs the command line; what is wrong with a run is one line on stderr and exit status 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", type=pathlib.Path, nargs="+", help="folder of a run")
-    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help=f"the page (default, of one run: RUN/{PAGE})")
+    parser = Parser(description=__doc__)
+    parser.add_argument("runs", metavar="RUN", type=path_argument, nargs="+", help="folder of a run")
+    parser.add_argument(
+        "--html", metavar="FILE", type=path_argument, help=f"the page (default, of one run: RUN/{PAGE})"
+    )
     args = parser.parse_args()
     try:
         if len(args.runs) > 1 and args.html is None:
             raise ValueError(f"{len(args.runs)} runs on one page: --html FILE says where it goes")
-        for path in [write_page(args.runs, args.html)] if args.html else write_all(args.runs[0]):
-            print(path)
+        for file in [write_page(args.runs, args.html)] if args.html else write_all(args.runs[0]):
+            print(file)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -19,7 +19,6 @@ step's words the training changed, in how many steps the norm was clipped, noise
 rank had nothing but padding and sent no row (half of the samples are made padding in one step for each accumulation).
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -32,8 +31,9 @@ from typing import Any
 import torch
 
 from moe_dist import configs
+from moe_dist.arguments import Parser, path_argument
 from moe_dist.cli import plain_errors
-from moe_dist.config import Config, check, dropout, mixture, override
+from moe_dist.config import MOST_STEPS, Config, check, dropout, mixture, override, shown
 from moe_dist.engine import compute_dtype, read_ds_config
 from moe_dist.meter import Meter
 from moe_dist.parallel import mesh as meshes
@@ -47,6 +47,7 @@ GAP = 1e-5  # of their size: two scores this near, or a hidden unit and zero, ma
 ACCUMULATIONS = (1, 2)
 FIRST_PADDED_STEP = 3
 LIVE = 0.2  # of the first step's words change their experts
+MOST_PROCESSES = 1024  # of one machine
 HOURS = 24  # that one world may take
 
 
@@ -245,7 +246,7 @@ def verify(config: Config, layouts: list[Layout], steps: int, replay: bool) -> d
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("name", help="a named config (train.py --list)")
     add("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
@@ -255,11 +256,18 @@ def main(argv: list[str]) -> int:
     add("--steps", type=int, default=20, help="optimizer steps (20)")
     add("--tolerance", type=float, default=1e-5, help="largest relative deviation that is rounding (1e-5)")
     add("--free", action="store_true", help="no replay: every layout chooses for itself")
-    add("--json", type=Path, metavar="FILE", help="writes the figures there")
+    add("--json", type=path_argument, metavar="FILE", help="writes the figures there")
     args = parser.parse_args(argv)
     with plain_errors():
-        if min(args.steps, *args.worlds, *args.accumulation) < 1:
-            raise ValueError("--steps, --worlds and --accumulation: at least 1")
+        for key, numbers, most in (
+            ("steps", [args.steps], MOST_STEPS),
+            ("worlds", args.worlds, MOST_PROCESSES),
+            ("accumulation", args.accumulation, MOST_STEPS),
+        ):
+            if wrong := [number for number in numbers if not 1 <= number <= most]:
+                raise ValueError(f"--{key} {shown(wrong[0])}: from 1 to {most}")
+        if not 0 <= args.tolerance < math.inf:
+            raise ValueError(f"--tolerance {args.tolerance:g}: a number from 0 on")
         if args.json and not args.json.absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
         config = override(configs.get(args.name), args.set)

@@ -6,13 +6,12 @@
 A checkpoint that is torn or altered is refused, by the name of the file, and the newest whole one is named.
 """
 
-import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
+from moe_dist.arguments import Parser, one_line, path_argument
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.whole import export, inspect
 
@@ -29,13 +28,14 @@ def _table(told: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m moe_dist.checkpoint", description=__doc__, formatter_class=formatter)
+    parser = Parser("python -m moe_dist.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("inspect", "export"):
-        commands.add_parser(name).add_argument("path", type=Path, help="a run folder, or one of its checkpoints")
+        commands.add_parser(name).add_argument(
+            "path", type=path_argument, help="a run folder, or one of its checkpoints"
+        )
     commands.choices["inspect"].add_argument("--json", action="store_true", help="one JSON object")
-    commands.choices["export"].add_argument("file", type=Path, help="the safetensors file to be written")
+    commands.choices["export"].add_argument("file", type=path_argument, help="the safetensors file to be written")
     args = parser.parse_args(argv)
     try:
         in_run = (args.path / "checkpoints").is_dir()
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         else:
             print(f"{checkpoint} -> {args.file}: {export(checkpoint, args.file):,} parameters")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
