@@ -1,7 +1,8 @@
 """Classes of images or sentences by a trained run, with probabilities.
 
     python -m moe_dist.classify runs/NAME pictures/ holiday.png         image files, and folders of them
-    python -m moe_dist.classify runs/NAME --sentences reviews.txt       a line each, or two with a tab; - is stdin
+    python -m moe_dist.classify runs/NAME --sentences reviews.txt       a line each, or two with a tab; - is stdin;
+                                                                        of .csv, .jsonl ... columns text and text2
     python -m moe_dist.classify runs/NAME --text "a fine film" --top 1
 
 Every image or sentence is a token group of its own, so that what others there are does not decide what an expert has
@@ -23,6 +24,7 @@ from moe_dist.arguments import Parser, path_argument
 from moe_dist.cli import plain_errors
 from moe_dist.config import ImageDataConfig, VisionConfig
 from moe_dist.context import Context
+from moe_dist.data.files import read_rows
 from moe_dist.data.images import read_image
 from moe_dist.data.sentences import Sentence, Sentences
 from moe_dist.data.tokens import Tokens
@@ -100,16 +102,29 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
 
 
 def _sentences_of(file: str | None, text: str | None) -> list[str]:
+    """Returns `text`, or the lines of a file that hold a word; of rows the columns text and text2, with a tab between.
+
+    Raises:
+        ValueError: The file cannot be read or holds no word, or something is no text.
+    """
     if text is not None:
-        return [text]
-    try:
-        lines = sys.stdin if file == "-" else open(file, encoding="utf-8-sig")  # type: ignore[arg-type]  # noqa: SIM115
-        found = [line.strip() for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--sentences {file}: cannot be read as UTF-8 text ({error})") from None
-    if not found:
+        found = [text]
+    elif file == "-":
+        found = [line.strip() for line in sys.stdin]
+    else:
+        assert file is not None
+        try:
+            rows = list(read_rows(Path(file), ["text", "text2"]))
+        except ValueError as error:
+            raise ValueError(f"--sentences {error}") from None
+        if rows and not isinstance(rows[0].get("text"), str):
+            raise ValueError(f"--sentences {file}: no column 'text', only {', '.join(rows[0])}: name it so")
+        found = ["\t".join(str(row[name]).strip() for name in ("text", "text2") if row.get(name)) for row in rows]
+    if any("\ud800" <= letter <= "\udfff" for sentence in found for letter in sentence):
+        raise ValueError("a sentence is not text in this terminal's encoding; give UTF-8")
+    if text is None and not any(found):
         raise ValueError(f"--sentences {file}: no line with a word")
-    return found
+    return [sentence for sentence in found if sentence or text is not None]
 
 
 def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dict[str, Any]]:

@@ -215,11 +215,7 @@ def open_text(reader: Reader, args: argparse.Namespace) -> Text:
 
 
 def _lines_of(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--of {path}: cannot be read as UTF-8 text ({error})") from None
-    lines = [line for line in text.split("\n") if tokenize(line)]
+    lines = [line for line in sources.read_lines("--of", str(path), [path]) if tokenize(line)]
     if not lines:
         raise ValueError(f"--of {path}: holds no word")
     return lines

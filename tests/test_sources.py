@@ -18,6 +18,7 @@ import moe_dist.data.sources as sources
 from moe_dist.cli import plan
 from moe_dist.config import PretrainingDataConfig, TextDataConfig
 from moe_dist.configs import CONFIGS, get
+from moe_dist.data.files import read_rows
 from moe_dist.data.sources import check_text, is_local, open_text
 
 ROOT = Path(__file__).parent.parent
@@ -75,13 +76,13 @@ def test_streamed_lines_can_be_read_again_and_are_never_a_list(tmp_path: Path) -
 
 def test_what_is_not_streamed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text(numbered(0, 100))
-    tables, passes = sources._tables, []
+    passes = []
 
     def counted(*args: Any) -> Iterable[Any]:
         passes.append(args)
-        return tables(*args)
+        return read_rows(*args)
 
-    monkeypatch.setattr(sources, "_tables", counted)
+    monkeypatch.setattr(sources, "read_rows", counted)
     splits = open_text(str(tmp_path / "a.txt"), streamed=False)
     assert [len(list(lines)) for lines in splits.values()] == [90, 5, 5]
     assert len(passes) == 1
@@ -153,16 +154,16 @@ def test_held_out_examples_come_from_the_first_million(
 
 def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "big.txt").write_text(numbered(0, 50_000))
-    tables, read_ = sources._tables, []
+    read_ = []
 
     def counted(*args: Any) -> Iterable[Any]:
-        for table in tables(*args):
-            read_.append(table.num_rows)
-            yield table
+        for row in read_rows(*args):
+            read_.append(row)
+            yield row
 
-    monkeypatch.setattr(sources, "_tables", counted)
+    monkeypatch.setattr(sources, "read_rows", counted)
     check_text(str(tmp_path / "big.txt"))
-    assert read_ == [1000]
+    assert len(read_) == sources.MIN_LINES
     monkeypatch.setattr(sources, "_library", None)  # not even imported
     check_text("embedded")
     for data in (get(name).data for name in CONFIGS):
@@ -173,7 +174,7 @@ def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypat
 BAD = {
     "missing": (None, "no file matches"),
     "empty": (b" \n\n", "has 0 lines that are not empty, too few"),
-    "not utf-8": (b"\xff\xfe\x00", "is not text .*utf-8.*: give plain UTF-8"),
+    "not utf-8": (b"\xff\xfe\x00", "no UTF-8 .*: give UTF-8"),
     "nul bytes": (b"MZ\0\0" * 9, "holds a NUL byte"),
     "too few lines": (b"x\n" * 19, "has 19 lines .*give at least 20"),
 }
@@ -200,7 +201,7 @@ def test_what_is_found_late_is_told_too(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(numbered(0, 1000))
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\n")
     check_text(str(tmp_path / "*.txt"))
-    with pytest.raises(ValueError, match=r"\*.txt' is not text .*utf-8"):
+    with pytest.raises(ValueError, match=r"\*.txt': .*b.txt: no UTF-8"):
         open_text(str(tmp_path / "*.txt"), streamed=True)
 
 
@@ -217,12 +218,13 @@ def test_what_is_neither_a_file_nor_a_name(source: str) -> None:
 
 def test_bad_folders(tmp_path: Path) -> None:
     for name, files, message in [
-        ("none", {}, "does not load: .*any data files"),
-        ("odd", {"part": "x\n" * 30}, "does not load: No .supported. data files"),
+        ("none", {}, "the folder has no data files"),
+        ("odd", {"part.xml": "x\n" * 30}, "files that end with .xml are not read"),
+        ("odd one", {"a.txt": "x\n" * 30, "b.odd": "x\n" * 30}, "files that end with .odd are not read"),
         ("test", {"test.txt": "x\n" * 30}, "no split 'train', only test"),
-        ("columns", {"train.jsonl": '{"words": "a", "n": 1}\n' * 30}, r"only words \(string\), n \(int64\)"),
-        ("numbers", {"train.jsonl": '{"text": 1}\n' * 30}, r"no column 'text' of strings, only text \(int64\)"),
-        ("broken", {"train.jsonl": "{nonsense\n" * 30}, "is not text .*JSON"),
+        ("columns", {"train.jsonl": '{"words": "a", "n": 1}\n' * 30}, r"only words \(str\), n \(int\)"),
+        ("numbers", {"train.jsonl": '{"text": 1}\n' * 30}, r"no column 'text' of strings, only text \(int\)"),
+        ("broken", {"train.jsonl": "{nonsense\n" * 30}, "train.jsonl: no JSON"),
         ("blank", {"train.txt": "\n", "test.txt": "x\n"}, "has 0 lines"),
     ]:  # fmt: skip
         folder = tmp_path / name

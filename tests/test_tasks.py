@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,10 @@ def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, caps
     classify.main([str(run), "--sentences", str(tmp_path / "lines.txt"), "--json"])
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [t["item"] for t in told] == [sentence.text for sentence in sentences]
+    rows = "".join(json.dumps({"id": i, "text": sentence.text}) + "\n" for i, sentence in enumerate(sentences))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    classify.main([str(run), "--sentences", str(tmp_path / "rows.jsonl"), "--json"])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == told
     for t, expected in zip(told, json.loads((run / "told.json").read_text()), strict=True):
         assert t["classes"] == pytest.approx(dict(zip(("negative", "positive"), expected, strict=True)), rel=1e-4)
 
@@ -290,7 +295,10 @@ def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, caps
         ("image_classification", ["{}/broken.png"], "broken.png"),
         ("image_classification", ["--text", "a film"], "classifies images"),
         ("image_classification", ["{}/broken.png", "--text", "a film"], "give one of"),
-        ("text_classification", ["--sentences", "{}/none.txt"], "none.txt: cannot be read"),
+        ("text_classification", ["--sentences", "{}/none.txt"], "none.txt: No such file"),
+        ("text_classification", ["--sentences", "{}/pipe"], "pipe: a pipe, a device or a socket"),
+        ("text_classification", ["--sentences", "{}/words.csv"], "words.csv: no column 'text', only words, label"),
+        ("text_classification", ["--text", "half \udce9"], "not text in this terminal's encoding"),
         ("text_classification", ["--text", ""], "has no token"),
         ("text_classification", ["--text", "one\ttwo"], "which have no tab"),
         ("text_classification", ["--text", "a", "--top", "0"], "--top 0: at least 1"),
@@ -301,6 +309,8 @@ def test_what_cannot_be_classified_is_one_line(
     task: str, args: list[str], says: str, trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "words.csv").write_text("words,label\na,1\n")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     with pytest.raises(SystemExit) as exit_:
         classify.main([str(trained[task]), *(arg.format(tmp_path) for arg in args)])

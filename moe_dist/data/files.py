@@ -40,6 +40,7 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 SPLIT_NAME = re.compile(rf"(?<![^-._ 0-9])({'|'.join(SPLIT_NAMES)})(?![^-._ 0-9])", re.IGNORECASE)
+ENDING = re.compile(r"\.[a-zA-Z]\w*")  # of a name; one such as .00001 or .en-00001-of-00100 says nothing
 # found in folders of data without being data
 NO_DATA = re.compile(r"(readme|licen[cs]e)(\..*)?|(config|dataset_infos?|dataset_dict)\.json", re.IGNORECASE)
 # a first line that is no prose: JSON, markup, a table
@@ -88,9 +89,21 @@ def find_splits(source: str) -> dict[str, list[Path]]:
                 if len(of) != 1:
                     several = f"is of {' and '.join(sorted(of))}" if of else "is of no split, unlike the others"
                     raise ValueError(f"{path} {several}, by its name: rename it or take it away")
-                splits.setdefault(*of, []).append(file)
+                splits.setdefault(of.pop(), []).append(file)
             return splits
     return {"train": files}
+
+
+def check_ending(name: str) -> None:
+    """Raises ValueError for a name with an ending that is not read."""
+    stem, ending = os.path.splitext(name)
+    if ending.lower() in UNPACK:
+        return check_ending(stem)
+    if ENDING.fullmatch(ending) and ending.lower() not in KNOWN:
+        raise ValueError(
+            f"files that end with {ending} are not read: name it .txt where it is plain text, or convert it to one "
+            f"of {' '.join(KNOWN)} (or these with {' '.join(UNPACK)})"
+        )
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -132,8 +145,12 @@ def _is_hidden(name: str) -> bool:
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     """Yields the folder and those below, each once and with the names of its files. None is hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: {error.strerror}") from error
+
     seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         where = os.stat(here)
         if (where.st_dev, where.st_ino) in seen:
             folders.clear()
@@ -163,6 +180,7 @@ def _check_card(card: Path) -> None:
 
 
 def _rows(name: str, file: IO[bytes], columns: Sequence[str] | None) -> Iterator[Row]:
+    check_ending(name)
     stem, ending = os.path.splitext(name)
     ending = ending.lower()
     if ending == ".zip":
@@ -173,12 +191,6 @@ def _rows(name: str, file: IO[bytes], columns: Sequence[str] | None) -> Iterator
         yield from _parquet(file, columns)
     elif ending in READERS:
         yield from READERS[ending](file)
-    elif re.fullmatch(r"\.[a-z]\w*", ending):
-        known = " ".join([*READERS, ".parquet"])
-        raise ValueError(
-            f"files that end with {ending} are not read: name it .txt where it is plain text, or convert it to one "
-            f"of {known} (or these with {' '.join([*UNPACK, '.zip'])})"
-        )
     else:
         yield from _without_ending(file)
 
@@ -400,3 +412,4 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {
     ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json,
     ".csv": partial(_table, ","), ".tsv": partial(_table, "\t"),
 }  # fmt: skip
+KNOWN = (*READERS, ".parquet", ".zip")

@@ -1,21 +1,23 @@
 """Where text comes from: the embedded corpus, local files, or a dataset by its name.
 
-A line is one example, stripped, where anything is left of it: a line of a text file, a row's "text" of a dataset. Line
-breaks inside an example are spaces like any other, so that a document stays in one place.
+A line is one example, stripped, where anything is left of it: a line of a text file, a row's "text". Line breaks inside
+an example are spaces like any other, so that a document stays in one place. Local files are read by `files.read_rows`.
 """
 
+import errno
 import glob
 import logging
 import lzma
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from moe_dist.data.files import KNOWN, UNPACK, check_ending, find_files, find_splits, read_rows
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = "embedded"
@@ -29,8 +31,7 @@ SHORT_NAMES = {
     "lm1b": ("billion-word-benchmark/lm1b", None, "refs/convert/parquet"),
 }
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # any other file is plain text
-FILE_SUFFIXES = {*FORMATS, ".txt", ".text", ".md", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip"}
+CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 GIVE = f"give {EMBEDDED!r}, a file, a glob such as 'corpus/*.txt', a folder, or a dataset such as 'wikitext'"
 
 # examples of train, by their index modulo PERIOD, where a dataset has no such split
@@ -73,9 +74,11 @@ def open_text(source: str, streamed: bool) -> dict[str, Iterable[str]]:
 
 
 def check_text(source: str) -> None:
-    """A look at the first lines of local text, and at the form of a dataset's name, for which no network is asked.
+    """Reads the first lines of local text and the endings of all of its files; checks the form of a dataset's name,
+    without network.
 
-    Raises ValueError for what can be neither, and for text that cannot be trained on as far as its first lines tell.
+    Raises:
+        ValueError: It can be neither, or its first lines tell that it cannot be trained on.
     """
     if not is_local(source):
         return _check_name(source)
@@ -86,17 +89,44 @@ def check_text(source: str) -> None:
 
 def is_local(source: str) -> bool:
     """Whether `source` is, or matches, something on this machine; then it is no name of a dataset."""
-    return source not in ("", EMBEDDED) and (Path(source).is_dir() or bool(_files(source)))
+    return source not in ("", EMBEDDED) and (os.path.isdir(source) or bool(find_files(source)))
 
 
-def _files(source: str) -> list[str]:
-    # A path that exists is taken literally, so that names holding [ or * need no escaping.
-    names = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-    return [name for name in names if Path(name).is_file()]
+def read_lines(key: str, source: str, files: Iterable[Path]) -> Iterator[str]:
+    """Yields the lines of local files, stripped.
+
+    Raises:
+        ValueError: A file cannot be read, or has no column "text" of strings; it begins with `key` and `source`.
+    """
+    return _stripped(key, source, _texts(key, source, files))
+
+
+def _texts(key: str, source: str, files: Iterable[Path]) -> Iterator[str | None]:
+    for file in files:
+        rows = read_rows(file, ["text"])
+        try:
+            for row in rows:
+                text = row.get("text", 0)
+                if not isinstance(text, str | None):
+                    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+                    raise ValueError(f"{file} has a row with no column 'text' of strings, only {found}: name it so")
+                yield text
+        except ValueError as error:
+            raise ValueError(f"{key}={source!r}: {error}") from error
+
+
+def _stripped(key: str, source: str, texts: Iterable[str | None]) -> Iterator[str]:
+    for text in texts:
+        if text is None:
+            continue
+        if "\0" in text:  # valid UTF-8, yet text holds no NUL
+            raise ValueError(f"{key}={source!r} is not text, it holds a NUL byte: give plain text files")
+        if stripped := text.removeprefix("\ufeff").strip():  # a byte order mark opens some files
+            yield stripped
 
 
 def _check_name(source: str) -> None:
-    if not NAME.fullmatch(source) or Path(source).suffix.lower() in FILE_SUFFIXES:
+    if not NAME.fullmatch(source) or Path(source).suffix.lower() in (*KNOWN, *UNPACK):
         raise ValueError(f"data.text={source!r}: no file matches; {GIVE}")
 
 
@@ -132,10 +162,20 @@ def _own_splits(source: str) -> dict[str, Lines]:
     """What the source has of SPLITS, "train" at least."""
     if source == EMBEDDED:
         return {split: Lines(partial(_embedded, split)) for split in SPLITS}
-    loaded = {OTHER_NAMES.get(name, name): dataset for name, dataset in _load(source).items()}
-    if "train" not in loaded:
-        raise ValueError(f"data.text={source!r} has no split 'train', only {', '.join(loaded)}: give one that has")
-    return {split: Lines(partial(_lines, source, loaded[split])) for split in SPLITS if split in loaded}
+    found, read = (_found(source), read_lines) if is_local(source) else (_load(source), _read_dataset)
+    if "train" not in found:
+        raise ValueError(f"data.text={source!r} has no split 'train', only {', '.join(found)}: give one that has")
+    return {split: Lines(partial(read, "data.text", source, found[split])) for split in SPLITS if split in found}
+
+
+def _found(source: str) -> dict[str, list[Path]]:
+    try:
+        splits = find_splits(source)
+        for file in chain.from_iterable(splits.values()):
+            check_ending(file.name)
+    except ValueError as error:
+        raise ValueError(f"data.text={source!r}: {error}") from None
+    return splits
 
 
 def _embedded(split: str) -> Iterator[str]:
@@ -144,32 +184,24 @@ def _embedded(split: str) -> Iterator[str]:
         yield from (stripped for line in file if (stripped := line.strip()))
 
 
-def _lines(source: str, dataset: Any) -> Iterator[str]:
-    for table in _tables(source, dataset):
+def _read_dataset(key: str, source: str, dataset: Any) -> Iterator[str]:
+    return _stripped(key, source, _texts_of(key, source, dataset))
+
+
+def _texts_of(key: str, source: str, dataset: Any) -> Iterator[str | None]:
+    for table in tables(key, source, dataset, "give another dataset"):
         if "text" not in table.column_names or str(table.schema.field("text").type) not in ("string", "large_string"):
             columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-            raise ValueError(f"data.text={source!r} has no column 'text' of strings, only {columns}: name it so")
-        for text in table["text"].to_pylist():
-            if text is None:
-                continue
-            if "\0" in text:  # bytes below 128 are all valid UTF-8, yet text holds no NUL
-                raise ValueError(f"data.text={source!r} is not text, it holds a NUL byte: give plain text files")
-            if stripped := text.removeprefix("\ufeff").strip():  # a byte order mark opens some files
-                yield stripped
-
-
-def _tables(source: str, dataset: Any) -> Iterator[Any]:
-    return tables("data.text", source, dataset, "give plain UTF-8 text files")
+            raise ValueError(f"{key}={source!r} has no column 'text' of strings, only {columns}: give one that has")
+        yield from table["text"].to_pylist()
 
 
 def _load(source: str) -> dict[str, Any]:
-    if not is_local(source):
-        _check_name(source)
-    suffixes = Path(next(iter(_files(source)), source)).suffixes
-    kind = next((FORMATS[s] for s in suffixes if s in FORMATS), "text")
+    _check_name(source)
     name, _, configuration = source.partition(":")
     repository, default, revision = SHORT_NAMES.get(name, (name, None, None))
-    return load("data.text", source, kind, {}, (repository, configuration or default, revision), GIVE)
+    loaded = load("data.text", source, "", {}, (repository, configuration or default, revision), GIVE)
+    return {OTHER_NAMES.get(split, split): dataset for split, dataset in loaded.items()}
 
 
 def tables(key: str, source: str, dataset: Any, give: str) -> Iterator[Any]:
@@ -177,7 +209,7 @@ def tables(key: str, source: str, dataset: Any, give: str) -> Iterator[Any]:
     what cannot be read."""
     try:
         yield from dataset.with_format("arrow").iter(batch_size=1000)
-    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # no UTF-8, JSON, parquet or archive
+    except Exception as error:  # of many kinds: no UTF-8, JSON, parquet or archive, and columns that change
         raise ValueError(f"{key}={source!r} is not text ({_one_line(error)}): {give}") from error
 
 
@@ -198,13 +230,15 @@ def load(
     try:
         if Path(source).is_dir():
             return datasets.load_dataset(source, streaming=True, **options)
-        if files := _files(source):
-            escaped = [glob.escape(file) for file in files]  # the library takes every name for a glob
+        if files := find_files(source):
+            escaped = [glob.escape(str(file)) for file in files]  # the library takes every name for a glob
             return datasets.load_dataset(kind, data_files={"train": escaped}, streaming=True, **options)
         repository, configuration, revision = named
         _ask_for(repository, revision)
         return datasets.load_dataset(repository, configuration, revision=revision, streaming=True)
     except Exception as error:  # of many kinds: the library's own, its network client's, its file readers'
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            give = "set HF_HOME to a folder that can be written, for datasets are kept there"
         raise ValueError(f"{key}={source!r} does not load: {_one_line(error)}; {give}") from error
 
 
