@@ -43,7 +43,9 @@ def main(run: Run) -> None:
     with plain_errors():
         mesh = meshes.start(config.mesh.ep, config.mesh.patience)
         run.choose(mesh)
-        training = set_up(config, run.ds_config, mesh, run.known(), resumed=run.checkpoint is not None)
+        resumed = run.checkpoint is not None
+        training = set_up(config, run.ds_config, mesh, run.known(), resumed=resumed, explicit=run.explicit)
+        run.settle(training.config)
         task, engine = training.task, training.engine
         if run.checkpoint:
             load(run.checkpoint, engine, task, mesh, run.growth)

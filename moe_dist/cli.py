@@ -26,7 +26,18 @@ from moe_dist.arguments import Parser, one_line, path_argument
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.grow import Growth
-from moe_dist.config import Config, check, dotted_keys, from_json, mixture, override, shown, to_json
+from moe_dist.config import (
+    Config,
+    check,
+    dotted_keys,
+    fit_groups,
+    from_json,
+    keys_of,
+    mixture,
+    override,
+    shown,
+    to_json,
+)
 from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics
@@ -64,6 +75,8 @@ class Run:
     evaluate: bool = False
     auto: bool = False
     profile: bool = False
+    explicit: frozenset[str] = frozenset()  # dotted keys that --set names
+    notes: list[str] = field(default_factory=list)  # about the config, one line each
     told: dict[str, Any] = field(default_factory=dict)  # the layout, of `summary.describe`
 
     @cached_property
@@ -110,6 +123,16 @@ class Run:
             _say(f"note: {done}" if self.finished else f"goes on from {self.checkpoint}")
         elif self.finished and not self.evaluate:
             raise ValueError(done)
+
+    def settle(self, config: Config) -> None:
+        """Takes over the config as the data determines it, and prints the lines of the layout's table that change."""
+        if config == self.config:
+            return
+        before = table(self.told).splitlines()
+        layout, model = lay_out(config, world_size()), task_of(config).plain_model(config)
+        self.config, self.told = config, describe(config, layout, self.ds_config, model, num_nodes())
+        changed = [line for line in table(self.told).splitlines() if line not in before]
+        _say("\n".join(changed))
 
     def open(self) -> Path:
         """The run folder, the same on every rank, with the config in it. Raises ValueError on every rank where it
@@ -206,13 +229,16 @@ def plan(argv: list[str], doc: str | None) -> Run:
         run = _resolve(args)
         task = task_of(run.config)
         if not args.dry_run:  # which tells of a model without its data
-            task.check_data(run.config, _is_main())
+            task.check_data(run.config, _is_main(), run.explicit)
         layout = lay_out(run.config, args.ranks or world_size())
         model = task.plain_model(run.config)
         if run.config.compare:
             _kept_metrics(run.config.compare)
         told = describe(run.config, layout, run.ds_config, model, args.nodes or num_nodes())
-    _say(json.dumps(told) if args.json else table(told))
+    if args.dry_run and (unread := [key for key in task.from_data if key not in run.explicit and not run.earlier]):
+        run.notes.append(f"--dry-run reads no data, from which a run takes {' and '.join(unread)}")
+    notes = [f"note: {note}" for note in run.notes]
+    _say(json.dumps(told) if args.json else "\n".join([table(told), *notes]))
     if args.dry_run:
         sys.exit(0)
     with plain_errors():
@@ -291,13 +317,14 @@ def _resolve(args: argparse.Namespace) -> Run:
         raise ValueError(f"--grow-noise {args.grow_noise}: only with --grow N")
     if args.folder and manifest.found(args.folder):
         raise ValueError(f"--folder {args.folder}: holds a run already; --resume {args.folder} goes on with it")
+    explicit = keys_of(args.set)
     if earlier is None:
-        config = _new_config(args)
-        return Run(config, read_ds_config(config), args.folder)
+        config, notes = _new_config(args)
+        return Run(config, read_ds_config(config), args.folder, explicit=explicit, notes=notes)
     config = read_config(earlier)
     section = (mixture(config) or ("", None))[0]
     may_change = MAY_CHANGE + ((f"{section}.k", "name") if args.grow else ())
-    for key in (text.partition("=")[0] for text in args.set):
+    for key in sorted(explicit):
         if key in dotted_keys(config) and not key.startswith(may_change):
             raise ValueError(
                 f"--set {key}: {earlier} cannot go on with another; what may change: {', '.join(may_change)}"
@@ -316,18 +343,37 @@ def _resolve(args: argparse.Namespace) -> Run:
         folder, growth = args.folder, _growth(args, config)
         config = growth.of(config)
         check(config)
-    return Run(config, read_ds_config(config), folder, earlier, growth=growth, evaluate=bool(args.evaluate))
+    return Run(
+        config,
+        read_ds_config(config),
+        folder,
+        earlier,
+        growth=growth,
+        evaluate=bool(args.evaluate),
+        explicit=explicit,
+    )
 
 
-def _new_config(args: argparse.Namespace) -> Config:
-    """Where --set mesh.ep does not say more, experts are spread over the ranks of a node, as far as they divide."""
-    config = override(configs.get(args.name), args.set)
+def named_config(name: str, assignments: list[str]) -> tuple[Config, list[str]]:
+    """Returns a named config with the assignments of --set, and notes about groups of samples that follow from them.
+
+    Raises:
+        ValueError: As `override` and `check` do.
+    """
+    config = override(configs.get(name), assignments)
     check(config)
+    return fit_groups(config, keys_of(assignments))
+
+
+def _new_config(args: argparse.Namespace) -> tuple[Config, list[str]]:
+    """Returns the config of a new run, and notes. Where --set mesh.ep does not say more, experts are spread over the
+    ranks of a node, as far as they divide."""
+    config, notes = named_config(args.name, args.set)
     if (experts := mixture(config)) and not any(text.startswith("mesh.ep=") for text in args.set):
         spread = getattr(experts[1], "num_groups", None) or experts[1].num_experts
         here = args.ranks // (args.nodes or 1) if args.ranks else ranks_per_node()
         config = override(config, [f"mesh.ep={math.gcd(spread, here)}"])
-    return config
+    return config, notes
 
 
 def _fit_ep(config: Config) -> Config:
@@ -342,14 +388,19 @@ def _fit_ep(config: Config) -> Config:
 def _begin_or_go_on(args: argparse.Namespace) -> Run:
     if args.name is None or args.folder is None or args.evaluate or args.grow is not None:
         raise ValueError("--resume auto: give NAME and --folder PATH with it, and neither --evaluate nor --grow")
-    config = _fit_ep(_new_config(args))
+    config, notes = _new_config(args)
+    config, explicit = _fit_ep(config), keys_of(args.set)
     if manifest.found(args.folder):
-        before = read_config(args.folder)
+        before, from_data = read_config(args.folder), task_of(config).from_data
         for key in dotted_keys(config):  # name and task first: the same ones have the same fields
             kept, asked = (attrgetter(key)(each) for each in (before, config))
-            if kept != asked and not key.startswith(MAY_CHANGE):
+            if kept != asked and key in from_data and key not in explicit:
+                config = override(config, [f"{key}={kept}"])
+            elif kept != asked and not key.startswith(MAY_CHANGE):
                 raise ValueError(f"--folder {args.folder}: trained with {key}={kept}, not {asked}; give another folder")
-    return Run(config, read_ds_config(config), args.folder, args.folder, auto=True)
+    return Run(
+        config, read_ds_config(config), args.folder, args.folder, auto=True, explicit=explicit, notes=notes
+    )  # fmt: skip
 
 
 def _growth(args: argparse.Namespace, config: Config) -> Growth:
@@ -397,7 +448,7 @@ def result_lines(run: Run, told: str, updates: int) -> str:
             f"{steps - updates} of {steps} steps were skipped, their gradients not finite: a lower optim.lr may help"
         ]
     if run.config.compare:
-        lines += _baseline(run.config, run.config.compare)
+        lines += _baseline(run.config, run.config.compare, named="compare" in run.explicit)
     return "\n".join([*lines, f"run folder: {run.folder}"])
 
 
@@ -415,13 +466,14 @@ def _kept_metrics(compare: str) -> dict[str, Any] | None:
     return kept
 
 
-def _baseline(config: Config, compare: str) -> list[str]:
+def _baseline(config: Config, compare: str, named: bool) -> list[str]:
+    """Returns lines about the kept metrics. Where they do not compare there are none, unless the user `named` them."""
     kept = _kept_metrics(compare)
     if kept is None:
-        return [f"no kept metrics {compare} to compare with"]
+        return [f"no kept metrics {compare} to compare with"] if named else []
     task = task_of(config)
     if task.given(config) != kept["given"]:
-        return [f"not comparable with {compare}: other data, batch or steps"]
+        return [f"not comparable with {compare}: other data, batch or steps"] if named else []
     lines = [f"kept runs of the same data and steps, each at its own best learning rate ({compare}):"]
     for name, arm in kept["arms"].items():
         seeds = arm[f"test_{task.headline}"]

@@ -421,6 +421,48 @@ def _hints(section: type) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
 
+SYNONYMS = {  # names that other programs have for a field -> the last part of its key here
+    "learning_rate": "lr", "rate": "lr", "max_lr": "lr", "batch_size": "samples", "global_batch_size": "samples",
+    "train_batch_size": "samples", "epochs": "steps", "num_epochs": "steps", "max_steps": "steps", "num_steps": "steps",
+    "iterations": "steps", "max_iters": "steps", "warmup": "warmup_steps", "warmup_ratio": "warmup_steps",
+    "scheduler": "decay", "schedule": "decay", "lr_schedule": "decay", "lr_scheduler": "decay", "momentum": "beta1",
+    "max_grad_norm": "clip_norm", "grad_clip": "clip_norm", "gradient_clipping": "clip_norm", "wd": "weight_decay",
+    "gradient_accumulation_steps": "accumulation", "grad_accum": "accumulation", "experts": "num_experts",
+    "n_experts": "num_experts", "top_k": "k", "topk": "k", "num_experts_per_tok": "k", "expert_parallel": "ep",
+    "expert_parallel_size": "ep", "ep_size": "ep", "hidden_size": "dim", "d_model": "dim", "width": "dim",
+    "d_ff": "hidden", "ffn_dim": "hidden", "num_layers": "depth", "layers": "depth", "n_layers": "depth",
+    "heads": "num_heads", "n_heads": "num_heads", "seq_len": "timesteps", "sequence_length": "timesteps",
+    "bptt": "timesteps", "max_length": "max_tokens", "max_seq_length": "max_tokens", "vocab_size": "vocabulary_size",
+    "vocab": "vocabulary_size", "classes": "num_classes", "num_labels": "num_classes", "resolution": "image_size",
+    "in_channels": "channels", "num_workers": "workers", "precision": "ds_config", "dtype": "ds_config",
+    "bf16": "ds_config", "zero_stage": "zero", "eval_steps": "eval_every", "eval_interval": "eval_every",
+    "save_steps": "save_every", "save_interval": "save_every", "logging_steps": "log_every",
+    "log_interval": "log_every", "random_seed": "seed", "pretrained": "init",
+}  # fmt: skip
+
+
+def nearest_key(key: str, known: typing.Iterable[str]) -> str:
+    """Returns how an error about an unknown dotted key goes on: with the nearest known key, or all of its section.
+
+    The last part of the key, or the field that it is a synonym of (`SYNONYMS`), counts as much as the whole key.
+    """
+    known = sorted(known)
+    section, _, last = key.rpartition(".")
+    last = SYNONYMS.get(last.lower().replace("-", "_"), last)
+    wanted = f"{section}.{last}".lstrip(".")
+
+    def likeness(candidate: str) -> float:
+        name = candidate.rpartition(".")[2]
+        part = difflib.SequenceMatcher(None, last, name).ratio() + (name == last)
+        return (part + difflib.SequenceMatcher(None, wanted, candidate).ratio()) / 2
+
+    best = max(known, key=likeness)
+    if likeness(best) >= 0.6:
+        return f"did you mean {best!r}?"
+    siblings = [each for each in known if each.startswith((f"{key}.", f"{section}." if section else f"{key}."))]
+    return f"known: {', '.join(siblings or known)}"
+
+
 def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every field of a config that `--set` may name, as {dotted key: type}."""
     keys: dict[str, Any] = {}
@@ -439,9 +481,36 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
         if not equals:
             raise ValueError(f"--set {shown(KEY.sub('***', text))!r}: expected KEY=VALUE, for example --set mesh.ep=2")
         if key not in known:  # whose value is not repeated, for it may be a password
-            raise ValueError(f"--set: no field {shown(KEY.sub('***', key))!r}; {nearest(key, known)}")
+            raise ValueError(f"--set: no field {shown(KEY.sub('***', key))!r}; {nearest_key(key, known)}")
         config = _replace(config, key.split("."), _parse(key, value, known[key]))
     return config
+
+
+def keys_of(assignments: typing.Iterable[str]) -> frozenset[str]:
+    """Returns the dotted keys of `a.b=value` strings."""
+    return frozenset(text.partition("=")[0] for text in assignments)
+
+
+def fit_groups(config: Config, explicit: typing.Collection[str]) -> tuple[Config, list[str]]:
+    """Makes groups of samples that do not divide the batch smaller, except for those that the user has set.
+
+    The layout has no part in it: the groups follow from `batch.samples` alone.
+
+    Args:
+        config: A config.
+        explicit: Dotted keys that the user has set.
+
+    Returns:
+        The config, and a note about each field that was changed.
+    """
+    samples, notes = config.batch.samples, []
+    for key in ("batch.samples_per_balance_group", "batch.samples_per_token_group"):
+        group = value_of(config, key)
+        if key not in explicit and group and samples > 0 and samples % group:
+            fits = max(size for size in range(1, group) if samples % size == 0)
+            config = override(config, [f"{key}={fits}"])
+            notes.append(f"{key}={fits}, for it divides batch.samples={samples} (the config has {group})")
+    return config, notes
 
 
 def _replace(node: Any, path: list[str], value: Any) -> Any:

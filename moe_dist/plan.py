@@ -18,11 +18,10 @@ from collections.abc import Iterator
 
 import torch
 
-from moe_dist import configs
 from moe_dist.arguments import Parser, path_argument
-from moe_dist.cli import MOST_RANKS, plain_errors
+from moe_dist.cli import MOST_RANKS, named_config, plain_errors
 from moe_dist.clock import PARTS
-from moe_dist.config import Config, check, mixture, override, shown
+from moe_dist.config import Config, keys_of, mixture, override, shown
 from moe_dist.engine import read_ds_config
 from moe_dist.machine import GPUS, Link, Machine, Own, gpu_machine, memory, of_gpu, seconds
 from moe_dist.parallel.mesh import Layout, lay_out, memory_per_rank
@@ -197,8 +196,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--nodes {args.nodes} --measure: links between nodes cannot be measured here; give --nic")
         if args.json and not args.json.absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: no such folder")
-        config = override(configs.get(args.name), args.set)
-        check(config)
+        config, notes = named_config(args.name, args.set)
         read_ds_config(config)
         task_of(config).plain_model(config)
         next(legal(config, args.nodes, args.gpus_per_node))
@@ -206,6 +204,9 @@ def main(argv: list[str]) -> int:
         if args.gpu:
             machine, owns = gpu_machine(args.gpu, nic), None
         else:
+            from moe_dist.rehearsal import fitted  # which trains
+
+            config = fitted(config, keys_of(args.set))
             machine, owns = measured(config, args.nodes, args.gpus_per_node, nic or math.inf)
         if args.memory is not None:
             machine = dataclasses.replace(machine, memory=int(args.memory * 1e9))
@@ -214,6 +215,8 @@ def main(argv: list[str]) -> int:
         told = {"machine": dataclasses.asdict(machine), "layouts": [dataclasses.asdict(each) for each in planned]}
         with plain_errors(OSError):
             args.json.write_text(json.dumps(told, indent=1) + "\n")
+    for note in notes:
+        print(f"note: {note}")
     print(table(planned, machine), flush=True)
     if not planned[0].fits:
         least = min(each.bytes for each in planned)

@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,6 +70,26 @@ def trained(config: Config, echo: int | None = None, first: int = 0, waits: bool
     return {"seconds": of_parts, "step": whole, "libraries": libraries, "bytes": held}
 
 
+def fitted(config: Config, explicit: Collection[str]) -> Config:
+    """Returns the config as its data determines it, found in a process of its own. `explicit`: as in `set_up`.
+
+    Raises:
+        ValueError: The data is not here, or cannot be used.
+    """
+    task_of(config).check_data(config, True, explicit)
+    of_one = override(config, ["mesh.ep=1"])
+    return override(run_distributed(_fitted, 1, of_one, explicit, timeout=7 * 86400)[0], [f"mesh.ep={config.mesh.ep}"])
+
+
+def _fitted(config: Config, explicit: Collection[str]) -> Config:
+    mesh = meshes.start(1)
+    task = task_of(config)(config, lay_out(config, 1), mesh, None, explicit)
+    meshes.stop()
+    for note in task.notes:
+        print(f"note: {note}", flush=True)
+    return task.config
+
+
 def rehearse(
     layouts: list[tuple[Config, Layout]], per_node: int, memory_of_rank: int, between: Link
 ) -> tuple[Machine, dict[Key, Own]]:
@@ -79,7 +99,6 @@ def rehearse(
     Raises ValueError for data that is not here, or a model of which no share fits.
     """
     config, layout = layouts[0]
-    task_of(config).check_data(config, main=True)
     worlds = {at.mesh.ep: _alone(at, layout, per_node) for at, _ in reversed(layouts)}  # of the lowest stage
     fits = {ep: one for ep, one in worlds.items() if _least(_fewer(one, ep)) < memory_of_rank}
     if not fits:

@@ -1,7 +1,7 @@
 """A config on a mesh, ready to train, and one step of it: what train.py, verify.py, the benchmarks and tests share."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.checkpoint.sharded import begin_from
-from moe_dist.config import Config
+from moe_dist.config import Config, dotted_keys
 from moe_dist.engine import Engine, compute_dtype
 from moe_dist.finite import Finite
 from moe_dist.layer import LayerStats
@@ -36,19 +36,39 @@ class Training:
 
 
 def set_up(
-    config: Config, ds: dict[str, Any], mesh: Mesh, known: dict[str, Any] | None = None, *, resumed: bool = False
+    config: Config,
+    ds: dict[str, Any],
+    mesh: Mesh,
+    known: dict[str, Any] | None = None,
+    *,
+    resumed: bool = False,
+    explicit: Collection[str] = (),
 ) -> Training:
-    """`ds`: the DeepSpeed config of `engine.read_ds_config`; `known`: what a task of the same config knew, that of an
-    earlier run where it is `resumed`. Else weights begin as `config.init` says. A collective.
+    """Opens the data, and builds the model and the engine. A collective.
 
-    Raises ValueError, on every rank, for what does not fit together.
+    Args:
+        config: The config of the run.
+        ds: The DeepSpeed config of `engine.read_ds_config`.
+        mesh: The ranks.
+        known: The result of `known` of a task of the same config.
+        resumed: Whether `known` is that of an earlier run, whose weights will be loaded. Its config is kept as it is.
+            Otherwise weights begin as `config.init` says.
+        explicit: Dotted keys of the config that are not taken from the data.
+
+    Returns:
+        Everything that a step needs, with the config as the data determines it.
+
+    Raises:
+        ValueError: On every rank, parts do not fit together.
     """
     layout, dtype = lay_out(config, mesh.dp.size), compute_dtype(ds)
     first = None if resumed or config.init is None else _initial(config.init, mesh)
     before = known or (read_state(first) if first else None)
-    task = task_of(config)(config, layout, mesh, before)
-    if task.note and known is None and mesh.is_main:
-        print(f"note: {task.note}", flush=True)
+    task = task_of(config)(config, layout, mesh, before, dotted_keys(config) if resumed else explicit)
+    config = task.config
+    if known is None and mesh.is_main:
+        for note in task.notes:
+            print(f"note: {note}", flush=True)
     was, classes = (before or {}).get("classes"), task.known().get("classes")
     if resumed and was not in (None, classes):
         raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(classes)} now")

@@ -25,15 +25,15 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_dist import configs
 from moe_dist.arguments import Parser, path_argument
-from moe_dist.cli import plain_errors
-from moe_dist.config import MOST_STEPS, Config, check, dropout, mixture, override, shown
+from moe_dist.cli import named_config, plain_errors
+from moe_dist.config import MOST_STEPS, Config, dropout, keys_of, mixture, override, shown
 from moe_dist.engine import compute_dtype, read_ds_config
 from moe_dist.meter import Meter
 from moe_dist.parallel import mesh as meshes
@@ -69,7 +69,7 @@ REFERENCE = Layout(1, 1, 0, 1)
 
 
 def run_layouts(
-    config: Config, layouts: list[Layout], steps: int, reference: Path, replay: bool
+    config: Config, layouts: list[Layout], steps: int, reference: Path, replay: bool, explicit: Collection[str]
 ) -> list[dict[str, Any]]:
     """Run by every rank of one world: trains on each layout in turn, and tells how far it ends from the reference, a
     file that the first layout of all writes."""
@@ -79,7 +79,7 @@ def run_layouts(
         kept = torch.load(reference, weights_only=True) if reference.exists() else None
         choices = Choices(kept["choices"] if kept else None)
         on_layout = layout.of(config)
-        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep), known)
+        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep), known, explicit=explicit)
         known = training.task.known()  # counted once
         if kept is None or replay:
             choices.watch(training.model.dense, training.mesh)
@@ -234,13 +234,15 @@ def legal(config: Config, asked: list[Layout]) -> tuple[list[Layout], list[str]]
     return possible, refused
 
 
-def verify(config: Config, layouts: list[Layout], steps: int, replay: bool) -> dict[str, Any]:
-    """{"live": figures of the reference, "layouts": deviations of each}."""
+def verify(
+    config: Config, layouts: list[Layout], steps: int, replay: bool, explicit: Collection[str] = ()
+) -> dict[str, Any]:
+    """Returns {"live": figures of the reference, "layouts": deviations of each}. `explicit`: as in `set_up`."""
     told: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for world in sorted({1} | {layout.world for layout in layouts}):
             here = [REFERENCE] * (world == 1) + [layout for layout in layouts if layout.world == world]
-            arguments = (config, here, steps, Path(folder) / "reference.pt", replay)
+            arguments = (config, here, steps, Path(folder) / "reference.pt", replay, explicit)
             told += run_distributed(run_layouts, world, *arguments, timeout=HOURS * 3600)[0]
     return {"live": told[0], "layouts": told[1:]}
 
@@ -270,10 +272,10 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--tolerance {args.tolerance:g}: a number from 0 on")
         if args.json and not args.json.absolute().parent.is_dir():
             raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
-        config = override(configs.get(args.name), args.set)
-        check(config)
+        config, notes = named_config(args.name, args.set)
+        explicit = keys_of(args.set)
         task = task_of(config)
-        task.check_data(config, True)
+        task.check_data(config, True, explicit)
         task.plain_model(config)
         asked = [
             Layout(world, ep, zero, accumulation)
@@ -288,10 +290,12 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"no layout to verify: {'; '.join(dict.fromkeys(refused))}")
         if torch.cuda.is_available() and max(args.worlds) > torch.cuda.device_count():
             raise ValueError(f"--worlds {max(args.worlds)}: this machine has {torch.cuda.device_count()} GPUs")
+    for note in notes:
+        print(f"note: {note}")
     print("largest relative deviations from one rank; flips, signs, gap: choices replayed; idle: steps without a row")
     print(f"{HEAD}  tensor that is farthest off", flush=True)
     with plain_errors():
-        told = verify(config, layouts, args.steps, replay=not args.free)
+        told = verify(config, layouts, args.steps, replay=not args.free, explicit=explicit)
     bad = [
         t
         for t in told["layouts"]

@@ -29,8 +29,8 @@ ROOT = Path(__file__).parent.parent
     [
         # what no field takes
         ("mesh.eq=2", "'mesh.ep'"),
-        ("optim.learning_rate=1", "no field 'optim.learning_rate'"),
-        ("mesh=2", "no field 'mesh'"),
+        ("optim.learning_rate=1", "no field 'optim.learning_rate'; did you mean 'optim.lr'?"),
+        ("mesh=2", "no field 'mesh'; known: mesh.ep, mesh.exchange"),
         ("mesh.ep", "KEY=VALUE"),
         ("mesh.ep=two", "expected int"),
         ("model.moe.noise=maybe", "expected bool"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from wandb_file import wandb_log
 
 from moe_dist import configs
 from moe_dist.checkpoint import contents, manifest
-from moe_dist.config import Config, dotted_keys, from_json, override, to_json
+from moe_dist.config import SYNONYMS, Config, dotted_keys, from_json, override, to_json
 from moe_dist.parallel.mesh import Layout
 from moe_dist.summary import counts
 from moe_dist.tasks import TASKS
@@ -35,6 +36,37 @@ def test_override_reaches_every_kind_of_field() -> None:
     assert (config.mesh.ep, config.optim.lr, config.model.moe.noise) == (2, 1e-4, False)
     assert (config.zero, config.optim.clip_norm, config.data.text) == (3, None, "a=b")
     assert override(config, ["zero=none"]).zero is None
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "says"),
+    [
+        # other programs' names, in the right section, in another one, and in none
+        ("lstm_moe_demo", "optim.learning_rate", "did you mean 'optim.lr'?"),
+        ("lstm_moe_demo", "train.batch-size", "did you mean 'batch.samples'?"),
+        ("widenet_demo", "num_epochs", "did you mean 'steps'?"),
+        ("widenet_text_demo", "vocab_size", "did you mean 'model.vocabulary_size'?"),
+        ("lstm_moe_demo", "data.vocab_size", "did you mean 'data.vocabulary_size'?"),
+        ("lstm_moe_demo", "model.num_experts_per_tok", "did you mean 'model.moe.k'?"),
+        # a field in another section
+        ("widenet_demo", "model.num_experts", "did you mean 'model.encoder.moe.num_experts'?"),
+        ("widenet_demo", "weight_decay", "did you mean 'optim.weight_decay'?"),
+        # a slip
+        ("lstm_moe_demo", "optim.wieght_decay", "did you mean 'optim.weight_decay'?"),
+        # nothing near: the fields of its section, or all
+        ("lstm_moe_demo", "data.path", "known: data.streamed, data.text, data.vocabulary_size"),
+        ("lstm_moe_demo", "foo", "known: batch.accumulation, batch.samples, "),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(name: str, key: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"no field {key!r}; {says}")):
+        override(configs.get(name), [f"{key}=1"])
+
+
+def test_every_synonym_names_a_field() -> None:
+    every = [configs.get(name) for name in ("lstm_moe_demo", "widenet_demo", "widenet_squad")]
+    last_parts = {key.rpartition(".")[2] for config in every for key in dotted_keys(config)}
+    assert last_parts.issuperset(SYNONYMS.values()) and last_parts.isdisjoint(SYNONYMS)
 
 
 @pytest.mark.parametrize("name", configs.CONFIGS)

@@ -356,6 +356,7 @@ def test_a_bad_setting_is_one_line_and_status_2(
 
 def test_classes_that_the_data_lacks_are_told() -> None:
     mesh: Any = None  # not asked
-    for more, note in ((0, ""), (2, "2 of model.num_classes=12 are not in the data")):
+    for more, notes in ((0, []), (2, ["2 of model.num_classes=12 are not in the data"])):
         config = tiny_images(f"model.num_classes={10 + more}")
-        assert task_of(config)(config, meshes.lay_out(config, 1), mesh, None).note == note
+        task = task_of(config)(config, meshes.lay_out(config, 1), mesh, None, explicit={"model.num_classes"})
+        assert task.notes == notes and task.config == config

@@ -37,11 +37,17 @@ class Vocabulary:
     counts: tuple[int, ...]
 
     @classmethod
-    def build(cls, lines: Iterable[str], size: int) -> "Vocabulary":
-        """The `size - 2` most frequent words of `lines` behind `<unk>` and `<eos>`; ties go by the word. One pass, told
-        of on stderr where it takes more than two seconds.
+    def build(cls, lines: Iterable[str], size: int, exact: bool = True) -> "Vocabulary":
+        """Builds the vocabulary of the `size - 2` most frequent words of `lines`, behind `<unk>` and `<eos>`; ties go
+        by the word. One pass, whose progress is shown on stderr where it takes more than two seconds.
 
-        Raises ValueError if `lines` hold fewer different words than that, or `size` leaves room for none.
+        Args:
+            lines: The text.
+            size: Number of words, the two special ones included.
+            exact: Whether fewer words are an error. Otherwise the vocabulary is smaller.
+
+        Raises:
+            ValueError: `lines` hold too few different words, or `size` leaves room for none.
         """
         counts: Counter[str] = Counter()
         num_lines = 0
@@ -50,6 +56,8 @@ class Vocabulary:
             num_lines += 1
         num_words = counts.total()
         counts.pop(UNK, None)
+        if not exact and counts:
+            size = min(size, len(counts) + 2)
         if not 3 <= size <= len(counts) + 2:
             raise ValueError(
                 f"data.vocabulary_size={size} does not fit {len(counts)} different words: "

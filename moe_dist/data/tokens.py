@@ -40,11 +40,18 @@ class Tokens:
     words: tuple[str, ...]
 
     @classmethod
-    def build(cls, lines: Iterable[str], size: int) -> "Tokens":
-        """`size` tokens for `lines`, the same in every process. Reads the lines twice: characters, then pieces; told
-        of on stderr where it takes more than two seconds.
+    def build(cls, lines: Iterable[str], size: int, exact: bool = True) -> "Tokens":
+        """Builds tokens for `lines`, the same in every process. Reads the lines twice, for characters and for pieces;
+        the progress is shown on stderr where it takes more than two seconds.
 
-        Raises ValueError for a size that is too small for the text's characters or more than it fills.
+        Args:
+            lines: The text.
+            size: Number of tokens.
+            exact: Whether a size that is too small for the text's characters, or more than the text fills, is an
+                error. Otherwise the size is the nearest one that the text allows.
+
+        Raises:
+            ValueError: `exact`, and the text does not allow this size.
         """
         tokenizer, count = _tokenizer({}), Counter[str]()
         for line in told(lines, "characters", " lines"):
@@ -54,6 +61,8 @@ class Tokens:
         # process, and ties between pairs go by number. Those that it is given first keep their number.
         inside = [INSIDE + c for c in alphabet if len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + c)) == 1]
         least = len(SPECIAL) + len(alphabet) + len(inside)
+        if not exact:
+            size = max(size, least)
         if size < least:
             raise ValueError(
                 f"model.vocabulary_size={size} is too small for the {len(alphabet)} characters of this text: at least "
@@ -70,7 +79,7 @@ class Tokens:
         )
         tokenizer.train_from_iterator(told(lines, "pieces", " lines"), trainer)
         index = tokenizer.get_vocab(with_added_tokens=False)
-        if len(index) < size:
+        if exact and len(index) < size:
             raise ValueError(
                 f"model.vocabulary_size={size} is more than this text fills: at most {len(index)} would do, or more "
                 f"text"

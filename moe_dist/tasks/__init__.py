@@ -1,6 +1,6 @@
 """What is trained on what, by the name in a config's `task`."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -29,24 +29,54 @@ class Task(Protocol):
     data_config: type  # of Config.data
     unit: str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
     headline: str  # the measure that models are compared by
+    from_data: tuple[str, ...]  # dotted keys of the config that follow from the data where the user has not set them
     layout: Layout
-    note: str  # of the data, for people; may be empty
 
-    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
-        """Opens the data. `saved`: what was `known` to the run that this one goes on from, or begins with. A
-        collective.
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        mesh: Mesh,
+        saved: dict[str, Any] | None,
+        explicit: Collection[str] = (),
+    ) -> None:
+        """Opens the data and sets `config`. A collective.
 
-        Raises ValueError, on every rank, for data that cannot be found, read or used.
+        Args:
+            config: The run's config.
+            layout: The layout of its batch.
+            mesh: The ranks.
+            saved: The result of `known` of the run that this one goes on from, or begins with.
+            explicit: Dotted keys that the user has set, which are not taken from the data.
+
+        Raises:
+            ValueError: On every rank, the data cannot be found, read or used, or contradicts an explicit field.
         """
+
+    @property
+    def config(self) -> Config:
+        """The run's config with the fields of `from_data` as the data determines them, the same on every rank."""
+
+    @property
+    def notes(self) -> list[str]:
+        """About the data, one line each."""
 
     @staticmethod
     def plain_model(config: Config) -> nn.Module:
         """On the meta device. Raises ValueError for a model that cannot be."""
 
     @staticmethod
-    def check_data(config: Config, main: bool) -> None:
-        """A quick look, before there is a process group, by every rank, of which one is `main`. Raises ValueError for
-        data that cannot be used."""
+    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
+        """Takes a quick look at the data, on every rank, before there is a process group.
+
+        Args:
+            config: The run's config.
+            main: Whether this is the main rank.
+            explicit: As in `__init__`.
+
+        Raises:
+            ValueError: The data cannot be used.
+        """
 
     @staticmethod
     def given(config: Config) -> dict[str, Any]:

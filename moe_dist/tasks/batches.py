@@ -3,12 +3,14 @@
 Legend: T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_dist.config import Config, override, value_of
 from moe_dist.context import Context
 from moe_dist.layer import LayerStats
 from moe_dist.models.transformer import norm_divergence
@@ -39,16 +41,59 @@ def balance(layout: Layout, stats: dict[str, LayerStats]) -> Any:
     return sum(s.balance_loss for s in stats.values()) / layout.num_balance_groups
 
 
-def note_of(num_classes: int, classes: Sequence[str]) -> str:
-    """Where a model can tell more classes than its data has."""
-    more = num_classes - len(classes)
-    return f"{more} of model.num_classes={num_classes} are not in the data" if more else ""
+@dataclass
+class Fit:
+    """A config that takes over what its data determines, except for the fields that the user has set.
+
+    Attributes:
+        config: The config so far.
+        explicit: Dotted keys that keep their value; data that contradicts one is an error.
+        notes: A line for the user about each field that was taken from the data.
+    """
+
+    config: Config
+    explicit: Collection[str] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, key: str, value: int, why: str) -> None:
+        """Sets a field to what the data determines.
+
+        Args:
+            key: Dotted key of the field.
+            value: The value that follows from the data.
+            why: A clause that says so, such as "data.text='x.txt' has 1402 different words".
+
+        Raises:
+            ValueError: The user has set the field to another value.
+        """
+        configured = value_of(self.config, key)
+        if configured == value:
+            return
+        if key in self.explicit:
+            raise ValueError(f"{key}={configured}, but {why}: leave it out, or set it to {value}")
+        self.config = override(self.config, [f"{key}={value}"])
+        self.notes.append(f"{key}={value}, for {why} (the config has {configured})")
+
+    def take_classes(self, num_classes: int, source: str) -> None:
+        """Sets `model.num_classes`. The user may have set it to more than the data has, which is noted.
+
+        Args:
+            num_classes: Number of classes of the data.
+            source: The field that names the data, with its value.
+
+        Raises:
+            ValueError: The user has set it to less.
+        """
+        configured = value_of(self.config, "model.num_classes")
+        if "model.num_classes" in self.explicit and configured > num_classes:
+            unused = configured - num_classes
+            self.notes.append(f"{unused} of model.num_classes={configured} are not in the data")
+        else:
+            self.take("model.num_classes", num_classes, f"{source} has {num_classes} classes")
 
 
 class OfEncoders:
     """What the tasks of encoders have in common: nothing is carried from step to step. See `tasks.Task`."""
-
-    note: str = ""
 
     def finish(self, split: str) -> dict[str, float]:
         return {}

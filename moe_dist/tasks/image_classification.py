@@ -3,21 +3,21 @@
 Legend: B images, S patches of each, T = B S tokens, N classes, Q colours, Y and X pixels.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_dist.config import Config, ImageDataConfig, VisionConfig
+from moe_dist.config import MOST, Config, ImageDataConfig, VisionConfig
 from moe_dist.context import Context
 from moe_dist.data.images import ImageBatch, check_images, open_images
 from moe_dist.layer import LayerStats
 from moe_dist.models.vision import VisionTransformer
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import OfEncoders, balance, context, meta, note_of
+from moe_dist.tasks.batches import Fit, OfEncoders, balance, context, meta
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,27 @@ class ImageClassification(OfEncoders):
     unit: str = "images"
     headline: str = "accuracy"
 
-    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
-        assert isinstance(config.data, ImageDataConfig) and isinstance(config.model, VisionConfig)
-        self.config, self.layout, self.mesh = config, layout, mesh
-        self.num_patches = (config.model.image_size // config.model.patch_size) ** 2
-        self.splits = open_images(config.data, config.model, layout.samples, config.seed)
-        self.note = note_of(config.model.num_classes, self.splits["train"].images.classes)
+    from_data: tuple[str, ...] = ("model.num_classes",)
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        mesh: Mesh,
+        saved: dict[str, Any] | None,
+        explicit: Collection[str] = (),
+    ) -> None:
+        """See `tasks.Task`."""
+        assert isinstance(config.data, ImageDataConfig)
+        self.layout, self.mesh = layout, mesh
+        splits = open_images(config.data, _of_any_classes(config), layout.samples, config.seed)
+        fit = Fit(config, explicit)
+        fit.take_classes(len(splits["train"].images.classes), f"data.images={config.data.images!r}")
+        self.config, self.notes = fit.config, fit.notes
+        model = self.config.model
+        assert isinstance(model, VisionConfig)
+        self.splits = {name: replace(split, model=model) for name, split in splits.items()}
+        self.num_patches = (model.image_size // model.patch_size) ** 2
         self.dtype, self.next_step = torch.float32, -1
         self.reading: Iterator[ImageBatch]
 
@@ -52,10 +67,12 @@ class ImageClassification(OfEncoders):
         return meta(VisionTransformer, config.model)
 
     @staticmethod
-    def check_data(config: Config, main: bool) -> None:
-        """The main rank alone reads the heads of files, of which there may be a million."""
+    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
+        """Looks at the data as `tasks.Task` says. The main rank alone reads the heads of files, of which there may be a
+        million."""
         assert isinstance(config.data, ImageDataConfig) and isinstance(config.model, VisionConfig)
-        check_images(config.data, config.model, files=main)
+        model = config.model if "model.num_classes" in explicit else _of_any_classes(config)
+        check_images(config.data, model, files=main)
 
     @staticmethod
     def given(config: Config) -> dict[str, Any]:
@@ -134,3 +151,9 @@ class ImageClassification(OfEncoders):
 
     def told(self, result: dict[str, float]) -> str:
         return f"test accuracy {self.shown(result['test/accuracy'])}    loss {result['test/loss']:.4f} nats per image"
+
+
+def _of_any_classes(config: Config) -> VisionConfig:
+    """Returns the section of the model, which the classes of any data fit."""
+    assert isinstance(config.model, VisionConfig)
+    return replace(config.model, num_classes=MOST)

@@ -3,7 +3,7 @@
 Legend: B samples (lanes of text), S timesteps, T = B S tokens, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from moe_dist.meter import perplexity
 from moe_dist.models.lstm_lm import LSTMLanguageModel, State, state_widths
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import balance, context, meta
+from moe_dist.tasks.batches import Fit, balance, context, meta
+
+VOCABULARY_SIZE = "data.vocabulary_size"
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,36 @@ class LanguageModel:
     data_config: type = TextDataConfig
     unit: str = "words"
     headline: str = "perplexity"
-    note: str = ""
+    from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
 
-    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
-        """Opens the text. The vocabulary is the saved one, or built from the training split, on the main rank.
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        mesh: Mesh,
+        saved: dict[str, Any] | None,
+        explicit: Collection[str] = (),
+    ) -> None:
+        """Opens the text. The vocabulary is the saved one, or built from the training split on the main rank, in one
+        pass; `data.vocabulary_size` is its largest size. See `tasks.Task`.
 
-        Raises ValueError for text that cannot be found, read or split, or a vocabulary that does not fit it.
+        Raises:
+            ValueError: The text cannot be found, read or split, or has fewer words than the user has set.
         """
-        self.config, self.layout, self.mesh = config, layout, mesh
+        self.layout, self.mesh = layout, mesh
         data = config.data
         assert isinstance(data, TextDataConfig)
         lines = open_text(data.text, data.streamed)
-        self.vocabulary = (
-            saved_vocabulary(saved)
-            if saved
-            else from_main(lambda: Vocabulary.build(lines["train"], data.vocabulary_size))
-        )
+        if saved:
+            self.vocabulary = saved_vocabulary(saved)
+            why = f"the run to go on from, or to begin with (init), has {len(self.vocabulary)} words"
+        else:
+            exact = VOCABULARY_SIZE in explicit
+            self.vocabulary = from_main(lambda: Vocabulary.build(lines["train"], data.vocabulary_size, exact))
+            why = f"data.text={data.text!r} has no more words"
+        fit = Fit(config, explicit)
+        fit.take(VOCABULARY_SIZE, len(self.vocabulary), why)
+        self.config, self.notes = fit.config, fit.notes
         in_memory = ("valid", "test") if data.streamed else ("train", "valid", "test")
         self.lanes = {s: Lanes(self.vocabulary.encode(lines[s]), layout.samples, s == "train") for s in in_memory}
         mine = [lane for micro in range(layout.accumulation) for lane in layout.my_samples(micro, mesh.dp.index)]
@@ -69,7 +85,7 @@ class LanguageModel:
         return meta(LSTMLanguageModel, config.model, config.data.vocabulary_size)
 
     @staticmethod
-    def check_data(config: Config, main: bool) -> None:
+    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
         assert isinstance(config.data, TextDataConfig)
         check_text(config.data.text)
 

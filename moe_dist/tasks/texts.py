@@ -4,7 +4,7 @@ Legend: B texts (or pairs of them, or windows), S tokens of each, T = B S tokens
 classes, W windows of a split.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,9 +25,10 @@ from moe_dist.meter import perplexity
 from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import OfEncoders, balance, context, meta, note_of
+from moe_dist.tasks.batches import Fit, OfEncoders, balance, context, meta
 
 SPLITS = ("train", "valid", "test")
+VOCABULARY_SIZE = "model.vocabulary_size"
 NUM_SPANS = 20  # of a window that are looked at for the best answers
 
 
@@ -47,32 +48,62 @@ class Texts(OfEncoders):
 
     model_config: type = TextConfig
     unit: str = "texts"
+    from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
     model_class: type[nn.Module]
     tokens: Tokens
     splits: dict[str, Any]  # each with `batch` and `num_batches`
 
-    def __init__(self, config: Config, layout: Layout, mesh: Mesh, saved: dict[str, Any] | None) -> None:
-        """Opens the data. Tokens are the saved ones, or else built from the training split, on the main rank."""
-        assert isinstance(config.model, TextConfig)
-        self.config, self.layout, self.mesh, self.model, self.saved = config, layout, mesh, config.model, saved
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        mesh: Mesh,
+        saved: dict[str, Any] | None,
+        explicit: Collection[str] = (),
+    ) -> None:
+        """Opens the data. Tokens are the saved ones, or built from the training split on the main rank;
+        `model.vocabulary_size` is their largest number. See `tasks.Task`."""
+        self.layout, self.mesh, self.saved = layout, mesh, saved
+        self.fit = Fit(config, explicit)
         self.open()
 
+    @property
+    def config(self) -> Config:
+        return self.fit.config
+
+    @property
+    def notes(self) -> list[str]:
+        return self.fit.notes
+
+    @property
+    def model(self) -> TextConfig:
+        assert isinstance(self.config.model, TextConfig)
+        return self.config.model
+
     def open(self) -> None:
-        """Sets `tokens` and `splits`."""
+        """Sets `tokens` and `splits`, and fits the config."""
         raise NotImplementedError
 
-    def tokens_for(self, lines: Any) -> Tokens:
-        """Of the run that goes on, or else built for `lines`."""
+    def tokens_for(self, lines: Iterable[str], source: str) -> Tokens:
+        """Returns the tokens of the run that goes on, or else builds them, and fits `model.vocabulary_size`.
+
+        Args:
+            lines: The texts of the training split.
+            source: The field that names the data, with its value.
+
+        Raises:
+            ValueError: The run has no tokens, or the user has set another number of them.
+        """
         if self.saved is None:
-            return from_main(lambda: Tokens.build(lines, self.model.vocabulary_size))
-        if "tokens" not in self.saved:
+            exact = VOCABULARY_SIZE in self.fit.explicit
+            tokens = from_main(lambda: Tokens.build(lines, self.model.vocabulary_size, exact))
+            why = f"the text of {source} has pieces for {len(tokens)} tokens"
+        elif "tokens" not in self.saved:
             raise ValueError("the run to go on from, or to begin with (init), has no tokens: it is no text encoder")
-        tokens = Tokens.from_json(self.saved["tokens"])
-        if len(tokens) != self.model.vocabulary_size:
-            raise ValueError(
-                f"model.vocabulary_size={self.model.vocabulary_size}, but the run that this one goes on from has "
-                f"{len(tokens)} tokens: set it to that"
-            )
+        else:
+            tokens = Tokens.from_json(self.saved["tokens"])
+            why = f"the run to go on from, or to begin with (init), has {len(tokens)} tokens"
+        self.fit.take(VOCABULARY_SIZE, len(tokens), why)
         return tokens
 
     def seed(self, split: str) -> int | None:
@@ -154,12 +185,12 @@ class PretrainingTask(Texts):
         data = self.config.data
         assert isinstance(data, PretrainingDataConfig)
         lines = open_text(data.text, False)
-        self.tokens = self.tokens_for(lines["train"])
+        self.tokens = self.tokens_for(lines["train"], f"data.text={data.text!r}")
         sizes = (self.model.max_tokens, self.layout.samples)
         self.splits = {s: Pretraining(lines[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
 
     @staticmethod
-    def check_data(config: Config, main: bool) -> None:
+    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
         assert isinstance(config.data, PretrainingDataConfig)
         check_text(config.data.text)
 
@@ -209,6 +240,7 @@ class TextClassification(Texts):
 
     data_config: type = SentenceDataConfig
     headline: str = "accuracy"
+    from_data: tuple[str, ...] = ("model.num_classes", VOCABULARY_SIZE)
     model_class = TextClassifier
 
     def open(self) -> None:
@@ -216,21 +248,17 @@ class TextClassification(Texts):
         assert isinstance(data, SentenceDataConfig)
         self.classes, sentences = open_sentences(data.sentences)
         self.pairs = sentences["train"][0].text2 is not None
-        if len(self.classes) > self.model.num_classes:
-            raise ValueError(
-                f"model.num_classes={self.model.num_classes}, but data.sentences={data.sentences!r} has "
-                f"{len(self.classes)} labels: give as many"
-            )
+        source = f"data.sentences={data.sentences!r}"
+        self.fit.take_classes(len(self.classes), source)
         texts = [text for each in sentences["train"] for text in (each.text, each.text2) if text]
-        self.tokens = self.tokens_for(texts)
+        self.tokens = self.tokens_for(texts, source)
         sizes = (self.model.max_tokens, self.layout.samples)
         self.splits = {s: Sentences(sentences[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
-        cut = self.splits["train"].num_cut
-        lost = f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}" if cut else ""
-        self.note = "; ".join(note for note in (note_of(self.model.num_classes, self.classes), lost) if note)
+        if cut := self.splits["train"].num_cut:
+            self.notes.append(f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}")
 
     @staticmethod
-    def check_data(config: Config, main: bool) -> None:
+    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
         assert isinstance(config.data, SentenceDataConfig)
         check_sentences(config.data.sentences)
 
@@ -273,15 +301,15 @@ class QuestionAnswering(Texts):
         self.data = data
         questions = open_questions(data.questions)
         texts = [text for each in questions["train"] for text in (each.question, each.context)]
-        self.tokens = self.tokens_for(texts)
+        self.tokens = self.tokens_for(texts, f"data.questions={data.questions!r}")
         sizes = (self.model.max_tokens, data.stride, self.layout.samples)
         self.splits = {s: Answers(questions[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
         if lost := self.splits["train"].num_lost:
-            self.note = f"{lost} training questions have an answer that is not where they say, and are left out"
+            self.notes.append(f"{lost} training questions have an answer that is not where they say, and are left out")
         self.found: list[tuple[int, torch.Tensor]] = []  # window, and (score, start, end) of its best spans
 
     @staticmethod
-    def check_data(config: Config, main: bool) -> None:
+    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
         assert isinstance(config.data, QuestionDataConfig)
         check_questions(config.data.questions)
 

@@ -1,0 +1,236 @@
+"""What a run takes from its data: fields of the config that the user has not set, kept in the config of the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import check_plan, set_
+
+from moe_dist import cli
+from moe_dist.checkpoint.sharded import Saver
+from moe_dist.config import from_json, to_json
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.rehearsal import fitted
+from moe_dist.training import set_up, train_step
+
+DATA = {  # config -> the field that names its data
+    "lstm_moe_demo": "data.text",
+    "widenet_pretraining_demo": "data.text",
+    "widenet_text_demo": "data.sentences",
+    "widenet_squad": "data.questions",
+    "widenet_demo": "data.images",
+}
+SMALL = ["model.encoder.dim=16", "model.encoder.num_heads=2", "model.encoder.depth=1", "model.encoder.moe.hidden=8"]
+QUIET = ["steps=2", "report=false", "wandb.mode=off"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data of each kind: 60 lines with 12 words, 40 sentences of 3 labels, 40 questions, 3 classes of images."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = [" ".join(f"w{chr(97 + (i * j) % 12)}" for j in range(1, 9)) for i in range(1, 61)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    rows = [{"text": f"{line} {i}", "label": "abc"[i % 3]} for i, line in enumerate(lines[:40])]
+    (folder / "sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paragraphs = []
+    for i, line in enumerate(lines[:40]):
+        answer = {"text": line.split()[1], "answer_start": 3}
+        paragraphs.append(
+            {"context": f"{line} {i}", "qas": [{"id": str(i), "question": "which?", "answers": [answer]}]}
+        )
+    (folder / "questions.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    for split, size in (("train", 12), ("test", 2)):
+        for label in ("cat", "dog", "eel"):
+            (folder / "images" / split / label).mkdir(parents=True)
+            for i in range(size):
+                Image.fromarray(np.full((9, 9), 20 * i, np.uint8)).save(folder / "images" / split / label / f"{i}.png")
+    return folder
+
+
+def own(name: str, folder: Path, *more: str) -> list[str]:
+    """A command line that changes the data alone, and makes the model small."""
+    files = {
+        "data.text": "text.txt",
+        "data.sentences": "sentences.jsonl",
+        "data.questions": "questions.json",
+        "data.images": "images",
+    }
+    key = DATA[name]
+    small = SMALL if name.startswith("widenet") else ["model.dim=16", "model.moe.hidden=8"]
+    return [name, *set_(f"{key}={folder / files[key]}", *small, *QUIET, *more)]
+
+
+def begin(argv: list[str]) -> Any:
+    """The beginning of train.py: the run and its training, after a step."""
+    run = cli.plan(argv, None)
+    training = set_up(run.config, run.ds_config, meshes.arrange(1), run.known(), explicit=run.explicit)
+    run.settle(training.config)
+    for _ in train_step(training, 1):
+        pass
+    return run, training
+
+
+@pytest.mark.timeout(200)
+def test_every_task_trains_on_own_data_at_the_first_start(folder: Path) -> None:
+    """On two ranks, which take the same from it."""
+    one, other = run_distributed(first_starts, 2, folder, timeout=150)
+    assert one == other
+    taken = {name: {key: value for key, value in each.items() if key != "parameters"} for name, each in one.items()}
+    # 12 words, <unk> and <eos>; pieces: 5 special ones, 13 letters and 10 digits with those that go on with a word, ...
+    assert taken["lstm_moe_demo"] == {"data.vocabulary_size": 14}
+    assert taken["widenet_demo"]["model.num_classes"] == 3
+    assert taken["widenet_text_demo"]["model.num_classes"] == 3
+    for name in ("widenet_text_demo", "widenet_pretraining_demo", "widenet_squad"):
+        assert 20 < taken[name]["model.vocabulary_size"] < 120
+    for name, each in one.items():  # the layout that is kept is that of the model
+        assert each["parameters"][0] == each["parameters"][1], name
+
+
+def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
+    meshes.join()
+    taken: dict[str, dict[str, Any]] = {}
+    for name in DATA:
+        run, training = begin(own(name, folder, "batch.samples=32"))
+        engine_parameters = sum(p.numel() for p in training.task.plain_model(training.config).parameters())
+        named = {key: cli.attrgetter(key)(run.config) for key in training.task.from_data}
+        taken[name] = named | {"parameters": (run.told["parameters"], engine_parameters)}
+        assert training.config == run.config == from_json(to_json(run.config))
+    meshes.stop()
+    return taken
+
+
+@pytest.mark.timeout(200)
+def test_what_was_taken_is_kept(folder: Path, tmp_path: Path) -> None:
+    assert run_distributed(go_on, 1, folder, tmp_path / "run", timeout=120) == [True]
+
+
+def go_on(folder: Path, run_folder: Path) -> bool:
+    """The same command, --resume and --evaluate find the config that the first start has kept."""
+    meshes.join()
+    command = own("widenet_text_demo", folder, "batch.samples=16")
+    run, training = begin(command)
+    run_folder.mkdir()
+    (run_folder / "config.json").write_text(to_json(run.config))
+    Saver(run_folder, training.engine, training.task, training.mesh).save(1, training.task.known())
+    for argv in (
+        [*command, "--folder", str(run_folder), "--resume", "auto"],
+        ["--resume", str(run_folder)],
+        ["--evaluate", str(run_folder)],
+    ):
+        again = cli.plan(argv, None)
+        assert again.config == run.config
+        again.choose(training.mesh)
+        resumed = set_up(again.config, again.ds_config, training.mesh, again.known(), resumed=True)
+        assert resumed.config == run.config
+    # weights and tokens of another run: their number is taken as well
+    begun, _ = begin(own("widenet_pretraining_demo", folder, f"init={run_folder}"))
+    assert begun.config.model.vocabulary_size == run.config.model.vocabulary_size
+    try:
+        begin(own("widenet_pretraining_demo", folder, f"init={run_folder}", "model.vocabulary_size=60"))
+    except ValueError as error:
+        assert "model.vocabulary_size=60, but the run to go on from, or to begin with (init), has" in str(error)
+    else:
+        raise AssertionError("another number of tokens was not refused")
+    meshes.stop()
+    return True
+
+
+@pytest.mark.timeout(100)
+def test_what_the_user_has_set_is_an_error_as_it_was(folder: Path) -> None:
+    refused = run_distributed(refusals, 1, folder, timeout=90)[0]
+    assert refused["data.vocabulary_size=15"].startswith("data.vocabulary_size=15 does not fit 12 different words")
+    assert "model.vocabulary_size=500 is more than this text fills" in refused["model.vocabulary_size=500"]
+    assert "model.vocabulary_size=9 is too small for the" in refused["model.vocabulary_size=9"]
+    assert refused["model.num_classes=2"].endswith("has 3 classes: leave it out, or set it to 3")
+    assert refused["model.num_classes=4"] == "['1 of model.num_classes=4 are not in the data']"
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    meshes.join()
+    told = {}
+    for name, assignment in (
+        ("lstm_moe_demo", "data.vocabulary_size=15"),
+        ("widenet_pretraining_demo", "model.vocabulary_size=500"),
+        ("widenet_pretraining_demo", "model.vocabulary_size=9"),
+        ("widenet_text_demo", "model.num_classes=2"),
+        ("widenet_demo", "model.num_classes=4"),
+    ):
+        try:
+            told[assignment] = str(begin(own(name, folder, assignment))[1].task.notes)
+        except ValueError as error:
+            told[assignment] = str(error)
+    meshes.stop()
+    return told
+
+
+def test_classes_that_the_user_has_set_too_low_are_found_before_any_work(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_plan(own("widenet_demo", folder, "model.num_classes=2"), "has 3 classes", capsys)
+
+
+@pytest.mark.timeout(100)
+def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
+    config, _ = cli.named_config("lstm_moe_demo", [f"data.text={folder / 'text.txt'}", "mesh.ep=4"])
+    taken = fitted(config, frozenset())
+    assert taken.data.vocabulary_size == 14 and taken.mesh.ep == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "groups", "changed"),
+    [
+        ("lstm_moe_demo", ["batch.samples=16"], (16, 1), ["balance"]),
+        ("lstm_moe_demo", ["batch.samples=48"], (24, 1), ["balance"]),
+        ("lstm_moe_demo", ["batch.samples=128"], (32, 1), []),
+        ("widenet_text_demo", ["batch.samples=12"], (12, 12), ["balance", "token"]),
+        ("widenet_demo", ["batch.samples=7"], (7, 7), ["balance", "token"]),
+        ("widenet_demo", ["batch.samples=10", "batch.samples_per_balance_group=5"], (5, 10), ["token"]),
+        # what the user has set stays, and is refused where the layout is checked
+        ("widenet_demo", ["batch.samples=10", "batch.samples_per_token_group=4"], (10, 4), ["balance"]),
+        # the whole batch is one, and the layout is no part of the result
+        ("moe_32", ["batch.samples=24", "batch.accumulation=2"], (None, 1), []),
+    ],
+)
+def test_groups_of_samples_follow_from_the_batch(
+    name: str, sets: list[str], groups: tuple[int | None, int], changed: list[str]
+) -> None:
+    config, notes = cli.named_config(name, sets)
+    assert (config.batch.samples_per_balance_group, config.batch.samples_per_token_group) == groups
+    assert [note.split("=")[0] for note in notes] == [f"batch.samples_per_{group}_group" for group in changed]
+
+
+def test_a_dry_run_reads_no_data_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for argv in (
+        ["widenet_text_demo", *set_("data.sentences=no/such.csv")],
+        ["widenet_text_demo", *set_("model.num_classes=2")],
+        ["widenet_text_demo", *set_("model.num_classes=2", "model.vocabulary_size=90"), "--json"],
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.plan([*argv, "--dry-run"], None)
+        assert exit_.value.code == 0
+        told.append(capsys.readouterr().out.splitlines()[-1])
+    note = "note: --dry-run reads no data, from which a run takes"
+    assert told[:2] == [f"{note} model.num_classes and model.vocabulary_size", f"{note} model.vocabulary_size"]
+    assert json.loads(told[2])["config"] == "widenet_text_demo"
+
+
+@pytest.mark.parametrize(
+    ("sets", "lines"),
+    [
+        (["data.text=mine.txt"], 0),
+        (["steps=7"], 0),
+        (["data.text=mine.txt", "compare=experiments/results/lstm_moe_demo.json"], 1),
+        ([], 4),  # a head, two arms, a command
+    ],
+)
+def test_a_baseline_of_other_data_is_not_mentioned_unless_it_was_named(sets: list[str], lines: int) -> None:
+    config, _ = cli.named_config("lstm_moe_demo", sets)
+    run = cli.Run(config, {}, Path("x"), explicit=cli.keys_of(sets))
+    told = cli.result_lines(run, "test perplexity 9.00", updates=config.steps).splitlines()
+    assert len(told) == 2 + lines
+    assert any("not comparable" in line for line in told) == (lines == 1)
