@@ -1,9 +1,13 @@
 """Text data: tokens, vocabulary, lanes and the embedded corpus, against numbers worked out by hand."""
 
+import random
 import re
 import time
+import unicodedata
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +27,51 @@ def test_tokenize_separates_punctuation_and_keeps_inner_apostrophes() -> None:
     ]
     assert tokenize("It\u2019s 1,5 \u00e9t\u00e9.") == ["It\u2019s", "1", ",", "5", "\u00e9t\u00e9", "."]
     assert tokenize("  ") == []
+
+
+WORDS = {
+    "hindi": "\u0939\u093f\u0928\u094d\u0926\u0940 \u0915\u094d\u092f\u093e \u0939\u0948",
+    "tamil": "\u0ba4\u0bae\u0bbf\u0bb4\u0bcd \u0bae\u0bca\u0bb4\u0bbf",
+    "thai with its vowels": "\u0e17\u0e35\u0e48 \u0e19\u0e49\u0e33",
+    "arabic with its vowels": "\u0643\u0650\u062a\u064e\u0627\u0628\u064c",
+    "hebrew with its points": "\u05d1\u05b0\u05bc\u05e8\u05b5\u05d0\u05e9\u05b4\u05c1\u05d9\u05ea",
+    "vietnamese": "Vi\u1ec7t Nam",
+    "a mark that composes with nothing": "x\u0332y z",
+    "persian, joined by nothing": "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "malayalam, a joiner at the end": "\u0d05\u0d35\u0d28\u0d4d\u200d",
+    "a sign and how it is shown": "\u2764\ufe0f",
+    "one picture of three": "\U0001f468\u200d\U0001f469\ufe0f\u200d\U0001f467",
+    "inner apostrophe": "l\u2019\u00e9t\u00e9 d'\u00e9t\u00e9",
+}
+
+
+@pytest.mark.parametrize("line", WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_word_with_marks_is_one_word(line: str, form: Any) -> None:
+    found = tokenize(unicodedata.normalize(form, line))
+    assert found == unicodedata.normalize("NFC", line).split()
+    vocabulary = Vocabulary.build([line], len(found) + 2)
+    assert vocabulary.encode([unicodedata.normalize(form, line)])[:-1].min() > 1, "no word is unknown in either form"
+
+
+def test_what_is_seen_nowhere_is_left_out_and_divides_nothing() -> None:
+    assert tokenize("auto\u00admo\u00adbil\ufeff un\u2060known") == ["automobil", "unknown"]
+    assert tokenize("\u200f\u05e9\u05dc\u200e\u05d5\u05dd\u202c!") == ["\u05e9\u05dc\u05d5\u05dd", "!"]
+    assert tokenize("\u0e01\u0e32\u200b\u0e02\u0e32") == ["\u0e01\u0e32", "\u0e02\u0e32"], (
+        "but a space of no width does"
+    )
+    assert tokenize("a \u200d \u200c.") == ["a", "."]
+
+
+def test_other_text_is_cut_as_it_was() -> None:
+    before = re.compile(r"<unk>|\w+(?:['\u2019]\w+)*|--|[^\w\s]")
+    letters = "abZ019_ \t\n'\u2019\"-\u2014.,;:!?()[]<unk>&%$"
+    letters += "\u00e9\u00e8\u00fc\u00df\u0142\u0434\u03b1\u4e2d\u3042\ud55c\u20ac\u00a0\u2026\U0001f600"
+    rng = random.Random(0)
+    for line in ("".join(rng.choices(letters, k=50)) for _ in range(2000)):
+        assert tokenize(line) == before.findall(line)
+    for line in islice(open_text("embedded", streamed=True)["test"], 2000):
+        assert tokenize(line) == before.findall(line)
 
 
 def test_vocabulary_ranks_by_count_then_word() -> None:

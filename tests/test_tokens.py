@@ -1,7 +1,9 @@
 """Sub-word tokens: pieces worked out by hand, slow references of training and cutting, and what is kept of a text."""
 
 import json
+import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, pairwise
@@ -9,9 +11,10 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import BertNormalizer
 
 from moe_dist.data.sources import Lines, open_text
-from moe_dist.data.tokens import CLS, MASK, NOTHING, PAD, SEP, SPECIAL, UNK, Tokens, joined, stacked
+from moe_dist.data.tokens import CLS, MASK, NOTHING, PAD, SEP, SPECIAL, UNK, Tokens, _tokenizer, joined, stacked
 
 LINES = ["ab ab abc", "abc"]
 
@@ -166,3 +169,54 @@ def test_samples_are_joined_and_stacked() -> None:
     assert kind_bS.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0] * 7, [0] * 7]
     assert valid_bS.tolist() == [[True] * 6 + [False], [True] * 3 + [False] * 4, [False] * 7]
     assert (token_bS.dtype, kind_bS.dtype, valid_bS.dtype) == (torch.int64, torch.int64, torch.bool)
+
+
+def letters_of(line: str) -> Tokens:
+    """Tokens that are single letters of a text."""
+    letters = sorted(set(_tokenizer({}).normalizer.normalize_str(line)) - {" "})
+    return Tokens((*SPECIAL, *letters, *(f"##{letter}" for letter in letters)))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e", 2),  # hindi
+        ("\u0e17\u0e35\u0e48\u200b\u0e19\u0e31\u0e49\u0e19", 2),  # thai, a space of no width between
+        ("\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd", 1),  # hebrew with its points
+        ("auto\u00admobil", 1),
+    ],
+)
+def test_marks_stay_in_their_words(line: str, words: int) -> None:
+    tokens = letters_of(line)
+    for form in ("NFC", "NFD"):
+        ids = tokens.encode(unicodedata.normalize(form, line))
+        assert sum(not tokens.is_inside_V[i] for i in ids) == words and UNK not in ids
+    shown = unicodedata.normalize("NFD", line.replace("\u200b", " ").replace("\u00ad", ""))
+    assert tokens.decode(tokens.encode(line)) == shown, "no mark is dropped"
+
+
+def test_latin_greek_and_cyrillic_text_is_as_in_uncased_bert() -> None:
+    tokenizer, bert = _tokenizer({}), BertNormalizer(lowercase=True)
+    rng = random.Random(0)
+    letters = [
+        chr(c) for c in (*range(1, 0x530), *range(0x1E00, 0x2000), *range(0x2010, 0x20D0), *range(0xAC00, 0xAC40))
+    ]
+    letters += "\u4e2d\u3042\u00ad\u200c\u200d\ufeff"
+    for line in ("".join(rng.choices(letters, k=50)) for _ in range(2000)):
+        assert tokenizer.normalizer.normalize_str(line) == bert.normalize_str(line)
+
+
+def test_offsets_are_those_of_the_text_as_it_was_written() -> None:
+    hindi = "\u0928\u092e\u0938\u094d\u0924\u0947"
+    tokens = letters_of(f"ete noel {hindi}")
+    for form in ("NFC", "NFD"):
+        words = [
+            unicodedata.normalize(form, w)
+            for w in ("\u00e9t\u00e9", "\u00ad", "No\u00ebl", "\u0928\u092e\u0938\u094d\u0924\u0947")
+        ]
+        line = "  ".join(words)
+        ids, offsets = tokens.encode_with_offsets(line)
+        first = [at for i, at in zip(ids, offsets, strict=True) if not tokens.is_inside_V[i]]
+        last = [*(b for a, b in zip(ids[1:], offsets, strict=False) if not tokens.is_inside_V[a]), offsets[-1]]
+        spans = [unicodedata.normalize("NFC", line[a:b]) for (a, _), (_, b) in zip(first, last, strict=True)]
+        assert spans == ["\u00e9t\u00e9", "No\u00ebl", hindi]

@@ -4,10 +4,11 @@ Dimensions: N tokens in a stream, V words, B lanes, S timesteps.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -16,13 +17,42 @@ from moe_dist.data.progress import told
 
 UNK, EOS = "<unk>", "<eos>"
 UNK_ID, EOS_ID = 0, 1
-# "<unk>" stays whole, because published corpora often come with their rare words already replaced by it.
-TOKEN = re.compile(r"<unk>|\w+(?:['\u2019]\w+)*|--|[^\w\s]")
+ASCII_TOKEN = re.compile(r"<unk>|\w+(?:'\w+)*|--|[^\w\s]")
+# Characters that are seen nowhere: soft hyphen, word joiner and the like, and marks of direction.
+UNSEEN = dict.fromkeys(
+    [0xAD, 0x61C, 0x180E, *range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
+)
+UNSEEN[0x200B] = " "  # zero width space: Thai, Khmer and others divide words with it
+JOINERS = "\u200c\u200d"  # within a word they tell how its letters join
+
+
+def _ranges(category: str) -> str:
+    """Characters of a Unicode category as ranges for a class of a regular expression."""
+    parts: list[list[int]] = []
+    for code in (*range(0x20000), *range(0xE0100, 0xE01F0)):  # behind these are none but variation selectors
+        if unicodedata.category(chr(code)).startswith(category):
+            if parts and parts[-1][1] == code - 1:
+                parts[-1][1] = code
+            else:
+                parts.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in parts)
+
+
+@cache
+def _token() -> re.Pattern[str]:
+    """ "<unk>" stays whole, because published corpora often come with their rare words already replaced by it. A mark,
+    which `\\w` does not comprise, goes with the letter or sign before it."""
+    mark = _ranges("M")
+    word, sign = rf"[\w{mark}][\w{mark}{JOINERS}]*", rf"[^\w\s{mark}{JOINERS}][{mark}]*"
+    return re.compile(rf"<unk>|{word}(?:['\u2019]{word})*|--|{sign}(?:\u200d{sign})*")
 
 
 def tokenize(line: str) -> list[str]:
-    """Words (case kept, inner apostrophes kept: "don't"), "--" and single punctuation marks, in order."""
-    return TOKEN.findall(line)
+    """Returns the words of a line (case kept, inner apostrophes kept: "don't"), "--" and single punctuation marks, in
+    order. Text is brought to its composed form (NFC), and what is seen nowhere is left out."""
+    if line.isascii():
+        return ASCII_TOKEN.findall(line)
+    return _token().findall(unicodedata.normalize("NFC", line.translate(UNSEEN)))
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,28 @@
 """Sub-word tokens (WordPiece): words cut into the longest pieces that a vocabulary has.
 
-Text is lower-cased, its accents are dropped and punctuation stands alone, as in uncased BERT. ALBERT's own pieces are
-SentencePiece's (Kudo and Richardson 2018); WordPiece's can be found the same in every process.
+Text is lower-cased, accents of Latin, Greek and Cyrillic letters are dropped and punctuation stands
+alone, as in uncased BERT. Marks of other scripts stay, of which BERT drops most: in Hindi, Thai and
+others they are vowels. ALBERT's own pieces are SentencePiece's (Kudo and Richardson 2018);
+WordPiece's can be found the same in every process.
 
 Legend: b samples, S tokens of each.
 """
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer, decoders
+from tokenizers import Encoding, Regex, Tokenizer, decoders
 from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
+from tokenizers.normalizers import NFD, BertNormalizer, Replace
+from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
@@ -29,6 +33,7 @@ PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL))
 INSIDE = "##"  # before a piece that goes on with a word
 COVERAGE = 0.99995  # of a text's characters, the most frequent ones: what ALBERT's vocabulary was made with
 LEAST_COUNT = 2  # of a pair of pieces that is made one
+ACCENTS = "[\u0300-\u036f\u0483-\u0487]"  # as marks of their own
 IGNORED = -100  # the target of what is not to be told: `F.cross_entropy` passes over it
 
 
@@ -119,9 +124,15 @@ class Tokens:
         return self._whole.encode(text, add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token indices, and the characters of `text` that each stands for: from the first to before the second."""
+        """Returns token indices, and the characters of `text` that each stands for: from the first to before the
+        second, with the accents that are characters of their own and were dropped."""
         encoding = self._whole.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        spans = []
+        for (start, end), (limit, _) in pairwise([*encoding.offsets, (len(text), len(text))]):
+            while end < limit and unicodedata.category(text[end]).startswith("M"):
+                end += 1
+            spans.append((start, end))
+        return encoding.ids, spans
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The tokens of each text (int32), a thousand texts at a time, by as many threads as there are."""
@@ -162,7 +173,15 @@ NOTHING = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))  # the toke
 def _tokenizer(index: dict[str, int]) -> Tokenizer:
     # Special tokens are left out of its list of added ones, which it would look for in every text.
     tokenizer = Tokenizer(WordPiece(index, unk_token=SPECIAL[UNK], continuing_subword_prefix=INSIDE))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    tokenizer.normalizer = Normalizers(
+        [
+            Replace("\u200b", " "),  # zero width space: Thai, Khmer and others divide words with it
+            BertNormalizer(lowercase=True, strip_accents=False),
+            NFD(),
+            Replace(Regex(ACCENTS), ""),
+        ]
+    )
+    tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=INSIDE, cleanup=False)
     return tokenizer
 
