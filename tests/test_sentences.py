@@ -123,6 +123,45 @@ def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str,
         assert labels[sentence.label] == str(given[int(sentence.text[:-1]) % 3])
 
 
+@pytest.mark.parametrize(
+    ("ending", "written", "names"),
+    [
+        (".csv", ["pos", "pos ", "neg", " neg"], ["neg", "pos"]),
+        (".tsv", ["01", "1.0", "+0", "000"], ["0", "1"]),
+        (".csv", ["true", "True", "FALSE", "false"], ["False", "True"]),
+        (".jsonl", [1, "1", 0.0, "0"], ["0", "1"]),
+        (".jsonl", [True, "true", False, " False "], ["False", "True"]),
+        (".jsonl", ["caf\u00e9", "cafe\u0301", "th\u00e9\u00a0", "the\u0301"], ["caf\u00e9", "th\u00e9"]),
+        (".jsonl", ["very good", "very  good\n", "-0", "0"], ["0", "very good"]),
+        (".jsonl", ["Pos", "pos", "1a", "01a"], ["01a", "1a", "Pos", "pos"]),  # which are not the same
+        (".parquet", [1.0, 2.0, 1.0, 2.0], ["1", "2"]),
+    ],
+)
+def test_labels_that_are_written_in_several_ways_are_one(
+    tmp_path: Path, ending: str, written: list[Any], names: list[str]
+) -> None:
+    """In either split: labels of test are those of train."""
+    for split in ("train", "test"):
+        texts = [{"text": f"{split} {i}", "label": written[i % 4]} for i in range(40)]
+        if ending == ".jsonl":
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        else:
+            write(tmp_path / f"{split}{ending}", texts)
+        written = written[::-1]
+    labels, splits = open_sentences(str(tmp_path))
+    assert list(labels) == names
+    in_test = {sentence.text: labels[sentence.label] for sentence in splits["test"]}
+    each = [name for name in names for _ in range(4 // len(names))]
+    assert sorted(in_test[f"test {i}"] for i in range(4)) == sorted(each)
+
+
+def test_class_names_of_a_dataset_stand_for_numbers_and_for_themselves(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", numbered(0, 20), ["no", "yes"])
+    (tmp_path / "test.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": "no "}\n')
+    labels, splits = open_sentences(str(tmp_path))
+    assert labels == ("no", "yes") and [sentence.label for sentence in splits["test"]] == [1, 0]
+
+
 def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
     odd = ["null", "NA", " nan ", 'say "a, b"', "two\nlines", "é", "1"]
     (tmp_path / "test.csv").write_text(
@@ -256,27 +295,41 @@ def rows(*rows: str, heading: str = "text,label") -> str:
             True,
         ),
         ({"x.csv": rows("a,1", heading="text,class")}, "no column 'label' of names or whole numbers for 'train'", True),
-        ({"x.csv": rows("a,0.5")}, r"no column 'label' .*label \(double\)", True),
-        ({"x.csv": rows("1,0")}, r"no column 'text' of strings .*text \(int64\)", True),
+        ({"x.csv": rows("a,0.5")}, "row 1 of 'train' has label 0.5: a label is a name or a whole number", True),
+        ({"x.jsonl": '{"text": 1, "label": 0}\n'}, r"no column 'text' of strings .*text \(int\)", True),
         ({"x.jsonl": '{"text": "a", "text2": 1, "label": 0}\n'}, "no column 'text' and 'text2' of strings", True),
-        ({"x.jsonl": '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n'}, "no column 'label'", True),
-        ({"x.csv": rows("a, b,1")}, "rows of more fields than its heading: put a text", True),
-        ({"x.csv": rows("a,1", "b,2,3")}, "is not text .*Expected 2 fields in line 3", True),
-        ({"x.csv": b"text,label\n\xe9,1\n"}, "is not text .*utf-8.*give UTF-8", True),
-        ({"x.csv": ""}, "is not text .*No columns", True),
-        ({"x.jsonl": "{nonsense\n"}, "is not text .*JSON", True),
+        ({"x.jsonl": '{"text": "a", "label": [1]}\n'}, r"no column 'label' .*label \(list\)", True),
+        ({"x.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}\n'}, "row 2 of 'train' has no label", False),
+        ({"x.jsonl": '{"text": "a", "label": 1e40}\n'}, "row 1 of 'train' has a label of 41 digits", True),
+        ({"x.jsonl": '{"text": "a", "label": ' + "7" * 400 + "}\n"}, "has a label of 400 digits, 777", True),
+        ({"x.jsonl": '{"text": "a", "label": ' + "7" * 5000 + "}\n"}, "x.jsonl: .*digits", True),
+        ({"x.csv": rows(f"a,{10**30}")}, "has a label of 31 digits", True),
+        ({"x.tsv": "text\tlabel\na\t" + "9" * 19 + "\n"}, "has a label of 19 digits", True),
+        ({"x.jsonl": '{"text": "a", "label": NaN}\n'}, "row 1 of 'train' has no label", True),
+        ({"x.jsonl": '{"text": "a", "label": Infinity}\n'}, "row 1 of 'train' has label inf", True),
+        ({"x.jsonl": '{"text": "a\\ud800", "label": 1}\n'}, "x.jsonl: .*surrogates not allowed", True),
+        ({"x.jsonl": '{"text": "a", "label": "\\udfff"}\n'}, "x.jsonl: .*surrogates not allowed", True),
+        ({"x.jsonl": '{"text": "a\\u0000", "label": 1}\n'}, "x.jsonl: .*NUL", True),
+        ({"x.csv": "text,label\na\0,1\n"}, "x.csv: .*NUL", True),
+        ({"x.jsonl": '{"text": ' + "[" * 100_000}, "x.jsonl: ", True),
+        ({"x.csv": rows("a, b,1")}, "line 2 has 3 fields, its heading 2: put a text", True),
+        ({"x.csv": rows("a,1", "b,2,3")}, "line 3 has 3 fields, its heading 2", False),
+        ({"x.csv": b"text,label\n\xe9,1\n"}, "no UTF-8 .*give UTF-8", True),
+        ({"x.csv": ""}, "has no row for 'train'", True),
+        ({"x.jsonl": "{nonsense\n"}, "no JSON", True),
         ({"x.jsonl": '{"text": null, "label": 1}\n{"text": "a", "label": 1}\n'}, "row 1 of 'train' has no text", True),
         ({"x.csv": rows("a,x", "b,")}, "row 2 of 'train' has no label", False),
-        ({"x.csv": rows()}, "has no row for 'train'", False),
+        ({"x.csv": rows("a,x", "b,  ")}, "row 2 of 'train' has no label", False),
+        ({"x.csv": rows()}, "has no row for 'train'", True),
         ({"x.csv": rows("a,1", "b,1")}, "has one label, '1': at least 2", False),
         ({"x.csv": rows("a,1", "b,0")}, "2 different texts, too few .*at least 10, or files for", False),
-        ({"x.txt": "a\n"}, "no ending that is known; one of .csv, .tsv", True),
+        ({"x.txt": "a\n"}, r"no column 'label' of names or whole numbers for 'train', only text \(str\)", True),
         ({"d/train.csv": rows("a,good", "b,bad"), "d/test.csv": rows("a,goood")}, "'goood' .* mean 'good'", False),
-        ({"d/train.csv": rows("a,0", "b,1"), "d/test.csv": rows("a,-1")}, "-1 .*none of train's; known: 0, 1", False),
-        ({"d/train.csv": rows("a,0", "b,1"), "d/dev.csv": rows()}, "no row for 'valid'", False),
+        ({"d/train.csv": rows("a,0", "b,1"), "d/test.csv": rows("a,-1")}, "'-1' .*none of train's; known: 0, 1", False),
+        ({"d/train.csv": rows("a,0", "b,1"), "d/dev.csv": rows()}, "no row for 'valid'", True),
         ({"d/train.csv": rows("a,0"), "d/dev.csv": rows("a,1", heading="text,klass")}, "for 'valid', only", True),
         ({"d/test.csv": rows("a,1")}, "has no split 'train', only test", True),
-        ({"d/notes.odd": "a"}, "does not load: ", True),
+        ({"d/notes.odd": "a"}, "files that end with .odd are not read", True),
     ],
 )
 def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: bool) -> None:

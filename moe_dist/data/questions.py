@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from moe_dist.config import nearest
+from moe_dist.config import MOST, nearest
 from moe_dist.data.examples import hold_out
-from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, is_local, load, tables
+from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 
 SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 SPLIT = re.compile(r"(train|validation|valid|dev|test)(?![a-z])")  # that a file's name begins with
@@ -82,9 +81,8 @@ def _own_splits(source: str) -> dict[str, Iterator[Question]]:
     if not is_local(source):
         _check_name(source)
     name, _, configuration = source.partition(":")
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    loaded = load("data.questions", source, kind, {}, (SQUAD.get(name, name), configuration or None, None), GIVE)
-    return {OTHER_NAMES.get(split, split): _from_rows(source, dataset) for split, dataset in loaded.items()}
+    loaded = open_rows("data.questions", source, (SQUAD.get(name, name), configuration or None, None), GIVE)
+    return {OTHER_NAMES.get(split, split): _from_rows(source, rows) for split, rows in loaded.items()}
 
 
 def _by_split(source: str, files: list[Path]) -> dict[str, Path]:
@@ -108,28 +106,34 @@ def _from_json(source: str, path: Path) -> Iterator[Question]:
                     answers = [] if asked.get("is_impossible") else asked["answers"]
                     pairs = tuple((answer["text"], answer["answer_start"]) for answer in answers)
                     yield _checked(Question(asked["id"], asked["question"], paragraph["context"], pairs))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"data.questions={source!r}: {path.name} is not in SQuAD's form ({error!r}); {GIVE}") from None
+    except Exception as error:  # of many kinds: no file, no UTF-8, no JSON, or JSON of any other form
+        raise ValueError(f"data.questions={source!r}: {path.name} {_no_form(error)}") from None
 
 
-def _from_rows(source: str, dataset: Any) -> Iterator[Question]:
-    for table in tables("data.questions", source, dataset, GIVE):
-        if missing := [name for name in COLUMNS if name not in table.column_names]:
-            found = ", ".join(table.column_names)
-            raise ValueError(f"data.questions={source!r} has no column {missing[0]!r}, only {found}: {GIVE}")
+def _from_rows(source: str, rows: Rows) -> Iterator[Question]:
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in COLUMNS if name not in row]:
+            raise ValueError(f"data.questions={source!r} has no column {missing[0]!r}, only {', '.join(row)}: {GIVE}")
         try:
-            for row in table.select(COLUMNS).to_pylist():
-                answers = row["answers"]
-                pairs = tuple(zip(answers["text"], answers["answer_start"], strict=True))
-                yield _checked(Question(row["id"], row["question"], row["context"], pairs))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"data.questions={source!r}: a row is not in SQuAD's form ({error!r}); {GIVE}") from None
+            pairs = tuple(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
+            yield _checked(Question(row["id"], row["question"], row["context"], pairs))
+        except Exception as error:  # of many kinds, as above
+            raise ValueError(f"data.questions={source!r}: row {number} {_no_form(error)}") from None
+
+
+def _no_form(error: Exception) -> str:
+    """Returns the end of an error about a file or row. An error of UTF-8 is shown without the bytes that it holds."""
+    reason = "no UTF-8" if isinstance(error, UnicodeDecodeError) else f"{type(error).__name__}: {error}"
+    return f"is not in SQuAD's form ({' '.join(reason.split()):.200}); {GIVE}"
 
 
 def _checked(question: Question) -> Question:
-    """Raises TypeError for what is no text or no number, and ValueError for text that is half of a character."""
+    """Raises TypeError for what is no text or no place in one, and ValueError for text that is half of a character."""
     texts = [question.id, question.question, question.context, *(text for text, _ in question.answers)]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(at, int) for _, at in question.answers):
-        raise TypeError(f"question {question.id!r} has no text where one should be, or no number")
+    places = [place for _, place in question.answers]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a question has no text where one should be")
+    if not all(isinstance(place, int) and abs(place) <= MOST for place in places):
+        raise TypeError(f"question {question.id!r} has no number, or a very large one, where an answer should begin")
     "".join(texts).encode()
     return question

