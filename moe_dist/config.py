@@ -98,7 +98,9 @@ class MoEConfig:
     num_groups: int | None = (
         None  # None: one flat gate; else a primary gate over groups, and a gate in each (Appendix B)
     )
-    k: int = 4  # experts per token; with groups: groups per token, and experts per group
+    # experts per token, 2 or more (at 1 the task gives the gate no gradient); with groups: groups per
+    # token, and experts per group
+    k: int = 4
     hidden: int = 1024  # ReLU units per expert
     noise: bool = True  # Eq. 4's noise in training; without it Eq. 10's load falls back to counts
     capacity_factor: float | None = None  # None: nothing is dropped
@@ -197,7 +199,8 @@ class OptimConfig:
     lr: float = 1e-3  # reached after warm-up
     warmup_steps: int = 1000  # linear
     decay: str = "rsqrt"  # after it: "rsqrt", 1/sqrt(step); "cosine", half a wave that ends at 0 with the last step
-    weight_decay: float = 0.0  # a step takes lr x this part of every weight, apart from Adam (AdamW)
+    # both of matrices alone: vectors (biases, a LayerNorm's gain) neither decay nor have a ratio
+    weight_decay: float = 0.0  # a step takes lr x this part of every weight of a matrix, apart from Adam (AdamW)
     trust_ratio: bool = False  # a step of a matrix is lr x its norm long (LAMB)
     beta1: float = 0.9
     beta2: float = 0.999
@@ -386,6 +389,14 @@ def check(config: Config) -> None:
             raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
     if not isinstance(config.model, LSTMConfig) and config.batch.timesteps != BatchConfig().timesteps:
         raise ValueError(f"batch.timesteps={config.batch.timesteps}: only a language model has timesteps; leave it out")
+    experts = mixture(config)
+    if experts and isinstance(experts[1], MoEConfig) and experts[1].k == 1 and experts[1].num_experts > 1:
+        raise ValueError(
+            "model.moe.k=1: noisy top-k weights one chosen expert by a softmax over one number, which is "
+            "1 whatever the gate computes, so that the task gives the gate no gradient; use 2 up to "
+            "num_experts (with num_groups: up to the groups, and to the experts of a group), or the "
+            "softmax-then-top-k gate of model.encoder.moe (as in widenet_demo), which learns at k=1"
+        )
     by_row = isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None
     if by_row and (config.optim.weight_decay or config.optim.trust_ratio):
         raise ValueError(

@@ -50,7 +50,8 @@ class GroupProjection(nn.Module):
 
 
 class Groups(nn.Module):
-    """Groups of experts as the experts of a layer, each with a noisy top-k gate."""
+    """Groups of experts as the experts of a layer, each with a noisy top-k gate, which the task gives no gradient at
+    k = 1 (see `NoisyTopK`)."""
 
     needs_context = True
     first_group = 0  # global id of this rank's first group; `parallelize` sets it

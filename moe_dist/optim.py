@@ -6,7 +6,12 @@ those of rows over all ranks; both are divided by the number of all ranks, as if
 over everything, one clip factor, one update: AdamW (torch's fused one, the base class) for the dense parameters, and
 what `outside.py` says for the others. With `trust_ratio` the step of a matrix is scaled to lr x its norm, which makes
 LAMB of AdamW (You et al. 2020), on any layout: libraries' own LAMB needs whole matrices, which ZeRO does not have.
-Vectors are left out, as its authors' code does.
+
+Weight decay and trust ratio are of matrices alone, as in the LAMB authors' code: vectors (biases, the
+gains of LayerNorms) are left out. A gain is kept as its offset from 1, so that decay would pull all of
+them to the same 1, and the divergence of norms that is logged (`transformer.norm_divergence`) to 0.
+ZeRO gives the base class flat partitions of many parameters, so the decay is not its own but is taken
+here, from each matrix's part of them.
 
 Where the clip factor comes from the norm of the step before (`clip_by`), or there is none, experts need not wait: with
 `free_gradients` each stack of them is updated within backward, when its gradient is whole, which is then freed.
@@ -55,8 +60,8 @@ class Optimizer(torch.optim.AdamW):
         """`rows`: by module. `zero`: the engine's ZeRO stage. Raises ValueError for an unknown `expert_form`."""
         if config.expert_form not in FORMS:
             raise ValueError(f"optim.expert_form={config.expert_form!r}; {nearest(config.expert_form, FORMS)}")
-        betas, decay = (config.beta1, config.beta2), config.weight_decay
-        super().__init__(dense, lr=config.lr, betas=betas, eps=config.eps, weight_decay=decay, fused=True)
+        betas = (config.beta1, config.beta2)
+        super().__init__(dense, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
         self.experts = {name: FORMS[config.expert_form](p, mesh.edp) for name, p in experts.items()}
         self.gates = {name: Adam(p, mesh.edp) for name, p in gates.items()}
         self.rows = {name: Rows(name, named, mesh.dp) for name, named in rows.items()}
@@ -112,10 +117,8 @@ class Optimizer(torch.optim.AdamW):
             state.clear()
 
     def _trust(self, parts: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-        """LAMB's ratios of the dense matrices, of each of which this rank has a part (none: an empty one), or at stage
-        0 the whole."""
-        if not parts:
-            return
+        """Scales the steps of the dense matrices by LAMB's ratios. This rank has a part of each matrix (none: an empty
+        one), or at stage 0 the whole."""
         device = self.mesh.device
         squares = [[square_of([x], device) for x in (old, new - old)] for old, new in zip(before, parts, strict=True)]
         square_p2 = torch.stack([torch.stack(pair) for pair in squares])
@@ -159,10 +162,13 @@ class Optimizer(torch.optim.AdamW):
         factor = self._factor(self.norm if self.config.clip_by == "step" else self.previous_norm)
         if gradients:
             torch._foreach_mul_(gradients, factor)
-        parts = self.parts() if self.config.trust_ratio else []
-        before = [part.clone() for part in parts]
+        parts = self.parts() if self.config.weight_decay or self.config.trust_ratio else []
+        before = [part.clone() for part in parts] if self.config.trust_ratio else []
+        if parts and self.config.weight_decay:  # AdamW's decoupled decay (Loshchilov and Hutter 2019, Algorithm 2)
+            torch._foreach_mul_(parts, 1 - group["lr"] * self.config.weight_decay)
         super().step()
-        self._trust(parts, before)
+        if before:
+            self._trust(parts, before)
         for state in waiting:
             self._update(state, factor)
         for table in rows:

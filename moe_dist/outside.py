@@ -14,6 +14,7 @@ are its master and its state; then the others get its weights. Gates of groups l
 Legend: e experts of this rank, of which it updates some; D rows, F columns; V words, n of them touched.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -84,6 +85,7 @@ class Spread(Master):
     def __init__(self, p: nn.Parameter, replicas: Axis) -> None:
         """`replicas`: the ranks that hold the same stack."""
         self.replicas, self.parts = replicas, replicas.parts(len(p))
+        self.of_matrices = p.dim() > 2 and p.shape[1] > 1  # else of vectors: the biases of an expert are one row
         super().__init__(p, self.parts[replicas.index])
 
     def when_complete(self, do: Callable[[], None]) -> None:
@@ -105,10 +107,13 @@ class Spread(Master):
         raise NotImplementedError
 
     def update(self, scale: float, lr: float, step: int, config: OptimConfig) -> None:
-        """One step with gradient `scale` x the sum, after `square`; then all ranks have the weights."""
+        """Takes one step with gradient `scale` x the sum, after `square`; then all ranks have the weights.
+        Vectors have neither weight decay nor a trust ratio."""
+        if not self.of_matrices:
+            config = dataclasses.replace(config, weight_decay=0.0, trust_ratio=False)
         before = self.master.clone() if config.trust_ratio else None
         self._update(scale, lr, step, config)
-        if before is not None and self.master[0].dim() > 1 and self.master.shape[1] > 1:  # no vectors
+        if before is not None:
             square_e2 = torch.stack([squares_by_expert(x) for x in (before, self.master - before)], 1)
             trust(self.master, before, square_e2, lr)
         self.round_master()

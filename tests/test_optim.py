@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Run, tiny
+from runs import Run, tiny, tiny_images
 from torch import nn
 
 from moe_dist import factored
@@ -193,8 +193,15 @@ def test_schedule() -> None:
 
 @pytest.mark.parametrize("form", ["paper", "diet", "adam"])
 def test_weights_decay_apart_from_the_step(form: str) -> None:
-    """w (1 - lr x decay), and then the step that there is without decay."""
-    w, g = torch.tensor([[[2.0, 4.0]]]), torch.tensor([[[0.5, -1.0]]])
+    """w (1 - lr x decay), and then the step that there is without decay; of a matrix, not of a vector."""
+    # 0.01 x 0.1 of 2 and of 4
+    for shape, decayed in (((1, 2, 1), [0.002, 0.004]), ((1, 1, 2), [0.0, 0.0])):
+        less = less_by_decay(torch.tensor([2.0, 4.0]).view(shape), torch.tensor([0.5, -1.0]).view(shape), form)
+        torch.testing.assert_close(less.flatten(), torch.tensor(decayed), rtol=0, atol=1e-6)
+
+
+def less_by_decay(w: torch.Tensor, g: torch.Tensor, form: str) -> torch.Tensor:
+    """Returns by how much less a stack of experts is after a step with decay than after one without."""
     after = {}
     for decay in (0.0, 0.1):
         state = FORMS[form](nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
@@ -202,8 +209,45 @@ def test_weights_decay_apart_from_the_step(form: str) -> None:
         state.square()
         state.update(1.0, 0.01, 1, OptimConfig(weight_decay=decay, expert_form=form))
         after[decay] = state.p.detach().clone()
-    # 0.01 x 0.1 of 2 and of 4
-    torch.testing.assert_close(after[0.0] - after[0.1], torch.tensor([[[0.002, 0.004]]]), rtol=0, atol=1e-6)
+    return after[0.0] - after[0.1]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("world", [1, 2])
+def test_matrices_alone_decay_on_any_layout(world: int) -> None:
+    """Where every gradient is zero a matrix is multiplied by 1 - 1e-3 x 0.1 and a vector stays as it is, bit by bit."""
+    for rank in run_distributed(decay_alone, world, timeout=150):
+        for (zero, name), (kind, off) in rank.items():
+            assert off == 0 if kind == "vector" else off < 1e-6, (zero, name, kind, off)
+        for zero in (0, 1, 2, 3):
+            kinds = [kind for (stage, _), (kind, _) in rank.items() if stage == zero]
+            assert kinds.count("vector") > 20 and kinds.count("matrix") > 8
+
+
+def decay_alone() -> dict[tuple[int, str], tuple[str, float]]:
+    """By ZeRO stage and name: "matrix" or "vector", and how far it is from what it should be after a step."""
+    meshes.join()
+    told = {}
+    sets = ["optim.weight_decay=0.1", "optim.lr=1e-3", "optim.warmup_steps=1", "batch.samples=16"]
+    for zero in (0, 1, 2, 3):
+        run = Run(tiny_images(*sets, f"zero={zero}", f"mesh.ep={torch.distributed.get_world_size()}"))
+        state = {key: t.clone() for key, t in run.engine.dense_state()}
+        for name in run.engine.names:  # vectors start at zero, which would not show that they decay
+            state[name] += 0.5
+        run.engine.load_dense_state(state, 0)
+        for stack in run.optimizer.spread:
+            stack.master.add_(0.5)
+            stack.round_master()
+        for p in (*run.engine.names.values(), *(stack.p for stack in run.optimizer.spread)):
+            p.register_hook(torch.zeros_like)
+        before = run.weights()
+        after = run.steps(0, 1).weights()
+        for name, w in before.items():
+            vector = w.dim() == 1 or (w.dim() == 3 and w.shape[1] == 1)
+            expected = w if vector else w * (1 - 1e-3 * 0.1)
+            told[zero, name] = ("vector" if vector else "matrix", ((after[name] - expected) / w).abs().max().item())
+    meshes.stop()
+    return told
 
 
 @pytest.mark.timeout(120)
@@ -240,7 +284,8 @@ LAMB = ["optim.trust_ratio=true", "optim.weight_decay=0.1", "optim.expert_form=a
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3, 1, 5)])
 def test_trust_ratios_of_experts_are_lambs(shape: tuple[int, ...]) -> None:
-    """Each expert is a tensor of its own to timm's; biases, matrices of one row, go without a ratio, as AdamW's."""
+    """Each expert is a tensor of its own to timm's; biases, matrices of one row, have Adam's step without a ratio and
+    without decay."""
     import_torchvision()
     from timm.optim import Lamb
 
@@ -250,7 +295,7 @@ def test_trust_ratios_of_experts_are_lambs(shape: tuple[int, ...]) -> None:
     theirs = [nn.Parameter(expert.clone()) for expert in w]
     options: dict[str, Any] = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     lamb = shape[1] > 1
-    optimizer = Lamb(theirs, **options, max_grad_norm=None) if lamb else torch.optim.AdamW(theirs, **options)
+    optimizer = Lamb(theirs, **options, max_grad_norm=None) if lamb else torch.optim.Adam(theirs, lr=0.1)
     config = OptimConfig(weight_decay=0.1, trust_ratio=True)
     for step in range(1, 5):
         g = torch.randn(*shape, generator=generator)
@@ -282,9 +327,10 @@ def beside_timm(text: str) -> dict[str, torch.Tensor]:
     run = Run(tiny(*LAMB, f"data.text={text}", "zero=0"))
     ours = run.optimizer.param_groups[0]["params"]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    options: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    options: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8)
     matrices, vectors = ([p for p in theirs if (p.dim() > 1) == wide] for wide in (True, False))
-    both = [Lamb(matrices, lr=1e-2, max_grad_norm=None, **options), torch.optim.AdamW(vectors, lr=1e-2, **options)]
+    lamb = Lamb(matrices, lr=1e-2, max_grad_norm=None, weight_decay=0.1, **options)
+    both = [lamb, torch.optim.Adam(vectors, lr=1e-2, **options)]  # no decay of vectors
     honest = torch.optim.AdamW.step
 
     def step(self: Any, closure: Any = None) -> None:

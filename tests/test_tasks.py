@@ -345,6 +345,9 @@ def test_what_cannot_be_classified_is_one_line(
         ("widenet_text_demo", "data.sentences=glue:sst", "'glue:sst2'"),
         ("widenet_text_demo", "model.max_tokens=0", "max_tokens=0: at least 1"),
         ("widenet_text_4", "data.text=no/such.txt", "no/such.txt"),
+        ("lstm_moe_demo", "model.moe.k=1", "softmax-then-top-k gate of model.encoder.moe"),
+        ("lstm_moe_demo", "model.moe.k=1 model.moe.num_groups=8", "use 2 up to num_experts"),
+        ("moe_256_h", "model.moe.k=1 model.moe.noise=false", "no gradient"),
         ("lstm_moe_demo", "optim.weight_decay=0.1 model.softmax_samples=100", "would not decay"),
     ],
 )

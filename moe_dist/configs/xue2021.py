@@ -1,7 +1,11 @@
 """Go Wider Instead of Deeper (Xue et al. 2021): WideNet and its baselines, for images and for text.
 
-The paper trains on ImageNet-1K for 300 epochs of 4,096 images, with LAMB; the clipping is ours. Its capacity factor
-counts in a device's batch, here in 16 samples. Images are 224 x 224 in patches of 16, vocabularies have 30,000 tokens.
+The paper trains on ImageNet-1K for 300 epochs of 4,096 images, with LAMB. As in its authors' code the
+norm of the gradient is clipped at 1 (`optim.clip_norm`). Departures from that code: its learning rate
+rises from 1e-5 and falls linearly to 1e-5, here it rises from 0 and falls as half a cosine wave to 0;
+its LAMB decays vectors and scales their steps as well, here vectors are exempt from both. The paper's
+capacity factor counts in a device's batch, here in 16 samples. Images are 224 x 224 in patches of 16,
+vocabularies have 30,000 tokens.
 Parameters are those of docs/paper_map.md.
 """
 
@@ -56,7 +60,7 @@ def shared_vit_demo() -> Config:
 
 
 def _lamb(lr: float, warmup_steps: int, weight_decay: float) -> OptimConfig:
-    """Of full moments for experts as well."""
+    """Returns LAMB with full moments for experts as well; cosine, where the authors' code is linear (see above)."""
     return OptimConfig(
         lr=lr, warmup_steps=warmup_steps, decay="cosine", weight_decay=weight_decay, trust_ratio=True, eps=1e-6,
         expert_form="adam",

@@ -56,7 +56,9 @@ class SoftmaxTopK(nn.Module):
         gate_TK, chosen_TK = top_TK[:, : self.k], expert_TK[:, : self.k]
         # The paper's capacity is C K N L / E for a device's batch of N L tokens; here the tokens are those of a token
         # group, padding left out, and a part of a slot is a slot. The authors' code rounds down and leaves the last
-        # slot of every expert empty (it counts places from 1 and asks for less than the capacity); we do not.
+        # slot of every expert empty (it counts places from 1 and asks for less than the capacity); we do not. It also
+        # fills places by token, all choices of a token together; here first choices of all tokens come before second
+        # ones, so that what is dropped are second choices first.
         keep_TK = within_capacity(chosen_TK, self.capacity_factor, ctx, self.num_experts)
         chosen_GE = sum_chosen_by_group(chosen_TK, torch.ones_like(gate_TK), self.num_experts, ctx)
         dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()

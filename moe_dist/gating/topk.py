@@ -35,7 +35,9 @@ class Projection(nn.Module):
 class NoisyTopK(nn.Module):
     """Chooses the `k` highest of noisy logits; the weights are the softmax over those `k` alone.
 
-    Both matrices start at zero: no signal, noise of deviation softplus(0) = ln 2, so an even load (Appendix A).
+    Both matrices start at zero: no signal, noise of deviation softplus(0) = ln 2, so an even load (Appendix A). With
+    k = 1 the weight is 1 whatever the logits are, and only the balance losses have a gradient (section 2.1 takes k > 1
+    for that reason): `config.check` refuses it, and `softmax_topk.SoftmaxTopK` is the gate that learns at k = 1.
     """
 
     def __init__(
