@@ -213,10 +213,9 @@ def less_by_decay(w: torch.Tensor, g: torch.Tensor, form: str) -> torch.Tensor:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("world", [1, 2])
-def test_matrices_alone_decay_on_any_layout(world: int) -> None:
+def test_matrices_alone_decay_on_any_layout() -> None:
     """Where every gradient is zero a matrix is multiplied by 1 - 1e-3 x 0.1 and a vector stays as it is, bit by bit."""
-    for rank in run_distributed(decay_alone, world, timeout=150):
+    for rank in run_distributed(decay_alone, 2, timeout=150):
         for (zero, name), (kind, off) in rank.items():
             assert off == 0 if kind == "vector" else off < 1e-6, (zero, name, kind, off)
         for zero in (0, 1, 2, 3):
@@ -230,7 +229,7 @@ def decay_alone() -> dict[tuple[int, str], tuple[str, float]]:
     told = {}
     sets = ["optim.weight_decay=0.1", "optim.lr=1e-3", "optim.warmup_steps=1", "batch.samples=16"]
     for zero in (0, 1, 2, 3):
-        run = Run(tiny_images(*sets, f"zero={zero}", f"mesh.ep={torch.distributed.get_world_size()}"))
+        run = Run(tiny_images(*sets, f"zero={zero}", "mesh.ep=2"))
         state = {key: t.clone() for key, t in run.engine.dense_state()}
         for name in run.engine.names:  # vectors start at zero, which would not show that they decay
             state[name] += 0.5

@@ -103,6 +103,8 @@ def report() -> str:
     parts = [
         "# Ablations of WideNet",
         f"Written by `experiments/widenet/report.py` from `kept/`. {run_notes()}",
+        "These runs let vectors decay as matrices do (weight decay 0.1), which pulls divergences towards 0; "
+        "since 2026-12-01 vectors are exempt.",
     ]
     for title, (direction, arms) in TABLES.items():
         parts += [f"## {title}", direction, "\n".join(table(arms))]
