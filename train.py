@@ -43,8 +43,10 @@ def main(run: Run) -> None:
     with plain_errors():
         mesh = meshes.start(config.mesh.ep, config.mesh.patience)
         run.choose(mesh)
-        resumed = run.checkpoint is not None
-        training = set_up(config, run.ds_config, mesh, run.known(), resumed=resumed, explicit=run.explicit)
+        training = set_up(
+            config, run.ds_config, mesh, run.known(), resumed=run.checkpoint is not None, explicit=run.explicit,
+            allow_changed_data=run.allow_changed_data,
+        )  # fmt: skip
         run.settle(training.config)
         task, engine = training.task, training.engine
         if run.checkpoint:
@@ -75,7 +77,7 @@ def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float],
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
         start_step=run.first_step, wandb_id=run.wandb_id,
     ) as metrics, mesh.record.kept(folder, config.mesh.patience, meet):  # fmt: skip
-        state = {"wandb_id": metrics.wandb_id} | task.known()
+        state = {"wandb_id": metrics.wandb_id} | training.known
         if run.growth:  # what --resume of the new run finds
             saver.save(run.first_step, state)
         for step in range(run.first_step + 1, config.steps + 1):

@@ -37,6 +37,7 @@ from moe_dist.config import (
     override,
     shown,
     to_json,
+    value_of,
 )
 from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
@@ -77,6 +78,7 @@ class Run:
     profile: bool = False
     explicit: frozenset[str] = frozenset()  # dotted keys that --set names
     notes: list[str] = field(default_factory=list)  # about the config, one line each
+    allow_changed_data: bool = False
     told: dict[str, Any] = field(default_factory=dict)  # the layout, of `summary.describe`
 
     @cached_property
@@ -203,6 +205,9 @@ def plan(argv: list[str], doc: str | None) -> Run:
     parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
     parser.add_argument("--grow-noise", type=float, metavar="X", help="largest change of a copied weight (0.01 of it)")
     parser.add_argument("--evaluate", type=path_argument, metavar="RUN", help="test metrics of the newest checkpoint")
+    parser.add_argument(
+        "--allow-changed-data", action="store_true", help="goes on, or evaluates, where the data is another than before"
+    )
     parser.add_argument("--profile", action="store_true", help="traces a few steps with torch's profiler: RUN/profile/")
     parser.add_argument("--list", action="store_true", help="lists the named configs")
     parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
@@ -225,6 +230,8 @@ def plan(argv: list[str], doc: str | None) -> Run:
             raise ValueError(f"--nodes {shown(args.nodes)}: with --ranks, a multiple of it")
         if args.profile and args.evaluate:
             raise ValueError("--profile: only of training, not with --evaluate")
+        if args.allow_changed_data and not (args.resume or args.evaluate):
+            raise ValueError("--allow-changed-data: only with --resume or --evaluate")
         check_launch()
         run = _resolve(args)
         task = task_of(run.config)
@@ -247,7 +254,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
         if _is_main() and not run.evaluate:
             run.check_folder()
-    run.told, run.profile = told, args.profile
+    run.told, run.profile, run.allow_changed_data = told, args.profile, args.allow_changed_data
     return run
 
 
@@ -279,11 +286,14 @@ def _check_memory(needed: int) -> None:
         )
 
 
+# where data lies: whether it is the same there is seen by its fingerprint
+PLACES = ("data.text", "data.images", "data.image_root", "data.sentences", "data.questions")
 # what a run that goes on, or is evaluated, may change: nothing that its checkpoint or its place in the data depends on
 MAY_CHANGE = (
+    *PLACES,
     "steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "save_in_background", "ds_config", "zero",
     "compare", "mesh.ep", "mesh.exchange", "mesh.pieces", "mesh.wire", "mesh.patience", "batch.accumulation",
-    "data.workers", "data.image_root", "data.null_threshold", "model.moe.recompute", "model.encoder.recompute",
+    "data.workers", "data.null_threshold", "model.moe.recompute", "model.encoder.recompute",
     "optim.lr", "optim.warmup_steps", "optim.decay", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
     "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "optim.max_skipped",
     "chaos.", "report", "wandb.mode",
@@ -330,8 +340,10 @@ def _resolve(args: argparse.Namespace) -> Run:
                 f"--set {key}: {earlier} cannot go on with another; what may change: {', '.join(may_change)}"
             )
     config = _fit_ep(config)
-    steps, config = config.steps, override(config, args.set)
+    before, config = config, override(config, args.set)
     check(config)
+    _tell_places(before, config)
+    steps = before.steps
     if args.resume and config.optim.decay == "cosine" and config.steps != steps:
         _say(f"note: the learning rate goes on as if the run had always had {config.steps} steps, not {steps}")
     if args.resume and (earlier / METRICS).exists():
@@ -398,9 +410,18 @@ def _begin_or_go_on(args: argparse.Namespace) -> Run:
                 config = override(config, [f"{key}={kept}"])
             elif kept != asked and not key.startswith(MAY_CHANGE):
                 raise ValueError(f"--folder {args.folder}: trained with {key}={kept}, not {asked}; give another folder")
+        _tell_places(before, config)
     return Run(
         config, read_ds_config(config), args.folder, args.folder, auto=True, explicit=explicit, notes=notes
     )  # fmt: skip
+
+
+def _tell_places(before: Config, config: Config) -> None:
+    """Prints where the data of a run that goes on lies now, if it lay elsewhere."""
+    for key in (key for key in PLACES if key in dotted_keys(config)):
+        was, now = (value_of(each, key) for each in (before, config))
+        if was != now:
+            _say(f"note: {key}={now}, which was {was}; it must hold the same data")
 
 
 def _growth(args: argparse.Namespace, config: Config) -> Growth:

@@ -1,5 +1,6 @@
 """A config on a mesh, ready to train, and one step of it: what train.py, verify.py, the benchmarks and tests share."""
 
+import dataclasses
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.checkpoint.sharded import begin_from
 from moe_dist.config import Config, dotted_keys
+from moe_dist.data import fingerprint
 from moe_dist.engine import Engine, compute_dtype
 from moe_dist.finite import Finite
 from moe_dist.layer import LayerStats
 from moe_dist.optim import learning_rate
+from moe_dist.parallel.collectives import from_main
 from moe_dist.parallel.mesh import Layout, Mesh, lay_out
 from moe_dist.parallelize import ParallelModel, parallelize
 from moe_dist.tasks import Batch, Task, task_of
@@ -33,6 +36,7 @@ class Training:
     model: ParallelModel
     engine: Engine
     finite: Finite
+    known: dict[str, Any]  # of the task and its data; checkpoints keep it
 
 
 def set_up(
@@ -43,6 +47,7 @@ def set_up(
     *,
     resumed: bool = False,
     explicit: Collection[str] = (),
+    allow_changed_data: bool = False,
 ) -> Training:
     """Opens the data, and builds the model and the engine. A collective.
 
@@ -50,16 +55,17 @@ def set_up(
         config: The config of the run.
         ds: The DeepSpeed config of `engine.read_ds_config`.
         mesh: The ranks.
-        known: The result of `known` of a task of the same config.
-        resumed: Whether `known` is that of an earlier run, whose weights will be loaded. Its config is kept as it is.
-            Otherwise weights begin as `config.init` says.
+        known: `Training.known` of an earlier call with the same config.
+        resumed: Whether `known` is that of an earlier run, whose weights will be loaded, whose config is kept as it is,
+            and whose data must be the same. Otherwise weights begin as `config.init` says.
         explicit: Dotted keys of the config that are not taken from the data.
+        allow_changed_data: Whether an earlier run goes on with other data.
 
     Returns:
         Everything that a step needs, with the config as the data determines it.
 
     Raises:
-        ValueError: On every rank, parts do not fit together.
+        ValueError: On every rank, parts do not fit together, or the data is not that of the earlier run.
     """
     layout, dtype = lay_out(config, mesh.dp.size), compute_dtype(ds)
     first = None if resumed or config.init is None else _initial(config.init, mesh)
@@ -69,6 +75,7 @@ def set_up(
     if known is None and mesh.is_main:
         for note in task.notes:
             print(f"note: {note}", flush=True)
+    data = _fingerprint(task, config, mesh, known, resumed, allow_changed_data)
     was, classes = (before or {}).get("classes"), task.known().get("classes")
     if resumed and was not in (None, classes):
         raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(classes)} now")
@@ -83,7 +90,24 @@ def set_up(
             print(f"note: {num_taken} of {num_taken + len(new)} weights are those of {first}", end="", flush=True)
             print(f"; not there, or of another shape: {_told(new)}" if new else "", flush=True)
     task.start(dtype)
-    return Training(config, mesh, layout, task, model, engine, finite)
+    return Training(config, mesh, layout, task, model, engine, finite, task.known() | {"data": data})
+
+
+def _fingerprint(
+    task: Task, config: Config, mesh: Mesh, known: dict[str, Any] | None, resumed: bool, allow: bool
+) -> dict[str, Any]:
+    """Returns the fingerprint of the data for checkpoints, where it is that of the earlier run. A collective."""
+    kept = (known or {}).get("data")
+    if kept is not None and not resumed:
+        return kept
+    field = dataclasses.fields(config.data)[0].name  # names the place of the data
+    place = f"data.{field}={getattr(config.data, field)!r}"
+    data, note = from_main(lambda: fingerprint.checked(task.source(), kept, place, allow), mesh.files)
+    if resumed and kept is None:
+        note = f"the checkpoint has no fingerprint of its data: whether {place} is the same cannot be told"
+    if note and mesh.is_main:
+        print(f"note: {note}", flush=True)
+    return data
 
 
 def _initial(run: str, mesh: Mesh) -> Path:

@@ -80,7 +80,7 @@ def run_layouts(
         choices = Choices(kept["choices"] if kept else None)
         on_layout = layout.of(config)
         training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep), known, explicit=explicit)
-        known = training.task.known()  # counted once
+        known = training.known  # counted once
         if kept is None or replay:
             choices.watch(training.model.dense, training.mesh)
         run = train(training, steps)

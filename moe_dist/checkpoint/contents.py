@@ -8,7 +8,7 @@ layout is in them.
                               rows/NAME, likewise, and rows/MODULE.updates            row i belongs to word i
                               task/lstm0.h and so on                                  row i belongs to global lane i
         state.json            step, updates (steps not skipped), norm of the last one, wandb run id, and what the task
-                              knows of its data: vocabulary or tokens, classes
+                              knows of its data: vocabulary or tokens, classes; and a fingerprint of the data
         manifest.sha256       checksums of them all (manifest.py)
 """
 

