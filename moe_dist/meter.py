@@ -1,4 +1,14 @@
-"""Sums between two log lines, over micro-batches and ranks: one all-reduce per line, none per step."""
+"""Sums between two log lines, over micro-batches and ranks: two all-reduces per line, none per step.
+
+The keys of a MoE layer, `moe/LAYER/KEY`, are measured in training only; a "step" is all micro-batches on all ranks:
+
+    cv_importance, cv_load, max_over_mean_load, p10_, p50_, p90_over_mean_load
+                        the value of each step (as in Table 6 of Shazeer et al. 2017), averaged over the line's steps
+    importance, load    the sum over the steps of the line, by expert
+    dead_experts        experts without a row in all steps of the line
+    dropped             assignments over capacity in a step, averaged over the steps of the line
+    drop_rate           the part of all assignments of the line that is over capacity
+"""
 
 import contextlib
 import math
@@ -16,6 +26,9 @@ from moe_dist.parallel.collectives import Label, sum_over
 from moe_dist.parallel.mesh import Mesh
 
 SUMS = "sums/"  # before the names of a task's
+MOST_PENDING = 2**23  # numbers of steps that are not summed over ranks yet (64 MiB)
+PERCENTILES = (10, 50, 90)
+RATIOS = ("cv_importance", "cv_load", "max_over_mean_load", *(f"p{p}_over_mean_load" for p in PERCENTILES))
 
 
 class Meter:
@@ -28,6 +41,10 @@ class Meter:
 
     def _clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
+        self.used: dict[str, torch.Tensor] = {}  # importance and load (2, E) of the step so far, by layer
+        self.pending: list[dict[str, torch.Tensor]] = []  # `used` of steps that are not summed over ranks yet
+        self.layers: dict[str, torch.Tensor] = {}  # importance and load (2, E), summed over ranks and steps
+        self.ratios: dict[str, torch.Tensor] = {}  # RATIOS of each layer, summed over steps
         self.steps = 0
         self.seconds, self.sent = 0.0, Counter[Label]()
 
@@ -42,6 +59,25 @@ class Meter:
         self.seconds += time.perf_counter() - start
         for label, total in self.mesh.sent.items():
             self.sent[label] += total - sent[label]
+        self.pending.append(self.used)
+        self.used = {}
+        if len(self.pending) * sum(used.numel() for used in self.pending[0].values()) > MOST_PENDING:
+            self._sum_pending()
+
+    def _sum_pending(self) -> None:
+        """Sums the pending steps over all ranks, then adds them up and their ratios. A collective."""
+        if not self.pending or not self.pending[0]:
+            return
+        stacks = {name: torch.stack([used[name] for used in self.pending]) for name in self.pending[0]}
+        flat = sum_over(torch.cat([stack.flatten() for stack in stacks.values()]), self.mesh.dp)
+        summed = flat.split([stack.numel() for stack in stacks.values()])
+        for (name, stack), part in zip(stacks.items(), summed, strict=True):
+            used_S2E = part.view_as(stack)
+            self.layers[name] = used_S2E.sum(0) + self.layers.get(name, 0)
+            self.ratios[name] = _ratios(*used_S2E.unbind(1)).sum(0) + self.ratios.get(name, 0)
+
+            ...
+        self.pending.clear()
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         value = value.detach().double()
@@ -54,9 +90,9 @@ class Meter:
         for name, layer in stats.items():
             # the balance loss is the same on every rank
             self._add("balance", layer.balance_loss / self.mesh.dp.size)
-            self._add(f"{name}/importance", layer.importance_E)
-            self._add(f"{name}/load", layer.load_E)
             self._add(f"{name}/dropped", layer.dropped)
+            used = torch.stack([layer.importance_E.double(), layer.load_E.double()])
+            self.used[name] = used + self.used.get(name, 0)
 
     def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
         """The task's measures, speed, and the load of each layer; then starts anew. A collective: all ranks must call
@@ -67,6 +103,7 @@ class Meter:
         """
         by_name = {f"exchange/{_place(site)}/{direction}_bytes": n for (site, direction), n in self.sent.items()}
         sent = dict(sorted(by_name.items()))  # one order on every rank
+        self._sum_pending()
         sums = self.sums | {
             k: torch.tensor(float(n), dtype=torch.float64, device=self.mesh.device) for k, n in sent.items()
         }
@@ -96,13 +133,26 @@ class Meter:
             if "balance" in total:
                 groups = self.steps * self.task.layout.num_balance_groups
                 values["train/balance_loss"] = total["balance"].item() / groups
-            for name in [key.removesuffix("/load") for key in total if key.endswith("/load")]:
-                values |= _layer(f"moe/{name}", total[f"{name}/importance"], total[f"{name}/load"])
-                dropped, kept = total[f"{name}/dropped"].item(), total[f"{name}/load"].sum().item()
-                values[f"moe/{name}/dropped"] = dropped / self.steps
-                values[f"moe/{name}/drop_rate"] = dropped / max(1, dropped + kept)  # of assignments
+            for name in self.layers:
+                values |= self._layer(name, total[f"{name}/dropped"].item())
         self._clear()
         return values
+
+    def _layer(self, name: str, dropped: float) -> dict[str, float | list[float]]:
+        """Returns the keys of one layer that the head of this file lists. `dropped`: the sum over all steps."""
+        importance_E, load_E = self.layers[name].tolist()
+        kept = sum(load_E)
+        prefix = f"moe/{name}"
+        values: dict[str, float | list[float]] = {
+            f"{prefix}/{key}": value / self.steps for key, value in zip(RATIOS, self.ratios[name].tolist(), strict=True)
+        }
+        return values | {
+            f"{prefix}/dead_experts": load_E.count(0),
+            f"{prefix}/importance": importance_E,
+            f"{prefix}/load": load_E,
+            f"{prefix}/dropped": dropped / self.steps,
+            f"{prefix}/drop_rate": dropped / max(1, dropped + kept),
+        }
 
 
 def _place(site: int | str) -> str:
@@ -122,16 +172,13 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _layer(prefix: str, importance_E: torch.Tensor, load_E: torch.Tensor) -> dict[str, float | list[float]]:
-    """Importance and load by expert, their coefficients of variation, the largest load and the 10th, 50th and 90th
-    percentile over the mean, and how many experts got no row."""
-    percentiles = (load_E / load_E.mean()).quantile(load_E.new_tensor([0.1, 0.5, 0.9])).tolist()
-    return {
-        **{f"{prefix}/p{p}_over_mean_load": value for p, value in zip((10, 50, 90), percentiles, strict=True)},
-        f"{prefix}/dead_experts": int((load_E == 0).sum().item()),
-        f"{prefix}/importance": importance_E.tolist(),
-        f"{prefix}/load": load_E.tolist(),
-        f"{prefix}/cv_importance": (importance_E.std(correction=0) / importance_E.mean()).item(),
-        f"{prefix}/cv_load": (load_E.std(correction=0) / load_E.mean()).item(),
-        f"{prefix}/max_over_mean_load": (load_E.max() / load_E.mean()).item(),
-    }
+def _ratios(importance_SE: torch.Tensor, load_SE: torch.Tensor) -> torch.Tensor:
+    """Returns the RATIOS of steps, which are 0 where a step has no rows: (S, 6), float64."""
+    shares = []
+    for x_SE in (importance_SE, load_SE):
+        mean_S1 = x_SE.mean(1, keepdim=True)
+        shares.append(x_SE / torch.where(mean_S1 > 0, mean_S1, 1))
+    importance_SE, load_SE = shares
+    percentiles_PS = load_SE.quantile(load_SE.new_tensor(PERCENTILES) / 100, dim=1)
+    cv_importance_S, cv_load_S = (share_SE.std(1, correction=0) for share_SE in shares)
+    return torch.stack([cv_importance_S, cv_load_S, load_SE.amax(1), *percentiles_PS], 1)

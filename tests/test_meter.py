@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from runs import Run, tiny
 
+from moe_dist import meter as meters
 from moe_dist.clock import PARTS
 from moe_dist.meter import Meter
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
+from moe_dist.training import train_step
 
 
 @pytest.mark.timeout(120)
@@ -28,6 +32,68 @@ def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
         assert len(line["memory/peak_bytes"]) == 2 and min(line["memory/peak_bytes"]) > 1e8
         assert line["memory/largest_peak_bytes"] == max(line["memory/peak_bytes"])
         assert sum(line["moe/middle/importance"]) == pytest.approx(8 * 6, rel=1e-6)
+
+
+STEPS = 3
+
+
+@pytest.mark.timeout(120)
+def test_balance_is_measured_in_each_step_and_then_averaged(small_text: Path) -> None:
+    """On 2 ranks, with 1 and 2 micro-batches, summed over ranks once a line and after every step."""
+    ranks = run_distributed(of_steps, 2, str(small_text), timeout=100)
+    lines = []
+    for i in range(2):
+        line = ranks[0][i][0]
+        lines.append(pytest.approx({key: line[f"moe/middle/{key}"] for key in meters.RATIOS}, rel=1e-5))
+        assert ranks[1][i][0] == line
+        load_SE, importance_SE = ranks[0][i][1] + ranks[1][i][1]
+        assert load_SE.sum(1).tolist() == [8 * 6 * 2] * STEPS
+        share_SE = load_SE / load_SE.mean(1, keepdims=True)
+        assert lines[-1] == {
+            "cv_importance": np.mean(importance_SE.std(1) / importance_SE.mean(1)),
+            "cv_load": np.mean(share_SE.std(1)),
+            "max_over_mean_load": np.mean(share_SE.max(1)),
+            **{f"p{p}_over_mean_load": np.mean(np.percentile(share_SE, p, axis=1)) for p in (10, 50, 90)},
+        }
+        load_E = load_SE.sum(0)
+        assert load_E.std() / load_E.mean() < 0.9 * line["moe/middle/cv_load"], "of sums it would be another"
+        assert line["moe/middle/load"] == load_E.tolist()
+        assert line["moe/middle/dead_experts"] == (load_E == 0).sum()
+    assert lines[0] == lines[1].expected
+
+
+def of_steps(text: str) -> list[tuple[dict, np.ndarray]]:
+    """Of each accumulation a line of three steps, and this rank's loads and importances of each (2, S, E)."""
+    meshes.join()
+    told = []
+    for accumulation in (1, 2):
+        run = Run(tiny(f"batch.accumulation={accumulation}", "mesh.ep=2", f"data.text={text}"))
+        meter, used_2SE = Meter(run.mesh, run.task), torch.zeros(2, STEPS, 8, dtype=torch.float64)
+        meters.MOST_PENDING = 0 if accumulation == 2 else 2**23
+        for step in range(1, STEPS + 1):
+            with meter.step():
+                for _, sums, stats in train_step(run.training, step):
+                    meter.add(sums, stats)
+                    used_2SE[0, step - 1] += stats["middle"].load_E
+                    used_2SE[1, step - 1] += stats["middle"].importance_E
+        told.append(({key: value for key, value in meter.read().items() if key.startswith("moe/")}, used_2SE.numpy()))
+    meshes.stop()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("load_SE", "expected"),
+    [
+        ([[4, 0, 0, 0], [1, 1, 1, 1]], (3**0.5 / 2, (4 + 1) / 2)),  # CV of (4, 0, 0, 0) is sqrt(3), that of even ones 0
+        ([[0, 0], [6, 2]], (0.5 / 2, 1.5 / 2)),  # a step without rows is even
+        ([[1, 3], [2, 6], [3, 1]], (0.5, 1.5)),
+    ],
+)
+def test_ratios_by_hand(load_SE: list[list[float]], expected: tuple[float, float]) -> None:
+    load = torch.tensor(load_SE, dtype=torch.float64)
+    told = dict(zip(meters.RATIOS, meters._ratios(load, load).mean(0).tolist(), strict=True))
+    assert (told["cv_load"], told["max_over_mean_load"]) == pytest.approx(expected)
+    assert told["cv_importance"] == told["cv_load"]
 
 
 def test_a_sum_goes_from_each_rank_to_the_next() -> None:
