@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moe_dist.parallel import ports
 
@@ -28,12 +29,13 @@ from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines
 from moe_dist.config import ChaosConfig
 from moe_dist.evaluate import evaluate
+from moe_dist.finite import divergence
 from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
 from moe_dist.optim import learning_rate
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import meet
-from moe_dist.parallel.stop import STATUS, Stop
+from moe_dist.parallel.stop import LEAVE_SECONDS, STATUS, Stop
 from moe_dist.profiling import profiled
 from moe_dist.training import Training, set_up, train_step
 
@@ -57,58 +59,94 @@ def main(run: Run) -> None:
 
     with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
         if run.evaluate or run.finished:
-            result, status = evaluate(engine, task, "test", mesh), 0
+            result = evaluate(engine, task, "test", mesh)
+            status = tell(run, training, run.last_losses() | result)
+            meshes.stop()
+            if mesh.is_main and config.report and not run.evaluate:
+                report.try_to_write_all(folder)
         else:
-            result, status = train(run, folder, training)
-        if mesh.is_main and result:
-            print(result_lines(run, task.told(result), engine.optimizer.updates), flush=True)
-        if mesh.is_main and config.report and not run.evaluate:
-            report.try_to_write_all(folder)
-        meshes.stop()
+            status = train(run, folder, training)
     sys.exit(status)
 
 
-def train(run: Run, folder: Path, training: Training) -> tuple[dict[str, float], int]:
-    """Test metrics after the last step, none where SIGTERM ended the run before, and the exit status."""
+def train(run: Run, folder: Path, training: Training) -> int:
+    """Trains, evaluates and draws a run, and returns its exit status: `stop.STATUS` where SIGTERM ended it before its
+    last step, 1 where it diverged or its last checkpoint could not be written."""
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
-    meter, optimizer, result = Meter(mesh, task, run.told["flops_per_unit"]), engine.optimizer, {}
+    meter, optimizer, line, result = Meter(mesh, task, run.told["flops_per_unit"]), engine.optimizer, {}, {}
     saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused)
     with saver, Stop(mesh) as stop, profiled(folder, mesh, run.profile) as profile, Metrics(
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
-        start_step=run.first_step, wandb_id=run.wandb_id,
-    ) as metrics, mesh.record.kept(folder, config.mesh.patience, meet):  # fmt: skip
-        state = {"wandb_id": metrics.wandb_id} | training.known
-        if run.growth:  # what --resume of the new run finds
-            saver.save(run.first_step, state)
-        for step in range(run.first_step + 1, config.steps + 1):
-            with meter.step():
-                for _, sums, stats in train_step(training, step):
-                    meter.add(sums, stats)
-            profile()
-            last = step == config.steps
-            stopping = stop.asked() and not last
-            if step % config.log_every == 0 or last or stopping:
-                lr, skipped = learning_rate(config.optim, step, config.steps), step - optimizer.updates
-                told = {"train/lr": lr, "train/grad_norm": optimizer.norm, "train/skipped_steps": skipped}
-                metrics.log(step, {**meter.read(), **told, **training.finite.read()})
-            if (step % config.eval_every == 0 or last) and not stopping:  # who asks to stop does not wait for long
-                metrics.log(step, evaluate(engine, task, "valid", mesh) | task.of_weights(engine))
-                if last:
-                    result = evaluate(engine, task, "test", mesh)
-                    metrics.log(step, result)
-                draw = partial(report.write_all, folder)
-                metrics.pictures(step, draw if last else partial(report.write_report, folder, only_loads=True))
-            if step % config.save_every == 0 or last or stopping:
-                saver.save(step, state)
-            if stopping:
-                break
-        saver.finish()
-    if stopping and mesh.is_main:
-        saved = "not saved" if saver.failed else f"train.py --resume {folder} goes on"
-        print(f"stopped after step {step} of {config.steps}: {saved}", flush=True)
-    if last and saver.failed and mesh.is_main:
-        print("error: the last checkpoint could not be written", file=sys.stderr, flush=True)
-    return result, STATUS if stopping else int(saver.failed)
+        start_step=run.first_step, wandb_id=run.wandb_id, wandb_labels=asdict(config.wandb),
+    ) as metrics:  # fmt: skip
+        with mesh.record.kept(folder, config.mesh.patience, meet):
+            state = {"wandb_id": metrics.wandb_id} | training.known
+            if run.growth:  # what --resume of the new run finds
+                saver.save(run.first_step, state)
+            for step in range(run.first_step + 1, config.steps + 1):
+                with meter.step():
+                    for _, sums, stats in train_step(training, step):
+                        meter.add(sums, stats)
+                profile()
+                last = step == config.steps
+                stopping = stop.asked() and not last
+                if step % config.log_every == 0 or last or stopping:
+                    lr, skipped = learning_rate(config.optim, step, config.steps), step - optimizer.updates
+                    told = {"train/lr": lr, "train/grad_norm": optimizer.norm, "train/skipped_steps": skipped}
+                    line = meter.read() | told | training.finite.read()
+                    metrics.log(step, line)
+                if (step % config.eval_every == 0 or last) and not stopping:  # a SIGTERM leaves little time
+                    metrics.log(step, evaluate(engine, task, "valid", mesh) | task.of_weights(engine))
+                    if last:
+                        result = evaluate(engine, task, "test", mesh)
+                        metrics.log(step, result)
+                    else:
+                        metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
+                if step % config.save_every == 0 or last or stopping:
+                    saver.save(step, state)
+                if stopping:
+                    break
+            saver.finish()
+        metrics.end_progress()
+        status = STATUS if stopping else tell(run, training, line | result) or int(saver.failed)
+        if mesh.is_main and stopping:
+            saved = "not saved" if saver.failed else f"train.py --resume {folder} goes on"
+            print(f"stopped after step {step} of {config.steps}: {saved}", flush=True)
+        elif mesh.is_main and saver.failed:
+            print("error: the last checkpoint could not be written", file=sys.stderr, flush=True)
+        meshes.stop()
+
+        def draw() -> None:
+            """Draws the report, in this thread for wandb too, and waits for wandb."""
+            mesh.record.enter("report")
+            if mesh.is_main and config.report:
+                files = report.try_to_write_all(folder)
+                metrics.pictures(step, lambda: files)
+            elif mesh.is_main:
+                metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
+            mesh.record.enter("wandb")
+            metrics.close(status)
+
+        if not stop.try_to_end(draw) and last and mesh.is_main:
+            print(f"note: ended by SIGTERM; python -m moe_dist.report {folder} draws the report", flush=True)
+        metrics.close(status, LEAVE_SECONDS)
+    return status
+
+
+def tell(run: Run, training: Training, values: dict[str, Any]) -> int:
+    """Prints the test metrics, and a warning where the run has diverged. Returns its exit status, on every rank.
+
+    Args:
+        run: The command line.
+        training: The trained model.
+        values: Of the run's last line of metrics and of its evaluation, by key.
+    """
+    task, diverged = training.task, divergence(values, training.task.uniform_loss)
+    if training.mesh.is_main:
+        print(result_lines(run, task.told(values), training.engine.optimizer.updates), flush=True)
+        if diverged:
+            print(f"warning: the run has diverged: {diverged}; a lower optim.lr may help", file=sys.stderr, flush=True)
+    return int(bool(diverged))
 
 
 if __name__ == "__main__":

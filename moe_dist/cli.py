@@ -41,7 +41,7 @@ from moe_dist.config import (
 )
 from moe_dist.engine import read_ds_config
 from moe_dist.metrics import FILE_NAME as METRICS
-from moe_dist.metrics import read_metrics
+from moe_dist.metrics import read_metrics, wandb_mode_of
 from moe_dist.parallel.collectives import from_main
 from moe_dist.parallel.mesh import (
     Mesh,
@@ -103,6 +103,18 @@ class Run:
     @property
     def wandb_id(self) -> str | None:
         return None if self.growth else self.saved.get("wandb_id")
+
+    def last_losses(self) -> dict[str, float]:
+        """Returns the last training loss of the run that goes on, where its metrics can be read. A collective."""
+
+        def read() -> dict[str, float]:
+            with contextlib.suppress(ValueError, OSError):
+                for line in reversed(read_metrics(self.earlier) if self.earlier else []):
+                    if "train/loss" in line:
+                        return {"train/loss": line["train/loss"]}
+            return {}
+
+        return from_main(read)
 
     def known(self) -> dict[str, Any] | None:
         """What the task of the run that goes on knew; None for a new one."""
@@ -234,6 +246,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
             raise ValueError("--allow-changed-data: only with --resume or --evaluate")
         check_launch()
         run = _resolve(args)
+        wandb_mode_of(run.config.wandb.mode)
         task = task_of(run.config)
         if not args.dry_run:  # which tells of a model without its data
             task.check_data(run.config, _is_main(), run.explicit)
@@ -296,7 +309,7 @@ MAY_CHANGE = (
     "data.workers", "data.null_threshold", "model.moe.recompute", "model.encoder.recompute",
     "optim.lr", "optim.warmup_steps", "optim.decay", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
     "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "optim.max_skipped",
-    "chaos.", "report", "wandb.mode",
+    "chaos.", "report", "wandb.",
 )  # fmt: skip
 
 

@@ -217,9 +217,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Where curves go besides the run folder."""
+    """Curves in wandb. A field that is None, and a `mode` of "online", are left to the environment (WANDB_PROJECT,
+    WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES, WANDB_MODE; WANDB_DIR and WANDB_ENTITY count too)."""
 
-    mode: str = "online"  # "online" (offline when there is no login), "offline" or "off"
+    mode: str = "online"  # "online" (offline where there is no login, or no server), "offline" or "off"
+    project: str | None = None  # without one in the environment: "moe_dist"
+    group: str | None = None
+    tags: str | None = None  # with commas between them
+    notes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,9 @@ class ChaosConfig:
     fault: str = "none"
     rank: int = 0
     step: int = 1
-    phase: str = "dispatch"  # "forward", "backward", "step" or "save", or a call: "counts", "dispatch", "combine"
+    # "forward", "backward", "step", "evaluation" or "save", or a call: "counts", "dispatch", "combine"; after the last
+    # step also "report", which is drawn, and "wandb", which is waited for
+    phase: str = "dispatch"
     seconds: float = 30.0
 
 
@@ -285,7 +292,7 @@ CLIP_BY = ("step", "previous")
 DECAYS = ("rsqrt", "cosine")
 ROUTINGS = ("none", "one_expert", "empty_rank", "ragged")
 FAULTS = ("none", "kill", "kill_agent", "stop", "delay", "nan")
-PHASES = ("forward", "backward", "step", "save", "counts", "dispatch", "combine")
+PHASES = ("forward", "backward", "step", "evaluation", "save", "report", "wandb", "counts", "dispatch", "combine")
 # what is in the URL of a server before "@", and what services give out
 KEY = re.compile(
     r"(?<=://)[^\s@?]+(?=@)|\b(?:hf_|gh[a-z]_|AKIA)[A-Za-z0-9]{16,}|\b(?:sk-|github_pat_|wandb_v1_)[\w-]{16,}"
@@ -387,6 +394,13 @@ def check(config: Config) -> None:
     ):
         if (value := value_of(config, key)) not in known:
             raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
+    labels = config.wandb
+    if labels.project is not None and (not 1 <= len(labels.project) <= 128 or set(labels.project) & set("/\\#?%:")):
+        raise ValueError(f"wandb.project={labels.project!r:.150}: 1 to 128 characters, none of them / \\ # ? % :")
+    if labels.group is not None and not 1 <= len(labels.group) <= 128:
+        raise ValueError(f"wandb.group={labels.group!r:.150}: 1 to 128 characters")
+    if labels.tags is not None and not all(1 <= len(tag.strip()) <= 64 for tag in labels.tags.split(",")):
+        raise ValueError(f"wandb.tags={labels.tags!r:.150}: tags of 1 to 64 characters, with commas between them")
     if not isinstance(config.model, LSTMConfig) and config.batch.timesteps != BatchConfig().timesteps:
         raise ValueError(f"batch.timesteps={config.batch.timesteps}: only a language model has timesteps; leave it out")
     experts = mixture(config)

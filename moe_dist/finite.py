@@ -10,7 +10,7 @@ and nothing waits for the sum, which is looked at after a step that was skipped 
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,9 @@ from moe_dist.parallel.collectives import gather
 from moe_dist.parallel.mesh import Mesh
 
 NOWHERE = 2**31  # a place after all others
+# A run has diverged where a loss is more than so many times that of a uniform guess. In training no guess need be much
+# worse than that one; elsewhere a model that has learned its training split by heart may be.
+FAR = {"train/loss": 2.0, "test/loss": 10.0}
 
 
 class Finite:
@@ -96,6 +99,22 @@ class Finite:
             return self.note(name, y_TD), stats
 
         return watched
+
+
+def divergence(values: Mapping[str, Any], uniform_loss: float) -> str:
+    """Returns which loss of a run says that it has diverged, and why; empty where none does.
+
+    Args:
+        values: The run's last lines of metrics, by key; those of FAR are looked at, where they are there.
+        uniform_loss: The loss of a model that gives everything the same probability, in nats.
+    """
+    for key, far in FAR.items():
+        loss = values.get(key, 0.0)
+        if not math.isfinite(loss):
+            return f"{key} is not finite"
+        if loss > far * uniform_loss:
+            return f"{key} is {loss:.4g}, and that of a uniform guess {uniform_loss:.4g}"
+    return ""
 
 
 def _first(seen: list[tuple[str, torch.Tensor]]) -> int:

@@ -168,8 +168,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinity where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """Returns exp(loss), which is infinite where that overflows, and NaN where the loss is."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def told_perplexity(value: float, loss: float) -> str:
+    """Returns a perplexity as text; where it is no number, with the loss that it is of."""
+    return f"{value:.2f}" if math.isfinite(value) else f"{value} (loss {loss:.4g} nats)"
 
 
 def _ratios(importance_SE: torch.Tensor, load_SE: torch.Tensor) -> torch.Tensor:

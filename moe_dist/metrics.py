@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,17 @@ from moe_dist import run_folder
 from moe_dist.config import WANDB_MODES
 
 FILE_NAME = "metrics.jsonl"
-_LISTS = ("/importance", "/load", "memory/peak_bytes")  # by expert or rank; what keys end with
+_BY_EXPERT = ("/importance", "/load")  # keys of lists end with one of these
+_LISTS = (*_BY_EXPERT, "memory/peak_bytes")
 _TEXTS = ("train/not_finite",)
 _MOST_STEPS = 10**9
+_LONGEST_KEY = 200  # characters: pictures are named by layers
 _LINE_SECONDS = 2.0  # least time between two progress lines
 _WANDB_INIT_SECONDS = 15.0
+_FAILED_SECONDS = 15.0  # that a run which fails waits for wandb: launchers kill after 30
 _WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
-_WANDB_QUEUE = 1_000  # lines wandb may lie behind
+_WANDB_QUEUE = 10_000  # lines wandb may lie behind, which a fast run has logged while a server is waited for
+_WANDB_MODES = {"run": "online", "dryrun": "offline", "disabled": "off"}  # of WANDB_MODE, by other names than ours
 HIDDEN = re.compile(r"moe/.+/p\d+_over_mean_load|exchange/.+_bytes")  # in wandb: `panels` draws them together
 _HEADLINE = {  # what the terminal shows: the last value of each, where there is one
     "train/loss": "loss",
@@ -43,6 +47,21 @@ _HEADLINE = {  # what the terminal shows: the last value of each, where there is
 }
 
 
+def wandb_mode_of(mode: str) -> str:
+    """Returns a config's wandb mode as the environment has it: WANDB_MODE replaces "online", which is the default.
+
+    Raises:
+        ValueError: The mode, or WANDB_MODE, is unknown.
+    """
+    if mode not in WANDB_MODES:
+        raise ValueError(f"wandb mode {mode!r} is unknown: use one of {', '.join(WANDB_MODES)}")
+    asked = os.environ.get("WANDB_MODE") or mode
+    if (asked := _WANDB_MODES.get(asked, asked)) not in (*WANDB_MODES, "shared"):
+        known = ", ".join((*WANDB_MODES, "shared", *_WANDB_MODES))
+        raise ValueError(f"WANDB_MODE={asked!r:.80} in the environment is unknown: use one of {known}")
+    return asked if mode == "online" else mode
+
+
 class Metrics:
     """Writes the curves of one run to `run/metrics.jsonl`, the terminal and wandb.
 
@@ -50,11 +69,13 @@ class Metrics:
     after s optimizer steps, so a run that goes on from `start_step` first drops the lines of later steps, and one that
     starts at 0 starts an empty file: log step s before the checkpoint of step s is written.
 
-    `wandb_mode` is "online" (offline where nobody is logged in), "offline" or "off". Whatever goes wrong in wandb is
-    one warning on stderr, and the run goes on without it. `wandb_id` names the wandb run (None: a new one, or none);
-    keep it in the checkpoint and pass it back on resume.
+    `wandb_mode` is "online" (or what WANDB_MODE says), "offline" or "off". Online runs are offline where nobody is
+    logged in or the server cannot be used, in a folder for `wandb sync`. Whatever else goes wrong in wandb is one
+    warning on stderr, and the run goes on without it. `wandb_id` names the wandb run (None: a new one, or none); keep
+    it in the checkpoint and pass it back on resume. `wandb_labels` are the "project", "group", "tags" (with commas
+    between them) and "notes" of a run; for what is not there the environment counts (WANDB_PROJECT and so on).
 
-    Raises ValueError for an unknown `wandb_mode`, and for a metrics file that it cannot read on resume.
+    Raises ValueError for an unknown mode, and for a metrics file that it cannot read on resume.
     """
 
     def __init__(
@@ -67,9 +88,9 @@ class Metrics:
         total_steps: int,
         start_step: int = 0,
         wandb_id: str | None = None,
+        wandb_labels: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
-        if wandb_mode not in WANDB_MODES:
-            raise ValueError(f"wandb mode {wandb_mode!r} is unknown: use one of {', '.join(WANDB_MODES)}")
+        mode = wandb_mode_of(wandb_mode)
         self.wandb_id = wandb_id
         self._enabled = enabled
         if not enabled:
@@ -81,9 +102,9 @@ class Metrics:
         self._file = open(descriptor, "ab", buffering=0)  # noqa: SIM115 (close() closes it)
         self._waiting = b""  # lines that a full disk did not take
         self._wandb: _WandbThread | None = None
-        if wandb_mode != "off":
-            self.wandb_id = wandb_id or secrets.token_hex(4)
-            self._wandb = _WandbThread(run, config, online=wandb_mode == "online", run_id=self.wandb_id)
+        if mode != "off":
+            self.wandb_id = wandb_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+            self._wandb = _WandbThread(run, config, mode, self.wandb_id, wandb_labels)
         self._headline: dict[str, Any] = {}
         self._shown = (start_step, "")
         self._start_time, self._line_time = time.monotonic(), -_LINE_SECONDS
@@ -142,22 +163,34 @@ class Metrics:
             eta = tqdm.format_interval(seconds)
             print(f"step {step}/{self._total_steps}  {text}  eta {eta}", file=sys.stderr, flush=True)
 
-    def close(self, exit_code: int = 0) -> None:
-        """Ends the bar, the file and wandb (`exit_code` 0 marks its run as finished, any other as failed)."""
+    def end_progress(self) -> None:
+        """Ends the live bar, before other lines are printed."""
+        if self._enabled and self._bar is not None:
+            self._bar.close()
+
+    def close(self, exit_code: int = 0, seconds: float | None = None) -> None:
+        """Ends the bar, the file and wandb. A second call does nothing.
+
+        Args:
+            exit_code: The status of the run in wandb: 0 for finished, any other for failed.
+            seconds: The longest wait for wandb. None for as long as it may take to connect and then to upload.
+        """
         if not self._enabled:
             return
+        self.end_progress()
         self._enabled = False
-        if self._bar is not None:
-            self._bar.close()
         self._file.close()
         if self._wandb:
-            self._wandb.close(exit_code)
+            self._wandb.close(exit_code, _WANDB_INIT_SECONDS + _WANDB_FINISH_SECONDS if seconds is None else seconds)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close(exit_code=0 if kind is None else 1)
+        if kind is None:
+            self.close()
+        else:
+            self.close(1, _FAILED_SECONDS)
 
 
 def read_metrics(run: pathlib.Path) -> list[dict]:
@@ -165,27 +198,34 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
 
     A null is NaN, and a list a float32 array of shape [E].
 
-    Raises ValueError if there is no such file, or a line of it is not JSON or has no step.
+    Raises:
+        ValueError: There is no such file, or a line of it is not JSON, has no step or has a value that no run writes.
     """
     path = run / FILE_NAME
     if not path.is_file():
         raise ValueError(f"no metrics file {path}: give the folder of a run that has started")
     lines = []
+    experts: dict[str, int] = {}  # by key of a list
     for number, _, values in _lines(path):
         if isinstance(values, str):
             raise ValueError(f"{path} line {number} {values}: mend or remove it")
+        for key, value in values.items():
+            # of memory there is a number for each rank, and a run may go on with others
+            if key.endswith(_BY_EXPERT) and len(value) != experts.setdefault(key, len(value)):
+                told = f"has {len(value)} numbers in {key!r}, where an earlier line has {experts[key]}"
+                raise ValueError(f"{path} line {number} {told}: mend or remove it")
         lines.append(values)
     return lines
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:
-    """Yields of each complete line of a metrics file its number, itself, and what it says or why it cannot be read."""
+    """Yields of each complete line of a metrics file its number, itself, and its values or why it cannot be read."""
     with open(run_folder.open_existing(path), "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 try:
                     values = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield number, line, f"is not JSON ({line[:80]!r})"
                     continue
                 step = values.get("step") if isinstance(values, dict) else None
@@ -193,16 +233,23 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:
                     yield number, line, f"has no step ({line[:80]!r})"
                     continue
                 if strange := [key for key, value in values.items() if not _is_told(key, value)]:
-                    yield number, line, f"has a {strange[0]!r} that is none of ours ({line[:80]!r})"
+                    yield number, line, f"has a {strange[0]!r:.90} that is none of ours ({line[:80]!r})"
                     continue
                 yield number, line, {key: _as_number(value) for key, value in values.items()}
 
 
 def _is_told(key: str, value: Any) -> bool:
-    """Whether a line may hold it."""
+    """Returns whether a line may hold `value` as its `key`."""
+    if not (key.isprintable() and len(key) <= _LONGEST_KEY):
+        return False
     if key.endswith(_LISTS):
-        return isinstance(value, list) and len(value) > 0 and all(isinstance(x, int | float | None) for x in value)
-    return isinstance(value, str if key in _TEXTS else int | float | None)
+        return isinstance(value, list) and len(value) > 0 and all(_is_number(each) for each in value)
+    return isinstance(value, str) and value.isprintable() if key in _TEXTS else _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Returns whether a value is null or a number that a float can hold."""
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _keep_until(run: pathlib.Path, step: int) -> None:
@@ -228,7 +275,8 @@ def _or_null(value: float | list[float] | str) -> Any:
 
 def _as_number(value: Any) -> Any:
     if isinstance(value, list):
-        return np.array(value, dtype=np.float32)  # an eighth of a list's memory: runs have thousands of experts
+        with np.errstate(over="ignore"):  # a number that a float32 cannot hold is infinite
+            return np.array(value, dtype=np.float32)  # an eighth of a list's memory: runs have thousands of experts
     return math.nan if value is None else value
 
 
@@ -239,12 +287,15 @@ def _number(value: float) -> str:
 class _WandbThread(threading.Thread):
     """Feeds wandb from a thread of its own, for wandb's calls block while its service starts, hangs or uploads."""
 
-    def __init__(self, folder: pathlib.Path, config: dict, *, online: bool, run_id: str) -> None:
+    def __init__(
+        self, folder: pathlib.Path, config: dict, mode: str, run_id: str, labels: Mapping[str, str | None]
+    ) -> None:
         super().__init__(name="wandb-feed", daemon=True)
-        self._folder, self._config, self._online, self._run_id = folder, config, online, run_id
+        self._folder, self._config, self._mode, self._run_id, self._labels = folder, config, mode, run_id, labels
         self._queue: queue.SimpleQueue[tuple[int, Callable[[], dict[str, Any]]] | None] = queue.SimpleQueue()
         self._exit_code = 0
         self._failed = False
+        self._kept = ""  # how to upload what wandb keeps on disk
         self.start()
 
     def put(self, step: int, make: Callable[[], dict[str, Any]]) -> None:
@@ -254,41 +305,78 @@ class _WandbThread(threading.Thread):
         if not self._failed:
             self._queue.put((step, make))
 
-    def close(self, exit_code: int) -> None:
-        """Waits until wandb has finished, but never for long."""
+    def close(self, exit_code: int, seconds: float) -> None:
+        """Waits until wandb has finished, but no longer than `seconds`."""
         self._exit_code = exit_code
         self._queue.put(None)
-        self.join(_WANDB_INIT_SECONDS + _WANDB_FINISH_SECONDS)
-        if self.is_alive():
-            self._fail("it does not finish")
-            teardown = threading.Thread(target=_wandb_teardown, daemon=True)
-            teardown.start()
-            teardown.join(1.0)
+        try:
+            self.join(seconds)
+        finally:
+            if self.is_alive():
+                self._fail(f"it does not finish{self._kept}")
+                teardown = threading.Thread(target=_wandb_teardown, daemon=True)
+                teardown.start()
+                teardown.join(1.0)
+
+    def _begin(self) -> Any:
+        """Returns the wandb run: online, or offline where nobody is logged in or the server cannot be used."""
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))
+        reason: object = None
+        try:
+            if self._mode == "offline" or not wandb.login(prompt=False, verify=False):
+                return self._init("offline")
+            return self._init(self._mode)
+        except Exception as error:  # no network, no such server, a key that it refuses: wandb has many for them
+            if self._mode == "offline":
+                raise
+            reason = error
+        _wandb_teardown()  # a service that was given this run once takes it for one in use
+        run = self._init("offline")
+        told = " ".join(str(reason).split())[:200]
+        tqdm.write(f"warning: wandb is offline for this run ({told}){self._kept}", file=sys.stderr)
+        return run
+
+    def _init(self, mode: str) -> Any:
+        """Begins a wandb run. What the config does not say is left to the environment, or else has our default."""
+        import wandb
+
+        wandb.setup(wandb.Settings(silent=True))
+
+        def chosen(label: str, variable: str, default: str) -> str | None:
+            return self._labels.get(label) or (None if os.environ.get(variable) else default)
+
+        if not os.environ.get("WANDB_DIR"):
+            run_folder.make_folder(self._folder, "wandb")
+        name = self._folder.resolve().name.encode("utf-8", "replace").decode()
+        tags = self._labels.get("tags")
+        run = wandb.init(
+            project=chosen("project", "WANDB_PROJECT", "moe_dist"),
+            name=chosen("name", "WANDB_NAME", name),
+            dir=chosen("dir", "WANDB_DIR", str(self._folder)),
+            group=self._labels.get("group"),
+            tags=[tag.strip() for tag in tags.split(",")] if tags else None,
+            notes=self._labels.get("notes"),
+            config=self._config,
+            id=self._run_id,
+            resume="allow",
+            mode=mode,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=_WANDB_INIT_SECONDS,
+                finish_timeout=_WANDB_FINISH_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+        self._kept = f"; wandb sync {run.settings.sync_dir} uploads it"
+        return run
 
     def run(self) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # even offline it calls home, and exit waits for it
         try:
-            import wandb
-
-            run_folder.make_folder(self._folder, "wandb")
-            wandb.setup(wandb.Settings(silent=True))
-            online = self._online and wandb.login(prompt=False, verify=False)
-            run = wandb.init(
-                project="moe_dist",
-                name=self._folder.resolve().name,
-                dir=self._folder,
-                config=self._config,
-                id=self._run_id,
-                resume="allow",
-                mode="online" if online else "offline",
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    init_timeout=_WANDB_INIT_SECONDS,
-                    finish_timeout=_WANDB_FINISH_SECONDS,
-                    finish_timeout_raises=True,
-                ),
-            )
+            run = self._begin()
             known: set[str] = set()
             while (item := self._queue.get()) is not None:
                 step, make = item
@@ -304,14 +392,14 @@ class _WandbThread(threading.Thread):
                     run.log(values, step=step)
             run.finish(self._exit_code)
         except Exception as error:
-            self._fail(error)
+            self._fail(f"{error!r:.300}{self._kept}")
         finally:
             _wandb_teardown()
 
-    def _fail(self, reason: object) -> None:
+    def _fail(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
-            tqdm.write(f"warning: wandb is off for the rest of this run: {reason!r:.300}", file=sys.stderr)
+            tqdm.write(f"warning: wandb is off for the rest of this run: {reason}", file=sys.stderr)
 
 
 def _for_wandb(value: Any) -> Any:

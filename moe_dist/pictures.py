@@ -24,6 +24,7 @@ matplotlib.rcParams["text.parse_math"] = False  # a run may be named with a $
 
 _LOAD_KEY = re.compile(r"moe/(.+)/load")
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
+_MOST = 1e30  # of what is drawn
 _COLUMNS, _ROWS = 300, 256  # most of a heat map, near what its pixels can show: more are drawn in groups
 _STYLES: dict[str, dict[str, Any]] = {
     "train": dict(color="tab:blue"),
@@ -126,10 +127,11 @@ def _stem(layer: str) -> str:
 
 
 def _series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, of shape [n], and values, of shape [n] or [n, E], of the lines that have `key`; NaN for infinity."""
+    """Returns the steps, of shape [n], and values, of shape [n] or [n, E], of the lines that have `key`; NaN for what
+    is infinite or too large for an axis."""
     having = [line for line in lines if key in line]
-    values = np.array([line[key] for line in having])
-    return np.array([line["step"] for line in having]), np.where(np.isfinite(values), values, np.nan)
+    values = np.array([line[key] for line in having], dtype=float)
+    return np.array([line["step"] for line in having]), np.where(np.abs(values) < _MOST, values, np.nan)
 
 
 def _edges(ends: np.ndarray) -> np.ndarray:
@@ -338,7 +340,7 @@ def _step_time(lines: list[dict], name: str) -> Figure | None:
         return None
     keys = [f"time/{part}_ms" for part in PARTS]
     figure, (axes,) = _panels(f"{name}: time of a training step by part", "milliseconds per step\n(mean of the ranks)")
-    times = {key: np.nan_to_num([line[key] for line in having], posinf=0.0, neginf=0.0) for key in keys}
+    times = {key: np.nan_to_num(_series(having, key)[1]) for key in keys}
     _stack(axes, _edges(np.array([line["step"] for line in having])), dict(zip(PARTS, times.values(), strict=True)))
     _cut_start(axes, sum(times.values(), np.zeros(len(having))))
     return figure

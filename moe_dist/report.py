@@ -6,12 +6,14 @@ python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
 
 import pathlib
 import sys
+import threading
 
 from moe_dist import run_folder
 from moe_dist.arguments import Parser, path_argument
 from moe_dist.metrics import FILE_NAME, read_metrics
 
 PAGE = "report.html"
+_DRAWING = threading.Lock()  # matplotlib is not thread-safe, and wandb's thread draws too
 
 
 def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Path]:
@@ -20,17 +22,19 @@ def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Pa
     Raises ValueError if the run has no metrics yet, OSError if the pictures cannot be written.
     """
     from moe_dist import pictures  # here, for matplotlib takes half a second that a rank that draws nothing can save
+    from moe_dist.told import name_of
 
     lines = read_metrics(run)
     if not lines:
         raise ValueError(f"metrics file {run / FILE_NAME} is empty: wait until the run has logged a step")
     draw = pictures.load_maps if only_loads else pictures.all_pictures
     paths = []
-    for stem, figure in draw(lines, run.resolve().name).items():
-        name = f"report/{stem}.png"
-        with run_folder.replacing(run, name) as file:
-            figure.savefig(file, format="png")
-        paths.append(run / name)
+    with _DRAWING:
+        for stem, figure in draw(lines, name_of(run)).items():
+            name = f"report/{stem}.png"
+            with run_folder.replacing(run, name) as file:
+                figure.savefig(file, format="png")
+            paths.append(run / name)
     return paths
 
 
@@ -39,10 +43,14 @@ def write_all(run: pathlib.Path) -> list[pathlib.Path]:
     return [*write_report(run), write_page([run], run / PAGE)]
 
 
-def try_to_write_all(run: pathlib.Path) -> None:
-    """As `write_all`, but what hinders it (a full disk, a damaged line) is told: the run that they are of is whole."""
+def try_to_write_all(run: pathlib.Path) -> list[pathlib.Path]:
+    """Does as `write_all`, but reports an error (a full disk, a damaged line) as a warning, for the run is whole.
+
+    Returns:
+        The files that were written; none after an error.
+    """
     try:
-        write_all(run)
+        return write_all(run)
     except Exception as error:  # whatever it is: the next start would train nothing and end here again
         print(
             f"warning: {run / PAGE} and its pictures cannot be written ({getattr(error, 'strerror', None) or error}); "
@@ -50,6 +58,7 @@ def try_to_write_all(run: pathlib.Path) -> None:
             file=sys.stderr,
             flush=True,
         )
+        return []
 
 
 def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
@@ -58,16 +67,16 @@ def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
     Raises ValueError if one of them has no metrics yet, OSError if the page cannot be written.
     """
     from moe_dist.page import page
-    from moe_dist.told import read_run
+    from moe_dist.told import name_of, read_run
 
-    names = [run.resolve().name for run in runs]
-    alike = len(set(names)) < len(names)
-    html = page([read_run(run, str(run) if alike else None) for run in runs])
-    return run_folder.write(file.parent, file.name, html)
+    alike = len({name_of(run) for run in runs}) < len(runs)
+    with _DRAWING:
+        html = page([read_run(run, str(run) if alike else None) for run in runs])
+        return run_folder.write(file.parent, file.name, html)
 
 
 def main() -> None:
-    """Runs the command line; what is wrong with a run is one line on stderr and exit status 1."""
+    """Runs the command line. A run that cannot be drawn is one line on stderr and exit status 2."""
     parser = Parser(description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=path_argument, nargs="+", help="folder of a run")
     parser.add_argument(
@@ -80,7 +89,8 @@ def main() -> None:
         for file in [write_page(args.runs, args.html)] if args.html else write_all(args.runs[0]):
             print(file)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

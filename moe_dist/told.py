@@ -6,7 +6,6 @@ is hidden; nothing is read from the environment.
 Legend: P ranks.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import numpy as np
 from moe_dist.clock import PARTS
 from moe_dist.config import KEY, dotted_keys, from_json, value_of
 from moe_dist.metrics import FILE_NAME, read_metrics
+from moe_dist.run_folder import read, read_json
 
 RIGHT = {  # measures of what is right, with their names and axes
     "accuracy": ("accuracy", "accuracy (part of all that are right)"),
@@ -27,9 +27,12 @@ RIGHT = {  # measures of what is right, with their names and axes
     "f1": ("answers", "F1 of answers (%)"),
 }
 LINKS = ("inside a node", "between nodes")  # over which bytes go
+_MOST_BYTES = 1e30  # of one direction in a step; a number above it is damage
 _BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
 _BYTES_KEY = re.compile(r"exchange/(.+)/(.+)_bytes")
 _SPEED_KEY = re.compile(r"(.+)_per_second")
+# whole numbers of a layout.json, from 1
+_COUNTS = ("world", "nodes", "ep", "edp", "samples", "accumulation", "samples_per_rank", "parameters")
 _SECRET = re.compile(rf"{KEY.pattern}|\b[0-9a-fA-F]{{32,}}\b")  # such a number may be a key too, or name a folder
 
 
@@ -59,29 +62,77 @@ class Run:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """`name`: instead of the folder's. Raises ValueError where the folder has no metrics yet."""
+    """Reads what a run folder has of a run.
+
+    Args:
+        folder: The run folder.
+        name: A name to use instead of the folder's.
+
+    Raises:
+        ValueError: The folder has no metrics yet, or its metrics or its layout are damaged.
+    """
     lines = read_metrics(folder)
     if not lines:
         raise ValueError(f"metrics file {folder / FILE_NAME} is empty: wait until the run has logged a step")
-    return Run(name or folder.resolve().name, lines, _config(folder / "config.json"), _layout(folder / "layout.json"))
+    return Run(
+        _text(name) if name else name_of(folder),
+        lines,
+        _config(folder / "config.json"),
+        _layout(folder / "layout.json"),
+    )
+
+
+def name_of(folder: Path) -> str:
+    """Returns the name of a run folder as text that can be written: a name on disk may hold bytes that are no text."""
+    return _text(folder.resolve().name)
+
+
+def _text(value: str) -> str:
+    return value.encode("utf-8", "replace").decode()
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """Only fields that a config has, and no secrets: whatever else a file holds is not shown."""
+    """Returns the fields of a config without secrets. Empty for a file that is no config of this version, which the
+    report can do without, and of which nothing is shown."""
     try:
-        config = from_json(path.read_text())
-    except (OSError, ValueError):
+        config = from_json(read(path).decode())
+    except (OSError, ValueError, RecursionError):
         return {}
     fields = {key: value_of(config, key) for key in dotted_keys(config)}
-    return {key: _SECRET.sub("(hidden)", value) if isinstance(value, str) else value for key, value in fields.items()}
+    return {
+        key: _SECRET.sub("(hidden)", _text(value)) if isinstance(value, str) else value for key, value in fields.items()
+    }
 
 
 def _layout(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text())
-    except (OSError, ValueError):
+    """Returns what `summary.describe` wrote. Empty where there is no such file, as in runs of older versions.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not path.exists():
         return {}
-    return told if isinstance(told, dict) else {}
+    layout = read_json(path)
+    if not isinstance(layout, dict):
+        raise ValueError(f"{path}: {layout!r:.80} is no layout; remove it, and the report does without")
+    expected = dict.fromkeys(_COUNTS, 1) | {"zero": 0}
+    if "num_experts" in layout:
+        expected |= {"num_experts": 1, "experts_per_token": 1}
+    for key, least in expected.items():
+        if not _is_count(layout.get(key), least):
+            told = f"{key}={layout.get(key)!r:.80} is no whole number from {least}"
+            raise ValueError(f"{path}: {told}; remove the file, and the report does without")
+    per_rank, whole = layout.get("per_rank"), layout["ep"] * layout["edp"] == layout["world"]
+    sizes = per_rank.get("memory_bytes") if isinstance(per_rank, dict) else None
+    whole = whole and isinstance(sizes, dict) and all(kind.isprintable() for kind in sizes)
+    whole = whole and all(_is_count(size, 0) for size in (per_rank.get("parameters"), *sizes.values()))
+    if not whole or layout.get("dtype") not in ("fp32", "bf16"):
+        raise ValueError(f"{path} is no layout of a run; remove it, and the report does without")
+    return layout
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
 
 
 def unit_of(lines: list[dict]) -> str:
@@ -104,7 +155,8 @@ def sent_bytes(lines: list[dict]) -> tuple[list[dict], dict[tuple[str, str, str]
     for key, match in keys.items():
         direction, far, _ = match[2].partition("_between_nodes")
         label = (direction.replace(":grad", " (backward)"), LINKS[bool(far)], match[1])
-        values = np.nan_to_num([line.get(key, 0.0) for line in having], posinf=0.0, neginf=0.0)
+        values = np.array([line.get(key, 0.0) for line in having], dtype=float)
+        values = np.where(np.abs(values) < _MOST_BYTES, values, 0.0)
         sent[label] = sent.get(label, 0) + values
     return having, sent
 

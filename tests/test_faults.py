@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 import torch
 from processes import end, set_, start
-from runs import TINY, Run, tiny
+from runs import TINY, Run, tiny, tiny_images, tiny_pretraining, tiny_sentences
 
 from experiments import faults
 from experiments.elastic import losses
 from moe_dist import chaos
 from moe_dist.checkpoint.manifest import found
 from moe_dist.config import check, override
+from moe_dist.finite import divergence
 from moe_dist.metrics import read_metrics
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel import ports, record
 from moe_dist.parallel.record import WIDTH
 from moe_dist.parallel.spawn import run_distributed
+from moe_dist.tasks.image_classification import ImageClassification
+from moe_dist.tasks.language_model import LanguageModel
+from moe_dist.tasks.texts import PretrainingTask, QuestionAnswering, TextClassification
 from moe_dist.training import train_step
 
 
@@ -172,6 +176,37 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"train/loss": math.nan, "test/loss": 3.0}, "train/loss is not finite"),
+        ({"train/loss": 3.0, "test/loss": math.inf}, "test/loss is not finite"),
+        ({"train/loss": 8.1, "test/loss": 3.0}, "train/loss is 8.1, and that of a uniform guess 4"),
+        ({"test/loss": 41.0, "test/perplexity": math.inf}, "test/loss is 41, and that of a uniform guess 4"),
+        ({"train/loss": 7.9, "test/loss": 39.0}, ""),  # a little worse than a guess; learned by heart
+        ({"train/loss": -0.1, "test/loss": 0.0}, ""), ({}, ""),
+    ],
+)  # fmt: skip
+def test_a_run_has_diverged_where_its_loss_is_far_above_a_guess(values: dict[str, float], says: str) -> None:
+    assert divergence(values, 4.0) == says
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "expected"),
+    [
+        (LanguageModel, tiny(), math.log(300)), (ImageClassification, tiny_images(), math.log(10)),
+        (PretrainingTask, tiny_pretraining(), math.log(600) + math.log(2)),
+        (TextClassification, tiny_sentences("model.num_classes=1"), math.log(2)),
+        (QuestionAnswering, tiny_pretraining(), math.log(24)),
+    ],
+)  # fmt: skip
+def test_each_task_has_the_loss_of_a_uniform_guess(task: Any, config: Any, expected: float) -> None:
+    one = object.__new__(task)
+    one.config = config
+    one.model = config.model
+    assert one.uniform_loss == pytest.approx(expected)
+
+
 @pytest.mark.timeout(120)
 def test_chaotic_routings_train_on_any_layout(small_text: Path) -> None:
     """All tokens to one expert, ranks that send nothing, experts of a rank that get nothing: the same losses with
@@ -223,6 +258,8 @@ def test_what_cannot_happen_is_refused(small_text: Path, tmp_path: Path) -> None
             "chaos.step=31: the run has 30",
             "chaos.phase='dispatch': nothing is exchanged on one expert-parallel rank; --set mesh.ep",
             "chaos.step=3: a checkpoint is saved at multiples of save_every=2",
+            "chaos.step=3: evaluations are at multiples of eval_every=2",
+            "chaos.step=3: the phase 'report' follows the last step, 30",
             "chaos.fault='kill_agent': this process was not started by torchrun",
         ]
     ]
@@ -230,8 +267,9 @@ def test_what_cannot_happen_is_refused(small_text: Path, tmp_path: Path) -> None
 
 def refusals(text: str, folder: Path) -> list[str]:
     meshes.join()
-    sets = ["chaos.rank=1", "chaos.step=31", "chaos.phase=dispatch", "chaos.phase=save", "chaos.fault=kill_agent"]
-    training = Run(tiny("steps=30", "save_every=2", f"data.text={text}")).training
+    sets = ["chaos.rank=1", "chaos.step=31", "chaos.phase=dispatch", "chaos.phase=save", "chaos.phase=evaluation"]
+    sets += ["chaos.phase=report", "chaos.fault=kill_agent"]
+    training = Run(tiny("steps=30", "save_every=2", "eval_every=2", f"data.text={text}")).training
     told = []
     for each in sets:
         more = ["chaos.fault=kill", "chaos.step=3", "chaos.phase=forward", each]
@@ -273,20 +311,39 @@ def test_who_is_kept_from_writing_is_not_dead_where_nobody_waits(
 @pytest.mark.timeout(300)
 def test_a_killed_rank_and_a_killed_agent_are_survived(small_text: Path, tmp_path: Path) -> None:
     """`experiments/faults.py` in short: the losses of an unbroken run, from the newest checkpoint on."""
-    sets = (*TINY, *faults.SETS, f"data.text={small_text}")
+    sets = (*TINY, *faults.SETS, "report=false", "wandb.mode=off", f"data.text={small_text}")
     (found_,) = run_distributed(unbroken, 1, *sets)
     whole = dict(enumerate(found_, 1))
     assert len(whole) == faults.STEPS
-    for kill in (faults.Kill("kill", 1, 13, "dispatch"), faults.Kill("kill_agent", 0, 15, "save")):
-        outcome = faults.survive(kill, tmp_path / kill.fault, whole, "lstm_moe_demo", *sets)
-        log = (tmp_path / f"{kill.fault}.log").read_text()
+    for fault in (faults.Fault("kill", 1, 13, "dispatch"), faults.Fault("kill_agent", 0, 15, "save")):
+        outcome = faults.survive(fault, tmp_path / fault.fault, whole, "lstm_moe_demo", *sets)
+        log = (tmp_path / f"{fault.fault}.log").read_text()
         assert outcome.holds and outcome.after == 10, f"{outcome}\n{log}"
     assert "the agent ended with status 137; starting it again (1 left)" in (tmp_path / "kill_agent.log").read_text()
 
 
-def test_kills_are_of_every_kind() -> None:
-    kills = faults.draw(30)
-    assert {(kill.fault, kill.phase) for kill in kills} == {(f, p) for f in faults.VICTIMS for p in faults.PHASES}
-    assert all(1 <= kill.step <= faults.STEPS for kill in kills) and {kill.rank for kill in kills} == {0, 1}
+def test_faults_are_of_every_kind() -> None:
+    drawn = faults.draw(30)
+    assert {fault.fault for fault in drawn} == set(faults.FAULTS) and {fault.rank for fault in drawn} == {0, 1}
+    assert {fault.phase for fault in drawn} == set(faults.PHASES)
+    assert all(1 <= fault.step <= faults.STEPS for fault in drawn) and drawn == faults.draw(30)
+    assert all(fault.step == faults.STEPS for fault in drawn if fault.phase in faults.AT_THE_END)
     # the newest whole checkpoint before step 11, of those at 5, 10, ...; one that dies in a save has not got it
-    assert faults.Kill("kill", 0, 11, "step").whole == 10 == faults.Kill("kill", 0, 15, "save").whole
+    assert faults.Fault("kill", 0, 11, "step").whole == 10 == faults.Fault("kill", 0, 15, "save").whole
+
+
+@pytest.mark.parametrize(
+    ("fault", "after", "holds"),
+    [
+        (("kill", 0, 11, "step"), 10, True), (("kill", 0, 11, "step"), 5, False), (("kill", 0, 9, "step"), None, False),
+        (("kill", 0, 11, "step", 0.5), 15, True), (("terminate", 1, 7, "forward"), 7, True),
+        (("terminate", 1, 7, "forward"), 5, False), (("terminate", 1, 20, "evaluation"), None, True),
+        (("kill", 0, 20, "report"), 20, True), (("kill", 0, 20, "wandb"), 15, False),
+        (("pause", 0, 9, "save"), 5, False), (("pause", 0, 9, "save"), None, True),
+        (("stop", 1, 9, "backward"), 5, True), (("kill", 0, 3, "start"), None, True),
+    ],
+)  # fmt: skip
+def test_where_a_run_goes_on_after_each_fault(fault: tuple, after: int | None, holds: bool) -> None:
+    outcome = faults.Outcome(faults.Fault(*fault), 0, after, 0.0, [], 1.0)
+    assert outcome.holds == holds
+    assert not dataclasses.replace(outcome, status=1).holds and not dataclasses.replace(outcome, off=1e-4).holds

@@ -3,6 +3,9 @@
 import json
 import math
 import pathlib
+import re
+import threading
+import time
 from typing import Any
 
 import matplotlib.image
@@ -239,14 +242,15 @@ def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
     np.testing.assert_array_equal(gap, [9.0, 0.0 if number == 0 else math.nan, 9.0])
 
 
-def test_report_of_a_run_without_metrics_is_one_line(tmp_path, monkeypatch):
+def test_report_of_a_run_without_metrics_is_one_line(tmp_path, monkeypatch, capfd):
     with pytest.raises(ValueError, match="no metrics file"):
         report.write_report(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     monkeypatch.setattr(report.sys, "argv", ["report", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"error: metrics file .*metrics\.jsonl is empty") as end:
+    with pytest.raises(SystemExit) as end:
         report.main()
-    assert "\n" not in str(end.value)
+    (error,) = capfd.readouterr().err.splitlines()
+    assert end.value.code == 2 and re.match(r"error: metrics file .*metrics\.jsonl is empty", error)
 
 
 def test_no_name_of_a_run_hinders_its_pictures(tmp_path):
@@ -262,3 +266,34 @@ def test_a_finished_run_is_not_lost_for_its_report(tmp_path, capfd):
         warning.startswith(f"warning: {tmp_path}/report.html and its pictures cannot be written")
         and "line 1" in warning
     )
+
+
+def test_two_threads_never_draw_at_once(tmp_path, monkeypatch):
+    """matplotlib is not thread-safe; and a picture that is read while it is drawn again is a whole one."""
+    at_work, most = [], []
+
+    def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:
+        at_work.append(name)
+        most.append(len(at_work))
+        time.sleep(0.05)
+        at_work.remove(name)
+        figure = Figure(figsize=(1, 1))
+        figure.subplots().plot([1, 2])
+        return {"loss": figure}
+
+    monkeypatch.setattr(pictures, "all_pictures", all_pictures)
+    runs = [write(tmp_path / name, [train_line(1)]) for name in ("a", "b")]
+    threads = [threading.Thread(target=report.write_all, args=(run,)) for run in (*runs, runs[0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6 and matplotlib.image.imread(runs[0] / "report" / "loss.png").size
+
+
+def test_the_files_that_were_drawn_are_returned_and_none_after_an_error(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(pictures, "all_pictures", lambda lines, name: {})
+    run = write(tmp_path / "run", [train_line(1)])
+    assert report.try_to_write_all(run) == [run / "report.html"]
+    assert report.try_to_write_all(tmp_path / "nowhere") == []
+    assert "cannot be written" in capfd.readouterr().err

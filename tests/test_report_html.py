@@ -176,7 +176,6 @@ def test_names_are_text_and_a_run_may_lack_anything(tmp_path: Path) -> None:
     run = tmp_path / "<b>&amp;"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "test/loss": 4.0}\n{"step": 2, "train/loss": null}\n')
-    (run / "layout.json").write_text("{")
     text = page([read_run(run)])
     assert "<b>&amp;" not in text and "&lt;b&gt;&amp;amp;" in text
     assert cells(text)["test loss, last"] == ["4"] and cells(text)["train loss, last"] == ["nan"]
@@ -217,7 +216,7 @@ def test_the_command_line_writes_one_page(
     ):
         with pytest.raises(SystemExit) as end:
             run(*args)
-        assert str(end.value).startswith(says)
+        assert end.value.code == 2 and capsys.readouterr().err.startswith(says)
     assert not (tmp_path / "x.html").exists()
 
 

@@ -25,10 +25,15 @@ def wandb_records(path: pathlib.Path) -> list[Record]:
     return records
 
 
+def records_of(folder: pathlib.Path) -> list[Record]:
+    """Those of the one offline run in the folder that wandb was given."""
+    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    return wandb_records(path)
+
+
 def wandb_log(run: pathlib.Path) -> tuple[str, dict, list[dict]]:
     """Returns the run id, the config and the history lines of the one offline log in the folder of a run."""
-    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    records = wandb_records(path)
+    records = records_of(run)
     (first,) = [record.run for record in records if record.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in first.config.update}
     history = [

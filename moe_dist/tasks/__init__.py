@@ -86,6 +86,10 @@ class Task(Protocol):
     def source(self) -> Source:
         """Returns the files or arrays that were read, for a fingerprint. Called on the main rank alone."""
 
+    @property
+    def uniform_loss(self) -> float:
+        """The loss of a model that gives every word, class or place the same probability, in nats (`finite`)."""
+
     def known(self) -> dict[str, Any]:
         """What a checkpoint keeps so that the run finds its data as it was (`contents.OF_TASKS`); goes into JSON."""
 

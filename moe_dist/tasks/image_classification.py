@@ -4,6 +4,7 @@ Legend: B images, S patches of each, T = B S tokens, N classes, Q colours, Y and
 """
 
 import itertools
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -88,6 +89,11 @@ class ImageClassification(OfEncoders):
             return of_arrays(given, {name: (images.item_I, images.label_I) for name, images in splits.items()})
         files = itertools.chain.from_iterable(images.item_I for images in splits.values())
         return of_files("folder", files, given)
+
+    @property
+    def uniform_loss(self) -> float:
+        assert isinstance(self.config.model, VisionConfig)
+        return math.log(max(2, self.config.model.num_classes))
 
     def known(self) -> dict[str, Any]:
         return {"classes": list(self.splits["train"].images.classes)}

@@ -3,6 +3,7 @@
 Legend: B samples (lanes of text), S timesteps, T = B S tokens, D width.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from moe_dist.data.sources import check_text, open_text
 from moe_dist.data.stream import Stream
 from moe_dist.data.text import Lanes, Vocabulary, unigram_perplexity
 from moe_dist.layer import LayerStats
-from moe_dist.meter import perplexity
+from moe_dist.meter import perplexity, told_perplexity
 from moe_dist.models.lstm_lm import LSTMLanguageModel, State, state_widths
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
@@ -98,6 +99,11 @@ class LanguageModel:
     def source(self) -> Source:
         assert isinstance(self.config.data, TextDataConfig)
         return of_text(self.config.data.text)
+
+    @property
+    def uniform_loss(self) -> float:
+        assert isinstance(self.config.data, TextDataConfig)
+        return math.log(self.config.data.vocabulary_size)
 
     def known(self) -> dict[str, Any]:
         return {"vocabulary": asdict(self.vocabulary)}
@@ -193,7 +199,8 @@ class LanguageModel:
     def told(self, result: dict[str, float]) -> str:
         """Beside what knowing only word frequencies gives."""
         unigram = unigram_perplexity(self.vocabulary.counts, self.lanes["test"].token_N)
-        return f"test perplexity {result['test/perplexity']:.2f}    unigram model {unigram:.1f}"
+        perplexity = told_perplexity(result["test/perplexity"], result["test/loss"])
+        return f"test perplexity {perplexity}    unigram model {unigram:.1f}"
 
 
 def _anew_where_not_finite(state: State) -> State:

@@ -4,6 +4,7 @@ Legend: B texts (or pairs of them, or windows), S tokens of each, T = B S tokens
 classes, W windows of a split.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from moe_dist.data.sentences import MOVIE_REVIEWS, MOVIE_REVIEWS_FILE, Sentences
 from moe_dist.data.sources import check_text, open_text
 from moe_dist.data.tokens import IGNORED, Tokens
 from moe_dist.layer import LayerStats
-from moe_dist.meter import perplexity
+from moe_dist.meter import perplexity, told_perplexity
 from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
 from moe_dist.parallel.collectives import from_main, sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
@@ -182,6 +183,10 @@ class PretrainingTask(Texts):
     headline: str = "perplexity"
     model_class = PretrainingModel
 
+    @property
+    def uniform_loss(self) -> float:
+        return math.log(self.model.vocabulary_size) + math.log(2)
+
     def open(self) -> None:
         data = self.config.data
         assert isinstance(data, PretrainingDataConfig)
@@ -236,7 +241,8 @@ class PretrainingTask(Texts):
         return f"{value:.2f}"
 
     def told(self, result: dict[str, float]) -> str:
-        told = f"test perplexity of masked words {result['test/perplexity']:.2f}"
+        perplexity = told_perplexity(result["test/perplexity"], result["test/loss"])
+        told = f"test perplexity of masked words {perplexity}"
         return f"{told}    order of sentences right {100 * result['test/order_accuracy']:.2f} %"
 
 
@@ -247,6 +253,10 @@ class TextClassification(Texts):
     headline: str = "accuracy"
     from_data: tuple[str, ...] = ("model.num_classes", VOCABULARY_SIZE)
     model_class = TextClassifier
+
+    @property
+    def uniform_loss(self) -> float:
+        return math.log(max(2, self.model.num_classes))
 
     def open(self) -> None:
         data = self.config.data
@@ -306,6 +316,10 @@ class QuestionAnswering(Texts):
     data_config: type = QuestionDataConfig
     headline: str = "f1"
     model_class = AnswerFinder
+
+    @property
+    def uniform_loss(self) -> float:
+        return math.log(self.model.max_tokens)
 
     def open(self) -> None:
         data = self.config.data

@@ -1,0 +1,142 @@
+"""SIGTERM at the end of a run, which has trained and saved all of its steps: its result is told and its status is 0."""
+
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import set_
+from runs import TINY
+
+from moe_dist import metrics, report
+from moe_dist.cli import plan
+from moe_dist.metrics import Metrics
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.parallel.stop import LEAVE_SECONDS, Stop
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    """Puts back that of whoever runs the tests."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def after(seconds: float) -> threading.Timer:
+    """A SIGTERM to this process in a moment."""
+    timer = threading.Timer(seconds, sigterm)
+    timer.start()
+    return timer
+
+
+@pytest.mark.parametrize("when", [0.0, 0.2])
+def test_what_a_run_can_do_without_is_ended(when: float) -> None:
+    """In its first moment, or while it waits; SIGTERM then does nothing more."""
+    began, done = time.monotonic(), []
+
+    def work() -> None:
+        after(when) if when else sigterm()
+        time.sleep(30)
+        done.append(1)
+
+    with Stop(None) as stop:  # type: ignore[arg-type]
+        assert not stop.try_to_end(work) and stop.here
+        sigterm()
+    sigterm()
+    assert time.monotonic() - began < 10 and not done
+
+
+def test_what_a_run_can_do_without_is_left_out_after_a_sigterm_and_else_done() -> None:
+    done = []
+    with Stop(None) as stop:  # type: ignore[arg-type]
+        assert stop.try_to_end(lambda: done.append(1)) and done == [1]
+        sigterm()  # too late to matter
+    with Stop(None) as stop:  # type: ignore[arg-type]
+        sigterm()
+        assert not stop.try_to_end(lambda: done.append(2)) and done == [1]
+
+
+def test_an_error_in_it_is_none_of_sigterms() -> None:
+    with pytest.raises(RuntimeError, match="no ink"), Stop(None) as stop:  # type: ignore[arg-type]
+
+        def work() -> None:
+            raise RuntimeError("no ink")
+
+        stop.try_to_end(work)
+
+
+def stuck(self: Any) -> None:
+    threading.Event().wait(60)
+
+
+def test_a_wandb_that_does_not_finish_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a SIGTERM at once; after one, and where the run fails, in the time that launchers give."""
+    monkeypatch.setattr(metrics._WandbThread, "run", stuck)
+    monkeypatch.setattr(metrics, "_FAILED_SECONDS", 0.3)
+
+    def log() -> Metrics:
+        return Metrics(tmp_path, {}, enabled=True, wandb_mode="offline", total_steps=1)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        began = time.monotonic()
+        work()
+        return time.monotonic() - began
+
+    with Stop(None) as stop:  # type: ignore[arg-type]
+        each = log()
+        after(0.3)
+        assert seconds(lambda: stop.try_to_end(each.close)) < 8 and stop.here
+        assert seconds(each.close) < 0.1, "it is closed"
+    each = log()
+    assert 0.3 < seconds(lambda: each.close(0, 0.3)) < 8
+
+    def fail() -> None:
+        with contextlib.suppress(FloatingPointError), log():
+            raise FloatingPointError
+
+    assert seconds(fail) < 8
+    assert LEAVE_SECONDS < 10
+
+
+@pytest.mark.timeout(200)
+def test_a_finished_run_ends_with_0(small_text: Path, tmp_path: Path) -> None:
+    """It gets a SIGTERM while it draws, and wandb hangs."""
+    ((status, out, seconds),) = run_distributed(finishes, 1, str(small_text), tmp_path / "run", timeout=180)
+    assert status == 0 and seconds < 2 * LEAVE_SECONDS + 5
+    assert out.count("test perplexity") == 1 and f"run folder: {tmp_path}/run" in out
+    assert "note: ended by SIGTERM; python -m moe_dist.report" in out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def finishes(text: str, folder: Path) -> tuple[int, str, float]:
+    """Status, what it printed, and the seconds that it took after the SIGTERM."""
+    import train
+
+    began = []
+
+    def draws(run: Path) -> None:
+        began.append(time.monotonic())
+        sigterm()
+        time.sleep(60)
+
+    report.try_to_write_all = draws
+    metrics._WandbThread.run = stuck  # type: ignore[method-assign]
+    sets = (*TINY, "steps=2", f"data.text={text}", "report=true", "wandb.mode=offline", "compare=none")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            train.main(plan(["lstm_moe_demo", "--folder", str(folder), *set_(*sets)], None))
+        except SystemExit as end:
+            status = end.code
+    return int(status or 0), out.getvalue(), time.monotonic() - began[0]
