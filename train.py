@@ -115,6 +115,7 @@ def train(run: Run, folder: Path, training: Training) -> int:
         elif mesh.is_main and saver.failed:
             print("error: the last checkpoint could not be written", file=sys.stderr, flush=True)
         meshes.stop()
+        failed = 0 if stopping else status  # one that is stopped goes on, in wandb too
 
         def draw() -> None:
             """Draws the report, in this thread for wandb too, and waits for wandb."""
@@ -125,11 +126,11 @@ def train(run: Run, folder: Path, training: Training) -> int:
             elif mesh.is_main:
                 metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
             mesh.record.enter("wandb")
-            metrics.close(status)
+            metrics.close(failed)
 
         if not stop.try_to_end(draw) and last and mesh.is_main:
             print(f"note: ended by SIGTERM; python -m moe_dist.report {folder} draws the report", flush=True)
-        metrics.close(status, LEAVE_SECONDS)
+        metrics.close(failed, LEAVE_SECONDS)
     return status
 
 

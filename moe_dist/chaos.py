@@ -29,6 +29,7 @@ from moe_dist.training import Training
 
 MARK = "chaos"  # a file of the run folder
 EXCHANGES = ("counts", "dispatch", "combine")  # phases that are directions of an exchange
+ENDS = ("report", "wandb")  # phases of a run that has trained and saved all of its steps
 
 
 def make(training: Training, folder: Path, begins: bool = True) -> None:
@@ -63,6 +64,10 @@ def _check(training: Training) -> None:
         raise ValueError(
             f"chaos.phase={chaos.phase!r}: nothing is exchanged on one expert-parallel rank; --set mesh.ep"
         )
+    if chaos.phase in ENDS and chaos.step != config.steps:
+        raise ValueError(f"chaos.step={chaos.step}: the phase {chaos.phase!r} follows the last step, {config.steps}")
+    if chaos.phase == "evaluation" and chaos.step % config.eval_every and chaos.step != config.steps:
+        raise ValueError(f"chaos.step={chaos.step}: evaluations are at multiples of eval_every={config.eval_every}")
     if chaos.phase == "save" and chaos.step % config.save_every and chaos.step != config.steps:
         raise ValueError(
             f"chaos.step={chaos.step}: a checkpoint is saved at multiples of save_every={config.save_every}"

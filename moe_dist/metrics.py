@@ -361,7 +361,7 @@ class _WandbThread(threading.Thread):
             config=self._config,
             id=self._run_id,
             resume="allow",
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(
                 silent=True,
                 console="off",

@@ -122,10 +122,11 @@ def _layout(path: Path) -> dict[str, Any]:
         if not _is_count(layout.get(key), least):
             told = f"{key}={layout.get(key)!r:.80} is no whole number from {least}"
             raise ValueError(f"{path}: {told}; remove the file, and the report does without")
-    per_rank, whole = layout.get("per_rank"), layout["ep"] * layout["edp"] == layout["world"]
-    sizes = per_rank.get("memory_bytes") if isinstance(per_rank, dict) else None
-    whole = whole and isinstance(sizes, dict) and all(kind.isprintable() for kind in sizes)
+    per_rank: Any = layout.get("per_rank")
+    sizes: Any = per_rank.get("memory_bytes") if isinstance(per_rank, dict) else None
+    whole = isinstance(sizes, dict) and all(kind.isprintable() for kind in sizes)
     whole = whole and all(_is_count(size, 0) for size in (per_rank.get("parameters"), *sizes.values()))
+    whole = whole and layout["ep"] * layout["edp"] == layout["world"]
     if not whole or layout.get("dtype") not in ("fp32", "bf16"):
         raise ValueError(f"{path} is no layout of a run; remove it, and the report does without")
     return layout

@@ -23,12 +23,15 @@ class Stop:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
+        self.before: Any = signal.SIG_DFL  # the handler when it is left
         self.here = False  # this rank has had one, or when all were last asked, any
 
     def asked(self) -> bool:
         """Returns the same answer on every rank. A collective."""
-        self.here = bool(any_over(torch.tensor(int(self.here), device=self.mesh.device), self.mesh.dp))
-        return self.here
+        asked = bool(any_over(torch.tensor(int(self.here), device=self.mesh.device), self.mesh.dp))
+        if asked:  # else a SIGTERM that has come meanwhile would be forgotten
+            self.here = True
+        return asked
 
     def try_to_end(self, work: Callable[[], None]) -> bool:
         """Runs `work`, which the run can do without: it is left out after a SIGTERM, and ended by one.
@@ -58,7 +61,7 @@ class Stop:
         def note(*_: Any) -> None:
             self.here = True
 
-        self.before: Any = signal.signal(signal.SIGTERM, note)
+        self.before = signal.signal(signal.SIGTERM, note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
