@@ -24,7 +24,7 @@ from moe_dist.arguments import Parser, path_argument
 from moe_dist.cli import plain_errors
 from moe_dist.config import ImageDataConfig, VisionConfig
 from moe_dist.context import Context
-from moe_dist.data.files import read_rows
+from moe_dist.data.files import columns_of, read_rows
 from moe_dist.data.images import read_image
 from moe_dist.data.sentences import Sentence, Sentences
 from moe_dist.data.tokens import Tokens
@@ -118,7 +118,7 @@ def _sentences_of(file: str | None, text: str | None) -> list[str]:
         except ValueError as error:
             raise ValueError(f"--sentences {error}") from None
         if rows and not isinstance(rows[0].get("text"), str):
-            raise ValueError(f"--sentences {file}: no column 'text', only {', '.join(rows[0])}: name it so")
+            raise ValueError(f"--sentences {file}: no column 'text', only {columns_of(rows[0])}: name it so")
         found = ["\t".join(str(row[name]).strip() for name in ("text", "text2") if row.get(name)) for row in rows]
     if any("\ud800" <= letter <= "\udfff" for sentence in found for letter in sentence):
         raise ValueError("a sentence is not text in this terminal's encoding; give UTF-8")

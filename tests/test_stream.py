@@ -1,5 +1,6 @@
 """Streamed lanes against numbers worked out by hand and a slow reference; the same on every layout and after resume."""
 
+import itertools
 import random
 import time
 from datetime import timedelta
@@ -11,7 +12,7 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist.data.stream import Stream
+from moe_dist.data.stream import Stream, check_lanes
 from moe_dist.data.text import Vocabulary
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import from_main
@@ -49,6 +50,60 @@ def test_fewer_lines_than_lanes_and_windows_of_many_lines() -> None:
     input_BS, target_BS, _ = stream.window(5, np.arange(3))
     assert (said(input_BS), said(target_BS)) == (["a . a . a"] * 3, [". a . a ."] * 3)
     assert stream.places().tolist() == [[6, 1], [7, 1], [8, 1]]
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "words", "lanes", "steps", "streamed", "message"),
+    [
+        (7, 30, 8, 4, True, r"7 lines for batch.samples=8 lanes.*; use data.streamed=false or .* at most 7"),
+        (1, 500, 2, 1, True, "1 lines for batch.samples=2 lanes"),
+        (8, 30, 8, 4, True, None),
+        (7, 30, 8, 4, False, None),  # one long row of words
+        (9, 2, 8, 4, True, r"batch.samples=8 x batch.timesteps=4 words, the training text has 27"),
+        (9, 2, 9, 3, True, None),  # 9 lines of 2 words and <eos>
+        (9, 2, 9, 3, False, None),
+        (9, 2, 4, 7, False, "x batch.timesteps=7 words, the training text has 27: give more text"),
+    ],
+)
+def test_a_text_that_is_too_short_for_a_step(
+    num_lines: int, words: int, lanes: int, steps: int, streamed: bool, message: str | None
+) -> None:
+    lines = [" ".join("a" * words)] * num_lines
+    if message is None:
+        check_lanes(lines, lanes, steps, streamed)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_lanes(lines, lanes, steps, streamed)
+
+
+def test_no_more_is_read_than_the_lines_of_a_step() -> None:
+    check_lanes((["a b", "c"][i % 2] if i < 6 else pytest.fail("read on") for i in range(9)), 6, 2, streamed=True)
+
+
+def test_lanes_of_a_text_that_passes_have_no_word_in_common() -> None:
+    """Every (lines, lanes) up to 9: each position of the text is in a step once, where the text is long enough."""
+    for num_lines, num_lanes in itertools.product(range(1, 10), range(1, 10)):
+        rng = random.Random(10 * num_lines + num_lanes)
+        lines = [" ".join(f"{line}.{i}" for i in range(rng.choice([1, 4, 9]))) for line in range(num_lines)]
+        names = [name for line in lines for name in line.split()]
+        vocabulary = Spaced(("<unk>", "<eos>", *names), (0,) * (2 + len(names)))
+        try:
+            check_lanes(lines, num_lanes, 1, streamed=True)
+        except ValueError:
+            assert num_lines < num_lanes
+            continue
+        stream = Stream(lines, vocabulary, num_lanes, range(num_lanes))
+        for _ in range(60):
+            input_B1, _, _ = stream.window(1, np.arange(num_lanes))
+            seen = [token for token in input_B1.flatten().tolist() if token != 1]
+            assert len(seen) == len(set(seen)), (num_lines, num_lanes)
+
+
+class Spaced(Vocabulary):
+    """Words of letters that the tokenizer would part."""
+
+    def encode(self, lines: Any) -> np.ndarray:
+        return np.array([i for line in lines for i in (*map(self.words.index, line.split()), 1)])
 
 
 class Reference:
@@ -200,10 +255,12 @@ def test_a_streamed_run_is_the_same_on_every_layout_and_goes_on_on_any(small_tex
 
 def train_streamed(path: str, folder: Path, world: int) -> tuple[list[float], list[float], list[list[int]]]:
     """Losses of 16 steps, and of the last 8 from the checkpoint that two ranks wrote; where lanes are then.
-    Every rank hears of a vocabulary that does not fit, which the main rank alone finds out."""
+    Every rank hears of a text that is too short, which the main rank alone finds out."""
     meshes.join()
-    with pytest.raises(ValueError, match="vocabulary_size=999 does not fit"):
-        Run(streamed(path, "data.vocabulary_size=999"))
+    with pytest.raises(ValueError, match=r"18 lines for batch.samples=64 lanes"):
+        Run(streamed(path, "batch.samples=64"))
+    with pytest.raises(ValueError, match=r"a step reads batch.samples=8 x batch.timesteps=600 words"):
+        Run(streamed(path, "data.streamed=false", "batch.timesteps=600"))
     config = streamed(path, LAYOUTS[world], f"mesh.ep={world}")
     whole = Run(config).steps(0, 8)
     if world == 2:

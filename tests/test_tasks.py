@@ -297,7 +297,11 @@ def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, caps
         ("image_classification", ["{}/broken.png", "--text", "a film"], "give one of"),
         ("text_classification", ["--sentences", "{}/none.txt"], "none.txt: No such file"),
         ("text_classification", ["--sentences", "{}/pipe"], "pipe: a pipe, a device or a socket"),
-        ("text_classification", ["--sentences", "{}/words.csv"], "words.csv: no column 'text', only words, label"),
+        (
+            "text_classification",
+            ["--sentences", "{}/words.csv"],
+            "words.csv: no column 'text', only words (str), label (str)",
+        ),
         ("text_classification", ["--text", "half \udce9"], "not text in this terminal's encoding"),
         ("text_classification", ["--text", ""], "has no token"),
         ("text_classification", ["--text", "one\ttwo"], "which have no tab"),

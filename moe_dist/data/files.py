@@ -130,13 +130,25 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
         raise ValueError(f"{path}{where}: {_reason(error)}") from error
 
 
+def shown(text: str, most: int = 500) -> str:
+    """Returns what a file holds for use in a message: on one line, not long, and what cannot be printed escaped."""
+    line = " ".join(text[: most + 1].split())
+    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    return printable if len(text) <= most else f"{printable[:most]}..."
+
+
+def columns_of(row: Row) -> str:
+    """Returns the names of a row's columns and the types of their values for use in a message."""
+    return shown(", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()))
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"no JSON ({error.msg} at character {error.pos})"
     if isinstance(error, UnicodeDecodeError):
         return f"no UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}): give UTF-8"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:500] or type(error).__name__
+    return shown(text) or type(error).__name__
 
 
 def _is_hidden(name: str) -> bool:
@@ -291,7 +303,7 @@ def _table(separator: str, file: IO[bytes]) -> Iterator[Row]:
     names = next((record.fields for record in records), [])
     twice = {name for name in names if name and names.count(name) > 1}
     if twice:
-        raise ValueError(f"its heading has {min(twice)!r} twice: leave one out")
+        raise ValueError(f"its heading has {shown(min(twice), 40)!r} twice: leave one out")
     near: deque[_Record] = deque(maxlen=2 * NEAR)
     doubtful: deque[tuple[int, _Record]] = deque()
     for count, record in enumerate(records):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moe_dist.config import MOST, nearest
 from moe_dist.data.examples import hold_out
+from moe_dist.data.files import columns_of
 from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 
 SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
@@ -113,7 +114,7 @@ def _from_json(source: str, path: Path) -> Iterator[Question]:
 def _from_rows(source: str, rows: Rows) -> Iterator[Question]:
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in COLUMNS if name not in row]:
-            raise ValueError(f"data.questions={source!r} has no column {missing[0]!r}, only {', '.join(row)}: {GIVE}")
+            raise ValueError(f"data.questions={source!r} has no column {missing[0]!r}, only {columns_of(row)}: {GIVE}")
         try:
             pairs = tuple(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
             yield _checked(Question(row["id"], row["question"], row["context"], pairs))

@@ -27,7 +27,7 @@ import torch
 
 from moe_dist.config import nearest
 from moe_dist.data.examples import Order, hold_out
-from moe_dist.data.files import KNOWN, UNPACK
+from moe_dist.data.files import KNOWN, UNPACK, columns_of
 from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 from moe_dist.data.tokens import IGNORED, NOTHING, Tokens, joined, stacked
 
@@ -203,9 +203,8 @@ def _rows(source: str, split: str, rows: Rows, numbers: bool = False) -> Iterato
         is_label = isinstance(label, str | int | float | None) and not (first and "label" not in row)
         if not is_text or not is_label:
             missing = "'label' of names or whole numbers" if is_text else f"{' and '.join(map(repr, texts))} of strings"
-            found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
             raise ValueError(
-                f"data.sentences={source!r} has no column {missing} for {split!r}, only {found}: name it so"
+                f"data.sentences={source!r} has no column {missing} for {split!r}, only {columns_of(row)}: name it so"
             )
         if None in some:
             raise ValueError(f"{where} has no {texts[some.index(None)]}")

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.files import KNOWN, UNPACK, check_ending, find_files, find_splits, read_rows
+from moe_dist.data.files import KNOWN, UNPACK, check_ending, columns_of, find_files, find_splits, read_rows
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = "embedded"
@@ -108,8 +108,9 @@ def _texts(key: str, source: str, files: Iterable[Path]) -> Iterator[str | None]
             for row in rows:
                 text = row.get("text", 0)
                 if not isinstance(text, str | None):
-                    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
-                    raise ValueError(f"{file} has a row with no column 'text' of strings, only {found}: name it so")
+                    raise ValueError(
+                        f"{file} has a row with no column 'text' of strings, only {columns_of(row)}: name it so"
+                    )
                 yield text
         except ValueError as error:
             raise ValueError(f"{key}={source!r}: {error}") from error

@@ -13,7 +13,35 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from moe_dist.data.text import EOS_ID, Vocabulary
+from moe_dist.data.text import EOS_ID, Vocabulary, tokenize
+
+
+def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool) -> None:
+    """Checks that no word of a text is in a step twice, which would make the batch smaller than it is set.
+
+    Lanes go round the text at one pace, so that those which begin at different words stay apart. Streamed ones begin at
+    lines of their own, if there are as many. Reads no more of the text than that takes.
+
+    Raises:
+        ValueError: A streamed text has fewer lines than lanes, or a text fewer words than a step reads.
+    """
+    num_lines = num_words = 0
+    needed_lines, needed_words = num_lanes if streamed else 1, num_lanes * steps
+    for line in lines:
+        num_lines += 1
+        if num_words < needed_words:
+            num_words += len(tokenize(line)) + 1
+        if num_lines >= needed_lines and num_words >= needed_words:
+            return
+    if num_lines < needed_lines:
+        raise ValueError(
+            f"data.streamed=true: the training text has {num_lines} lines for batch.samples={num_lanes} lanes, each of "
+            f"which begins at one of its own; use data.streamed=false or batch.samples of at most {num_lines}"
+        )
+    raise ValueError(
+        f"a step reads batch.samples={num_lanes} x batch.timesteps={steps} words, the training text has {num_words}: "
+        f"give more text, or make batch.samples or batch.timesteps smaller"
+    )
 
 
 class Stream:

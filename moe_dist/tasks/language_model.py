@@ -16,7 +16,7 @@ from moe_dist.config import Config, LSTMConfig, TextDataConfig
 from moe_dist.context import Context
 from moe_dist.data.fingerprint import Source, of_text
 from moe_dist.data.sources import check_text, open_text
-from moe_dist.data.stream import Stream
+from moe_dist.data.stream import Stream, check_lanes
 from moe_dist.data.text import Lanes, Vocabulary, unigram_perplexity
 from moe_dist.layer import LayerStats
 from moe_dist.meter import perplexity, told_perplexity
@@ -59,7 +59,8 @@ class LanguageModel:
         pass; `data.vocabulary_size` is its largest size. See `tasks.Task`.
 
         Raises:
-            ValueError: The text cannot be found, read or split, or has fewer words than the user has set.
+            ValueError: The text cannot be found, read or split, or has fewer words than the user has set or than a step
+                reads.
         """
         self.layout, self.mesh = layout, mesh
         data = config.data
@@ -75,6 +76,8 @@ class LanguageModel:
         fit = Fit(config, explicit)
         fit.take(VOCABULARY_SIZE, len(self.vocabulary), why)
         self.config, self.notes = fit.config, fit.notes
+        timesteps = config.batch.timesteps
+        from_main(lambda: check_lanes(lines["train"], layout.samples, timesteps, data.streamed))
         in_memory = ("valid", "test") if data.streamed else ("train", "valid", "test")
         self.lanes = {s: Lanes(self.vocabulary.encode(lines[s]), layout.samples, s == "train") for s in in_memory}
         mine = [lane for micro in range(layout.accumulation) for lane in layout.my_samples(micro, mesh.dp.index)]
