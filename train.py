@@ -28,7 +28,7 @@ from moe_dist import chaos, report
 from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines
 from moe_dist.config import ChaosConfig
-from moe_dist.evaluate import evaluate
+from moe_dist.evaluate import evaluate, evaluate_test
 from moe_dist.finite import divergence
 from moe_dist.meter import Meter
 from moe_dist.metrics import Metrics
@@ -59,7 +59,7 @@ def main(run: Run) -> None:
 
     with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
         if run.evaluate or run.finished:
-            result = evaluate(engine, task, "test", mesh)
+            result = evaluate_test(engine, task, mesh)
             status = tell(run, training, run.last_losses() | result)
             meshes.stop()
             if mesh.is_main and config.report and not run.evaluate:
@@ -98,7 +98,7 @@ def train(run: Run, folder: Path, training: Training) -> int:
                 if (step % config.eval_every == 0 or last) and not stopping:  # a SIGTERM leaves little time
                     metrics.log(step, evaluate(engine, task, "valid", mesh) | task.of_weights(engine))
                     if last:
-                        result = evaluate(engine, task, "test", mesh)
+                        result = evaluate_test(engine, task, mesh)
                         metrics.log(step, result)
                     else:
                         metrics.pictures(step, partial(report.write_report, folder, only_loads=True))

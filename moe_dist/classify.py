@@ -45,6 +45,8 @@ class Classifier:
             raise ValueError(f"{folder}: a run of task={self.config.task}, which has no classes")
         self.of_images = self.config.task == tasks[0]
         self.names: list[str] = state["classes"]
+        if not self.names:
+            raise ValueError(f"{folder}: a run that gives scores, and has no classes")
         self.pairs = bool(state.get("pairs"))
         self.tokens = None if self.of_images else Tokens.from_json(state["tokens"])
 

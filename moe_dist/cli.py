@@ -40,6 +40,7 @@ from moe_dist.config import (
     value_of,
 )
 from moe_dist.engine import read_ds_config
+from moe_dist.measures import written
 from moe_dist.metrics import FILE_NAME as METRICS
 from moe_dist.metrics import read_metrics, wandb_mode_of
 from moe_dist.parallel.collectives import from_main
@@ -511,6 +512,7 @@ def _baseline(config: Config, compare: str, named: bool) -> list[str]:
     lines = [f"kept runs of the same data and steps, each at its own best learning rate ({compare}):"]
     for name, arm in kept["arms"].items():
         seeds = arm[f"test_{task.headline}"]
-        each = ", ".join(map(task.shown, seeds))
-        lines.append(f"  {name:<18} mean {task.shown(mean(seeds))} over {len(seeds)} seeds ({each}), lr {arm['lr']:g}")
+        each = ", ".join(written(task.headline, seed, ".2f") for seed in seeds)
+        average = written(task.headline, mean(seeds), ".2f")
+        lines.append(f"  {name:<18} mean {average} over {len(seeds)} seeds ({each}), lr {arm['lr']:g}")
     return [*lines, f"  repeat with: {kept['command']}"]

@@ -19,3 +19,11 @@ def evaluate(engine: Any, task: Any, split: str, mesh: Mesh) -> dict[str, Any]:
             _, sums, stats = task.loss(engine, batch, total)
             meter.add(sums, stats)
     return meter.read(split) | {f"{split}/{name}": value for name, value in task.finish(split).items()}
+
+
+def evaluate_test(engine: Any, task: Any, mesh: Mesh) -> dict[str, Any]:
+    """Returns what `evaluate` does of all test splits of a task, which is one but for MNLI. A collective."""
+    result: dict[str, Any] = {}
+    for split in task.test_splits:
+        result |= evaluate(engine, task, split, mesh)
+    return result

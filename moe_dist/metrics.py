@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from moe_dist import run_folder
 from moe_dist.config import WANDB_MODES
+from moe_dist.measures import headline, written
 
 FILE_NAME = "metrics.jsonl"
 _BY_EXPERT = ("/importance", "/load")  # keys of lists end with one of these
@@ -34,17 +35,6 @@ _WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `
 _WANDB_QUEUE = 10_000  # lines wandb may lie behind, which a fast run has logged while a server is waited for
 _WANDB_MODES = {"run": "online", "dryrun": "offline", "disabled": "off"}  # of WANDB_MODE, by other names than ours
 HIDDEN = re.compile(r"moe/.+/p\d+_over_mean_load|exchange/.+_bytes")  # in wandb: `panels` draws them together
-_HEADLINE = {  # what the terminal shows: the last value of each, where there is one
-    "train/loss": "loss",
-    "train/perplexity": "perplexity",
-    "train/accuracy": "accuracy",
-    "words_per_second": "words/s",
-    "images_per_second": "images/s",
-    "texts_per_second": "texts/s",
-    "valid/perplexity": "valid",  # short, for 80 columns
-    "valid/accuracy": "valid",
-    "valid/f1": "valid",
-}
 
 
 def wandb_mode_of(mode: str) -> str:
@@ -105,7 +95,7 @@ class Metrics:
         if mode != "off":
             self.wandb_id = wandb_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             self._wandb = _WandbThread(run, config, mode, self.wandb_id, wandb_labels)
-        self._headline: dict[str, Any] = {}
+        self._headline: dict[str, str] = {}
         self._shown = (start_step, "")
         self._start_time, self._line_time = time.monotonic(), -_LINE_SECONDS
         self._bar: tqdm | None = None
@@ -126,8 +116,8 @@ class Metrics:
         if self._wandb:
             compact = {key: _as_number(value) for key, value in values.items()}
             self._wandb.put(step, lambda: compact)
-        self._headline |= {name: values[key] for key, name in _HEADLINE.items() if key in values}
-        self._show(step, "  ".join(f"{name} {_number(value)}" for name, value in self._headline.items()))
+        self._headline |= dict(_headline(values))
+        self._show(step, "  ".join(f"{name} {text}" for name, text in self._headline.items()))
 
     def pictures(self, step: int, draw: Callable[[], list[pathlib.Path]]) -> None:
         """Gives wandb the PNG and HTML files that `draw` returns, and the charts of `panels`. It is called in wandb's
@@ -280,8 +270,21 @@ def _as_number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:#.4g}"
+def _headline(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields names and values for the terminal, short, for 80 columns. The last value of each is shown."""
+    if "train/loss" in values:
+        yield "loss", _number("loss", values["train/loss"])
+    if measure := headline(values, "train"):
+        yield measure, _number(measure, values[f"train/{measure}"])
+    for unit in ("words", "images", "texts"):
+        if (key := f"{unit}_per_second") in values:
+            yield f"{unit}/s", _number(key, values[key])
+    if measure := headline(values, "valid"):
+        yield "valid", _number(measure, values[f"valid/{measure}"])
+
+
+def _number(measure: str, value: float) -> str:
+    return written(measure, value, ".0f" if 1e3 <= abs(value) < 1e6 else "#.4g")
 
 
 class _WandbThread(threading.Thread):

@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from moe_dist import pictures
-from moe_dist.told import RIGHT, Run, links, memory, ranks_of, short, times
+from moe_dist.measures import MEASURES
+from moe_dist.told import Run, links, memory, ranks_of, short, times
 
 _HEAVY = 300_000  # characters of SVG beyond which a picture is a PNG
 _GRID_RANKS = 64  # most that the layout is drawn for
@@ -177,7 +178,7 @@ def _config_of(run: Run) -> str:
 
 # sections of pictures: the beginnings of their names, a note, and the rows of a table
 _SECTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[Run], Iterator[tuple[str, str]]] | None]] = {
-    "Curves": (("loss", "perplexity", *RIGHT, "optimizer", "norms"), "", None),
+    "Curves": (("loss", *MEASURES, "optimizer", "norms"), "", None),
     "Load of experts": (("load_", "balance_"), "", None),
     "Time of a step": (
         ("step_time", "speed"),

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from moe_dist.clock import PARTS
-from moe_dist.told import RIGHT, byte_unit, sent_bytes, step_milliseconds, unit_of
+from moe_dist.measures import MEASURES, written
+from moe_dist.told import byte_unit, sent_bytes, step_milliseconds, unit_of
 
 matplotlib.rcParams["text.parse_math"] = False  # a run may be named with a $
 
@@ -30,6 +31,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "train": dict(color="tab:blue"),
     "valid": dict(color="tab:orange", linewidth=2, markersize=8),
     "test": dict(color="tab:red", linestyle="none", marker="*", markersize=14),
+    "mismatched": dict(color="tab:purple", linestyle="none", marker="*", markersize=14),
 }
 _PERCENTILES = {90: "tab:orange", 50: "black", 10: "tab:blue"}
 _OUTSIDE: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # a legend beside its lines
@@ -39,8 +41,7 @@ def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:
     """Every picture of the run `name`, by file name without ending; `lines` as `metrics.read_metrics` has them."""
     drawn = {
         "loss": _curves(lines, "loss", f"{name}: loss", f"loss (nats per {unit_of(lines).removesuffix('s')})"),
-        "perplexity": _curves(lines, "perplexity", f"{name}: perplexity", "perplexity"),
-        **{key: _curves(lines, key, f"{name}: {what}", unit) for key, (what, unit) in RIGHT.items()},
+        **{key: _curves(lines, key, f"{name}: {known.name}", known.axis) for key, known in MEASURES.items()},
         **load_maps(lines, name),
         **{f"balance_{_stem(layer)}": _balance(lines, layer, name) for layer in _layers(lines)},
         "norms": _norms(lines, name),
@@ -60,8 +61,7 @@ def together(runs: dict[str, list[dict]]) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
     for quantity, (what, ylabel) in {
         "loss": ("loss", "loss (nats)"),
-        "perplexity": ("perplexity",) * 2,
-        **RIGHT,
+        **{key: (known.name, known.axis) for key, known in MEASURES.items()},
     }.items():
         figure, (axes,) = _panels(f"{what}: train thin, valid thick", ylabel)
         for i, (name, lines) in enumerate(runs.items()):
@@ -87,8 +87,8 @@ def together(runs: dict[str, list[dict]]) -> dict[str, Figure]:
     for stem, figure in drawn.items():
         (axes,) = figure.axes
         axes.legend()
-        if stem in ("loss", "perplexity", *RIGHT, "largest_load_of_an_expert"):
-            _log_where_it_helps(axes)
+        if stem in ("loss", *MEASURES, "largest_load_of_an_expert"):
+            _scale(axes, stem)
         else:
             _from_zero(axes)
         if stem == "drop_rate":
@@ -178,6 +178,14 @@ def _count_from_zero(axes: Axes) -> None:
     axes.yaxis.set_major_locator(_integers())
 
 
+def _scale(axes: Axes, quantity: str) -> None:
+    """Per cent for a share; a log scale where it helps, for what is never below zero."""
+    if quantity in MEASURES and MEASURES[quantity].is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif quantity not in ("matthews", "pearson", "spearman"):
+        _log_where_it_helps(axes)
+
+
 def _log_where_it_helps(axes: Axes) -> None:
     """A log scale for values that span more than a factor of ten; over less it would have hardly a tick."""
     values = np.concatenate([np.asarray(line.get_ydata()) for line in axes.lines])
@@ -196,11 +204,12 @@ def _curves(lines: list[dict], quantity: str, title: str, ylabel: str) -> Figure
     figure, (axes,) = _panels(title, ylabel)
     for split, style in _STYLES.items():
         if _has(lines, key := f"{split}/{quantity}"):
-            _plot(axes, lines, key, label=f"{split} (last {_series(lines, key)[1][-1]:.4g})", **style)
+            last = written(quantity, _series(lines, key)[1][-1])
+            _plot(axes, lines, key, label=f"{split} (last {last})", **style)
     if not axes.lines:
         return None
     axes.legend()
-    _log_where_it_helps(axes)
+    _scale(axes, quantity)
     return figure
 
 

@@ -17,15 +17,10 @@ import numpy as np
 
 from moe_dist.clock import PARTS
 from moe_dist.config import KEY, dotted_keys, from_json, value_of
+from moe_dist.measures import MEASURES, written
 from moe_dist.metrics import FILE_NAME, read_metrics
 from moe_dist.run_folder import read, read_json
 
-RIGHT = {  # measures of what is right, with their names and axes
-    "accuracy": ("accuracy", "accuracy (part of all that are right)"),
-    "masked_accuracy": ("masked words", "accuracy (part of masked words that are right)"),
-    "order_accuracy": ("order of sentences", "accuracy (part of orders that are right)"),
-    "f1": ("answers", "F1 of answers (%)"),
-}
 LINKS = ("inside a node", "between nodes")  # over which bytes go
 _MOST_BYTES = 1e30  # of one direction in a step; a number above it is damage
 _BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
@@ -172,10 +167,10 @@ def short(run: Run) -> Iterator[tuple[str, str]]:
     layout = run.layout
     steps = run.config.get("steps")
     yield "steps", f"{run.lines[-1]['step']}" + (f" of {steps}" if steps else "")
-    for split in ("train", "valid", "test"):
-        for what in ("loss", "perplexity", *RIGHT):
+    for split in ("train", "valid", "test", "mismatched"):
+        for what in ("loss", *MEASURES):
             if (value := run.last(f"{split}/{what}")) is not None:
-                yield f"{split} {what.replace('_', ' ')}, last", f"{value:.4g}"
+                yield f"{split} {what.replace('_', ' ')}, last", written(what, value)
     if layout:
         yield "ranks", ranks_of(layout)
         yield "ZeRO stage, precision", f"{layout.get('zero')}, {layout.get('dtype')}"

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "moe_dist"
 # imports run from later to earlier; modules of one rank may import each other where they do not form a cycle
 ORDER = [
     {"clock", "config", "run_folder", "arguments"},
-    {"memory"},
+    {"measures", "memory"},
     {"later"},
     {"parallel"},
     {"context", "keyed", "parameters"},

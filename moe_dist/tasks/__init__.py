@@ -29,7 +29,8 @@ class Task(Protocol):
     model_config: type  # of Config.model
     data_config: type  # of Config.data
     unit: str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
-    headline: str  # the measure that models are compared by
+    headline: str  # the measure that models are compared by, of data of one's own
+    test_splits: tuple[str, ...]  # what is evaluated at the end
     from_data: tuple[str, ...]  # dotted keys of the config that follow from the data where the user has not set them
     layout: Layout
 
@@ -111,9 +112,8 @@ class Task(Protocol):
         losses every rank has whole and differentiates for its own rows (`shared_sum`).
         """
 
-    @staticmethod
-    def measures(sums: dict[str, float]) -> dict[str, float]:
-        """ "loss" and what else a line of metrics has, from sums over many micro-batches."""
+    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+        """Returns "loss" and the other measures of a line of metrics, from sums over many micro-batches."""
 
     def evaluation(self, split: str) -> Iterator[list[Any]]:
         """Every sample of a split once, in the same number of micro-batches on every rank."""
@@ -129,10 +129,6 @@ class Task(Protocol):
 
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
         """Inverse of `save_state`, on any layout."""
-
-    @staticmethod
-    def shown(value: float) -> str:
-        """The headline's measure."""
 
     def told(self, result: dict[str, float]) -> str:
         """The test metrics, in a line for people."""

@@ -95,6 +95,8 @@ class Fit:
 class OfEncoders:
     """What the tasks of encoders have in common: nothing is carried from step to step. See `tasks.Task`."""
 
+    test_splits: tuple[str, ...] = ("test",)
+
     def finish(self, split: str) -> dict[str, float]:
         return {}
 

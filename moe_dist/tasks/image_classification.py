@@ -17,6 +17,7 @@ from moe_dist.context import Context
 from moe_dist.data.fingerprint import Source, of_arrays, of_files
 from moe_dist.data.images import ImageBatch, check_images, open_images
 from moe_dist.layer import LayerStats
+from moe_dist.measures import written
 from moe_dist.models.vision import VisionTransformer
 from moe_dist.parallel.collectives import sum_over
 from moe_dist.parallel.mesh import Layout, Mesh
@@ -151,8 +152,7 @@ class ImageClassification(OfEncoders):
     def _valid_B(self, batch: Batch) -> torch.Tensor:
         return batch.ctx.valid_T.view(-1, self.num_patches)[:, 0]
 
-    @staticmethod
-    def measures(sums: dict[str, float]) -> dict[str, float]:
+    def measures(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["nll"] / sums["images"], "accuracy": sums["correct"] / sums["images"]}
 
     def evaluation(self, split: str) -> Iterator[list[Batch]]:
@@ -161,12 +161,9 @@ class ImageClassification(OfEncoders):
         for step in range(self.splits[split].num_steps):
             yield list(self._step(reading, step, train=False))
 
-    @staticmethod
-    def shown(value: float) -> str:
-        return f"{100 * value:.2f} %"
-
     def told(self, result: dict[str, float]) -> str:
-        return f"test accuracy {self.shown(result['test/accuracy'])}    loss {result['test/loss']:.4f} nats per image"
+        accuracy = written("accuracy", result["test/accuracy"])
+        return f"test accuracy {accuracy}    loss {result['test/loss']:.4f} nats per image"
 
 
 def _of_any_classes(config: Config) -> VisionConfig:

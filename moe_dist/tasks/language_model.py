@@ -45,6 +45,7 @@ class LanguageModel:
     data_config: type = TextDataConfig
     unit: str = "words"
     headline: str = "perplexity"
+    test_splits: tuple[str, ...] = ("test",)
     from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
 
     def __init__(
@@ -148,8 +149,7 @@ class LanguageModel:
         sums = {"nll": nll, "words": batch.ctx.valid_T.sum()}
         return (nll / total + balance(self.layout, stats)).to(nll.dtype), sums, stats
 
-    @staticmethod
-    def measures(sums: dict[str, float]) -> dict[str, float]:
+    def measures(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["nll"] / sums["words"]
         return {"loss": loss, "perplexity": perplexity(loss)}
 
@@ -194,10 +194,6 @@ class LanguageModel:
     def _mine(self, micro: int) -> slice:
         mine = self.layout.my_samples(micro, self.mesh.dp.index)
         return slice(mine.start, mine.stop)
-
-    @staticmethod
-    def shown(value: float) -> str:
-        return f"{value:.2f}"
 
     def told(self, result: dict[str, float]) -> str:
         """Beside what knowing only word frequencies gives."""

@@ -19,10 +19,18 @@ from moe_dist.data.answers import Answers, best_spans, scores
 from moe_dist.data.fingerprint import Source, of_files, of_named, of_text
 from moe_dist.data.pretraining import Pretraining
 from moe_dist.data.questions import SQUAD, check_questions, open_questions
-from moe_dist.data.sentences import MOVIE_REVIEWS, MOVIE_REVIEWS_FILE, Sentences, check_sentences, open_sentences
+from moe_dist.data.sentences import (
+    MOVIE_REVIEWS,
+    MOVIE_REVIEWS_FILE,
+    SCORES,
+    Sentences,
+    check_sentences,
+    open_sentences,
+)
 from moe_dist.data.sources import check_text, open_text
 from moe_dist.data.tokens import IGNORED, Tokens
 from moe_dist.layer import LayerStats
+from moe_dist.measures import MEASURES, f1, headline, matthews, pearson, spearman, written
 from moe_dist.meter import perplexity, told_perplexity
 from moe_dist.models.text import AnswerFinder, PretrainingModel, TextClassifier
 from moe_dist.parallel.collectives import from_main, sum_over
@@ -31,6 +39,7 @@ from moe_dist.tasks.batches import Fit, OfEncoders, balance, context, meta
 
 SPLITS = ("train", "valid", "test")
 VOCABULARY_SIZE = "model.vocabulary_size"
+GLUE_MEASURES = {"glue:cola": "matthews", "glue:mrpc": "f1", "glue:qqp": "f1"}  # beside accuracy
 NUM_SPANS = 20  # of a window that are looked at for the best answers
 
 
@@ -225,8 +234,7 @@ class PretrainingTask(Texts):
         }
         return loss.to(nll.dtype), sums, stats
 
-    @staticmethod
-    def measures(sums: dict[str, float]) -> dict[str, float]:
+    def measures(self, sums: dict[str, float]) -> dict[str, float]:
         masked, texts = max(1, sums["masked"]), max(1, sums["texts"])
         loss = sums["nll"] / masked
         return {
@@ -236,18 +244,17 @@ class PretrainingTask(Texts):
             "order_accuracy": sums["order_correct"] / texts,
         }
 
-    @staticmethod
-    def shown(value: float) -> str:
-        return f"{value:.2f}"
-
     def told(self, result: dict[str, float]) -> str:
         perplexity = told_perplexity(result["test/perplexity"], result["test/loss"])
         told = f"test perplexity of masked words {perplexity}"
-        return f"{told}    order of sentences right {100 * result['test/order_accuracy']:.2f} %"
+        return f"{told}    order of sentences right {written('order_accuracy', result['test/order_accuracy'])}"
 
 
 class TextClassification(Texts):
-    """Texts, or pairs of them, to classes."""
+    """Texts, or pairs of them, to classes; or to scores, where the data has these (`sentences.SCORES`).
+
+    Measures are those of GLUE (Wang et al. 2018, Table 1), whose positive class is the second.
+    """
 
     data_config: type = SentenceDataConfig
     headline: str = "accuracy"
@@ -256,21 +263,30 @@ class TextClassification(Texts):
 
     @property
     def uniform_loss(self) -> float:
+        if self.has_scores:  # whose loss is a squared error: that of guessing 0
+            return float((self.splits["train"].label_N ** 2).mean())
         return math.log(max(2, self.model.num_classes))
 
     def open(self) -> None:
         data = self.config.data
         assert isinstance(data, SentenceDataConfig)
+        self.glue_measure = GLUE_MEASURES.get(data.sentences)
+        self.has_scores = data.sentences in SCORES
         self.classes, sentences = open_sentences(data.sentences)
         self.pairs = sentences["train"][0].text2 is not None
         source = f"data.sentences={data.sentences!r}"
-        self.fit.take_classes(len(self.classes), source)
+        if self.has_scores:
+            self.fit.take("model.num_classes", 1, f"{source} has scores, and no classes")
+        else:
+            self.fit.take_classes(len(self.classes), source)
         texts = [text for each in sentences["train"] for text in (each.text, each.text2) if text]
         self.tokens = self.tokens_for(texts, source)
         sizes = (self.model.max_tokens, self.layout.samples)
-        self.splits = {s: Sentences(sentences[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
+        self.splits = {s: Sentences(some, self.tokens, *sizes, self.seed(s)) for s, some in sentences.items()}
+        self.test_splits = tuple(split for split in sentences if split not in ("train", "valid"))
         if cut := self.splits["train"].num_cut:
             self.notes.append(f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}")
+        self.found: list[tuple[int, torch.Tensor]] = []  # in evaluation: first sample, and scores from there on
 
     def source(self) -> Source:
         assert isinstance(self.config.data, SentenceDataConfig)
@@ -290,24 +306,61 @@ class TextClassification(Texts):
     def loss(
         self, engine: Any, batch: Batch, total: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
-        """The step's loss is nll per text."""
+        """The step's loss is nll per text; with scores the squared error."""
         label_B = _shown(batch.targets[0], batch)
         logit_BC, stats = engine(batch.token_BS, batch.kind_BS, batch.ctx)
-        nll = _nll(logit_BC, label_B)
-        sums = {"nll": nll, "texts": (label_B != IGNORED).sum(), "correct": _correct(logit_BC, label_B)}
-        sums["work"] = self.work(batch)
+        valid_B = label_B != IGNORED
+        sums = {"texts": valid_B.sum(), "work": self.work(batch)}
+        if self.has_scores:
+            score_B = logit_BC[:, 0].to(torch.promote_types(logit_BC.dtype, torch.float32))
+            error_B = torch.where(valid_B, score_B - label_B.to(score_B), 0)
+            nll = error_B.square().sum()
+            if not batch.ctx.train:
+                self.found.append((batch.first, score_B.detach().double()))
+        else:
+            nll = _nll(logit_BC, label_B)
+            sums["correct"] = _correct(logit_BC, label_B)
+        if self.glue_measure:
+            said_B, is_B = valid_B & (logit_BC.argmax(1) == 1), valid_B & (label_B == 1)
+            sums["true_positive"] = (said_B & is_B).sum()
+            sums["false_positive"] = (said_B & ~is_B).sum()
+            sums["false_negative"] = (~said_B & is_B).sum()
+        sums["nll"] = nll
         return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
 
-    @staticmethod
-    def measures(sums: dict[str, float]) -> dict[str, float]:
-        return {"loss": sums["nll"] / sums["texts"], "accuracy": sums["correct"] / sums["texts"]}
+    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+        loss = {"loss": sums["nll"] / sums["texts"]}
+        if self.has_scores:
+            return loss
+        told = loss | {"accuracy": sums["correct"] / sums["texts"]}
+        right, extra, missed = (sums.get(kind, 0) for kind in ("true_positive", "false_positive", "false_negative"))
+        if self.glue_measure == "matthews":
+            told["matthews"] = matthews(right, extra, missed, sums["texts"] - right - extra - missed)
+        if self.glue_measure == "f1":
+            told["f1"] = f1(right, extra, missed)
+        return told
 
-    @staticmethod
-    def shown(value: float) -> str:
-        return f"{100 * value:.2f} %"
+    def finish(self, split: str) -> dict[str, float]:
+        """Returns the correlations of scores, which need all of them at once. A collective."""
+        if not self.has_scores:
+            return {}
+        label_N = self.splits[split].label_N
+        score_N = torch.zeros(len(label_N), dtype=torch.float64, device=self.mesh.device)
+        for first, score_B in self.found:
+            kept_b = score_B[: max(0, len(label_N) - first)]
+            score_N[first : first + len(kept_b)] = kept_b
+        self.found.clear()
+        both = sum_over(score_N, self.mesh.dp).cpu().numpy(), label_N
+        return {"pearson": pearson(*both), "spearman": spearman(*both)}
 
     def told(self, result: dict[str, float]) -> str:
-        return f"test accuracy {self.shown(result['test/accuracy'])}    loss {result['test/loss']:.4f} nats per text"
+        first = headline(result, "test")
+        names = sorted((name for name in MEASURES if f"test/{name}" in result), key=lambda name: name != first)
+        told = [f"{MEASURES[name].name} {written(name, result[f'test/{name}'])}" for name in names]
+        if "mismatched/accuracy" in result:
+            told.append(f"mismatched {written('accuracy', result['mismatched/accuracy'])}")
+        unit = "squared error" if self.has_scores else "nats"
+        return f"test {'    '.join(told)}    loss {result['test/loss']:.4f} {unit} per text"
 
 
 class QuestionAnswering(Texts):
@@ -360,12 +413,11 @@ class QuestionAnswering(Texts):
         sums = {"nll": nll, "texts": (first_B != IGNORED).sum(), "work": self.work(batch)}
         return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
 
-    @staticmethod
-    def measures(sums: dict[str, float]) -> dict[str, float]:
+    def measures(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["nll"] / max(1, sums["texts"])}
 
     def finish(self, split: str) -> dict[str, float]:
-        """Exact match and F1 of the best answers, in per cent."""
+        """Returns exact match and F1 of the best answers, as fractions. A collective."""
         answers = self.splits[split]
         windows = len(answers.window_W5)
         told_W4n = torch.zeros(windows, 4, NUM_SPANS, dtype=torch.float64, device=self.mesh.device)
@@ -376,11 +428,7 @@ class QuestionAnswering(Texts):
         score_Wn, start_Wn, end_Wn, null_Wn = sum_over(told_W4n, self.mesh.dp).cpu().unbind(1)
         best = answers.decode(score_Wn, start_Wn.long(), end_Wn.long(), null_Wn[:, 0], self.data.null_threshold)
         found = {question: texts[0][0] if texts else "" for question, texts in best.items()}
-        return scores(answers.questions, found)
-
-    @staticmethod
-    def shown(value: float) -> str:
-        return f"{value:.2f} %"
+        return {name: per_cent / 100 for name, per_cent in scores(answers.questions, found).items()}
 
     def told(self, result: dict[str, float]) -> str:
-        return f"test F1 {result['test/f1']:.2f} %    exact match {result['test/exact']:.2f} %"
+        return f"test F1 {written('f1', result['test/f1'])}    exact match {written('exact', result['test/exact'])}"

@@ -1,0 +1,134 @@
+"""Measures beside their arithmetic, and those of GLUE beside plain formulas over all predictions, on any layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import Run, tiny_sentences
+
+from moe_dist.data import sentences
+from moe_dist.data.sentences import open_sentences
+from moe_dist.evaluate import evaluate, evaluate_test
+from moe_dist.measures import f1, headline, matthews, pearson, spearman, written
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.tasks import texts
+
+
+def test_matthews_and_f1_by_hand() -> None:
+    # of 20: 6 right positives, 2 too many, 1 missed, 11 right negatives
+    # (6 x 11 - 2 x 1) / sqrt(8 x 7 x 13 x 12) = 64 / sqrt(8736) = 64 / 93.4666
+    assert matthews(6, 2, 1, 11) == pytest.approx(64 / 93.46657, rel=1e-6)
+    # the example of scikit-learn's documentation: true + + + -, said + - + +: tp 2, fp 1, fn 1, tn 0
+    assert matthews(2, 1, 1, 0) == pytest.approx(-1 / 3)
+    assert matthews(5, 0, 0, 4) == 1 and matthews(0, 5, 4, 0) == -1
+    assert matthews(7, 3, 0, 0) == 0, "one class is said of all"
+    # precision 6/8, recall 6/7: 2 x 6 / (12 + 3)
+    assert f1(6, 2, 1) == pytest.approx(0.8)
+    assert f1(0, 0, 0) == f1(0, 3, 2) == 0
+
+
+def test_correlations_by_hand() -> None:
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 6.0])
+    # deviations -1.5 -0.5 0.5 1.5 and -2 0 -1 3: 7 / sqrt(5 x 14)
+    assert pearson(x, y) == pytest.approx(7 / 70**0.5)
+    # ranks 1 2 3 4 and 1 3 2 4: 1 - 6 (0 + 1 + 1 + 0) / (4 x 15)
+    assert spearman(x, y) == pytest.approx(0.8)
+    # a tie has the mean of its ranks, 1.5 1.5 3 4: 4.5 / sqrt(5 x 4.5)
+    assert spearman(x, np.array([2.0, 2.0, 5.0, 9.0])) == pytest.approx(4.5 / 22.5**0.5)
+    assert spearman(x, -(x**3)) == pytest.approx(-1) and pearson(x, 7 * x - 2) == pytest.approx(1)
+    assert pearson(x, np.full(4, 3.0)) == spearman(np.zeros(4), x) == 0, "constant"
+
+
+def test_one_way_to_write_a_measure() -> None:
+    assert written("accuracy", 0.40625) == "40.62 %" and written("f1", 0.5) == "50.00 %"
+    assert written("matthews", -0.12345) == "-0.1235" and written("pearson", 1) == "1.0000"
+    assert written("loss", 1.2345678) == "1.235" and written("perplexity", float("inf"), ".2f") == "inf"
+    keys = ["valid/accuracy", "valid/f1", "train/accuracy", "test/loss"]
+    assert [headline(keys, split) for split in ("valid", "train", "test")] == ["f1", "accuracy", None]
+
+
+@pytest.mark.timeout(200)
+def test_measures_of_glue_are_those_of_all_predictions_on_any_layout(tmp_path: Path) -> None:
+    """37 texts of test in steps of 16: the last step has padding."""
+    words = ["good", "bad", "fine", "dull", "long"]
+    for name, label in (("two", lambda i: (i % 5 in (0, 2)) != (i % 7 == 0)), ("scores", lambda i: i % 5 + i % 3 / 2)):
+        for split, size in (("train", 60), ("validation", 20), ("test", 37)):
+            rows = [
+                {"text": f"{words[i % 5]} {words[i * i % 5]} {words[i // 5 % 5]}", "label": label(i)}
+                for i in range(size)
+            ]
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = run_distributed(measured, 1, tmp_path, 1, timeout=90)[0]
+    for two in run_distributed(measured, 2, tmp_path, 2, timeout=90):
+        for kind, (told, *_) in two.items():
+            assert told == pytest.approx(one[kind][0], rel=1e-5, abs=1e-5), kind
+    for kind in ("matthews", "f1"):
+        told, said, right = one[kind]
+        assert 0 < sum(said) < len(said) == 37, "no constant"
+        assert told["test/accuracy"] == pytest.approx(np.mean(np.equal(said, right)))
+        both = [s and r for s, r in zip(said, right, strict=True)]
+        # the correlation of zeros and ones is Matthews'; F1 = 2 |both| / (|said| + |right|)
+        expected = np.corrcoef(said, right)[0, 1] if kind == "matthews" else 2 * sum(both) / (sum(said) + sum(right))
+        assert told[f"test/{kind}"] == pytest.approx(expected, rel=1e-6)
+    told, said, right = one["scores"]
+    assert told["test/loss"] == pytest.approx(np.square(np.subtract(said, right)).mean(), rel=1e-5)
+    assert told["test/pearson"] == pytest.approx(np.corrcoef(said, right)[0, 1], rel=1e-6)
+    ranks = [[sum(v < w for v in vs) + (sum(v == w for v in vs) + 1) / 2 for w in vs] for vs in (said, right)]
+    assert told["test/spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], rel=1e-6)
+
+
+def measured(folder: Path, ep: int) -> dict[str, Any]:
+    """Measures after some steps; and of one rank the predictions one by one, with what is right."""
+    meshes.join()
+    found = {}
+    for kind in ("matthews", "f1", "scores"):
+        source = str(folder / ("scores" if kind == "scores" else "two"))
+        texts.GLUE_MEASURES = {} if kind == "scores" else {source: kind}
+        sentences.SCORES = texts.SCORES = (source,) if kind == "scores" else ()
+        sets = [f"data.sentences={source}", "batch.samples=16", "optim.lr=1e-2", f"mesh.ep={ep}"]
+        run = Run(tiny_sentences(*sets, "model.encoder.moe.capacity_factor=none")).steps(0, 12)
+        told = evaluate(run.engine, run.task, "test", run.mesh)
+        said, right = [], []
+        for (batch,) in run.task.evaluation("test"):
+            with torch.no_grad():
+                logit_BC, _ = run.engine(batch.token_BS, batch.kind_BS, batch.ctx)
+            said += (logit_BC[:, 0] if kind == "scores" else logit_BC.argmax(1)).tolist()
+            right += batch.targets[0].tolist()
+        kept = [i for i, target in enumerate(right) if target != -100]
+        found[kind] = (told, [said[i] for i in kept], [right[i] for i in kept])
+    meshes.stop()
+    return found
+
+
+def test_mnli_has_two_test_splits() -> None:
+    class Task:
+        test_splits = ("test", "mismatched")
+
+    asked = []
+
+    def told(engine: Any, task: Any, split: str, mesh: Any) -> dict[str, float]:
+        asked.append(split)
+        return {f"{split}/accuracy": 0.5}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_dist.evaluate.evaluate", told)
+        result = evaluate_test(None, Task(), None)  # type: ignore[arg-type]
+    assert result == {"test/accuracy": 0.5, "mismatched/accuracy": 0.5} and asked == ["test", "mismatched"]
+    task = object.__new__(texts.TextClassification)
+    task.has_scores = False
+    line = task.told(result | {"test/accuracy": 0.825, "test/loss": 0.5})
+    assert line == "test accuracy 82.50 %    mismatched 50.00 %    loss 0.5000 nats per text"
+
+
+@pytest.mark.parametrize("label", ['"high"', "true", "1e300", "NaN", "null"])
+def test_what_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+    source = str(tmp_path / "x.jsonl")
+    monkeypatch.setattr(sentences, "SCORES", (source,))
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 1.5}\n' + f'{{"text": "b", "label": {label}}}\n')
+    with pytest.raises(ValueError, match=r"row 2 of 'train' has label .*: a number would do"):
+        open_sentences(source)
