@@ -27,7 +27,7 @@ ports.hold()  # before torch is imported: that takes seconds, in which another p
 from moe_dist import chaos, report
 from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines
-from moe_dist.config import ChaosConfig
+from moe_dist.config import ChaosConfig, to_json
 from moe_dist.evaluate import evaluate, evaluate_test
 from moe_dist.finite import divergence
 from moe_dist.meter import Meter
@@ -74,10 +74,11 @@ def train(run: Run, folder: Path, training: Training) -> int:
     last step, 1 where it diverged or its last checkpoint could not be written."""
     config, mesh, task, engine = run.config, training.mesh, training.task, training.engine
     meter, optimizer, line, result = Meter(mesh, task, run.told["flops_per_unit"]), engine.optimizer, {}, {}
-    saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused)
+    saver = Saver(folder, engine, task, mesh, config.keep_checkpoints, config.save_in_background, run.refused,
+                  to_json(config), run.restore)  # fmt: skip
     with saver, Stop(mesh) as stop, profiled(folder, mesh, run.profile) as profile, Metrics(
         folder, asdict(config), enabled=mesh.is_main, wandb_mode=config.wandb.mode, total_steps=config.steps,
-        start_step=run.first_step, wandb_id=run.wandb_id, wandb_labels=asdict(config.wandb),
+        start_step=run.first_step, wandb_id=run.wandb_id, wandb_labels=asdict(config.wandb), restore=run.restore,
     ) as metrics:  # fmt: skip
         with mesh.record.kept(folder, config.mesh.patience, meet):
             state = {"wandb_id": metrics.wandb_id} | training.known

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,17 +22,19 @@ from pathlib import Path
 from statistics import mean
 from typing import IO, Any
 
-from moe_dist import configs
+from tqdm import tqdm
+
+from moe_dist import configs, run_folder
 from moe_dist.arguments import Parser, one_line, path_argument
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.grow import Growth
+from moe_dist.checkpoint.sealed_config import read_config
 from moe_dist.config import (
     Config,
     check,
     dotted_keys,
     fit_groups,
-    from_json,
     keys_of,
     mixture,
     override,
@@ -54,6 +57,7 @@ from moe_dist.parallel.mesh import (
     ranks_per_node,
     world_size,
 )
+from moe_dist.run_folder import FOLDERS, is_same, make_folder, open_existing, write
 from moe_dist.summary import describe, table
 from moe_dist.tasks import task_of
 
@@ -81,6 +85,8 @@ class Run:
     notes: list[str] = field(default_factory=list)  # about the config, one line each
     allow_changed_data: bool = False
     told: dict[str, Any] = field(default_factory=dict)  # the layout, of `summary.describe`
+    lock: IO[bytes] | None = None  # of the folder, on the main rank, once it is open
+    restoring: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
     def saved(self) -> dict[str, Any]:
@@ -161,9 +167,14 @@ class Run:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"{folder}: cannot be written ({there} is no folder to write to); give another --folder")
-        if (folder / "lock").exists():
-            with open(folder / "lock", "a") as lock:
-                _lock(lock, folder, self.patience)
+        try:
+            for name in FOLDERS:
+                run_folder.check_folder(folder, name)
+            if os.path.lexists(folder / "lock"):
+                with _open_lock(folder) as lock:
+                    _lock(lock, folder, self.patience)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written ({run_folder.reason(error)})") from None
 
     def _claim(self) -> Path:
         """Makes the folder this process's own for as long as it lives."""
@@ -172,20 +183,60 @@ class Run:
         if self.evaluate:
             return folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(folder / "lock", "a")  # noqa: SIM115 (the end of the process closes it)
+            make_folder(folder)
+            self.lock = _open_lock(folder)
             _lock(self.lock, folder, self.patience)
-            if self.finished:  # nothing is trained, so what was stays told
-                return folder
-            for file, text in (("config.json", to_json(self.config)), ("layout.json", json.dumps(self.told, indent=2))):
-                (folder / f"{file}.new").write_text(text)
-                (folder / f"{file}.new").rename(folder / file)
+            for name, text in self._files().items():
+                if not (self.finished and (folder / name).exists()):  # nothing is trained, so what was stays told
+                    write(folder, name, text)
         except OSError as error:
-            raise ValueError(f"{folder}: cannot be written ({error.strerror}); give another --folder") from None
+            raise ValueError(
+                f"{folder}: cannot be written ({run_folder.reason(error)}); give another --folder"
+            ) from None
         return folder
 
+    def _files(self) -> dict[str, str]:
+        """Returns by name the files of the run folder that describe the run."""
+        return {"config.json": to_json(self.config), "layout.json": json.dumps(self.told, indent=2)}
 
-def _lock(file: IO[str], folder: Path, seconds: int) -> None:
+    def restore(self) -> None:
+        """Makes the run folder again where it was removed or renamed since `open`, with a warning.
+
+        It does so on the main rank; on others it does nothing. Any thread may call it.
+
+        Raises:
+            OSError: The folder cannot be made again, or another run is using it now.
+        """
+        with self.restoring:
+            if self.lock and self.folder:
+                self._restore(self.lock, self.folder)
+
+    def _restore(self, held: IO[bytes], folder: Path) -> None:
+        missing = {name: text for name, text in self._files().items() if not (folder / name).exists()}
+        gone = list(missing)
+        if not is_same(held.fileno(), folder / "lock"):
+            make_folder(folder)
+            lock = _open_lock(folder)
+            try:
+                _lock(lock, folder, 0)
+            except ValueError as error:
+                lock.close()
+                raise OSError(str(error)) from None
+            self.lock = lock
+            held.close()
+            gone.append("lock")
+        for name, text in missing.items():
+            write(folder, name, text)
+        if gone:
+            reason = f"{', '.join(gone)} removed or renamed while it trains; written again"
+            tqdm.write(f"warning: {folder}: {reason}", file=sys.stderr)
+
+
+def _open_lock(folder: Path) -> IO[bytes]:
+    return open(open_existing(folder / "lock", os.O_RDWR | os.O_CREAT), "r+b")
+
+
+def _lock(file: IO[Any], folder: Path, seconds: int) -> None:
     """`seconds`: how long to wait for it. Some file systems of clusters have no locks."""
     for left in reversed(range(seconds + 1)):
         try:
@@ -314,18 +365,6 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def read_config(run: Path) -> Config:
-    """The config of a run folder. Raises ValueError where there is none, or it is none of ours."""
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run}: not a run folder (no config.json)")
-    try:
-        config = from_json((run / "config.json").read_text())
-        check(config)
-    except ValueError as error:
-        raise ValueError(f"{run / 'config.json'}: {error}") from None
-    return config
-
-
 def _resolve(args: argparse.Namespace) -> Run:
     if args.resume == AUTO:
         return _begin_or_go_on(args)
@@ -345,7 +384,9 @@ def _resolve(args: argparse.Namespace) -> Run:
     if earlier is None:
         config, notes = _new_config(args)
         return Run(config, read_ds_config(config), args.folder, explicit=explicit, notes=notes)
-    config = read_config(earlier)
+    config, note = read_config(earlier, explicit)
+    if note:
+        _say(f"note: {note}", sys.stderr)
     section = (mixture(config) or ("", None))[0]
     may_change = MAY_CHANGE + ((f"{section}.k", "name") if args.grow else ())
     for key in sorted(explicit):
@@ -417,7 +458,10 @@ def _begin_or_go_on(args: argparse.Namespace) -> Run:
     config, notes = _new_config(args)
     config, explicit = _fit_ep(config), keys_of(args.set)
     if manifest.found(args.folder):
-        before, from_data = read_config(args.folder), task_of(config).from_data
+        from_data = task_of(config).from_data
+        before, note = read_config(args.folder, dotted_keys(config))  # whatever config.json has, it is written again
+        if note:
+            _say(f"note: {note}", sys.stderr)
         for key in dotted_keys(config):  # name and task first: the same ones have the same fields
             kept, asked = (attrgetter(key)(each) for each in (before, config))
             if kept != asked and key in from_data and key not in explicit:

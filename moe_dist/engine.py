@@ -282,10 +282,17 @@ class Engine:
         return {key: torch.empty(self.shape(p), dtype=torch.float32) for key, p in keys}
 
     def load_dense_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        """Inverse of `dense_state`, after `updates` updates: parameters, their masters and Adam's moments."""
-        for flat in self.flat():  # as torch's fused Adam makes it at its first step
-            self.optimizer.state[flat] = {m: torch.zeros_like(flat) for m in MOMENTS}
-            self.optimizer.state[flat]["step"] = torch.tensor(float(updates), device=flat.device)
+        """Fills parameters, their masters and Adam's moments, also of an engine that has made steps.
+
+        Args:
+            state: Whole tensors, with the keys of `dense_state`.
+            updates: Number of updates after which they were saved.
+        """
+        for flat in self.flat():
+            of_flat = self.optimizer.state[flat]
+            for m in MOMENTS:  # as torch's fused Adam makes them; those that are there stay, for DeepSpeed keeps views
+                of_flat.setdefault(m, torch.zeros_like(flat))
+            of_flat["step"] = torch.tensor(float(updates), device=flat.device)
         fragment = self.deepspeed.utils
         if self.stage in (1, 2):  # lets the safe_* functions find the moments, as after a first step
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,6 +1,7 @@
 """What a user sees of a run: its curves on disk, its progress on the terminal, and wandb."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import pathlib
 import queue
 import re
 import secrets
+import shutil
 import sys
 import threading
 import time
@@ -79,17 +81,18 @@ class Metrics:
         start_step: int = 0,
         wandb_id: str | None = None,
         wandb_labels: Mapping[str, str | None] = MappingProxyType({}),
+        restore: Callable[[], None] = lambda: None,
     ) -> None:
         mode = wandb_mode_of(wandb_mode)
         self.wandb_id = wandb_id
         self._enabled = enabled
         if not enabled:
             return
+        self._restore = restore
         self._start_step, self._total_steps = start_step, total_steps
         self._run = run
         _keep_until(run, start_step)
-        descriptor = run_folder.open_existing(run / FILE_NAME, os.O_WRONLY | os.O_APPEND)
-        self._file = open(descriptor, "ab", buffering=0)  # noqa: SIM115 (close() closes it)
+        self._file = _open(run)
         self._waiting = b""  # lines that a full disk did not take
         self._wandb: _WandbThread | None = None
         if mode != "off":
@@ -135,11 +138,24 @@ class Metrics:
         """What a full disk does not take is told once, and waits for the next line: the run goes on."""
         told, self._waiting = bool(self._waiting), self._waiting + line
         try:
+            self._restore()
+            if not run_folder.is_same(self._file.fileno(), self._run / FILE_NAME):
+                self._write_again()
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not told:
-                tqdm.write(f"warning: {self._file.name}: {error.strerror}; its lines wait in memory", file=sys.stderr)
+                reason = f"{self._run / FILE_NAME}: {error.strerror or error}"
+                tqdm.write(f"warning: {reason}; its lines wait in memory", file=sys.stderr)
+
+    def _write_again(self) -> None:
+        """Writes to the run folder the lines of a file that was removed from it."""
+        self._file.seek(0)
+        with run_folder.replacing(self._run, FILE_NAME) as file:
+            shutil.copyfileobj(self._file, file)
+        removed = self._file
+        self._file = _open(self._run)
+        removed.close()
 
     def _show(self, step: int, text: str) -> None:
         """How far the run is: a live bar on a terminal, elsewhere a plain line at most every two seconds."""
@@ -240,6 +256,11 @@ def _is_told(key: str, value: Any) -> bool:
 def _is_number(value: Any) -> bool:
     """Returns whether a value is null or a number that a float can hold."""
     return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _open(run: pathlib.Path) -> io.FileIO:
+    """Opens the metrics file of a run, which exists, to read it and to append to it."""
+    return open(run_folder.open_existing(run / FILE_NAME, os.O_RDWR | os.O_APPEND), "a+b", buffering=0)
 
 
 def _keep_until(run: pathlib.Path, step: int) -> None:

@@ -184,6 +184,8 @@ class Adam(Spread):
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         self.adam.param_groups[0] |= {"lr": lr, "betas": betas, "eps": config.eps, "weight_decay": decay}
         self.master.grad = self.my_gradient.mul_(scale)
+        if state := self.adam.state[self.master]:  # of another step where a checkpoint has been loaded since
+            state["step"].fill_(step - 1)
         self.adam.step()
         self.master.grad = None
 

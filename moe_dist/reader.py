@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.manifest import newest_whole
+from moe_dist.checkpoint.sealed_config import read_config
 from moe_dist.checkpoint.whole import load_weights
-from moe_dist.cli import read_config
 from moe_dist.config import Config, LSTMConfig, TextDataConfig
 from moe_dist.context import Context
 from moe_dist.dispatch.exchange import ExpertModule, LocalExchange
@@ -63,7 +63,9 @@ def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
     """The config of a run, its model with the weights of the newest whole checkpoint, on CPU, and the state beside it.
 
     Raises ValueError for a folder without a config or checkpoint, or where the two do not fit together."""
-    config = read_config(folder)
+    config, note = read_config(folder)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     newest, refused = newest_whole(folder)
     for reason in refused.values():
         print(f"warning: {reason}. Refused; reading {newest.name}", file=sys.stderr)

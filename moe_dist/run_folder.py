@@ -91,8 +91,10 @@ def open_existing(path: Path, flags: int = os.O_RDONLY) -> int:
         flags: Flags of `os.open`. With `os.O_CREAT` a missing file is made.
 
     Raises:
-        OSError: It cannot be opened, or is a folder, a pipe or a device.
+        OSError: It cannot be opened, or is a folder, a pipe or a device, or a link where it is to be written.
     """
+    if flags & os.O_ACCMODE != os.O_RDONLY and path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path} is a link, and nothing is written through one; remove it", str(path))
     follow = 0 if flags & os.O_ACCMODE == os.O_RDONLY else os.O_NOFOLLOW
     descriptor = os.open(path, flags | follow | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -113,6 +115,12 @@ def read_json(path: Path) -> Any:
         return json.loads(read(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken ({getattr(error, 'strerror', None) or error})") from None
+
+
+def reason(error: OSError) -> str:
+    """Returns what is wrong, with the path that the error is about."""
+    text = error.strerror or str(error)
+    return text if error.filename is None or str(error.filename) in text else f"{error.filename}: {text}"
 
 
 def is_same(descriptor: int, path: Path) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.checkpoint.sharded import Saver, load
-from moe_dist.config import Config, override
+from moe_dist.config import Config, override, to_json
 from moe_dist.configs import get
 from moe_dist.engine import read_ds_config
 from moe_dist.meter import Meter
@@ -72,7 +72,7 @@ class Run:
 
     def save(self, folder: Path, step: int, state: dict[str, Any] | None = None) -> None:
         """A checkpoint in the run folder `folder`."""
-        Saver(folder, self.engine, self.task, self.mesh).save(step, state or {})
+        Saver(folder, self.engine, self.task, self.mesh, config=to_json(self.config)).save(step, state or {})
 
     def load(self, folder: Path) -> None:
         """The newest whole one of it."""

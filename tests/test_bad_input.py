@@ -14,7 +14,9 @@ import pytest
 from processes import check_one_line, check_plan, end, ranks, set_, start
 from runs import TINY, tiny
 
+from experiments.hostile import seal
 from moe_dist import cli, configs, engine
+from moe_dist.checkpoint import manifest
 from moe_dist.cli import Run, result_lines
 from moe_dist.config import override
 from moe_dist.parallel import ports
@@ -231,12 +233,20 @@ def test_a_rank_that_never_comes(rank: int) -> None:
     check_one_line(stderr if rank == 0 else stderr.splitlines()[-1], says)  # torch adds a stack of its own
 
 
+def without_copies(run: Path) -> Path:
+    """Removes the copies of the config that checkpoints keep, and returns the config's own path."""
+    for checkpoint in manifest.checkpoints(run):
+        (checkpoint / "config.json").unlink()
+        seal(checkpoint)
+    return run / "config.json"
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda run: (run / "config.json").write_text("{broken"), "config.json: "),
-        (lambda run: (run / "config.json").write_text("[]"), "expected an object"),
+        (lambda run: without_copies(run).write_text("{broken"), "config.json: "),
+        (lambda run: without_copies(run).write_text("[]"), "expected an object"),
         (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl line 1 has no step"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint to go on from"),
     ],

@@ -299,8 +299,8 @@ def test_context_is_cut_on_both_sides_and_lined_up() -> None:
         ("flat", ["--specialisation", "--of", "missing.txt"], "missing.txt"),
         ("dense", ["--prompt", "And", "--experts"], "no experts (model.middle='ffn')"),
         ("dense", ["--specialisation"], "no experts"),
-        ("other", [], "embedding.weight' is (300, 16) and (300, 24) by config.json"),
-        ("deeper", [], "no tensor 'middle.inner_FF.1'"),
+        ("other", [], "model.dim=24, not 16"),
+        ("deeper", [], "model.ffn_layers=3, not 2"),
     ],
 )
 def test_a_mistake_is_one_line(

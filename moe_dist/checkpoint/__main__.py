@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_dist.arguments import Parser, one_line, path_argument
 from moe_dist.checkpoint import manifest
+from moe_dist.checkpoint.sealed_config import read_config
 from moe_dist.checkpoint.whole import export, inspect
 
 
@@ -46,6 +47,9 @@ def main(argv: list[str]) -> int:
             told = inspect(checkpoint)
             print(json.dumps(told) if args.json else _table(told))
         else:
+            if in_run:
+                _, note = read_config(args.path)
+                print(f"note: {note}\n" if note else "", end="", file=sys.stderr)
             print(f"{checkpoint} -> {args.file}: {export(checkpoint, args.file):,} parameters")
     except (ValueError, OSError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)

@@ -9,30 +9,37 @@ layout is in them.
                               task/lstm0.h and so on                                  row i belongs to global lane i
         state.json            step, updates (steps not skipped), norm of the last one, wandb run id, and what the task
                               knows of its data: vocabulary or tokens, classes; and a fingerprint of the data
+        config.json           the run's config (sealed_config.py)
         manifest.sha256       checksums of them all (manifest.py)
 """
 
-import json
-from math import prod
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+
+from moe_dist.checkpoint.manifest import STATE, STEPS
+from moe_dist.parallel.collectives import Group, from_all
+from moe_dist.run_folder import read_json
 
 KINDS = ("dense", "experts", "gates", "rows")  # of a parameter; its name is in a checkpoint once
 OF_TASKS = ("vocabulary", "tokens", "classes", "pairs")  # in state.json
 MOST = 2**53  # of a number in state.json: what a float holds
 ENDINGS = (".exp_avg", ".exp_avg_sq", ".row", ".column", ".updates")  # of what is an optimizer's, not a weight
+NOT_NEGATIVE = (".exp_avg_sq", ".row", ".column", ".updates")  # means of squares, and a count
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `Saver.save` was given, with step, updates and the last norm. Raises ValueError for a broken file."""
-    path = checkpoint / "state.json"
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken ({error})") from None
+    """Returns what `Saver.save` was given, with step, updates and the last norm.
+
+    Raises:
+        ValueError: The file is broken, or of another step than the one that the checkpoint's folder is named after.
+    """
+    path = checkpoint / STATE
+    state = read_json(path)
     needed = {"step": int, "updates": int, "previous_norm": float}
     if (
         not isinstance(state, dict)
@@ -40,12 +47,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         or state["updates"] > state["step"]
     ):
         raise ValueError(f"{path}: broken (no {', '.join(needed)} that could be)")
+    name = checkpoint.name
+    if fnmatchcase(name, STEPS) and name != f"step_{state['step']:08d}":
+        raise ValueError(f"{path}: of step {state['step']}, in a folder that is named {name}; rename the right one")
     return state
 
 
 def kept_tensors(checkpoint: Path) -> dict[str, Any]:
-    """Tensors by name, of which only the heads of files are read. Raises ValueError for a file that is not whole, and
-    for parts that do not make a whole tensor."""
+    """Returns the metadata of all tensors by name, for which only the heads of files are read.
+
+    Raises:
+        ValueError: A file is not whole, or the parts of a tensor overlap or do not make a whole one.
+    """
     try:
         kept: Any = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except Exception as error:  # whatever a foreign file leads torch's reader to
@@ -53,16 +66,72 @@ def kept_tensors(checkpoint: Path) -> dict[str, Any]:
     for key, tensor in kept.items():
         if key.partition("/")[0] not in (*KINDS, "task"):
             raise ValueError(f"{checkpoint}: {key!r} is none of {', '.join(KINDS)} or task")
-        offsets = [offset for part in tensor.chunks for offset in part.offsets]
-        numbers, there = prod(tensor.size), sum(prod(part.sizes) for part in tensor.chunks)
-        if min(offsets, default=0) < 0 or numbers != there:
+        if not _is_whole(tensor):
             raise ValueError(f"{checkpoint}: {key!r} has not all of its parts, or some twice")
     return kept
 
 
+def _is_whole(tensor: Any) -> bool:
+    """Returns whether the parts lie one after the other along the first dimension, from its start to its end."""
+    first, *others = tensor.size or (1,)
+    end = 0
+    for part in sorted(tensor.chunks, key=lambda part: (part.offsets, part.sizes)):
+        start, *starts = part.offsets or (end,)
+        size, *sizes = part.sizes or (1,)
+        if start != end or any(starts) or sizes != others:
+            return False
+        end += size
+    return end == first
+
+
 def check_shape(checkpoint: Path, kept: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for a tensor that the checkpoint does not have, or has in another shape."""
     if key not in kept:
         raise ValueError(f"{checkpoint}: no tensor {key!r}; is config.json that of this run, and every shard there?")
     shape, expected = tuple(kept[key].size), tuple(tensor.shape)
     if shape != expected:
         raise ValueError(f"{checkpoint}: {key!r} is {shape} and {expected} by config.json; is it that of this run?")
+
+
+def check_values(checkpoint: Path, wanted: dict[str, torch.Tensor], group: Group | None = None) -> None:
+    """Reads all parts of some tensors once, before anything is filled with them.
+
+    Args:
+        checkpoint: The checkpoint.
+        wanted: By name, tensors of the dtypes that are needed. A task's may be floats of another width: its activations
+            follow the precision of the run.
+        group: Ranks that share the reading; then a collective.
+
+    Raises:
+        ValueError: On every rank, naming the tensor: one has another dtype, is not finite, or is negative where it is a
+            mean of squares.
+    """
+    size, index = (group.size(), group.rank()) if group else (1, 0)
+    wrong: list[str] = []
+    for path in sorted(checkpoint.glob("*.safetensors"))[index::size]:
+        try:
+            with safe_open(path, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (it is no dict)
+                    if key in wanted and (reason := _unfit(opened.get_tensor(key), key, wanted[key].dtype)):
+                        wrong.append(f"{key!r} {reason}")
+        except Exception as error:  # whatever a foreign file leads the library to
+            wrong.append(f"{path.name} is broken or foreign ({error!r})")
+    found = from_all(wrong, group) if group else [wrong]
+    if all_wrong := [each for of_rank in found for each in of_rank]:
+        more = f", and {len(all_wrong) - 1} more are unfit" if all_wrong[1:] else ""
+        raise ValueError(f"{checkpoint}: {all_wrong[0]}{more}; go on from another checkpoint")
+
+
+def _unfit(tensor: torch.Tensor, key: str, dtype: torch.dtype) -> str:
+    """Returns why a tensor cannot be taken, empty where it can."""
+    alike = key.startswith("task/") and tensor.is_floating_point() and dtype.is_floating_point
+    if tensor.dtype != dtype and not alike:
+        return f"is {tensor.dtype} and must be {dtype}"
+    if not is_finite(tensor):
+        return "holds NaN or infinity"
+    return "holds negative numbers" if key.endswith(NOT_NEGATIVE) and (tensor < 0).any() else ""
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Returns whether no number of a tensor is NaN or infinite."""
+    return bool(torch.isfinite(tensor).all())

@@ -10,26 +10,28 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Container
 from pathlib import Path
 
+from moe_dist import run_folder
 from moe_dist.parallel.collectives import Group, from_all, from_main
+from moe_dist.run_folder import PARTIAL, open_existing, read, write
 
 NAME = "manifest.sha256"
 STATE = "state.json"
+CONFIG = "config.json"  # a copy of the run's; older versions saved none
 LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 STEPS = "step_" + "[0-9]" * 8
-PARTIAL = "partial_"  # begins the name of a checkpoint that is being written, or removed
+FOLDER = "checkpoints"
 
 
 def folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:08d}"
+    return run / FOLDER / f"step_{step:08d}"
 
 
 def found(run: Path) -> list[Path]:
     """Checkpoints of a run, the oldest first, whole or not."""
-    return sorted((run / "checkpoints").glob(STEPS))
+    return sorted((run / FOLDER).glob(STEPS))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -92,16 +94,24 @@ def _read(checkpoint: Path) -> dict[str, str]:
     """Checksums by name of file. Raises ValueError or OSError for a manifest that is not as it was written."""
     if not (checkpoint / NAME).is_file():
         raise ValueError(f"{NAME} is missing")
-    *lines, rest = (checkpoint / NAME).read_text(errors="replace").split("\n")
-    read = [LINE.fullmatch(line) for line in lines]
-    if rest or not all(read):
+    *lines, rest = read(checkpoint / NAME).decode(errors="replace").split("\n")
+    matches = [LINE.fullmatch(line) for line in lines]
+    if rest or not all(matches):
         raise ValueError(f"{NAME} is altered or torn")
-    return {line[2]: line[1] for line in read if line}
+    return {match[2]: match[1] for match in matches if match}
 
 
 def checksum(path: Path) -> str:
-    with path.open("rb") as file:
+    with open(open_existing(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_intact(checkpoint: Path, name: str) -> bool:
+    """Returns whether the manifest has this file, which is as it was written; the others are not looked at."""
+    try:
+        return _read(checkpoint).get(name) == checksum(checkpoint / name)
+    except (OSError, ValueError):
+        return False
 
 
 def seal(partial: Path, mine: list[Path], final: Path, group: Group) -> None:
@@ -119,11 +129,11 @@ def seal(partial: Path, mine: list[Path], final: Path, group: Group) -> None:
             if isinstance(of_rank, OSError):
                 raise of_rank
         lines = [f"{sum_}  {name}\n" for of_rank in told for name, sum_ in of_rank.items()]  # type: ignore[union-attr]
-        (partial / NAME).write_text("".join(lines))
-        for path in (partial / STATE, partial / NAME, partial):  # shards have been written through
+        write(partial, NAME, "".join(lines))
+        small = [path for path in mine if path.suffix == ".json"]  # shards have been written through
+        for path in (*small, partial / NAME, partial):
             _write_through(path)
-        if final.exists():  # refused, since the run went on from an earlier one
-            remove(final)
+        remove(final)  # refused, where there is one, since the run went on from an earlier one
         partial.rename(final)
 
     from_main(end, group)
@@ -137,17 +147,20 @@ def prune(run: Path, keep: int, refused: Container[Path]) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Never seen half removed."""
-    gone = checkpoint.with_name(f"{PARTIAL}old_{checkpoint.name}")
-    shutil.rmtree(gone, ignore_errors=True)
-    checkpoint.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    """Removes a checkpoint, if it exists; it is never seen half removed. Raises OSError where it cannot be moved."""
+    run, gone = checkpoint.parent.parent, f"{FOLDER}/{PARTIAL}old_{checkpoint.name}"
+    run_folder.remove(run, gone)
+    if os.path.lexists(checkpoint):
+        checkpoint.rename(run / gone)
+        with contextlib.suppress(OSError):  # a file that is in use; the next start will do
+            run_folder.remove(run, gone)
 
 
 def sweep(run: Path) -> None:
     """Removes what killed runs left half written or half removed."""
-    for partial in (run / "checkpoints").glob(f"{PARTIAL}*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for partial in (run / FOLDER).glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            run_folder.remove(run, f"{FOLDER}/{partial.name}")
 
 
 def _write_through(path: Path) -> None:

@@ -4,10 +4,10 @@ torch.distributed.checkpoint does it, in safetensors: nothing in them is ever ex
 and renamed when whole.
 """
 
+import contextlib
 import json
-import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +20,14 @@ from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.contents import ENDINGS, check_shape, kept_tensors, read_state
+from moe_dist.checkpoint.contents import ENDINGS, check_shape, check_values, is_finite, kept_tensors, read_state
 from moe_dist.checkpoint.grow import Growth
 from moe_dist.engine import Engine
 from moe_dist.optim import Optimizer
 from moe_dist.outside import Spread
-from moe_dist.parallel.collectives import from_main
+from moe_dist.parallel.collectives import Group, from_all, from_main
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.run_folder import PARTIAL, make_folder, remove, write
 
 LEAVE_SECONDS = 60  # that an end by Ctrl-C or an exception waits for a checkpoint in the background
 
@@ -44,10 +45,25 @@ class Saver:
         keep: int = 1,
         in_background: bool = False,
         refused: Iterable[Path] = (),
+        config: str | None = None,
+        restore: Callable[[], None] = lambda: None,
     ) -> None:
-        """`keep`: checkpoints that stay, not counting those `refused`. `in_background`: training goes on with a copy of
-        the state, in the memory of the host, being written."""
+        """Removes what killed runs left half written.
+
+        Args:
+            run: The run folder.
+            engine: Parameters and optimizer.
+            task: An object with `save_state`, a `tasks.Task`.
+            mesh: The ranks, all of which save together.
+            keep: Checkpoints that stay, not counting those `refused`.
+            in_background: Training goes on while a copy of the state, in the memory of the host, is being written.
+            refused: Checkpoints that are never removed to make room.
+            config: The run's config (JSON), of which each checkpoint keeps a copy.
+            restore: Is called on the main rank before anything is written; makes the run folder again where it has been
+                removed, or raises OSError.
+        """
         self.run, self.engine, self.task, self.mesh = run, engine, task, mesh
+        self.config, self.restore = config, restore
         self.keep, self.in_background, self.refused = keep, in_background, set(refused)
         self.failed = False  # the last one
         self._thread = ThreadPoolExecutor(1)
@@ -106,23 +122,28 @@ class Saver:
 
     def _write(self, final: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """A collective, in a thread and a group of ranks of its own. Raises OSError on every rank."""
-        group, partial = self.mesh.files, final.with_name(f"{manifest.PARTIAL}{final.name}")
+        group, partial = self.mesh.files, final.with_name(f"{PARTIAL}{final.name}")
+        name = f"{manifest.FOLDER}/{partial.name}"
+        texts = {manifest.STATE: json.dumps(state)} | ({manifest.CONFIG: self.config} if self.config else {})
 
         def begin() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / manifest.STATE).write_text(json.dumps(state))
+            self.restore()
+            remove(self.run, name)
+            make_folder(self.run, name)
+            for file, text in texts.items():
+                write(partial, file, text)
 
         try:
+            _check_finite(tensors, group)
             from_main(begin, group)
             writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group)
             self.mesh.record.enter("save")
             mine = sorted(partial.glob(f"shard-{self.mesh.dp.index + 1:05d}-*"))
-            mine += [partial / manifest.STATE] if self.mesh.is_main else []
+            mine += [partial / file for file in texts] if self.mesh.is_main else []
             manifest.seal(partial, mine, final, group)
         except (OSError, dcp.CheckpointException) as error:  # of every rank, though one alone may have failed
-            from_main(lambda: shutil.rmtree(partial, ignore_errors=True), group)
+            from_main(lambda: _try_to_remove(self.run, name), group)
             reasons = [f[0] for f in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
             if not all(isinstance(reason, OSError | SafetensorError) for reason in reasons):
                 raise  # no fault of a disk
@@ -135,10 +156,13 @@ class Saver:
 def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth | None = None) -> None:
     """Fills parameters, masters, optimizer state and the task's state, on any layout. A collective.
 
-    Raises ValueError, naming the tensor, for one that is missing or has another shape, and for a broken file.
+    The engine may have made steps: nothing of them is left.
+
+    Raises:
+        ValueError: On every rank, before anything is filled: a file is broken, or a tensor, which is named, is missing,
+            overlaps, is not finite or has another shape or dtype.
     """
     optimizer, state = engine.optimizer, read_state(checkpoint)
-    optimizer.updates, optimizer.previous_norm = state["updates"], state["previous_norm"]
     spread = _spread_tensors(optimizer)
     outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
     on_cpu = {key: t.cpu() for key, t in outside.items()}  # the tensor itself where it is there already
@@ -155,6 +179,7 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
     smaller = {key: t for key, t in made.items() if t is not None}
     for key, tensor in (tensors | smaller).items():
         check_shape(checkpoint, kept, key, tensor)
+    check_values(checkpoint, tensors, mesh.files)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     dcp.load(tensors | smaller, storage_reader=reader, process_group=mesh.files)
     for key, t in smaller.items():
@@ -163,16 +188,28 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
         growth.fill(tensors[key], t, mine, key, perturb=not key.endswith(ENDINGS))
     for key, t in outside.items():
         t.copy_(on_cpu[key])
+    optimizer.updates = state["updates"]
+    optimizer.previous_norm = state["previous_norm"]
     engine.load_dense_state(dense, optimizer.updates)
     optimizer.round_masters()
     task.load_state(task_state)
 
 
 def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()) -> tuple[int, list[str]]:
-    """Takes the weights that a checkpoint has by name and in the whole shape, on any layout, and begins anew in all
-    else; returns how many, and the names of the others. `new`: beginnings of names that are never taken. A collective.
+    """Takes the weights that a checkpoint has by name and in the whole shape, on any layout. A collective.
 
-    Raises ValueError where there is none to take, and for a broken file.
+    Args:
+        checkpoint: The checkpoint.
+        engine: A new engine; what is not taken stays as it is.
+        mesh: The ranks.
+        new: Beginnings of names that are never taken.
+
+    Returns:
+        The number of weights that were taken, and the names of the others.
+
+    Raises:
+        ValueError: On every rank, before anything is filled: a file is broken, there is no weight to take, or one,
+            which is named, overlaps, is not finite or has another dtype.
     """
     optimizer = engine.optimizer
     spread = _spread_tensors(optimizer)
@@ -190,12 +227,26 @@ def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...
     }
     if not taken:
         raise ValueError(f"{checkpoint}: no weight has the name and the shape of one of this model's")
+    check_values(checkpoint, taken, mesh.files)
     dcp.load(taken, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), process_group=mesh.files)
     for key, t in outside.items():
         t.copy_(on_cpu[key])
     engine.load_dense_state({key.removeprefix("dense/"): t for key, t in dense.items()}, optimizer.updates)
     optimizer.round_masters()
     return len(taken), [key.partition("/")[2] for key in weights if key not in taken]
+
+
+def _check_finite(tensors: dict[str, Any], group: Group) -> None:
+    """Raises OSError, on every rank, for a tensor that is not finite: nothing could go on from it. A collective."""
+    mine = [key for key, t in tensors.items() if not is_finite(t.to_local() if isinstance(t, DTensor) else t)]
+    if wrong := sorted({key for of_rank in from_all(mine, group) for key in of_rank}):
+        more = f", as do {len(wrong) - 1} more" if wrong[1:] else ""
+        raise OSError(f"{wrong[0]!r} holds NaN or infinity{more}")
+
+
+def _try_to_remove(run: Path, name: str) -> None:
+    with contextlib.suppress(OSError):
+        remove(run, name)
 
 
 def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, Spread]]:

@@ -13,13 +13,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.contents import ENDINGS, KINDS, OF_TASKS, check_shape, kept_tensors, read_state
+from moe_dist.checkpoint.contents import ENDINGS, KINDS, OF_TASKS, check_shape, check_values, kept_tensors, read_state
+from moe_dist.run_folder import PARTIAL, read
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fills the parameters of a plain whole model in place, in one process and without a mesh, whichever of the kinds
-    each is kept as. Raises ValueError, naming the parameter, for one that is missing or has another shape, and for a
-    broken file."""
+    """Fills the parameters of a plain whole model in place, in one process and without a mesh.
+
+    A parameter is found whichever of the kinds it is kept as.
+
+    Raises:
+        ValueError: A file is broken, or a parameter, which is named, is missing, overlaps, is not finite or has another
+            shape or dtype.
+    """
     kept, tensors = kept_tensors(checkpoint), {}
     for name, p in model.named_parameters():
         key = next((key for kind in KINDS if (key := f"{kind}/{name}") in kept), name)
@@ -29,7 +35,8 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills whole tensors in place, in one process."""
+    """Fills whole tensors in place, in one process. Raises ValueError, naming the tensor, for values that are unfit."""
+    check_values(checkpoint, tensors)
     with warnings.catch_warnings():  # torch warns that one process is all, which was asked for
         warnings.simplefilter("ignore", UserWarning)
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
@@ -69,10 +76,12 @@ def export(checkpoint: Path, file: Path) -> int:
     _read(checkpoint, tensors)
     state = read_state(checkpoint)
     metadata = {"step": str(told["step"])} | {key: json.dumps(state[key]) for key in OF_TASKS if key in state}
-    config = checkpoint.resolve().parent.parent / "config.json"
-    metadata |= {"config": config.read_text()} if config.is_file() else {}
-    partial = file.with_name(f"{manifest.PARTIAL}{file.name}")
+    copy = checkpoint / manifest.CONFIG  # of older versions that of the run
+    config = copy if copy.is_file() else checkpoint.resolve().parent.parent / manifest.CONFIG
+    metadata |= {"config": read(config).decode(errors="replace")} if config.is_file() else {}
+    partial = file.with_name(f"{PARTIAL}{file.name}")
     try:
+        partial.unlink(missing_ok=True)
         save_file({key.partition("/")[2]: t for key, t in tensors.items()}, partial, metadata)
         umask = os.umask(0)
         os.umask(umask)

@@ -94,8 +94,7 @@ class Record:
             path = self._path(self.rank)
             if os.path.lexists(path):  # from the last start
                 path.replace(path.with_suffix(".before"))
-            self.file = open_existing(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            os.write(self.file, (b" " * (WIDTH - 1) + b"\n") * (LINES + 1))  # room, before a disk may be full
+            self.file = self._new_file()
         except OSError as error:
             print(f"warning: {self.folder}: {error.strerror}; calls are not recorded", file=sys.stderr, flush=True)
             self.file = None
@@ -185,6 +184,22 @@ class Record:
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank{rank:05d}.txt"
 
+    def _new_file(self) -> int:
+        """Makes this rank's file and returns its descriptor."""
+        make_folder(self.folder.parent, FOLDER)
+        file = open_existing(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.write(file, (b" " * (WIDTH - 1) + b"\n") * (LINES + 1))  # room, before a disk may be full
+        return file
+
+    def _restore(self) -> None:
+        """Makes the file again where the run folder was removed and has been made again."""
+        assert self.file is not None
+        if self.folder.parent.is_dir() and not os.path.lexists(self._path(self.rank)):
+            with contextlib.suppress(OSError):
+                file = self._new_file()
+                os.dup2(file, self.file)  # in its place, for other threads write to it
+                os.close(file)
+
     def _write(self, call: Call, state: str) -> None:
         rows = "" if call.send_P is None or call.receive_P is None else (
             f", {sum(call.send_P)} rows out, {sum(call.receive_P)} in"
@@ -209,6 +224,7 @@ class Record:
         warned: Any = None
         seen: dict[int, Line | None] = {}  # when it warned
         while not end.wait(BEAT):
+            self._restore()
             self._write_first_line()
             for call in list(self.open.values()):
                 self._close(call)

@@ -1,0 +1,268 @@
+"""Run folders that are damaged or come from someone else: each is read, or refused with one line.
+
+    .venv/bin/python experiments/hostile.py                  seeds 0 to 1000, some minutes; status 1 where one is off
+    .venv/bin/python experiments/hostile.py --first 17 --last 18
+
+A seed makes one folder: a whole one with a link, a pipe, a folder for a file or the reverse, or with damage to its
+texts, or to a checkpoint that is sealed again. It is planned to go on and to be evaluated, claimed, written to, read,
+exported and drawn. It is off where an exception is raised that is not a user's mistake, where something outside the
+folder changes, or where it takes 60 seconds. `tests/test_hostile.py` runs some seeds, `damaged_files.py` is for data.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from moe_dist import cli, report
+from moe_dist.checkpoint import __main__ as command
+from moe_dist.checkpoint import manifest
+from moe_dist.config import from_json
+from moe_dist.metrics import Metrics
+from moe_dist.parallel.record import Record
+from moe_dist.reader import open_run
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60
+NAMES = ("config.json", "layout.json", "metrics.jsonl", "lock", "report", "report.html", "checkpoints", "wandb",
+         "calls", "profile", "partial_config.json", "report/loss.png", "checkpoints/partial_step_00000003")  # fmt: skip
+INNER = ("state.json", "config.json", "manifest.sha256", "shard")
+JSON = ("[" * 100_000, '{"a":' * 5_000, "9" * 400, '{"step": 1e999, "name": "\\ud800"}', '"\\ud800"', "\x00\xff", "[]")
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Returns what is in a folder, links not followed."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+def seal(checkpoint: Path) -> None:
+    """Writes a manifest of the files that are there now, as a stranger would."""
+    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file() and path.name != manifest.NAME)
+    lines = [f"{manifest.checksum(checkpoint / name)}  {name}\n" for name in names]
+    (checkpoint / manifest.NAME).write_text("".join(lines))
+
+
+def _clear(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _any_file(run: Path, chance: random.Random) -> Path:
+    """Of the run folder or its newest checkpoint."""
+    newest = manifest.found(run)[-1]
+    name = chance.choice([*NAMES, *INNER])
+    if name == "shard":
+        return next(newest.glob("*.safetensors"))
+    return newest / name if name in INNER and chance.random() < 0.7 else run / name
+
+
+def link(run: Path, outside: Path, chance: random.Random) -> str:
+    path = _any_file(run, chance)
+    _clear(path)
+    path.symlink_to(outside / chance.choice(["victim", "missing", "."]))
+    return f"link {path}"
+
+
+def pipe(run: Path, outside: Path, chance: random.Random) -> str:
+    path = _any_file(run, chance)
+    _clear(path)
+    os.mkfifo(path)
+    return f"pipe {path}"
+
+
+def swap(run: Path, outside: Path, chance: random.Random) -> str:
+    """A folder in place of a file, or the reverse."""
+    path = _any_file(run, chance)
+    folder = path.is_dir()
+    _clear(path)
+    if folder:
+        path.write_text("no folder")
+    else:
+        path.mkdir()
+    return f"swap {path}"
+
+
+def text(run: Path, outside: Path, chance: random.Random) -> str:
+    path = run / chance.choice(["config.json", "layout.json", "metrics.jsonl"])
+    written = chance.choice(JSON)
+    path.write_bytes(written.encode(errors="surrogatepass") + b"\n")
+    return f"{path}: {written[:30]!r}"
+
+
+def state(run: Path, outside: Path, chance: random.Random) -> str:
+    """Of a sealed checkpoint."""
+    checkpoint = manifest.found(run)[-1]
+    path = checkpoint / chance.choice(["state.json", "config.json"])
+    value: Any = chance.choice([*JSON, "step", "vocabulary"])
+    if value in ("step", "vocabulary"):
+        value = json.dumps(json.loads(path.read_text()) | {value: chance.choice([-1, 7, "\ud800", None, [1], 10**400])})
+    path.write_bytes(value.encode(errors="surrogatepass"))
+    seal(checkpoint)
+    return f"{path}: {value[:30]!r}"
+
+
+def tensor(run: Path, outside: Path, chance: random.Random) -> str:
+    """Of a sealed checkpoint: a value, a dtype, a shape, a place, or bytes of the file."""
+    checkpoint = manifest.found(run)[-1]
+    shard = next(checkpoint.glob("*.safetensors"))
+    with safe_open(shard, "pt") as opened:
+        metadata = opened.metadata()
+    tensors, places = load_file(shard), json.loads(metadata["DCP_SHARDING_INFO"])
+    name = chance.choice(sorted(key for key in tensors if tensors[key].dim() and tensors[key].is_floating_point()))
+    how = chance.choice(["nan", "dtype", "shape", "place", "bytes", "twice"])
+    if how == "nan":
+        tensors[name].view(-1)[0] = torch.nan
+    elif how == "dtype":
+        tensors[name] = tensors[name].to(chance.choice([torch.float64, torch.int8, torch.bfloat16]))
+    elif how == "shape":
+        tensors[name] = tensors[name][..., :1].contiguous()
+    elif how == "place":
+        places[name]["saved_offsets"] = chance.choice([[10**15], "x", [-1, 0], [None], {}, [1] * 9])
+    elif how == "twice":
+        shutil.copy(shard, checkpoint / "shard-2.safetensors")
+    save_file(tensors, shard, metadata | {"DCP_SHARDING_INFO": json.dumps(places)})
+    if how == "bytes":
+        data = bytearray(shard.read_bytes())
+        for _ in range(20):
+            data[chance.randrange(len(data) // 8)] = chance.randrange(256)
+        shard.write_bytes(data)
+    seal(checkpoint)
+    return f"{how} of {name}"
+
+
+SPOILS: list[Callable[[Path, Path, random.Random], str]] = [link, pipe, swap, text, state, tensor]
+
+
+def try_all(seed: int, run: Path, draws: bool = False) -> str:
+    """Damages a run folder as the seed has it, and uses it in every way.
+
+    Args:
+        seed: The seed.
+        run: A whole run folder, beside which a folder `outside` is made.
+        draws: The report is drawn, too, which takes a second.
+
+    Returns:
+        The damage, and everything that was printed.
+
+    Raises:
+        AssertionError: Something outside the run folder changed, or an error is more than one line.
+        Exception: Any that is not a user's mistake.
+    """
+    outside = run.parent / "outside"
+    outside.mkdir()
+    (outside / "victim").write_text("precious")
+    config = from_json((run / "config.json").read_text())
+    told = SPOILS[seed % len(SPOILS)](run, outside, random.Random(seed))
+    before = contents(outside)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        for args in (["--resume", str(run), "--set", "steps=9"], ["--evaluate", str(run)]):
+            errors = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(errors):
+                    cli.plan(args, None)
+            except SystemExit as exit_:
+                lines = [line for line in errors.getvalue().splitlines() if not line.startswith("note: ")]
+                assert exit_.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (told, lines)
+        with contextlib.suppress(ValueError, OSError):
+            _write(cli.Run(config, {}, run))
+        with contextlib.suppress(ValueError):
+            open_run(run)
+        for args in (["inspect", str(run)], ["export", str(run), str(run / "exported.safetensors")]):
+            assert command.main(args) in (0, 2), told
+        if draws:
+            report.try_to_write_all(run)
+    assert contents(outside) == before, told
+    assert "Traceback" not in printed.getvalue(), told
+    return f"{told}\n{printed.getvalue()}"
+
+
+def _write(run: cli.Run) -> None:
+    """Writes what a run writes that goes on, but for a checkpoint."""
+    folder = run._claim()
+    try:
+        manifest.sweep(folder)
+        with Record().kept(folder, 60.0), Metrics(
+            folder, {}, enabled=True, wandb_mode="off", total_steps=9, start_step=2, restore=run.restore
+        ) as metrics:  # fmt: skip
+            metrics.log(3, {"train/loss": 1.0})
+        for checkpoint in manifest.found(folder):
+            manifest.remove(checkpoint)
+            break
+    finally:
+        assert run.lock
+        run.lock.close()
+
+
+def whole_run(folder: Path) -> Path:
+    """Trains a small model for two steps, and returns its run folder."""
+    lines = [f"{i} and so on, and on to {i * i}, then {i % 7} is the end of it" for i in range(600)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    sets = [
+        "steps=2", "save_every=1", "log_every=1", "report=false", "wandb.mode=off", "compare=none", "model.dim=16",
+        "data.vocabulary_size=50", "model.moe.num_experts=8", "model.moe.k=2", "model.moe.hidden=24", "batch.samples=8",
+        "batch.timesteps=6", "batch.samples_per_balance_group=4", f"data.text={folder / 'text.txt'}",
+    ]  # fmt: skip
+    options = [part for each in sets for part in ("--set", each)]
+    program = [sys.executable, str(ROOT / "train.py"), "lstm_moe_demo", "--folder", str(folder / "whole"), *options]
+    subprocess.run(program, check=True, capture_output=True)
+    return folder / "whole"
+
+
+class TooLongError(BaseException):
+    """No handler of the program's takes it for an error of its own."""
+
+
+def _too_long(*_: Any) -> None:
+    raise TooLongError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--last", type=int, default=1000)
+    parser.add_argument("--draw", type=int, default=10, help="draws the report of every so many folders")
+    args = parser.parse_args()
+    signal.signal(signal.SIGALRM, _too_long)
+    off = 0
+    with tempfile.TemporaryDirectory() as folder:
+        whole = whole_run(Path(folder))
+        for seed in range(args.first, args.last):
+            place = Path(folder) / str(seed)
+            run = Path(shutil.copytree(whole, place / "run"))
+            signal.alarm(SECONDS)
+            try:
+                try_all(seed, run, seed % args.draw == 0)
+            except (Exception, TooLongError) as error:
+                off += 1
+                print(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            finally:
+                signal.alarm(0)
+            shutil.rmtree(place)
+    print(f"{args.last - args.first} folders, {off} off")
+    sys.exit(off > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Run folders that are damaged or come from someone else: one line, nothing outside them touched, no hang."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from processes import check_one_line, check_plan, set_
+from runs import Run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from experiments.hostile import contents, seal, try_all
+from moe_dist import cli, pictures, report, run_folder
+from moe_dist.checkpoint import __main__ as command
+from moe_dist.checkpoint import manifest
+from moe_dist.checkpoint.contents import kept_tensors, read_state
+from moe_dist.checkpoint.sealed_config import read_config
+from moe_dist.checkpoint.sharded import Saver, begin_from, load
+from moe_dist.checkpoint.whole import load_weights
+from moe_dist.config import from_json, override, to_json
+from moe_dist.metrics import Metrics
+from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel.spawn import run_distributed
+from moe_dist.tasks import task_of
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("seed", range(40))
+def test_a_hostile_run_folder_is_one_line_and_touches_nothing_outside(seed: int, run: Path) -> None:
+    try_all(seed, run)
+
+
+def test_every_flipped_bit_of_the_config_is_seen_or_changes_nothing(run: Path) -> None:
+    chance, file = random.Random(0), run / "config.json"
+    whole = file.read_bytes()
+    told = {"refused": 0, "noted": 0, "same": 0}
+    for _ in range(200):
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        file.write_bytes(flipped)
+        try:
+            config, note = read_config(run)
+        except ValueError as error:
+            assert str(error).startswith(f"{file} is not as step_00000002 was saved: ")
+            told["refused"] += 1
+        else:
+            assert to_json(config).encode() == whole
+            assert not note or note.startswith(f"{file}: ")
+            told["noted" if note else "same"] += 1
+    assert told["refused"] > 0 and told["noted"] > 0, told
+
+
+def test_a_config_that_was_changed_is_refused_by_its_fields(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = from_json((run / "config.json").read_text())
+    changed = override(config, ["optim.lr=0.5", "model.dim=32", "steps=7"])
+    (run / "config.json").write_text(to_json(changed))
+    for option in ("--resume", "--evaluate"):
+        check_plan([option, str(run)], "steps=7, not 2; model.dim=32, not 16; optim.lr=0.5, not 0.0001", capsys)
+    assert command.main(["export", str(run), str(run / "x")]) == 2
+    check_one_line(capsys.readouterr().err, "model.dim=32, not 16")
+    (run / "config.json").write_text(to_json(override(config, ["optim.lr=0.5"])))
+    assert read_config(run, {"optim.lr"}) == (config, "")
+
+
+@pytest.mark.parametrize("spoilt", [None, "{broken", "[]", "[" * 100_000])
+def test_a_config_that_is_missing_or_broken_is_that_of_the_checkpoint(spoilt: str | None, run: Path) -> None:
+    config, _ = read_config(run)
+    (run / "config.json").unlink()
+    if spoilt:
+        (run / "config.json").write_text(spoilt)
+    got, note = read_config(run)
+    assert got == config and note.endswith("; using the copy in step_00000002")
+    for checkpoint in manifest.checkpoints(run):  # as older versions saved them
+        (checkpoint / "config.json").unlink()
+        seal(checkpoint)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        read_config(run)
+    (run / "config.json").write_text(to_json(config))
+    assert read_config(run) == (config, f"{run}: no checkpoint has a copy of config.json to compare it with")
+
+
+@pytest.mark.parametrize("step", [1, 20])
+def test_a_step_that_is_not_the_folders_is_refused(step: int, run: Path) -> None:
+    checkpoint = manifest.checkpoints(run)[-1]
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {"step": step, "updates": 1}))
+    with pytest.raises(ValueError, match=f"of step {step}, in a folder that is named step_00000002"):
+        read_state(checkpoint)
+
+
+def not_a_number(t: torch.Tensor) -> torch.Tensor:
+    t.view(-1)[-1] = torch.nan
+    return t
+
+
+def infinite(t: torch.Tensor) -> torch.Tensor:
+    t.view(-1)[0] = -torch.inf
+    return t
+
+
+UNFIT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "nan": (not_a_number, "holds NaN or infinity"),
+    "infinity": (infinite, "holds NaN or infinity"),
+    "float64": (torch.Tensor.double, "is torch.float64 and must be torch.float32"),
+    "negative": (lambda t: t - 1, "holds negative numbers"),
+    "shape": (lambda t: t[:-1], "is ("),
+    "bfloat16": (torch.Tensor.bfloat16, "is torch.bfloat16 and must be torch.float32"),
+}
+
+
+@pytest.mark.timeout(300)
+def test_values_that_are_unfit_are_neither_taken_nor_saved(run: Path) -> None:
+    """Refused by name, on every rank, before the engine is changed."""
+    assert run_distributed(refuse_unfit, 2, run, timeout=280) == [[]] * 2
+
+
+def refuse_unfit(folder: Path) -> list[str]:
+    """Returns what was not refused as it should be, on this rank."""
+    meshes.join()
+    config = from_json((folder / "config.json").read_text())
+    fresh = Run(override(config, ["mesh.ep=2", "zero=1"]))
+    before, updates = fresh.weights(), fresh.optimizer.updates
+    wrong = []
+    good = manifest.checkpoints(folder)[-1]
+    names = sorted(kept_tensors(good))
+    expert = next(name for name in names if name.endswith("w1_eDF"))
+    dense = next(name for name in names if name.startswith("dense/") and "exp_avg" not in name)
+    states = [next(name for name in names if name.endswith(ending)) for ending in (".row", ".exp_avg", ".exp_avg_sq")]
+    pairs = [(name, "nan") for name in (expert, dense, *states)]
+    pairs += [
+        (states[0], "negative"),
+        (states[1], "shape"),
+        (expert, "bfloat16"),
+        (dense, "float64"),
+        (dense, "infinity"),
+    ]
+    for name, kind in pairs:
+        change, says = UNFIT[kind]
+        path = folder / "unfit" / name.replace("/", "_") / kind / good.name
+        if fresh.mesh.is_main:
+            shutil.copytree(good, path)
+            change_tensor(path, name, change)
+        fresh.mesh.files.barrier().wait()
+        attempts: list[Callable[..., Any]] = [partial(load, path, fresh.engine, fresh.task, fresh.mesh)]
+        if name in (expert, dense):
+            model = task_of(config).plain_model(config).to_empty(device="cpu")
+            attempts += [partial(begin_from, path, fresh.engine, fresh.mesh), partial(load_weights, path, model)]
+        for attempt in attempts:
+            try:
+                attempt()
+            except ValueError as error:
+                wrong += [] if f"{name!r} {says}" in str(error) else [f"{attempt.func} {name} {kind}: {error}"]
+            else:
+                wrong.append(f"{attempt.func} {name} {kind} was taken")
+    after = fresh.weights()
+    wrong += [name for name in before if not torch.equal(before[name], after[name])]
+    wrong += [] if fresh.optimizer.updates == updates else ["updates"]
+    if not fresh.mesh.is_main:  # on one rank alone
+        next(iter(fresh.optimizer.experts.values())).master.view(-1)[0] = torch.nan
+    saver = Saver(folder, fresh.engine, fresh.task, fresh.mesh, keep=1)
+    saver.save(3, {})
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    wrong += [] if saver.failed and left == ["step_00000001", "step_00000002"] else [f"saved: {left}"]
+    meshes.stop()
+    return wrong
+
+
+def change_tensor(checkpoint: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for shard in checkpoint.glob("*.safetensors"):
+        with safe_open(shard, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name] = change(tensors[name]).contiguous()
+            save_file(tensors, shard, metadata)
+
+
+@pytest.mark.parametrize("moved", [(0, 2), (2, 4), (0, 0)])  # starts of two parts of four rows each, of eight in all
+def test_parts_that_overlap_are_refused_by_name(moved: tuple[int, int], tmp_path: Path) -> None:
+    """(0, 4) is whole. The numbers of rows are right in each case."""
+    for starts in ((0, 4), moved):
+        for i, start in enumerate(starts):
+            places = {"dense/w": {"saved_offsets": [start, 0]}, "dense/b": {"saved_offsets": [4 * i]}}
+            tensors = {"dense/w": torch.zeros(4, 3), "dense/b": torch.zeros(4)}
+            save_file(tensors, tmp_path / f"{i}.safetensors", {"DCP_SHARDING_INFO": json.dumps(places)})
+        if starts == (0, 4):
+            assert set(kept_tensors(tmp_path)) == {"dense/w", "dense/b"}
+    with pytest.raises(ValueError, match="'dense/w' has not all of its parts, or some twice"):
+        kept_tensors(tmp_path)
+
+
+@pytest.fixture
+def opened(run: Path) -> Iterator[cli.Run]:
+    config = from_json((run / "config.json").read_text())
+    (run / "metrics.jsonl").unlink()
+    whole = cli.Run(config, {}, run)
+    whole._claim()
+    yield whole
+    assert whole.lock
+    whole.lock.close()
+
+
+GONE: dict[str, Callable[[Path], Any]] = {
+    "removed": shutil.rmtree,
+    "renamed": lambda run: run.rename(run.parent / "elsewhere"),
+    "config.json": lambda run: (run / "config.json").unlink(),
+    "lock": lambda run: (run / "lock").unlink(),
+    "metrics.jsonl": lambda run: (run / "metrics.jsonl").unlink(),
+}
+
+
+@pytest.mark.parametrize("gone", GONE)
+def test_a_run_folder_that_goes_while_it_trains_comes_again(
+    gone: str, opened: cli.Run, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (run / "config.json").read_text()
+    with Metrics(run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore) as metrics:
+        metrics.log(1, {"train/loss": 1.0})
+        GONE[gone](run)
+        metrics.log(2, {"train/loss": 2.0})
+        metrics.log(3, {"train/loss": 3.0})
+    assert (run / "config.json").read_text() == text and (run / "layout.json").exists()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    with cli._open_lock(run) as lock, pytest.raises(ValueError, match="in use by a run"):
+        cli._lock(lock, run, 0)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warned) == (gone != "metrics.jsonl")
+    assert all(f"{run}: " in line and " removed or renamed while it trains" in line for line in warned)
+
+
+def test_a_folder_that_another_run_has_taken_is_left_alone(
+    opened: cli.Run, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Metrics(run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore) as metrics:
+        shutil.rmtree(run)
+        other = cli.Run(opened.config, {}, run)
+        other._claim()
+        before = contents(run)
+        metrics.log(1, {"train/loss": 1.0})
+        metrics.log(2, {"train/loss": 2.0})
+        assert contents(run) == before
+    assert capsys.readouterr().err.count("in use by a run that has not ended") == 1
+    assert other.lock
+    other.lock.close()
+
+
+@pytest.mark.parametrize("name", [*run_folder.FOLDERS, "lock"])
+def test_a_link_in_a_run_that_would_be_written_is_refused_before_any_work(
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (run / name).exists():
+        shutil.move(run / name, tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    if name == "checkpoints":
+        assert manifest.newest_whole(run)[0].name == "step_00000002", "it can be read"
+    check_plan(["--resume", str(run), *set_("steps=3")], f"{run / name} is a link", capsys)
+    assert (run / name).is_symlink()
+    assert name in ("checkpoints", "lock", "calls") or not os.path.lexists(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["report", "report/loss.png", "report/partial_loss.png", "report.html"])
+def test_a_report_is_not_drawn_through_a_link(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pictures, "all_pictures", lambda *_: {"loss": Figure()})
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "victim").write_text("precious")
+    run_folder.remove(run, name)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(outside / "victim" if "." in name else outside)
+    if name == "report.html":
+        run_folder.write(run, name, "a page")
+    elif name == "report":
+        with pytest.raises(OSError, match="report is a link"):
+            report.write_report(run)
+    else:
+        (picture,) = report.write_report(run)
+        assert picture.read_bytes().startswith(b"\x89PNG") and not picture.is_symlink()
+    assert contents(outside) == {"victim": b"precious"}
