@@ -6,7 +6,7 @@
 #   sudo docker/check.sh              without: needs buildah, iproute2 and root; containers are chroots in two network
 #                                     namespaces, and where the base image cannot be had, debootstrap makes a stand-in
 #
-# BUILD_FLAGS: more flags of the build (a proxy, --build-arg TORCH_INDEX=..., a pip.conf mounted with --volume).
+# BUILD_FLAGS: more flags of the build (a proxy, --build-arg TORCH_INDEX=..., --secret id=pip,src=pip.conf).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d) steps=${STEPS:-20} failed=
@@ -69,6 +69,8 @@ build() { buildah --root "$work/storage" --runroot "$work/run" "$@"; }
 trap 'build rm --all >/dev/null 2>&1 || true; rm -rf "$work"' EXIT
 if ! build pull --quiet "$base" >/dev/null 2>&1; then
   say stand-in "$base cannot be pulled here: Debian bookworm with its python3, made by debootstrap, stands in for it"
+  base=${base%@*} # which has no digest of the registry's
+  flags+=(--build-arg "PYTHON=${base##*:}")
   check debootstrap debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/debian"
   ln -s /usr/bin/python3 "$work/debian/usr/local/bin/python"
   container=$(build from scratch)

@@ -116,9 +116,11 @@ def survive(fault: Fault, folder: Path, whole: dict[int, float], name: str, *set
             status = nodes.start().wait(300)
     found = losses(folder)
     off = max(abs(found[step] - whole[step]) for step in whole) if found.keys() == whole.keys() else float("inf")
-    starts = nodes.starts()
+    starts, log = nodes.starts(), nodes.log.read_text()
     after = starts[1][1] if len(starts) == 2 else None
-    return Outcome(fault, status, after, off, missing(folder, nodes.log.read_text()), time.monotonic() - began)
+    if f"has all of its {STEPS} steps" in log:
+        after = STEPS
+    return Outcome(fault, status, after, off, missing(folder, log), time.monotonic() - began)
 
 
 def strike(fault: Fault, node: psutil.Popen, folder: Path) -> None:

@@ -4,15 +4,18 @@ fail() { echo "error: $1" >&2; exit 2; }
 
 [[ ${GPUS:-1} =~ ^[1-9][0-9]{0,5}$ ]] || fail "GPUS=$GPUS: ranks per node, a number"
 
-# print_command WORDS...: as they are run, but without passwords and keys (KEY in moe_dist/config.py)
+# print_command WORDS...: as they are run, but without passwords and keys
 print_command() {
-  echo "+$(printf " %q" "$@")" | sed -E 's#://[^/[:space:]]+@#://***@#g
-    s#(^|[^A-Za-z0-9_])((hf_|gh[a-z]_|AKIA)[A-Za-z0-9]{16,}|(sk-|github_pat_|wandb_v1_)[A-Za-z0-9_-]{16,})#\1***#g'
+  local words=() line
+  mapfile -d '' -t words < <(python3 -I moe_dist/redact.py "$@" 2>/dev/null)
+  ((${#words[@]} == $#)) || words=("$1" "(not shown: there is no python3 that finds the passwords in it)")
+  line=$(printf " %q" "${words[@]}")
+  echo "+${line//'\*\*\*'/***}"
 }
 
 # read_master HOST:PORT: sets host, without the brackets of an IPv6 address, and port
 read_master() {
-  if ! [[ $1 =~ ^(\[([^]]+)\]|([^]:[]+)):([0-9]{1,5})$ ]] || ((10#${BASH_REMATCH[4]} < 1 || 10#${BASH_REMATCH[4]} > 65535)); then
+  if ! [[ $1 =~ ^(\[([0-9A-Za-z:.%_-]+)\]|([0-9A-Za-z_][0-9A-Za-z._-]*)):([0-9]{1,5})$ ]] || ((10#${BASH_REMATCH[4]} < 1 || 10#${BASH_REMATCH[4]} > 65535)); then
     fail "MASTER=$1: host:port, as node0:29400 or [fd00::1]:29400"
   fi
   # shellcheck disable=SC2034

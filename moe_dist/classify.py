@@ -13,6 +13,7 @@ Legend: B images or sentences, S tokens of each, C classes.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from moe_dist.cli import plain_errors
 from moe_dist.config import ImageDataConfig, VisionConfig
 from moe_dist.context import Context
 from moe_dist.data.files import columns_of, read_rows
+from moe_dist.data.image_files import list_images, told_left_out
 from moe_dist.data.images import read_image
 from moe_dist.data.sentences import Sentence, Sentences
 from moe_dist.data.tokens import Tokens
 from moe_dist.reader import open_run
 
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 AT_ONCE = 32
 
 
@@ -89,17 +90,26 @@ def _context(valid_BS: torch.Tensor) -> Context:
 
 
 def images_of(paths: Iterable[Path]) -> list[Path]:
-    """Image files, and those of folders by name. Raises ValueError for what is not there, and for none."""
+    """Returns the image files given, and those of the folders given, sorted. What is left out is told on stderr.
+
+    Raises:
+        ValueError: for what is not there or cannot be listed, and for no image at all.
+    """
     found: list[Path] = []
+    left_out: Counter[str] = Counter()
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
-        elif path.is_file():
+            [files], more = list_images([path])
+            found += map(Path, files)
+            left_out += more
+        elif path.exists():
             found.append(path)
         else:
             raise ValueError(f"{path}: no such file or folder")
     if not found:
-        raise ValueError(f"no image there: files that end with {', '.join(ENDINGS)} would do")
+        raise ValueError(f"no image there ({told_left_out(left_out) or 'the folder is empty'}): give image files")
+    if left_out:
+        print(f"note: {told_left_out(left_out)}", file=sys.stderr)
     return found
 
 
@@ -137,7 +147,8 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dic
             value_Bk, class_Bk = classifier.probabilities(some).topk(min(top, len(classifier.names)))
             for item, values, classes in zip(some, value_Bk.tolist(), class_Bk.tolist(), strict=True):
                 told = {classifier.names[i]: value for i, value in zip(classes, values, strict=True)}
-                yield {"item": str(item), "classes": told}
+                shown = str(item).encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
+                yield {"item": shown, "classes": told}
             bar.update(len(some))
 
 

@@ -13,6 +13,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_dist.redact import has_secret, redacted
+
 EXCHANGES = ("auto", "ragged", "once", "node")
 WIRES = ("same", "bf16")
 
@@ -293,11 +295,6 @@ DECAYS = ("rsqrt", "cosine")
 ROUTINGS = ("none", "one_expert", "empty_rank", "ragged")
 FAULTS = ("none", "kill", "kill_agent", "stop", "delay", "nan")
 PHASES = ("forward", "backward", "step", "evaluation", "save", "report", "wandb", "counts", "dispatch", "combine")
-# what is in the URL of a server before "@", and what services give out
-KEY = re.compile(
-    r"(?<=://)[^\s@?]+(?=@)|\b(?:hf_|gh[a-z]_|AKIA)[A-Za-z0-9]{16,}|\b(?:sk-|github_pat_|wandb_v1_)[\w-]{16,}"
-    r"|(?<=[?&])(?:\w*token|\w*key|\w*sig|\w*signature|X-Amz-\w+)=[^&\s]+", re.IGNORECASE,
-)  # fmt: skip
 MOST = 2**31 - 1  # of every number of things: products of a few still fit what counts them
 MOST_STEPS = 10**8 - 1  # the name of a checkpoint has eight digits
 WEEK = 7 * 24 * 3600  # seconds
@@ -369,7 +366,7 @@ def check(config: Config) -> None:
     for key in dotted_keys(config):
         name, value = key.rpartition(".")[2], value_of(config, key)
         if isinstance(value, str):
-            if KEY.search(value):
+            if has_secret(value):
                 raise ValueError(
                     f"{key} holds what looks like a password or a key, which would be kept in the run "
                     f"folder; give it by the environment (HF_TOKEN, WANDB_API_KEY)"
@@ -504,9 +501,9 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {shown(KEY.sub('***', text))!r}: expected KEY=VALUE, for example --set mesh.ep=2")
+            raise ValueError(f"--set {shown(redacted(text))!r}: expected KEY=VALUE, for example --set mesh.ep=2")
         if key not in known:  # whose value is not repeated, for it may be a password
-            raise ValueError(f"--set: no field {shown(KEY.sub('***', key))!r}; {nearest_key(key, known)}")
+            raise ValueError(f"--set: no field {shown(redacted(key))!r}; {nearest_key(key, known)}")
         config = _replace(config, key.split("."), _parse(key, value, known[key]))
     return config
 
@@ -553,7 +550,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
     except (KeyError, ValueError):
         expected = " or ".join("none" if k is types.NoneType else k.__name__ for k in options)
-        raise ValueError(f"--set {key}={shown(KEY.sub('***', text))}: expected {expected}") from None
+        raise ValueError(f"--set {key}={shown(redacted(text))}: expected {expected}") from None
 
 
 def to_json(config: Config) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from moe_dist.clock import PARTS
-from moe_dist.config import KEY, dotted_keys, from_json, value_of
+from moe_dist.config import dotted_keys, from_json, value_of
 from moe_dist.measures import MEASURES, written
 from moe_dist.metrics import FILE_NAME, read_metrics
+from moe_dist.redact import redacted
 from moe_dist.run_folder import read, read_json
 
 LINKS = ("inside a node", "between nodes")  # over which bytes go
@@ -28,7 +29,7 @@ _BYTES_KEY = re.compile(r"exchange/(.+)/(.+)_bytes")
 _SPEED_KEY = re.compile(r"(.+)_per_second")
 # whole numbers of a layout.json, from 1
 _COUNTS = ("world", "nodes", "ep", "edp", "samples", "accumulation", "samples_per_rank", "parameters")
-_SECRET = re.compile(rf"{KEY.pattern}|\b[0-9a-fA-F]{{32,}}\b")  # such a number may be a key too, or name a folder
+_HEX = re.compile(r"\b[0-9a-fA-F]{32,}\b")  # may be a key, or name a folder
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,12 @@ def _config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     fields = {key: value_of(config, key) for key in dotted_keys(config)}
-    return {
-        key: _SECRET.sub("(hidden)", _text(value)) if isinstance(value, str) else value for key, value in fields.items()
-    }
+    return {key: _shown(value) if isinstance(value, str) else value for key, value in fields.items()}
+
+
+def _shown(value: str) -> str:
+    """Returns the text without keys, as text that can be written."""
+    return _HEX.sub("(hidden)", redacted(_text(value), "(hidden)"))
 
 
 def _layout(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "moe_dist"
 
 # imports run from later to earlier; modules of one rank may import each other where they do not form a cycle
 ORDER = [
+    {"redact"},
     {"clock", "config", "run_folder", "arguments"},
     {"measures", "memory"},
     {"later"},

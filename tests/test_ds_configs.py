@@ -1,6 +1,7 @@
 """The files of ds_configs/, and the keys that such a file may have."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import Run, tiny
@@ -60,3 +61,13 @@ def train(text: str) -> dict[int, tuple[list[float], list[float]]]:
         told[stage] = (runs[0].steps(0, 4).losses, runs[1].steps(0, 4).losses)
     meshes.stop()
     return told
+
+
+def test_deepspeed_quotes_words_for_other_nodes_as_launch_has_it() -> None:
+    """launch/deepspeed.sh quotes for what is left: a word with a space is put between double quotes, others stay."""
+    import_deepspeed()
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    words = ["a b", 'a "b"', "a\\ b", "$x y", "plain", 'a"b', "a'b", "$x", "a\\b", "*", "%h", "a\nb", ""]
+    runner = PDSHRunner(SimpleNamespace(user_args=words, user_script="env"), "")
+    assert runner.user_arguments == ['"a b"', '"a \\"b\\""', '"a\\ b"', '"$x y"', *words[4:]]

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +26,15 @@ from PIL import Image
 
 import moe_dist.data.image_sources as sources
 from moe_dist import keyed
-from moe_dist.config import ImageDataConfig, VisionConfig
+from moe_dist.classify import images_of
+from moe_dist.config import ImageDataConfig, VisionConfig, override
+from moe_dist.configs import get
 from moe_dist.data.embedded import prepare_images
 from moe_dist.data.image_sources import Images, open_splits
 from moe_dist.data.images import ImageBatch, ImageSplit, check_images, open_images, read_image
 from moe_dist.data.vision import import_torchvision
+from moe_dist.parallel import mesh as meshes
+from moe_dist.tasks.image_classification import ImageClassification
 
 ROOT = Path(__file__).parent.parent
 GRAY = VisionConfig(image_size=28, channels=1, patch_size=4, num_classes=10)
@@ -426,6 +431,112 @@ def test_held_out_images_are_a_tenth_up_to_ten_thousand() -> None:
     assert abs(share - 0.5) < 4 * 0.5 / 10_000**0.5
 
 
+def test_the_files_of_a_folder_are_those_of_classify(tmp_path: Path) -> None:
+    root = files(tmp_path, TREE)
+    for number, kind in enumerate(("gif", "jpeg", "webp", "avif", "png", "tiff")):
+        name = {"jpeg": "x.JFIF", "png": "no ending"}.get(kind, f"x.{kind.upper()}")
+        Image.fromarray(picture(number, 6, 8)).save(root / "test" / "a" / name, kind)
+    (root / "test" / "a" / "notes.txt").write_text("none")
+    (root / "test" / "b" / ".thumbnails").mkdir()
+    shutil.copy(root / "test" / "b" / "0.png", root / "test" / "b" / ".thumbnails")
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        (root / "test" / hidden).mkdir()
+    test = open_splits(ImageDataConfig(str(root)))["test"]
+    assert [Path(os.fsdecode(file)) for file in test.item_I] == images_of([root / "test"])
+    assert (test.classes, np.bincount(test.label_I).tolist()) == (("a", "b"), [14, 8])
+    assert test.note == "test/: 1 left out: 1 .txt"
+
+
+def test_what_is_beside_the_classes_and_splits_is_told(tmp_path: Path) -> None:
+    root = files(tmp_path, {**TREE, "train/Ä": 1, "valid/Ä": 1, "test/Ä": 1, "train/ä": 1, "valid/ä": 1, "test/ä": 1})
+    files(root, {"Test/a": 1, "test/": 2, "dev/a": 2})
+    alike = "{}/: classes whose names differ by case alone: Ä, ä"
+    assert opened(f"data.images={root}", "model.num_classes=4").notes == [
+        f"folders that are no split and are not read: Test, dev; {alike.format('train')}",
+        alike.format("valid"),
+        f"test/: 2 left out: 2 beside the folders of classes; {alike.format('test')}",
+    ]
+
+
+def opened(*sets: str) -> ImageClassification:
+    """The task of the demo's config, with what the user has set."""
+    config = override(get("widenet_demo"), [*sets])
+    mesh: Any = None  # not asked
+    explicit = [text.partition("=")[0] for text in sets]
+    return ImageClassification(config, meshes.lay_out(config, 1), mesh, None, explicit)
+
+
+def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
+    root = files(
+        tmp_path, {f"{split}/{kind}": 9 for split in ("train", "test") for kind in ("cat", "caf\u00e9", "हिन्दी")}
+    )
+    (root / "test" / "cat").rename(root / "test" / "cat ")
+    (root / "test" / "caf\u00e9").rename(root / "test" / "cafe\u0301")
+    splits = open_splits(ImageDataConfig(str(root)))
+    assert splits["train"].classes == splits["test"].classes == ("caf\u00e9", "cat", "हिन्दी")
+    assert np.bincount(splits["test"].label_I).tolist() == [9] * 3
+    for name in ("cafe\u0301", " cat", "cat\u00a0"):
+        files(root, {f"train/{name}": 1})
+        told(ImageDataConfig(str(root)), "train/ has two folders for one class, '.*' and '.*': move the files")
+        shutil.rmtree(root / "train" / name)
+    for name in ("a\nb", "\udcff", " ", "\x1b[31m"):
+        files(root, {f"train/{name}": 1})
+        told(ImageDataConfig(str(root)), re.escape(f"train/ has a class {name!r}, which cannot be printed"))
+        shutil.rmtree(root / "train" / name)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_channels_are_those_of_the_images(tmp_path: Path, kind: str) -> None:
+    """Their pixels decide: many gray images are stored with three equal channels."""
+    for name, shape, fits in (("gray", (6, 8), 1), ("colored", (6, 8, 3), 3)):
+        for place in TREE:
+            (tmp_path / name / place).mkdir(parents=True)
+            for i in range(8):
+                Image.fromarray(picture(i, *shape)).convert("RGB").save(tmp_path / name / place / f"{i}.{kind}")
+        folder = f"data.images={tmp_path / name}"
+        for channels in (1, 3):
+            taken = ImageClassification(
+                override(get("widenet_demo"), [folder, f"model.channels={channels}"]),
+                meshes.lay_out(get("widenet_demo"), 1), None, None, ["data.images"],  # type: ignore[arg-type]
+            )  # fmt: skip
+            assert taken.config.model.channels == fits  # type: ignore[union-attr]
+            assert taken.splits["test"].batch(0, range(4)).image_BQYX.shape[1] == fits
+            assert any("model.channels" in note for note in taken.notes) == (channels != fits)
+            kept = opened(folder, f"model.channels={channels}", "model.num_classes=2")
+            assert kept.config.model.channels == channels  # type: ignore[union-attr]
+            assert [note.partition(", and ")[2] for note in kept.notes] == {
+                (1, 3): ["model.channels=1 makes them gray; model.channels=3 fits"],
+                (3, 1): ["model.channels=3 repeats each value; model.channels=1 fits"],
+            }.get((channels, fits), [])
+
+
+def test_one_image_with_a_color_is_enough() -> None:
+    pixel_IYXQ = np.zeros((40, 4, 4, 3), np.uint8)
+    images = Images(pixel_IYXQ, np.zeros(40, np.int64), ("0",))
+    assert images.channels() == 1
+    pixel_IYXQ[-1, 2, 2, 2] = 1
+    assert images.channels() == 3
+    assert open_splits(PLAIN)["train"].channels() == 1
+
+
+def test_images_that_are_in_two_splits_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = iter(range(1000))
+    for place, num in {"train/a": 8, "train/b": 8, "valid/a": 4, "valid/b": 4, "test/a": 4, "test/b": 4}.items():
+        (tmp_path / place).mkdir(parents=True)
+        for _ in range(num):
+            Image.fromarray(picture(number := next(numbers), 60, 80)).save(tmp_path / place / f"{number}.bmp")
+    check_images(ImageDataConfig(str(tmp_path)), SMALL)
+    assert capsys.readouterr().err == ""
+    shutil.copy(tmp_path / "train" / "a" / "0.bmp", tmp_path / "test" / "a" / "copy.bmp")
+    (tmp_path / "test" / "b" / "link.bmp").symlink_to(tmp_path / "train" / "b" / "9.bmp")
+    check_images(ImageDataConfig(str(tmp_path)), SMALL, files=False)
+    assert capsys.readouterr().err == ""
+    check_images(ImageDataConfig(str(tmp_path)), SMALL)
+    assert capsys.readouterr().err.startswith(
+        "note: 2 of 10 images of 'test' are in 'train' too (same size, first and la"
+    )
+
+
 # mistakes
 
 BAD = [
@@ -471,12 +582,15 @@ def test_bad_folders(tmp_path: Path) -> None:
         ("differ too", {**TREE, "train/c": 2}, "valid/ and train/ have different classes, for c is"),
         ("empty class", {**TREE, "train/b": 0}, r"classes without an image in 'train' \(b\)"),
         ("empty test class", {**TREE, "test/b": 0}, r"classes without an image in 'test' \(b\)"),
+        ("other files", {**TREE, "train/c": 0, "valid/c": 1, "test/c": 1}, r"in 'train' \(c\).* 2 left out: 2 .heic"),
         ("empty split", {**TREE, "valid/a": 0, "valid/b": 0}, "has no image for 'valid'"),
         ("too few", {"train/a": 4, "train/b": 5, "test/a": 1, "test/b": 1}, "no image for 'valid'.*at least 10 images"),
         ("one each", {f"{split}/{n}": 1 for split in ("train", "test") for n in range(10)}, "without an image in 'tr"),
     ]:  # fmt: skip
         (root := tmp_path / name).mkdir()
         data = ImageDataConfig(str(files(root, tree)))
+        for file in ("x.heic", "y.HEIC") if name == "other files" else ():
+            (root / "train" / "c" / file).write_bytes(b"....ftypheic")
         told(data, f"data.images={re.escape(repr(str(root)))}.*{message}", dataclasses.replace(SMALL, num_classes=10))
 
 

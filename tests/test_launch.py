@@ -19,7 +19,6 @@ from runs import TINY
 from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses
 from moe_dist.checkpoint import manifest
 from moe_dist.cli import plan
-from moe_dist.config import KEY
 from moe_dist.parallel import ports
 
 LAUNCH = ROOT / "launch"
@@ -27,6 +26,26 @@ SCRIPTS = ("local.sh", "multinode.sh", "deepspeed.sh", "slurm.sbatch")
 VARIABLES = {"NODES": "2", "GPUS": "3", "MASTER": "node0:29400", "RDZV_ID": "mine", "CONFIG": "moe_4"}
 PLAIN = {"PATH": "/usr/bin:/bin"}  # of a machine with none of the launchers
 WAIT = "for i in {1..200}; do sleep 0.1; done"
+SHOW = r'[[ $1 == train.py ]] && printf "%s\n" "$@"'
+# DeepSpeed (test_ds_configs holds it to that), pdsh and the shell of another node, for the words behind --no_python
+REMOTE = r"""
+while [[ $1 != --no_python ]]; do shift; done; shift
+command="cd /;"
+for word; do
+  if [[ $word == *" "* ]]; then word="\"${word//\"/\\\"}\""; fi
+  command+=" "
+  for ((i = 0; i < ${#word}; i++)); do
+    case ${word:i:2} in
+      %h) command+=node1; i=$((i + 1)) ;;
+      %n) command+=1; i=$((i + 1)) ;;
+      %u) command+=me; i=$((i + 1)) ;;
+      %%) command+=%; i=$((i + 1)) ;;
+      *) command+=${word:i:1} ;;
+    esac
+  done
+done
+exec sh -c "$command"
+"""
 AS_TOLD = {"optim.lr=1e-4", "optim.warmup_steps=1"}
 
 
@@ -78,14 +97,62 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_printed_has_no_password_and_no_key(script: str, tmp_path: Path) -> None:
     """What is run has them."""
-    keys = ["https://me:pa$s@host/a@b", "hf_" + "a" * 30, "sk-" + "b-" * 9, "wandb_v1_" + "c" * 20, "ghp_" + "d" * 20]
+    keys = ["https://me:pa$s@host/a@b", "https://me:pa/ss@host", "https://host/x?access_token=pa&X-Amz-Signature=ss"]
+    keys += [
+        "hf_" + "a" * 30,
+        "sk-" + "b-" * 9,
+        "wandb_v1_" + "c" * 20,
+        "ghp_" + "d" * 20,
+        "password=pass of five words",
+    ]
     args = [f"data.text={key}" for key in keys]
     line = printed(script, *args)
-    assert all(KEY.search(each) for each in args)
-    assert line.endswith(" data.text=https://***@host/a@b" + 4 * " data.text=***"), line
-    path = stub(tmp_path, **dict.fromkeys(("torchrun", "deepspeed", "srun"), r'printf "%s\n" "$@"'))
+    told = ["https://***@host/a@b", "https://***@host", r"https://host/x\?access_token=***\&X-Amz-Signature=***"]
+    told += ["***"] * 4 + ["password=***"]
+    assert line.endswith("".join(f" data.text={each}" for each in told)), line
+    path = stub(tmp_path, **dict.fromkeys(("torchrun", "srun"), r'printf "%s\n" "$@"'), deepspeed=REMOTE, python=SHOW)
     assert ran(script, *args, PATH=path).stdout.splitlines()[-len(args) :] == args
     assert printed(script, "ask-" + "e" * 20, "shelf_" + "f" * 20).endswith(f" ask-{'e' * 20} shelf_{'f' * 20}")
+
+
+WORDS = [
+    "x $(touch made)", "$(touch made)", "`touch made`", "a`touch made` b", "a;touch made", "a|touch made",
+    "a&touch made",
+    "corpus/*.txt", "a=b&c", "two  words", "~", "~/x y", "$HOME", "${HOME} x", "it's", "it's two", 'a"b', 'a "b" c',
+    "a\\b", "a\\ b", 'a\\"b c', "\\", "end \\", "<in", ">made", "a > made", "#none", "(x)", "{a,b}", "[ab]?", "!!",
+    "a\nb", "a\nb c", "a\tb", "", "é ü", "100% sure", "100%25", "50%", "%%", "%h",
+    "%n u", "'", '"', "' '", "$", "$ x", "*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_the_shell_of_another_node_reads_the_words_that_were_given(shell: str, tmp_path: Path) -> None:
+    path = stub(tmp_path, deepspeed=REMOTE.replace("sh -c", f"{shell} -c"), python=SHOW.replace(r"\n", r"\0"))
+    for name, run in (("x $(touch made)", "a&b"), ("*.c", "`touch made` 'x")):
+        done = ran("deepspeed.sh", *WORDS, PATH=path, CONFIG=name, RDZV_ID=run)
+        told = done.stdout[done.stdout.index("train.py\0") :].split("\0")[:-1]
+        assert told == ["train.py", name, "--folder", f"runs/{run}", "--resume", "auto", *WORDS]
+    assert not Path("/made").exists()
+
+
+def test_on_one_node_no_shell_reads_them_again(tmp_path: Path) -> None:
+    path = stub(tmp_path, deepspeed=r'printf "%s\n" "$@"')
+    for variables in ({"NODES": "1"}, {"NODE_RANK": "1"}):
+        assert ran("deepspeed.sh", "a *$(x) 'b", PATH=path, **variables).stdout.splitlines()[-1] == "a *$(x) 'b"
+
+
+def test_deepspeed_is_given_a_line_for_each_node(tmp_path: Path) -> None:
+    """With one it would train there alone, and hand on the quotes."""
+    (tmp_path / "hosts").write_text("node0 slots=2\n# node1 slots=2\n\n")
+    for hosts in (tmp_path / "hosts", tmp_path / "none"):
+        done = ran("deepspeed.sh", "--dry-run", HOSTFILE=str(hosts))
+        assert (done.returncode, done.stderr) == (2, f"error: HOSTFILE={hosts}: a line for each of NODES=2 nodes\n")
+
+
+def test_without_a_python_nothing_is_printed_that_could_be_a_key(tmp_path: Path) -> None:
+    path = stub(tmp_path, python3="exit 1")
+    line = printed("slurm.sbatch", "password=mine", PATH=path)
+    assert "mine" not in line and "python3" in line
 
 
 @pytest.mark.parametrize("script", ["multinode.sh", "deepspeed.sh"])
@@ -109,6 +176,9 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
                 "node0:",
                 ":29400",
                 "node0:http",
+                "$(touch made):29400",
+                "node0;touch made:29400",
+                "-x:29400",
                 "node0:0",
                 "node0:65536",
                 "::1",
@@ -116,6 +186,8 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
                 "[::1]",
             )
         ),
+        *(("deepspeed.sh", "NODES", each, "a number") for each in ("two", "0", "1:2", "1 $(touch made)")),
+        ("deepspeed.sh", "NODE_RANK", "first", "the number of a node, from 0"),
         *(
             ("local.sh", "NODES", each, "this script is for one; launch/multinode.sh is for more")
             for each in ("2", "1:2")
@@ -235,6 +307,20 @@ def test_shellcheck_finds_nothing() -> None:
     scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", *(ROOT / "docker").glob("*.sh")]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_image_names_its_base_by_digest_and_keeps_no_password() -> None:
+    text = (ROOT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
+    assert re.search(r"^ARG PYTHON=3\.11\.\d+-\S+@sha256:[0-9a-f]{64}$", text, re.M)
+    assert all(
+        line.split()[1] in ("python:${PYTHON}", "packages", "runtime") for line in re.findall(r"^FROM .*", text, re.M)
+    )
+    installs = [line for line in text.splitlines() if "pip install" in line]
+    assert len(installs) == 2 and all("--mount=type=secret,id=pip,target=/etc/pip.conf" in line for line in installs)
+    (check,) = [line for line in text.splitlines() if line.startswith("RUN case")]
+    for index, status in (("https://me:pass@host/simple", 2), ("https://host/simple", 0), ("", 0)):
+        done = subprocess.run(["sh", "-c", check.removeprefix("RUN ")], env=PLAIN | {"TORCH_INDEX": index})
+        assert done.returncode == status
 
 
 def test_the_pods_of_kubernetes_find_each_other() -> None:

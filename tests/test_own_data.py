@@ -30,9 +30,9 @@ QUIET = ["steps=2", "report=false", "wandb.mode=off"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data of each kind: 60 lines with 12 words, 40 sentences of 3 labels, 40 questions, 3 classes of images."""
+    """Data of each kind: 300 lines with 12 words, 40 sentences of 3 labels, 40 questions, 3 classes of images."""
     folder = tmp_path_factory.mktemp("own")
-    lines = [" ".join(f"w{chr(97 + (i * j) % 12)}" for j in range(1, 9)) for i in range(1, 61)]
+    lines = [" ".join(f"w{chr(97 + (i * j) % 12)}" for j in range(1, 9)) for i in range(1, 301)]
     (folder / "text.txt").write_text("\n".join(lines))
     rows = [{"text": f"{line} {i}", "label": "abc"[i % 3]} for i, line in enumerate(lines[:40])]
     (folder / "sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -62,6 +62,25 @@ def test_nothing_is_held_where_it_is_not_rank_0s(environment: dict[str, str], mo
     assert ports.give() is None
 
 
+@pytest.mark.parametrize(
+    ("master", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("127.0.0.3", "127.0.0.3"), ("::1", "::1"), ("localhost", "127.0.0.1"),
+     ("node0", "::" if socket.has_dualstack_ipv6() else "0.0.0.0"), ("10.0.0.1", "::"), ("", "::")],
+)  # fmt: skip
+def test_no_other_machine_reaches_the_port_where_ranks_are_on_one(
+    master: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ":" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    for key, value in {"RANK": "0", "MASTER_ADDR": master, "MASTER_PORT": str(ports.free())}.items():
+        monkeypatch.setenv(key, value)
+    ports.hold()
+    held = ports.give()
+    assert held is not None
+    with socket.socket(fileno=held) as listening:
+        assert listening.getsockname()[0] == address
+
+
 def test_a_port_of_another_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RANK", "0")

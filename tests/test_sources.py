@@ -1,5 +1,6 @@
 """Where text comes from: local files, folders, names; how it is split; and what every mistake says. No network."""
 
+import errno
 import gzip
 import json
 import os
@@ -169,6 +170,47 @@ def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypat
     for data in (get(name).data for name in CONFIGS):
         if isinstance(data, TextDataConfig | PretrainingDataConfig):
             check_text(data.text)
+
+
+@pytest.mark.parametrize("pattern", ["*", "", "?.*", "**"])
+def test_each_file_is_read_by_its_own_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(sources, "_library", None)  # which would want a cache
+    lines = {name: numbered(0, 12, name).splitlines() for name in "abcdef"}
+    rows = [{"meta": {f"page{i % 2}": i}, "text": line} for i, line in enumerate(lines["b"])]
+    (tmp_path / "a.txt").write_text("\n".join(lines["a"]))
+    (tmp_path / "b.ndjson").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "c.csv").write_text("id,text\n" + "".join(f'{i},"{line}"\n' for i, line in enumerate(lines["c"])))
+    (tmp_path / "d.tsv.gz").write_bytes(
+        gzip.compress("\n".join(["text\turl", *(f"{x}\tu" for x in lines["d"])]).encode())
+    )
+    datasets.Dataset.from_dict({"n": range(12), "text": lines["e"]}).to_parquet(tmp_path / "e.parquet")
+    (tmp_path / "f").write_text("\n".join(lines["f"]))
+    (tmp_path / ".hidden.jsonl").write_text("{broken")
+    expected = [line for name in "abcdef"[: 5 if pattern == "?.*" else 6] for line in lines[name]]
+    splits = read(os.path.join(tmp_path, pattern))
+    assert [line for split in ("train", "valid", "test") for line in splits[split]] == expected
+
+
+def test_rows_without_a_text(tmp_path: Path) -> None:
+    rows = [{"text": f"a {i}" if i % 2 else None, "n": i} for i in range(60)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert sum(map(len, read(path).values())) == 30
+    path.write_text("\n".join(map(json.dumps, [*rows, {"body": "b"}])))
+    with pytest.raises(ValueError, match=r"a row with no column 'text' of strings, only body \(str\): name it so"):
+        read(path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_cache_that_cannot_be_written_is_told(
+    hub: tuple[Path, list[Any]], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), "/nonexistent")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(ValueError, match=r"data.text='owner/name' does not load: .*; set HF_HOME to a folder that can"):
+        open_text("owner/name", streamed=True)
 
 
 BAD = {

@@ -222,7 +222,7 @@ def _unpack_zstandard(file: IO[bytes]) -> IO[bytes]:
     return pyarrow.input_stream(file, compression="zstd")
 
 
-UNPACK: dict[str, Callable[[IO[bytes]], Any]] = {
+UNPACK: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _unpack_zstandard,
 }  # fmt: skip
 

@@ -6,8 +6,11 @@ Legend: I images of a split, N classes, Y and X pixels.
 import gzip
 import lzma
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from PIL import Image
 
 from moe_dist import keyed
 from moe_dist.config import ImageDataConfig, nearest
+from moe_dist.data.image_files import entries, list_images, open_image, told_left_out
 from moe_dist.data.progress import told
 from moe_dist.data.vision import import_torchvision
 
@@ -33,6 +37,8 @@ GIVE = (
     "files, and valid/ or test/ or both beside train/"
 )
 MOST_HELD_OUT = 10_000
+LOOKED_AT = 32  # images that tell whether a source has colours
+BLOCK = 4096  # bytes at the ends of a file that tell it from others
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Images:
     item_I: np.ndarray  # uint8 pixels (I, Y, X) or (I, Y, X, 3); or names of files, as bytes
     label_I: np.ndarray  # int64
     classes: tuple[str, ...]
+    note: str = ""  # of a folder: what in it was not taken, for people
 
     def __len__(self) -> int:
         return len(self.label_I)
@@ -49,31 +56,47 @@ class Images:
     def take(self, index: np.ndarray) -> "Images":
         """Some of the images, in their old order."""
         index = np.sort(index)
-        return Images(self.item_I[index], self.label_I[index], self.classes)
+        return replace(self, item_I=self.item_I[index], label_I=self.label_I[index])
 
     def open(self, i: int, mode: str) -> Image.Image:
         """Image `i`, in PIL's `mode`. Raises ValueError for a file that cannot be read, naming it."""
         item = self.item_I[i]
-        return Image.fromarray(item).convert(mode) if isinstance(item, np.ndarray) else open_file(item, mode)
+        return Image.fromarray(item).convert(mode) if isinstance(item, np.ndarray) else open_image(item, mode)
 
-    def check_files(self) -> None:
-        """Reads the head of every file, and says so where it takes longer than two seconds. Raises ValueError for
-        one that holds no image, naming it."""
+    def channels(self) -> int:
+        """Returns 1 where all of up to `LOOKED_AT` images, of all classes alike, are gray, else 3.
+
+        Raises:
+            ValueError: for a file that cannot be read, naming it.
+        """
+        for i in {*np.linspace(0, len(self) - 1, LOOKED_AT).astype(int).tolist()}:
+            pixel_YXQ = np.asarray(self.open(i, "RGB"))
+            if (pixel_YXQ != pixel_YXQ[..., :1]).any():
+                return 3
+        return 1
+
+    def check_files(self) -> np.ndarray:
+        """Reads the head of every file, with a bar on stderr where that takes longer than two seconds.
+
+        Returns:
+            A number for each file, int64 (I,), the same for files of one size whose first and last `BLOCK` bytes are
+            the same; (0,) for images in memory.
+
+        Raises:
+            ValueError: for a file that holds no image, naming it.
+        """
         files: Iterable[bytes] = self.item_I if self.item_I.ndim == 1 else ()
-        for file in told(files, "image files"):
-            open_file(file, None)
+        return np.array([_digest_of(file) for file in told(files, "image files")], np.int64)
 
 
-def open_file(path: str | bytes | os.PathLike[str], mode: str | None) -> Image.Image:
-    """An image file, decoded to PIL's `mode`; without one, its head alone. Raises ValueError naming a broken file."""
-    try:
-        with Image.open(os.fsdecode(path)) as image:
-            if image.mode[0] in "IF":  # which `convert` would cut off at 255
-                raise ValueError(f"its numbers are of PIL's mode {image.mode}, more than 8 bits: make them bytes")
-            return image.convert(mode) if mode else image
-    except Exception as error:  # of many kinds: what a broken file does to a decoder
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{os.fsdecode(path)!r} is no image that can be read ({reason}): mend or remove it") from error
+def _digest_of(file: bytes) -> int:
+    open_image(file, None)
+    with open(file, "rb") as opened:
+        head = opened.read(BLOCK)
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - BLOCK))
+        digest = blake2b(head + opened.read(BLOCK) + str(size).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def open_splits(data: ImageDataConfig) -> dict[str, Images]:
@@ -94,7 +117,7 @@ def open_splits(data: ImageDataConfig) -> dict[str, Images]:
         if len(images) == 0:
             raise ValueError(
                 f"data.images={data.images!r} has no image for {split!r}: give it some; where valid/ is missing, a "
-                f"tenth of train is held out for it, which takes at least 10 images"
+                f"tenth of train is held out for it, which takes at least 10 images{_also(images.note)}"
             )
         if len(count_N) > len(images.classes):
             raise ValueError(
@@ -105,7 +128,7 @@ def open_splits(data: ImageDataConfig) -> dict[str, Images]:
             empty = [images.classes[label] for label in np.flatnonzero(count_N == 0)]
             raise ValueError(
                 f"data.images={data.images!r} has classes without an image in {split!r} ({_some(empty)}): give each "
-                f"some, or leave it out of all splits"
+                f"some, or leave it out of all splits{_also(images.note)}"
             )
     return {split: splits[split] for split in FOLDERS}
 
@@ -128,7 +151,7 @@ def _own_splits(data: ImageDataConfig) -> dict[str, Images]:
         )
     if data.images == EMBEDDED:
         return {split: _embedded(split) for split in DEBIAN_NAMES}
-    if not data.images or not Path(data.images).is_dir():
+    if not data.images or not os.path.isdir(data.images):
         raise ValueError(
             f"data.images={data.images!r} is no folder and no known name; "
             f"{nearest(data.images, (EMBEDDED, *SETS))}; {GIVE}"
@@ -150,7 +173,7 @@ def _fashion_classes() -> tuple[str, ...]:
 
 def _known_set(name: str, root: str | None) -> dict[str, Images]:
     kind, below = SETS[name]
-    if root is None or not Path(root).is_dir():
+    if root is None or not os.path.isdir(root):
         raise ValueError(
             f"data.image_root={root!r} is no folder: data.images={name!r} needs the one that holds {below}"
         )
@@ -191,7 +214,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _folder(root: str) -> dict[str, Images]:
-    found = {split: [name for name in names if (Path(root) / name).is_dir()] for split, names in FOLDERS.items()}
+    folders = [entry.name for entry in entries(root) if entry.is_dir()]
+    found = {split: [name for name in names if name in folders] for split, names in FOLDERS.items()}
     if not found["train"]:
         raise ValueError(f"data.images={root!r} has no folder train/: {GIVE}")
     if len(found["valid"]) > 1:
@@ -204,17 +228,51 @@ def _folder(root: str) -> dict[str, Images]:
                 f"data.images={root!r}: {found[split][0]}/ and train/ have different classes, for {_some(differing)} "
                 f"is in one of them alone: give both the same folders"
             )
+    if unread := [name for name in folders if [name] not in found.values()]:
+        note = f"folders that are no split and are not read: {_some(unread)}{_also(splits['train'].note)}"
+        splits["train"] = replace(splits["train"], note=note)
     return splits
 
 
 def _class_folders(root: str, name: str) -> Images:
-    try:
-        found = import_torchvision().datasets.ImageFolder(str(Path(root) / name), allow_empty=True)
-    except OSError as error:  # no folder for any class, or no right to read one
-        raise ValueError(f"data.images={root!r} has no folders of classes in {name}/ ({error}): {GIVE}") from error
+    """Lists the images of one split. Folders whose names look the same, but for spaces around them or for how an
+    accent is encoded, are the same class."""
+    place = Path(root) / name
+    folders: dict[str, str] = {}
+    beside = 0
+    for entry in entries(place):
+        shown = unicodedata.normalize("NFC", entry.name.strip())
+        if not entry.is_dir():
+            beside += 1
+        elif not shown or any(unicodedata.category(c) in ("Cc", "Cs") for c in shown):
+            raise ValueError(
+                f"data.images={root!r}: {name}/ has a class {entry.name!r}, which cannot be printed: rename it"
+            )
+        elif shown in folders:
+            raise ValueError(
+                f"data.images={root!r}: {name}/ has two folders for one class, "
+                f"{os.path.basename(folders[shown])!r} and {entry.name!r}: move the files of one to the other"
+            )
+        else:
+            folders[shown] = entry.path
+    if not folders:
+        raise ValueError(f"data.images={root!r} has no folders of classes in {name}/: {GIVE}")
+    classes = sorted(folders)
+    found, left_out = list_images([folders[shown] for shown in classes])
+    if beside:
+        left_out["beside the folders of classes"] = beside
+    notes = [f"{name}/: {told_left_out(left_out)}"] if left_out else []
+    by_case = Counter(shown.casefold() for shown in classes)
+    if alike := [shown for shown in classes if by_case[shown.casefold()] > 1]:
+        notes.append(f"{name}/: classes whose names differ by case alone: {_some(alike)}")
     # An array of bytes, because worker processes share its memory; strings they would copy one by one.
-    files = np.array([os.fsencode(path) for path, _ in found.samples], dtype=np.bytes_)
-    return Images(files, np.array(found.targets, dtype=np.int64), tuple(found.classes))
+    item_I = np.array([os.fsencode(path) for files in found for path in files], np.bytes_)
+    label_I = np.repeat(np.arange(len(found)), [len(files) for files in found])
+    return Images(item_I, label_I, tuple(classes), "; ".join(notes))
+
+
+def _also(note: str) -> str:
+    return f"; {note}" if note else ""
 
 
 def _some(names: list[str]) -> str:

@@ -10,6 +10,7 @@ pixels.
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -23,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from moe_dist import keyed
 from moe_dist.config import ImageDataConfig, VisionConfig, nearest
-from moe_dist.data.image_sources import Images, open_file, open_splits
+from moe_dist.data.image_files import open_image
+from moe_dist.data.image_sources import BLOCK, Images, open_splits
 from moe_dist.data.vision import import_torchvision
 
 MODES = {1: "L", 3: "RGB"}  # PIL's, by the number of colours
@@ -169,16 +171,29 @@ def open_images(data: ImageDataConfig, model: VisionConfig, samples: int, seed: 
 
 
 def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True) -> None:
-    """All that can be told before training: what `open_images` raises, and with `files` ValueError for a file whose
-    head is no image's, naming it. One that is broken further on is only found when it is used."""
-    for split in open_images(data, model, samples=1, seed=0).values():
-        if files:
-            split.images.check_files()
+    """Checks data before training; with `files`, also the head of every file, and whether files of valid and test are
+    in train too, which is reported on stderr. A file that is broken further on is only found when it is used.
+
+    Raises:
+        ValueError: what `open_images` does, and for a file whose head is no image's, naming it.
+    """
+    splits = open_images(data, model, samples=1, seed=0)
+    if not files:
+        return
+    digest_I = {name: split.images.check_files() for name, split in splits.items()}
+    for name in ("valid", "test"):
+        if shared := np.isin(digest_I[name], digest_I["train"]).sum():
+            print(
+                f"note: {shared} of {len(splits[name])} images of {name!r} are in 'train' too (same size, first and "
+                f"last {BLOCK} bytes), so its accuracy is too high",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def read_image(path: str | PathLike[str], data: ImageDataConfig, image_size: int, channels: int) -> torch.Tensor:
     """An image file as evaluation sees it: (Q, Y, X), float32 in [-1, 1]. Raises ValueError naming a broken file."""
-    image = open_file(path, MODES[channels])
+    image = open_image(path, MODES[channels])
     pixel_YXQ = _pixels(_transform(data, image_size, train=False)(image))
     return _normalised(torch.from_numpy(_colours_first(pixel_YXQ)))
 

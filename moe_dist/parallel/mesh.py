@@ -194,6 +194,7 @@ def join(timeout: timedelta = timedelta(minutes=10)) -> None:
     if "MASTER_ADDR" not in os.environ:  # one process without a launcher is a world of one
         alone = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports.free()), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ |= alone
+        ports.hold()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -13,6 +13,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,16 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
 
     deadline = time.monotonic() + timeout
     call = pickle.dumps((function, args))
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # its port is never let go
+    listener = socket.create_server(
+        ("127.0.0.1", 0), backlog=4096
+    )  # no other machine reaches it, and it is never let go
+    store = dist.TCPStore(
+        "127.0.0.1",
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
     spawn = multiprocessing.get_context("forkserver")  # who starts many may have it import what they need once
     processes: list[Any] = []
     running: dict[Connection, int] = {}  # where a rank's answer comes from -> the rank

@@ -91,6 +91,21 @@ class Fit:
         else:
             self.take("model.num_classes", num_classes, f"{source} has {num_classes} classes")
 
+    def take_channels(self, channels: int, source: str) -> None:
+        """Sets `model.channels`. The user may have set it to another number, which is noted.
+
+        Args:
+            channels: 3 for images with colors, 1 for gray ones.
+            source: The field that names the data, with its value.
+        """
+        configured = value_of(self.config, "model.channels")
+        has = f"{source} has {'colors' if channels == 3 else 'gray images alone'}"
+        if "model.channels" not in self.explicit:
+            self.take("model.channels", channels, has)
+        elif configured != channels:
+            loses = "makes them gray" if channels == 3 else "repeats each value"
+            self.notes.append(f"{has}, and model.channels={configured} {loses}; model.channels={channels} fits")
+
 
 class OfEncoders:
     """What the tasks of encoders have in common: nothing is carried from step to step. See `tasks.Task`."""

@@ -41,7 +41,7 @@ class ImageClassification(OfEncoders):
     unit: str = "images"
     headline: str = "accuracy"
 
-    from_data: tuple[str, ...] = ("model.num_classes",)
+    from_data: tuple[str, ...] = ("model.num_classes", "model.channels")
 
     def __init__(
         self,
@@ -55,8 +55,12 @@ class ImageClassification(OfEncoders):
         assert isinstance(config.data, ImageDataConfig)
         self.layout, self.mesh = layout, mesh
         splits = open_images(config.data, _of_any_classes(config), layout.samples, config.seed)
+        images, source = splits["train"].images, f"data.images={config.data.images!r}"
         fit = Fit(config, explicit)
-        fit.take_classes(len(splits["train"].images.classes), f"data.images={config.data.images!r}")
+        fit.take_classes(len(images.classes), source)
+        fit.take_channels(images.channels(), source)
+        # the notes of a "valid" that is held out are those of "train"
+        fit.notes += filter(None, dict.fromkeys(split.images.note for split in splits.values()))
         self.config, self.notes = fit.config, fit.notes
         model = self.config.model
         assert isinstance(model, VisionConfig)
