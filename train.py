@@ -24,6 +24,11 @@ from moe_dist.parallel import ports
 
 ports.hold()  # before torch is imported: that takes seconds, in which another process may get the port
 
+from moe_dist import command_line
+
+if __name__ == "__main__":  # for what is answered here torch is not imported
+    command_line.parse(sys.argv[1:], __doc__)
+
 from moe_dist import chaos, report
 from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines

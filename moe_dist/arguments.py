@@ -14,9 +14,10 @@ LONGEST_MESSAGE = 1000  # characters
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line on stderr and exit status 2."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
         """Takes the options of argparse's own parser."""
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, **options)
 
     def error(self, message: str) -> NoReturn:
         """Ends the process."""

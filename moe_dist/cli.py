@@ -25,11 +25,12 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from moe_dist import configs, run_folder
-from moe_dist.arguments import Parser, one_line, path_argument
+from moe_dist.arguments import one_line
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.grow import Growth
 from moe_dist.checkpoint.sealed_config import read_config
+from moe_dist.command_line import is_main, parse, say
 from moe_dist.config import (
     Config,
     check,
@@ -137,11 +138,11 @@ class Run:
             return
         self.checkpoint, self.refused = manifest.newest_whole(earlier, mesh.files)
         for reason in self.refused.values():
-            _say(f"warning: {reason}. Refused; using {self.checkpoint.name}", sys.stderr)
+            say(f"warning: {reason}. Refused; using {self.checkpoint.name}", sys.stderr)
         done, steps = f"{earlier}: has all of its {self.first_step} steps", self.config.steps
         done += f", and steps={steps} are fewer" if steps < self.first_step else "; --set steps=N goes on to more"
         if self.auto:
-            _say(f"note: {done}" if self.finished else f"goes on from {self.checkpoint}")
+            say(f"note: {done}" if self.finished else f"goes on from {self.checkpoint}")
         elif self.finished and not self.evaluate:
             raise ValueError(done)
 
@@ -153,7 +154,7 @@ class Run:
         layout, model = lay_out(config, world_size()), task_of(config).plain_model(config)
         self.config, self.told = config, describe(config, layout, self.ds_config, model, num_nodes())
         changed = [line for line in table(self.told).splitlines() if line not in before]
-        _say("\n".join(changed))
+        say("\n".join(changed))
 
     def open(self) -> Path:
         """The run folder, the same on every rank, with the config in it. Raises ValueError on every rank where it
@@ -248,43 +249,13 @@ def _lock(file: IO[Any], folder: Path, seconds: int) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            _say(
-                f"warning: {folder}: its disk has no locks ({error.strerror}); do not start two runs in it", sys.stderr
-            )
+            say(f"warning: {folder}: its disk has no locks ({error.strerror}); do not start two runs in it", sys.stderr)
             return
 
 
 def plan(argv: list[str], doc: str | None) -> Run:
     """Reads the command line. Prints and exits for --list and --dry-run; a mistake is one line and exit status 2."""
-    parser = Parser(description=doc)
-    parser.add_argument("name", nargs="?", help="a named config; --list shows them")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
-    parser.add_argument(
-        "--folder", type=path_argument, metavar="PATH", help="run folder of a new run (default: runs/NAME-TIME)"
-    )
-    parser.add_argument(
-        "--resume", type=path_argument, metavar="RUN|auto", help="goes on from the newest checkpoint of a run; auto "
-        "(with NAME and --folder): of that folder, or begins there, for launchers that start the same command again",
-    )  # fmt: skip
-    parser.add_argument("--grow", type=int, metavar="N", help="with --resume: N experts for each, in a new run folder")
-    parser.add_argument("--grow-noise", type=float, metavar="X", help="largest change of a copied weight (0.01 of it)")
-    parser.add_argument("--evaluate", type=path_argument, metavar="RUN", help="test metrics of the newest checkpoint")
-    parser.add_argument(
-        "--allow-changed-data", action="store_true", help="goes on, or evaluates, where the data is another than before"
-    )
-    parser.add_argument("--profile", action="store_true", help="traces a few steps with torch's profiler: RUN/profile/")
-    parser.add_argument("--list", action="store_true", help="lists the named configs")
-    parser.add_argument("--dry-run", action="store_true", help="prints the layout and ends")
-    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: as if started on N ranks")
-    parser.add_argument("--nodes", type=int, metavar="N", help="with --ranks: as if they were on N nodes, not on one")
-    parser.add_argument("--json", action="store_true", help="with --dry-run: one JSON object")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_field_meant(unknown)}")
-    if args.list:
-        for name, make in sorted(configs.CONFIGS.items()):
-            _say(f"{name:<26}{(make.__doc__ or '').splitlines()[0]}")
-        sys.exit(0)
+    args = parse(argv, doc)
     with plain_errors():
         if (args.json or args.ranks is not None) and not args.dry_run:
             raise ValueError("--json and --ranks: only with --dry-run")
@@ -301,7 +272,7 @@ def plan(argv: list[str], doc: str | None) -> Run:
         wandb_mode_of(run.config.wandb.mode)
         task = task_of(run.config)
         if not args.dry_run:  # which tells of a model without its data
-            task.check_data(run.config, _is_main(), run.explicit)
+            task.check_data(run.config, is_main(), run.explicit)
         layout = lay_out(run.config, args.ranks or world_size())
         model = task.plain_model(run.config)
         if run.config.compare:
@@ -310,36 +281,17 @@ def plan(argv: list[str], doc: str | None) -> Run:
     if args.dry_run and (unread := [key for key in task.from_data if key not in run.explicit and not run.earlier]):
         run.notes.append(f"--dry-run reads no data, from which a run takes {' and '.join(unread)}")
     notes = [f"note: {note}" for note in run.notes]
-    _say(json.dumps(told) if args.json else "\n".join([table(told), *notes]))
+    say(json.dumps(told) if args.json else "\n".join([table(told), *notes]))
     if args.dry_run:
         sys.exit(0)
     with plain_errors():
         if run.config.init and not run.earlier and not manifest.found(Path(run.config.init)):
             raise ValueError(f"init={run.config.init}: no checkpoint to begin with; give a run folder that has one")
         _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
-        if _is_main() and not run.evaluate:
+        if is_main() and not run.evaluate:
             run.check_folder()
     run.told, run.profile, run.allow_changed_data = told, args.profile, args.allow_changed_data
     return run
-
-
-def _field_meant(unknown: list[str]) -> str:
-    """A hint where the first of the arguments names a field of a config, with its value or before it."""
-    key, equals, value = unknown[0].lstrip("-").partition("=")
-    if key not in dotted_keys(Config(name="")):
-        return ""
-    return f"; did you mean --set {key}={value if equals else (unknown[1:] or ['...'])[0]}?"
-
-
-def _is_main() -> bool:
-    """Before there is a mesh."""
-    return os.environ.get("RANK") in (None, "", "0")
-
-
-def _say(text: str, to: IO[str] | None = None) -> None:
-    """Prints on rank 0 alone."""
-    if _is_main():
-        print(text, file=to, flush=True)
 
 
 def _check_memory(needed: int) -> None:
@@ -386,7 +338,7 @@ def _resolve(args: argparse.Namespace) -> Run:
         return Run(config, read_ds_config(config), args.folder, explicit=explicit, notes=notes)
     config, note = read_config(earlier, explicit)
     if note:
-        _say(f"note: {note}", sys.stderr)
+        say(f"note: {note}", sys.stderr)
     section = (mixture(config) or ("", None))[0]
     may_change = MAY_CHANGE + ((f"{section}.k", "name") if args.grow else ())
     for key in sorted(explicit):
@@ -400,7 +352,7 @@ def _resolve(args: argparse.Namespace) -> Run:
     _tell_places(before, config)
     steps = before.steps
     if args.resume and config.optim.decay == "cosine" and config.steps != steps:
-        _say(f"note: the learning rate goes on as if the run had always had {config.steps} steps, not {steps}")
+        say(f"note: the learning rate goes on as if the run had always had {config.steps} steps, not {steps}")
     if args.resume and (earlier / METRICS).exists():
         read_metrics(earlier)
     manifest.checkpoints(earlier)
@@ -447,7 +399,7 @@ def _fit_ep(config: Config) -> Config:
     """The layout is no part of the result, so any that fits will do."""
     if world_size() % config.mesh.ep:
         ep = math.gcd(config.mesh.ep, world_size())
-        _say(f"note: mesh.ep={ep} on these ranks, which {config.mesh.ep} does not divide; the result is the same")
+        say(f"note: mesh.ep={ep} on these ranks, which {config.mesh.ep} does not divide; the result is the same")
         config = override(config, [f"mesh.ep={ep}"])
     return config
 
@@ -461,7 +413,7 @@ def _begin_or_go_on(args: argparse.Namespace) -> Run:
         from_data = task_of(config).from_data
         before, note = read_config(args.folder, dotted_keys(config))  # whatever config.json has, it is written again
         if note:
-            _say(f"note: {note}", sys.stderr)
+            say(f"note: {note}", sys.stderr)
         for key in dotted_keys(config):  # name and task first: the same ones have the same fields
             kept, asked = (attrgetter(key)(each) for each in (before, config))
             if kept != asked and key in from_data and key not in explicit:
@@ -479,7 +431,7 @@ def _tell_places(before: Config, config: Config) -> None:
     for key in (key for key in PLACES if key in dotted_keys(config)):
         was, now = (value_of(each, key) for each in (before, config))
         if was != now:
-            _say(f"note: {key}={now}, which was {was}; it must hold the same data")
+            say(f"note: {key}={now}, which was {was}; it must hold the same data")
 
 
 def _growth(args: argparse.Namespace, config: Config) -> Growth:
@@ -492,7 +444,7 @@ def _growth(args: argparse.Namespace, config: Config) -> Growth:
     if not 0 <= noise <= 1:
         raise ValueError(f"--grow-noise {noise}: from 0 to 1")
     num_experts = experts[1].num_experts
-    _say(f"note: {num_experts} experts become {num_experts * args.grow}, of which copies differ by up to {noise:.3g}")
+    say(f"note: {num_experts} experts become {num_experts * args.grow}, of which copies differ by up to {noise:.3g}")
     return Growth(args.grow, noise, config.seed)
 
 
@@ -507,13 +459,13 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except caught as error:
-        if not _is_main():
+        if not is_main():
             time.sleep(3)
-        where = "error" if _is_main() else f"error on rank {os.environ['RANK']}"
+        where = "error" if is_main() else f"error on rank {os.environ['RANK']}"
         print(one_line(f"{where}: {error}"), file=sys.stderr, flush=True)
         end(2)
     except KeyboardInterrupt:
-        if _is_main():
+        if is_main():
             print("interrupted", file=sys.stderr, flush=True)
         end(130)
 

@@ -487,8 +487,9 @@ def nearest_key(key: str, known: typing.Iterable[str]) -> str:
 
 def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every field of a config that `--set` may name, as {dotted key: type}."""
+    section: Any = type(config)
     keys: dict[str, Any] = {}
-    for name, kind in _hints(type(config)).items():
+    for name, kind in _hints(section).items():
         value = getattr(config, name)
         inner = dataclasses.is_dataclass(value)
         keys |= dotted_keys(value, f"{prefix}{name}.") if inner else {prefix + name: kind}

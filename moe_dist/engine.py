@@ -148,6 +148,9 @@ def import_deepspeed() -> Any:
     # On gloo DeepSpeed would compile a shared-memory op at start: 20 s, a compiler, and a build lock that a killed run
     # leaves behind and that then hangs every later run. Told that the op is not for this machine, it uses gloo alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19.8 imports its Muon optimizer to compare types with it. That compiles a function, for which torch
+    # imports its compiler: 3 CPU seconds (test_startup.py). This is what it does with a torch that has no compiler.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     return deepspeed
 
 

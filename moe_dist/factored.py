@@ -6,8 +6,8 @@ smaller step.
 
 Two passes over memory, for the update's second moments are those of the whole gradient: `squares_of` reads it, and
 `factored_update` reads it again and moves the weights. On CPU numba makes one loop of each for matrices that are worth
-it, at their first use in a process and without a compiler on the machine; in eager torch, as on a GPU and for small
-matrices, each is two or three passes over temporaries.
+it, without a compiler on the machine (`jit`); in eager torch, as on a GPU and for small matrices, each is two or three
+passes over temporaries.
 
 Legend: e experts, each a matrix and all of one shape; D rows, F columns.
 """
@@ -93,11 +93,9 @@ def _loop(over: Callable[..., None], *stacks: torch.Tensor, scalars: tuple[float
 
 @functools.cache
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Sums in the order that vector instructions like, and a fused multiply-add; NaN and infinity stay what they are.
-    Nothing is kept on disk: numba's cache does not bear ranks that write it at once, nor the want of a folder."""
-    import numba
+    from moe_dist.jit import compiled  # here, for numba takes a quarter of a second that others save
 
-    return numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})(function)
+    return compiled(function)
 
 
 @functools.cache
@@ -106,20 +104,25 @@ def _threads(number: int) -> ThreadPoolExecutor:
 
 
 def _sum_squares(g_eDF: Any, row_eD: Any, column_eF: Any) -> None:
+    """Writes the sums of squares of rows and columns. To be compiled, so without expressions of arrays (see `jit`)."""
     e, rows, columns = g_eDF.shape
-    part_F = np.zeros(columns, g_eDF.dtype)
+    zero = g_eDF.dtype.type(0)
+    part_F = np.empty(columns, g_eDF.dtype)
     for i in range(e):
-        column_eF[i] = 0
+        for f in range(columns):
+            column_eF[i, f] = zero
         for first in range(0, rows, SHORT):
-            part_F[:] = 0
+            for f in range(columns):
+                part_F[f] = zero
             for d in range(first, min(first + SHORT, rows)):
-                row = part_F.dtype.type(0)
+                row = zero
                 for f in range(columns):
                     square = g_eDF[i, d, f] * g_eDF[i, d, f]
                     row += square
                     part_F[f] += square
                 row_eD[i, d] = row
-            column_eF[i] += part_F
+            for f in range(columns):
+                column_eF[i, f] += part_F[f]
 
 
 def _move(w_eDF: Any, g_eDF: Any, left_eD: Any, right_eF: Any, eps: float, size: float, keep: float) -> None:

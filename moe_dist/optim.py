@@ -17,6 +17,7 @@ Where the clip factor comes from the norm of the step before (`clip_by`), or the
 `free_gradients` each stack of them is updated within backward, when its gradient is whole, which is then freed.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -45,7 +46,15 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class Optimizer(torch.optim.AdamW):
-    """See the head of this file. The base class's `param_groups` are the dense parameters, which DeepSpeed replaces."""
+    """See the head of this file. The base class's `param_groups` are the dense parameters, which DeepSpeed replaces.
+
+    Methods of torch's optimizers are wrapped for torch.compile, and a wrapper imports the compiler when it is called: a
+    CPU second of each rank's start. The methods that are used here are the wrapped ones themselves (torch 2.13;
+    test_startup.py), which do the same where nothing is compiled.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
 
     def __init__(
         self,
@@ -166,7 +175,7 @@ class Optimizer(torch.optim.AdamW):
         before = [part.clone() for part in parts] if self.config.trust_ratio else []
         if parts and self.config.weight_decay:  # AdamW's decoupled decay (Loshchilov and Hutter 2019, Algorithm 2)
             torch._foreach_mul_(parts, 1 - group["lr"] * self.config.weight_decay)
-        super().step()
+        inspect.unwrap(torch.optim.AdamW.step)(self)
         if before:
             self._trust(parts, before)
         for state in waiting:

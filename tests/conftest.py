@@ -11,8 +11,8 @@ from runs import TINY
 
 from moe_dist.data.sources import open_text
 
-# ranks are forked from a process that has imported torch: two seconds less for each of some hundreds
-multiprocessing.set_forkserver_preload(["moe_dist.verify"])
+# ranks are forked from a process that has imported what they need: five seconds less for each of some hundreds
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 
 @pytest.fixture(scope="session")

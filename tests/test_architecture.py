@@ -16,7 +16,7 @@ ORDER = [
     {"measures", "memory"},
     {"later"},
     {"parallel"},
-    {"context", "keyed", "parameters"},
+    {"context", "keyed", "parameters", "jit"},
     {"rows", "routing"},
     {"kernels"},
     {"experts", "gating", "dispatch"},
@@ -26,6 +26,7 @@ ORDER = [
     {"models", "outside", "optim", "data", "metrics", "told", "pictures", "page", "panels", "report", "meter"},
     {"parallelize", "engine", "checkpoint", "evaluate", "summary", "replay"},
     {"tasks", "configs", "machine"},
+    {"command_line"},
     {"finite"},
     {"cli", "training", "profiling"},
     {"chaos"},
@@ -70,7 +71,7 @@ def test_gating_and_dispatch_meet_in_routing_alone() -> None:
 
 
 def test_config_imports_no_torch() -> None:
-    for path in [PACKAGE / "config.py", *(PACKAGE / "configs").glob("*.py")]:
+    for path in [PACKAGE / "config.py", PACKAGE / "command_line.py", *(PACKAGE / "configs").glob("*.py")]:
         assert not any(name.split(".")[0] == "torch" for name in imported(path)), path
 
 

@@ -12,9 +12,6 @@ import sys
 from typing import Any
 
 from moe_dist.arguments import Parser, one_line, path_argument
-from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.sealed_config import read_config
-from moe_dist.checkpoint.whole import export, inspect
 
 
 def _table(told: dict[str, Any]) -> str:
@@ -38,6 +35,10 @@ def main(argv: list[str]) -> int:
     commands.choices["inspect"].add_argument("--json", action="store_true", help="one JSON object")
     commands.choices["export"].add_argument("file", type=path_argument, help="the safetensors file to be written")
     args = parser.parse_args(argv)
+    from moe_dist.checkpoint import manifest  # here, for they import torch, which --help does not need
+    from moe_dist.checkpoint.sealed_config import read_config
+    from moe_dist.checkpoint.whole import export, inspect
+
     try:
         in_run = (args.path / "checkpoints").is_dir()
         checkpoint = manifest.checkpoints(args.path)[-1] if in_run else args.path

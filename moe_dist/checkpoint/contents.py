@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 
 from moe_dist.checkpoint.manifest import STATE, STEPS
@@ -59,6 +58,8 @@ def kept_tensors(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ValueError: A file is not whole, or the parts of a tensor overlap or do not make a whole one.
     """
+    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+
     try:
         kept: Any = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except Exception as error:  # whatever a foreign file leads torch's reader to

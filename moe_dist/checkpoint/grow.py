@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_dist import keyed
 from moe_dist.config import Config, mixture, override
@@ -42,7 +41,9 @@ class Growth:
         return other[0] if len(other) == 1 and saved[other[0]] * self.times == wanted[other[0]] else None
 
     def smaller(self, wanted: Any, saved: torch.Size, mesh: Mesh) -> Any:
-        """Memory for the saved tensor from which `fill` makes `wanted`; None where it has not grown."""
+        """Returns memory for the saved tensor from which `fill` makes `wanted`; None where it has not grown."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard  # here: see the package's docstring
+
         dim = self.dim(saved, wanted.shape)
         if dim is None or not isinstance(wanted, DTensor):
             return None if dim is None else wanted.new_empty(saved)
@@ -57,6 +58,8 @@ class Growth:
     def fill(self, wanted: Any, smaller: Any, mine: range, key: str, *, perturb: bool) -> None:
         """Makes the experts of `wanted` from those that were read. `mine`: global ids of this rank's first dimension,
         of a tensor that lies over ranks."""
+        from torch.distributed.tensor import DTensor  # here: see the package's docstring
+
         dim = self.dim(smaller.shape, wanted.shape)
         assert dim is not None
         spread = isinstance(wanted, DTensor)

@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 from moe_dist.checkpoint import manifest
@@ -28,6 +26,9 @@ from moe_dist.outside import Spread
 from moe_dist.parallel.collectives import Group, from_all, from_main
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.run_folder import PARTIAL, make_folder, remove, write
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 LEAVE_SECONDS = 60  # that an end by Ctrl-C or an exception waits for a checkpoint in the background
 
@@ -122,6 +123,8 @@ class Saver:
 
     def _write(self, final: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """A collective, in a thread and a group of ranks of its own. Raises OSError on every rank."""
+        import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+
         group, partial = self.mesh.files, final.with_name(f"{PARTIAL}{final.name}")
         name = f"{manifest.FOLDER}/{partial.name}"
         texts = {manifest.STATE: json.dumps(state)} | ({manifest.CONFIG: self.config} if self.config else {})
@@ -162,6 +165,8 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
         ValueError: On every rank, before anything is filled: a file is broken, or a tensor, which is named, is missing,
             overlaps, is not finite or has another shape or dtype.
     """
+    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+
     optimizer, state = engine.optimizer, read_state(checkpoint)
     spread = _spread_tensors(optimizer)
     outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
@@ -211,6 +216,8 @@ def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...
         ValueError: On every rank, before anything is filled: a file is broken, there is no weight to take, or one,
             which is named, overlaps, is not finite or has another dtype.
     """
+    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+
     optimizer = engine.optimizer
     spread = _spread_tensors(optimizer)
     outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
@@ -265,8 +272,11 @@ def _global_rows(of: Spread, mesh: Mesh) -> range:
     return range(first + of.mine.start, first + of.mine.stop)
 
 
-def _as_shard(t: torch.Tensor, of: Spread, mesh: Mesh) -> DTensor:
-    """Of the global stack, which is cut over ep and then, maybe into uneven parts, over its owners."""
+def _as_shard(t: torch.Tensor, of: Spread, mesh: Mesh) -> "DTensor":
+    """Returns the part of the global stack that `t` is: a stack is cut over ep and then, maybe into uneven parts, over
+    its owners."""
+    from torch.distributed.tensor import DTensor, Shard  # here: see the package's docstring
+
     whole = t.new_empty(len(of.p) * mesh.ep.size, *t.shape[1:], device="meta")
     return DTensor.from_local(
         t, mesh.device_mesh, [Shard(0), Shard(0)], shape=whole.shape, stride=whole.stride(), run_check=False

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -36,6 +35,8 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fills whole tensors in place, in one process. Raises ValueError, naming the tensor, for values that are unfit."""
+    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+
     check_values(checkpoint, tensors)
     with warnings.catch_warnings():  # torch warns that one process is all, which was asked for
         warnings.simplefilter("ignore", UserWarning)

@@ -213,7 +213,7 @@ def of_arrays(given: str, arrays: Mapping[str, Iterable[np.ndarray]]) -> Source:
         found = blake2b(digest_size=16)
         for array in arrays[name]:
             found.update(str((array.dtype, array.shape)).encode())
-            found.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+            found.update(np.ascontiguousarray(array).data.cast("B"))
         return found.hexdigest()
 
     return Source(given, {name: sum(array.nbytes for array in some) for name, some in arrays.items()}, digest)

@@ -1,0 +1,9 @@
+"""What the ranks of tests need, imported once by the process that they are forked from (conftest.py)."""
+
+import torch.distributed.checkpoint  # noqa: F401
+
+import moe_dist.jit
+import moe_dist.verify  # noqa: F401
+from moe_dist.engine import import_deepspeed
+
+import_deepspeed()

@@ -1,0 +1,95 @@
+"""What a start imports: nothing that it does not use. No clock is read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_dist.parallel.spawn import run_distributed
+
+ROOT = Path(__file__).parent.parent
+
+RUN = """
+import atexit, runpy, sys
+command, *sys.argv[1:] = sys.argv[1:]
+atexit.register(lambda: print("IMPORTED", *{name.partition(".")[0] for name in sys.modules}))
+if command.endswith(".py"):
+    sys.argv[0] = command
+    runpy.run_path(command, run_name="__main__")
+else:
+    runpy.run_module(command, run_name="__main__", alter_sys=True)
+"""
+
+
+def imported(*command: str) -> tuple[int, str, set[str]]:
+    """Exit status, output and the packages that a command has imported at its end."""
+    done = subprocess.run([sys.executable, "-c", RUN, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    out, _, names = done.stdout.rpartition("IMPORTED ")
+    assert names, done.stderr
+    return done.returncode, out + done.stderr, set(names.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        ("train.py --list", 0, "lstm_moe_demo"),
+        ("train.py --help", 0, "--resume"),
+        ("train.py lstm_moe_demo --optim.lr=1", 2, "did you mean --set optim.lr=1?"),
+        ("moe_dist.checkpoint --help", 0, "inspect"),
+        ("moe_dist.report --help", 0, "--html"),
+    ],
+)
+def test_what_needs_no_torch_imports_none(command: str, status: int, says: str) -> None:
+    code, out, names = imported(*command.split())
+    assert code == status and says in out, out
+    heavy = {"torch", "deepspeed", "numba", "matplotlib", "wandb", "datasets", "PIL", "tokenizers", "scipy", "sympy"}
+    assert not names & (heavy | (set() if "report" in command else {"numpy"}))
+
+
+STEPS = """
+import sys
+from itertools import islice
+import train
+from moe_dist.config import override
+from moe_dist.configs import get
+from moe_dist.engine import read_ds_config
+from moe_dist.data import sources
+
+whole = sources._embedded
+sources._embedded = lambda split: islice(whole(split), 500)  # read in a moment
+config = override(get("lstm_moe_demo"), ["data.vocabulary_size=300"])
+mesh = train.meshes.start(1)
+training = train.set_up(config, read_ds_config(config), mesh)
+for _ in train.train_step(training, 1):
+    pass
+assert training.engine.optimizer.updates == 1
+train.meshes.stop()
+print("IMPORTED", *sys.modules)
+"""
+
+
+def test_a_step_of_training_imports_nothing_that_it_does_not_use() -> None:
+    """Neither torch's compiler nor what checkpoints, pictures, logs and other data need."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STEPS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    names = set(done.stdout.rpartition("IMPORTED ")[2].split())
+    assert {"torch", "deepspeed", "numba"} <= names
+    unused = {
+        "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "torch.distributed.tensor", "sympy",
+        "matplotlib", "wandb", "datasets", "torchvision", "pandas",
+    }  # fmt: skip
+    assert not names & unused
+
+
+def imported_before() -> list[str]:
+    return list(sys.modules)
+
+
+def test_ranks_of_tests_are_forked_with_what_they_need() -> None:
+    """A forkserver is silent about a module that it cannot import, and every rank then takes five seconds longer."""
+    (names,) = run_distributed(imported_before, 1)
+    assert {"deepspeed", "torch.distributed.checkpoint", "moe_dist.jit", "tests.preloaded"} <= set(names)
