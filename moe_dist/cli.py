@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import math
 import os
@@ -139,8 +140,9 @@ class Run:
         self.checkpoint, self.refused = manifest.newest_whole(earlier, mesh.files)
         for reason in self.refused.values():
             say(f"warning: {reason}. Refused; using {self.checkpoint.name}", sys.stderr)
-        done, steps = f"{earlier}: has all of its {self.first_step} steps", self.config.steps
-        done += f", and steps={steps} are fewer" if steps < self.first_step else "; --set steps=N goes on to more"
+        done, steps = f"{earlier}: has done {self.first_step} steps", self.config.steps
+        done += f", and steps={steps} is fewer" if steps < self.first_step else ", all of them"
+        done += "; --set steps=N with more goes on"
         if self.auto:
             say(f"note: {done}" if self.finished else f"goes on from {self.checkpoint}")
         elif self.finished and not self.evaluate:
@@ -272,7 +274,10 @@ def plan(argv: list[str], doc: str | None) -> Run:
         wandb_mode_of(run.config.wandb.mode)
         task = task_of(run.config)
         if not args.dry_run:  # which tells of a model without its data
-            task.check_data(run.config, is_main(), run.explicit)
+            try:
+                task.check_data(run.config, is_main(), run.explicit)
+            except ValueError as error:
+                raise ValueError(f"{error}{_elsewhere(run)}") from None
         layout = lay_out(run.config, args.ranks or world_size())
         model = task.plain_model(run.config)
         if run.config.compare:
@@ -315,6 +320,16 @@ MAY_CHANGE = (
     "optim.clip_norm", "optim.clip_by", "optim.free_gradients", "optim.expert_beta2", "optim.max_skipped",
     "chaos.", "report", "wandb.",
 )  # fmt: skip
+
+
+def _elsewhere(run: Run) -> str:
+    """Returns advice for a run that goes on where its data is no longer in its place, else nothing."""
+    for key in PLACES:
+        if run.earlier and key in dotted_keys(run.config) and key not in run.explicit:
+            place = value_of(run.config, key)
+            if place and os.sep in place and not glob.glob(place):
+                return f"; the run was trained on it: where it lies elsewhere now, give --set {key}=PLACE"
+    return ""
 
 
 def _resolve(args: argparse.Namespace) -> Run:

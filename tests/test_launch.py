@@ -538,7 +538,7 @@ def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -
     ]
     assert [each.returncode for each in told] == [0, 0], told
     assert f"goes on from {saved}" in told[0].stdout
-    assert f"note: {folder}: has all of its 300 steps, and steps=200 are fewer" in told[1].stdout
+    assert f"note: {folder}: has done 300 steps, and steps=200 is fewer" in told[1].stdout
     assert "test perplexity" in told[1].stdout and json.loads((folder / "config.json").read_text())["steps"] == 300
     assert losses(folder).keys() == set(range(1, 301))
 

@@ -300,7 +300,7 @@ def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, caps
         (
             "text_classification",
             ["--sentences", "{}/words.csv"],
-            "words.csv: no column 'text', only words (str), label (str)",
+            "words.csv: no column 'text', only 'words' (str), 'label' (str)",
         ),
         ("text_classification", ["--text", "half \udce9"], "not text in this terminal's encoding"),
         ("text_classification", ["--text", ""], "has no token"),

@@ -245,6 +245,8 @@ def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...
 
 def _check_finite(tensors: dict[str, Any], group: Group) -> None:
     """Raises OSError, on every rank, for a tensor that is not finite: nothing could go on from it. A collective."""
+    from torch.distributed.tensor import DTensor  # here: see the package's docstring
+
     mine = [key for key, t in tensors.items() if not is_finite(t.to_local() if isinstance(t, DTensor) else t)]
     if wrong := sorted({key for of_rank in from_all(mine, group) for key in of_rank}):
         more = f", as do {len(wrong) - 1} more" if wrong[1:] else ""

@@ -139,7 +139,7 @@ def shown(text: str, most: int = 500) -> str:
 
 def columns_of(row: Row) -> str:
     """Returns the names of a row's columns and the types of their values for use in a message."""
-    return shown(", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()))
+    return shown(", ".join(f"{name!r} ({type(value).__name__})" for name, value in row.items()))
 
 
 def _reason(error: Exception) -> str:
@@ -300,7 +300,13 @@ class _Record:
 
 def _table(separator: str, file: IO[bytes]) -> Iterator[Row]:
     records = _records(_lines(file, newline=""), separator)
-    names = next((record.fields for record in records), [])
+    names = [name.strip() for name in next((record.fields for record in records), [])]
+    other = next((mark for mark in (",", ";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
+    if other:
+        raise ValueError(
+            f"its heading {shown(names[0], 40)!r} is one column: it looks separated by {other!r}, and this file "
+            f"should be separated by {separator!r}"
+        )
     twice = {name for name in names if name and names.count(name) > 1}
     if twice:
         raise ValueError(f"its heading has {shown(min(twice), 40)!r} twice: leave one out")
