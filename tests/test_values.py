@@ -40,7 +40,7 @@ def try_it(config: Config) -> None:
     assert from_json(to_json(config)) == config
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(200)
 def test_a_hostile_value_of_any_field_is_a_value_error_or_a_config() -> None:
     """From a config.json and from --set. No other error, and some of each outcome."""
     refused, accepted, done = 0, 0, set()

@@ -11,7 +11,7 @@ The cost is bounded, for data may be terabytes:
 - `BUDGET` bytes are read in all, of at most `NUM_READ` files. A file is read whole where it is no larger
   than its share, else in blocks at even distances, the first and the last among them. A change between
   the blocks of a large file, and in a file that is not among the `NUM_READ`, is seen by its size alone.
-- Sizes of all files are read: a second for some 100,000 files on a local disk.
+- Names and sizes of all files are read: 2 to 4 seconds of CPU on the main rank for 100,000 files.
 - Above `MOST_NAMED` files it is folders that are kept, each with the number of its files, their bytes and
   a hash of their names and sizes.
 """
