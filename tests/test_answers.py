@@ -143,7 +143,7 @@ def row_of(**change: Any) -> str:
             "dev.json and validation-2.json are both 'valid'",
             True,
         ),
-        ({"d/train.jsonl": '{"id": "1", "question": "a", "context": "b"}\n'}, "has no column 'answers', only id", True),
+        ({"d/train.jsonl": '{"id": "1", "question": "a", "context": "b"}\n'}, "no column 'answers', only 'id'", True),
         (
             {"d/train.jsonl": '{"id": "1", "question": "a", "context": "b", "answers": ["b"]}\n'},
             "row 1 is not in SQuAD's form",

@@ -291,7 +291,7 @@ def rows(*rows: str, heading: str = "text,label") -> str:
     [
         (
             {"x.csv": rows("a,1", heading="words,label")},
-            r"no column 'text' of strings for 'train', only words \(",
+            r"no column 'text' of strings for 'train', only 'words' \(",
             True,
         ),
         ({"x.csv": rows("a,1", heading="text,class")}, "no column 'label' of names or whole numbers for 'train'", True),
@@ -323,7 +323,7 @@ def rows(*rows: str, heading: str = "text,label") -> str:
         ({"x.csv": rows()}, "has no row for 'train'", True),
         ({"x.csv": rows("a,1", "b,1")}, "has one label, '1': at least 2", False),
         ({"x.csv": rows("a,1", "b,0")}, "2 different texts, too few .*at least 10, or files for", False),
-        ({"x.txt": "a\n"}, r"no column 'label' of names or whole numbers for 'train', only text \(str\)", True),
+        ({"x.txt": "a\n"}, r"no column 'label' of names or whole numbers for 'train', only 'text' \(str\)", True),
         ({"d/train.csv": rows("a,good", "b,bad"), "d/test.csv": rows("a,goood")}, "'goood' .* mean 'good'", False),
         ({"d/train.csv": rows("a,0", "b,1"), "d/test.csv": rows("a,-1")}, "'-1' .*none of train's; known: 0, 1", False),
         ({"d/train.csv": rows("a,0", "b,1"), "d/dev.csv": rows()}, "no row for 'valid'", True),

@@ -197,7 +197,7 @@ def test_rows_without_a_text(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     assert sum(map(len, read(path).values())) == 30
     path.write_text("\n".join(map(json.dumps, [*rows, {"body": "b"}])))
-    with pytest.raises(ValueError, match=r"a row with no column 'text' of strings, only body \(str\): name it so"):
+    with pytest.raises(ValueError, match=r"a row with no column 'text' of strings, only 'body' \(str\): name it so"):
         read(path)
 
 
@@ -265,7 +265,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         ("odd one", {"a.txt": "x\n" * 30, "b.odd": "x\n" * 30}, "files that end with .odd are not read"),
         ("test", {"test.txt": "x\n" * 30}, "no split 'train', only test"),
         ("columns", {"train.jsonl": '{"words": "a", "n": 1}\n' * 30}, r"only words \(str\), n \(int\)"),
-        ("numbers", {"train.jsonl": '{"text": 1}\n' * 30}, r"no column 'text' of strings, only text \(int\)"),
+        ("numbers", {"train.jsonl": '{"text": 1}\n' * 30}, r"no column 'text' of strings, only 'text' \(int\)"),
         ("broken", {"train.jsonl": "{nonsense\n" * 30}, "train.jsonl: no JSON"),
         ("blank", {"train.txt": "\n", "test.txt": "x\n"}, "has 0 lines"),
     ]:  # fmt: skip
