@@ -23,9 +23,8 @@ LONGEST_SIDE = 100  # times the other: resized to a short side of 384 pixels, su
 AGAIN = "a link to a folder that is listed already"
 NO_ENDING = "without an ending"
 
-# PIL refuses an image of more than twice the pixels that it warns of. Its warnings do not name the file.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata
+# of damaged metadata, and of half the pixels from which it refuses an image; they do not name the file
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def list_images(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[list[str]], Counter[str]]:
