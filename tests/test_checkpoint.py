@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from processes import check_one_line, end, set_, start
 from runs import TINY, Run, tiny
 from safetensors import safe_open
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_dist import generate
 from moe_dist.checkpoint import __main__ as command
-from moe_dist.checkpoint import manifest, sharded
+from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.sharded import Saver
 from moe_dist.checkpoint.whole import export, inspect
@@ -166,13 +167,13 @@ def test_a_checkpoint_in_the_background_outlives_an_exception(small_text: Path, 
 def save_and_raise(text: str, folder: Path) -> str:
     meshes.join()
     run = Run(tiny(f"data.text={text}")).steps(0, 1)
-    honest: Callable[..., Any] = sharded.dcp.save
+    honest: Callable[..., Any] = dcp.save
 
     def late(*args: Any, **kwargs: Any) -> Any:
         time.sleep(1)
         return honest(*args, **kwargs)
 
-    sharded.dcp.save = late
+    dcp.save = late
     with pytest.raises(FloatingPointError), Saver(folder, run.engine, run.task, run.mesh, in_background=True) as saver:
         saver.save(1, {})
         raise FloatingPointError
@@ -336,7 +337,7 @@ def save_beside(text: str, folder: Path, expert_form: str) -> bool:
     config = tiny("mesh.ep=2", "zero=1", f"data.text={text}", f"optim.expert_form={expert_form}")
     whole = Run(config).steps(0, 3)
     saver = Saver(folder, whole.engine, whole.task, whole.mesh, in_background=True)
-    honest: Callable[..., Any] = sharded.dcp.save
+    honest: Callable[..., Any] = dcp.save
     released: list[bool] = []
 
     def late(*args: Any, **kwargs: Any) -> Any:
@@ -344,7 +345,7 @@ def save_beside(text: str, folder: Path, expert_form: str) -> bool:
             time.sleep(0.01)
         return honest(*args, **kwargs)
 
-    sharded.dcp.save = late
+    dcp.save = late
     saver.save(3, {})
     whole.steps(3, 6)
     released.append(True)
