@@ -264,7 +264,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         ("odd", {"part.xml": "x\n" * 30}, "files that end with .xml are not read"),
         ("odd one", {"a.txt": "x\n" * 30, "b.odd": "x\n" * 30}, "files that end with .odd are not read"),
         ("test", {"test.txt": "x\n" * 30}, "no split 'train', only test"),
-        ("columns", {"train.jsonl": '{"words": "a", "n": 1}\n' * 30}, r"only words \(str\), n \(int\)"),
+        ("columns", {"train.jsonl": '{"words": "a", "n": 1}\n' * 30}, r"only 'words' \(str\), 'n' \(int\)"),
         ("numbers", {"train.jsonl": '{"text": 1}\n' * 30}, r"no column 'text' of strings, only 'text' \(int\)"),
         ("broken", {"train.jsonl": "{nonsense\n" * 30}, "train.jsonl: no JSON"),
         ("blank", {"train.txt": "\n", "test.txt": "x\n"}, "has 0 lines"),
