@@ -148,7 +148,7 @@ def a_rank_that_would_choose_other_experts() -> None:
 def run_faulty(fault: str | None, config: Config, layout: Layout, reference: Path) -> list[dict[str, Any]]:
     if fault:
         FAULTS[fault]()
-    return run_layouts(config, [layout], 6, reference, True)
+    return run_layouts(config, [layout], 6, reference, True, ())
 
 
 @pytest.fixture(scope="module")
