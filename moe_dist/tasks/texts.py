@@ -259,6 +259,7 @@ class TextClassification(Texts):
     data_config: type = SentenceDataConfig
     headline: str = "accuracy"
     from_data: tuple[str, ...] = ("model.num_classes", VOCABULARY_SIZE)
+    has_scores = False
     model_class = TextClassifier
 
     @property
