@@ -16,6 +16,11 @@ from typing import Any
 from moe_dist.redact import has_secret, redacted
 
 EXCHANGES = ("auto", "ragged", "once", "node")
+# how a value of each type is written, for messages
+EXAMPLES = {
+    int: "a whole number such as 100", float: "a number such as 0.5", bool: "true or false", str: "text",
+    types.NoneType: "none",
+}  # fmt: skip
 WIRES = ("same", "bf16")
 
 
@@ -550,8 +555,12 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     try:
         return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
     except (KeyError, ValueError):
-        expected = " or ".join("none" if k is types.NoneType else k.__name__ for k in options)
-        raise ValueError(f"--set {key}={shown(redacted(text))}: expected {expected}") from None
+        raise ValueError(f"--set {key}={shown(redacted(text))}: expected {_expected(kind)}") from None
+
+
+def _expected(kind: Any) -> str:
+    """Returns what a value of type `kind` looks like, for use in a message."""
+    return " or ".join(EXAMPLES.get(option, str(option)) for option in typing.get_args(kind) or (kind,))
 
 
 def to_json(config: Config) -> str:
@@ -583,7 +592,7 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         if sections:
             value = _build(_section(sections, value), value, f"{prefix}{name}.")
         elif not _is_of(value, kind):
-            raise ValueError(f"config: {prefix}{name}={shown(repr(value))}, expected {getattr(kind, '__name__', kind)}")
+            raise ValueError(f"config: {prefix}{name}={shown(repr(value))}, expected {_expected(kind)}")
         fields[name] = value
     try:
         return cls(**fields)

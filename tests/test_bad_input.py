@@ -34,9 +34,9 @@ ROOT = Path(__file__).parent.parent
         ("optim.learning_rate=1", "no field 'optim.learning_rate'; did you mean 'optim.lr'?"),
         ("mesh=2", "no field 'mesh'; known: mesh.ep, mesh.exchange"),
         ("mesh.ep", "KEY=VALUE"),
-        ("mesh.ep=two", "expected int"),
-        ("model.moe.noise=maybe", "expected bool"),
-        ("zero=first", "expected int or none"),
+        ("mesh.ep=two", "expected a whole number such as 100"),
+        ("model.moe.noise=maybe", "expected true or false"),
+        ("zero=first", "expected a whole number such as 100 or none"),
         # out of range
         ("steps=0", "steps=0: from 1 to 99999999"),
         ("steps=99999999999", "steps=99999999999: from 1 to 99999999"),

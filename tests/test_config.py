@@ -79,9 +79,9 @@ def test_json_round_trip_of_every_config(name: str) -> None:
     ("change", "says"),
     [
         ({"optim": {"rate": 1}}, "no field 'optim.rate'"),
-        ({"steps": "many"}, "steps='many', expected int"),
+        ({"steps": "many"}, "steps='many', expected a whole number"),
         ({"mesh": 3}, "mesh is 3, expected an object"),
-        ({"data": {"text": 1}}, "data.text=1, expected str"),
+        ({"data": {"text": 1}}, "data.text=1, expected text"),
     ],
 )
 def test_a_spoilt_json_is_refused(change: dict, says: str) -> None:

@@ -636,6 +636,17 @@ def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: in
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("num_broken", [2, 7])
+def test_a_message_names_several_broken_files_and_counts_all(tmp_path: Path, num_broken: int) -> None:
+    root = files(tmp_path, TREE)
+    broken = sorted((root / "train" / "a").iterdir())[:num_broken]
+    for path in broken:
+        path.write_bytes(b"GIF87a, or not")
+    with pytest.raises(ValueError, match=f"^{num_broken} files are no images that can be read: ") as error:
+        check_images(ImageDataConfig(str(root)), SMALL)
+    assert [str(path) in str(error.value) for path in broken] == [i < 5 for i in range(num_broken)]
+
+
 # torchvision
 
 CURE = """

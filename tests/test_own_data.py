@@ -145,7 +145,8 @@ def test_what_the_user_has_set_is_an_error_as_it_was(folder: Path) -> None:
     assert refused["data.vocabulary_size=15"].startswith("data.vocabulary_size=15 does not fit 12 different words")
     assert "model.vocabulary_size=500 is more than this text fills" in refused["model.vocabulary_size=500"]
     assert "model.vocabulary_size=9 is too small for the" in refused["model.vocabulary_size=9"]
-    assert refused["model.num_classes=2"].endswith("has 3 classes: leave it out, or set it to 3")
+    assert refused["model.num_classes=2"].endswith("has 3 classes (a, b, c): leave it out, or set it to 3")
+    assert "similar.jsonl' has labels that differ by case alone: Pos, pos" in refused["labels alike"]
     assert refused["model.num_classes=4"] == "['1 of model.num_classes=4 are not in the data']"
 
 
@@ -163,6 +164,11 @@ def refusals(folder: Path) -> dict[str, str]:
             told[assignment] = str(begin(own(name, folder, assignment))[1].task.notes)
         except ValueError as error:
             told[assignment] = str(error)
+    rows = [{"text": f"words {i}", "label": ("Pos", "pos", "neg")[i % 3]} for i in range(60)]
+    similar = folder / "similar.jsonl"
+    similar.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["widenet_text_demo", *set_(f"data.sentences={similar}", *SMALL, *QUIET)]
+    told["labels alike"] = str(begin(argv)[1].task.notes)
     meshes.stop()
     return told
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_dist.data.sources as sources
+from moe_dist.data.classes import alike
 from moe_dist.data.examples import hold_out
 from moe_dist.data.sentences import Sentence, Sentences, _kept, check_sentences, open_sentences
 from moe_dist.data.tokens import CLS, PAD, SEP, SPECIAL, Tokens
@@ -134,6 +135,7 @@ def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str,
         (".jsonl", ["caf\u00e9", "cafe\u0301", "th\u00e9\u00a0", "the\u0301"], ["caf\u00e9", "th\u00e9"]),
         (".jsonl", ["very good", "very  good\n", "-0", "0"], ["0", "very good"]),
         (".jsonl", ["Pos", "pos", "1a", "01a"], ["01a", "1a", "Pos", "pos"]),  # which are not the same
+        (".jsonl", ["ham\u200b", "ham", "\ufeffspam", "sp\u00adam"], ["ham", "spam"]),  # what no font shows
         (".parquet", [1.0, 2.0, 1.0, 2.0], ["1", "2"]),
     ],
 )
@@ -153,6 +155,14 @@ def test_labels_that_are_written_in_several_ways_are_one(
     in_test = {sentence.text: labels[sentence.label] for sentence in splits["test"]}
     each = [name for name in names for _ in range(4 // len(names))]
     assert sorted(in_test[f"test {i}"] for i in range(4)) == sorted(each)
+
+
+@pytest.mark.parametrize(
+    ("names", "similar"),
+    [(("Pos", "neg", "pos"), ["Pos", "pos"]), (("STRASSE", "straße"), ["STRASSE", "straße"]), (("a", "b"), [])],
+)
+def test_labels_that_differ_by_case_are_found(names: tuple[str, ...], similar: list[str]) -> None:
+    assert alike(names) == similar
 
 
 def test_class_names_of_a_dataset_stand_for_numbers_and_for_themselves(tmp_path: Path) -> None:

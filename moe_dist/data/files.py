@@ -126,7 +126,8 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
                 yield row
                 number += 1
     except Exception as error:  # each library has kinds of its own for what is damaged
-        where = f", behind row {number}" if number else ""
+        has_line = str(error).startswith("line ")  # which says more than the rows before it, of a table read ahead
+        where = f", behind row {number}" if number and not has_line else ""
         raise ValueError(f"{path}{where}: {_reason(error)}") from error
 
 

@@ -7,7 +7,6 @@ import gzip
 import lzma
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -19,6 +18,7 @@ from PIL import Image
 
 from moe_dist import keyed
 from moe_dist.config import ImageDataConfig, nearest
+from moe_dist.data.classes import alike, class_name, some
 from moe_dist.data.image_files import entries, list_images, open_image, told_left_out
 from moe_dist.data.progress import told
 from moe_dist.data.vision import import_torchvision
@@ -37,6 +37,7 @@ GIVE = (
     "files, and valid/ or test/ or both beside train/"
 )
 MOST_HELD_OUT = 10_000
+MOST_NAMED = 5  # files of a message
 LOOKED_AT = 32  # images that tell whether a source has colours
 BLOCK = 4096  # bytes at the ends of a file that tell it from others
 
@@ -83,10 +84,21 @@ class Images:
             the same; (0,) for images in memory.
 
         Raises:
-            ValueError: for a file that holds no image, naming it.
+            ValueError: for files that hold no image, with their number, naming the first ones.
         """
         files: Iterable[bytes] = self.item_I if self.item_I.ndim == 1 else ()
-        return np.array([_digest_of(file) for file in told(files, "image files")], np.int64)
+        digests: list[int] = []
+        refused: list[str] = []
+        for file in told(files, "image files"):
+            try:
+                digests.append(_digest_of(file))
+            except ValueError as error:
+                refused.append(str(error))
+        if len(refused) > 1:
+            raise ValueError(f"{len(refused)} files are no images that can be read: {'; '.join(refused[:MOST_NAMED])}")
+        if refused:
+            raise ValueError(refused[0])
+        return np.array(digests, np.int64)
 
 
 def _digest_of(file: bytes) -> int:
@@ -127,7 +139,7 @@ def open_splits(data: ImageDataConfig) -> dict[str, Images]:
         if split in own and not count_N.all():
             empty = [images.classes[label] for label in np.flatnonzero(count_N == 0)]
             raise ValueError(
-                f"data.images={data.images!r} has classes without an image in {split!r} ({_some(empty)}): give each "
+                f"data.images={data.images!r} has classes without an image in {split!r} ({some(empty)}): give each "
                 f"some, or leave it out of all splits{_also(images.note)}"
             )
     return {split: splits[split] for split in FOLDERS}
@@ -225,26 +237,25 @@ def _folder(root: str) -> dict[str, Images]:
     for split, images in splits.items():
         if differing := sorted(in_train ^ set(images.classes)):
             raise ValueError(
-                f"data.images={root!r}: {found[split][0]}/ and train/ have different classes, for {_some(differing)} "
+                f"data.images={root!r}: {found[split][0]}/ and train/ have different classes, for {some(differing)} "
                 f"is in one of them alone: give both the same folders"
             )
     if unread := [name for name in folders if [name] not in found.values()]:
-        note = f"folders that are no split and are not read: {_some(unread)}{_also(splits['train'].note)}"
+        note = f"folders that are no split and are not read: {some(unread)}{_also(splits['train'].note)}"
         splits["train"] = replace(splits["train"], note=note)
     return splits
 
 
 def _class_folders(root: str, name: str) -> Images:
-    """Lists the images of one split. Folders whose names look the same, but for spaces around them or for how an
-    accent is encoded, are the same class."""
+    """Lists the images of one split. Folders whose names look the same (`class_name`) are the same class."""
     place = Path(root) / name
     folders: dict[str, str] = {}
     beside = 0
     for entry in entries(place):
-        shown = unicodedata.normalize("NFC", entry.name.strip())
+        shown = class_name(entry.name)
         if not entry.is_dir():
             beside += 1
-        elif not shown or any(unicodedata.category(c) in ("Cc", "Cs") for c in shown):
+        elif not shown or any(unicodedata.category(c) in ("Cc", "Cs") for c in entry.name.strip()):
             raise ValueError(
                 f"data.images={root!r}: {name}/ has a class {entry.name!r}, which cannot be printed: rename it"
             )
@@ -262,9 +273,8 @@ def _class_folders(root: str, name: str) -> Images:
     if beside:
         left_out["beside the folders of classes"] = beside
     notes = [f"{name}/: {told_left_out(left_out)}"] if left_out else []
-    by_case = Counter(shown.casefold() for shown in classes)
-    if alike := [shown for shown in classes if by_case[shown.casefold()] > 1]:
-        notes.append(f"{name}/: classes whose names differ by case alone: {_some(alike)}")
+    if similar := alike(classes):
+        notes.append(f"{name}/: classes whose names differ by case alone: {some(similar)}")
     # An array of bytes, because worker processes share its memory; strings they would copy one by one.
     item_I = np.array([os.fsencode(path) for files in found for path in files], np.bytes_)
     label_I = np.repeat(np.arange(len(found)), [len(files) for files in found])
@@ -273,7 +283,3 @@ def _class_folders(root: str, name: str) -> Images:
 
 def _also(note: str) -> str:
     return f"; {note}" if note else ""
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -15,7 +15,6 @@ Legend: B samples of a step over all ranks, b of them, S tokens of each.
 
 import csv
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from moe_dist.config import MOST, nearest
+from moe_dist.data.classes import class_name
 from moe_dist.data.examples import Order, hold_out
 from moe_dist.data.files import KNOWN, UNPACK, columns_of
 from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
@@ -244,8 +244,8 @@ def place(label: Label, where: str) -> str | int:
 def label_name(label: Label, where: str) -> str:
     """Returns the name of a label, the same for all ways to write it.
 
-    Names are compared in Unicode's composed form (NFC), without the white space around them and with single spaces
-    inside. Whole numbers are compared by their value: 1, "1", "01" and 1.0 are one label. So are true and "True".
+    Names are compared as `class_name` spells them. Whole numbers are compared by their value: 1, "1", "01" and 1.0 are
+    one label. So are true and "True".
 
     Args:
         label: As it was found. NaN and None are no label.
@@ -261,7 +261,7 @@ def label_name(label: Label, where: str) -> str:
         return ""
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    name = " ".join(unicodedata.normalize("NFC", str(label)).split())
+    name = class_name(str(label))
     if "\0" in name or SURROGATE.search(name):
         raise ValueError(f"{where} has a NUL character, or half of a surrogate pair, in its label: name it otherwise")
     if name.lower() in ("true", "false"):

@@ -105,11 +105,11 @@ def _texts(key: str, source: str, files: Iterable[Path]) -> Iterator[str | None]
     for file in files:
         rows = read_rows(file, ["text"])
         try:
-            for row in rows:
+            for number, row in enumerate(rows, start=1):
                 text = row.get("text", 0)
                 if not isinstance(text, str | None):
                     raise ValueError(
-                        f"{file} has a row with no column 'text' of strings, only {columns_of(row)}: name it so"
+                        f"{file}: row {number} has no column 'text' of strings, only {columns_of(row)}: name it so"
                     )
                 yield text
         except ValueError as error:

@@ -3,7 +3,7 @@
 Legend: T tokens.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_dist.config import Config, override, value_of
 from moe_dist.context import Context
+from moe_dist.data.classes import some
 from moe_dist.layer import LayerStats
 from moe_dist.models.transformer import norm_divergence
 from moe_dist.parallel.mesh import Layout, Mesh
@@ -74,22 +75,23 @@ class Fit:
         self.config = override(self.config, [f"{key}={value}"])
         self.notes.append(f"{key}={value}, for {why} (the config has {configured})")
 
-    def take_classes(self, num_classes: int, source: str) -> None:
+    def take_classes(self, classes: Sequence[str], source: str) -> None:
         """Sets `model.num_classes`. The user may have set it to more than the data has, which is noted.
 
         Args:
-            num_classes: Number of classes of the data.
+            classes: Names of the classes of the data.
             source: The field that names the data, with its value.
 
         Raises:
             ValueError: The user has set it to less.
         """
+        num_classes = len(classes)
         configured = value_of(self.config, "model.num_classes")
         if "model.num_classes" in self.explicit and configured > num_classes:
             unused = configured - num_classes
             self.notes.append(f"{unused} of model.num_classes={configured} are not in the data")
         else:
-            self.take("model.num_classes", num_classes, f"{source} has {num_classes} classes")
+            self.take("model.num_classes", num_classes, f"{source} has {num_classes} classes ({some(classes)})")
 
     def take_channels(self, channels: int, source: str) -> None:
         """Sets `model.channels`. The user may have set it to another number, which is noted.

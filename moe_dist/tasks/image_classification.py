@@ -57,7 +57,7 @@ class ImageClassification(OfEncoders):
         splits = open_images(config.data, _of_any_classes(config), layout.samples, config.seed)
         images, source = splits["train"].images, f"data.images={config.data.images!r}"
         fit = Fit(config, explicit)
-        fit.take_classes(len(images.classes), source)
+        fit.take_classes(images.classes, source)
         fit.take_channels(images.channels(), source)
         # the notes of a "valid" that is held out are those of "train"
         fit.notes += filter(None, dict.fromkeys(split.images.note for split in splits.values()))

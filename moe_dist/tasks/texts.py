@@ -16,6 +16,7 @@ from torch import nn
 from moe_dist.config import Config, PretrainingDataConfig, QuestionDataConfig, SentenceDataConfig, TextConfig
 from moe_dist.context import Context
 from moe_dist.data.answers import Answers, best_spans, scores
+from moe_dist.data.classes import alike, some
 from moe_dist.data.fingerprint import Source, of_files, of_named, of_text
 from moe_dist.data.pretraining import Pretraining
 from moe_dist.data.questions import SQUAD, check_questions, open_questions
@@ -279,7 +280,9 @@ class TextClassification(Texts):
         if self.has_scores:
             self.fit.take("model.num_classes", 1, f"{source} has scores, and no classes")
         else:
-            self.fit.take_classes(len(self.classes), source)
+            self.fit.take_classes(self.classes, source)
+            if similar := alike(self.classes):
+                self.notes.append(f"{source} has labels that differ by case alone: {some(similar)}")
         texts = [text for each in sentences["train"] for text in (each.text, each.text2) if text]
         self.tokens = self.tokens_for(texts, source)
         sizes = (self.model.max_tokens, self.layout.samples)
