@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist.data.stream import Stream, check_lanes
+from moe_dist.data.stream import Stream, _shared, check_lanes
 from moe_dist.data.text import Vocabulary
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.collectives import from_main
@@ -76,8 +76,54 @@ def test_a_text_that_is_too_short_for_a_step(
             check_lanes(lines, lanes, steps, streamed)
 
 
-def test_no_more_is_read_than_the_lines_of_a_step() -> None:
-    check_lanes((["a b", "c"][i % 2] if i < 6 else pytest.fail("read on") for i in range(9)), 6, 2, streamed=True)
+@pytest.mark.parametrize(
+    ("lanes", "steps", "streamed", "read"), [(2, 3, True, 128), (1, 90, True, 90), (3, 4, False, 12)]
+)
+def test_no_more_is_read_than_tells_it(lanes: int, steps: int, streamed: bool, read: int) -> None:
+    """64 lines a lane, and one word and its end a line."""
+    lines = iter(["a"] * 200)
+    check_lanes(lines, lanes, 2 * steps, streamed)
+    assert 200 - len(list(lines)) == read
+
+
+LENGTHS = {
+    "one long line": ([5] * 16 + [600], 16, 16),
+    "long lines at the end": ([8] * 15 + [300] * 3, 16, 12),
+    "lengths in no order": ([1 + 37 * i % 90 for i in range(18)], 16, 20),
+    "a line a lane, shorter than a step": ([3] * 6 + [60], 7, 9),
+    "few lines": ([5, 9, 13, 6, 8, 12, 7, 10, 5, 11], 8, 6),
+    "twice as many lines as lanes": ([20 + i % 7 for i in range(32)], 16, 8),
+    "one lane": ([4] * 5, 1, 6),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lanes_that_read_the_same_words_are_refused(name: str) -> None:
+    """Beside a stream of words that are all different: how many of a step are there again, in two passes."""
+    lengths, lanes, steps = LENGTHS[name]
+    lines = [" ".join(f"{line}x{i}" for i in range(words)) for line, words in enumerate(lengths)]
+    vocabulary = Spaced(("<unk>", "<eos>", *" ".join(lines).split()), (0,) * (2 + sum(lengths)))
+    stream = Stream(lines, vocabulary, lanes, range(lanes))
+    num_steps = max(1, 2 * (sum(lengths) + len(lengths)) // (lanes * steps))
+    again = 0
+    for _ in range(num_steps):
+        place_B2 = stream.places()
+        input_BS, _, _ = stream.window(steps, np.arange(lanes))
+        ends = []  # which line each <eos> is of
+        for row, (line, _) in zip(input_BS.tolist(), place_B2.tolist(), strict=True):
+            ends += [(line + lanes * i) % len(lines) for i in range(row.count(1))]
+        words = [token for token in input_BS.flatten().tolist() if token != 1]
+        again += len(words) - len(set(words)) + len(ends) - len(set(ends))
+    share = again / (num_steps * lanes * steps)
+    assert _shared(np.array(lengths) + 1, lanes, steps) == pytest.approx(share, abs=1e-9)
+    if share > 0.1:
+        with pytest.raises(
+            ValueError, match=f"data.streamed=true: {share:.0%} of the words .* use data.streamed=false"
+        ):
+            check_lanes(lines, lanes, steps, streamed=True)
+    else:
+        check_lanes(lines, lanes, steps, streamed=True)
+    check_lanes(lines, lanes, steps, streamed=False)
 
 
 def test_lanes_of_a_text_that_passes_have_no_word_in_common() -> None:

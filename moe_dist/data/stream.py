@@ -15,33 +15,75 @@ import torch
 
 from moe_dist.data.text import EOS_ID, Vocabulary, tokenize
 
+LINES_PER_LANE = 64  # of which a text has so many that lanes rarely meet
+MOST_LOOKED_AT = 200  # steps
+MOST_SHARED = 0.1  # of a step's words; lanes of a text of a few lines meet now and then
+
 
 def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool) -> None:
-    """Checks that no word of a text is in a step twice, which would make the batch smaller than it is set.
+    """Checks that lanes read different words in a step; a batch of the same words is smaller than it is set.
 
-    Lanes go round the text at one pace, so that those which begin at different words stay apart. Streamed ones begin at
-    lines of their own, if there are as many. Reads no more of the text than that takes.
+    Lanes go round the text at one pace, so that those of a text in memory, which begin at different words, stay apart.
+    Streamed ones take turns at its lines, and meet where it has few, or one line that is longer than the others
+    together. No more of the text is read than `LINES_PER_LANE` lines a lane, if these have the words of a step.
 
     Raises:
-        ValueError: A streamed text has fewer lines than lanes, or a text fewer words than a step reads.
+        ValueError: A text has fewer words than a step reads, or a streamed one fewer lines than lanes, or more than
+            `MOST_SHARED` of the words of a step are read by several lanes, or twice by one.
     """
-    num_lines = num_words = 0
-    needed_lines, needed_words = num_lanes if streamed else 1, num_lanes * steps
+    num_needed = LINES_PER_LANE * num_lanes if streamed else 1
+    num_words = 0
+    length_L: list[int] = []
     for line in lines:
-        num_lines += 1
-        if num_words < needed_words:
-            num_words += len(tokenize(line)) + 1
-        if num_lines >= needed_lines and num_words >= needed_words:
+        length_L.append(len(tokenize(line)) + 1)
+        num_words += length_L[-1]
+        if len(length_L) >= num_needed and num_words >= num_lanes * steps:
             return
-    if num_lines < needed_lines:
+    if streamed and len(length_L) < num_lanes:
         raise ValueError(
-            f"data.streamed=true: the training text has {num_lines} lines for batch.samples={num_lanes} lanes, each of "
-            f"which begins at one of its own; use data.streamed=false or batch.samples of at most {num_lines}"
+            f"data.streamed=true: the training text has {len(length_L)} lines for batch.samples={num_lanes} lanes, "
+            f"each of which begins at one of its own; use data.streamed=false or batch.samples of at most "
+            f"{len(length_L)}"
         )
-    raise ValueError(
-        f"a step reads batch.samples={num_lanes} x batch.timesteps={steps} words, the training text has {num_words}: "
-        f"give more text, or make batch.samples or batch.timesteps smaller"
-    )
+    if num_words < num_lanes * steps:
+        raise ValueError(
+            f"a step reads batch.samples={num_lanes} x batch.timesteps={steps} words, the training text has "
+            f"{num_words}: give more text, or make batch.samples or batch.timesteps smaller"
+        )
+    if streamed and (share := _shared(np.array(length_L), num_lanes, steps)) > MOST_SHARED:
+        raise ValueError(
+            f"data.streamed=true: {share:.0%} of the words that batch.samples={num_lanes} lanes read in a step of "
+            f"batch.timesteps={steps} are the same words of the training text, which has {len(length_L)} lines, the "
+            f"longest of {max(length_L)} of its {num_words} words; use data.streamed=false, give more lines, or make "
+            f"batch.samples or batch.timesteps smaller"
+        )
+
+
+def _shared(length_L: np.ndarray, num_lanes: int, steps: int) -> float:
+    """Returns the part of a step's words that another lane, or the same one, reads in the step too.
+
+    The mean over the steps of two passes, of `MOST_LOOKED_AT` at most.
+
+    Args:
+        length_L: Words of each line of the text, with its end.
+        num_lanes: B.
+        steps: S.
+    """
+    end_L = length_L.cumsum()
+    num_steps = min(MOST_LOOKED_AT, max(1, 2 * int(end_L[-1]) // (num_lanes * steps)))
+    num_words = num_steps * steps
+    word_BT = np.empty((num_lanes, num_words), dtype=np.int64)  # the place in the text of the word that a lane reads
+    for lane in range(num_lanes):
+        filled, line = 0, lane
+        while filled < num_words:
+            end = end_L[line % len(end_L)]
+            length = min(length_L[line % len(end_L)], num_words - filled)
+            first = end - length_L[line % len(end_L)]
+            word_BT[lane, filled : filled + length] = np.arange(first, first + length)
+            filled, line = filled + length, line + num_lanes
+    by_step = word_BT.reshape(num_lanes, num_steps, steps).swapaxes(0, 1).reshape(num_steps, -1)
+    by_step.sort(axis=1)
+    return float((by_step[:, 1:] == by_step[:, :-1]).sum() / by_step.size)
 
 
 class Stream:
