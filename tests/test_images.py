@@ -511,12 +511,24 @@ def test_channels_are_those_of_the_images(tmp_path: Path, kind: str) -> None:
 
 
 def test_one_image_with_a_color_is_enough() -> None:
-    pixel_IYXQ = np.zeros((40, 4, 4, 3), np.uint8)
-    images = Images(pixel_IYXQ, np.zeros(40, np.int64), ("0",))
+    pixel_IYXQ = np.zeros((500, 4, 4, 3), np.uint8)
+    images = Images(pixel_IYXQ, np.zeros(500, np.int64), ("0",))
     assert images.channels() == 1
-    pixel_IYXQ[-1, 2, 2, 2] = 1
+    pixel_IYXQ[333, 2, 2, 2] = 1
     assert images.channels() == 3
     assert open_splits(PLAIN)["train"].channels() == 1
+
+
+@pytest.mark.parametrize(("rare", "mode", "channels"), [(7, "RGB", 3), (39, "P", 3), (16, "CMYK", 3), (5, "LA", 1)])
+def test_one_file_with_a_color_is_enough(tmp_path: Path, rare: int, mode: str, channels: int) -> None:
+    """Among files of which some are gray, and stored as colors all the same."""
+    for i in range(40):
+        image = Image.fromarray(picture(i, 6, 8)).convert("RGB" if i % 2 else "L")
+        if i == rare:
+            image = Image.new("RGB", (6, 8), "red" if channels == 3 else "gray").convert(mode)
+        image.save(tmp_path / f"{i}.{'tif' if mode == 'CMYK' else 'png'}")
+    files = np.array(sorted(map(os.fsencode, tmp_path.iterdir())), np.bytes_)
+    assert Images(files, np.zeros(40, np.int64), ("0",)).channels() == channels
 
 
 def test_images_that_are_in_two_splits_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

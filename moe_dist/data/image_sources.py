@@ -38,7 +38,8 @@ GIVE = (
 )
 MOST_HELD_OUT = 10_000
 MOST_NAMED = 5  # files of a message
-LOOKED_AT = 32  # images that tell whether a source has colours
+LOOKED_AT = 500  # images that tell whether a source has colors
+GRAY_MODES = ("1", "L", "LA", "La")  # of PIL
 BLOCK = 4096  # bytes at the ends of a file that tell it from others
 
 
@@ -65,12 +66,14 @@ class Images:
         return Image.fromarray(item).convert(mode) if isinstance(item, np.ndarray) else open_image(item, mode)
 
     def channels(self) -> int:
-        """Returns 1 where all of up to `LOOKED_AT` images, of all classes alike, are gray, else 3.
+        """Returns 1 where all images, or `LOOKED_AT` of all classes alike where they are more, are gray, else 3.
 
         Raises:
             ValueError: for a file that cannot be read, naming it.
         """
-        for i in {*np.linspace(0, len(self) - 1, LOOKED_AT).astype(int).tolist()}:
+        for i in np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int)).tolist():
+            if self.item_I.ndim == 1 and open_image(self.item_I[i], None).mode in GRAY_MODES:
+                continue
             pixel_YXQ = np.asarray(self.open(i, "RGB"))
             if (pixel_YXQ != pixel_YXQ[..., :1]).any():
                 return 3

@@ -101,7 +101,7 @@ class Fit:
             source: The field that names the data, with its value.
         """
         configured = value_of(self.config, "model.channels")
-        has = f"{source} has {'colors' if channels == 3 else 'gray images alone'}"
+        has = f"{source} has {'colors' if channels == 3 else 'no colors'}"
         if "model.channels" not in self.explicit:
             self.take("model.channels", channels, has)
         elif configured != channels:
