@@ -458,9 +458,10 @@ def test_what_is_beside_the_classes_and_splits_is_told(tmp_path: Path) -> None:
     ]
 
 
-def opened(*sets: str) -> ImageClassification:
+def opened(*sets: str, samples: int = 8) -> ImageClassification:
     """The task of the demo's config, with what the user has set."""
-    config = override(get("widenet_demo"), [*sets])
+    batch = [f"batch.{key}={samples}" for key in ("samples", "samples_per_balance_group", "samples_per_token_group")]
+    config = override(get("widenet_demo"), [*sets, *batch])
     mesh: Any = None  # not asked
     explicit = [text.partition("=")[0] for text in sets]
     return ImageClassification(config, meshes.lay_out(config, 1), mesh, None, explicit)
@@ -483,6 +484,14 @@ def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
         files(root, {f"train/{name}": 1})
         told(ImageDataConfig(str(root)), re.escape(f"train/ has a class {name!r}, which cannot be printed"))
         shutil.rmtree(root / "train" / name)
+
+
+@pytest.mark.parametrize(("samples", "times"), [(16, None), (17, "1.1"), (64, "4.0")])
+def test_fewer_images_than_samples_are_told(tmp_path: Path, samples: int, times: str | None) -> None:
+    root = files(tmp_path, TREE)
+    told = f"each of the 16 training images is {times} times in a step of batch.samples={samples}; set batch.samples to"
+    notes = opened(f"data.images={root}", "model.num_classes=2", samples=samples).notes
+    assert notes == ([f"{told} 16 or less"] if times else [])
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])

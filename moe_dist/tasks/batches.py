@@ -108,6 +108,20 @@ class Fit:
             loses = "makes them gray" if channels == 3 else "repeats each value"
             self.notes.append(f"{has}, and model.channels={configured} {loses}; model.channels={channels} fits")
 
+    def note_repeats(self, num_examples: int, unit: str) -> None:
+        """Adds a note where a step reads some training examples more than once.
+
+        Args:
+            num_examples: Number of training examples.
+            unit: The name of several of them, such as "images".
+        """
+        samples = self.config.batch.samples
+        if num_examples < samples:
+            self.notes.append(
+                f"each of the {num_examples} training {unit} is {samples / num_examples:.1f} times in a step of "
+                f"batch.samples={samples}; set batch.samples to {num_examples} or less"
+            )
+
 
 class OfEncoders:
     """What the tasks of encoders have in common: nothing is carried from step to step. See `tasks.Task`."""

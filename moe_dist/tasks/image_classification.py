@@ -59,6 +59,7 @@ class ImageClassification(OfEncoders):
         fit = Fit(config, explicit)
         fit.take_classes(images.classes, source)
         fit.take_channels(images.channels(), source)
+        fit.note_repeats(len(images), self.unit)
         # the notes of a "valid" that is held out are those of "train"
         fit.notes += filter(None, dict.fromkeys(split.images.note for split in splits.values()))
         self.config, self.notes = fit.config, fit.notes

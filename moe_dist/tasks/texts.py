@@ -78,6 +78,7 @@ class Texts(OfEncoders):
         self.layout, self.mesh, self.saved = layout, mesh, saved
         self.fit = Fit(config, explicit)
         self.open()
+        self.fit.note_repeats(len(self.splits["train"].order.length_N), self.unit)
 
     @property
     def config(self) -> Config:
