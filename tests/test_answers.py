@@ -2,6 +2,7 @@
 network."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -172,6 +173,30 @@ def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: b
             assert "\n" not in str(error.value) and len(str(error.value)) < 700
         else:
             act(source)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("train.json", "pipe"), ("train.json", "device"), ("train.json", "folder"), ("dev.json", "pipe"),
+        ("train.jsonl", "pipe"), ("train.jsonl", "device"),
+    ],
+)  # fmt: skip
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "train.json").write_text(squad(numbered(0, 9)))
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    if name == "train.jsonl":  # a file of rows, by itself
+        (tmp_path / "train.json").unlink()
+    for act in (check_questions, open_questions):
+        with pytest.raises(ValueError, match="a folder, a pipe, a device or a socket: give a regular file"):
+            act(str(tmp_path))
 
 
 @pytest.mark.parametrize(

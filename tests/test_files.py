@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moe_dist.data.files import find_files, find_splits, read_rows
+from moe_dist.data.files import find_files, find_splits, kind_of, label_names, open_file, read_rows
 
 ROWS = [{"text": f"line {i}", "n": i} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -44,7 +44,10 @@ def test_other_columns_differ_from_row_to_row(tmp_path: Path) -> None:
     assert list(read_rows(path)) == rows
 
 
-@pytest.mark.parametrize("name", ["x.txt", "X.MD", "wiki.train.tokens", "enwik8", "news.en-00001-of-00100"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.txt", "X.MD", "wiki.train.tokens", "enwik8", "news.en-00001-of-00100", "x.00001", "x.txt.1", "v1. Songs"],
+)
 def test_plain_text(tmp_path: Path, name: str) -> None:
     assert rows_of(tmp_path, "\ufeffa\r\nb\rc\n{d}", name) == [("a\n",), ("b\n",), ("c\n",), ("{d}",)]
 
@@ -53,6 +56,52 @@ def packed(ending: str, content: bytes) -> bytes:
     if ending == ".zst":
         return pyarrow.compress(content, codec="zstd", asbytes=True)
     return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending](content)
+
+
+@pytest.mark.parametrize("first", ["The text, it says, is long", "Question", "Labels: many", "In question, he said"])
+def test_a_first_line_of_prose_is_no_heading(tmp_path: Path, first: str) -> None:
+    assert rows_of(tmp_path, f"{first}\nb", "bare") == [(f"{first}\n",), ("b",)]
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "device", "link to a pipe"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x.txt"
+    if what == "folder":
+        path.mkdir()
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path if what == "pipe" else tmp_path / "pipe")
+        if what != "pipe":
+            path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^a folder, a pipe, a device or a socket: give a regular file"):
+        open_file(path)
+    with pytest.raises(ValueError, match=r"x\.txt: a folder, a pipe"):
+        list(read_rows(path))
+    assert list(label_names(path)) == []
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "x.txt", "a")
+    os.mkfifo(tmp_path / "pipe")
+    regular = os.stat(tmp_path / "x.txt")
+    monkeypatch.setattr(os, "stat", lambda path: regular)
+    with open_file(tmp_path / "pipe") as file:
+        assert file.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("x.md", ".txt"), ("x", ".txt"), ("x.gz", ".txt"), ("x.txt.1", ".txt"), ("x.NDJSON.gz", ".jsonl"),
+        ("x.json", ".json"), ("x.csv.xz", ".csv"), ("x.tsv", ".tsv"), ("x.parquet", ".parquet"),
+        ("x.jsonl.zip", ".jsonl.zip"), ("x.zip", ".txt.zip"),
+    ],
+)  # fmt: skip
+def test_kinds_of_files(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
@@ -69,7 +118,7 @@ def test_packed_files(tmp_path: Path, ending: str) -> None:
 def test_members_of_a_zip_are_read_each_by_its_own_ending(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.jsonl.zip", "w") as archive:
         members = {"b/c.txt": "last", "a.csv": "text\nfirst", "bare": '{"text": "second"}'}
-        hidden = {"__MACOSX/._a.csv": b"\0", ".x/y.txt": "no", "empty/": ""}
+        hidden = {"__MACOSX/._a.csv": b"\0", ".x/y.txt": "no", "empty/": "", "b/c.txt~": "no", "#a.csv#": "no"}
         for name, content in (members | hidden).items():
             archive.writestr(name, content)
     assert [row["text"] for row in read_rows(tmp_path / "x.jsonl.zip")] == ["first", "last", "second"]
@@ -127,6 +176,90 @@ def test_quotes_that_open_one_text_and_close_another_are_refused_in_csv_and_rows
         rows_of(tmp_path, "\n".join(map(",".join, pairs)))
 
 
+def swallowed(kind: str, first: int, last: int, rows: int = 60) -> str:
+    """A file one text of which begins with a quote and a later one ends with one."""
+    rng = random.Random(f"{kind}{first}")
+    lines = []
+    for i in range(rows):
+        text = {first: '"Hello there', last: 'bye now"'}.get(i, f"sentence number {i}")
+        label = "rare" if i == (first + last) // 2 else rng.choice(["pos", "neg"])
+        columns = {
+            "a rare label": f"{text},{label}",
+            "a label ahead": f"{label},{text}",
+            "ids": f"doc-{i:03d}x,{text}",
+            "hashes": f"{rng.getrandbits(64):016x},{text}",
+            "numbers": f"{text},{i}",
+            "users": f"{'once' if i == first + 1 else f'u{rng.randrange(9)}'},{text}",
+            "answers": f"what is {i} and {i + 1}?,{text}",
+            "ids and answers": f"/a/{i}.htm,what is it?,{text}",
+        }
+        lines.append(columns[kind])
+    return "\n".join([",".join(f"column {i}" for i in range(1 + lines[0].count(","))), *lines, ""])
+
+
+KINDS = (
+    "a rare label", "a label ahead", "ids", "hashes", "numbers", "users", "answers", "ids and answers",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "last"), [(10, 40), (0, 6), (51, 59)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_their_own_are_known_by_most_of_their_columns(tmp_path: Path, kind: str, first: int, last: int) -> None:
+    number = last - first + 1
+    with pytest.raises(ValueError, match=rf"x.csv: line {first + 2} begins a field in quotes, whose {number} lines"):
+        rows_of(tmp_path, swallowed(kind, first, last))
+
+
+PROSE = "a film of the old days was not so good she said that it is time 3 12 1,000 2,500 Mr. 1984 doc-7 I"
+
+
+def paragraphs(rng: random.Random, most: int) -> str:
+    """Prose of some lines, with commas and quotes."""
+    ends = [" ", " ", " ", ", ", ", ", "; ", ". ", ' "x" ', '," ']
+    lines = [
+        "".join(word + rng.choice(ends) for word in rng.choices(PROSE.split(), k=rng.randrange(2, 14)))
+        for _ in range(rng.randrange(1, most))
+    ]
+    return "\n".join(line.strip() + rng.choice([".", "!", ",", "", "\n"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda rng, i, text: (text(), rng.choice(["pos", "neg"])),
+        lambda rng, i, text: (rng.choice("01"), text()),
+        lambda rng, i, text: (f"doc-{i:03d}", text()),
+        lambda rng, i, text: (text(), str(i)),
+        lambda rng, i, text: (text(), rng.choice(["pos", "neg"]), f"{rng.random():.3f}"),
+        lambda rng, i, text: (f"u{rng.randrange(9)}", text(), text(), rng.choice("01")),
+        lambda rng, i, text: (text(), rng.choice(["", "", "", "see below"])),
+        lambda rng, i, text: (text(), text()),
+        lambda rng, i, text: (text(),),
+    ],
+)
+def test_prose_of_several_lines_in_quotes_is_never_refused(tmp_path: Path, row: Any) -> None:
+    for seed in range(40):
+        rng = random.Random(seed)
+        most, num = rng.choice([2, 5, 12, 40]), rng.choice([2, 5, 30, 120])
+        rows = [row(rng, i, lambda: paragraphs(rng, most)) for i in range(num)]  # noqa: B023
+        with (tmp_path / "x.csv").open("w", newline="") as file:
+            writer = csv.writer(file, quoting=rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
+            writer.writerows([[f"column {i}" for i in range(len(rows[0]))], *rows])
+        assert [tuple(found.values()) for found in read_rows(tmp_path / "x.csv")] == rows, seed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There were\n3, not 4\n5, or so", "It cost\n1,000 dollars\n2,500 in all", "Of all\n7, it said\n1,000 were",
+    ],
+)  # fmt: skip
+def test_numbers_of_prose_are_no_ids(tmp_path: Path, text: str) -> None:
+    rows = [*((str(i), f"film {i} is fine") for i in range(20)), ("20", text)]
+    content = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in rows)
+    assert rows_of(tmp_path, content) == rows
+
+
 def test_what_a_csv_writer_writes_is_read_as_it_was(tmp_path: Path) -> None:
     rng = random.Random(0)
     letters = ["a", "b", " ", "'", '"', '""', ",", "\t", ";", "é", "\n", "\r\n", "1", "0", ".", "#"]
@@ -165,6 +298,7 @@ def test_tables_that_do_not_hold_together(tmp_path: Path, content: str, message:
 def test_which_files_a_source_names(tmp_path: Path) -> None:
     shown = ["a.txt", "a/b.txt", "a/c.jsonl", "b.md", "x[1].txt"]
     passed_over = [".a.txt", ".ipynb_checkpoints/a.txt", "a/.hidden/b.txt", "a/._c.jsonl", "README.md", "a/LICENSE"]
+    passed_over += ["a.txt~", "a/#b.txt#", "a/b.txt.~1~", "a/#old#/b.txt"]
     for name in shown + passed_over:
         write(tmp_path / name, "x")
     os.symlink(tmp_path, tmp_path / "a" / "again")
@@ -174,6 +308,8 @@ def test_which_files_a_source_names(tmp_path: Path) -> None:
         str(tmp_path): ["a.txt", "a/b.txt", "a/c.jsonl", "b.md", "link.txt", "x[1].txt"],
         f"{tmp_path}/**/*.txt": ["a.txt", "a/b.txt", "link.txt", "x[1].txt"],
         f"{tmp_path}/a*": ["a.txt"],
+        f"{tmp_path}/a.txt~": ["a.txt~"],  # which is refused by its ending
+        f"{tmp_path}/a/[b#]*": ["a/b.txt"],
         f"{tmp_path}/**": ["README.md", "a.txt", "a/LICENSE", "a/b.txt", "a/c.jsonl", "b.md", "link.txt", "x[1].txt"],
         f"{tmp_path}/*/**/b.*": ["a/again/b.md", "a/b.txt"],
         f"{tmp_path}/x[1].txt": ["x[1].txt"],
@@ -235,6 +371,17 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         ("bare", LINES, "its name has no ending, and its first line is not prose, .{'text|its name has no ending"),
         ("x.00001", "id\ttext\n", "first line is not prose"),
         ("bare.gz", gzip.compress(b"id,text\n1,a\n", mtime=0), "first line is not prose"),
+        ("x.csv-old", "id,sentence\n1,a\n", "files that end with .csv-old are not read"),
+        ("x.txt~", "a\n", "files that end with .txt~ are not read"),
+        ("x.txt.bak", "a\n", "files that end with .bak are not read"),
+        ("x.jsonl (1)", LINES, r"files that end with .jsonl \(1\) are not read"),
+        ("x.csv-00001-of-00002", "1,a\n", "files that end with .csv-00001-of-00002 are not read"),
+        ("x.tsv.1", "1\ta\n", "files that end with .1 are not read"),
+        ("x.csv.gz.001", "1,a\n", "files that end with .001 are not read"),
+        ("bare", "id,sentence,label\n1,a,0\n", "first line is not prose, 'id,sentence,label'"),
+        ("bare", '"Question1";"Question2"\n', "first line is not prose"),
+        ("bare", "premise | hypothesis\n", "first line is not prose"),
+        ("bare", "Sentence\r\na\r\n", "first line is not prose, 'Sentence'"),
         ("pages", '<?xml version="1.0"?>', "first line is not prose"),
         ("x.jsonl", LINES + "[1]", "behind row 3: a row is list"),
         ("x.jsonl", '{"text": "a"}\n{"text": "b", "n": ["\\ud83d"]}', "behind row 1: .*surrogates not allowed"),

@@ -376,6 +376,26 @@ def test_fashion_mnist_as_debian_or_torchvision_stores_it(tmp_path: Path) -> Non
         assert (images.item_I == other[split].item_I).all() and (images.label_I == other[split].label_I).all()
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("fashion_mnist", "train-labels-idx1-ubyte.gz"), ("fashion_mnist", "t10k-images-idx3-ubyte.gz"),
+        ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
+        ("fashion_mnist", "FashionMNIST/processed/training.pt"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"), ("cifar100", "cifar-100-python/meta"),
+    ],
+)  # fmt: skip
+def test_a_pipe_in_a_known_set_is_not_waited_for(name: str, file: str, tmp_path: Path) -> None:
+    if "/" not in file:
+        write_idx(tmp_path)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(ValueError, match=rf"has no whole {name} \(.*a pipe.* a device"):
+        open_splits(ImageDataConfig(name, str(tmp_path)))
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_as_torchvision_stores_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = getattr(import_torchvision().datasets, name.upper())

@@ -296,7 +296,7 @@ def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, caps
         ("image_classification", ["--text", "a film"], "classifies images"),
         ("image_classification", ["{}/broken.png", "--text", "a film"], "give one of"),
         ("text_classification", ["--sentences", "{}/none.txt"], "none.txt: No such file"),
-        ("text_classification", ["--sentences", "{}/pipe"], "pipe: a pipe, a device or a socket"),
+        ("text_classification", ["--sentences", "{}/pipe"], "pipe: a folder, a pipe, a device or a socket"),
         (
             "text_classification",
             ["--sentences", "{}/words.csv"],

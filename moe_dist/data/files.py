@@ -6,10 +6,12 @@
     .parquet                     rows
 
 Each may be packed as .gz, .bz2, .xz, .zst or .zip. A name without an ending is plain text if its first line looks like
-it. Everything else is refused by name. Text is UTF-8.
+it. Everything else is refused by name: endings that begin with a letter and are not among these, and numbers behind the
+ending of a table, such as .csv.1. Copies that editors keep (x.txt~, #x.txt#) are passed over. Text is UTF-8.
 """
 
 import bz2
+import contextlib
 import csv
 import glob
 import gzip
@@ -20,10 +22,11 @@ import os
 import re
 import stat
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +34,7 @@ from typing import IO, Any
 Row = dict[str, Any]
 
 LONGEST = 2**28  # characters of a line; some corpora are a single line of 10^8
+LEAST_FREE = 6  # lines, for columns that hold anything to tell whether they are rows
 NEAR = 1000  # rows before and after a doubtful one that it is compared with
 csv.field_size_limit(LONGEST)  # the library's own is 131,072, which documents exceed
 
@@ -40,18 +44,25 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 SPLIT_NAME = re.compile(rf"(?<![^-._ 0-9])({'|'.join(SPLIT_NAMES)})(?![^-._ 0-9])", re.IGNORECASE)
-ENDING = re.compile(r"\.[a-zA-Z]\w*")  # of a name; one such as .00001 or .en-00001-of-00100 says nothing
+ENDING = re.compile(r"\.[a-zA-Z].*", re.DOTALL)  # of a name; one such as .00001 says nothing
+SHARD = re.compile(r"(\.[a-zA-Z]\w*)-[0-9]+-of-[0-9]+")  # likewise, as .en-00001-of-00100, but .csv-00001-of-00100
 # found in folders of data without being data
 NO_DATA = re.compile(r"(readme|licen[cs]e)(\..*)?|(config|dataset_infos?|dataset_dict)\.json", re.IGNORECASE)
 # a first line that is no prose: JSON, markup, a table
-NO_PROSE = re.compile(r"\s*(\{|\[\s*[\[{\"]|<[?!]\w|<(doc|html)\b)|.*\t|((.*,)?text(,.*)?$)", re.IGNORECASE)
+NO_PROSE = re.compile(r"\s*(\{|\[\s*[\[{\"]|<[?!]\w|<(doc|html)\b)|.*\t", re.IGNORECASE)
+TEXT_COLUMNS = (  # of one text, or of a pair
+    ("text", "text2"), ("text",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
+    ("question", "sentence"), ("sentence",),
+)  # fmt: skip
+ALONE = {names[0] for names in TEXT_COLUMNS if len(names) == 1}
+NAMED = {name for names in TEXT_COLUMNS for name in names} | {"label", "id", "context", "answers"}  # in a heading
 
 
 def find_files(source: str) -> list[Path]:
     """Returns the files of a file, a glob or a folder, sorted by name; none where nothing is called so.
 
-    Entries whose name begins with a dot are passed over in folders and by wildcards, as are README and LICENSE in
-    folders. A folder is entered once, however many links lead to it.
+    Entries whose name begins with a dot and copies that editors keep are passed over in folders and by wildcards, as
+    are README and LICENSE in folders. A folder is entered once, however many links lead to it.
     """
     if os.path.isdir(source):
         found = (Path(here, name) for here, names in _walk(source) for name in names if not NO_DATA.fullmatch(name))
@@ -99,11 +110,49 @@ def check_ending(name: str) -> None:
     stem, ending = os.path.splitext(name)
     if ending.lower() in UNPACK:
         return check_ending(stem)
-    if ENDING.fullmatch(ending) and ending.lower() not in KNOWN:
+    if shard := SHARD.fullmatch(ending):
+        is_known = not _is_table(shard[1])
+    elif ENDING.fullmatch(ending):
+        is_known = ending.lower() in KNOWN
+    else:
+        is_known = not (ending and _is_table(os.path.splitext(stem)[1]))
+    if not is_known:
         raise ValueError(
-            f"files that end with {ending} are not read: name it .txt where it is plain text, or convert it to one "
-            f"of {' '.join(KNOWN)} (or these with {' '.join(UNPACK)})"
+            f"files that end with {shown(ending, 40)} are not read: name it .txt where it is plain text, or convert it "
+            f"to one of {' '.join(KNOWN)} (or these with {' '.join(UNPACK)})"
         )
+
+
+def kind_of(name: str) -> str:
+    """Returns the ending that stands for how a file is read, whether it is packed or not: ".txt" for plain text."""
+    stem, ending = os.path.splitext(name)
+    ending = ending.lower()
+    if ending in UNPACK:
+        return kind_of(stem)
+    if ending == ".zip":  # of its members, those without an ending are read by that of the stem
+        return kind_of(stem) + ending
+    if ending in READERS:
+        return next(each for each, reader in READERS.items() if reader is READERS[ending])
+    return ending if ending in KNOWN else ".txt"
+
+
+def open_file(path: str | bytes | os.PathLike[str]) -> BufferedReader:
+    """Opens a regular file to read its bytes. A pipe is not waited for, even where it takes the file's place just now.
+
+    Raises:
+        ValueError: It is a folder, a pipe, a device or a socket.
+        OSError: It cannot be opened.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, a pipe, a device or a socket: give a regular file")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def label_names(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yields the name of each table in a file, and the names of labels that a parquet file of the datasets library has
+    in its head; none for other files, and for what cannot be read, which is told when it is read."""
+    with contextlib.suppress(Exception), open_file(path) as file:  # each library has kinds of its own
+        yield from _label_names(path.name, file)
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -119,9 +168,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
     """
     number = 0
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("a pipe, a device or a socket: give a regular file")
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for row in _rows(path.name, file, columns):
                 yield row
                 number += 1
@@ -152,8 +199,18 @@ def _reason(error: Exception) -> str:
     return shown(text) or type(error).__name__
 
 
+def _is_table(ending: str) -> bool:
+    """Whether files with this ending are not read line by line, so that a part of one or a copy of it is no text."""
+    ending = ending.lower()
+    return ending in (*KNOWN, *UNPACK) and READERS.get(ending) is not _plain
+
+
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__"))
+    return name.startswith((".", "__")) or _is_backup(name)
+
+
+def _is_backup(name: str) -> bool:
+    return name.endswith("~") or (name.startswith("#") and name.endswith("#"))
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
@@ -180,13 +237,14 @@ def _matches(pattern: str) -> list[str]:
     for part in rest:
         folders = [here for name in names for here, _ in _walk(name)]
         names = [name for here in folders for name in glob.glob(os.path.join(glob.escape(here), part or "*"))]
-    return sorted(map(os.path.normpath, names))
+    return sorted(os.path.normpath(name) for name in names if not _is_backup(os.path.basename(name)))
 
 
 def _check_card(card: Path) -> None:
     """The head of the README of a dataset of the Hub lists its configurations."""
     if card.is_file():
-        head = card.read_bytes()[: 2**20].decode(errors="replace").split("\n---")[0]
+        with open_file(card) as file:
+            head = file.read(2**20).decode(errors="replace").split("\n---")[0]
         names = re.findall(r"^\s*-?\s*config_name:\s*(\S+)", head, re.MULTILINE)
         if head.startswith("---") and len(set(names)) > 1:
             raise ValueError(f"the folder has several datasets, {', '.join(names[:5])}: give the folder of one of them")
@@ -197,7 +255,8 @@ def _rows(name: str, file: IO[bytes], columns: Sequence[str] | None) -> Iterator
     stem, ending = os.path.splitext(name)
     ending = ending.lower()
     if ending == ".zip":
-        yield from _members(stem, file, columns)
+        for member, part in _members(stem, file):
+            yield from _rows(member, part, columns)
     elif ending in UNPACK:
         yield from _rows(stem, UNPACK[ending](file), columns)
     elif ending == ".parquet":
@@ -208,13 +267,30 @@ def _rows(name: str, file: IO[bytes], columns: Sequence[str] | None) -> Iterator
         yield from _without_ending(file)
 
 
-def _members(stem: str, file: IO[bytes], columns: Sequence[str] | None) -> Iterator[Row]:
+def _label_names(name: str, file: IO[bytes]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    stem, ending = os.path.splitext(name)
+    ending = ending.lower()
+    if ending == ".zip":
+        for member, part in _members(stem, file):
+            yield from _label_names(member, part)
+    elif ending in UNPACK:
+        yield from _label_names(stem, UNPACK[ending](file))
+    elif ending == ".parquet":
+        info = json.loads((_open_parquet(file).schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features = info.get("info", {}).get("features", {})
+        yield name, tuple(map(str, features.get("label", {}).get("names", ())))
+    else:
+        yield name, ()
+
+
+def _members(stem: str, file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yields the files of a .zip, and the names by which they are read: `stem` for one without an ending."""
     with zipfile.ZipFile(file) as archive:
         for member in sorted(archive.namelist()):
             *folders, name = member.split("/")
             if name and not any(map(_is_hidden, [*folders, name])):
                 with archive.open(member) as part:
-                    yield from _rows(name if "." in name else stem, part, columns)
+                    yield (name if "." in name else stem), part
 
 
 def _unpack_zstandard(file: IO[bytes]) -> IO[bytes]:
@@ -246,12 +322,17 @@ def _plain(file: IO[bytes]) -> Iterator[Row]:
 def _without_ending(file: IO[bytes]) -> Iterator[Row]:
     lines = _lines(file)
     first = next((line for line in lines if line.strip()), "")
-    if NO_PROSE.match(first):
+    if NO_PROSE.match(first) or _is_heading(first):
         raise ValueError(
             f"its name has no ending, and its first line is not prose, {first.strip()[:40]!r}: end it with one of "
             f"{' '.join(READERS)}"
         )
     return ({"text": line} for line in chain([first], lines))
+
+
+def _is_heading(line: str) -> bool:
+    names = {name.strip(" \"'\r\n").lower() for name in re.split("[,;|]", line)}
+    return bool(names & (NAMED if len(names) > 1 else ALONE))
 
 
 def _json_lines(file: IO[bytes]) -> Iterator[Row]:
@@ -297,6 +378,24 @@ class _Record:
     number: int  # of its first line, from 1
     fields: list[str]
     otherwise: list[list[str]]  # rows that its lines would be without the quotes, if they could be some
+    all_fit: bool = False  # whether each of its lines would be one
+
+
+@dataclass
+class _Column:
+    """What the fields of some rows in one column are like."""
+
+    count: Counter[str]
+    begins: int  # how many begin at once (`_begins`)
+    forms: Counter[str]  # of those that are like ids
+
+
+def _columns(records: Iterable[_Record]) -> list[_Column]:
+    columns = zip(*(record.fields for record in records), strict=True)
+    return [
+        _Column(Counter(values), sum(map(_begins, values)), Counter(map(_form, filter(_is_id, values))))
+        for values in columns
+    ]
 
 
 def _table(separator: str, file: IO[bytes]) -> Iterator[Row]:
@@ -313,6 +412,8 @@ def _table(separator: str, file: IO[bytes]) -> Iterator[Row]:
         raise ValueError(f"its heading has {shown(min(twice), 40)!r} twice: leave one out")
     near: deque[_Record] = deque(maxlen=2 * NEAR)
     doubtful: deque[tuple[int, _Record]] = deque()
+    columns: list[_Column] = []  # of `near`, until it is `stale`
+    stale = 0
     for count, record in enumerate(records):
         if len(record.fields) != len(names):
             raise ValueError(
@@ -323,10 +424,14 @@ def _table(separator: str, file: IO[bytes]) -> Iterator[Row]:
         if record.otherwise:
             doubtful.append((count, record))
         if doubtful and doubtful[0][0] + NEAR <= count:
-            _check_quotes(doubtful.popleft()[1], near)
+            if count >= stale:
+                columns, stale = _columns(near), count + NEAR // 2
+            _check_quotes(doubtful.popleft()[1], columns)
         yield dict(zip(names, record.fields, strict=True))
+    if doubtful:
+        columns = _columns(near)
     for _, record in doubtful:
-        _check_quotes(record, near)
+        _check_quotes(record, columns)
 
 
 def _records(lines: Iterator[str], separator: str) -> Iterator[_Record]:
@@ -334,6 +439,8 @@ def _records(lines: Iterator[str], separator: str) -> Iterator[_Record]:
 
     A field in quotes may hold separators, line ends and doubled quotes, as in RFC 4180. A quote that
     none closes before a separator or a line end is part of the text: the line is read as it stands.
+    In a file of one column a field of several lines cannot be told from texts with a quote each, and
+    is read as the former; of other files see `_check_quotes`.
     A line of a .tsv file with as many fields as the heading is always a row of its own.
     """
     waiting: deque[str] = deque()  # lines that were read in search of a closing quote
@@ -362,7 +469,7 @@ def _records(lines: Iterator[str], separator: str) -> Iterator[_Record]:
             rows = [_split(each, separator) for each in taken]
             fitting = [row for row in rows if len(row) == width]
             if len(rows[0]) == len(rows[-1]) == width and len(fitting) >= len(rows) / 2:
-                record.otherwise = fitting
+                record.otherwise, record.all_fit = fitting, len(fitting) == len(rows)
         yield record
         number += len(taken) - 1
         width = width or len(record.fields)
@@ -388,42 +495,81 @@ def _noted(line: str, take: Callable[[], str | None], taken: list[str]) -> Itera
         yield following
 
 
-def _check_quotes(doubtful: _Record, near: Iterable[_Record]) -> None:
+def _check_quotes(doubtful: _Record, columns: Sequence[_Column]) -> None:
     """Raises ValueError where lines that two quotes make one row are more likely rows of their own, with a text that
     begins and another one that ends with a quote: where their other fields are such as those of the rows around."""
-    is_likely = False
-    for column, cells in enumerate(zip(*doubtful.otherwise, strict=True)):
-        if any('"' in cell for cell in cells):
-            continue
-        values = [record.fields[column] for record in near if record is not doubtful]
-        known = set(values)
-        is_free = len(known) > len(values) / 2 and not all(map(_is_number, known))
-        if all(cell in known or (_is_number(cell) and all(map(_is_number, known))) for cell in cells):
-            is_likely |= bool(known)
-        elif not is_free:
-            return
-    if is_likely:
+    if _are_rows(doubtful, columns):
         raise ValueError(
             f"line {doubtful.number} begins a field in quotes, whose {len(doubtful.otherwise)} lines would be rows of "
             f"their own if the quotes are part of texts: put texts with quotes in quotes, and double those"
         )
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+def _are_rows(doubtful: _Record, columns: Sequence[_Column]) -> bool:
+    """Whether lines are rows as well, by their columns: of few values, such as labels; of one form, such as ids; or
+    free. One column tells nothing: there a field of several lines is always what it is by RFC 4180.
+
+    Args:
+        doubtful: The row that they are by the quotes.
+        columns: Those of the rows around, among which is `doubtful`.
+    """
+    rows, num_others = doubtful.otherwise, columns[0].count.total() - 1
+    opens = max(i for i, cell in enumerate(rows[0]) if '"' in cell)
+    closes = min((i for i, cell in enumerate(rows[-1]) if '"' in cell), default=opens)
+    at_once = [i for i, column in enumerate(columns) if i and 2 * column.begins > num_others]
+    alike = [all(_begins(row[i]) for i in at_once) and not any(map(_is_cut, row, row[1:])) for row in rows]
+    found = len(at_once) == len(columns) - 1 > 0 and len(rows) >= LEAST_FREE and doubtful.all_fit and all(alike[1:-1])
+    for i, column in enumerate(columns):
+        # a field of the row itself, ahead of the quotes or behind them, tells nothing
+        part = slice(i <= opens, len(rows) - (i >= closes))
+        cells = [row[i] for row in rows[part]]
+        if not cells or opens <= i <= closes or any('"' in cell for cell in cells):
+            continue
+        cells_alike = [cell for cell, is_alike in zip(cells, alike[part], strict=True) if is_alike]
+        own = doubtful.fields[i]
+        known = [cell for cell in cells_alike if column.count[cell] > (cell == own)]
+        if 2 * len(known) >= len(cells):
+            found |= any(known)
+        elif 2 * (len(column.count) - (column.count[own] == 1)) <= num_others:
+            return False
+        elif 2 * column.forms.total() > num_others:
+            if 2 * len({cell for cell in cells_alike if column.forms[_form(cell)]}) < len(cells):
+                return False
+            found = True
+    return num_others > 0 and found
+
+
+def _begins(cell: str) -> bool:
+    """Whether a field begins at once, as what follows a comma of prose does not."""
+    return not cell[:1].isspace() and cell != ""
+
+
+def _is_cut(cell: str, following: str) -> bool:
+    """Whether a comma between two fields is rather one inside a number of a text, such as 1,000."""
+    is_number = re.search(r"[0-9]$", cell) and re.match(r"[0-9]{3}(?![0-9])", following)
+    return bool(is_number) and (len(following) > 3 or any(map(str.isspace, cell)))
+
+
+def _is_id(cell: str) -> bool:
+    return len(cell) < 100 and any(map(str.isdigit, cell)) and not any(map(str.isspace, cell))
+
+
+def _form(cell: str) -> str:
+    """Returns "a-0" for "doc-17b": a letter for each word, a digit for each one that has any."""
+    return re.sub(r"\w+", lambda word: "0" if any(map(str.isdigit, word[0])) else "a", cell)
 
 
 def _parquet(file: IO[bytes], columns: Sequence[str] | None) -> Iterator[Row]:
-    from pyarrow import parquet
-
-    table = parquet.ParquetFile(file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read()))
+    table = _open_parquet(file)
     needed = [name for name in table.schema_arrow.names if name in (columns or ())]
     for batch in table.iter_batches(batch_size=1000, columns=needed or None):
         yield from batch.to_pylist()
+
+
+def _open_parquet(file: IO[bytes]) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(file if isinstance(file, BufferedReader) else io.BytesIO(file.read()))
 
 
 READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {

@@ -6,7 +6,6 @@ camera's orientation is applied, transparency lies on white, and of an animation
 
 import contextlib
 import os
-import stat
 import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from moe_dist.data.files import open_file
 
 # folders that other programs make, with thumbnails, halves of files and what was deleted
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -140,10 +141,8 @@ def open_image(path: str | bytes | os.PathLike[str], mode: str | None) -> Image.
     """
     path = os.fsdecode(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is a folder, a pipe or a device, and no file")
         formats = _formats().get(_ending(path), _formats()[""])
-        with open(path, "rb", opener=_open_at_once) as file, Image.open(file, formats=formats) as image:
+        with open_file(path) as file, Image.open(file, formats=formats) as image:
             if image.mode[0] in "IF":  # which `convert` would cut off at 255
                 raise ValueError(f"its numbers are of PIL's mode {image.mode}, more than 8 bits: make them bytes")
             short, long = sorted(image.size)
@@ -155,11 +154,6 @@ def open_image(path: str | bytes | os.PathLike[str], mode: str | None) -> Image.
     except Exception as error:  # of many kinds: what a damaged file does to a decoder
         reason = " ".join(str(error).split()) or type(error).__name__
     raise ValueError(f"{path!r} is no image that can be read ({reason}): mend or remove it")
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file for `open`, and does not wait where a pipe has taken its place since it was looked at."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _shown(image: Image.Image, mode: str) -> Image.Image:

@@ -19,6 +19,7 @@ from PIL import Image
 from moe_dist import keyed
 from moe_dist.config import ImageDataConfig, nearest
 from moe_dist.data.classes import alike, class_name, some
+from moe_dist.data.files import open_file
 from moe_dist.data.image_files import entries, list_images, open_image, told_left_out
 from moe_dist.data.progress import told
 from moe_dist.data.vision import import_torchvision
@@ -106,7 +107,7 @@ class Images:
 
 def _digest_of(file: bytes) -> int:
     open_image(file, None)
-    with open(file, "rb") as opened:
+    with open_file(file) as opened:
         head = opened.read(BLOCK)
         size = opened.seek(0, os.SEEK_END)
         opened.seek(max(0, size - BLOCK))
@@ -206,6 +207,8 @@ def _known_set(name: str, root: str | None) -> dict[str, Images]:
 
 
 def _stored(kind: Any, root: str, split: str) -> Images:
+    for here, _, _ in os.walk(Path(root) / getattr(kind, "base_folder", kind.__name__)):
+        entries(here)  # raises for a pipe, which torchvision would wait for
     opened = kind(root, train=split == "train", download=False)
     return _in_memory(np.asarray(opened.data), np.asarray(opened.targets), tuple(opened.classes))
 
@@ -223,7 +226,8 @@ def _in_memory(image_I: np.ndarray, label_I: np.ndarray, classes: tuple[str, ...
 
 def read_idx(path: Path) -> np.ndarray:
     """Bytes of an idx.gz file, in its shape: the fourth byte is the number of dimensions, then come their sizes."""
-    raw = gzip.decompress(path.read_bytes())
+    with open_file(path) as file:
+        raw = gzip.decompress(file.read())
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_dist.config import MOST, nearest
 from moe_dist.data.examples import hold_out
-from moe_dist.data.files import columns_of
+from moe_dist.data.files import columns_of, open_file
 from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 
 SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
@@ -101,7 +101,9 @@ def _by_split(source: str, files: list[Path]) -> dict[str, Path]:
 
 def _from_json(source: str, path: Path) -> Iterator[Question]:
     try:
-        for article in json.loads(path.read_text(encoding="utf-8-sig"))["data"]:
+        with open_file(path) as file:
+            read = json.loads(file.read().decode("utf-8-sig"))
+        for article in read["data"]:
             for paragraph in article["paragraphs"]:
                 for asked in paragraph["qas"]:
                     answers = [] if asked.get("is_impossible") else asked["answers"]
