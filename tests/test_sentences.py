@@ -1,8 +1,10 @@
 """Labelled sentences: where they come from, how they are split and cut, and what every mistake says. No network."""
 
+import gzip
 import hashlib
 import json
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,119 @@ def test_class_names_of_a_dataset_stand_for_numbers_and_for_themselves(tmp_path:
     (tmp_path / "test.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": "no "}\n')
     labels, splits = open_sentences(str(tmp_path))
     assert labels == ("no", "yes") and [sentence.label for sentence in splits["test"]] == [1, 0]
+
+
+NO_YES, YES_NO = ["no", "yes"], ["yes", "no"]
+MANY = ["no", "yes", "maybe"]
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        ({"train.parquet": NO_YES, "test.parquet": YES_NO}, ""),
+        ({"train-1.parquet": NO_YES, "train-2.parquet": MANY}, ""),
+        ({"train.parquet": NO_YES, "train-2.csv": None, "valid.parquet.gz": YES_NO}, ""),
+        ({"a.parquet": NO_YES, "b.parquet.zip": YES_NO}, "*.*"),
+        ({"train.csv": None, "valid.parquet": NO_YES, "test.parquet": YES_NO}, ""),
+    ],
+)
+def test_numbers_of_labels_that_stand_for_other_names_in_another_file(
+    tmp_path: Path, names: dict[str, list[str] | None], pattern: str
+) -> None:
+    for i, (name, some) in enumerate(names.items()):
+        path = tmp_path / name.removesuffix(".gz").removesuffix(".zip")
+        write(path, numbered(20 * i, 20 * i + 20), some)
+        if name.endswith(".gz"):
+            (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+        elif name.endswith(".zip"):
+            with zipfile.ZipFile(tmp_path / name, "w") as archive:
+                archive.write(path, path.name)
+        if name != path.name:
+            path.unlink()
+    source = str(tmp_path / pattern)
+    first, other = [name for name, some in names.items() if some]
+    for act in (check_sentences, open_sentences):
+        with pytest.raises(ValueError, match=r"numbers of labels stand for .*: give both the same names") as error:
+            act(source)
+        said = str(error.value)
+        assert said.startswith(f"data.sentences={source!r}: ") and first in said and other in said, said
+
+
+def test_a_dataset_of_the_hub_whose_splits_name_labels_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(test: list[str]) -> dict[str, Any]:
+        table = datasets.Dataset.from_list(numbered(0, 20))
+        kinds = {"train": datasets.ClassLabel(names=NO_YES), "test": datasets.ClassLabel(names=test)}
+        return {split: table.cast_column("label", kind).to_iterable_dataset() for split, kind in kinds.items()}
+
+    monkeypatch.setattr(sources, "load", lambda *_: loaded(NO_YES))
+    assert open_sentences("owner/name")[0] == ("no", "yes")
+    monkeypatch.setattr(sources, "load", lambda *_: loaded(YES_NO))
+    with pytest.raises(ValueError, match="no, yes in split 'train', and for yes, no in split 'test'"):
+        open_sentences("owner/name")
+
+
+@pytest.mark.parametrize(("names", "labels"), [(["1", "2", "3"], [1, 2]), (["-1", "+1"], ["1", "-1"])])
+def test_numbers_that_may_be_names_as_well(tmp_path: Path, names: list[str], labels: list[Any]) -> None:
+    write(tmp_path / "train.parquet", numbered(0, 20), names)
+    write(tmp_path / "test.jsonl", [{"text": "a", "label": label} for label in labels])
+    with pytest.raises(ValueError, match=r"train.parquet has the names .*test.jsonl has no names, so that a number"):
+        open_sentences(str(tmp_path))
+    (tmp_path / "test.jsonl").unlink()
+    assert open_sentences(f"{tmp_path}/train.parquet")[0] == tuple(names)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "tsv"])
+def test_files_without_names_beside_some_with_names(tmp_path: Path, kind: str) -> None:
+    """By number, which a .csv file has as text, and by name."""
+    write(tmp_path / "train-1.parquet", numbered(0, 20), ["no", "yes"])
+    write(tmp_path / f"train-0.{kind}", numbered(20, 40))
+    write(tmp_path / f"test.{kind}", [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}])
+    labels, splits = open_sentences(str(tmp_path))
+    assert labels == ("no", "yes") and [sentence.label for sentence in splits["test"]] == [1, 0]
+    for sentence in splits["train"]:
+        assert sentence.label == int(sentence.text.split()[1]) % 2
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "says"),
+    [
+        ({"text": "a"}, {"text": "b", "text2": "c"}, "row 4 of 'train' has columns text and text2, and row 1 has text"),
+        (
+            {"sentence": "a"},
+            {"sentence": "b", "question": "c"},
+            "columns question and sentence, and row 1 has sentence",
+        ),
+        (
+            {"sentence": "a"},
+            {"sentence": "b", "text": "c"},
+            "columns text, and row 1 has sentence: give all rows the same",
+        ),
+        ({"text": "a", "text2": "b"}, {"text": "c"}, "row 4 of 'train' has no text2"),
+    ],
+)
+def test_columns_that_change_from_row_to_row(
+    tmp_path: Path, first: dict[str, str], other: dict[str, str], says: str
+) -> None:
+    rows = [{**(other if i == 3 else first), "label": i % 2} for i in range(30)]
+    write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(ValueError, match=says):
+        open_sentences(str(tmp_path / "x.jsonl"))
+    nothing = dict.fromkeys({*other} - {*first}, None)
+    texts = [{name: f"{text} {i}" for name, text in first.items()} for i in range(30)]
+    rows = [{**some, **(nothing if i == 3 else {}), "label": i % 2} for i, some in enumerate(texts)]
+    write(tmp_path / "x.jsonl", rows)
+    assert sum(map(len, open_sentences(str(tmp_path / "x.jsonl"))[1].values())) == 30
+
+
+@pytest.mark.parametrize("of_train", [{}, {"text2": "more"}])
+def test_pairs_in_one_split_and_single_texts_in_another(tmp_path: Path, of_train: dict[str, str]) -> None:
+    of_test = {} if of_train else {"text2": "more"}
+    write(tmp_path / "train.csv", numbered(0, 20, **of_train))
+    write(tmp_path / "test.csv", numbered(20, 30, **of_test))
+    kinds = ["pairs of texts", "single texts"][:: 1 if of_train else -1]
+    for act in (check_sentences, open_sentences):
+        with pytest.raises(ValueError, match=f"{kinds[0]} in 'train' and {kinds[1]} in 'test': give both the same"):
+            act(str(tmp_path))
 
 
 def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@
     a file, a folder    columns text, label, and text2 where there are pairs: .csv, .tsv, .jsonl or .parquet (`files`)
     owner/name:config   a dataset of the Hub that has such columns
 
-Names of columns that GLUE has do as well (COLUMNS). What has no split of its own for test or valid holds a tenth of its
-texts out of train, at most 5,000.
+Names of columns that GLUE has do as well (`files.TEXT_COLUMNS`, the first that are there), the same in all rows. What
+has no split of its own for test or valid holds a tenth of its texts out of train, at most 5,000.
 
 Legend: B samples of a step over all ranks, b of them, S tokens of each.
 """
@@ -17,6 +17,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from moe_dist.config import MOST, nearest
 from moe_dist.data.classes import class_name
 from moe_dist.data.examples import Order, hold_out
-from moe_dist.data.files import KNOWN, UNPACK, columns_of
+from moe_dist.data.files import KNOWN, TEXT_COLUMNS, UNPACK, columns_of
 from moe_dist.data.sources import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 from moe_dist.data.tokens import IGNORED, NOTHING, Tokens, joined, stacked
 
@@ -41,10 +42,6 @@ GLUE_SPLITS = {
     "validation_mismatched": "mismatched",
 }
 SCORES = ("glue:stsb",)  # whose labels are numbers, and no classes
-COLUMNS = (  # the first that are there
-    ("text", "text2"), ("text",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
-    ("question", "sentence"), ("sentence",),
-)  # fmt: skip
 # text, text2, and the name of the label, or its number among known names, or a score
 Row = tuple[str, str | None, str | int | float]
 Label = str | int | float | None  # as it was found
@@ -77,9 +74,10 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
         return (), scored | hold_out(scored["train"], [split for split in SPLITS if split not in scored], _text)
     named = found["train"].label_names  # numbers stand for these
     rows = {split: list(_rows(source, split, some, place if named else label_name)) for split, some in found.items()}
+    _check_pairs(source, rows)
     names = named or tuple(sorted({str(label) for *_, label in rows["train"]}, key=_by_number))
-    number: dict[str | int, int] = {name: i for i, name in enumerate(names)}
-    number |= {i: i for i in range(len(named))}
+    number: dict[str | int, int] = {each: i for i in range(len(named)) for each in (i, str(i))}
+    number |= {name: i for i, name in enumerate(names)}
     splits = {split: list(_numbered(source, split, number, some)) for split, some in rows.items()}
     if empty := [split for split, some in splits.items() if not some]:
         raise _no_row(source, empty[0])
@@ -100,9 +98,10 @@ def check_sentences(source: str) -> None:
     if source != MOVIE_REVIEWS and is_local(source):
         splits = _own_splits(source)
         read_label = place if splits["train"].label_names else label_name
-        for split, some in splits.items():
-            if next(_rows(source, split, some, read_label), None) is None:
-                raise _no_row(source, split)
+        head = {split: list(islice(_rows(source, split, some, read_label), 1)) for split, some in splits.items()}
+        if empty := [split for split, some in head.items() if not some]:
+            raise _no_row(source, empty[0])
+        _check_pairs(source, head)
     else:
         _check_name(source)
 
@@ -206,9 +205,13 @@ def _rows(source: str, split: str, rows: Rows, read_label: Callable[[Label, str]
     row without them."""
     texts: tuple[str, ...] = ()
     for number, row in enumerate(rows, start=1):
-        if not texts:  # the columns of the first row are those of all
-            texts = next((names for names in COLUMNS if row.keys() >= set(names)), ("text",))
+        own = next((names for names in TEXT_COLUMNS if row.keys() >= set(names)), ("text",))
+        texts = texts or own  # the columns of the first row are those of all
         where = f"data.sentences={source!r}: row {number} of {split!r}"
+        if own != texts and row.keys() >= set(texts) and any(row[name] is not None for name in set(own) - set(texts)):
+            raise ValueError(
+                f"{where} has columns {' and '.join(own)}, and row 1 has {' and '.join(texts)}: give all rows the same"
+            )
         some: list[Any] = [row.get(name) for name in texts]
         label = row.get("label")
         first = number == 1
@@ -227,6 +230,18 @@ def _rows(source: str, split: str, rows: Rows, read_label: Callable[[Label, str]
         if read == "":
             raise ValueError(f"{where} has no label")
         yield some[0].strip(), some[1].strip() if len(some) > 1 else None, read
+
+
+def _check_pairs(source: str, rows: dict[str, list[Row]]) -> None:
+    """Raises ValueError where one split has pairs of texts and another one single texts."""
+    pairs = {split: some[0][1] is not None for split, some in rows.items() if some}
+    for split, is_pair in pairs.items():
+        if is_pair != pairs.get("train", is_pair):
+            kinds = ("single texts", "pairs of texts")
+            raise ValueError(
+                f"data.sentences={source!r} has {kinds[not is_pair]} in 'train' and {kinds[is_pair]} in {split!r}: "
+                f"give both the same columns"
+            )
 
 
 def score(label: Label, where: str) -> float:

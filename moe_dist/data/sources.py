@@ -5,19 +5,28 @@ an example are spaces like any other, so that a document stays in one place. Loc
 """
 
 import errno
-import json
 import logging
 import lzma
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.files import KNOWN, UNPACK, check_ending, columns_of, find_files, find_splits, read_rows
+from moe_dist.data.files import (
+    KNOWN,
+    UNPACK,
+    check_ending,
+    columns_of,
+    find_files,
+    find_splits,
+    label_names,
+    read_rows,
+    shown,
+)
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = "embedded"
@@ -204,19 +213,26 @@ def open_rows(key: str, source: str, named: tuple[str, str | None, str | None], 
         The rows of each split, by our names of local splits and by the dataset's own.
 
     Raises:
-        ValueError: Here or while the rows are read, for what does not load or is damaged.
+        ValueError: Here or while the rows are read, for what does not load or is damaged, and for labels whose numbers
+            do not stand for the same names everywhere.
     """
+    read: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
+    names: dict[str, list[tuple[str, tuple[str, ...]]]] = {}  # by split, each with its place
     if is_local(source):
-        return {
-            split: Rows(partial(_rows_of_files, key, source, files), _label_names(files[0]))
-            for split, files in _found(key, source).items()
-        }
-    loaded = load(key, source, named, give)
-    found = {}
-    for split, dataset in loaded.items():
-        label = (dataset.features or {}).get("label")
-        found[split] = Rows(partial(_rows_of_dataset, key, source, dataset), tuple(getattr(label, "names", ())))
-    return found
+        for split, files in _found(key, source).items():
+            read[split] = partial(_rows_of_files, key, source, files)
+            names[split] = [
+                (f"{file}" if name == file.name else f"{file} ({name})", some)
+                for file in files
+                for name, some in label_names(file)
+            ]
+    else:
+        for split, dataset in load(key, source, named, give).items():
+            label = (dataset.features or {}).get("label")
+            read[split] = partial(_rows_of_dataset, key, source, dataset)
+            names[split] = [(f"split {split!r}", tuple(getattr(label, "names", ())))]
+    _check_label_names(key, source, list(chain.from_iterable(names.values())))
+    return {split: Rows(read[split], next((some for _, some in names[split] if some), ())) for split in read}
 
 
 def _rows_of_files(key: str, source: str, files: list[Path]) -> Iterator[dict[str, Any]]:
@@ -232,18 +248,26 @@ def _rows_of_dataset(key: str, source: str, dataset: Any) -> Iterator[dict[str, 
         yield from table.to_pylist()
 
 
-def _label_names(file: Path) -> tuple[str, ...]:
-    """Returns the names of labels that the library's parquet files have in their head; none for other files."""
-    if file.suffix.lower() != ".parquet":
-        return ()
-    from pyarrow import parquet
+def _check_label_names(key: str, source: str, found: list[tuple[str, tuple[str, ...]]]) -> None:
+    """Raises ValueError where the number of a label may stand for one name in one place and another one in another."""
+    named = [(place, names) for place, names in found if names]
+    for place, names in named[1:]:
+        first, others = named[0]
+        if names != others:
+            raise ValueError(
+                f"{key}={source!r}: numbers of labels stand for {_told(others)} in {first}, and for {_told(names)} in "
+                f"{place}: give both the same names in the same order, or names instead of numbers"
+            )
+    unnamed = [place for place, names in found if not names]
+    if named and unnamed and all(name.lstrip("+-").isdecimal() for name in named[0][1]):
+        raise ValueError(
+            f"{key}={source!r}: {named[0][0]} has the names {_told(named[0][1])} for numbers of labels, and "
+            f"{unnamed[0]} has no names, so that a number there may be either: write both in one way"
+        )
 
-    try:
-        head = parquet.read_schema(file).metadata or {}
-        names = json.loads(head.get(b"huggingface", b"{}"))["info"]["features"]["label"]["names"]
-    except Exception:  # no such names, or a damaged file, which is told when it is read
-        return ()
-    return tuple(map(str, names))
+
+def _told(names: Sequence[str]) -> str:
+    return shown(", ".join(names), 100)
 
 
 def _embedded(split: str) -> Iterator[str]:
