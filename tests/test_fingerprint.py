@@ -80,6 +80,68 @@ def test_a_single_file_may_have_another_name(ending: str, pack: Callable[[bytes]
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ("a.txt", "a.csv", ["the .csv file (50 bytes) was added", "the file (50 bytes) is gone"]),
+        ("a.csv", "a", ["the .csv file (50 bytes) is gone", "the file (50 bytes) was added"]),
+        ("a.csv.gz", "a.tsv", ["the .csv file (50 bytes) is gone", "the .tsv file (50 bytes) was added"]),
+        ("a.jsonl", "b.ndjson.xz", []),
+        ("a.csv", "b.CSV.gz", []),
+        ("a.txt", "b.00001", []),
+    ],
+)
+def test_a_single_file_that_is_read_in_another_way_is_another(
+    before: str, now: str, says: list[str], tmp_path: Path
+) -> None:
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}
+    for name in (before, now):
+        content = b"light,1\n" * 6 + b"ok"
+        (tmp_path / name).write_bytes(pack.get(Path(name).suffix, bytes)(content))
+    assert changes(kept(of_local(str(tmp_path / before))), tmp_path / now) == says
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MOST_UNPACKED", 16_000), ("MOST_UNPACKED", 100), ("MOST_NAMED", 3)])
+def test_packed_files_are_unpacked_within_a_budget(
+    limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond it all are compared as they are, and the same data is still the same."""
+    texts = [f"light {i} ".encode() * 600 for i in range(4)]  # 4,800 bytes each
+    for i, content in enumerate(texts):
+        (tmp_path / f"{i}.txt.gz").write_bytes(gzip.compress(content, mtime=0))
+    unpacked = kept(of_local(str(tmp_path)))
+    names = [f"{i}.txt" for i in range(4)]
+    assert list(unpacked["entries"]) == names and unpacked["entries"]["0.txt"][1] == 4800
+    read: list[bytes] = []
+
+    class Counted(gzip.GzipFile):
+        def read(self, size: int | None = -1) -> bytes:
+            read.append(super().read(size))
+            return read[-1]
+
+    monkeypatch.setattr(fingerprint, limit, value)
+    monkeypatch.setitem(fingerprint.SEEKABLE, ".gz", lambda file: Counted(fileobj=file))
+    packed = kept(of_local(str(tmp_path)))
+    if limit != "MOST_NAMED":
+        assert list(packed["entries"]) == [f"{name}.gz" for name in names]
+    assert sum(map(len, read)) <= (value + 4800 if value > 1000 else 0)
+    assert changes(packed, tmp_path) == []
+    (tmp_path / "2.txt.gz").write_bytes(gzip.compress(texts[2][:-1] + b"!", mtime=0))
+    assert changes(packed, tmp_path)
+
+
+def test_a_file_in_two_packings_is_two_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"light " * 10))
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"dark  " * 10))
+    before = kept(of_local(str(tmp_path)))
+    assert list(before["entries"]) == ["a.txt", "a.txt.xz"] and changes(before, tmp_path) == []
+    for name, pack in (("a.txt.gz", gzip.compress), ("a.txt.xz", lzma.compress)):
+        was = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(pack(b"others" * 11))
+        assert len(changes(before, tmp_path)) == 1, name
+        (tmp_path / name).write_bytes(was)
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda f: (f / "train/b.txt").write_text("in\n"), ["train/b.txt is shorter (1,700 bytes then, 3 bytes now)"]),
