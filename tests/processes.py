@@ -29,11 +29,11 @@ def set_(*assignments: str) -> list[str]:
     return [part for each in assignments for part in ("--set", each)]
 
 
-def start(*args: str, **environment: str) -> subprocess.Popen[str]:
+def start(*args: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "MOE_DIST_JOIN_SECONDS": "20"} | environment
     command = [sys.executable, str(ROOT / "train.py"), *args]
     return subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # a shell's background jobs ignore SIGINT, and so would theirs
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip

@@ -1,8 +1,12 @@
 """Streamed lanes against numbers worked out by hand and a slow reference; the same on every layout and after resume."""
 
+import gzip
 import itertools
+import json
+import os
 import random
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import Run, tiny
+from processes import end, set_, start
+from runs import TINY, Run, tiny
 
+from moe_dist.data.sources import Lines
 from moe_dist.data.stream import Stream, _shared, check_lanes
 from moe_dist.data.text import Vocabulary
 from moe_dist.parallel import mesh as meshes
+from moe_dist.parallel import ports
 from moe_dist.parallel.collectives import from_main
 from moe_dist.parallel.spawn import run_distributed
 
@@ -150,6 +157,62 @@ class Spaced(Vocabulary):
 
     def encode(self, lines: Any) -> np.ndarray:
         return np.array([i for line in lines for i in (*map(self.words.index, line.split()), 1)])
+
+
+def broken_after(lines: list[str], error: Exception | None, passes: int) -> Lines:
+    """Lines that break at the end of a pass, or are none at all from then on."""
+    begun = itertools.count()
+
+    def read() -> Iterator[str]:
+        pass_ = next(begun)
+        if pass_ > passes and error is None:
+            return
+        yield from lines
+        if pass_ == passes and error is not None:
+            raise error
+
+    return Lines(read)
+
+
+@pytest.mark.parametrize("error", [ValueError("x.txt, behind row 3: I/O error"), None])
+@pytest.mark.parametrize("passes", [0, 2])
+def test_a_text_that_breaks_while_it_is_trained_on(error: Exception | None, passes: int) -> None:
+    """It is what train.py ends with in one line: an error of the system, on the ranks that find it."""
+    stream = Stream(broken_after(["a b", "c", "d e f"], error, passes), VOCABULARY, num_lanes=2, lane_b=range(2))
+    with pytest.raises(OSError, match=str(error) if error else "has no line any more"):
+        for _ in range(20):
+            stream.window(3, np.arange(2))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("where", ["both", "rank 1"])
+def test_every_rank_ends_with_one_line_where_a_file_breaks(where: str, tmp_path: Path) -> None:
+    """Cut short while two ranks train on it, for both or for one alone, which has a disk of its own."""
+    rng = random.Random(0)
+    rows = [json.dumps({"text": " ".join(rng.choices(WORDS, k=9))}) for _ in range(3000)]
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    run = tmp_path / "run"
+    sets = [*TINY, "data.vocabulary_size=10", "steps=1000000", "eval_every=1000000", "save_every=1000000"]
+    args = ["lstm_moe_demo", "--folder", str(run), *set_(*sets, "data.text=x.jsonl.gz", "data.streamed=true")]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
+    ranks = [
+        start(*args, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank, folder in enumerate(folders)
+    ]
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for folder in folders[where == "rank 1" :]:
+        os.truncate(folder / "x.jsonl.gz", (folder / "x.jsonl.gz").stat().st_size // 2)
+    ended = [end(process) for process in ranks]
+    says = (
+        ["x.jsonl.gz, behind row ", "x.jsonl.gz, behind row "] if where == "both" else ["rank 1 ended first", "x.jsonl"]
+    )
+    for (status, stderr), text in zip(ended, says, strict=True):
+        errors = [line for line in stderr.splitlines() if line.startswith("error")]
+        assert status in (1, 2) and len(errors) == 1 and text in errors[0], stderr
 
 
 class Reference:

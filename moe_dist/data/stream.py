@@ -116,7 +116,11 @@ class Stream:
         return place_B2
 
     def window(self, steps: int, lane_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The next input_BS and target_BS (int64) of lanes `lane_B`, all of this rank, and valid_BS (all True)."""
+        """The next input_BS and target_BS (int64) of lanes `lane_B`, all of this rank, and valid_BS (all True).
+
+        Raises:
+            OSError: The text, which could be read before, broke or has no line any more.
+        """
         token_BS1 = np.empty((len(lane_B), steps + 1), dtype=np.int64)
         for row, lane in zip(token_BS1, lane_B.tolist(), strict=True):
             ahead = self.ahead[lane]
@@ -137,7 +141,10 @@ class Stream:
         self.place_B2[lane_B, 1] = np.where(end_BS.any(axis=1), since_end_B, offset_B + steps)
 
     def _read_line(self) -> None:
-        index, line = next(self.reader)
+        try:
+            index, line = next(self.reader)
+        except ValueError as error:  # of a file that broke while it was trained on: no mistake of ours
+            raise OSError(str(error)) from None
         lane = index % self.num_lanes
         if lane in self.ahead and index >= self.place_B2[lane, 0]:
             first = self.place_B2[lane, 1] if index == self.place_B2[lane, 0] else 0
@@ -152,5 +159,6 @@ class Stream:
             for length, line in enumerate(self.lines, 1):
                 if first + length > start:
                     yield first + length - 1, line
-            assert length, "a text without lines"
+            if not length:
+                raise OSError("the training text has no line any more: give the one that the run began with")
             first += length * max(1, (start - first) // length)
