@@ -3,10 +3,12 @@
     .venv/bin/python experiments/hostile.py                  seeds 0 to 1000, some minutes; status 1 where one is off
     .venv/bin/python experiments/hostile.py --first 17 --last 18
 
-A seed makes one folder: a whole one with a link, a pipe, a folder for a file or the reverse, or with damage to its
-texts, or to a checkpoint that is sealed again. It is planned to go on and to be evaluated, claimed, written to, read,
-exported and drawn. It is off where an exception is raised that is not a user's mistake, where something outside the
-folder changes, or where it takes 60 seconds. `tests/test_hostile.py` runs some seeds, `damaged_files.py` is for data.
+A seed makes one folder: a whole one, of a language model or of classes of sentences, with a link, a pipe, a folder for
+a file or the reverse, or with damage to its texts, or to a checkpoint that is sealed again: to its state, to what its
+task keeps there (vocabulary, tokens, classes, pairs), or to its tensors. It is planned to go on and to be evaluated,
+its task is built from what it kept, and it is claimed, written to, used, exported and drawn. It is off where an
+exception is raised that is not a user's mistake, where something outside the folder changes, or where it takes 60
+seconds. `tests/test_hostile.py` runs some seeds, `damaged_files.py` is for data.
 """
 
 import argparse
@@ -22,26 +24,39 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from moe_dist import cli, report
+from moe_dist import cli, generate, report
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.config import from_json
+from moe_dist.checkpoint.contents import OF_TASKS, read_state
+from moe_dist.checkpoint.sealed_config import read_config
+from moe_dist.classify import Classifier, classify
+from moe_dist.config import LSTMConfig, dotted_keys, from_json
 from moe_dist.metrics import Metrics
+from moe_dist.parallel.mesh import lay_out
 from moe_dist.parallel.record import Record
-from moe_dist.reader import open_run
+from moe_dist.reader import Reader
+from moe_dist.tasks import language_model, task_of, texts
+from moe_dist.training import check_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
 NAMES = ("config.json", "layout.json", "metrics.jsonl", "lock", "report", "report.html", "checkpoints", "wandb",
          "calls", "profile", "partial_config.json", "report/loss.png", "checkpoints/partial_step_00000003")  # fmt: skip
 INNER = ("state.json", "config.json", "manifest.sha256", "shard")
+# in place of what a task keeps, or of a part of it
+VALUES: tuple[Any, ...] = (
+    5, -1, 0.5, True, None, "", "x", "\ud800", [], {}, [1, 2], ["a"], ["a", "a"], ["\ud800"], [["a"]], ["a"] * 2000,
+    {"a": 1}, {"words": [1], "counts": ["a"]}, {"words": "ab", "counts": "cd"}, 10**400, 2**63, "[1]", "{}", "[" * 9999,
+)  # fmt: skip
 JSON = ("[" * 100_000, '{"a":' * 5_000, "9" * 400, '{"step": 1e999, "name": "\\ud800"}', '"\\ud800"', "\x00\xff", "[]")
 
 
@@ -122,6 +137,38 @@ def state(run: Path, outside: Path, chance: random.Random) -> str:
     return f"{path}: {value[:30]!r}"
 
 
+def kept(run: Path, outside: Path, chance: random.Random) -> str:
+    """What a task keeps, in a sealed checkpoint: all of it, or one of its parts."""
+    checkpoint = manifest.found(run)[-1]
+    state = json.loads((checkpoint / "state.json").read_text())
+    key = chance.choice([*OF_TASKS, *(key for key in OF_TASKS if key in state)])
+    if key in state and chance.random() < 0.1:
+        state.pop(key)
+    else:
+        state[key] = _changed(state.get(key), chance)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    return f"{key}={state.get(key, 'none')!r:.80}"
+
+
+def _changed(value: Any, chance: random.Random) -> Any:
+    """Returns a JSON value with another one in place of it, or of one of its parts; or with one part less, or more."""
+    if isinstance(value, str) and value[:2] == '["' and chance.random() < 0.7:  # tokens: JSON in JSON
+        return json.dumps(_changed(json.loads(value), chance))
+    if not isinstance(value, dict | list) or not value or chance.random() < 0.2:
+        return chance.choice(VALUES)
+    places = list(value) if isinstance(value, dict) else [0, 1, len(value) // 2, len(value) - 1][: len(value)]
+    place, changed = chance.choice(places), value.copy()
+    how = chance.random()
+    if how < 0.15:
+        del changed[place]
+    elif how < 0.3 and isinstance(changed, list):
+        changed.append(changed[place])
+    else:
+        changed[place] = _changed(value[place], chance)
+    return changed
+
+
 def tensor(run: Path, outside: Path, chance: random.Random) -> str:
     """Of a sealed checkpoint: a value, a dtype, a shape, a place, or bytes of the file."""
     checkpoint = manifest.found(run)[-1]
@@ -151,7 +198,7 @@ def tensor(run: Path, outside: Path, chance: random.Random) -> str:
     return f"{how} of {name}"
 
 
-SPOILS: list[Callable[[Path, Path, random.Random], str]] = [link, pipe, swap, text, state, tensor]
+SPOILS: list[Callable[[Path, Path, random.Random], str]] = [link, pipe, swap, text, state, tensor, kept]
 
 
 def try_all(seed: int, run: Path, draws: bool = False) -> str:
@@ -188,7 +235,9 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
         with contextlib.suppress(ValueError, OSError):
             _write(cli.Run(config, {}, run))
         with contextlib.suppress(ValueError):
-            open_run(run)
+            build_task(run)
+        with contextlib.suppress(ValueError):
+            use(run)
         for args in (["inspect", str(run)], ["export", str(run), str(run / "exported.safetensors")]):
             assert command.main(args) in (0, 2), told
         if draws:
@@ -196,6 +245,34 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
     assert contents(outside) == before, told
     assert "Traceback" not in printed.getvalue(), told
     return f"{told}\n{printed.getvalue()}"
+
+
+def build_task(run: Path) -> None:
+    """Builds the task of a run that goes on from its data and what its checkpoint kept, as `training.set_up` does, and
+    tells a result, as the run's end does. There is one rank and no process group.
+
+    Raises:
+        ValueError: As a user sees it.
+    """
+    config, _ = read_config(run)
+    saved = read_state(manifest.newest_whole(run)[0])
+    mesh: Any = SimpleNamespace(dp=SimpleNamespace(index=0, size=1), device=torch.device("cpu"), is_main=True)
+    alone = {"from_main": lambda make: make()}
+    with mock.patch.multiple(language_model, **alone), mock.patch.multiple(texts, **alone):
+        task = task_of(config)(config, lay_out(config, 1), mesh, saved, dotted_keys(config))
+    check_classes(saved.get("classes"), task.known().get("classes"))
+    task.told({"test/loss": 1.0, "test/perplexity": 3.0, "test/accuracy": 0.5})
+
+
+def use(run: Path) -> None:
+    """Continues a text by the run, or tells its classes. Raises ValueError as a user sees it."""
+    if isinstance(read_config(run)[0].model, LSTMConfig):
+        args = generate.command_line([str(run), "--prompt", "the end", "--words", "2"])
+        reader = Reader(run)
+        generate.show_continuation(reader, generate.open_text(reader, args), args)
+    else:
+        classifier = Classifier(run)
+        print(*classify(classifier, ["the end\tof it" if classifier.pairs else "the end"], 3))
 
 
 def _write(run: cli.Run) -> None:
@@ -216,18 +293,33 @@ def _write(run: cli.Run) -> None:
 
 
 def whole_run(folder: Path) -> Path:
-    """Trains a small model for two steps, and returns its run folder."""
+    """Trains a small language model for two steps, and returns its run folder."""
     lines = [f"{i} and so on, and on to {i * i}, then {i % 7} is the end of it" for i in range(600)]
     (folder / "text.txt").write_text("\n".join(lines))
-    sets = [
-        "steps=2", "save_every=1", "log_every=1", "report=false", "wandb.mode=off", "compare=none", "model.dim=16",
-        "data.vocabulary_size=50", "model.moe.num_experts=8", "model.moe.k=2", "model.moe.hidden=24", "batch.samples=8",
-        "batch.timesteps=6", "batch.samples_per_balance_group=4", f"data.text={folder / 'text.txt'}",
-    ]  # fmt: skip
-    options = [part for each in sets for part in ("--set", each)]
-    program = [sys.executable, str(ROOT / "train.py"), "lstm_moe_demo", "--folder", str(folder / "whole"), *options]
+    return _trained(
+        folder / "whole", "lstm_moe_demo", "model.dim=16", "data.vocabulary_size=50", "model.moe.num_experts=8",
+        "model.moe.k=2", "model.moe.hidden=24", "batch.samples=8", "batch.timesteps=6",
+        "batch.samples_per_balance_group=4", f"data.text={folder / 'text.txt'}",
+    )  # fmt: skip
+
+
+def whole_run_of_classes(folder: Path) -> Path:
+    """Trains a small classifier of sentences for two steps, and returns its run folder."""
+    rows = [f"{i} and so on to the end of {i * i},{('bad', 'fair', 'good')[i % 3]}" for i in range(120)]
+    (folder / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    return _trained(
+        folder / "classes", "widenet_text_demo", "model.encoder.dim=16", "model.encoder.num_heads=2",
+        "model.encoder.depth=2", "model.encoder.moe.hidden=24", "model.embedding_dim=16", "model.max_tokens=24",
+        "batch.samples=8", f"data.sentences={folder / 'rows.csv'}",
+    )  # fmt: skip
+
+
+def _trained(run: Path, name: str, *sets: str) -> Path:
+    always = ("steps=2", "save_every=1", "log_every=1", "report=false", "wandb.mode=off", "compare=none")
+    options = [part for each in (*always, *sets) for part in ("--set", each)]
+    program = [sys.executable, str(ROOT / "train.py"), name, "--folder", str(run), *options]
     subprocess.run(program, check=True, capture_output=True)
-    return folder / "whole"
+    return run
 
 
 class TooLongError(BaseException):
@@ -247,10 +339,10 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _too_long)
     off = 0
     with tempfile.TemporaryDirectory() as folder:
-        whole = whole_run(Path(folder))
+        wholes = whole_run(Path(folder)), whole_run_of_classes(Path(folder))
         for seed in range(args.first, args.last):
             place = Path(folder) / str(seed)
-            run = Path(shutil.copytree(whole, place / "run"))
+            run = Path(shutil.copytree(wholes[seed // len(SPOILS) % len(wholes)], place / "run"))
             signal.alarm(SECONDS)
             try:
                 try_all(seed, run, seed % args.draw == 0)

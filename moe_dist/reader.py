@@ -7,6 +7,7 @@ Legend: T words of a text, V vocabulary, D width, K experts that a word visits (
 M visits of one expert, N assignments.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from moe_dist.checkpoint.contents import read_state
 from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.checkpoint.sealed_config import read_config
 from moe_dist.checkpoint.whole import load_weights
-from moe_dist.config import Config, LSTMConfig, TextDataConfig
+from moe_dist.config import Config, LSTMConfig, TextDataConfig, value_of
 from moe_dist.context import Context
 from moe_dist.dispatch.exchange import ExpertModule, LocalExchange
 from moe_dist.hierarchical import Groups
@@ -69,9 +70,30 @@ def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
     newest, refused = newest_whole(folder)
     for reason in refused.values():
         print(f"warning: {reason}. Refused; reading {newest.name}", file=sys.stderr)
+    state = read_state(newest)
+    _check_kept(newest, config, state)
     model = task_of(config).plain_model(config).to_empty(device="cpu")
     load_weights(newest, model)
-    return config, model, read_state(newest)
+    return config, model, state
+
+
+def _check_kept(checkpoint: Path, config: Config, state: dict[str, Any]) -> None:
+    """Raises ValueError where what the task keeps in a checkpoint is missing, or does not fit the model."""
+    kept = task_of(config).keeps
+    if missing := [key for key in kept if key not in state]:
+        raise ValueError(f"{checkpoint}: keeps no {', '.join(missing)}, which a run of task={config.task} needs")
+    if "vocabulary" in kept:
+        _check_size(checkpoint, config, "data.vocabulary_size", "words", len(state["vocabulary"]["words"]))
+    if "tokens" in kept:
+        _check_size(checkpoint, config, "model.vocabulary_size", "tokens", len(json.loads(state["tokens"])))
+    most = value_of(config, "model.num_classes") if "classes" in kept else 0
+    if "classes" in kept and len(state["classes"]) > most:
+        raise ValueError(f"{checkpoint}: names {len(state['classes'])} classes, and config.json has {most}")
+
+
+def _check_size(checkpoint: Path, config: Config, key: str, what: str, size: int) -> None:
+    if size != (expected := value_of(config, key)):
+        raise ValueError(f"{checkpoint}: has {size} {what}, and {key} of config.json is {expected}")
 
 
 class Reader:

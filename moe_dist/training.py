@@ -76,9 +76,9 @@ def set_up(
         for note in task.notes:
             print(f"note: {note}", flush=True)
     data = _fingerprint(task, config, mesh, known, resumed, allow_changed_data)
-    was, classes = (before or {}).get("classes"), task.known().get("classes")
-    if resumed and was not in (None, classes):
-        raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(classes)} now")
+    was, classes = ((each or {}).get("classes") for each in (before, task.known()))
+    if resumed:
+        check_classes(was, classes)
     model = parallelize(task.plain_model(config), mesh, config.seed, dtype, config.mesh)
     finite = Finite(model.dense, mesh)
     engine = Engine(model, config.optim, ds, layout, mesh)
@@ -119,6 +119,12 @@ def _initial(run: str, mesh: Mesh) -> Path:
     for reason in refused.values() if mesh.is_main else ():
         print(f"warning: {reason}. Refused; beginning with {checkpoint.name}", file=sys.stderr, flush=True)
     return checkpoint
+
+
+def check_classes(was: list[str] | None, now: list[str] | None) -> None:
+    """Raises ValueError where a run that goes on was trained on other classes. `was`: None where it kept none."""
+    if was not in (None, now):
+        raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(now or [])} now")
 
 
 def _told(classes: Any) -> str:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from processes import check_one_line, check_plan, set_
-from runs import Run
+from processes import check_one_line, check_plan, end, set_, start
+from runs import TINY, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from experiments.hostile import contents, seal, try_all
-from moe_dist import cli, pictures, report, run_folder
+from experiments.hostile import SPOILS, build_task, contents, kept, seal, try_all, use, whole_run_of_classes
+from moe_dist import classify, cli, generate, pictures, report, run_folder
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.contents import kept_tensors, read_state
@@ -36,6 +36,128 @@ from moe_dist.tasks import task_of
 @pytest.mark.parametrize("seed", range(40))
 def test_a_hostile_run_folder_is_one_line_and_touches_nothing_outside(seed: int, run: Path) -> None:
     try_all(seed, run)
+
+
+@pytest.fixture(scope="session")
+def good_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole_run_of_classes(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture
+def of_classes(good_classes: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(good_classes, tmp_path / "of_classes")
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("seed", [SPOILS.index(kept) + len(SPOILS) * i for i in range(20)])
+def test_what_a_task_of_classes_keeps_may_be_anything(seed: int, of_classes: Path) -> None:
+    try_all(seed, of_classes)
+
+
+def test_a_run_that_is_whole_is_built_and_used(run: Path, of_classes: Path) -> None:
+    """Else the seeds would show nothing."""
+    for each in (run, of_classes):
+        build_task(each)
+        use(each)
+
+
+WORDS = {"words": ["<unk>", "<eos>", "a"], "counts": [0, 2, 7]}
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
+GOOD: list[dict[str, Any]] = [
+    {"previous_norm": 1.2e16}, {"previous_norm": 1.7e308}, {"previous_norm": 5e-324}, {"step": 2**40},
+    {"vocabulary": WORDS}, {"vocabulary": WORDS | {"counts": [2**52, 1, 2]}}, {"tokens": json.dumps(TOKENS)},
+    {"classes": []}, {"classes": ["\u0928\u092e", "b"], "pairs": True}, {"wandb_id": None}, {"wandb_id": "a\nb"},
+]  # fmt: skip
+BROKEN: list[dict[str, Any]] = [
+    {"previous_norm": float("inf")}, {"previous_norm": -1.0}, {"previous_norm": 3}, {"step": True}, {"step": 2**54},
+    {"updates": 2.0}, {"updates": 10**9},
+    *({"vocabulary": value} for value in (5, None, ["a"], {}, {"words": 5, "counts": 6}, WORDS | {"more": []})),
+    *({"vocabulary": WORDS | {"counts": counts}} for counts in (
+        ["a", 1, 2], [10**400, 1, 2], [-1, 1, 2], [1.5, 1, 2], [True, 1, 2], [1, 2], "abc", [2**53, 2**53, 0])),
+    *({"vocabulary": WORDS | {"words": words}} for words in (
+        [1, 2, 3], ["a", "b", "c"], ["<unk>", "<eos>"], ["<unk>", "<eos>", "<eos>"], ["<unk>", "<eos>", "\ud800"])),
+    *({"tokens": value} for value in (5, None, TOKENS, "5", "[1]", "[", json.dumps([*TOKENS, "\ud800"]))),
+    *({"classes": value} for value in (5, None, "ab", [1, 2], ["a", None], {"a": 1}, ["\ud800"])),
+    *({"pairs": value} for value in (0, "true", None)), {"wandb_id": 5}, {"wandb_id": ["a"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", GOOD, ids=str)
+def test_a_state_that_a_run_may_save_is_read(change: dict[str, Any], tmp_path: Path) -> None:
+    state = {"step": 2, "updates": 2, "previous_norm": 1.0} | change
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert read_state(tmp_path) == state
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: repr(change)[:60])
+def test_a_state_that_no_run_saves_is_refused_by_its_key(change: dict[str, Any], tmp_path: Path) -> None:
+    state = {"step": 2, "updates": 2, "previous_norm": 1.0} | change
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=rf"state\.json: broken \(.*{next(iter(change))}.*go on from another"):
+        read_state(tmp_path)
+
+
+def keep(run: Path, **changes: Any) -> None:
+    """Changes the state of the newest checkpoint, and seals it again; None removes a value."""
+    checkpoint = manifest.checkpoints(run)[-1]
+    state = json.loads((checkpoint / "state.json").read_text()) | changes
+    (checkpoint / "state.json").write_text(json.dumps({key: v for key, v in state.items() if v is not None}))
+    seal(checkpoint)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("command_", ["resume", "evaluate", "init"])
+def test_a_run_that_kept_something_else_is_one_line_before_any_work(
+    command_: str, run: Path, small_text: Path, tmp_path: Path
+) -> None:
+    keep(run, classes=[1, 2])
+    sets = set_("steps=3", f"data.text={small_text}")
+    of = ["lstm_moe_demo", *set_(*TINY), *sets, *set_(f"init={run}"), "--folder", str(tmp_path / "new")]
+    args = {"resume": ["--resume", str(run), *set_("steps=3")], "evaluate": ["--evaluate", str(run)], "init": of}
+    before = contents(run)
+    status, stderr = end(start(*args[command_]))
+    assert status == 2
+    (line,) = [line for line in stderr.splitlines() if not line.startswith("note")]
+    assert "state.json: broken (classes=[1, 2] is none" in line
+    assert contents(run) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokens": 5}, "broken (tokens=5 is none"), ({"classes": 5}, "broken (classes=5 is none"),
+        ({"classes": None}, "keeps no classes, which a run of task=text_classification needs"),
+        ({"tokens": None, "classes": None}, "keeps no tokens, classes, which"),
+        ({"classes": list("abcdefgh")}, "names 8 classes, and config.json has 3"),
+        ({"tokens": json.dumps(TOKENS)}, "has 6 tokens, and model.vocabulary_size of config.json is "),
+    ],
+)  # fmt: skip
+def test_a_classifier_of_what_is_not_kept_is_one_line(
+    changes: dict[str, Any], says: str, of_classes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(of_classes, **changes)
+    with pytest.raises(SystemExit) as exit_:
+        classify.main([str(of_classes), "--text", "the end"])
+    assert exit_.value.code == 2
+    check_one_line(capsys.readouterr().err, says)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocabulary": WORDS | {"counts": ["a", 1, 2]}}, "broken (vocabulary={"),
+        ({"vocabulary": None}, "keeps no vocabulary, which a run of task=language_model needs"),
+        ({"vocabulary": WORDS}, "has 3 words, and data.vocabulary_size of config.json is 300"),
+    ],
+)
+def test_a_text_is_not_continued_without_its_vocabulary(
+    changes: dict[str, Any], says: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(run, **changes)
+    with pytest.raises(SystemExit) as exit_:
+        generate.main([str(run), "--prompt", "the"])
+    assert exit_.value.code == 2
+    check_one_line(capsys.readouterr().err, says)
 
 
 def test_every_flipped_bit_of_the_config_is_seen_or_changes_nothing(run: Path) -> None:
@@ -187,8 +309,8 @@ def change_tensor(checkpoint: Path, name: str, change: Callable[[torch.Tensor], 
 def test_parts_that_overlap_are_refused_by_name(moved: tuple[int, int], tmp_path: Path) -> None:
     """(0, 4) is whole. The numbers of rows are right in each case."""
     for starts in ((0, 4), moved):
-        for i, start in enumerate(starts):
-            places = {"dense/w": {"saved_offsets": [start, 0]}, "dense/b": {"saved_offsets": [4 * i]}}
+        for i, first in enumerate(starts):
+            places = {"dense/w": {"saved_offsets": [first, 0]}, "dense/b": {"saved_offsets": [4 * i]}}
             tensors = {"dense/w": torch.zeros(4, 3), "dense/b": torch.zeros(4)}
             save_file(tensors, tmp_path / f"{i}.safetensors", {"DCP_SHARDING_INFO": json.dumps(places)})
         if starts == (0, 4):

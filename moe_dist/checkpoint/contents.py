@@ -13,6 +13,9 @@ layout is in them.
         manifest.sha256       checksums of them all (manifest.py)
 """
 
+import math
+import reprlib
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,35 +24,98 @@ import torch
 from safetensors import safe_open
 
 from moe_dist.checkpoint.manifest import STATE, STEPS
+from moe_dist.data.text import EOS, UNK
 from moe_dist.parallel.collectives import Group, from_all
 from moe_dist.run_folder import read_json
 
 KINDS = ("dense", "experts", "gates", "rows")  # of a parameter; its name is in a checkpoint once
-OF_TASKS = ("vocabulary", "tokens", "classes", "pairs")  # in state.json
-MOST = 2**53  # of a number in state.json: what a float holds
+MOST = 2**53  # of a count in state.json, and of all counts of words together: what a float holds
 ENDINGS = (".exp_avg", ".exp_avg_sq", ".row", ".column", ".updates")  # of what is an optimizer's, not a weight
 NOT_NEGATIVE = (".exp_avg_sq", ".row", ".column", ".updates")  # means of squares, and a count
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns what `Saver.save` was given, with step, updates and the last norm.
+    """Returns what `Saver.save` was given, with step, updates and the last norm. What tasks keep (`OF_TASKS`) is of the
+    form that they wrote, where it is there; whether it fits the config is not looked at.
 
     Raises:
         ValueError: The file is broken, or of another step than the one that the checkpoint's folder is named after.
     """
     path = checkpoint / STATE
     state = read_json(path)
-    needed = {"step": int, "updates": int, "previous_norm": float}
-    if (
-        not isinstance(state, dict)
-        or not all(isinstance(state.get(key), kind) and 0 <= state[key] <= MOST for key, kind in needed.items())
-        or state["updates"] > state["step"]
-    ):
-        raise ValueError(f"{path}: broken (no {', '.join(needed)} that could be)")
+    if not isinstance(state, dict) or not _is_progress(state):
+        told = "no step, updates, previous_norm that could be"
+        raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
+    for key, is_whole in (OF_TASKS | {"wandb_id": _is_wandb_id}).items():
+        if key in state and not is_whole(state[key]):
+            told = f"{key}={reprlib.repr(state[key])} is none that this version writes"
+            raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
     name = checkpoint.name
     if fnmatchcase(name, STEPS) and name != f"step_{state['step']:08d}":
         raise ValueError(f"{path}: of step {state['step']}, in a folder that is named {name}; rename the right one")
     return state
+
+
+def _is_progress(state: dict[str, Any]) -> bool:
+    """Returns whether the numbers of a state could be: of its norm a run may have saved any that is finite."""
+    step, updates, norm = (state.get(key) for key in ("step", "updates", "previous_norm"))
+    if not (_is_count(step) and _is_count(updates) and isinstance(norm, float)):
+        return False
+    return state["updates"] <= state["step"] and math.isfinite(norm) and norm >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST
+
+
+def _are_texts(values: Any) -> bool:
+    """Returns whether this is a list of texts that can be written."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        return False
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:  # half of a character
+        return False
+    return True
+
+
+def _is_vocabulary(value: Any) -> bool:
+    """Returns whether this is a `Vocabulary` with counts, which older versions kept as a list of words."""
+    if not isinstance(value, dict) or value.keys() != {"words", "counts"}:
+        return False
+    words, counts = value["words"], value["counts"]
+    return (
+        _are_texts(words)
+        and words[:2] == [UNK, EOS]
+        and len(words) == len(set(words))
+        and isinstance(counts, list)
+        and len(counts) == len(words)
+        and all(map(_is_count, counts))
+        and sum(counts) <= MOST
+    )
+
+
+def _are_tokens(value: Any) -> bool:
+    """Returns whether this is what `Tokens.to_json` writes."""
+    from moe_dist.data.tokens import Tokens  # here, for its library takes a moment to import
+
+    try:
+        return isinstance(value, str) and _are_texts(list(Tokens.from_json(value).words))
+    except ValueError:
+        return False
+
+
+def _is_wandb_id(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+# what tasks keep in state.json, and whether a value could be theirs
+OF_TASKS: dict[str, Callable[[Any], bool]] = {
+    "vocabulary": _is_vocabulary,
+    "tokens": _are_tokens,
+    "classes": _are_texts,
+    "pairs": lambda value: isinstance(value, bool),
+}
 
 
 def kept_tensors(checkpoint: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Task(Protocol):
     unit: str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
     headline: str  # the measure that models are compared by, of data of one's own
     test_splits: tuple[str, ...]  # what is evaluated at the end
+    keeps: tuple[str, ...]  # keys of `known` that its model cannot be used without
     from_data: tuple[str, ...]  # dotted keys of the config that follow from the data where the user has not set them
     layout: Layout
 

@@ -41,6 +41,7 @@ class ImageClassification(OfEncoders):
     unit: str = "images"
     headline: str = "accuracy"
 
+    keeps: tuple[str, ...] = ("classes",)
     from_data: tuple[str, ...] = ("model.num_classes", "model.channels")
 
     def __init__(

@@ -46,6 +46,7 @@ class LanguageModel:
     unit: str = "words"
     headline: str = "perplexity"
     test_splits: tuple[str, ...] = ("test",)
+    keeps: tuple[str, ...] = ("vocabulary",)
     from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
 
     def __init__(

@@ -60,6 +60,7 @@ class Texts(OfEncoders):
 
     model_config: type = TextConfig
     unit: str = "texts"
+    keeps: tuple[str, ...] = ("tokens",)
     from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
     model_class: type[nn.Module]
     tokens: Tokens
@@ -260,6 +261,7 @@ class TextClassification(Texts):
 
     data_config: type = SentenceDataConfig
     headline: str = "accuracy"
+    keeps: tuple[str, ...] = ("tokens", "classes")
     from_data: tuple[str, ...] = ("model.num_classes", VOCABULARY_SIZE)
     has_scores = False
     model_class = TextClassifier
