@@ -57,8 +57,26 @@ MADE_UP = {  # a value of each kind -> what is printed in its place
             "client-secret": "x", "DefaultEndpoints;AccountKey": X, "authorization": "Bearer x", "api_key": "0",
             "AWS_SECRET_ACCESS_KEY": "wJalrXUtn", "aws_session_token": "x", "passphrase": "a b", "credentials": "x",
             "WANDB_API_KEY": "0", "private_key": "x", "hf_token": "x", "GITLAB_DEPLOY_TOKEN": "x",
+            "token": "abc123def456", "private_token": "abcdef", "GITLAB_TOKEN": X, "CI_JOB_TOKEN": "64_" + X,
+            "pass": "hunter2", "PGPASS": "hunter", "db.pass": "correct", "sig": "ab%2Fcd", "X-Goog-Signature": X,
+            "DB_PASS": "a/b+c=", "passcode": "1234", "client_secret": "x", "registry_token": "a1/b2" + X,
         }.items()
     },
+    **{
+        f"{name}:{space}{value}": f"{name}:{space}***"
+        for name, space, value in [
+            ("password", "", "hunter2"), ("password", " ", "correct horse"), ("passwd", "", "hunter"),
+            ("secret", "", "abc"), ("secret", " ", "hunter2"), ("api-key", " ", "x"), ("X-Api-Key", "", "x"),
+            ("auth", " ", "Bearer abc"), ("x-auth", " ", "me:x"), ("auth", " ", "abcdefg1"),
+            ("Authorization", " ", "x"), ("Authorization", " ", "Basic " + "dXNlcjpwYXNz"),
+        ]
+    },
+    "my secret:hunter2 is here": "my secret:*** is here",
+    "pass=hunter2 and more": "pass=*** and more",
+    "https://user:pa ss@host/x": "https://***@host/x",
+    "ftp://me:a b c@host": "ftp://***@host",
+    "Basic " + "dXNlcjpwYXNz": "Basic ***",
+    "basic " + "QWxhZGRpbjpvcGVuIHNlc2FtZQ" + "==": "basic ***",
     '{"password": "x"}': '{"password": ***',
     "Authorization: Bearer abc": "Authorization: ***",
     f"Bearer {X}": "Bearer ***",
@@ -75,6 +93,11 @@ MADE_UP = {  # a value of each kind -> what is printed in its place
             ("pypi" + "-", "AgEIcHlwaS5vcmcCJ" + X), ("wandb" + "_v1_", X), ("ya" + "29.", X), ("dckr" + "_pat_", X),
             ("dop" + "_v1_", HEX), ("hv" + "s.", X), ("SG" + ".", X + "." + X), ("GOC" + "SPX-", X),
             ("nv" + "api-", X),
+            ("AS" + "IA", "QWERTZUIOPASDFGH"), ("wh" + "sec_", X), ("ts" + "key-auth-", "kabc-" + X),
+            ("sb" + "p_", HEX), ("sb" + "_secret_", X),
+            ("gl" + "sa_", X + "_0123abcd"), ("key" + "-", "3ax6" * 8), ("rk" + "_live_", X),
+            ("sk" + "-", "0123456789abcdef" * 2), ("sk" + "-", X), ("sk" + "-or-v1-", HEX),
+            ("sh" + "pat_", HEX[:32]),
             ("", JWT), ("", HEX), ("wJalrXUtnFEMI/K7MDENG", "/bPxRfiCYEXAMPLEKEY"),
             ("", "zK3" + "vT9qLx+" * 5 + "Zm"),
         ]
@@ -105,6 +128,15 @@ ORDINARY = [
     "pypi-mirror-of-packages", "bearer of good news", "basic english", "eyJ", "xoxo", "AIzawa", "2026-11-22T10:20:30",
     "6f1c2a34-5b6d-7e8f-9a0b-1c2d3e4f5a6b", "sk-learn", "model.moe.k=2",
     "batch.samples_per_token_group=32", "node0:29400",
+    "data/sk-SK_wikipedia_2023_full.txt", "/data/sk-learn-tutorial-corpus/*.txt", "sk-wiki-2023-dump-articles",
+    "gzipped/basic instruct-tuning-set-v2/*.txt", "Basic Instruct2023", "basic english/Wiki2023/PartA/x.txt",
+    "auth: the first gate", "x-auth: off", "The Secret: a novel.txt", "owner/secret:v1", "https://host:80 see a@b.c",
+    "tokens", "data/tokens.txt", "max_tokens=24", "model.max_tokens=128", "samples_per_token_group=4", "num_token=4",
+    "experts_per_token=2", "pad_token=[PAD]", "eos_token=<eos>", "token=s/book.txt", "token=word/part-0.txt",
+    "pass=2", "low_pass=0.5", "two-pass=true", "bypass=always", "compass=north", "trespass=never", "signatures=none",
+    "/data/session_key=5/x.parquet", "corpus/secret=1/a.txt", "/data/auth=basic/x.parquet", "data/auth=1",
+    "runs/e03f573", f"runs/{HEX}", f"/x/{HEX}/*.txt", "ASIA/PACIFIC", "/text/ASIAPACIFICLANGUAGES/x.txt",
+    "key-value-store-of-everybody-and-more-words", "whsec_folder", "tskey-auth", "sbp_corpus_of_brazilian_portuguese",
 ]  # fmt: skip
 
 
@@ -148,6 +180,21 @@ def test_the_launch_scripts_share_the_list() -> None:
 
 def test_a_long_text_takes_no_time() -> None:
     start = time.process_time()
-    for text in ("a.", "a", "aA1/", "://a:", "eyJ", "password", "a=", "?key", "://@:"):
+    texts = (
+        "a.",
+        "a",
+        "aA1/",
+        "://a:",
+        "eyJ",
+        "password",
+        "a=",
+        "?key",
+        "://@:",
+        "token=",
+        "pass=a/",
+        "auth: ",
+        "secret:",
+    )
+    for text in (*texts, "basic aA1", "sk-a-", "/a=", "key-1", "://a: "):
         assert has_secret(text * 3000) in (True, False)
     assert time.process_time() - start < 3
