@@ -75,8 +75,6 @@ class Meter:
             used_S2E = part.view_as(stack)
             self.layers[name] = used_S2E.sum(0) + self.layers.get(name, 0)
             self.ratios[name] = _ratios(*used_S2E.unbind(1)).sum(0) + self.ratios.get(name, 0)
-
-            ...
         self.pending.clear()
 
     def _add(self, key: str, value: torch.Tensor) -> None:

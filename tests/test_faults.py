@@ -178,18 +178,31 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "uniform", "says"),
     [
-        ({"train/loss": math.nan, "test/loss": 3.0}, "train/loss is not finite"),
-        ({"train/loss": 3.0, "test/loss": math.inf}, "test/loss is not finite"),
-        ({"train/loss": 8.1, "test/loss": 3.0}, "train/loss is 8.1, and that of a uniform guess 4"),
-        ({"test/loss": 41.0, "test/perplexity": math.inf}, "test/loss is 41, and that of a uniform guess 4"),
-        ({"train/loss": 7.9, "test/loss": 39.0}, ""),  # a little worse than a guess; learned by heart
-        ({"train/loss": -0.1, "test/loss": 0.0}, ""), ({}, ""),
+        ({"train/loss": math.nan, "test/loss": 3.0}, 4.0, "train/loss is not finite"),
+        ({"train/loss": 3.0, "test/loss": math.inf}, 4.0, "test/loss is not finite"),
+        ({"train/loss": 0.1, "test/loss": math.nan}, 0.0, "test/loss is not finite"),
+        # 2 x 9 = 18 is more than 9 + 5
+        ({"train/loss": 18.1, "test/loss": 3.0}, 9.0, "train/loss is 18.1, and that of a uniform guess 9"),
+        ({"train/loss": 17.9, "test/loss": 89.0}, 9.0, ""),  # a little worse than a guess; learned by heart
+        ({"test/loss": 90.1, "test/perplexity": math.inf}, 9.0, "test/loss is 90.1, and that of a uniform guess 9"),
+        # a step of 4 texts, 2 classes: a confident 6 nats for one of them and 0 for three are 1.5
+        ({"train/loss": 1.5, "test/loss": 2.0}, math.log(2), ""),
+        ({"train/loss": (20.0 + 0 + 0 + 0) / 4, "test/loss": 6.9}, math.log(2), ""),  # 0.69 + 5; 10 x 0.69
+        ({"train/loss": 5.7, "test/loss": 2.0}, math.log(2), "train/loss is 5.7, and that of a uniform guess 0.6931"),
+        ({"test/loss": 7.0}, math.log(2), "test/loss is 7, and that of a uniform guess 0.6931"),
+        ({"train/loss": 5e6}, math.log(300), "train/loss is 5e+06, and that of a uniform guess 5.704"),
+        # scores whose labels are all 0, of which a guess of 0 is right
+        ({"train/loss": 0.3, "test/loss": 4.9}, 0.0, ""),
+        ({"train/loss": 5.1, "test/loss": 0.1}, 0.0, "train/loss is 5.1, and that of a uniform guess 0"),
+        ({"train/loss": -0.1, "test/loss": 0.0}, 4.0, ""), ({}, 4.0, ""), ({}, 0.0, ""),
     ],
 )  # fmt: skip
-def test_a_run_has_diverged_where_its_loss_is_far_above_a_guess(values: dict[str, float], says: str) -> None:
-    assert divergence(values, 4.0) == says
+def test_a_run_has_diverged_where_its_loss_is_far_above_a_guess(
+    values: dict[str, float], uniform: float, says: str
+) -> None:
+    assert divergence(values, uniform) == says
 
 
 @pytest.mark.parametrize(
