@@ -52,9 +52,8 @@ def main(run: Run) -> None:
         run.choose(mesh)
         training = set_up(
             config, run.ds_config, mesh, run.known(), resumed=run.checkpoint is not None, explicit=run.explicit,
-            allow_changed_data=run.allow_changed_data,
+            allow_changed_data=run.allow_changed_data, settle=run.settle,
         )  # fmt: skip
-        run.settle(training.config)
         task, engine = training.task, training.engine
         if run.checkpoint:
             load(run.checkpoint, engine, task, mesh, run.growth)

@@ -149,7 +149,11 @@ class Run:
             raise ValueError(done)
 
     def settle(self, config: Config) -> None:
-        """Takes over the config as the data determines it, and prints the lines of the layout's table that change."""
+        """Takes over the config as the data determines it, and prints the lines of the layout's table that change.
+
+        Raises:
+            ValueError: The model is too large now.
+        """
         if config == self.config:
             return
         before = table(self.told).splitlines()
@@ -157,6 +161,7 @@ class Run:
         self.config, self.told = config, describe(config, layout, self.ds_config, model, num_nodes())
         changed = [line for line in table(self.told).splitlines() if line not in before]
         say("\n".join(changed))
+        _check_memory(self.told)
 
     def open(self) -> Path:
         """The run folder, the same on every rank, with the config in it. Raises ValueError on every rank where it
@@ -292,15 +297,17 @@ def plan(argv: list[str], doc: str | None) -> Run:
     with plain_errors():
         if run.config.init and not run.earlier and not manifest.found(Path(run.config.init)):
             raise ValueError(f"init={run.config.init}: no checkpoint to begin with; give a run folder that has one")
-        _check_memory(sum(told["per_rank"]["memory_bytes"].values()))
+        _check_memory(told)
         if is_main() and not run.evaluate:
             run.check_folder()
     run.told, run.profile, run.allow_changed_data = told, args.profile, args.allow_changed_data
     return run
 
 
-def _check_memory(needed: int) -> None:
-    """Before the system's killer ends a rank without a word."""
+def _check_memory(told: dict[str, Any]) -> None:
+    """Raises ValueError for a layout (`summary.describe`) that a rank has no memory for, before the system's killer
+    ends it without a word."""
+    needed = sum(told["per_rank"]["memory_bytes"].values())
     if needed > (has := memory_per_rank()):
         raise ValueError(
             f"a rank needs {needed / 1e9:.1f} GB and has {has / 1e9:.1f} GB: the table above tells what for; more "

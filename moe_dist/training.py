@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def set_up(
     resumed: bool = False,
     explicit: Collection[str] = (),
     allow_changed_data: bool = False,
+    settle: Callable[[Config], None] = lambda config: None,
 ) -> Training:
     """Opens the data, and builds the model and the engine. A collective.
 
@@ -60,6 +61,7 @@ def set_up(
             and whose data must be the same. Otherwise weights begin as `config.init` says.
         explicit: Dotted keys of the config that are not taken from the data.
         allow_changed_data: Whether an earlier run goes on with other data.
+        settle: Is called with the config as the data determines it, before the model is built; may raise ValueError.
 
     Returns:
         Everything that a step needs, with the config as the data determines it.
@@ -75,6 +77,7 @@ def set_up(
     if known is None and mesh.is_main:
         for note in task.notes:
             print(f"note: {note}", flush=True)
+    settle(config)
     data = _fingerprint(task, config, mesh, known, resumed, allow_changed_data)
     was, classes = ((each or {}).get("classes") for each in (before, task.known()))
     if resumed:

@@ -344,7 +344,7 @@ def test_where_data_lies_may_change(
     was = override(configs.get(name), [f"{key}=/job1/data", "init=none", "compare=none", "mesh.ep=1"])
     (run / "config.json").write_text(to_json(was))
     monkeypatch.setattr(cli.task_of(was), "check_data", lambda *args: None)
-    monkeypatch.setattr(cli, "_check_memory", lambda needed: None)
+    monkeypatch.setattr(cli, "_check_memory", lambda told: None)
     sets = ["--set", f"{key}=/job2/data"]
     auto = [name, "--folder", str(run), "--resume", "auto", *set_("init=none", "compare=none")]
     planned = cli.plan([*(auto if how == "--folder" else [how, str(run)]), *sets], None)

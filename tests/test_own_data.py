@@ -1,6 +1,7 @@
 """What a run takes from its data: fields of the config that the user has not set, kept in the config of the run."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from PIL import Image
 from processes import check_plan, set_
 
 from moe_dist import cli
+from moe_dist import training as training_module
 from moe_dist.checkpoint.sharded import Saver
-from moe_dist.config import from_json, to_json
+from moe_dist.config import Config, from_json, override, to_json, value_of
 from moe_dist.parallel import mesh as meshes
 from moe_dist.parallel.spawn import run_distributed
 from moe_dist.rehearsal import fitted
@@ -67,8 +69,8 @@ def own(name: str, folder: Path, *more: str) -> list[str]:
 def begin(argv: list[str]) -> Any:
     """The beginning of train.py: the run and its training, after a step."""
     run = cli.plan(argv, None)
-    training = set_up(run.config, run.ds_config, meshes.arrange(1), run.known(), explicit=run.explicit)
-    run.settle(training.config)
+    mesh = meshes.arrange(1)
+    training = set_up(run.config, run.ds_config, mesh, run.known(), explicit=run.explicit, settle=run.settle)
     for _ in train_step(training, 1):
         pass
     return run, training
@@ -101,6 +103,49 @@ def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
         assert training.config == run.config == from_json(to_json(run.config))
     meshes.stop()
     return taken
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [("lstm_moe_demo", "data.vocabulary_size=9000"), ("widenet_text_demo", "model.num_classes=50"),
+     ("widenet_demo", "model.channels=3")],
+)  # fmt: skip
+def test_a_model_that_its_data_makes_too_large_is_refused(
+    name: str, larger: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cli.plan(own(name, folder, "batch.samples=16"), None)
+    needed = sum(run.told["per_rank"]["memory_bytes"].values())
+    monkeypatch.setattr(cli, "memory_per_rank", lambda: needed)
+    run.settle(run.config)
+    with pytest.raises(ValueError, match=r"^a rank needs .* GB and has .* GB"):
+        run.settle(override(run.config, [larger]))
+
+
+@pytest.mark.timeout(200)
+def test_the_config_is_settled_before_the_model_is_built(folder: Path) -> None:
+    assert run_distributed(refuse_all, 1, folder, timeout=120) == [["data.vocabulary_size=14", "model.num_classes=3"]]
+
+
+def refuse_all(folder: Path) -> list[str]:
+    """Returns what was settled by runs that are refused for it."""
+    meshes.join()
+    settled = []
+
+    def refuse(key: str, config: Config) -> None:
+        settled.append(f"{key}={value_of(config, key)}")
+        raise ValueError("too large")
+
+    def build(*_: Any) -> None:
+        raise AssertionError("the model was built")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_module, "parallelize", build)
+        for name, key in (("lstm_moe_demo", "data.vocabulary_size"), ("widenet_text_demo", "model.num_classes")):
+            run = cli.plan(own(name, folder, "batch.samples=16"), None)
+            with pytest.raises(ValueError, match=r"^too large$"):
+                set_up(run.config, run.ds_config, meshes.arrange(1), settle=partial(refuse, key))
+    meshes.stop()
+    return settled
 
 
 @pytest.mark.timeout(200)
