@@ -2,8 +2,9 @@
 
 numba's own cache is not used: it writes beside the source, unpickles a file whoever wrote it, and raises where a file
 is damaged or the disk is full. Here a file is read only if its owner is the user of the process and no one else can
-write it, and if its checksum is right; everything else is compiled again. Ranks that start at once may all write: a
-file is renamed when whole, and its name is a hash of everything that the machine code depends on.
+write it, and if its checksum, of its name as well, is right; everything else is compiled again. Ranks that start at
+once may all write: a file is renamed when whole, and its name is a hash of everything that the machine code depends on.
+Who writes one removes those of the same user that no start has used for `UNUSED_DAYS`.
 """
 
 import contextlib
@@ -12,9 +13,11 @@ import hashlib
 import inspect
 import os
 import pickle
+import re
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,10 @@ from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-DIGEST = hashlib.sha256().digest_size  # bytes at the head of a file: the checksum of the rest
+DIGEST = hashlib.sha256().digest_size  # bytes at the head of a file: the checksum of its name and the rest
+UNUSED_DAYS = 30
+PARTIAL = "partial-"  # begins the name of a file that is being written
+OURS = re.compile(rf"\w+-[0-9a-f]{{64}}|{PARTIAL}\w+")
 
 
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -71,8 +77,12 @@ class _Files(NullCache):
         """Returns the compiled function of a signature; None where there is no file that can be used."""
         target_context.refresh()
         try:
-            data = _read(self.path(sig, target_context.codegen()))
-            return None if data is None else CompileResult._rebuild(target_context, *pickle.loads(data))
+            data = _read(path := self.path(sig, target_context.codegen()))
+            if data is None:
+                return None
+            with contextlib.suppress(OSError):
+                os.utime(path, follow_symlinks=False)  # it is in use
+            return CompileResult._rebuild(target_context, *pickle.loads(data))
         except Exception:  # no folder, no permission, or what unpickling raises: the function is compiled instead
             return None
 
@@ -91,17 +101,38 @@ def _read(path: Path) -> bytes | None:
         if not stat.S_ISREG(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
             return None
         digest, data = file.read(DIGEST), file.read()
-    return data if hashlib.sha256(data).digest() == digest else None
+    return data if _checksum(path, data) == digest else None
+
+
+def _checksum(path: Path, data: bytes) -> bytes:
+    """Returns the checksum of a file's name and data: whole files that are renamed are damaged ones."""
+    return hashlib.sha256(os.fsencode(path.name) + b"\0" + data).digest()
 
 
 def _write(path: Path, data: bytes) -> None:
     """Writes a file that its owner alone can read and write, whole or not at all. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent)  # with mode 0600
+    descriptor, partial = tempfile.mkstemp(prefix=PARTIAL, dir=path.parent)  # with mode 0600
     try:
         with open(descriptor, "wb") as file:
-            file.write(hashlib.sha256(data).digest() + data)
+            file.write(_checksum(path, data) + data)
         os.replace(partial, path)
     except OSError:
         os.unlink(partial)
         raise
+    _remove_unused(path.parent)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Removes files of this user that no start has used for `UNUSED_DAYS`: other versions', and of killed starts."""
+    oldest = time.time() - UNUSED_DAYS * 24 * 3600
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another rank was faster, or it may not be removed
+            about = path.lstat()
+            if (
+                OURS.fullmatch(path.name)
+                and stat.S_ISREG(about.st_mode)
+                and about.st_uid == os.getuid()
+                and about.st_mtime < oldest
+            ):
+                path.unlink()

@@ -76,6 +76,55 @@ def test_a_file_that_is_whole_but_holds_something_else_is_compiled_again(cache: 
         assert run() == (DOUBLED, 0)
 
 
+def halve(x_N: Any) -> None:
+    for i in range(len(x_N)):
+        x_N[i] /= 2
+
+
+@pytest.mark.parametrize("how", ["swapped", "copied"])
+def test_a_whole_file_under_the_name_of_another_is_compiled_again(how: str, cache: Path) -> None:
+    """Both are this user's own, in a folder that may be another's."""
+    x_N = np.arange(4, dtype=np.float32)
+    jit.compiled(halve)(x_N)
+    assert run() == (DOUBLED, 0)
+    halving, doubling = sorted(cache.iterdir(), key=lambda file: "double" in file.name)
+    whole = halving.read_bytes()
+    if how == "swapped":
+        halving.write_bytes(doubling.read_bytes())
+    doubling.write_bytes(whole)
+    assert run() == (DOUBLED, 0)
+    assert run() == (DOUBLED, 1)
+
+
+@pytest.mark.parametrize("days", [29, 31])
+def test_who_writes_a_file_removes_those_that_nobody_has_used(
+    days: int, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    (file,) = cache.iterdir()
+    names = [f"double-{'0' * 64}", f"other-{'1' * 64}", "partial-abc_1"]
+    kept = ["notes.txt", f"double-{'0' * 63}", f"link-{'2' * 64}", f"folder-{'3' * 64}"]
+    for name in (*names, *kept[:2]):
+        (cache / name).write_text("")
+    (cache / kept[2]).symlink_to("notes.txt")
+    (cache / kept[3]).mkdir()
+    then = jit.time.time() - days * 24 * 3600
+    for path in cache.iterdir():
+        os.utime(path, (then, then), follow_symlinks=False)
+    assert run() == (DOUBLED, 1) and file.stat().st_mtime > then + 1, "it is in use"
+    assert len(list(cache.iterdir())) == 8, "reading removes nothing"
+    jit.compiled(halve)(np.arange(4, dtype=np.float32))
+    left = {path.name for path in cache.iterdir() if "halve" not in path.name}
+    assert left == {file.name, *kept, *(names if days < 30 else [])}
+    for name in names:
+        (cache / name).write_text("")
+        os.utime(cache / name, (then, then))
+    real = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: real + 1)
+    jit._remove_unused(cache)
+    assert {path.name for path in cache.iterdir()} >= set(names), "another user's stay"
+
+
 @pytest.mark.parametrize("how", ["owner", "group", "others", "link", "fifo", "folder"])
 def test_nothing_is_unpickled_that_another_user_may_have_written(
     how: str, cache: Path, monkeypatch: pytest.MonkeyPatch
