@@ -3,14 +3,15 @@
     .venv/bin/python experiments/damaged_files.py              seeds 0 to 5000, some minutes; status 1 where one is off
     .venv/bin/python experiments/damaged_files.py --first 17 --last 18
 
-A seed makes one file: a whole one of some kind, packed or not, with up to three damages. It is off
-where something other than a ValueError of one line is raised, where a text that was read holds a NUL
-or half of a character, or where it takes 10 seconds. `tests/test_damaged.py` runs some seeds.
+A seed makes one file: a whole one of some kind, packed or not, with up to three damages. It is off where something
+other than a ValueError of one line is raised, where a text that was read holds a NUL or half of a character, or where
+it takes 10 seconds; where a library waits for ever, the program ends. `tests/test_damaged.py` runs some seeds.
 """
 
 import argparse
 import bz2
 import csv
+import faulthandler
 import gzip
 import io
 import json
@@ -20,6 +21,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +215,13 @@ def run(first: int, last: int, folder: Path) -> dict[str, int]:
     return counts
 
 
+def _stuck(seed: int) -> None:
+    """Ends the program where a library waits in a call that no signal ends, such as the opening of a pipe."""
+    print(f"seed {seed}: waits in a library for ever", flush=True)
+    faulthandler.dump_traceback()
+    os._exit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0)
@@ -221,11 +230,15 @@ def main() -> None:
     off = 0
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.first, args.last):
+            watch = threading.Timer(SECONDS * (len(READERS) + 1), _stuck, [seed])
+            watch.start()
             try:
                 run(seed, seed + 1, Path(folder))
             except Exception as error:
                 off += 1
                 print(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            finally:
+                watch.cancel()
     print(f"{args.last - args.first} files, {off} off")
     sys.exit(off > 0)
 
