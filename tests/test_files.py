@@ -44,6 +44,11 @@ def test_other_columns_differ_from_row_to_row(tmp_path: Path) -> None:
     assert list(read_rows(path)) == rows
 
 
+def test_an_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
+    for row in ({"text": "a", "n": [1, {"b": 2}]}, {"data": [{"text": "a"}]}):
+        assert list(read_rows(write(tmp_path / "x.json", "\n" + json.dumps(row, indent=1)))) == [row]
+
+
 @pytest.mark.parametrize(
     "name",
     ["x.txt", "X.MD", "wiki.train.tokens", "enwik8", "news.en-00001-of-00100", "x.00001", "x.txt.1", "v1. Songs"],
@@ -56,6 +61,28 @@ def packed(ending: str, content: bytes) -> bytes:
     if ending == ".zst":
         return pyarrow.compress(content, codec="zstd", asbytes=True)
     return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending](content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "ending"),
+    [
+        ("x.txt", '\n{"text": "a b", "n": 1}\n', "jsonl"),
+        ("x.text.gz", gzip.compress(b'{"id": 3, "premise": "a", "hypothesis": "b"}\n'), "jsonl"),
+        ("x.md", "id,text\n1,a\n", "csv"),
+        ("x.tokens", '\ufeff"sentence1"\t"sentence2"\t"score"\n', "csv"),
+        ("x.txt", "label;text\n", "csv"),
+    ],
+)
+def test_rows_that_are_named_as_text_are_refused(tmp_path: Path, name: str, content: Any, ending: str) -> None:
+    with pytest.raises(ValueError, match=rf"its first line is a .*, and not text: name it \.{ending}"):
+        list(read_rows(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize(
+    "first", ["{", "{d}", '{"a": 1}', '{"text": 5}', "text", "Text, label the first", "a,label", "[1]", "{" * 10_000]
+)
+def test_text_may_begin_nearly_like_rows(tmp_path: Path, first: str) -> None:
+    assert rows_of(tmp_path, f"\n{first}\nb", "x.txt") == [("\n",), (f"{first}\n",), ("b",)]
 
 
 @pytest.mark.parametrize("first", ["The text, it says, is long", "Question", "Labels: many", "In question, he said"])
@@ -390,6 +417,7 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": ' + "[" * 100_000, "recursion"),
         ("x.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "5000 digits"),
         ("x.json", '["a"]', "a row is str, 'a': each is an object"),
+        ("x.json", '{\n"text":', r"no JSON \(Expecting value"),
         ("x.txt", "é".encode("latin1"), "no UTF-8 .*0xe9.*: give UTF-8"),
     ],
 )

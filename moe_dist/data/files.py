@@ -316,7 +316,36 @@ def _lines(file: IO[bytes], newline: str | None = None) -> Iterator[str]:
 
 
 def _plain(file: IO[bytes]) -> Iterator[Row]:
-    return ({"text": line} for line in _lines(file))
+    """Raises ValueError for rows that are named as if they were text: it would be trained on keys and braces."""
+    lines = _lines(file)
+    head: list[str] = []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            if _is_row(line):
+                raise ValueError(f"its first line is a row, {shown(line, 40)!r}, and not text: name it .jsonl")
+            if _is_heading_of_several(line):
+                raise ValueError(
+                    f"its first line is a heading, {shown(line, 40)!r}, and not text: name it .csv or .tsv"
+                )
+            break
+    return ({"text": line} for line in chain(head, lines))
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line is a JSON object with a text by one of the names that columns have."""
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return any(isinstance(row.get(name), str) for name in NAMED)
+
+
+def _is_heading_of_several(line: str) -> bool:
+    names = [name.strip(" \"'\r\n") for name in re.split("[,;\t]", line)]
+    return len(names) > 1 and len(NAMED & {*names}) > 1 and all(re.fullmatch(r"\w*", name) for name in names)
 
 
 def _without_ending(file: IO[bytes]) -> Iterator[Row]:
@@ -342,12 +371,23 @@ def _json_lines(file: IO[bytes]) -> Iterator[Row]:
 def _json(file: IO[bytes]) -> Iterator[Row]:
     lines = _lines(file)
     first = next((line for line in lines if line.strip()), "")
-    if not first.lstrip().startswith("["):
+    if not first.lstrip().startswith("[") and not _is_cut_off(first):
         yield from _objects(chain([first], lines))
         return
-    text = first + "".join(lines)
-    for row in _loaded(text):
+    found = _loaded(first + "".join(lines))
+    for row in found if isinstance(found, list) else [found]:
         yield _object(row)
+
+
+def _is_cut_off(line: str) -> bool:
+    """Whether an object begins in a line and does not end in it."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.rstrip())
+    except (ValueError, RecursionError):  # reported where it is read
+        return False
+    return False
 
 
 def _objects(lines: Iterable[str]) -> Iterator[Row]:
