@@ -118,7 +118,7 @@ def survive(fault: Fault, folder: Path, whole: dict[int, float], name: str, *set
     off = max(abs(found[step] - whole[step]) for step in whole) if found.keys() == whole.keys() else float("inf")
     starts, log = nodes.starts(), nodes.log.read_text()
     after = starts[1][1] if len(starts) == 2 else None
-    if f"has all of its {STEPS} steps" in log:
+    if f"has done {STEPS} steps, all of them" in log:
         after = STEPS
     return Outcome(fault, status, after, off, missing(folder, log), time.monotonic() - began)
 

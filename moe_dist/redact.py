@@ -17,7 +17,11 @@ _NAME = (
 )
 _WORD = r"[\w.-]*(?:secret|credentials?|auth|authorization|bearer)"
 # names whose values may be something else: a number of tokens or passes, the token of padding, a word of a path
-_PERHAPS = r"(?:[\w.-]*[_.-])?(?:token|(?:db|ftp|my|pg|root|smtp|user)?pass|sig|signature)"
+_KINDS = r"(?:token|pass|sig|signature)"
+_PERHAPS = (
+    rf"(?:(?![\w.-]*(?:bos|cls|end|eos|image|mask|pad|sep|special|start|stop|unk)[_.-]token)[\w.-]*[_.-]{_KINDS}"
+    rf"|(?:db|ftp|my|pg|root|smtp|user)pass|{_KINDS}(?=\s*=\s*\S*(?:\d|(?-i:[a-z][A-Z]))))"
+)
 _NOT_SECRET = (
     r"[\d.]{1,8}(?![^\s&/;,])|[<\[]|(?:true|false|none|null|auto)\b"
     r"|(?:\w{1,3}|[a-z]{1,12})/(?:[\w=.-]+/)*(?:[\w*=-]*[.*][\w.*]*)?(?![^\s&;,])"
@@ -40,7 +44,8 @@ _PREFIXES = (  # of what services give out, and what follows
     r"pypi-(?:AgE[\w-]{16,}|[\w-]{40,})", r"do[opr]_v1_[a-f0-9]{32,}", r"dckr_(?:pat|oat)_[\w-]{16,}",
     r"dapi[a-f0-9]{32}",
     r"hv[bs]\.[\w-]{16,}", r"SG\.[\w-]{16,}\.[\w-]{16,}", r"shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}", r"nvapi-[\w-]{16,}",
-    r"gsk_[A-Za-z0-9]{20,}", r"r8_[A-Za-z0-9]{20,}", r"ATATT3[\w=-]{16,}", r"lin_api_[A-Za-z0-9]{16,}",
+    r"gsk_[A-Za-z0-9]{20,}", r"(?:xai|pplx)-[A-Za-z0-9]{20,}",
+    r"r8_[A-Za-z0-9]{20,}", r"ATATT3[\w=-]{16,}", r"lin_api_[A-Za-z0-9]{16,}",
     r"eyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?",  # a JSON web token
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*",
 )  # fmt: skip
@@ -52,11 +57,13 @@ _SECRETS = [
     re.compile(pattern, flags)
     for pattern, flags in (
         # user:password@ of a URL, whatever is in the password; and a token alone, as web servers take it
-        (r"(://)[^\s/@?#:]*:(?!\d+(?:[/?#\s]|$))(?:[^\s@]{1,1000}(?:@[^\s/@]*)*|[^/@]{1,100})(?=@)", 0),
+        (r"(://)[^\s/@?#:]*:(?!\s|\d+(?:[/?#\s]|$))(?:[^\s@]{1,1000}(?:@[^\s/@]*)*|[^/@]{1,100})(?=@)", 0),
         (r"(\bhttps?://)[^\s/@?#:]+(?=@)", re.IGNORECASE),
         (rf"((?:(?<![\w./-])|{_PARTITION})(?:{_NAME}|{_WORD})(?:\s*=\s*|[\"']\s*:\s*))[^&]+", re.IGNORECASE),
         (rf"((?<![\w./-]){_NAME}\s*:\s+)[^&]+", re.IGNORECASE),
-        (rf"((?<![\w.-]){_PERHAPS}\s*=\s*)(?!{_NOT_SECRET})[^\s&]{{4,}}", re.IGNORECASE),
+        (rf"((?<![\w.-])(?i:{_PERHAPS})\s*=\s*)(?i:(?!{_NOT_SECRET}))[^\s&]{{4,}}", 0),
+        (r"((?<![\w./-])(?:deploy|job|private)-token\s*:\s*)\S{6,}", re.IGNORECASE),  # headers of HTTP
+        (rf"((?<![\w./-]){_KINDS}\s*:\s*)(?=\S*\d)(?=\S*[a-z])\S{{8,}}", re.IGNORECASE),
         # behind a colon a word with a digit, or the last one; "auth: the first gate" and "auth:v1" are none
         (rf"((?<![\w./-])(?![\w.-]*auth\s*:)(?:{_NAME}|{_WORD})\s*:\s*)(?=\S*\d|\S+{_ENDS})[^\s&]+", re.IGNORECASE),
         (
@@ -65,12 +72,15 @@ _SECRETS = [
             re.IGNORECASE,
         ),
         (rf"([?&;](?:{_IN_QUERY})=)[^&\s]+", re.IGNORECASE),
-        (r"(hooks\.slack\.com/services/)[\w/]+", re.IGNORECASE),
+        (r"(hooks\.slack\.com/services/|/api/webhooks/\d+/)[\w/-]+", re.IGNORECASE),
         (r"(\bBearer(?:\s+|%20))(?=\S*\d|\S{16})[\w.~+/=-]{8,}", re.IGNORECASE),
         (rf"(\b[Bb]asic(?:\s+|%20)){_RUNS % (5, 8)}[A-Za-z0-9+/]{{8,}}={{0,2}}(?![\w/.*-])", 0),
         (rf"((?<![A-Za-z0-9_])(?:local-)?)(?:{'|'.join(_PREFIXES)})", re.DOTALL),
         # wandb's; a folder of a snapshot or a commit has the same form, so that in a path it is none
-        (r"((?:^|[\s=:,\"'])(?:local-)?)(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{40}(?=$|[\s,\"'&])", 0),
+        (
+            r"((?:^|[\s=:,\"'])(?:local-)?)(?<!commit.)(?<!head.)(?<!rev.)(?<!sha.)(?<!git.)(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{40}(?=$|[\s,\"'&])",
+            0,
+        ),
         (rf"((?<![\w+/.-])){_RUNS % (16, 6)}[A-Za-z0-9+/]{{40}}(?![\w+/=.-])", 0),  # the secret half of AWS's
     )
 ]

@@ -85,7 +85,11 @@ def test_text_may_begin_nearly_like_rows(tmp_path: Path, first: str) -> None:
     assert rows_of(tmp_path, f"\n{first}\nb", "x.txt") == [("\n",), (f"{first}\n",), ("b",)]
 
 
-@pytest.mark.parametrize("first", ["The text, it says, is long", "Question", "Labels: many", "In question, he said"])
+@pytest.mark.parametrize(
+    "first",
+    ["The text, it says, is long", "Question", "Labels: many", "In question, he said", "Text, context, and meaning",
+     "Freud distinguished the ego, id, and superego"],
+)  # fmt: skip
 def test_a_first_line_of_prose_is_no_heading(tmp_path: Path, first: str) -> None:
     assert rows_of(tmp_path, f"{first}\nb", "bare") == [(f"{first}\n",), ("b",)]
 
@@ -149,6 +153,23 @@ def test_members_of_a_zip_are_read_each_by_its_own_ending(tmp_path: Path) -> Non
         for name, content in (members | hidden).items():
             archive.writestr(name, content)
     assert [row["text"] for row in read_rows(tmp_path / "x.jsonl.zip")] == ["first", "last", "second"]
+
+
+@pytest.mark.parametrize(
+    "names", [("wiki.test.tokens", "wiki.train.tokens"), ("sst2/dev.tsv", "sst2/train.tsv"), ("x/train/a", "x/test/a")]
+)
+def test_a_zip_of_several_splits_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, "a")
+    with pytest.raises(
+        ValueError, match=r"it has files of (test and train|train and valid), by their names: unpack it"
+    ):
+        list(read_rows(tmp_path / "x.zip"))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in (names[1], "README.md", "sst2/LICENSE"):
+            archive.writestr(name, "text\na" if name == names[1] and name.endswith("v") else "a")
+    assert [row["text"] for row in read_rows(tmp_path / "x.zip")] == ["a"]
 
 
 def test_parquet_reads_the_columns_that_are_needed(tmp_path: Path) -> None:
@@ -285,6 +306,40 @@ def test_numbers_of_prose_are_no_ids(tmp_path: Path, text: str) -> None:
     rows = [*((str(i), f"film {i} is fine") for i in range(20)), ("20", text)]
     content = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in rows)
     assert rows_of(tmp_path, content) == rows
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv"])
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_text_of_several_lines_in_quotes_is_one_row(tmp_path: Path, name: str, text_first: bool) -> None:
+    """As pandas writes it, beside quotes that are never closed."""
+    separator = "\t" if name == "x.tsv" else ","
+    texts = [f"first line of {i}\nsecond line\n\nlast one." if i % 3 else f"a line of {i}" for i in range(60)]
+    rows = [("text", "label"), *((text, "ab"[i % 2]) for i, text in enumerate(texts))]
+    rows = rows if text_first else [row[::-1] for row in rows]
+    with (tmp_path / name).open("w", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    with (tmp_path / name).open("a", newline="") as file:
+        stray = ('"I like it.', "a") if text_first else ("a", '"I like it.')
+        file.write(separator.join(stray) + "\n")
+    assert [tuple(row.values()) for row in read_rows(tmp_path / name)] == [*rows[1:], stray]
+
+
+@pytest.mark.parametrize(
+    ("first", "label"),
+    [
+        ("Note 4,5", "5"),
+        ("Score: 8,1", "1"),
+        ("On May 3,2019", "2019"),
+        ("Preis 12,50 und mehr", "3"),
+        ("At 1,000 feet", "2"),
+    ],
+)
+def test_numbers_with_a_comma_are_no_fields(tmp_path: Path, first: str, label: str) -> None:
+    rows = [(f"ein Film {i}, der endet", label if i % 2 else "1") for i in range(200)]
+    rows[::20] = [(f"{first}\nTolles Hotel gern wieder", label)] * 10
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    assert [tuple(row.values()) for row in read_rows(tmp_path / "x.csv")] == rows
 
 
 def test_what_a_csv_writer_writes_is_read_as_it_was(tmp_path: Path) -> None:

@@ -71,6 +71,11 @@ MADE_UP = {  # a value of each kind -> what is printed in its place
             ("Authorization", " ", "x"), ("Authorization", " ", "Basic " + "dXNlcjpwYXNz"),
         ]
     },
+    "PRIVATE-TOKEN: abcdefgh": "PRIVATE-TOKEN: ***",
+    f"token: {X}": "token: ***",
+    "pass: hunter22": "pass: ***",
+    "token=AbcdEfgh": "token=***",
+    "https://host/api/webhooks/12/" + "ab-cd": "https://host/api/webhooks/12/***",
     "my secret:hunter2 is here": "my secret:*** is here",
     "pass=hunter2 and more": "pass=*** and more",
     "https://user:pa ss@host/x": "https://***@host/x",
@@ -97,7 +102,7 @@ MADE_UP = {  # a value of each kind -> what is printed in its place
             ("sb" + "p_", HEX), ("sb" + "_secret_", X),
             ("gl" + "sa_", X + "_0123abcd"), ("key" + "-", "3ax6" * 8), ("rk" + "_live_", X),
             ("sk" + "-", "0123456789abcdef" * 2), ("sk" + "-", X), ("sk" + "-or-v1-", HEX),
-            ("sh" + "pat_", HEX[:32]),
+            ("sh" + "pat_", HEX[:32]), ("x" + "ai-", X), ("pp" + "lx-", X),
             ("", JWT), ("", HEX), ("wJalrXUtnFEMI/K7MDENG", "/bPxRfiCYEXAMPLEKEY"),
             ("", "zK3" + "vT9qLx+" * 5 + "Zm"),
         ]
@@ -135,6 +140,8 @@ ORDINARY = [
     "experts_per_token=2", "pad_token=[PAD]", "eos_token=<eos>", "token=s/book.txt", "token=word/part-0.txt",
     "pass=2", "low_pass=0.5", "two-pass=true", "bypass=always", "compass=north", "trespass=never", "signatures=none",
     "/data/session_key=5/x.parquet", "corpus/secret=1/a.txt", "/data/auth=basic/x.parquet", "data/auth=1",
+    "eos token=word, pad", "token=wordpiece", "dropout pass = forward", "first pass: 20000000", "eos_token=endoftext",
+    f"at commit {HEX}", f"rev={HEX}", "see https://arxiv.org: by me@host",
     "runs/e03f573", f"runs/{HEX}", f"/x/{HEX}/*.txt", "ASIA/PACIFIC", "/text/ASIAPACIFICLANGUAGES/x.txt",
     "key-value-store-of-everybody-and-more-words", "whsec_folder", "tskey-auth", "sbp_corpus_of_brazilian_portuguese",
 ]  # fmt: skip

@@ -138,6 +138,8 @@ def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str,
         (".jsonl", ["very good", "very  good\n", "-0", "0"], ["0", "very good"]),
         (".jsonl", ["Pos", "pos", "1a", "01a"], ["01a", "1a", "Pos", "pos"]),  # which are not the same
         (".jsonl", ["ham\u200b", "ham", "\ufeffspam", "sp\u00adam"], ["ham", "spam"]),  # what no font shows
+        (".csv", ["pos", "pos\u200e", "\u200fneg", "neg\u200c"], ["neg", "pos"]),  # as right-to-left tables have them
+        (".jsonl", ["\u2764", "\u2764\ufe0f", "\u2066\u05d8\u2069", "\u05d8"], ["\u05d8", "\u2764"]),
         (".parquet", [1.0, 2.0, 1.0, 2.0], ["1", "2"]),
     ],
 )
@@ -231,6 +233,14 @@ def test_numbers_that_may_be_names_as_well(tmp_path: Path, names: list[str], lab
         open_sentences(str(tmp_path))
     (tmp_path / "test.jsonl").unlink()
     assert open_sentences(f"{tmp_path}/train.parquet")[0] == tuple(names)
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"]])
+def test_names_that_are_their_own_numbers_stand_beside_numbers(tmp_path: Path, names: list[str]) -> None:
+    write(tmp_path / "train.parquet", numbered(0, 20), names)
+    write(tmp_path / "test.csv", numbered(20, 22))
+    labels, splits = open_sentences(str(tmp_path))
+    assert list(labels) == names and [sentence.label for sentence in splits["test"]] == [0, 1]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "tsv"])

@@ -6,9 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from moe_dist.data.files import shown
 
-# Shown as nothing by every font: zero-width space, word joiner, byte order mark, soft hyphen. Zero-width (non-)joiners
-# change how letters of some scripts look, and stay.
-INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
+# Shown as nothing: zero-width space, word joiner, byte order mark, soft hyphen, marks of direction, and the choice
+# between a character as text and as a picture.
+INVISIBLE = dict.fromkeys(
+    [
+        *map(ord, "\u200b\u2060\ufeff\u00ad\u200e\u200f\u061c\ufe0e\ufe0f"),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    ]
+)
+JOINERS = "\u200c\u200d"  # between letters of some scripts they change how these look
 
 
 def class_name(text: str) -> str:
@@ -16,7 +23,8 @@ def class_name(text: str) -> str:
 
     Composed form (NFC), without invisible characters, without white space around it and with single spaces inside.
     """
-    return " ".join(unicodedata.normalize("NFC", text).translate(INVISIBLE).split())
+    words = unicodedata.normalize("NFC", text).translate(INVISIBLE).split()
+    return " ".join(stripped for word in words if (stripped := word.strip(JOINERS)))
 
 
 def alike(names: Iterable[str]) -> list[str]:

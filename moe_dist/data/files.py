@@ -93,7 +93,7 @@ def find_splits(source: str) -> dict[str, list[Path]]:
     _check_card(Path(source, "README.md"))
     relative = [file.relative_to(source) for file in files]
     for names in ([path.parent.parts for path in relative], [(path.name,) for path in relative]):
-        found = [{SPLIT_NAMES[word.lower()] for name in parts for word in SPLIT_NAME.findall(name)} for parts in names]
+        found = [{split for name in parts for split in _splits_of(name)} for parts in names]
         if any(found):
             splits: dict[str, list[Path]] = {}
             for path, file, of in zip(relative, files, found, strict=True):
@@ -284,13 +284,28 @@ def _label_names(name: str, file: IO[bytes]) -> Iterator[tuple[str, tuple[str, .
 
 
 def _members(stem: str, file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields the files of a .zip, and the names by which they are read: `stem` for one without an ending."""
+    """Yields the files of a .zip, and the names by which they are read: `stem` for one without an ending.
+
+    Raises:
+        ValueError: Its files are of several splits, by their names.
+    """
     with zipfile.ZipFile(file) as archive:
+        members = {}
         for member in sorted(archive.namelist()):
             *folders, name = member.split("/")
-            if name and not any(map(_is_hidden, [*folders, name])):
-                with archive.open(member) as part:
-                    yield (name if "." in name else stem), part
+            if name and not any(map(_is_hidden, [*folders, name])) and not NO_DATA.fullmatch(name):
+                members[member] = name
+        of_folders = {split for member in members for part in Path(member).parent.parts for split in _splits_of(part)}
+        of_names = {split for name in members.values() for split in _splits_of(name)}
+        if len(splits := of_folders or of_names) > 1:
+            raise ValueError(f"it has files of {' and '.join(sorted(splits))}, by their names: unpack it into a folder")
+        for member, name in members.items():
+            with archive.open(member) as part:
+                yield (name if "." in name else stem), part
+
+
+def _splits_of(name: str) -> set[str]:
+    return {SPLIT_NAMES[word.lower()] for word in SPLIT_NAME.findall(name)}
 
 
 def _unpack_zstandard(file: IO[bytes]) -> IO[bytes]:
@@ -361,6 +376,8 @@ def _without_ending(file: IO[bytes]) -> Iterator[Row]:
 
 def _is_heading(line: str) -> bool:
     names = {name.strip(" \"'\r\n").lower() for name in re.split("[,;|]", line)}
+    if any(map(str.isspace, "".join(names))):  # as in prose
+        return False
     return bool(names & (NAMED if len(names) > 1 else ALONE))
 
 
@@ -427,14 +444,19 @@ class _Column:
 
     count: Counter[str]
     begins: int  # how many begin at once (`_begins`)
+    ends: int  # how many end with a digit
     forms: Counter[str]  # of those that are like ids
 
 
 def _columns(records: Iterable[_Record]) -> list[_Column]:
-    columns = zip(*(record.fields for record in records), strict=True)
     return [
-        _Column(Counter(values), sum(map(_begins, values)), Counter(map(_form, filter(_is_id, values))))
-        for values in columns
+        _Column(
+            Counter(values),
+            sum(map(_begins, values)),
+            sum(map(_ends, values)),
+            Counter(map(_form, filter(_is_id, values))),
+        )
+        for values in zip(*(record.fields for record in records), strict=True)
     ]
 
 
@@ -481,7 +503,8 @@ def _records(lines: Iterator[str], separator: str) -> Iterator[_Record]:
     none closes before a separator or a line end is part of the text: the line is read as it stands.
     In a file of one column a field of several lines cannot be told from texts with a quote each, and
     is read as the former; of other files see `_check_quotes`.
-    A line of a .tsv file with as many fields as the heading is always a row of its own.
+    A line of a .tsv file with as many fields as the heading is a row of its own, unless a quote opens in
+    it that closes before any other such line.
     """
     waiting: deque[str] = deque()  # lines that were read in search of a closing quote
     number = width = 0
@@ -498,12 +521,13 @@ def _records(lines: Iterator[str], separator: str) -> Iterator[_Record]:
         if '"' in line:
             whole = _unquoted([line], separator)
             is_row = separator == "\t" and len(record.fields) == width
-            if whole is None and not is_row:
-                whole = _unquoted(_noted(line, take, taken), separator)
             if whole is None:
+                fits = partial(_has_fields, width, separator) if is_row else None
+                whole = _unquoted(_noted(line, take, taken, fits), separator)
+            if whole is None or (is_row and len(whole) != width):
                 waiting.extendleft(reversed(taken[1:]))
                 del taken[1:]
-            elif not is_row or len(whole) == width:
+            else:
                 record.fields = whole
         if len(taken) > 1:
             rows = [_split(each, separator) for each in taken]
@@ -527,11 +551,19 @@ def _unquoted(lines: Iterable[str], separator: str) -> list[str] | None:
         return None
 
 
-def _noted(line: str, take: Callable[[], str | None], taken: list[str]) -> Iterator[str]:
-    """`line` and those behind it, which are appended to `taken`."""
+def _has_fields(number: int, separator: str, line: str) -> bool:
+    return len(_split(line, separator)) == number
+
+
+def _noted(
+    line: str, take: Callable[[], str | None], taken: list[str], ends: Callable[[str], bool] | None
+) -> Iterator[str]:
+    """Yields `line` and those behind it, which are appended to `taken`, up to one for which `ends` is true."""
     yield line
     while (following := take()) is not None:
         taken.append(following)
+        if ends and ends(following):
+            return
         yield following
 
 
@@ -557,7 +589,8 @@ def _are_rows(doubtful: _Record, columns: Sequence[_Column]) -> bool:
     opens = max(i for i, cell in enumerate(rows[0]) if '"' in cell)
     closes = min((i for i, cell in enumerate(rows[-1]) if '"' in cell), default=opens)
     at_once = [i for i, column in enumerate(columns) if i and 2 * column.begins > num_others]
-    alike = [all(_begins(row[i]) for i in at_once) and not any(map(_is_cut, row, row[1:])) for row in rows]
+    has_numbers = [2 * column.ends > num_others for column in columns]
+    alike = [all(_begins(row[i]) for i in at_once) and not any(map(_is_cut, row, row[1:], has_numbers)) for row in rows]
     found = len(at_once) == len(columns) - 1 > 0 and len(rows) >= LEAST_FREE and doubtful.all_fit and all(alike[1:-1])
     for i, column in enumerate(columns):
         # a field of the row itself, ahead of the quotes or behind them, tells nothing
@@ -584,10 +617,23 @@ def _begins(cell: str) -> bool:
     return not cell[:1].isspace() and cell != ""
 
 
-def _is_cut(cell: str, following: str) -> bool:
-    """Whether a comma between two fields is rather one inside a number of a text, such as 1,000."""
-    is_number = re.search(r"[0-9]$", cell) and re.match(r"[0-9]{3}(?![0-9])", following)
-    return bool(is_number) and (len(following) > 3 or any(map(str.isspace, cell)))
+def _is_cut(cell: str, following: str, ends: bool) -> bool:
+    """Whether a comma between two fields is rather one inside a text: 1,000 or Note 4,5 or May 3,2019.
+
+    Args:
+        cell: The first field.
+        following: The second one.
+        ends: Whether most fields of the first one's column end with a digit, as texts do not.
+    """
+    number = re.match(r"[0-9]+", following)
+    if not (_ends(cell) and number):
+        return False
+    is_thousand = len(number[0]) == 3 and (len(following) > 3 or any(map(str.isspace, cell)))
+    return is_thousand or (not ends and any(map(str.isspace, cell)))
+
+
+def _ends(cell: str) -> bool:
+    return re.search(r"[0-9]$", cell) is not None
 
 
 def _is_id(cell: str) -> bool:

@@ -133,8 +133,13 @@ def told_left_out(left_out: Counter[str]) -> str:
     return f"{left_out.total()} left out: {', '.join(kinds[:5] + ['...'] * (len(kinds) > 5))}"
 
 
-def open_image(path: str | bytes | os.PathLike[str], mode: str | None) -> Image.Image:
-    """Opens an image file as a viewer shows it, decoded to PIL's `mode`; with None, reads its head alone.
+def open_image(path: str | bytes | os.PathLike[str], mode: str | None, side: int | None = None) -> Image.Image:
+    """Opens an image file as a viewer shows it.
+
+    Args:
+        path: The file.
+        mode: PIL's mode that it is decoded to; None reads its head alone.
+        side: Pixels that are enough for each side: a JPEG that has more is decoded to a half, a quarter or an eighth.
 
     Raises:
         ValueError: for a file that cannot be read, or is none (a pipe is not waited for), naming it.
@@ -148,6 +153,8 @@ def open_image(path: str | bytes | os.PathLike[str], mode: str | None) -> Image.
             short, long = sorted(image.size)
             if long > LONGEST_SIDE * short:
                 raise ValueError(f"it has {short} x {long} pixels, and no side may be {LONGEST_SIDE} times the other")
+            if side:
+                image.draft(None, (side, side))
             return _shown(image, mode) if mode else image
     except UnidentifiedImageError:
         reason = "it does not begin like any image that PIL decodes"

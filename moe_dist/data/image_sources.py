@@ -73,9 +73,13 @@ class Images:
             ValueError: for a file that cannot be read, naming it.
         """
         for i in np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int)).tolist():
-            if self.item_I.ndim == 1 and open_image(self.item_I[i], None).mode in GRAY_MODES:
+            item = self.item_I[i]
+            if isinstance(item, np.ndarray):
+                pixel_YXQ = np.asarray(Image.fromarray(item).convert("RGB"))
+            elif open_image(item, None).mode in GRAY_MODES:
                 continue
-            pixel_YXQ = np.asarray(self.open(i, "RGB"))
+            else:
+                pixel_YXQ = np.asarray(open_image(item, "RGB", side=64))
             if (pixel_YXQ != pixel_YXQ[..., :1]).any():
                 return 3
         return 1

@@ -259,7 +259,8 @@ def _check_label_names(key: str, source: str, found: list[tuple[str, tuple[str, 
                 f"{place}: give both the same names in the same order, or names instead of numbers"
             )
     unnamed = [place for place, names in found if not names]
-    if named and unnamed and all(name.lstrip("+-").isdecimal() for name in named[0][1]):
+    numbers = [name for i, name in enumerate(named[0][1]) if name != str(i)] if named else []  # of other places
+    if unnamed and numbers and all(name.lstrip("+-").isdecimal() for name in named[0][1]):
         raise ValueError(
             f"{key}={source!r}: {named[0][0]} has the names {_told(named[0][1])} for numbers of labels, and "
             f"{unnamed[0]} has no names, so that a number there may be either: write both in one way"

@@ -16,7 +16,7 @@ import torch
 from moe_dist.data.text import EOS_ID, Vocabulary, tokenize
 
 LINES_PER_LANE = 64  # of which a text has so many that lanes rarely meet
-MOST_LOOKED_AT = 200  # steps
+MOST_LOOKED_AT = 200, 4_000_000  # steps, and words of all of them
 MOST_SHARED = 0.1  # of a step's words; lanes of a text of a few lines meet now and then
 
 
@@ -62,7 +62,7 @@ def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool
 def _shared(length_L: np.ndarray, num_lanes: int, steps: int) -> float:
     """Returns the part of a step's words that another lane, or the same one, reads in the step too.
 
-    The mean over the steps of two passes, of `MOST_LOOKED_AT` at most.
+    The mean over the steps of two passes, and no more than `MOST_LOOKED_AT`.
 
     Args:
         length_L: Words of each line of the text, with its end.
@@ -70,7 +70,9 @@ def _shared(length_L: np.ndarray, num_lanes: int, steps: int) -> float:
         steps: S.
     """
     end_L = length_L.cumsum()
-    num_steps = min(MOST_LOOKED_AT, max(1, 2 * int(end_L[-1]) // (num_lanes * steps)))
+    most_steps, most_words = MOST_LOOKED_AT
+    most_steps = min(most_steps, max(1, most_words // (num_lanes * steps)))
+    num_steps = min(most_steps, max(1, 2 * int(end_L[-1]) // (num_lanes * steps)))
     num_words = num_steps * steps
     word_BT = np.empty((num_lanes, num_words), dtype=np.int64)  # the place in the text of the word that a lane reads
     for lane in range(num_lanes):
