@@ -32,6 +32,7 @@ if __name__ == "__main__":  # for what is answered here torch is not imported
 from moe_dist import chaos, report
 from moe_dist.checkpoint.sharded import Saver, load
 from moe_dist.cli import Run, plain_errors, plan, result_lines
+from moe_dist.command_line import say
 from moe_dist.config import ChaosConfig, to_json
 from moe_dist.evaluate import evaluate, evaluate_test
 from moe_dist.finite import divergence
@@ -61,7 +62,8 @@ def main(run: Run) -> None:
         if config.chaos != ChaosConfig() and not (run.evaluate or run.finished):
             chaos.make(training, folder, begins=run.checkpoint is None)
 
-    with plain_errors(OSError), plain_errors(FloatingPointError):  # a disk may fill, a gradient be infinite
+    trains = None if run.evaluate or run.finished else folder
+    with plain_errors(OSError, FloatingPointError, run=trains):  # a disk may fill, a gradient be infinite
         if run.evaluate or run.finished:
             result = evaluate_test(engine, task, mesh)
             status = tell(run, training, run.last_losses() | result)
@@ -114,11 +116,11 @@ def train(run: Run, folder: Path, training: Training) -> int:
             saver.finish()
         metrics.end_progress()
         status = STATUS if stopping else tell(run, training, line | result) or int(saver.failed)
-        if mesh.is_main and stopping:
+        if stopping:
             saved = "not saved" if saver.failed else f"train.py --resume {folder} goes on"
-            print(f"stopped after step {step} of {config.steps}: {saved}", flush=True)
+            say(f"stopped after step {step} of {config.steps}: {saved}")
         elif mesh.is_main and saver.failed:
-            print("error: the last checkpoint could not be written", file=sys.stderr, flush=True)
+            say("error: the last checkpoint could not be written", sys.stderr)
         meshes.stop()
         failed = 0 if stopping else status  # one that is stopped goes on, in wandb too
 
@@ -134,7 +136,7 @@ def train(run: Run, folder: Path, training: Training) -> int:
             metrics.close(failed)
 
         if not stop.try_to_end(draw) and last and mesh.is_main:
-            print(f"note: ended by SIGTERM; python -m moe_dist.report {folder} draws the report", flush=True)
+            say(f"note: ended by SIGTERM; python -m moe_dist.report {folder} draws the report")
         metrics.close(failed, LEAVE_SECONDS)
     return status
 
@@ -149,9 +151,9 @@ def tell(run: Run, training: Training, values: dict[str, Any]) -> int:
     """
     task, diverged = training.task, divergence(values, training.task.uniform_loss)
     if training.mesh.is_main:
-        print(result_lines(run, task.told(values), training.engine.optimizer.updates), flush=True)
-        if diverged:
-            print(f"warning: the run has diverged: {diverged}; a lower optim.lr may help", file=sys.stderr, flush=True)
+        say(result_lines(run, task.told(values), training.engine.optimizer.updates))
+    if diverged:
+        say(f"warning: the run has diverged: {diverged}; a lower optim.lr may help", sys.stderr)
     return int(bool(diverged))
 
 

@@ -25,8 +25,8 @@ from moe_dist.arguments import Parser, path_argument
 from moe_dist.cli import plain_errors
 from moe_dist.config import ImageDataConfig, VisionConfig
 from moe_dist.context import Context
-from moe_dist.data.files import columns_of, read_rows
-from moe_dist.data.image_files import list_images, told_left_out
+from moe_dist.data.files import columns_of, read_rows, shown
+from moe_dist.data.image_files import check_heads, list_images, told_left_out
 from moe_dist.data.images import read_image
 from moe_dist.data.sentences import Sentence, Sentences
 from moe_dist.data.tokens import Tokens
@@ -110,6 +110,7 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
         raise ValueError(f"no image there ({told_left_out(left_out) or 'the folder is empty'}): give image files")
     if left_out:
         print(f"note: {told_left_out(left_out)}", file=sys.stderr)
+    check_heads(found)
     return found
 
 
@@ -136,7 +137,10 @@ def _sentences_of(file: str | None, text: str | None) -> list[str]:
         raise ValueError("a sentence is not text in this terminal's encoding; give UTF-8")
     if text is None and not any(found):
         raise ValueError(f"--sentences {file}: no line with a word")
-    return [sentence for sentence in found if sentence or text is not None]
+    kept = [sentence for sentence in found if sentence or text is not None]
+    if empty := len(found) - len(kept):
+        print(f"note: {empty} of {len(found)} lines or rows have no text and are left out", file=sys.stderr)
+    return kept
 
 
 def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dict[str, Any]]:
@@ -147,8 +151,8 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dic
             value_Bk, class_Bk = classifier.probabilities(some).topk(min(top, len(classifier.names)))
             for item, values, classes in zip(some, value_Bk.tolist(), class_Bk.tolist(), strict=True):
                 told = {classifier.names[i]: value for i, value in zip(classes, values, strict=True)}
-                shown = str(item).encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
-                yield {"item": shown, "classes": told}
+                name = str(item).encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
+                yield {"item": name, "classes": told}
             bar.update(len(some))
 
 
@@ -174,7 +178,7 @@ def main(argv: list[str]) -> None:
         items: list[Any] = images_of(args.images) if args.images else _sentences_of(args.sentences, args.text)
         for told in classify(classifier, items, args.top):
             best = "  ".join(f"{100 * value:5.1f} % {name}" for name, value in told["classes"].items())
-            tqdm.write(json.dumps(told) if args.json else f"{best}    {told['item']}", file=sys.stdout)
+            tqdm.write(json.dumps(told) if args.json else f"{best}    {shown(told['item'])}", file=sys.stdout)
 
 
 if __name__ == "__main__":

@@ -471,9 +471,10 @@ def _growth(args: argparse.Namespace, config: Config) -> Growth:
 
 
 @contextlib.contextmanager
-def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+def plain_errors(*kinds: type[Exception], run: Path | None = None) -> Iterator[None]:
     """Makes an error one line on stderr and exit status 2: a user's mistake and what the system refuses (ValueError,
-    OSError), or other `kinds` that need no traceback. Ctrl-C is one line and status 130.
+    OSError), or other `kinds` that need no traceback. Ctrl-C is one line and status 130, with how to go on with a
+    `run` that trains.
 
     Rank 0 speaks first, and its end ends the others; one that alone found a mistake is heard a little later.
     """
@@ -488,7 +489,12 @@ def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
         end(2)
     except KeyboardInterrupt:
         if is_main():
-            print("interrupted", file=sys.stderr, flush=True)
+            told = "interrupted"
+            if run:
+                kept = manifest.found(run)
+                goes_on = f"; train.py --resume {run} goes on from {kept[-1].name}" if kept else ""
+                told += goes_on or " before its first checkpoint"
+            print(told, file=sys.stderr, flush=True)
         end(130)
 
 

@@ -58,6 +58,10 @@ def is_main() -> bool:
 
 
 def say(text: str, to: IO[str] | None = None) -> None:
-    """Prints on rank 0 alone."""
-    if is_main():
+    """Prints on rank 0 alone. What nobody reads any more, as behind `| head`, is left out from then on."""
+    if not is_main():
+        return
+    try:
         print(text, file=to, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (to or sys.stdout).fileno())

@@ -349,8 +349,14 @@ class _WandbThread(threading.Thread):
         wandb.setup(wandb.Settings(silent=True))
         reason: object = None
         try:
-            if self._mode == "offline" or not wandb.login(prompt=False, verify=False):
+            if self._mode == "offline":
                 return self._init("offline")
+            if not wandb.login(prompt=False, verify=False):
+                run = self._init("offline")
+                tqdm.write(
+                    f"note: nobody is logged in to wandb, so it is offline for this run{self._kept}", file=sys.stderr
+                )
+                return run
             return self._init(self._mode)
         except Exception as error:  # no network, no such server, a key that it refuses: wandb has many for them
             if self._mode == "offline":

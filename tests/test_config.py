@@ -143,6 +143,17 @@ def test_demo_and_its_baseline_have_equal_ops_and_differ_in_the_middle_alone() -
     assert dataclasses.replace(moe, **same) == dataclasses.replace(wide, **same)  # type: ignore[arg-type]
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As `| head -c 1` does; what a run prints later is left out, and the run goes on."""
+    command = (
+        f"{sys.executable} -c 'from moe_dist.command_line import say; say(str(0) * 100_000); say(str(1) * 100_000)'"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -c 1"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0", "")
+
+
 def test_list_and_dry_run() -> None:
     listed = train("--list")
     assert listed.returncode == 0 and all(name in listed.stdout for name in configs.CONFIGS)

@@ -434,6 +434,13 @@ def test_folders_without_clear_splits(tmp_path: Path, names: str, message: str) 
         find_splits(str(tmp_path))
 
 
+def test_a_file_that_is_not_read_is_named_before_its_split(tmp_path: Path) -> None:
+    for name in ("train.txt", "picture.png"):
+        write(tmp_path / name, "x")
+    with pytest.raises(ValueError, match=r"files that end with \.png are not read"):
+        find_splits(str(tmp_path))
+
+
 def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train.txt", "x")
     card = "---\nconfigs:\n- config_name: one\n  data_files: a/*\n- config_name: two\n---\n# A\n"
@@ -472,6 +479,7 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": ' + "[" * 100_000, "recursion"),
         ("x.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "5000 digits"),
         ("x.json", '["a"]', "a row is str, 'a': each is an object"),
+        ("x.json", '{"a\n": 1}', r"no JSON \(Invalid control character at character 3"),
         ("x.json", '{\n"text":', r"no JSON \(Expecting value"),
         ("x.txt", "é".encode("latin1"), "no UTF-8 .*0xe9.*: give UTF-8"),
     ],

@@ -456,6 +456,8 @@ def rows(*rows: str, heading: str = "text,label") -> str:
         ({"x.csv": rows("a,x", "b,")}, "row 2 of 'train' has no label", False),
         ({"x.csv": rows("a,x", "b,  ")}, "row 2 of 'train' has no label", False),
         ({"x.csv": rows()}, "has no row for 'train'", True),
+        ({"x.csv": rows("a,1", '" ",0', "b,1")}, "row 2 of 'train' has an empty text: leave the row out", False),
+        ({"x.tsv": "text\ttext2\tlabel\na\t\t1\n\t\u2003\t0\n"}, "row 2 of 'train' has an empty text", False),
         ({"x.csv": rows("a,1", "b,1")}, "has one label, '1': at least 2", False),
         ({"x.csv": rows("a,1", "b,0")}, "2 different texts, too few .*at least 10, or files for", False),
         ({"x.txt": "a\n"}, r"no column 'label' of names or whole numbers for 'train', only 'text' \(str\)", True),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from processes import check_one_line, check_plan, set_
 from runs import Run, tiny, tiny_images, tiny_pretraining, tiny_sentences
 
@@ -279,10 +280,12 @@ def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, caps
     classify.main([str(run), "--sentences", str(tmp_path / "lines.txt"), "--json"])
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [t["item"] for t in told] == [sentence.text for sentence in sentences]
-    rows = "".join(json.dumps({"id": i, "text": sentence.text}) + "\n" for i, sentence in enumerate(sentences))
-    (tmp_path / "rows.jsonl").write_text(rows)
+    rows = [json.dumps({"id": i, "text": sentence.text}) for i, sentence in enumerate(sentences)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"id": 9, "text": " "}', '{"id": 10, "text": null}']))
     classify.main([str(run), "--sentences", str(tmp_path / "rows.jsonl"), "--json"])
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == told
+    said = capsys.readouterr()
+    assert [json.loads(line) for line in said.out.splitlines()] == told
+    assert said.err == "note: 2 of 5 lines or rows have no text and are left out\n"
     for t, expected in zip(told, json.loads((run / "told.json").read_text()), strict=True):
         assert t["classes"] == pytest.approx(dict(zip(("negative", "positive"), expected, strict=True)), rel=1e-4)
 
@@ -293,6 +296,7 @@ def test_sentences_are_classified(trained: dict[str, Path], tmp_path: Path, caps
         ("image_classification", ["{}/none.png"], "none.png: no such file or folder"),
         ("image_classification", ["{}/empty"], "no image there"),
         ("image_classification", ["{}/broken.png"], "broken.png"),
+        ("image_classification", ["{}/broken.png", "{}/two.png", "{}/whole.png"], "2 files are no images"),
         ("image_classification", ["--text", "a film"], "classifies images"),
         ("image_classification", ["{}/broken.png", "--text", "a film"], "give one of"),
         ("text_classification", ["--sentences", "{}/none.txt"], "none.txt: No such file"),
@@ -315,10 +319,14 @@ def test_what_cannot_be_classified_is_one_line(
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "words.csv").write_text("words,label\na,1\n")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    for name in ("broken.png", "two.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    Image.new("L", (4, 4)).save(tmp_path / "whole.png")
     with pytest.raises(SystemExit) as exit_:
         classify.main([str(trained[task]), *(arg.format(tmp_path) for arg in args)])
-    check_one_line(capsys.readouterr().err, says)
+    said = capsys.readouterr()
+    check_one_line(said.err, says)
+    assert said.out == ""  # found before any is classified
     assert exit_.value.code == 2
 
 

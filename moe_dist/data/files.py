@@ -83,7 +83,8 @@ def find_splits(source: str) -> dict[str, list[Path]]:
     `my_test.txt`. Where no name says anything, and for a file or a glob, all files are "train".
 
     Raises:
-        ValueError: A folder without files, with several datasets, or with a file whose split is not clear.
+        ValueError: A folder without files, with several datasets, or with a file that is not read or whose split is
+            not clear.
     """
     files = find_files(source)
     if not os.path.isdir(source):
@@ -91,6 +92,8 @@ def find_splits(source: str) -> dict[str, list[Path]]:
     if not files:
         raise ValueError("the folder has no data files")
     _check_card(Path(source, "README.md"))
+    for file in files:
+        check_ending(file.name)
     relative = [file.relative_to(source) for file in files]
     for names in ([path.parent.parts for path in relative], [(path.name,) for path in relative]):
         found = [{split for name in parts for split in _splits_of(name)} for parts in names]
@@ -192,7 +195,7 @@ def columns_of(row: Row) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"no JSON ({error.msg} at character {error.pos})"
+        return f"no JSON ({error.msg.removesuffix(' at')} at character {error.pos})"
     if isinstance(error, UnicodeDecodeError):
         return f"no UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}): give UTF-8"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

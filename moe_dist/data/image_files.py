@@ -8,7 +8,7 @@ import contextlib
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informati
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 LONGEST_SIDE = 100  # times the other: resized to a short side of 384 pixels, such an image has 15 million
 AGAIN = "a link to a folder that is listed already"
+MOST_NAMED = 5  # files of a message
 NO_ENDING = "without an ending"
 
 # of damaged metadata, and of half the pixels from which it refuses an image; they do not name the file
@@ -161,6 +162,24 @@ def open_image(path: str | bytes | os.PathLike[str], mode: str | None, side: int
     except Exception as error:  # of many kinds: what a damaged file does to a decoder
         reason = " ".join(str(error).split()) or type(error).__name__
     raise ValueError(f"{path!r} is no image that can be read ({reason}): mend or remove it")
+
+
+def check_heads(paths: Iterable[str | bytes | os.PathLike[str]]) -> None:
+    """Reads the head of every image file.
+
+    Raises:
+        ValueError: Files hold no image; with their number, and naming the first ones.
+    """
+    refused = []
+    for path in paths:
+        try:
+            open_image(path, None)
+        except ValueError as error:
+            refused.append(str(error))
+    if len(refused) > 1:
+        raise ValueError(f"{len(refused)} files are no images that can be read: {'; '.join(refused[:MOST_NAMED])}")
+    if refused:
+        raise ValueError(refused[0])
 
 
 def _shown(image: Image.Image, mode: str) -> Image.Image:

@@ -20,7 +20,7 @@ from moe_dist import keyed
 from moe_dist.config import ImageDataConfig, nearest
 from moe_dist.data.classes import alike, class_name, some
 from moe_dist.data.files import open_file
-from moe_dist.data.image_files import entries, list_images, open_image, told_left_out
+from moe_dist.data.image_files import check_heads, entries, list_images, open_image, told_left_out
 from moe_dist.data.progress import told
 from moe_dist.data.vision import import_torchvision
 
@@ -38,7 +38,6 @@ GIVE = (
     "files, and valid/ or test/ or both beside train/"
 )
 MOST_HELD_OUT = 10_000
-MOST_NAMED = 5  # files of a message
 LOOKED_AT = 500  # images that tell whether a source has colors
 GRAY_MODES = ("1", "L", "LA", "La")  # of PIL
 BLOCK = 4096  # bytes at the ends of a file that tell it from others
@@ -95,22 +94,11 @@ class Images:
             ValueError: for files that hold no image, with their number, naming the first ones.
         """
         files: Iterable[bytes] = self.item_I if self.item_I.ndim == 1 else ()
-        digests: list[int] = []
-        refused: list[str] = []
-        for file in told(files, "image files"):
-            try:
-                digests.append(_digest_of(file))
-            except ValueError as error:
-                refused.append(str(error))
-        if len(refused) > 1:
-            raise ValueError(f"{len(refused)} files are no images that can be read: {'; '.join(refused[:MOST_NAMED])}")
-        if refused:
-            raise ValueError(refused[0])
-        return np.array(digests, np.int64)
+        check_heads(told(files, "image files"))
+        return np.array([_digest_of(file) for file in told(files, "image contents")], np.int64)
 
 
 def _digest_of(file: bytes) -> int:
-    open_image(file, None)
     with open_file(file) as opened:
         head = opened.read(BLOCK)
         size = opened.seek(0, os.SEEK_END)

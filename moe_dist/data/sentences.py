@@ -224,6 +224,8 @@ def _rows(source: str, split: str, rows: Rows, read_label: Callable[[Label, str]
             )
         if None in some:
             raise ValueError(f"{where} has no {texts[some.index(None)]}")
+        if not any(text.strip() for text in some):
+            raise ValueError(f"{where} has an empty text: leave the row out")
         if any("\0" in text or SURROGATE.search(text) for text in some):
             raise ValueError(f"{where} has a NUL character, or half of a surrogate pair, in a text: leave it out")
         read = read_label(label, where)
