@@ -25,6 +25,7 @@ from moe_dist.arguments import Parser, path_argument
 from moe_dist.cli import plain_errors
 from moe_dist.config import ImageDataConfig, VisionConfig
 from moe_dist.context import Context
+from moe_dist.data import progress
 from moe_dist.data.files import columns_of, read_rows, shown
 from moe_dist.data.image_files import check_heads, list_images, told_left_out
 from moe_dist.data.images import read_image
@@ -110,7 +111,7 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
         raise ValueError(f"no image there ({told_left_out(left_out) or 'the folder is empty'}): give image files")
     if left_out:
         print(f"note: {told_left_out(left_out)}", file=sys.stderr)
-    check_heads(found)
+    check_heads(progress.told(found, "image files"))
     return found
 
 
