@@ -305,8 +305,14 @@ def plan(argv: list[str], doc: str | None) -> Run:
 
 
 def _check_memory(told: dict[str, Any]) -> None:
-    """Raises ValueError for a layout (`summary.describe`) that a rank has no memory for, before the system's killer
-    ends it without a word."""
+    """Checks that a rank has the memory of a layout, because the system would kill the rank without a message.
+
+    Args:
+        told: The layout (`summary.describe`).
+
+    Raises:
+        ValueError: A rank has less memory.
+    """
     needed = sum(told["per_rank"]["memory_bytes"].values())
     if needed > (has := memory_per_rank()):
         raise ValueError(
@@ -472,11 +478,13 @@ def _growth(args: argparse.Namespace, config: Config) -> Growth:
 
 @contextlib.contextmanager
 def plain_errors(*kinds: type[Exception], run: Path | None = None) -> Iterator[None]:
-    """Makes an error one line on stderr and exit status 2: a user's mistake and what the system refuses (ValueError,
-    OSError), or other `kinds` that need no traceback. Ctrl-C is one line and status 130, with how to go on with a
-    `run` that trains.
+    """Turns an error into one line on stderr and exit status 2, and Ctrl-C into one line and status 130.
 
-    Rank 0 speaks first, and its end ends the others; one that alone found a mistake is heard a little later.
+    Rank 0 prints first, and its exit ends the other ranks. A rank that alone found a mistake prints 3 seconds later.
+
+    Args:
+        kinds: Exceptions that need no traceback. The default is ValueError, a mistake of the user, and OSError.
+        run: The run folder, where the block trains: the line of Ctrl-C names the command that goes on.
     """
     caught = kinds or (ValueError, OSError)
     try:

@@ -58,7 +58,7 @@ def is_main() -> bool:
 
 
 def say(text: str, to: IO[str] | None = None) -> None:
-    """Prints on rank 0 alone. What nobody reads any more, as behind `| head`, is left out from then on."""
+    """Prints on rank 0 alone. Drops all later output once the reader of a pipe, such as `head`, has closed it."""
     if not is_main():
         return
     try:

@@ -25,9 +25,9 @@ from moe_dist.parallel.mesh import Mesh
 
 NOWHERE = 2**31  # a place after all others
 # A run has diverged where a loss is more than so many times that of a uniform guess. In training no guess need be much
-# worse than that one; elsewhere a model that has learned its training split by heart may be. It is MARGIN above it at
-# least: with two classes, whose guess costs 0.69 nats, one text of a small batch that is told with confidence to be of
-# the other class makes a loss of several times that.
+# worse than that one; elsewhere a model that has learned its training split by heart may be. The limit is at
+# least MARGIN above a guess: with two classes a guess costs 0.69 nats, and in a small batch one wrong answer that the
+# model is sure of makes a loss of several times that.
 FAR = {"train/loss": 2.0, "test/loss": 10.0}
 MARGIN = 5.0  # nats, or the unit of a squared error
 

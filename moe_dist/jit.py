@@ -4,7 +4,7 @@ numba's own cache is not used: it writes beside the source, unpickles a file who
 is damaged or the disk is full. Here a file is read only if its owner is the user of the process and no one else can
 write it, and if its checksum, of its name as well, is right; everything else is compiled again. Ranks that start at
 once may all write: a file is renamed when whole, and its name is a hash of everything that the machine code depends on.
-Who writes one removes those of the same user that no start has used for `UNUSED_DAYS`.
+A rank that writes a file removes files of the same user that no start has used for `UNUSED_DAYS`.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _checksum(path: Path, data: bytes) -> bytes:
-    """Returns the checksum of a file's name and data: whole files that are renamed are damaged ones."""
+    """Returns the checksum of a file's name and data, so that a file under another name counts as damaged."""
     return hashlib.sha256(os.fsencode(path.name) + b"\0" + data).digest()
 
 

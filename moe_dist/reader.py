@@ -78,7 +78,7 @@ def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
 
 
 def _check_kept(checkpoint: Path, config: Config, state: dict[str, Any]) -> None:
-    """Raises ValueError where what the task keeps in a checkpoint is missing, or does not fit the model."""
+    """Raises ValueError where a value that the task needs is missing in a checkpoint, or does not fit the model."""
     kept = task_of(config).keeps
     if missing := [key for key in kept if key not in state]:
         raise ValueError(f"{checkpoint}: keeps no {', '.join(missing)}, which a run of task={config.task} needs")
@@ -86,9 +86,10 @@ def _check_kept(checkpoint: Path, config: Config, state: dict[str, Any]) -> None
         _check_size(checkpoint, config, "data.vocabulary_size", "words", len(state["vocabulary"]["words"]))
     if "tokens" in kept:
         _check_size(checkpoint, config, "model.vocabulary_size", "tokens", len(json.loads(state["tokens"])))
-    most = value_of(config, "model.num_classes") if "classes" in kept else 0
-    if "classes" in kept and len(state["classes"]) > most:
-        raise ValueError(f"{checkpoint}: names {len(state['classes'])} classes, and config.json has {most}")
+    if "classes" in kept and len(state["classes"]) > (most := value_of(config, "model.num_classes")):
+        raise ValueError(
+            f"{checkpoint}: has {len(state['classes'])} classes, and model.num_classes of config.json is {most}"
+        )
 
 
 def _check_size(checkpoint: Path, config: Config, key: str, what: str, size: int) -> None:

@@ -16,8 +16,8 @@ _NAME = (
     r"[_-]?token)"
 )
 _WORD = r"[\w.-]*(?:secret|credentials?|auth|authorization|bearer)"
-# names whose values may be something else: a number of tokens or passes, the token of padding, a word of a path
 _KINDS = r"(?:token|pass|sig|signature)"
+# names whose values may be something else: a number of tokens or passes, the token of padding, a word of a path
 _PERHAPS = (
     rf"(?:(?![\w.-]*(?:bos|cls|end|eos|image|mask|pad|sep|special|start|stop|unk)[_.-]token)[\w.-]*[_.-]{_KINDS}"
     rf"|(?:db|ftp|my|pg|root|smtp|user)pass|{_KINDS}(?=\s*=\s*\S*(?:\d|(?-i:[a-z][A-Z]))))"

@@ -15,6 +15,7 @@ from moe_dist.checkpoint.manifest import newest_whole
 from moe_dist.checkpoint.sharded import begin_from
 from moe_dist.config import Config, dotted_keys
 from moe_dist.data import fingerprint
+from moe_dist.data.classes import some
 from moe_dist.engine import Engine, compute_dtype
 from moe_dist.finite import Finite
 from moe_dist.layer import LayerStats
@@ -131,7 +132,7 @@ def check_classes(was: list[str] | None, now: list[str] | None) -> None:
 
 
 def _told(classes: Any) -> str:
-    return f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''} ({len(classes)})"
+    return f"{some(classes)} ({len(classes)})"
 
 
 def train_step(training: Training, step: int) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:

@@ -118,17 +118,17 @@ def test_a_run_that_kept_something_else_is_one_line_before_any_work(
     status, stderr = end(start(*args[command_]))
     assert status == 2
     (line,) = [line for line in stderr.splitlines() if not line.startswith("note")]
-    assert "state.json: broken (classes=[1, 2] is none" in line
+    assert "state.json: broken (classes=[1, 2] is not a value" in line
     assert contents(run) == before and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"tokens": 5}, "broken (tokens=5 is none"), ({"classes": 5}, "broken (classes=5 is none"),
+        ({"tokens": 5}, "broken (tokens=5 is not a value"), ({"classes": 5}, "broken (classes=5 is not a value"),
         ({"classes": None}, "keeps no classes, which a run of task=text_classification needs"),
         ({"tokens": None, "classes": None}, "keeps no tokens, classes, which"),
-        ({"classes": list("abcdefgh")}, "names 8 classes, and config.json has 3"),
+        ({"classes": list("abcdefgh")}, "has 8 classes, and model.num_classes of config.json is 3"),
         ({"tokens": json.dumps(TOKENS)}, "has 6 tokens, and model.vocabulary_size of config.json is "),
     ],
 )  # fmt: skip

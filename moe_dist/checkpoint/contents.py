@@ -35,8 +35,15 @@ NOT_NEGATIVE = (".exp_avg_sq", ".row", ".column", ".updates")  # means of square
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns what `Saver.save` was given, with step, updates and the last norm. What tasks keep (`OF_TASKS`) is of the
-    form that they wrote, where it is there; whether it fits the config is not looked at.
+    """Reads the state of a checkpoint and checks the type of each value.
+
+    The values of tasks (`OF_TASKS`) may be missing. They are not compared with the config.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+
+    Returns:
+        The values that `Saver.save` was given, with step, updates and the last norm.
 
     Raises:
         ValueError: The file is broken, or of another step than the one that the checkpoint's folder is named after.
@@ -44,11 +51,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     state = read_json(path)
     if not isinstance(state, dict) or not _is_progress(state):
-        told = "no step, updates, previous_norm that could be"
+        told = "step, updates or previous_norm is missing or out of its range"
         raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
     for key, is_whole in (OF_TASKS | {"wandb_id": _is_wandb_id}).items():
         if key in state and not is_whole(state[key]):
-            told = f"{key}={reprlib.repr(state[key])} is none that this version writes"
+            told = f"{key}={reprlib.repr(state[key])} is not a value that this version writes"
             raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
     name = checkpoint.name
     if fnmatchcase(name, STEPS) and name != f"step_{state['step']:08d}":
@@ -57,7 +64,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _is_progress(state: dict[str, Any]) -> bool:
-    """Returns whether the numbers of a state could be: of its norm a run may have saved any that is finite."""
+    """Returns whether the numbers of a state are in their ranges. A run may save any finite norm."""
     step, updates, norm = (state.get(key) for key in ("step", "updates", "previous_norm"))
     if not (_is_count(step) and _is_count(updates) and isinstance(norm, float)):
         return False

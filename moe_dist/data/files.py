@@ -140,7 +140,7 @@ def kind_of(name: str) -> str:
 
 
 def open_file(path: str | bytes | os.PathLike[str]) -> BufferedReader:
-    """Opens a regular file to read its bytes. A pipe is not waited for, even where it takes the file's place just now.
+    """Opens a regular file to read its bytes. Never waits for a pipe, even one that replaces the file meanwhile.
 
     Raises:
         ValueError: It is a folder, a pipe, a device or a socket.
@@ -152,8 +152,11 @@ def open_file(path: str | bytes | os.PathLike[str]) -> BufferedReader:
 
 
 def label_names(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields the name of each table in a file, and the names of labels that a parquet file of the datasets library has
-    in its head; none for other files, and for what cannot be read, which is told when it is read."""
+    """Yields the name of each table in a file and the names of its labels.
+
+    Parquet files of the datasets library have such names in their metadata; other files have none. A file that cannot
+    be read yields nothing here, and an error where its rows are read.
+    """
     with contextlib.suppress(Exception), open_file(path) as file:  # each library has kinds of its own
         yield from _label_names(path.name, file)
 
@@ -176,7 +179,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
                 yield row
                 number += 1
     except Exception as error:  # each library has kinds of its own for what is damaged
-        has_line = str(error).startswith("line ")  # which says more than the rows before it, of a table read ahead
+        has_line = str(error).startswith("line ")  # more exact than the number of rows, for tables are read ahead
         where = f", behind row {number}" if number and not has_line else ""
         raise ValueError(f"{path}{where}: {_reason(error)}") from error
 
@@ -203,7 +206,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_table(ending: str) -> bool:
-    """Whether files with this ending are not read line by line, so that a part of one or a copy of it is no text."""
+    """Returns whether files with this ending hold rows, so that a part or a copy of one is not plain text."""
     ending = ending.lower()
     return ending in (*KNOWN, *UNPACK) and READERS.get(ending) is not _plain
 
@@ -334,7 +337,7 @@ def _lines(file: IO[bytes], newline: str | None = None) -> Iterator[str]:
 
 
 def _plain(file: IO[bytes]) -> Iterator[Row]:
-    """Raises ValueError for rows that are named as if they were text: it would be trained on keys and braces."""
+    """Reads plain text. Raises ValueError for rows under a name of plain text: keys and braces would be trained on."""
     lines = _lines(file)
     head: list[str] = []
     for line in lines:
@@ -351,7 +354,7 @@ def _plain(file: IO[bytes]) -> Iterator[Row]:
 
 
 def _is_row(line: str) -> bool:
-    """Whether a line is a JSON object with a text by one of the names that columns have."""
+    """Returns whether a line is a JSON object that has a text in one of the known columns."""
     if not line.lstrip().startswith("{"):
         return False
     try:
@@ -400,7 +403,7 @@ def _json(file: IO[bytes]) -> Iterator[Row]:
 
 
 def _is_cut_off(line: str) -> bool:
-    """Whether an object begins in a line and does not end in it."""
+    """Returns whether an object begins in a line and does not end in it."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:
@@ -443,7 +446,7 @@ class _Record:
 
 @dataclass
 class _Column:
-    """What the fields of some rows in one column are like."""
+    """Counts of the fields that some rows have in one column."""
 
     count: Counter[str]
     begins: int  # how many begin at once (`_begins`)
@@ -616,12 +619,12 @@ def _are_rows(doubtful: _Record, columns: Sequence[_Column]) -> bool:
 
 
 def _begins(cell: str) -> bool:
-    """Whether a field begins at once, as what follows a comma of prose does not."""
+    """Returns whether a field begins without a space. Text behind a comma of prose begins with one."""
     return not cell[:1].isspace() and cell != ""
 
 
 def _is_cut(cell: str, following: str, ends: bool) -> bool:
-    """Whether a comma between two fields is rather one inside a text: 1,000 or Note 4,5 or May 3,2019.
+    """Returns whether a comma between two fields belongs to a number in a text: 1,000 or Note 4,5 or May 3,2019.
 
     Args:
         cell: The first field.

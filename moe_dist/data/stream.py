@@ -60,9 +60,9 @@ def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool
 
 
 def _shared(length_L: np.ndarray, num_lanes: int, steps: int) -> float:
-    """Returns the part of a step's words that another lane, or the same one, reads in the step too.
+    """Returns the fraction of a step's words that a lane reads again in the same step.
 
-    The mean over the steps of two passes, and no more than `MOST_LOOKED_AT`.
+    The fraction is a mean over the steps of two passes, up to the bounds of `MOST_LOOKED_AT`.
 
     Args:
         length_L: Words of each line of the text, with its end.
@@ -145,7 +145,7 @@ class Stream:
     def _read_line(self) -> None:
         try:
             index, line = next(self.reader)
-        except ValueError as error:  # of a file that broke while it was trained on: no mistake of ours
+        except ValueError as error:  # the file was whole at the start and broke during training
             raise OSError(str(error)) from None
         lane = index % self.num_lanes
         if lane in self.ahead and index >= self.place_B2[lane, 0]:
