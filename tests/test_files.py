@@ -67,7 +67,7 @@ def packed(ending: str, content: bytes) -> bytes:
     ("name", "content", "ending"),
     [
         ("x.txt", '\n{"text": "a b", "n": 1}\n', "jsonl"),
-        ("x.text.gz", gzip.compress(b'{"id": 3, "premise": "a", "hypothesis": "b"}\n'), "jsonl"),
+        ("x.text.gz", gzip.compress(b'{"id": 3, "premise": "a", "hypothesis": "b"}\n', mtime=0), "jsonl"),
         ("x.md", "id,text\n1,a\n", "csv"),
         ("x.tokens", '\ufeff"sentence1"\t"sentence2"\t"score"\n', "csv"),
         ("x.txt", "label;text\n", "csv"),
