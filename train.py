@@ -20,30 +20,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_dist.parallel import ports
+from moe_dist.distributed import rendezvous_port
 
-ports.hold()  # before torch is imported: that takes seconds, in which another process may get the port
+rendezvous_port.hold()  # before torch is imported: that takes seconds, in which another process may get the port
 
-from moe_dist import command_line
+from moe_dist.training import args as training_args
 
 if __name__ == "__main__":  # for what is answered here torch is not imported
-    command_line.parse(sys.argv[1:], __doc__)
+    training_args.parse(sys.argv[1:], __doc__)
 
-from moe_dist import chaos, report
-from moe_dist.checkpoint.sharded import Saver, load
-from moe_dist.cli import Run, plain_errors, plan, result_lines
-from moe_dist.command_line import say
-from moe_dist.config import ChaosConfig, to_json
-from moe_dist.evaluate import evaluate, evaluate_test
-from moe_dist.finite import divergence
-from moe_dist.meter import Meter
-from moe_dist.metrics import Metrics
-from moe_dist.optim import learning_rate
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.collectives import meet
-from moe_dist.parallel.stop import LEAVE_SECONDS, STATUS, Stop
-from moe_dist.profiling import profiled
-from moe_dist.training import Training, set_up, train_step
+from moe_dist.checkpoint.distributed import Saver, load
+from moe_dist.config.overrides import to_json
+from moe_dist.config.schema import ChaosConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.collectives import meet
+from moe_dist.distributed.preemption import LEAVE_SECONDS, STATUS, Stop
+from moe_dist.monitoring.console import say
+from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.optim.lr_schedule import learning_rate
+from moe_dist.report import files as report_files
+from moe_dist.training import fault_injection
+from moe_dist.training.errors import plain_errors
+from moe_dist.training.evaluate import evaluate, evaluate_test
+from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.nan_detector import divergence
+from moe_dist.training.profiler import profiled
+from moe_dist.training.run import Run, plan, result_lines
+from moe_dist.training.setup import Training, set_up, train_step
 
 
 def main(run: Run) -> None:
@@ -60,7 +63,7 @@ def main(run: Run) -> None:
             load(run.checkpoint, engine, task, mesh, run.growth)
         folder = run.open()
         if config.chaos != ChaosConfig() and not (run.evaluate or run.finished):
-            chaos.make(training, folder, begins=run.checkpoint is None)
+            fault_injection.make(training, folder, begins=run.checkpoint is None)
 
     trains = None if run.evaluate or run.finished else folder
     with plain_errors(OSError, FloatingPointError, run=trains):  # a disk may fill, a gradient be infinite
@@ -69,7 +72,7 @@ def main(run: Run) -> None:
             status = tell(run, training, run.last_losses() | result)
             meshes.stop()
             if mesh.is_main and config.report and not run.evaluate:
-                report.try_to_write_all(folder)
+                report_files.try_to_write_all(folder)
         else:
             status = train(run, folder, training)
     sys.exit(status)
@@ -108,7 +111,7 @@ def train(run: Run, folder: Path, training: Training) -> int:
                         result = evaluate_test(engine, task, mesh)
                         metrics.log(step, result)
                     else:
-                        metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
+                        metrics.pictures(step, partial(report_files.write_report, folder, only_loads=True))
                 if step % config.save_every == 0 or last or stopping:
                     saver.save(step, state)
                 if stopping:
@@ -128,10 +131,10 @@ def train(run: Run, folder: Path, training: Training) -> int:
             """Draws the report, in this thread for wandb too, and waits for wandb."""
             mesh.record.enter("report")
             if mesh.is_main and config.report:
-                files = report.try_to_write_all(folder)
+                files = report_files.try_to_write_all(folder)
                 metrics.pictures(step, lambda: files)
             elif mesh.is_main:
-                metrics.pictures(step, partial(report.write_report, folder, only_loads=True))
+                metrics.pictures(step, partial(report_files.write_report, folder, only_loads=True))
             mesh.record.enter("wandb")
             metrics.close(failed)
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist.config import Config, LSTMConfig
-from moe_dist.context import Context
-from moe_dist.engine import import_deepspeed
-from moe_dist.layer import LayerStats
-from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.parallelize import parallelize
+from moe_dist.config.schema import Config, LSTMConfig
+from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed import import_deepspeed
+from moe_dist.engine.parallelize import parallelize
+from moe_dist.moe.layer import LayerStats
+from moe_dist.nn.token_context import Context
 
 CAPACITY_FACTOR = 1.25
 BALANCE = 0.01  # --moe-loss-coeff of Megatron-DeepSpeed's MoE examples
@@ -64,7 +65,7 @@ class Adam(torch.optim.Adam):
 
 
 class Engine:
-    """What `moe_dist.engine.Engine` is to a training loop, on one process."""
+    """What `moe_dist.engine.deepspeed.Engine` is to a training loop, on one process."""
 
     def __init__(self, model: nn.Module, config: Config, ds: dict[str, Any], layout: Layout, mesh: Mesh) -> None:
         """`model`: on the meta device, as for `parallelize`."""

@@ -30,14 +30,14 @@ import torch
 import torch.distributed as dist
 from machine import machine
 
-from moe_dist.config import MeshConfig
-from moe_dist.experts import Experts
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.collectives import sum_over
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import exchange_on
-from moe_dist.routing import Routing, route
-from moe_dist.rows import Copies
+from moe_dist.config.schema import MeshConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.parallelize import exchange_on
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.permutation import Copies
+from moe_dist.moe.routing import Routing, route
 
 BASE = "ragged"
 

@@ -43,9 +43,10 @@ from optimizer import interval
 from ours import OURS, WITH_GATE, WITH_GELU, Work
 from peers import PEERS
 
-from moe_dist import keyed
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.distributed import launch_env
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.nn import prng
 
 
 class Shape(NamedTuple):
@@ -93,7 +94,7 @@ class Taken(NamedTuple):
 def draw(shape: Shape, skew: float, device: torch.device) -> Work:
     """The work of all ranks. The n-th of the experts, in an order drawn as well, is chosen in proportion to n ** -skew,
     the K of a token without return."""
-    g, dtype = keyed.generator("layer", *shape), DTYPES[shape.dtype][0]
+    g, dtype = prng.generator("layer", *shape), DTYPES[shape.dtype][0]
     popularity_E = -skew * torch.arange(1.0, shape.E + 1).log()[torch.randperm(shape.E, generator=g)]
     gumbel_TE = -torch.empty(shape.T, shape.E).exponential_(generator=g).log()
 
@@ -146,7 +147,7 @@ def measure(
     torch.set_num_threads(threads)
     if keep_memory:
         keep_freed_memory()
-    mesh = meshes.start(ep=meshes.world_size())
+    mesh = meshes.start(ep=launch_env.world_size())
     layers: dict[Key, Any] = {}
     taken: dict[Key, Taken] = {}
     left_out: set[str] = set()

@@ -4,7 +4,7 @@ with DeepSpeed's own layer and engine.
     .venv/bin/python benchmarks/lm.py                                  under ten minutes on two cores, 19 GB of memory
     .venv/bin/python benchmarks/lm.py --rounds 15 --json FILE
 
-Sizes of Appendix C.1 (width 512, experts of 1,024, 4 of them for a word, dense 4,096), vocabulary 8,000 on the embedded
+Sizes of Appendix C.1 (width 512, experts of 1,024, 4 of them for a word, dense 4,096), vocabulary 8,000 on the bundled
 text, full softmax, torch's fused Adam on every parameter (`_factored`: our own factored Adam, the trainer's default, on
 those of experts), one process. All live in one process and take turns in random
 order; a round is one step of each. Prints medians with 90 % intervals and the medians of the rounds' ratios.
@@ -26,13 +26,15 @@ import deepspeed_moe
 import torch
 from machine import machine
 
-from moe_dist.config import override
-from moe_dist.configs import get
-from moe_dist.engine import Engine, compute_dtype, read_ds_config
-from moe_dist.optim import learning_rate
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallelize import parallelize
-from moe_dist.tasks import LanguageModel
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import get
+from moe_dist.distributed import batch_layout
+from moe_dist.distributed import mesh as meshes
+from moe_dist.engine.deepspeed import Engine
+from moe_dist.engine.ds_config import compute_dtype, read_ds_config
+from moe_dist.engine.parallelize import parallelize
+from moe_dist.optim.lr_schedule import learning_rate
+from moe_dist.tasks.task import LanguageModel
 
 DENSE, OURS = "moe_1_wide", ("moe_32", "moe_256", "moe_256_factored", "moe_256_h")
 DEEPSPEED = ("deepspeed", "deepspeed_drops")
@@ -51,11 +53,11 @@ class Stepper:
         """`theirs`: with DeepSpeed's layer and engine."""
         form = "paper" if name.endswith("_factored") else "adam"
         sets = [
-            "data.text=embedded", "data.streamed=false", "data.vocabulary_size=8000", "model.softmax_samples=none",
+            "data.text=bundled", "data.streamed=false", "data.vocabulary_size=8000", "model.softmax_samples=none",
             f"batch.samples={lanes}", f"optim.expert_form={form}", "optim.warmup_steps=10", f"ds_config={ds_config}",
         ]  # fmt: skip
         self.config = override(get(name.removesuffix("_factored")), sets)
-        ds, layout = read_ds_config(self.config), meshes.lay_out(self.config, 1)
+        ds, layout = read_ds_config(self.config), batch_layout.lay_out(self.config, 1)
         self.task = LanguageModel(self.config, layout, mesh, None)
         plain = self.task.plain_model(self.config)
         self.engine: Any

@@ -23,9 +23,9 @@ import torch
 from machine import machine
 from torch import nn
 
-from moe_dist.config import OptimConfig
-from moe_dist.outside import Adam, Factored
-from moe_dist.parallel.mesh import Axis
+from moe_dist.config.schema import OptimConfig
+from moe_dist.distributed.mesh import Axis
+from moe_dist.optim.expert_state import Adam, Factored
 
 DIM, HIDDEN = 512, 1024
 CONFIG, LR, SCALE = OptimConfig(), 1e-3, 0.5

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_dist.config import MeshConfig
-from moe_dist.context import Context
-from moe_dist.experts import Experts, GeluExperts
-from moe_dist.gating.topk import NoisyTopK
-from moe_dist.kernels import gpu
-from moe_dist.layer import MoE
-from moe_dist.parallel.collectives import Sums
-from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallelize import exchange_on
-from moe_dist.routing import route
+from moe_dist.config.schema import MeshConfig
+from moe_dist.distributed.collectives import Sums
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.parallelize import exchange_on
+from moe_dist.moe.experts import Experts, GeluExperts
+from moe_dist.moe.gating.noisy_topk import NoisyTopK
+from moe_dist.moe.kernels import triton_ffn
+from moe_dist.moe.layer import MoE
+from moe_dist.moe.routing import route
+from moe_dist.nn.token_context import Context
 
 TOKENS_PER_SAMPLE = 16  # noise of our gate is keyed by sample and position
 
@@ -113,7 +113,7 @@ def ours(work: Work, mesh: Mesh, triton: bool = False, kind: type[Experts] = Exp
 
 def ours_triton(work: Work, mesh: Mesh) -> Layer:
     """With Triton's kernels, which are switched off elsewhere until they are measured here."""
-    if not gpu.supported(len(work.x_TD), work.x_TD, work.w1_eDF, work.w2_eFD):
+    if not triton_ffn.supported(len(work.x_TD), work.x_TD, work.w1_eDF, work.w2_eFD):
         raise ImportError("it wants Triton, a Hopper GPU, one dtype of 32 bits at most, widths in multiples of 16")
     return ours(work, mesh, triton=True)
 

@@ -19,8 +19,8 @@ import torch
 from ours import Layer, Work, gradients
 from torch import nn
 
-from moe_dist.engine import import_deepspeed
-from moe_dist.parallel.mesh import Mesh
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed import import_deepspeed
 
 CAPACITY_FACTOR = 1.25
 

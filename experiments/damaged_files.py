@@ -31,9 +31,9 @@ import pyarrow
 from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from moe_dist.data.questions import check_questions, open_questions
-from moe_dist.data.sentences import check_sentences, open_sentences
-from moe_dist.data.sources import check_text, open_text
+from moe_dist.data.text.corpus import check_text, open_text
+from moe_dist.data.text.sentences import check_sentences, open_sentences
+from moe_dist.data.text.squad import check_questions, open_questions
 
 SECONDS = 10
 WORDS = (

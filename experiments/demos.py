@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from moe_dist.configs import get
-from moe_dist.metrics import read_metrics
-from moe_dist.tasks import task_of
+from moe_dist.config.papers import get
+from moe_dist.monitoring.metrics_file import read_metrics
+from moe_dist.tasks.registry import task_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = {"lstm_moe_demo": "lstm_wide_demo", "widenet_demo": "shared_vit_demo", "widenet_text_demo": "albert_demo"}

@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 
 from moe_dist.checkpoint import manifest
-from moe_dist.metrics import read_metrics
-from moe_dist.parallel import ports
+from moe_dist.distributed import rendezvous_port
+from moe_dist.monitoring.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("optim.lr=1e-4", "optim.warmup_steps=1", "log_every=1", "save_every=10", "eval_every=1000", "wandb.mode=off")
@@ -36,7 +36,7 @@ class Nodes:
 
     def __init__(self, folder: Path, name: str, ranks: int, *sets: str) -> None:
         self.environment = os.environ | {
-            "NODES": "1:2", "GPUS": str(ranks), "MASTER": f"localhost:{ports.free()}", "RDZV_ID": folder.name,
+            "NODES": "1:2", "GPUS": str(ranks), "MASTER": f"localhost:{rendezvous_port.free()}", "RDZV_ID": folder.name,
             "CONFIG": name, "RESTARTS": "4", "ADDRESS": "localhost", "OMP_NUM_THREADS": "1", "PATH": PATH,
         }  # fmt: skip
         self.command = [str(ROOT / "launch" / "multinode.sh"), "--folder", str(folder), *set_(*sets)]

@@ -32,7 +32,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.elastic import Nodes, alone, losses
 from moe_dist.checkpoint import manifest
-from moe_dist.run_folder import PARTIAL
+from moe_dist.config.run_folder import PARTIAL
 
 STEPS, SAVE_EVERY, RANKS = 20, 5, 2
 OF_A_STEP = ("forward", "dispatch", "backward", "step", "evaluation", "save")

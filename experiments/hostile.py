@@ -33,19 +33,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from moe_dist import cli, generate, report
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.contents import OF_TASKS, read_state
+from moe_dist.checkpoint.format import OF_TASKS, read_state
 from moe_dist.checkpoint.sealed_config import read_config
-from moe_dist.classify import Classifier, classify
-from moe_dist.config import LSTMConfig, dotted_keys, from_json
-from moe_dist.metrics import Metrics
-from moe_dist.parallel.mesh import lay_out
-from moe_dist.parallel.record import Record
-from moe_dist.reader import Reader
-from moe_dist.tasks import language_model, task_of, texts
-from moe_dist.training import check_classes
+from moe_dist.config.overrides import dotted_keys, from_json
+from moe_dist.config.schema import LSTMConfig
+from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.distributed.flight_recorder import Record
+from moe_dist.inference import generate
+from moe_dist.inference.classify import Classifier, classify
+from moe_dist.inference.load import Reader
+from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.report import files as report_files
+from moe_dist.tasks import language_model, text_base
+from moe_dist.tasks.registry import task_of
+from moe_dist.training import run as training_run
+from moe_dist.training.setup import check_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
@@ -228,12 +232,12 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
             errors = io.StringIO()
             try:
                 with contextlib.redirect_stderr(errors):
-                    cli.plan(args, None)
+                    training_run.plan(args, None)
             except SystemExit as exit_:
                 lines = [line for line in errors.getvalue().splitlines() if not line.startswith("note: ")]
                 assert exit_.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (told, lines)
         with contextlib.suppress(ValueError, OSError):
-            _write(cli.Run(config, {}, run))
+            _write(training_run.Run(config, {}, run))
         with contextlib.suppress(ValueError):
             build_task(run)
         with contextlib.suppress(ValueError):
@@ -241,7 +245,7 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
         for args in (["inspect", str(run)], ["export", str(run), str(run / "exported.safetensors")]):
             assert command.main(args) in (0, 2), told
         if draws:
-            report.try_to_write_all(run)
+            report_files.try_to_write_all(run)
     assert contents(outside) == before, told
     assert "Traceback" not in printed.getvalue(), told
     return f"{told}\n{printed.getvalue()}"
@@ -258,7 +262,7 @@ def build_task(run: Path) -> None:
     saved = read_state(manifest.newest_whole(run)[0])
     mesh: Any = SimpleNamespace(dp=SimpleNamespace(index=0, size=1), device=torch.device("cpu"), is_main=True)
     alone = {"from_main": lambda make: make()}
-    with mock.patch.multiple(language_model, **alone), mock.patch.multiple(texts, **alone):
+    with mock.patch.multiple(language_model, **alone), mock.patch.multiple(text_base, **alone):
         task = task_of(config)(config, lay_out(config, 1), mesh, saved, dotted_keys(config))
     check_classes(saved.get("classes"), task.known().get("classes"))
     task.told({"test/loss": 1.0, "test/perplexity": 3.0, "test/accuracy": 0.5})
@@ -275,7 +279,7 @@ def use(run: Path) -> None:
         print(*classify(classifier, ["the end\tof it" if classifier.pairs else "the end"], 3))
 
 
-def _write(run: cli.Run) -> None:
+def _write(run: training_run.Run) -> None:
     """Writes what a run writes that goes on, but for a checkpoint."""
     folder = run._claim()
     try:

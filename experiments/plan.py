@@ -1,4 +1,4 @@
-"""What `moe_dist.plan --measure` predicts beside what is then measured: seconds of a step, peak memory of a rank.
+"""What `python -m moe_dist.planner --measure` predicts, beside what is then measured: step time and peak memory.
 
     .venv/bin/python experiments/plan.py --rounds 3      adds to what is kept; 3 minutes a round and config on two cores
     .venv/bin/python experiments/plan.py --rounds 3 --blind     layouts alone that the plan was not made with
@@ -17,11 +17,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from moe_dist import configs
-from moe_dist.config import override
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.plan import measured, plan_layouts
-from moe_dist.rehearsal import trained
+from moe_dist.config import papers
+from moe_dist.config.overrides import override
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.planner.__main__ import measured, plan_layouts
+from moe_dist.planner.microbenchmark import trained
 
 FOLDER = Path(__file__).parent / "results" / "plan"
 RANKS = 2
@@ -54,7 +54,7 @@ CONFIGS = LOOKED_AT | BLIND
 def one(name: str) -> dict[str, Any]:
     """A round of a config: by layout what was predicted, and what was measured."""
     base, sets, layouts = CONFIGS[name]
-    config = override(configs.get(base), [*sets, "wandb.mode=off"])
+    config = override(papers.get(base), [*sets, "wandb.mode=off"])
     machine, owns = measured(config, 1, RANKS, 1.0)
     planned = {(each.ep, each.zero): each for each in plan_layouts(config, 1, RANKS, machine, owns)}
     told: dict[str, Any] = {"machine": dataclasses.asdict(machine)}

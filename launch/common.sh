@@ -7,7 +7,7 @@ fail() { echo "error: $1" >&2; exit 2; }
 # print_command WORDS...: as they are run, but without passwords and keys
 print_command() {
   local words=() line
-  mapfile -d '' -t words < <(python3 -I moe_dist/redact.py "$@" 2>/dev/null)
+  mapfile -d '' -t words < <(python3 -I moe_dist/config/redact.py "$@" 2>/dev/null)
   ((${#words[@]} == $#)) || words=("$1" "(not shown: there is no python3 that finds the passwords in it)")
   line=$(printf " %q" "${words[@]}")
   echo "+${line//'\*\*\*'/***}"

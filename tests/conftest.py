@@ -9,7 +9,7 @@ import pytest
 from processes import end, set_, start
 from runs import TINY
 
-from moe_dist.data.sources import open_text
+from moe_dist.data.text.corpus import open_text
 
 # ranks are forked from a process that has imported what they need: five seconds less for each of some hundreds
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
@@ -19,7 +19,7 @@ multiprocessing.set_forkserver_preload(["tests.preloaded"])
 def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 1,500 verses, read in a moment."""
     path = tmp_path_factory.mktemp("text") / "verses.txt"
-    path.write_text("\n".join(islice(open_text("embedded", streamed=True)["train"], 1500)))
+    path.write_text("\n".join(islice(open_text("bundled", streamed=True)["train"], 1500)))
     return path
 
 

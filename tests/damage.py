@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from moe_dist.data.image_files import open_image
+from moe_dist.data.images.image_files import open_image
 
 # PIL's format and mode of the whole files, one of each kind of decoder
 WHOLE = (

@@ -2,8 +2,8 @@
 
 import torch.distributed.checkpoint  # noqa: F401
 
-import moe_dist.jit
-import moe_dist.verify  # noqa: F401
-from moe_dist.engine import import_deepspeed
+import moe_dist.optim.compiled_loops
+import moe_dist.verify.certificate  # noqa: F401
+from moe_dist.engine.deepspeed import import_deepspeed
 
 import_deepspeed()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.cli import plan
+from moe_dist.training.run import plan
 
 ROOT = Path(__file__).parent.parent
 

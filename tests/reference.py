@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from moe_dist.config import LSTMConfig
+from moe_dist.config.schema import LSTMConfig
 
 Expert = Callable[[int, int, torch.Tensor], torch.Tensor]  # (expert i, token t, x_D) -> y_D
 State = tuple[torch.Tensor, torch.Tensor]  # (h_BD, c_BD) of an LSTM

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from reference import Expert, Gate, Layer, within_capacity
 
-from moe_dist.config import EncoderConfig
+from moe_dist.config.schema import EncoderConfig
 
 Parameters = dict[str, torch.Tensor]
 

@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
+from moe_dist.checkpoint.distributed import Saver, load
 from moe_dist.checkpoint.manifest import newest_whole
-from moe_dist.checkpoint.sharded import Saver, load
-from moe_dist.config import Config, override, to_json
-from moe_dist.configs import get
-from moe_dist.engine import read_ds_config
-from moe_dist.meter import Meter
-from moe_dist.parallel import mesh as meshes
-from moe_dist.training import set_up, train_step
-from moe_dist.verify import whole_weights
+from moe_dist.config.overrides import override, to_json
+from moe_dist.config.papers import get
+from moe_dist.config.schema import Config
+from moe_dist.distributed import mesh as meshes
+from moe_dist.engine.ds_config import read_ds_config
+from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.setup import set_up, train_step
+from moe_dist.verify.certificate import whole_weights
 
 TINY = [
     "steps=20", "log_every=1", "report=false", "wandb.mode=off", "data.vocabulary_size=300", "model.dim=16",

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import moe_dist.data.sources as sources
-from moe_dist.data.answers import Answers, best_spans, exact_match, f1, scores
-from moe_dist.data.questions import Question, check_questions, open_questions
-from moe_dist.data.tokens import CLS, IGNORED, PAD, SEP, SPECIAL, Tokens
+from moe_dist.data.text import corpus as sources
+from moe_dist.data.text.squad import Question, check_questions, open_questions
+from moe_dist.data.text.squad_windows import Answers, best_spans, exact_match, f1, scores
+from moe_dist.data.text.wordpiece import CLS, IGNORED, PAD, SEP, SPECIAL, Tokens
 
 TOKENS = Tokens((*SPECIAL, *"abcdefghij"))  # a is 5
 INF = float("inf")

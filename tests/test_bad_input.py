@@ -15,13 +15,15 @@ from processes import check_one_line, check_plan, end, ranks, set_, start
 from runs import TINY, tiny
 
 from experiments.hostile import seal
-from moe_dist import cli, configs, engine
 from moe_dist.checkpoint import manifest
-from moe_dist.cli import Run, result_lines
-from moe_dist.config import override
-from moe_dist.parallel import ports
-from moe_dist.parallel.mesh import lay_out
+from moe_dist.config import papers
+from moe_dist.config.overrides import override
+from moe_dist.distributed import rendezvous_port
+from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.engine import ds_config
 from moe_dist.tasks.language_model import saved_vocabulary
+from moe_dist.training import run as training_run
+from moe_dist.training.run import Run, result_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,14 +126,14 @@ def test_half_an_environment_of_ranks_is_one_line(
 )
 def test_a_field_without_set_gets_a_hint(args: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.plan(["lstm_moe_demo", *args], None)
+        training_run.plan(["lstm_moe_demo", *args], None)
     assert exit_.value.code == 2
     assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {' '.join(args)}{hint}\n")
 
 
 def test_a_wrong_field_is_named_without_its_value() -> None:
     with pytest.raises(ValueError, match=r"^--set: no field 'mesh\.eq'; did you mean 'mesh\.ep'\?$"):
-        override(configs.get("lstm_moe_demo"), ["mesh.eq=2"])
+        override(papers.get("lstm_moe_demo"), ["mesh.eq=2"])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_a_ds_config_that_contradicts_the_run_or_is_broken(
     ds: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.json").write_text(ds)
-    monkeypatch.setattr(engine, "DS_CONFIGS", tmp_path)
+    monkeypatch.setattr(ds_config, "DS_CONFIGS", tmp_path)
     check_plan(["lstm_moe_demo", "--set", "ds_config=mine"], says, capsys)
 
 
@@ -205,7 +207,7 @@ def test_a_ds_config_that_contradicts_the_run_or_is_broken(
 def test_every_rank_ends_with_one_line(assignment: str, says: str, small_text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = set_(*TINY, f"data.text={small_text}", assignment)
-    for status, stderr in ranks(ports.free(), "lstm_moe_demo", "--folder", str(run), *sets):
+    for status, stderr in ranks(rendezvous_port.free(), "lstm_moe_demo", "--folder", str(run), *sets):
         assert status == 2
         check_one_line(stderr, says)
     assert not run.exists(), "nothing was written"
@@ -226,7 +228,12 @@ def test_a_port_in_use_ends_every_rank() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_never_comes(rank: int) -> None:
     """Rank 1 is left in a wait of torch's, which would abort an orderly end."""
-    world = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
+    world = {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(rendezvous_port.free()),
+    }
     status, stderr = end(start("lstm_moe_demo", **world | {"MOE_DIST_JOIN_SECONDS": "4"}))
     assert status == 2, stderr
     says = ["1/2 clients joined", "2 ranks cannot meet there"][rank]
@@ -267,9 +274,9 @@ def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(cli.fcntl, "flock", no_locks)
+    monkeypatch.setattr(training_run.fcntl, "flock", no_locks)
     with (tmp_path / "lock").open("a") as lock:
-        cli._lock(lock, tmp_path, 0)
+        training_run._lock(lock, tmp_path, 0)
     said = f"warning: {tmp_path}: its disk has no locks (Function not implemented); do not start two runs in it\n"
     assert capsys.readouterr().err == said
 

@@ -21,17 +21,17 @@ from runs import TINY, Run, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moe_dist import generate
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.contents import read_state
-from moe_dist.checkpoint.sharded import Saver
-from moe_dist.checkpoint.whole import export, inspect
-from moe_dist.config import from_json
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel import ports
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.reader import Reader
+from moe_dist.checkpoint.distributed import Saver
+from moe_dist.checkpoint.format import read_state
+from moe_dist.checkpoint.single_process import export, inspect
+from moe_dist.config.overrides import from_json
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed import rendezvous_port
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.inference import generate
+from moe_dist.inference.load import Reader
 
 
 def contents(run: Path) -> dict[Path, bytes]:
@@ -303,7 +303,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> 
 def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = set_(*TINY, "steps=100000", "eval_every=100000", "save_every=100000", f"data.text={small_text}", "mesh.ep=2")
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rendezvous_port.free())}
     both = [
         start("lstm_moe_demo", "--folder", str(run), *sets, RANK=str(rank), LOCAL_RANK=str(rank), **world)
         for rank in range(2)

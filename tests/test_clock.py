@@ -14,11 +14,11 @@ from processes import check_plan, ranks, set_
 from runs import TINY
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist import clock as clocks
-from moe_dist.clock import Clock
-from moe_dist.parallel import ports
-from moe_dist.profiling import profiled
-from moe_dist.routing import Routing
+from moe_dist.distributed import rendezvous_port
+from moe_dist.moe.routing import Routing
+from moe_dist.monitoring import step_timer as clocks
+from moe_dist.monitoring.step_timer import Clock
+from moe_dist.training.profiler import profiled
 
 
 class Work(torch.autograd.Function):
@@ -198,7 +198,7 @@ def test_a_full_disk_costs_the_trace_alone(tmp_path: Path, capsys: pytest.Captur
 def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(small_text: Path, tmp_path: Path) -> None:
     """Of a hierarchical layer, whose groups have gates, exchanges and experts of their own."""
     sets = set_(*TINY, "steps=6", "mesh.ep=2", "model.moe.num_groups=4", f"data.text={small_text}", "eval_every=6")
-    ended = ranks(ports.free(), "lstm_moe_demo", "--folder", str(tmp_path / "run"), *sets, "--profile")
+    ended = ranks(rendezvous_port.free(), "lstm_moe_demo", "--folder", str(tmp_path / "run"), *sets, "--profile")
     assert [status for status, _ in ended] == [0, 0], ended
     assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == ["rank0.json.gz", "rank1.json.gz"]
     for path in (tmp_path / "run" / "profile").iterdir():

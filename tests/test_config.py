@@ -12,12 +12,14 @@ import pytest
 from runs import TINY, tiny
 from wandb_file import wandb_log
 
-from moe_dist import configs
-from moe_dist.checkpoint import contents, manifest
-from moe_dist.config import SYNONYMS, Config, dotted_keys, from_json, override, to_json
-from moe_dist.parallel.mesh import Layout
-from moe_dist.summary import counts
-from moe_dist.tasks import TASKS
+from moe_dist.checkpoint import format as checkpoint_format
+from moe_dist.checkpoint import manifest
+from moe_dist.config import papers
+from moe_dist.config.overrides import SYNONYMS, dotted_keys, from_json, override, to_json
+from moe_dist.config.schema import Config
+from moe_dist.distributed.batch_layout import Layout
+from moe_dist.tasks.registry import TASKS
+from moe_dist.training.model_stats import counts
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +32,7 @@ def train(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
 
 def test_override_reaches_every_kind_of_field() -> None:
     config = override(
-        configs.get("lstm_moe_demo"),
+        papers.get("lstm_moe_demo"),
         ["mesh.ep=2", "optim.lr=1e-4", "model.moe.noise=false", "zero=3", "optim.clip_norm=none", "data.text=a=b"],
     )
     assert (config.mesh.ep, config.optim.lr, config.model.moe.noise) == (2, 1e-4, False)
@@ -60,18 +62,18 @@ def test_override_reaches_every_kind_of_field() -> None:
 )
 def test_an_unknown_field_names_the_nearest(name: str, key: str, says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"no field {key!r}; {says}")):
-        override(configs.get(name), [f"{key}=1"])
+        override(papers.get(name), [f"{key}=1"])
 
 
 def test_every_synonym_names_a_field() -> None:
-    every = [configs.get(name) for name in ("lstm_moe_demo", "widenet_demo", "widenet_squad")]
+    every = [papers.get(name) for name in ("lstm_moe_demo", "widenet_demo", "widenet_squad")]
     last_parts = {key.rpartition(".")[2] for config in every for key in dotted_keys(config)}
     assert last_parts.issuperset(SYNONYMS.values()) and last_parts.isdisjoint(SYNONYMS)
 
 
-@pytest.mark.parametrize("name", configs.CONFIGS)
+@pytest.mark.parametrize("name", papers.CONFIGS)
 def test_json_round_trip_of_every_config(name: str) -> None:
-    config = configs.get(name)
+    config = papers.get(name)
     assert config.name == name and from_json(to_json(config)) == config
 
 
@@ -130,14 +132,14 @@ def test_layout_by_hand() -> None:
     ],
 )  # Table 7
 def test_parameters_and_ops_are_the_papers(name: str, parameters: float, ops: float) -> None:
-    config = configs.get(name)
+    config = papers.get(name)
     count = counts(TASKS[config.task].plain_model(config), config)
     assert count["parameters_without_embedding_and_softmax"] == pytest.approx(parameters, rel=0.01)
     assert count["ops_per_timestep"] == pytest.approx(ops, rel=0.01)
 
 
 def test_demo_and_its_baseline_have_equal_ops_and_differ_in_the_middle_alone() -> None:
-    moe, wide = configs.get("lstm_moe_demo"), configs.get("lstm_wide_demo")
+    moe, wide = papers.get("lstm_moe_demo"), papers.get("lstm_wide_demo")
     assert moe.model.moe.k * moe.model.moe.hidden == wide.model.ffn_hidden
     same = {"name": "", "compare": None, "model": Config("").model}
     assert dataclasses.replace(moe, **same) == dataclasses.replace(wide, **same)  # type: ignore[arg-type]
@@ -146,7 +148,7 @@ def test_demo_and_its_baseline_have_equal_ops_and_differ_in_the_middle_alone() -
 def test_a_reader_that_leaves_is_no_error() -> None:
     """As `| head -c 1` does; what a run prints later is left out, and the run goes on."""
     command = (
-        f"{sys.executable} -c 'from moe_dist.command_line import say; say(str(0) * 100_000); say(str(1) * 100_000)'"
+        f"{sys.executable} -c 'from moe_dist.training.args import say; say(str(0) * 100_000); say(str(1) * 100_000)'"
     )
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -c 1"], capture_output=True, text=True, cwd=ROOT
@@ -156,7 +158,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_list_and_dry_run() -> None:
     listed = train("--list")
-    assert listed.returncode == 0 and all(name in listed.stdout for name in configs.CONFIGS)
+    assert listed.returncode == 0 and all(name in listed.stdout for name in papers.CONFIGS)
     dry = train("moe_256_h", "--dry-run", "--json", "--set", "batch.samples=64")
     assert dry.returncode == 0
     said = json.loads(dry.stdout)
@@ -190,7 +192,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
         len(lines[0]["moe/middle/load"]) == 8 and sum(lines[0]["moe/middle/load"]) == 8 * 6 * 2
     )  # samples x words x k
     run_id, config, history = wandb_log(run)
-    assert run_id == contents.read_state(manifest.checkpoints(run)[-1])["wandb_id"]
+    assert run_id == checkpoint_format.read_state(manifest.checkpoints(run)[-1])["wandb_id"]
     assert {key: config[key] for key in ("model", "optim", "batch")} == {
         key: json.loads((run / "config.json").read_text())[key] for key in ("model", "optim", "batch")
     }

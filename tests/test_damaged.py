@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.damaged_files import READERS, read, run
-from moe_dist.data.sources import check_text, is_local, open_text
+from moe_dist.data.text.corpus import check_text, is_local, open_text
 
 
 @pytest.mark.timeout(200)

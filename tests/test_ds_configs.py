@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 from runs import Run, tiny
 
-from moe_dist.engine import DS_CONFIGS, KEYS, import_deepspeed, read_ds_config
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.deepspeed import import_deepspeed
+from moe_dist.engine.ds_config import DS_CONFIGS, KEYS, read_ds_config
 
 NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
 SAME = (("offload", 1, "bf16"), ("offload", 2, "zero2"), ("offload", 3, "zero3"))  # where the state lies, no more

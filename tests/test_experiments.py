@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.configs import get
-from moe_dist.tasks import task_of
+from moe_dist.config.papers import get
+from moe_dist.tasks.registry import task_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist import kernels, keyed
-from moe_dist.context import Context
-from moe_dist.experts import Experts, GeluExperts, grouped_matmul
-from moe_dist.kernels import cpu, loop
-from moe_dist.routing import Routing, route
+from moe_dist.moe.experts import Experts, GeluExperts, grouped_matmul
+from moe_dist.moe.kernels import cpu_ffn, grouped_mm
+from moe_dist.moe.kernels import select as kernel_select
+from moe_dist.moe.routing import Routing, route
+from moe_dist.nn import prng
+from moe_dist.nn.token_context import Context
 
 T, D, F, E, K = 40, 8, 64, 7, 3
 Told = dict[str, torch.Tensor]
@@ -26,8 +27,10 @@ NOWHERE = Context(*(torch.zeros(T, dtype=t) for t in (torch.int64, torch.int64, 
 class Fast(Experts):
     """At any size."""
 
-    def _fast(self, num_rows: int, x_TD: torch.Tensor, on: kernels.On | None, *_: Any) -> kernels.FeedForward:
-        return partial(cpu.feedforward, on=on)
+    def _fast(
+        self, num_rows: int, x_TD: torch.Tensor, on: kernel_select.On | None, *_: Any
+    ) -> kernel_select.FeedForward:
+        return partial(cpu_ffn.feedforward, on=on)
 
 
 class Plain(Experts):
@@ -38,7 +41,7 @@ class Plain(Experts):
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=keyed.generator("test_experts", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_experts", key))
 
 
 def choices(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +150,7 @@ def test_inference_mode_is_that_of_all_threads(cls: type[Experts], threads: None
 def test_threads_that_begin_later_have_what_torch_was_told() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    loop._threads.cache_clear()
+    grouped_mm._threads.cache_clear()
     ours("ragged", Fast, torch.float64)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 2
@@ -159,7 +162,7 @@ def test_torchs_own_grouped_matmul_gives_the_same(monkeypatch: pytest.MonkeyPatc
     count_e = torch.tensor([100, 0, 7, 193, 0])
     results: list[list[torch.Tensor]] = []
     for native in (False, True):
-        monkeypatch.setattr(loop, "native", lambda *_, native=native: native)
+        monkeypatch.setattr(grouped_mm, "native", lambda *_, native=native: native)
         x_RD, w_eDF = drawn(300, 64, key="x").bfloat16(), drawn(5, 64, 128, key="w").bfloat16()
         x_RD, w_eDF = x_RD.requires_grad_(), w_eDF.requires_grad_()
         y_RF = grouped_matmul(x_RD, w_eDF, count_e)

@@ -15,25 +15,34 @@ from runs import TINY, Run, tiny, tiny_images, tiny_pretraining, tiny_sentences
 
 from experiments import faults
 from experiments.elastic import losses
-from moe_dist import chaos
 from moe_dist.checkpoint.manifest import found
-from moe_dist.config import check, override
-from moe_dist.finite import divergence
-from moe_dist.metrics import read_metrics
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel import ports, record
-from moe_dist.parallel.record import WIDTH
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.tasks.batches import Fit
+from moe_dist.config.overrides import override
+from moe_dist.config.validate import check
+from moe_dist.distributed import flight_recorder, launch_env, rendezvous_port
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.flight_recorder import WIDTH
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.monitoring.metrics_file import read_metrics
+from moe_dist.tasks.data_fit import Fit
 from moe_dist.tasks.image_classification import ImageClassification
 from moe_dist.tasks.language_model import LanguageModel
-from moe_dist.tasks.texts import PretrainingTask, QuestionAnswering, TextClassification, Texts
-from moe_dist.training import train_step
+from moe_dist.tasks.masked_lm import PretrainingTask
+from moe_dist.tasks.question_answering import QuestionAnswering
+from moe_dist.tasks.text_base import Texts
+from moe_dist.tasks.text_classification import TextClassification
+from moe_dist.training import fault_injection
+from moe_dist.training.nan_detector import divergence
+from moe_dist.training.setup import train_step
 
 
 def two_ranks(folder: Path, text: Path, *sets: str) -> list[subprocess.Popen[str]]:
     """Of one run, started by hand, with a fault of rank 1 in step 3."""
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
+    world = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(rendezvous_port.free()),
+    }
     fault = ("chaos.rank=1", "chaos.step=3", *sets)
     sets = (*TINY, "steps=6", "save_every=2", "mesh.ep=2", f"data.text={text}", *fault)
     return [
@@ -140,10 +149,10 @@ def test_not_a_number_is_skipped_and_told_with_its_layer(small_text: Path, tmp_p
 def not_a_number(text: str, folder: Path) -> dict[str, Any]:
     meshes.join()
     folder.mkdir(exist_ok=True)
-    rank = meshes.world_size() - 1
+    rank = launch_env.world_size() - 1
     sets = ("chaos.fault=nan", f"chaos.rank={rank}", "chaos.step=2", "optim.max_skipped=3", f"data.text={text}")
     run = Run(tiny(f"mesh.ep={rank + 1}", *sets))
-    chaos.make(run.training, folder)
+    fault_injection.make(run.training, folder)
     seen: dict[str, Any] = {}
     before = run.steps(0, 1).weights()
     run.steps(1, 2)
@@ -243,7 +252,7 @@ def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
     found_ = []
     for sets in (["mesh.ep=1"], ["mesh.ep=2"], ["mesh.ep=2", "mesh.pieces=2"], ["mesh.ep=2", "mesh.exchange=once"]):
         run = Run(tiny(*sets, f"chaos.routing={kind}", f"data.text={text}"))
-        chaos.make(run.training, Path("nowhere"))
+        fault_injection.make(run.training, Path("nowhere"))
         run.steps(0, 2)
         sums: Any = 0
         for _, values, stats in train_step(run.training, 3):
@@ -291,10 +300,12 @@ def refusals(text: str, folder: Path) -> list[str]:
         more = ["chaos.fault=kill", "chaos.step=3", "chaos.phase=forward", each]
         config = override(training.config, ["chaos.rank=0", *more])
         with pytest.raises(ValueError) as error:
-            chaos.make(dataclasses.replace(training, config=config), folder)
+            fault_injection.make(dataclasses.replace(training, config=config), folder)
         told.append(str(error.value))
     config = override(training.config, ["chaos.fault=kill", "chaos.rank=1", "chaos.step=3"])
-    chaos.make(dataclasses.replace(training, config=config), folder, begins=False)  # it goes on, on fewer ranks
+    fault_injection.make(
+        dataclasses.replace(training, config=config), folder, begins=False
+    )  # it goes on, on fewer ranks
     return told
 
 
@@ -304,22 +315,22 @@ def test_who_is_kept_from_writing_is_not_dead_where_nobody_waits(
 ) -> None:
     """Patience of 1.6 s, in which all are asked after 0.8 and 1.6, for 0.4 each. One that writes nothing from 1.3 on
     for 0.9 s is well; one that writes nothing at all is not. What it wrote when it was last started is nothing."""
-    monkeypatch.setattr(record, "BEAT", 0.1)
+    monkeypatch.setattr(flight_recorder, "BEAT", 0.1)
     ended: list[str] = []
-    monkeypatch.setattr(record.Record, "_end", lambda self, told: ended.append(told))
+    monkeypatch.setattr(flight_recorder.Record, "_end", lambda self, told: ended.append(told))
     (tmp_path / "calls").mkdir()
     (tmp_path / "calls" / "rank00001.txt").write_text("line 9, 7 calls begun, in step, long ago; rank 1 of 3\n")
-    other, start, put = record.Record(2, 3), time.perf_counter(), record.Record._put
+    other, start, put = flight_recorder.Record(2, 3), time.perf_counter(), flight_recorder.Record._put
     stall = 0.9 if len(stalls) == 1 else 5.0
 
-    def slow(self: record.Record, line: int, text: str) -> None:
+    def slow(self: flight_recorder.Record, line: int, text: str) -> None:
         passed = time.perf_counter() - start
         if self is other and stalls[0] <= passed < stalls[0] + stall:
             time.sleep(stalls[0] + stall - passed)
         put(self, line, text)
 
-    monkeypatch.setattr(record.Record, "_put", slow)
-    with other.kept(tmp_path, 600), record.Record(0, 3).kept(tmp_path, 1.6):
+    monkeypatch.setattr(flight_recorder.Record, "_put", slow)
+    with other.kept(tmp_path, 600), flight_recorder.Record(0, 3).kept(tmp_path, 1.6):
         time.sleep(3)
     assert bool(ended) == (stall > 1) and all("rank 2: stopped or dead" in each for each in ended)
 

@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moe_dist.data.files import find_files, find_splits, kind_of, label_names, open_file, read_rows
+from moe_dist.data.table_files import find_files, find_splits, kind_of, label_names, open_file, read_rows
 
 ROWS = [{"text": f"line {i}", "n": i} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -16,15 +16,17 @@ from PIL import Image
 from processes import check_plan, set_
 from runs import tiny, tiny_images
 
-from moe_dist import cli, configs, training
-from moe_dist.config import override, to_json
+from moe_dist.config import papers
+from moe_dist.config.overrides import override, to_json
 from moe_dist.data import fingerprint
 from moe_dist.data.fingerprint import Fingerprint, Source, checked, of_arrays, of_local, of_text
-from moe_dist.engine import read_ds_config
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.mesh import lay_out
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.tasks import task_of
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.ds_config import read_ds_config
+from moe_dist.tasks.registry import task_of
+from moe_dist.training import run as training_run
+from moe_dist.training import setup as training_setup
 
 ROWS = ["text,label", *(f"a film of {i} parts,{i % 2}" for i in range(50))]
 
@@ -168,11 +170,11 @@ def test_what_has_changed_is_named(change: Callable[[Path], object], says: list[
 
 
 def test_data_given_in_another_way_is_another_data_set(corpus: Path) -> None:
-    """A folder is split by its names, a glob is not; the embedded text is no file."""
+    """A folder is split by its names, a glob is not; the bundled text is no file."""
     assert changes(kept(of_local(str(corpus))), f"{corpus}/*/*") == ["it was given as 'folder', and is 'files' now"]
-    embedded = kept(of_text("embedded"))
-    assert checked(of_text("embedded"), embedded, "", False) == (embedded, "")
-    assert changes(embedded, corpus) == ["it was given as 'embedded', and is 'folder' now"]
+    bundled = kept(of_text("bundled"))
+    assert checked(of_text("bundled"), bundled, "", False) == (bundled, "")
+    assert changes(bundled, corpus) == ["it was given as 'bundled', and is 'folder' now"]
 
 
 def test_no_more_than_the_budget_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +307,7 @@ def go_on(text: str, folder: Path) -> dict[str, str]:
     def known_by(place: object, known: dict[str, Any] | None = None, resumed: bool = True, allow: bool = False) -> Any:
         config = tiny(f"data.text={place}")
         task = task_of(config)(config, lay_out(config, 2), mesh, old)
-        return training._fingerprint(task, config, mesh, known, resumed, allow)
+        return training_setup._fingerprint(task, config, mesh, known, resumed, allow)
 
     same = known_by(text, resumed=False)
     first = old | {"data": same}
@@ -321,7 +323,7 @@ def go_on(text: str, folder: Path) -> dict[str, str]:
     for name, place in (("a folder", alone), ("longer", longer)):
         config = tiny(f"data.text={place}")
         try:
-            training.set_up(config, read_ds_config(config), mesh, first, resumed=True)
+            training_setup.set_up(config, read_ds_config(config), mesh, first, resumed=True)
         except ValueError as error:  # before an engine is made
             told[name] = str(error).partition(" trained on: ")[2].partition(",")[0].partition(" (")[0]
     meshes.stop()
@@ -341,13 +343,13 @@ def test_where_data_lies_may_change(
 ) -> None:
     key, run = PLACES[name], tmp_path / "run"
     (run / "checkpoints" / "step_00000010").mkdir(parents=True)
-    was = override(configs.get(name), [f"{key}=/job1/data", "init=none", "compare=none", "mesh.ep=1"])
+    was = override(papers.get(name), [f"{key}=/job1/data", "init=none", "compare=none", "mesh.ep=1"])
     (run / "config.json").write_text(to_json(was))
-    monkeypatch.setattr(cli.task_of(was), "check_data", lambda *args: None)
-    monkeypatch.setattr(cli, "_check_memory", lambda told: None)
+    monkeypatch.setattr(training_run.task_of(was), "check_data", lambda *args: None)
+    monkeypatch.setattr(training_run, "_check_memory", lambda told: None)
     sets = ["--set", f"{key}=/job2/data"]
     auto = [name, "--folder", str(run), "--resume", "auto", *set_("init=none", "compare=none")]
-    planned = cli.plan([*(auto if how == "--folder" else [how, str(run)]), *sets], None)
+    planned = training_run.plan([*(auto if how == "--folder" else [how, str(run)]), *sets], None)
     assert to_json(planned.config) == to_json(override(was, [f"{key}=/job2/data"])), "and is kept in the run folder"
     assert f"note: {key}=/job2/data, which was /job1/data; it must hold the same data\n" in capsys.readouterr().out
 

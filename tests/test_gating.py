@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist import keyed
-from moe_dist.context import Context
-from moe_dist.experts import Experts
-from moe_dist.gating.losses import cv_squared
-from moe_dist.gating.topk import NoisyTopK, probability_in_top_k
-from moe_dist.layer import MoE
-from moe_dist.routing import route, sum_by_group, within_capacity
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.gating.balance_loss import cv_squared
+from moe_dist.moe.gating.noisy_topk import NoisyTopK, probability_in_top_k
+from moe_dist.moe.layer import MoE
+from moe_dist.moe.routing import route, sum_by_group, within_capacity
+from moe_dist.nn import prng, token_noise
+from moe_dist.nn.token_context import Context
 
 FLOAT64 = torch.float64
 
@@ -50,7 +50,7 @@ def make_gate(w_gate_DE: torch.Tensor, k: int, w_noise_DE: torch.Tensor | None =
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=FLOAT64).normal_(generator=keyed.generator("test_gating", key))
+    return torch.empty(*shape, dtype=FLOAT64).normal_(generator=prng.generator("test_gating", key))
 
 
 def close(actual: torch.Tensor, expected: list, atol: float = 1e-6) -> None:
@@ -81,7 +81,7 @@ def test_noise_is_scaled_by_softplus_and_decides() -> None:
     gate = make_gate(torch.tensor([[1.0, 2.0]], dtype=FLOAT64).log(), 1, (deviation_E.exp() - 1).log())
     ctx = context(200)
     routing, _ = gate(torch.ones(200, 1, dtype=FLOAT64), ctx)
-    z_TE = keyed.normal(ctx, "gate", torch.arange(2), FLOAT64)
+    z_TE = token_noise.normal(ctx, "gate", torch.arange(2), FLOAT64)
     first_T = z_TE[:, 0] > math.log(2) + 3 * z_TE[:, 1]
     assert 20 < first_T.sum() < 180
     assert routing.token_N.tolist() == first_T.nonzero().flatten().tolist() + (~first_T).nonzero().flatten().tolist()
@@ -246,7 +246,7 @@ def test_load_is_even_at_initialization() -> None:
     # Both matrices are zero, so each of 16 experts is among the best 4 of 16 equal draws with chance 1/4:
     # of 4,096 tokens 1,024 +- sqrt(4096 x 1/4 x 3/4) = 27.7
     gate = make_gate(torch.zeros(8, 16), k=4)
-    routing, told = gate(torch.randn(4096, 8, generator=keyed.generator("x")), context(4096))
+    routing, told = gate(torch.randn(4096, 8, generator=prng.generator("x")), context(4096))
     assert (routing.count_E - 1024).abs().max() < 4 * 27.7
     # the soft load spreads no wider: CV² is at most about (27.7 / 1024)² = 0.0007
     assert cv_squared(told.load_GE).item() < 0.0014

@@ -12,16 +12,20 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist import generate, hierarchical, keyed
-from moe_dist.config import Config, to_json
-from moe_dist.data.sources import open_text
-from moe_dist.data.text import EOS, EOS_ID, UNK_ID
-from moe_dist.gating import topk
-from moe_dist.generate import as_text, context, draw, written
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parameters import parameter
-from moe_dist.reader import Reader, heaviest, shares
+from moe_dist.config.overrides import to_json
+from moe_dist.config.schema import Config
+from moe_dist.data.text.corpus import open_text
+from moe_dist.data.text.lanes import EOS, EOS_ID, UNK_ID
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.inference import generate
+from moe_dist.inference.expert_usage import heaviest, shares
+from moe_dist.inference.generate import as_text, context, draw, written
+from moe_dist.inference.load import Reader
+from moe_dist.moe import hierarchical
+from moe_dist.moe.gating import noisy_topk
+from moe_dist.nn import prng
+from moe_dist.nn.init import parameter
 
 ROOT = Path(__file__).parent.parent
 RUNS = {
@@ -44,7 +48,7 @@ def config_of(name: str, text: str) -> Config:
 def train(names: list[str], text: str, folder: Path) -> dict[str, Any]:
     """Twelve steps of each, and what the trained model says of the test split's first window: nll, words, weights."""
     meshes.join()
-    for module in (topk, hierarchical):  # gates that start at zero send all words alike after so few steps
+    for module in (noisy_topk, hierarchical):  # gates that start at zero send all words alike after so few steps
         module.parameter = lambda *shape, bound: parameter(*shape, bound=bound or 1.0)
     told = {}
     for name in names:
@@ -177,7 +181,7 @@ def test_shares_and_the_heaviest_words_of_an_expert(trained: tuple[Path, dict[st
 def test_draws_follow_the_probabilities() -> None:
     p = [0.3, 0.05, 0.25, 0.2, 0.15, 0.05]  # of which <unk>, word 0, is never drawn
     log_p_V = torch.tensor(p).log()
-    u_N = keyed.uniform(20_000, 3, "draws").tolist()
+    u_N = prng.uniform(20_000, 3, "draws").tolist()
     for temperature, top in ((1.0, 5), (0.5, 5), (2.0, 3)):
         drawn = [draw(log_p_V, u, temperature, top) for u in u_N]
         weight = {i: p[i] ** (1 / temperature) for i in sorted(range(1, 6), key=lambda i: -p[i])[:top]}
@@ -330,7 +334,8 @@ def test_a_mistake_is_one_line(
 @pytest.mark.timeout(300)
 def test_the_program_is_quiet_and_starts_without_deepspeed(trained: tuple[Path, dict[str, Any]]) -> None:
     run = str(trained[0] / "hierarchical_ep2")
-    code = f"import sys; from moe_dist.generate import main; main([{run!r}, '--words', '5', '--prompt', 'And Qwertz']);"
+    code = "import sys; from moe_dist.inference.generate import main; "
+    code += f"main([{run!r}, '--words', '5', '--prompt', 'And Qwertz']);"
     done = subprocess.run(
         [sys.executable, "-c", code + "assert not {'deepspeed', 'wandb', 'matplotlib'} & sys.modules.keys()"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},

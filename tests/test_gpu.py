@@ -6,12 +6,12 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist import keyed
-from moe_dist.clock import Clock
-from moe_dist.context import Context
-from moe_dist.experts import grouped_matmul
-from moe_dist.kernels.loop import native
-from moe_dist.parallel import mesh as meshes
+from moe_dist.distributed import mesh as meshes
+from moe_dist.moe.experts import grouped_matmul
+from moe_dist.moe.kernels.grouped_mm import native
+from moe_dist.monitoring.step_timer import Clock
+from moe_dist.nn import token_noise
+from moe_dist.nn.token_context import Context
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +47,7 @@ def test_bits_are_those_of_the_cpu() -> None:
     def normal(device: str) -> torch.Tensor:
         sample_T = torch.arange(50, device=device)
         ctx = Context(sample_T, sample_T % 7, sample_T >= 0, 3, 5, True, 0, 50, 50, 1, site=2)
-        return keyed.normal(ctx, "gate", torch.arange(33, device=device), torch.float64).cpu()
+        return token_noise.normal(ctx, "gate", torch.arange(33, device=device), torch.float64).cpu()
 
     torch.testing.assert_close(normal("cuda"), normal("cpu"), rtol=1e-9, atol=1e-12)
 

@@ -8,13 +8,13 @@ from processes import check_plan, end, set_, start
 from runs import TINY, Run, tiny
 
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.grow import Growth
-from moe_dist.checkpoint.sharded import load
-from moe_dist.checkpoint.whole import inspect
-from moe_dist.evaluate import evaluate
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.collectives import gather
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.checkpoint.distributed import load
+from moe_dist.checkpoint.single_process import inspect
+from moe_dist.checkpoint.upcycle import Growth
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.collectives import gather
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.training.evaluate import evaluate
 
 CASES = {
     "flat": [],

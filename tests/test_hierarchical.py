@@ -39,17 +39,17 @@ from test_parity import (
 from test_parity import NUM_EXPERTS as NUM_GROUPS
 from torch import nn
 
-from moe_dist import keyed
-from moe_dist.config import MeshConfig, OptimConfig
-from moe_dist.context import Context
-from moe_dist.gating.topk import NoisyTopK
-from moe_dist.hierarchical import Groups, GroupStats, HierarchicalMoE
-from moe_dist.optim import Optimizer
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import ParallelModel, parallelize
-from moe_dist.parameters import bounds_of, initialize
-from moe_dist.routing import GateStats, Routing
+from moe_dist.config.schema import MeshConfig, OptimConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.parallelize import ParallelModel, parallelize
+from moe_dist.moe.gating.noisy_topk import NoisyTopK
+from moe_dist.moe.hierarchical import Groups, GroupStats, HierarchicalMoE
+from moe_dist.moe.routing import GateStats, Routing
+from moe_dist.nn import token_noise
+from moe_dist.nn.init import bounds_of, initialize
+from moe_dist.nn.token_context import Context
+from moe_dist.optim.optimizer import Optimizer
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -286,7 +286,7 @@ def reference(case: Case) -> tuple[HierarchicalLayer, dict[str, torch.Tensor]]:
 
 def noise_of(ctx: Context, level: int, channels: int) -> torch.Tensor:
     """Drawn on the whole batch: (T, channels), by global id of a group or an expert."""
-    return keyed.normal(dataclasses.replace(ctx, level=level), "gate", torch.arange(channels), torch.float64)
+    return token_noise.normal(dataclasses.replace(ctx, level=level), "gate", torch.arange(channels), torch.float64)
 
 
 @functools.cache

@@ -18,18 +18,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from experiments.hostile import SPOILS, build_task, contents, kept, seal, try_all, use, whole_run_of_classes
-from moe_dist import classify, cli, generate, pictures, report, run_folder
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.contents import kept_tensors, read_state
+from moe_dist.checkpoint.distributed import Saver, begin_from, load
+from moe_dist.checkpoint.format import kept_tensors, read_state
 from moe_dist.checkpoint.sealed_config import read_config
-from moe_dist.checkpoint.sharded import Saver, begin_from, load
-from moe_dist.checkpoint.whole import load_weights
-from moe_dist.config import from_json, override, to_json
-from moe_dist.metrics import Metrics
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.tasks import task_of
+from moe_dist.checkpoint.single_process import load_weights
+from moe_dist.config import run_folder
+from moe_dist.config.overrides import from_json, override, to_json
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.inference import classify, generate
+from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.report import files as report_files
+from moe_dist.report import plots
+from moe_dist.tasks.registry import task_of
+from moe_dist.training import run as training_run
 
 
 @pytest.mark.timeout(200)
@@ -320,10 +324,10 @@ def test_parts_that_overlap_are_refused_by_name(moved: tuple[int, int], tmp_path
 
 
 @pytest.fixture
-def opened(run: Path) -> Iterator[cli.Run]:
+def opened(run: Path) -> Iterator[training_run.Run]:
     config = from_json((run / "config.json").read_text())
     (run / "metrics.jsonl").unlink()
-    whole = cli.Run(config, {}, run)
+    whole = training_run.Run(config, {}, run)
     whole._claim()
     yield whole
     assert whole.lock
@@ -341,7 +345,7 @@ GONE: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("gone", GONE)
 def test_a_run_folder_that_goes_while_it_trains_comes_again(
-    gone: str, opened: cli.Run, run: Path, capsys: pytest.CaptureFixture[str]
+    gone: str, opened: training_run.Run, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (run / "config.json").read_text()
     with Metrics(run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore) as metrics:
@@ -352,19 +356,19 @@ def test_a_run_folder_that_goes_while_it_trains_comes_again(
     assert (run / "config.json").read_text() == text and (run / "layout.json").exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
-    with cli._open_lock(run) as lock, pytest.raises(ValueError, match="in use by a run"):
-        cli._lock(lock, run, 0)
+    with training_run._open_lock(run) as lock, pytest.raises(ValueError, match="in use by a run"):
+        training_run._lock(lock, run, 0)
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warned) == (gone != "metrics.jsonl")
     assert all(f"{run}: " in line and " removed or renamed while it trains" in line for line in warned)
 
 
 def test_a_folder_that_another_run_has_taken_is_left_alone(
-    opened: cli.Run, run: Path, capsys: pytest.CaptureFixture[str]
+    opened: training_run.Run, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Metrics(run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore) as metrics:
         shutil.rmtree(run)
-        other = cli.Run(opened.config, {}, run)
+        other = training_run.Run(opened.config, {}, run)
         other._claim()
         before = contents(run)
         metrics.log(1, {"train/loss": 1.0})
@@ -393,7 +397,7 @@ def test_a_link_in_a_run_that_would_be_written_is_refused_before_any_work(
 def test_a_report_is_not_drawn_through_a_link(
     name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pictures, "all_pictures", lambda *_: {"loss": Figure()})
+    monkeypatch.setattr(plots, "all_pictures", lambda *_: {"loss": Figure()})
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "victim").write_text("precious")
@@ -404,8 +408,8 @@ def test_a_report_is_not_drawn_through_a_link(
         run_folder.write(run, name, "a page")
     elif name == "report":
         with pytest.raises(OSError, match="report is a link"):
-            report.write_report(run)
+            report_files.write_report(run)
     else:
-        (picture,) = report.write_report(run)
+        (picture,) = report_files.write_report(run)
         assert picture.read_bytes().startswith(b"\x89PNG") and not picture.is_symlink()
     assert contents(outside) == {"victim": b"precious"}

@@ -16,8 +16,8 @@ import pytest
 from damage import open_damaged_files
 from PIL import Image
 
-from moe_dist.classify import images_of
-from moe_dist.data.image_files import AGAIN, NO_ENDING, list_images, open_image, told_left_out
+from moe_dist.data.images.image_files import AGAIN, NO_ENDING, list_images, open_image, told_left_out
+from moe_dist.inference.classify import images_of
 
 
 def save(path: Path, seed: int = 0, kind: str = "png") -> Path:
@@ -224,7 +224,7 @@ def test_a_hostile_file_is_refused_by_its_head(tmp_path: Path, content: bytes, r
 def test_a_large_photograph_is_no_bomb(tmp_path: Path) -> None:
     """PIL warns of 89 million pixels and refuses twice as many; cameras have 100 million."""
     (tmp_path / "x.png").write_bytes(png(12_000, 9_000))
-    code = "import sys; from moe_dist.data.image_files import open_image; open_image(sys.argv[1], None)"
+    code = "import sys; from moe_dist.data.images.image_files import open_image; open_image(sys.argv[1], None)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.png")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

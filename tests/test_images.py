@@ -24,16 +24,17 @@ import pytest
 import torch
 from PIL import Image
 
-import moe_dist.data.image_sources as sources
-from moe_dist import keyed
-from moe_dist.classify import images_of
-from moe_dist.config import ImageDataConfig, VisionConfig, override
-from moe_dist.configs import get
-from moe_dist.data.embedded import prepare_images
-from moe_dist.data.image_sources import Images, open_splits
-from moe_dist.data.images import ImageBatch, ImageSplit, check_images, open_images, read_image
-from moe_dist.data.vision import import_torchvision
-from moe_dist.parallel import mesh as meshes
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import get
+from moe_dist.config.schema import ImageDataConfig, VisionConfig
+from moe_dist.data.bundled import prepare_images
+from moe_dist.data.images import datasets as sources
+from moe_dist.data.images.datasets import Images, open_splits
+from moe_dist.data.images.pipeline import ImageBatch, ImageSplit, check_images, open_images, read_image
+from moe_dist.data.images.torchvision_import import import_torchvision
+from moe_dist.distributed import batch_layout
+from moe_dist.inference.classify import images_of
+from moe_dist.nn import prng
 from moe_dist.tasks.image_classification import ImageClassification
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def one(item_YX: np.ndarray, samples: int, **changes: Any) -> ImageSplit:
 
 
 def picture(seed: int, *shape: int) -> np.ndarray:
-    return (keyed.uniform(int(np.prod(shape)), "picture", seed) * 256).byte().view(*shape).numpy()
+    return (prng.uniform(int(np.prod(shape)), "picture", seed) * 256).byte().view(*shape).numpy()
 
 
 def same(a: ImageBatch, b: ImageBatch) -> bool:
@@ -217,7 +218,7 @@ def test_augmentation_is_torchvisions_after_its_key(crop: str, channels: int) ->
     batch = split.batch(9, range(60))
     for sample in range(60):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed._words(5, "augment", 9, sample)[0])
+            torch.manual_seed(prng._words(5, "augment", 9, sample)[0])
             expected_QYX = compose(Image.fromarray(split.images.item_I[0]))
         torch.testing.assert_close(batch.image_BQYX[sample], expected_QYX / 127.5 - 1)
 
@@ -325,7 +326,7 @@ def whole(splits: dict[str, Images]) -> list[bytes]:
     return [pixel_YX.tobytes() for split in splits.values() for pixel_YX in split.item_I]
 
 
-def test_embedded_images_are_balanced_and_split_without_a_rest() -> None:
+def test_bundled_images_are_balanced_and_split_without_a_rest() -> None:
     splits = open_splits(PLAIN)
     assert {name: len(split) for name, split in splits.items()} == {"train": 5400, "valid": 600, "test": 1000}
     num_N = sum(np.bincount(splits[name].label_I) for name in ("train", "valid"))
@@ -350,15 +351,15 @@ def test_prepared_images_are_the_first_of_each_class(tmp_path: Path, monkeypatch
     monkeypatch.setattr(prepare_images, "IMAGES_PER_CLASS", {"train": 3, "test": 2})
     monkeypatch.setattr(sys, "argv", ["prepare_images", str(source), str(tmp_path)])
     prepare_images.main()
-    (tmp_path / "embedded").mkdir()
+    (tmp_path / "bundled").mkdir()
     for split in ("train", "test"):
-        (tmp_path / f"fashion_{split}.xz").rename(tmp_path / "embedded" / f"fashion_{split}.xz")
-    monkeypatch.setattr(sources, "__file__", str(tmp_path / "image_sources.py"))
-    embedded = {split: sources._embedded(split) for split in ("train", "test")}
+        (tmp_path / f"fashion_{split}.xz").rename(tmp_path / "bundled" / f"fashion_{split}.xz")
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "images" / "datasets.py"))
+    bundled = {split: sources._bundled(split) for split in ("train", "test")}
     # image i has class i mod 10: the first 3 and 2 of each class are the first 30 and 20 images
     for split, seed, num in (("train", 0, 30), ("test", 1, 20)):
-        assert (embedded[split].item_I == picture(seed, 50, 28, 28)[:num]).all()
-        assert embedded[split].label_I.tolist() == [i % 10 for i in range(num)]
+        assert (bundled[split].item_I == picture(seed, 50, 28, 28)[:num]).all()
+        assert bundled[split].label_I.tolist() == [i % 10 for i in range(num)]
 
 
 def test_fashion_mnist_as_debian_or_torchvision_stores_it(tmp_path: Path) -> None:
@@ -484,7 +485,7 @@ def opened(*sets: str, samples: int = 8) -> ImageClassification:
     config = override(get("widenet_demo"), [*sets, *batch])
     mesh: Any = None  # not asked
     explicit = [text.partition("=")[0] for text in sets]
-    return ImageClassification(config, meshes.lay_out(config, 1), mesh, None, explicit)
+    return ImageClassification(config, batch_layout.lay_out(config, 1), mesh, None, explicit)
 
 
 def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
@@ -526,7 +527,7 @@ def test_channels_are_those_of_the_images(tmp_path: Path, kind: str) -> None:
         for channels in (1, 3):
             taken = ImageClassification(
                 override(get("widenet_demo"), [folder, f"model.channels={channels}"]),
-                meshes.lay_out(get("widenet_demo"), 1), None, None, ["data.images"],  # type: ignore[arg-type]
+                batch_layout.lay_out(get("widenet_demo"), 1), None, None, ["data.images"],  # type: ignore[arg-type]
             )  # fmt: skip
             assert taken.config.model.channels == fits  # type: ignore[union-attr]
             assert taken.splits["test"].batch(0, range(4)).image_BQYX.shape[1] == fits
@@ -581,10 +582,10 @@ def test_images_that_are_in_two_splits_are_told(tmp_path: Path, capsys: pytest.C
 # mistakes
 
 BAD = [
-    ({"images": "cifr10"}, "'cifr10' is no folder and no known name; did you mean 'cifar10'.*; give 'embedded'"),
-    ({"images": "/no/such"}, "'/no/such' is no folder and no known name; known: cifar10, cifar100, embedded"),
+    ({"images": "cifr10"}, "'cifr10' is no folder and no known name; did you mean 'cifar10'.*; give 'bundled'"),
+    ({"images": "/no/such"}, "'/no/such' is no folder and no known name; known: bundled, cifar10, cifar100"),
     ({"images": ""}, "'' is no folder"),
-    ({"image_root": "."}, "image_root='.' has no meaning with data.images='embedded'"),
+    ({"image_root": "."}, "image_root='.' has no meaning with data.images='bundled'"),
     ({"images": "cifar10"}, "image_root=None is no folder: data.images='cifar10' needs .*cifar-10-batches-py"),
     ({"images": "cifar10", "image_root": "/no/such"}, "image_root='/no/such' is no folder"),
     ({"images": "cifar100", "image_root": "."}, r"has no whole cifar100 \(Dataset not found or corrupted.\): give"),
@@ -606,7 +607,7 @@ def told(data: ImageDataConfig, message: str, model: VisionConfig = GRAY) -> Non
 
 
 def test_bad_models() -> None:
-    told(PLAIN, "num_classes=9, but data.images='embedded' has 10 classes", dataclasses.replace(GRAY, num_classes=9))
+    told(PLAIN, "num_classes=9, but data.images='bundled' has 10 classes", dataclasses.replace(GRAY, num_classes=9))
     told(PLAIN, r"channels=2: 1 \(gray\) or 3", dataclasses.replace(GRAY, channels=2))
     check_images(PLAIN, dataclasses.replace(GRAY, num_classes=11))
 
@@ -702,20 +703,20 @@ def offer(name, code):
     for module in [m for m in sys.modules if m.startswith("torchvision")]:
         del sys.modules[module]
 sys.path.insert(0, "")
-from moe_dist.data import vision
+from moe_dist.data.images import torchvision_import
 offer("works", "import torch\\nname = 'works'")
-assert vision.import_torchvision().name == 'works' and not vision._SCHEMAS
-assert vision.import_torchvision() is sys.modules["torchvision"]
+assert torchvision_import.import_torchvision().name == 'works' and not torchvision_import._SCHEMAS
+assert torchvision_import.import_torchvision() is sys.modules["torchvision"]
 offer("other", "raise RuntimeError('other')")
 try:
-    vision.import_torchvision()
+    torchvision_import.import_torchvision()
     assert False
 except RuntimeError as error:
-    assert str(error) == "other" and not vision._SCHEMAS
+    assert str(error) == "other" and not torchvision_import._SCHEMAS
 offer("misses", "import torch, torchvision.transforms\\ntorch.library.register_fake('torchvision::nms')(len)")
-torchvision = vision.import_torchvision()
-assert torchvision is sys.modules["torchvision"] and torchvision.transforms.v2 and len(vision._SCHEMAS) == 1
-assert vision.import_torchvision() is torchvision and len(vision._SCHEMAS) == 1
+torchvision = torchvision_import.import_torchvision()
+assert torchvision is sys.modules["torchvision"] and torchvision.transforms.v2 and len(torchvision_import._SCHEMAS) == 1
+assert torchvision_import.import_torchvision() is torchvision and len(torchvision_import._SCHEMAS) == 1
 """
 
 

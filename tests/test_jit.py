@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dist import jit
+from moe_dist.optim import compiled_loops
 
 
 def double(x_N: Any) -> None:
@@ -27,7 +27,7 @@ class Hostile:
 
 def run() -> tuple[list[float], int]:
     """The result of a new start, and the number of functions that it read from disk."""
-    dispatcher: Any = jit.compiled(double)
+    dispatcher: Any = compiled_loops.compiled(double)
     x_N = np.arange(4, dtype=np.float32)
     dispatcher(x_N)
     return x_N.tolist(), sum(dispatcher.stats.cache_hits.values())
@@ -72,7 +72,7 @@ def test_a_file_that_is_whole_but_holds_something_else_is_compiled_again(cache: 
     run()
     (file,) = cache.iterdir()
     for something in (pickle.dumps((1, 2)), b"no pickle", b""):
-        jit._write(file, something)
+        compiled_loops._write(file, something)
         assert run() == (DOUBLED, 0)
 
 
@@ -85,7 +85,7 @@ def halve(x_N: Any) -> None:
 def test_a_whole_file_under_the_name_of_another_is_compiled_again(how: str, cache: Path) -> None:
     """Both are this user's own, in a folder that may be another's."""
     x_N = np.arange(4, dtype=np.float32)
-    jit.compiled(halve)(x_N)
+    compiled_loops.compiled(halve)(x_N)
     assert run() == (DOUBLED, 0)
     halving, doubling = sorted(cache.iterdir(), key=lambda file: "double" in file.name)
     whole = halving.read_bytes()
@@ -108,12 +108,12 @@ def test_who_writes_a_file_removes_those_that_nobody_has_used(
         (cache / name).write_text("")
     (cache / kept[2]).symlink_to("notes.txt")
     (cache / kept[3]).mkdir()
-    then = jit.time.time() - days * 24 * 3600
+    then = compiled_loops.time.time() - days * 24 * 3600
     for path in cache.iterdir():
         os.utime(path, (then, then), follow_symlinks=False)
     assert run() == (DOUBLED, 1) and file.stat().st_mtime > then + 1, "it is in use"
     assert len(list(cache.iterdir())) == 8, "reading removes nothing"
-    jit.compiled(halve)(np.arange(4, dtype=np.float32))
+    compiled_loops.compiled(halve)(np.arange(4, dtype=np.float32))
     left = {path.name for path in cache.iterdir() if "halve" not in path.name}
     assert left == {file.name, *kept, *(names if days < 30 else [])}
     for name in names:
@@ -121,7 +121,7 @@ def test_who_writes_a_file_removes_those_that_nobody_has_used(
         os.utime(cache / name, (then, then))
     real = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: real + 1)
-    jit._remove_unused(cache)
+    compiled_loops._remove_unused(cache)
     assert {path.name for path in cache.iterdir()} >= set(names), "another user's stay"
 
 
@@ -131,9 +131,9 @@ def test_nothing_is_unpickled_that_another_user_may_have_written(
 ) -> None:
     run()
     (file,) = cache.iterdir()
-    jit._write(file, pickle.dumps(Hostile()))
+    compiled_loops._write(file, pickle.dumps(Hostile()))
     with pytest.raises(AssertionError, match="unpickled"):
-        pickle.loads(jit._read(file) or b"")
+        pickle.loads(compiled_loops._read(file) or b"")
     if how == "owner":
         real = os.getuid()
         monkeypatch.setattr(os, "getuid", lambda: real + 1)
@@ -180,9 +180,9 @@ def test_the_name_of_a_file_depends_on_processor_signature_and_source(
         def magic_tuple(self) -> tuple[str, ...]:
             return ("x86_64-linux", self.processor, "+avx2")
 
-    files = jit._Files(double)
+    files = compiled_loops._Files(double)
     names = [files.path(sig, Codegen(cpu)).name for sig in ("f4", "f8") for cpu in ("a", "b")]
-    other = jit._Files(double)
+    other = compiled_loops._Files(double)
     other.source = files.source + b"#"
     names += [other.path("f4", Codegen("a")).name]
     assert len(set(names)) == len(names)
@@ -194,6 +194,6 @@ def test_a_relative_cache_home_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     for given in ("relative", ""):
         monkeypatch.setenv("XDG_CACHE_HOME", given)
-        assert jit.folder() == Path("/home/somebody/.cache/moe_dist")
+        assert compiled_loops.folder() == Path("/home/somebody/.cache/moe_dist")
     monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/me")
-    assert jit.folder() == Path("/scratch/me/moe_dist")
+    assert compiled_loops.folder() == Path("/scratch/me/moe_dist")

@@ -15,15 +15,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moe_dist import keyed
-from moe_dist.context import Context
-from moe_dist.experts import Experts, GeluExperts
-from moe_dist.kernels import gpu
-from moe_dist.kernels.gpu import TILES, TILES_FLOAT32, Tiles, feedforward, tile
-from moe_dist.later import Form
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.routing import Routing
-from moe_dist.rows import Copies
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.moe.delayed_wgrad import Form
+from moe_dist.moe.experts import Experts, GeluExperts
+from moe_dist.moe.kernels import triton_ffn
+from moe_dist.moe.kernels.triton_ffn import TILES, TILES_FLOAT32, Tiles, feedforward, tile
+from moe_dist.moe.permutation import Copies
+from moe_dist.moe.routing import Routing
+from moe_dist.nn import prng
+from moe_dist.nn.token_context import Context
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -43,7 +43,7 @@ CASES = {
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=keyed.generator("test_kernels_gpu", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_kernels_gpu", key))
 
 
 def leaves(case: str, dim: int, hidden: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -140,7 +140,7 @@ def test_recompute_keeps_no_hidden_units_and_gradients_of_weights_may_wait() -> 
 
 def test_every_assignment_is_in_one_tile() -> None:
     for _, count_e in CASES.values():
-        work = gpu._Work.listed(torch.zeros(sum(count_e)), torch.tensor(count_e), SMALL)
+        work = triton_ffn._Work.listed(torch.zeros(sum(count_e)), torch.tensor(count_e), SMALL)
         tiles = [(i, n, min(n + 16, end)) for i, n, end in work.tile_M3.tolist() if n < end]
         last_e = torch.tensor(count_e).cumsum(0).tolist()
         in_order = [
@@ -217,7 +217,7 @@ def experts_with_and_without(device: str, dtype: str) -> None:
 
 def interpreted_experts() -> None:
     interpret()
-    gpu.supported = lambda num_rows, *_: num_rows > 0
+    triton_ffn.supported = lambda num_rows, *_: num_rows > 0
     experts_with_and_without("cpu", "bf16")
 
 
@@ -233,7 +233,7 @@ def test_experts_are_not_switched_on_and_ask_what_is_supported(monkeypatch: pyte
     assert not experts.triton
     experts.triton = with_biases.triton = True
     assert path(experts) is None, "there is no GPU"
-    monkeypatch.setattr(gpu, "supported", lambda num_rows, *_: num_rows > 0)
+    monkeypatch.setattr(triton_ffn, "supported", lambda num_rows, *_: num_rows > 0)
     assert path(experts) is feedforward
     assert path(experts, num_rows=0) is path(experts, on=torch.sign) is path(with_biases) is None
     experts.triton = False

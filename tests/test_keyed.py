@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist import keyed
-from moe_dist.context import Context
+from moe_dist.nn import prng, token_noise
+from moe_dist.nn.token_context import Context
 
 FLOAT64 = torch.float64
 B, S, C = 64, 64, 128
@@ -36,12 +36,12 @@ def context(num_samples: int = B, positions: int = S, **changes: Any) -> Context
 
 
 def normal(ctx: Context, use: str = "gate", channels: int = C) -> torch.Tensor:
-    return keyed.normal(ctx, use, torch.arange(channels), FLOAT64)
+    return token_noise.normal(ctx, use, torch.arange(channels), FLOAT64)
 
 
 def bits(ctx: Context, channels: int = C) -> torch.Tensor:
     """Words 0 to 2^32 - 1."""
-    return keyed._bits(ctx, "gate", torch.arange(channels)).long() & 0xFFFFFFFF
+    return token_noise._bits(ctx, "gate", torch.arange(channels)).long() & 0xFFFFFFFF
 
 
 # what a number follows from
@@ -51,7 +51,7 @@ def test_noise_and_dropout_belong_to_the_token() -> None:
     """Neither the other tokens of a call, nor their order, nor the other channels matter."""
     ctx = context(8, 8)
     z_TC = normal(ctx)
-    kept_TD = keyed.dropout(torch.ones(64, C), 0.5, ctx)
+    kept_TD = token_noise.dropout(torch.ones(64, C), 0.5, ctx)
     for rows in (
         torch.tensor([17]),
         torch.arange(64).flip(0),
@@ -59,9 +59,9 @@ def test_noise_and_dropout_belong_to_the_token() -> None:
         torch.zeros(0, dtype=torch.long),
     ):
         assert torch.equal(normal(ctx.rows(rows)), z_TC[rows])
-        assert torch.equal(keyed.dropout(torch.ones(len(rows), C), 0.5, ctx.rows(rows)), kept_TD[rows])
+        assert torch.equal(token_noise.dropout(torch.ones(len(rows), C), 0.5, ctx.rows(rows)), kept_TD[rows])
     channel_C = torch.tensor([3, 100, 0])
-    assert torch.equal(keyed.normal(ctx, "gate", channel_C, FLOAT64), z_TC[:, channel_C])
+    assert torch.equal(token_noise.normal(ctx, "gate", channel_C, FLOAT64), z_TC[:, channel_C])
 
 
 def test_the_layout_of_the_batch_does_not_matter() -> None:
@@ -81,7 +81,7 @@ def test_every_part_of_the_key_matters() -> None:
         "use": normal(ctx, "dropout"),
         "sample": normal(dataclasses.replace(ctx, sample_T=ctx.sample_T + B)),
         "position": normal(dataclasses.replace(ctx, position_T=ctx.position_T + S)),
-        "channel": keyed.normal(ctx, "gate", torch.arange(C) + C, FLOAT64),
+        "channel": token_noise.normal(ctx, "gate", torch.arange(C) + C, FLOAT64),
         "sample for position": normal(dataclasses.replace(ctx, sample_T=ctx.position_T, position_T=ctx.sample_T))[1:S],
         "step for site": normal(dataclasses.replace(ctx, step=1, site=3)),
     }
@@ -120,7 +120,7 @@ def test_no_two_tokens_share_their_noise() -> None:
 
 def test_generators_follow_from_their_key() -> None:
     def draw(*key: int | str) -> float:
-        return torch.rand((), generator=keyed.generator(*key)).item()
+        return torch.rand((), generator=prng.generator(*key)).item()
 
     assert draw(0, "w", 1) == draw(0, "w", 1)
     assert len({draw(0, "w", 1), draw(1, "w", 1), draw(0, "v", 1), draw(0, "w", 2), draw(0, "w")}) == 5
@@ -129,13 +129,13 @@ def test_generators_follow_from_their_key() -> None:
 def test_the_default_generator_is_lent_and_given_back() -> None:
     before = torch.get_rng_state()
     drawn = []
-    with pytest.raises(ZeroDivisionError), keyed.default_generator() as reseed:
+    with pytest.raises(ZeroDivisionError), prng.default_generator() as reseed:
         for key in ((0, "w", 1), (0, "w", 2), (0, "w", 1)):
             reseed(*key)
             drawn.append(torch.rand(()).item())
         raise ZeroDivisionError
     assert drawn[0] == drawn[2] != drawn[1]
-    assert drawn[0] == torch.rand((), generator=keyed.generator(0, "w", 1)).item()
+    assert drawn[0] == torch.rand((), generator=prng.generator(0, "w", 1)).item()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -162,7 +162,7 @@ def test_bits_are_uniform() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 def test_normal_has_the_moments_of_a_normal(dtype: torch.dtype) -> None:
-    z = keyed.normal(context(), "gate", torch.arange(C), dtype).double()
+    z = token_noise.normal(context(), "gate", torch.arange(C), dtype).double()
     n = z.numel()
     assert abs(z.mean()) < 4 / n**0.5
     assert abs(z.square().mean() - 1) < 4 * (2 / n) ** 0.5  # the variance of z² is 2
@@ -175,7 +175,7 @@ def test_normal_has_the_moments_of_a_normal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 def test_normal_of_any_word_is_finite(dtype: torch.dtype) -> None:
     word = torch.tensor([0, 1, 2**31 - 1, -(2**31), -1], dtype=torch.int32)
-    z = keyed._normal_of(word, dtype)
+    z = token_noise._normal_of(word, dtype)
     assert z.dtype == dtype
     assert z.isfinite().all()
     assert 5 < z.max() < 5.5
@@ -183,7 +183,7 @@ def test_normal_of_any_word_is_finite(dtype: torch.dtype) -> None:
 
 
 def test_normal_is_the_same_in_any_precision() -> None:
-    narrow = keyed.normal(context(), "gate", torch.arange(C), torch.float32)
+    narrow = token_noise.normal(context(), "gate", torch.arange(C), torch.float32)
     torch.testing.assert_close(narrow.double(), normal(context()), atol=1e-5, rtol=1e-5)
 
 
@@ -204,7 +204,7 @@ def test_neighbours_are_not_correlated() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
     x_TD = torch.full((B * S, C), 3.0, dtype=FLOAT64)
-    y_TD = keyed.dropout(x_TD, p, context())
+    y_TD = token_noise.dropout(x_TD, p, context())
     n = y_TD.numel()
     kept = y_TD != 0
     torch.testing.assert_close(y_TD[kept], x_TD[kept] / (1 - p))
@@ -218,19 +218,19 @@ def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
 
 def test_dropout_scales_the_gradient_like_the_value() -> None:
     x_TD = torch.ones(B * S, C, requires_grad=True)
-    y_TD = keyed.dropout(x_TD, 0.5, context())
+    y_TD = token_noise.dropout(x_TD, 0.5, context())
     y_TD.sum().backward()
     assert torch.equal(x_TD.grad, y_TD)
 
 
 def test_dropout_is_the_identity_in_evaluation_and_at_0() -> None:
     x_TD = torch.randn(B * S, C)
-    assert keyed.dropout(x_TD, 0.5, context(train=False)) is x_TD
-    assert keyed.dropout(x_TD, 0.0, context()) is x_TD
+    assert token_noise.dropout(x_TD, 0.5, context(train=False)) is x_TD
+    assert token_noise.dropout(x_TD, 0.0, context()) is x_TD
 
 
 def test_dropout_keeps_the_dtype() -> None:
     for dtype in (torch.bfloat16, torch.float32, FLOAT64):
-        y_TD = keyed.dropout(torch.ones(4, 8, dtype=dtype), 0.5, context(2, 2))
+        y_TD = token_noise.dropout(torch.ones(4, 8, dtype=dtype), 0.5, context(2, 2))
         assert y_TD.dtype == dtype
         assert set(y_TD.flatten().tolist()) == {0.0, 2.0}

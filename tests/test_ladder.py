@@ -7,16 +7,17 @@ import pytest
 import torch
 from runs import Run
 
-from moe_dist import configs
-from moe_dist.config import Config, LSTMConfig, override
-from moe_dist.configs import shazeer2017
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.config import papers
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import shazeer2017
+from moe_dist.config.schema import Config, LSTMConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
 
 
 def divided(name: str, text: str) -> Config:
     """32 of 512 units, an eighth of the experts and at most 64, 4 lanes."""
-    config = configs.get(name)
+    config = papers.get(name)
     assert isinstance(config.model, LSTMConfig)
     model, moe = config.model, config.model.moe
     sets = [f"data.text={text}", "data.vocabulary_size=300", "batch.samples=4", "batch.samples_per_balance_group=none"]

@@ -11,14 +11,15 @@ import torch
 from runs import Run, tiny
 from torch import nn
 
-from moe_dist.config import OptimConfig, override
-from moe_dist.configs import get
-from moe_dist.context import Context
-from moe_dist.models import softmax as softmax_module
-from moe_dist.models.softmax import Softmax, draw, inclusion
-from moe_dist.outside import Rows
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import get
+from moe_dist.config.schema import OptimConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.models import sampled_softmax as softmax_module
+from moe_dist.models.sampled_softmax import Softmax, draw, inclusion
+from moe_dist.nn.token_context import Context
+from moe_dist.optim.row_sparse_adam import Rows
 
 V, D, T = 30, 4, 7
 

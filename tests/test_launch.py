@@ -18,8 +18,8 @@ from runs import TINY
 
 from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses
 from moe_dist.checkpoint import manifest
-from moe_dist.cli import plan
-from moe_dist.parallel import ports
+from moe_dist.distributed import rendezvous_port
+from moe_dist.training.run import plan
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "multinode.sh", "deepspeed.sh", "slurm.sbatch")
@@ -263,7 +263,8 @@ def test_a_master_by_name_is_the_node_of_its_address(small_text: Path, tmp_path:
     done = subprocess.run(
         [LAUNCH / "multinode.sh", "--folder", tmp_path / "run", "--dry-run", *set_(*small(small_text))],
         env=os.environ | VARIABLES | {
-            "NODES": "1", "GPUS": "1", "CONFIG": "lstm_moe_demo", "MASTER": f"{socket.gethostname()}:{ports.free()}",
+            "NODES": "1", "GPUS": "1", "CONFIG": "lstm_moe_demo",
+            "MASTER": f"{socket.gethostname()}:{rendezvous_port.free()}",
             "ADDRESS": host_address(), "PATH": PATH,
         },
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
@@ -498,7 +499,7 @@ def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
     """Without ssh: one script a node."""
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     variables = VARIABLES | {
-        "GPUS": "1", "MASTER": f"127.0.0.1:{ports.free()}", "CONFIG": "lstm_moe_demo",
+        "GPUS": "1", "MASTER": f"127.0.0.1:{rendezvous_port.free()}", "CONFIG": "lstm_moe_demo",
         "HOSTFILE": str(tmp_path / "hostfile"), "PATH": PATH,
     }  # fmt: skip
     sets = small(small_text, "steps=2", "save_every=2")

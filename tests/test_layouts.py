@@ -8,8 +8,8 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
 
 STEPS = 20
 Result = dict[str, Any]

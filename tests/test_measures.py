@@ -9,13 +9,14 @@ import pytest
 import torch
 from runs import Run, tiny_sentences
 
-from moe_dist.data import sentences
-from moe_dist.data.sentences import open_sentences
-from moe_dist.evaluate import evaluate, evaluate_test
-from moe_dist.measures import f1, headline, matthews, pearson, spearman, written
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.tasks import texts
+from moe_dist.data.text import sentences
+from moe_dist.data.text.sentences import open_sentences
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.monitoring.metric_format import headline, written
+from moe_dist.tasks import text_classification
+from moe_dist.tasks.scores import f1, matthews, pearson, spearman
+from moe_dist.training.evaluate import evaluate, evaluate_test
 
 
 def test_matthews_and_f1_by_hand() -> None:
@@ -88,8 +89,8 @@ def measured(folder: Path, ep: int) -> dict[str, Any]:
     found = {}
     for kind in ("matthews", "f1", "scores"):
         source = str(folder / ("scores" if kind == "scores" else "two"))
-        texts.GLUE_MEASURES = {} if kind == "scores" else {source: kind}
-        sentences.SCORES = texts.SCORES = (source,) if kind == "scores" else ()
+        text_classification.GLUE_MEASURES = {} if kind == "scores" else {source: kind}
+        sentences.SCORES = text_classification.SCORES = (source,) if kind == "scores" else ()
         sets = [f"data.sentences={source}", "batch.samples=16", "optim.lr=1e-2", f"mesh.ep={ep}"]
         run = Run(tiny_sentences(*sets, "model.encoder.moe.capacity_factor=none")).steps(0, 12)
         told = evaluate(run.engine, run.task, "test", run.mesh)
@@ -116,10 +117,10 @@ def test_mnli_has_two_test_splits() -> None:
         return {f"{split}/accuracy": 0.5}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_dist.evaluate.evaluate", told)
+        patch.setattr("moe_dist.training.evaluate.evaluate", told)
         result = evaluate_test(None, Task(), None)  # type: ignore[arg-type]
     assert result == {"test/accuracy": 0.5, "mismatched/accuracy": 0.5} and asked == ["test", "mismatched"]
-    task = object.__new__(texts.TextClassification)
+    task = object.__new__(text_classification.TextClassification)
     task.has_scores = False
     line = task.told(result | {"test/accuracy": 0.825, "test/loss": 0.5})
     assert line == "test accuracy 82.50 %    mismatched 50.00 %    loss 0.5000 nats per text"

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from moe_dist import memory
-from moe_dist.rows import Copies
+from moe_dist.distributed import buffer_pool
+from moe_dist.moe.permutation import Copies
 
 LIKE = torch.zeros(1)
 MEGA = 2**20  # elements of 4 bytes
@@ -14,28 +14,28 @@ MEGA = 2**20  # elements of 4 bytes
 
 @pytest.fixture(autouse=True)
 def nothing_yet() -> None:
-    memory._free.clear()
-    memory._total = memory._most = 0
+    buffer_pool._free.clear()
+    buffer_pool._total = buffer_pool._most = 0
 
 
 def test_pages_go_to_the_next_tensor_when_the_last_view_is_gone() -> None:
-    first = memory.empty(3, MEGA, like=LIKE)
+    first = buffer_pool.empty(3, MEGA, like=LIKE)
     where, view = first.data_ptr(), first[1:]
     del first
-    other = memory.empty(3, MEGA, like=LIKE)
+    other = buffer_pool.empty(3, MEGA, like=LIKE)
     assert other.data_ptr() != where, "a view is alive"
     del view
     # of 2.5 where 3 are free: within 1.5 times its size; and of another dtype
-    again = memory.empty(5, MEGA, like=LIKE.to(torch.bfloat16))
+    again = buffer_pool.empty(5, MEGA, like=LIKE.to(torch.bfloat16))
     assert again.data_ptr() == where and again.dtype == torch.bfloat16 and again.shape == (5, MEGA)
 
 
 def test_a_block_that_was_outgrown_is_let_go() -> None:
     for size in range(8, 20):
-        tensor = memory.empty(size, MEGA, like=LIKE)
+        tensor = buffer_pool.empty(size, MEGA, like=LIKE)
         del tensor
     # 8 MB, outgrown by 9, and so on; each comes in place of the one before
-    assert [len(block) for block in memory._free] == [19 * 4 * MEGA]
+    assert [len(block) for block in buffer_pool._free] == [19 * 4 * MEGA]
 
 
 def test_sizes_that_change_do_not_pile_up() -> None:
@@ -44,22 +44,22 @@ def test_sizes_that_change_do_not_pile_up() -> None:
     alive: list[torch.Tensor] = []
     most = 0
     for _ in range(400):
-        alive = [*alive[-3:], memory.empty(int(2 ** chance.uniform(18, 22)), like=LIKE)]
+        alive = [*alive[-3:], buffer_pool.empty(int(2 ** chance.uniform(18, 22)), like=LIKE)]
         most = max(most, sum(t.nbytes for t in alive))
     del alive
-    assert memory._total == sum(map(len, memory._free))
-    assert most <= memory._total <= 1.5 * 1.5 * most  # blocks may be 1.5 times as large as what they are lent for
+    assert buffer_pool._total == sum(map(len, buffer_pool._free))
+    assert most <= buffer_pool._total <= 1.5 * 1.5 * most  # blocks may be 1.5 times as large as what they are lent for
 
 
 def test_autograd_may_add_to_them_in_place() -> None:
     """It does not where other tensors have the memory; of a view the base has."""
-    assert not memory.empty(MEGA, like=LIKE)._is_view()
+    assert not buffer_pool.empty(MEGA, like=LIKE)._is_view()
 
 
 def test_small_ones_are_left_to_torch() -> None:
-    tensor = memory.empty(2**10, like=LIKE)
+    tensor = buffer_pool.empty(2**10, like=LIKE)
     del tensor
-    assert not memory._free
+    assert not buffer_pool._free
 
 
 def test_gradients_take_the_pages_of_the_last_step() -> None:
@@ -69,4 +69,4 @@ def test_gradients_take_the_pages_of_the_last_step() -> None:
         x_TD.grad = None
         copies.add_up(copies.take(x_TD) * 2).sum().backward()
         assert x_TD.grad is not None and (x_TD.grad == 4).all()  # two copies, twice
-    assert len(memory._free) == 1  # of copies forward, and of their gradient after them
+    assert len(buffer_pool._free) == 1  # of copies forward, and of their gradient after them

@@ -7,12 +7,12 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist import meter as meters
-from moe_dist.clock import PARTS
-from moe_dist.meter import Meter
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.training import train_step
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.monitoring.step_timer import PARTS
+from moe_dist.training import metric_accumulator as meters
+from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.setup import train_step
 
 
 @pytest.mark.timeout(120)

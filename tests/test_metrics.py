@@ -16,8 +16,10 @@ import wandb
 from processes import check_plan
 from wandb_file import records_of, wandb_log
 
-from moe_dist import metrics, report
-from moe_dist.metrics import Metrics, read_metrics
+from moe_dist.monitoring import metrics_logger, wandb_logger
+from moe_dist.monitoring.metrics_file import read_metrics
+from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.report import files as report_files
 
 CONFIG = {"experts": 4, "lr": 0.5, "data": {"name": "tiny"}}
 
@@ -160,7 +162,7 @@ def test_an_unknown_wandb_mode_is_refused(tmp_path, enabled):
 )  # fmt: skip
 def test_the_mode_is_the_configs_or_else_the_environments(monkeypatch, mode, asked, expected):
     monkeypatch.setenv("WANDB_MODE", asked)
-    assert metrics.wandb_mode_of(mode) == expected
+    assert wandb_logger.wandb_mode_of(mode) == expected
 
 
 @pytest.mark.parametrize("asked", ["offlin", "OFF", "1", "false"])
@@ -225,8 +227,8 @@ def server(status: int):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("status", "key"), [(401, "a" * 40), (500, "b" * 40), (0, "c" * 40), (404, "no key at all")])
 def test_a_server_that_cannot_be_used_leaves_an_offline_run_with_all_curves(tmp_path, monkeypatch, capfd, status, key):
-    monkeypatch.setattr(metrics, "_WANDB_INIT_SECONDS", 2.0)
-    monkeypatch.setattr(metrics, "_WANDB_FINISH_SECONDS", 60.0)  # for a busy machine; it takes one or two
+    monkeypatch.setattr(wandb_logger, "_WANDB_INIT_SECONDS", 2.0)
+    monkeypatch.setattr(wandb_logger, "_WANDB_FINISH_SECONDS", 60.0)  # for a busy machine; it takes one or two
     monkeypatch.setenv("WANDB_API_KEY", key)
     with server(status) as address:
         monkeypatch.setenv("WANDB_BASE_URL", address)
@@ -244,7 +246,7 @@ def test_a_server_that_cannot_be_used_leaves_an_offline_run_with_all_curves(tmp_
 
 def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(tmp_path, capsys, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(metrics_logger.time, "monotonic", lambda: clock[0])
     with make(tmp_path, total_steps=50, start_step=10) as log:
         for step in range(11, 51):
             clock[0] += 0.5
@@ -258,7 +260,7 @@ def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(tmp_path,
 
 def test_an_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(metrics_logger.time, "monotonic", lambda: clock[0])
     with make(tmp_path, total_steps=3) as log:
         for step in (1, 2, 3):
             for line in ({"train/loss": 9.0 / step}, {"valid/perplexity": 170.0 + step}, {"test/loss": 5.0}):
@@ -275,7 +277,7 @@ def test_an_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch)
 
 
 def test_on_a_terminal_progress_is_a_bar(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(metrics_logger.sys.stderr, "isatty", lambda: True)
     with make(tmp_path, start_step=4) as log:
         for step in range(5, 11):
             log.log(step, {"train/loss": 5.1234})
@@ -319,7 +321,7 @@ def test_wandb_gets_the_load_map_at_an_evaluation(tmp_path):
         for step in range(6):
             log.log(step, values(step) | {"moe/1/importance": [1.0, math.nan]})
             if step in (2, 5):
-                log.pictures(step, functools.partial(report.write_report, tmp_path, only_loads=True))
+                log.pictures(step, functools.partial(report_files.write_report, tmp_path, only_loads=True))
     _, _, history = wandb_log(tmp_path)
     assert [line["_step"] for line in history] == list(range(6))
     logged = {line["_step"]: line["report/load_1/path"] for line in history if "report/load_1/path" in line}
@@ -374,9 +376,9 @@ def test_a_failing_wandb_is_one_warning(tmp_path, capsys, monkeypatch, broken):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("backlog", "reason"), [(100, "does not finish"), (3, "lies 3 lines behind")])
 def test_a_stuck_wandb_does_not_hold_the_run_up(tmp_path, capsys, monkeypatch, backlog, reason):
-    monkeypatch.setattr(metrics, "_WANDB_INIT_SECONDS", 0.2)
-    monkeypatch.setattr(metrics, "_WANDB_FINISH_SECONDS", 0.2)
-    monkeypatch.setattr(metrics, "_WANDB_QUEUE", backlog)
+    monkeypatch.setattr(wandb_logger, "_WANDB_INIT_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_logger, "_WANDB_FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_logger, "_WANDB_QUEUE", backlog)
     stuck = threading.Event()
     monkeypatch.setattr(wandb, "init", lambda **_: stuck.wait())
     start = time.monotonic()

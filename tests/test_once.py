@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config import MeshConfig, override
-from moe_dist.context import Context
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import exchange_on, kind_on
-from moe_dist.routing import Routing, route
+from moe_dist.config.overrides import override
+from moe_dist.config.schema import MeshConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.parallelize import exchange_on, kind_on
+from moe_dist.moe.routing import Routing, route
+from moe_dist.nn.token_context import Context
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -163,7 +164,7 @@ def test_the_best_kind_by_hand() -> None:
 def test_an_unknown_exchange_is_refused() -> None:
     from runs import tiny
 
-    from moe_dist.config import check
+    from moe_dist.config.validate import check
 
     with pytest.raises(ValueError, match=r"mesh\.exchange='twice'"):
         check(override(tiny(), ["mesh.exchange=twice"]))

@@ -10,15 +10,16 @@ import torch
 from runs import Run, tiny, tiny_images
 from torch import nn
 
-from moe_dist import factored
-from moe_dist.config import OptimConfig
-from moe_dist.data.vision import import_torchvision
-from moe_dist.factored import factored_update, squares_of
-from moe_dist.optim import FORMS, learning_rate
-from moe_dist.outside import Adam, square_of
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.mesh import Axis
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.config.schema import OptimConfig
+from moe_dist.data.images.torchvision_import import import_torchvision
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.mesh import Axis
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.optim import factored_adam
+from moe_dist.optim.expert_state import Adam, square_of
+from moe_dist.optim.factored_adam import factored_update, squares_of
+from moe_dist.optim.lr_schedule import learning_rate
+from moe_dist.optim.optimizer import FORMS
 
 PLAIN = OptimConfig(lr=1.0, eps=0.0, expert_beta2=0.5)
 
@@ -83,8 +84,8 @@ def test_many_steps_equal_the_plain_form(form: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five experts, of 150 rows: column sums are made of three parts."""
-    monkeypatch.setattr(factored, "WORTH_A_LOOP", 1)
-    monkeypatch.setattr(factored, "ELEMENTS_A_THREAD", 1)
+    monkeypatch.setattr(factored_adam, "WORTH_A_LOOP", 1)
+    monkeypatch.setattr(factored_adam, "ELEMENTS_A_THREAD", 1)
     config = OptimConfig(eps=1e-3, expert_beta2=0.9)
     generator = torch.Generator().manual_seed(0)
     g_list = [torch.randn(5, 150, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -100,13 +101,13 @@ def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("at_once", [1, 400, 2**26], ids=["one expert", "two experts", "all"])
 def test_eager_passes_equal_the_compiled_ones(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same float32 numbers; 5 experts of 12 x 16."""
-    monkeypatch.setitem(factored.ELEMENTS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(factored_adam.ELEMENTS_AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     g, w = (torch.randn(5, 12, 16, generator=generator) for _ in range(2))
     config = OptimConfig(eps=1e-3, weight_decay=0.1)
     told = []
     for worth in (2**20, 1):
-        monkeypatch.setattr(factored, "WORTH_A_LOOP", worth)
+        monkeypatch.setattr(factored_adam, "WORTH_A_LOOP", worth)
         moved, row, column = w.clone(), torch.zeros(5, 12), torch.zeros(5, 16)
         sums = squares_of(g)
         factored_update(moved, g, *sums, row, column, 0.5, 0.1, 3, config)
@@ -130,7 +131,7 @@ def test_a_graph_of_earlier_weights_is_refused(columns: int) -> None:
 @pytest.mark.parametrize("worth", [2**20, 1], ids=["eager", "compiled"])
 def test_what_is_not_a_number_is_seen(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sums, of which the norm is made."""
-    monkeypatch.setattr(factored, "WORTH_A_LOOP", worth)
+    monkeypatch.setattr(factored_adam, "WORTH_A_LOOP", worth)
     for value in (math.nan, math.inf, 1e30):
         g = torch.ones(2, 5, 70)
         g[1, 3, 66] = value

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from moe_dist.config import MeshConfig
-from moe_dist.context import Context
-from moe_dist.experts import Experts, GeluExperts
-from moe_dist.hierarchical import Groups
-from moe_dist.kernels import cpu
-from moe_dist.later import Later
-from moe_dist.parallel import collectives
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import exchange_on
-from moe_dist.routing import Routing, route
+from moe_dist.config.schema import MeshConfig
+from moe_dist.distributed import chunked_all_to_all
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.parallelize import exchange_on
+from moe_dist.moe.delayed_wgrad import Later
+from moe_dist.moe.experts import Experts, GeluExperts
+from moe_dist.moe.hierarchical import Groups
+from moe_dist.moe.kernels import cpu_ffn
+from moe_dist.moe.routing import Routing, route
+from moe_dist.nn.token_context import Context
 
 pytestmark = pytest.mark.timeout(100)
 T, D, F, E = 16, 8, 12, 8
@@ -31,7 +31,7 @@ def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
     meshes.join()
     mesh = meshes.arrange(torch.distributed.get_world_size())
     told: list[str] = []
-    start, wait, form = collectives._Way.start, collectives._Way.wait, Later.put_off
+    start, wait, form = chunked_all_to_all._Way.start, chunked_all_to_all._Way.wait, Later.put_off
 
     def name(way: Any, c: int) -> str:
         return f"{way.label[1]} {c}"
@@ -52,8 +52,8 @@ def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
 
         form(later, i, s, formed)
 
-    collectives._Way.start, collectives._Way.wait, Later.put_off = started, waited, put_off  # type: ignore
-    cpu.WORTH_IT = 0 if what == "fast" else 2**40
+    chunked_all_to_all._Way.start, chunked_all_to_all._Way.wait, Later.put_off = started, waited, put_off  # type: ignore
+    cpu_ffn.WORTH_IT = 0 if what == "fast" else 2**40
     mine = E // mesh.ep.size
     experts = (
         Groups(mine, 3, D, F, k=2) if what == "groups" else (GeluExperts if what == "gelu" else Experts)(mine, D, F)

@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 from processes import check_plan, set_
 
-from moe_dist import cli
-from moe_dist import training as training_module
-from moe_dist.checkpoint.sharded import Saver
-from moe_dist.config import Config, from_json, override, to_json, value_of
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.rehearsal import fitted
-from moe_dist.training import set_up, train_step
+from moe_dist.checkpoint.distributed import Saver
+from moe_dist.config.overrides import from_json, override, to_json, value_of
+from moe_dist.config.schema import Config
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.planner.microbenchmark import fitted
+from moe_dist.training import run as training_run
+from moe_dist.training import setup as training_module
+from moe_dist.training.setup import set_up, train_step
 
 DATA = {  # config -> the field that names its data
     "lstm_moe_demo": "data.text",
@@ -68,7 +69,7 @@ def own(name: str, folder: Path, *more: str) -> list[str]:
 
 def begin(argv: list[str]) -> Any:
     """The beginning of train.py: the run and its training, after a step."""
-    run = cli.plan(argv, None)
+    run = training_run.plan(argv, None)
     mesh = meshes.arrange(1)
     training = set_up(run.config, run.ds_config, mesh, run.known(), explicit=run.explicit, settle=run.settle)
     for _ in train_step(training, 1):
@@ -98,7 +99,7 @@ def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
     for name in DATA:
         run, training = begin(own(name, folder, "batch.samples=32"))
         engine_parameters = sum(p.numel() for p in training.task.plain_model(training.config).parameters())
-        named = {key: cli.attrgetter(key)(run.config) for key in training.task.from_data}
+        named = {key: training_run.attrgetter(key)(run.config) for key in training.task.from_data}
         taken[name] = named | {"parameters": (run.told["parameters"], engine_parameters)}
         assert training.config == run.config == from_json(to_json(run.config))
     meshes.stop()
@@ -113,9 +114,9 @@ def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
 def test_a_model_that_its_data_makes_too_large_is_refused(
     name: str, larger: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = cli.plan(own(name, folder, "batch.samples=16"), None)
+    run = training_run.plan(own(name, folder, "batch.samples=16"), None)
     needed = sum(run.told["per_rank"]["memory_bytes"].values())
-    monkeypatch.setattr(cli, "memory_per_rank", lambda: needed)
+    monkeypatch.setattr(training_run, "memory_per_rank", lambda: needed)
     run.settle(run.config)
     with pytest.raises(ValueError, match=r"^a rank needs .* GB and has .* GB"):
         run.settle(override(run.config, [larger]))
@@ -141,7 +142,7 @@ def refuse_all(folder: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_module, "parallelize", build)
         for name, key in (("lstm_moe_demo", "data.vocabulary_size"), ("widenet_text_demo", "model.num_classes")):
-            run = cli.plan(own(name, folder, "batch.samples=16"), None)
+            run = training_run.plan(own(name, folder, "batch.samples=16"), None)
             with pytest.raises(ValueError, match=r"^too large$"):
                 set_up(run.config, run.ds_config, meshes.arrange(1), settle=partial(refuse, key))
     meshes.stop()
@@ -166,7 +167,7 @@ def go_on(folder: Path, run_folder: Path) -> bool:
         ["--resume", str(run_folder)],
         ["--evaluate", str(run_folder)],
     ):
-        again = cli.plan(argv, None)
+        again = training_run.plan(argv, None)
         assert again.config == run.config
         again.choose(training.mesh)
         resumed = set_up(again.config, again.ds_config, training.mesh, again.known(), resumed=True)
@@ -226,7 +227,7 @@ def test_classes_that_the_user_has_set_too_low_are_found_before_any_work(
 
 @pytest.mark.timeout(100)
 def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
-    config, _ = cli.named_config("lstm_moe_demo", [f"data.text={folder / 'text.txt'}", "mesh.ep=4"])
+    config, _ = training_run.named_config("lstm_moe_demo", [f"data.text={folder / 'text.txt'}", "mesh.ep=4"])
     taken = fitted(config, frozenset())
     assert taken.data.vocabulary_size == 14 and taken.mesh.ep == 4  # type: ignore[union-attr]
 
@@ -249,7 +250,7 @@ def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
 def test_groups_of_samples_follow_from_the_batch(
     name: str, sets: list[str], groups: tuple[int | None, int], changed: list[str]
 ) -> None:
-    config, notes = cli.named_config(name, sets)
+    config, notes = training_run.named_config(name, sets)
     assert (config.batch.samples_per_balance_group, config.batch.samples_per_token_group) == groups
     assert [note.split("=")[0] for note in notes] == [f"batch.samples_per_{group}_group" for group in changed]
 
@@ -262,7 +263,7 @@ def test_a_dry_run_reads_no_data_and_says_so(folder: Path, capsys: pytest.Captur
         ["widenet_text_demo", *set_("model.num_classes=2", "model.vocabulary_size=90"), "--json"],
     ):
         with pytest.raises(SystemExit) as exit_:
-            cli.plan([*argv, "--dry-run"], None)
+            training_run.plan([*argv, "--dry-run"], None)
         assert exit_.value.code == 0
         told.append(capsys.readouterr().out.splitlines()[-1])
     note = "note: --dry-run reads no data, from which a run takes"
@@ -280,8 +281,8 @@ def test_a_dry_run_reads_no_data_and_says_so(folder: Path, capsys: pytest.Captur
     ],
 )
 def test_a_baseline_of_other_data_is_not_mentioned_unless_it_was_named(sets: list[str], lines: int) -> None:
-    config, _ = cli.named_config("lstm_moe_demo", sets)
-    run = cli.Run(config, {}, Path("x"), explicit=cli.keys_of(sets))
-    told = cli.result_lines(run, "test perplexity 9.00", updates=config.steps).splitlines()
+    config, _ = training_run.named_config("lstm_moe_demo", sets)
+    run = training_run.Run(config, {}, Path("x"), explicit=training_run.keys_of(sets))
+    told = training_run.result_lines(run, "test perplexity 9.00", updates=config.steps).splitlines()
     assert len(told) == 2 + lines
     assert any("not comparable" in line for line in told) == (lines == 1)

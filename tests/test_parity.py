@@ -17,19 +17,19 @@ import torch
 from reference import Expert, Gate, language_model, moe, relu_experts
 from torch import nn
 
-from moe_dist import keyed
-from moe_dist.config import LSTMConfig, MeshConfig, MoEConfig
-from moe_dist.context import Context
-from moe_dist.experts import Experts
-from moe_dist.gating.topk import NoisyTopK
-from moe_dist.kernels import cpu
-from moe_dist.layer import MoE
+from moe_dist.config.schema import LSTMConfig, MeshConfig, MoEConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.parallelize import ParallelModel, parallelize
 from moe_dist.models.lstm_lm import LSTMLanguageModel
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import ParallelModel, parallelize
-from moe_dist.parameters import bounds_of, initialize, parameter
-from moe_dist.routing import Routing
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.gating.noisy_topk import NoisyTopK
+from moe_dist.moe.kernels import cpu_ffn
+from moe_dist.moe.layer import MoE
+from moe_dist.moe.routing import Routing
+from moe_dist.nn import prng, token_noise
+from moe_dist.nn.init import bounds_of, initialize, parameter
+from moe_dist.nn.token_context import Context
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -48,7 +48,7 @@ class Layout:
     cut: tuple[int, ...]
     exchange: str = "auto"  # "node": two nodes of two ranks
     pieces: int | None = None
-    worth_it: int = cpu.WORTH_IT  # bytes of hidden units of an expert from which it is run by itself
+    worth_it: int = cpu_ffn.WORTH_IT  # bytes of hidden units of an expert from which it is run by itself
 
     @property
     def world(self) -> int:
@@ -126,7 +126,7 @@ class ExpertsByPlace(nn.Module):
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=keyed.generator("test_parity", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_parity", key))
 
 
 @functools.cache
@@ -181,7 +181,7 @@ VOCABULARY_SIZE, WINDOWS = 11, (3, 4)  # windows are numbered by step
 
 def text(window: int) -> torch.Tensor:
     """Words of all lanes (B, S + 1)."""
-    generator = keyed.generator("test_parity", "text", window)
+    generator = prng.generator("test_parity", "text", window)
     return torch.randint(VOCABULARY_SIZE, (NUM_SAMPLES, TIMESTEPS + 1), generator=generator)
 
 
@@ -206,7 +206,7 @@ def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
     results = []
     for layout in layouts:
         os.environ["LOCAL_WORLD_SIZE"] = "2" if layout.exchange == "node" else str(layout.world)
-        mesh, cpu.WORTH_IT = meshes.arrange(layout.ep), layout.worth_it
+        mesh, cpu_ffn.WORTH_IT = meshes.arrange(layout.ep), layout.worth_it
         results.append({name: run_layer(case, layout, mesh) for name, case in CASES.items()})
         results[-1]["model"] = run_model(MODEL, mesh, layout)
         results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh, layout)
@@ -286,7 +286,7 @@ def expected_layer(case: Case) -> dict[str, torch.Tensor]:
         leaf["w_gate"],
         leaf["w_noise"],
         case.k,
-        keyed.normal(ctx, "gate", torch.arange(NUM_EXPERTS), torch.float64) if noisy else None,
+        token_noise.normal(ctx, "gate", torch.arange(NUM_EXPERTS), torch.float64) if noisy else None,
         valid_T=ctx.valid_T.tolist(),
         balance_group_T=[t // (TIMESTEPS * case.samples_per_balance_group) for t in range(len(leaf["x"]))],
         num_balance_groups=NUM_SAMPLES // case.samples_per_balance_group,
@@ -335,8 +335,8 @@ def expected_model(config: LSTMConfig) -> dict[str, torch.Tensor]:
             text(window)[:, 1:],
             ctx.valid_T.view(NUM_SAMPLES, TIMESTEPS),
             state,
-            mask=[keyed.dropout(ones_TD, config.dropout, ctx.at(site)) for site in range(4)],
-            noise_TE=keyed.normal(ctx.at(2), "gate", torch.arange(NUM_EXPERTS), torch.float64),
+            mask=[token_noise.dropout(ones_TD, config.dropout, ctx.at(site)) for site in range(4)],
+            noise_TE=token_noise.normal(ctx.at(2), "gate", torch.arange(NUM_EXPERTS), torch.float64),
             balance_group_B=[b // 4 for b in range(NUM_SAMPLES)],
         )
         state = result.state

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from moe_dist import keyed
-from moe_dist.config import EncoderConfig, TextConfig, VisionConfig
-from moe_dist.configs import xue2021
-from moe_dist.context import Context
-from moe_dist.data.vision import import_torchvision
-from moe_dist.models.text import KINDS, PretrainingModel
+from moe_dist.config.papers import xue2021
+from moe_dist.config.schema import EncoderConfig, TextConfig, VisionConfig
+from moe_dist.data.images.torchvision_import import import_torchvision
+from moe_dist.models.text_encoder import KINDS, PretrainingModel
 from moe_dist.models.transformer import EPS, blocks_of
-from moe_dist.models.vision import VisionTransformer
+from moe_dist.models.vision_transformer import VisionTransformer
+from moe_dist.nn import prng
+from moe_dist.nn.token_context import Context
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 Tensors = dict[str, torch.Tensor]
@@ -162,7 +162,7 @@ MASKED = [(0, 0), (0, 5), (0, 7), (1, 1), (1, 2), (2, 0), (4, 3)]  # samples and
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
     """N(0, 1), float64."""
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=keyed.generator("test_peers", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_peers", key))
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def test_vit_equals_timms(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ALBERTS)
 def test_albert_equals_transformers(name: str, dtype: torch.dtype) -> None:
     config = ALBERTS[name]
-    generator = keyed.generator("test_peers", "tokens")
+    generator = prng.generator("test_peers", "tokens")
     token_BS = torch.randint(config.vocabulary_size, (len(LENGTHS), TOKENS), generator=generator)
     kind_BS = torch.randint(KINDS, token_BS.shape, generator=generator)
     valid_BS = torch.arange(TOKENS) < torch.tensor(LENGTHS)[:, None]

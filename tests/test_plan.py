@@ -12,22 +12,23 @@ import torch
 from runs import Run, tiny, tiny_images
 from test_summary import held_by
 
-from moe_dist import rehearsal
-from moe_dist.config import Config, override
-from moe_dist.configs import get
-from moe_dist.engine import read_ds_config
-from moe_dist.layer import MoE
-from moe_dist.machine import GPUS, Link, Machine, Own, exchanged, gpu_machine, memory, of_gpu, seconds
-from moe_dist.meter import Meter
-from moe_dist.parallel import echo
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.mesh import lay_out
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import visited
-from moe_dist.plan import legal, main, plan_layouts
-from moe_dist.summary import activations, counts
-from moe_dist.tasks import task_of
-from moe_dist.training import set_up, train_step
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import get
+from moe_dist.config.schema import Config
+from moe_dist.distributed import loopback
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.ds_config import read_ds_config
+from moe_dist.engine.parallelize import visited
+from moe_dist.moe.layer import MoE
+from moe_dist.planner import microbenchmark
+from moe_dist.planner.__main__ import legal, main, plan_layouts
+from moe_dist.planner.cost_model import GPUS, Link, Machine, Own, exchanged, gpu_machine, memory, of_gpu, seconds
+from moe_dist.tasks.registry import task_of
+from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.model_stats import activations, counts
+from moe_dist.training.setup import set_up, train_step
 
 FREE = Link(0.0, math.inf)
 BARE = Machine("bare", 10**12, FREE, FREE, FREE)
@@ -270,9 +271,9 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
         return ran(6.0, 1.0, 10.0, 9e8) if echo == 1 else ran(4.0, 0.8, 9.0, 7e8)
 
     def distributed(run: Any, world: int, *more: Any, timeout: float) -> list[Any]:
-        if run is rehearsal.talk:
+        if run is microbenchmark.talk:
             return [(FREE, FREE)] * world
-        if run is rehearsal._fitted:  # this text has all that the config asks for
+        if run is microbenchmark._fitted:  # this text has all that the config asks for
             return [more[0]]
         config = more[0]  # together: half of the experts on each, and ZeRO that takes 9 s of update and 2 s of rest
         zero, (experts, dense) = config.zero, (16 * 32 * 65_536, 28 * (DENSE - 8192))
@@ -281,14 +282,14 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
         waited["seconds"]["exchange"] += 0.7 * (True in more)
         return [waited] * 2
 
-    monkeypatch.setattr(rehearsal, "_side_by_side", side_by_side)
-    monkeypatch.setattr(rehearsal, "run_distributed", distributed)
+    monkeypatch.setattr(microbenchmark, "_side_by_side", side_by_side)
+    monkeypatch.setattr(microbenchmark, "run_distributed", distributed)
     return asked
 
 
 def test_parts_are_put_together_by_layout(as_if_measured: dict[int, Config]) -> None:
     """Of two ranks: experts of a rank's share, its part of the update, and what a ZeRO stage adds."""
-    _, owns = rehearsal.rehearse(list(legal(demo(), 1, 2)), 2, 10**10, FREE)
+    _, owns = microbenchmark.rehearse(list(legal(demo(), 1, 2)), 2, 10**10, FREE)
     assert owns.keys() == set(itertools.product((1, 2), range(4)))
     for one in as_if_measured.values():  # a world of one, that has half of the batch
         assert (one.batch.samples, one.mesh.ep, one.zero) == (32, 1, 0)
@@ -313,16 +314,16 @@ def test_parts_are_put_together_by_layout(as_if_measured: dict[int, Config]) -> 
     named = 16 * (DENSE - 8192) + 2 * 32 * EXPERT + 32 * STATE
     together = 12 * (DENSE - 8192) + 2 * 32 * EXPERT + 16 * STATE
     more = (6e8 + 2e7 - together) - (7e8 - named)
-    assert owns[2, 2].bytes == {rehearsal.REST: pytest.approx(7e8 - named + more, abs=2), "libraries": 400}
+    assert owns[2, 2].bytes == {microbenchmark.REST: pytest.approx(7e8 - named + more, abs=2), "libraries": 400}
 
 
 def test_a_share_that_does_not_fit_is_not_measured(as_if_measured: dict[int, Config]) -> None:
     """Its times are those of the nearest degree. A world of one of 64 experts takes 71 MB, of 32 about 54, and either
     keeps 46 for backward."""
-    _, owns = rehearsal.rehearse(list(legal(demo(), 1, 2)), 2, 108_000_000, FREE)
+    _, owns = microbenchmark.rehearse(list(legal(demo(), 1, 2)), 2, 108_000_000, FREE)
     assert as_if_measured.keys() == {2} and owns[1, 0].seconds["experts"] == 4.0
     with pytest.raises(ValueError, match="alone; use --gpu"):
-        rehearsal.rehearse(list(legal(demo(), 1, 2)), 2, 10**7, FREE)
+        microbenchmark.rehearse(list(legal(demo(), 1, 2)), 2, 10**7, FREE)
 
 
 def test_a_measured_machine_is_planned(
@@ -341,7 +342,7 @@ def test_a_measured_machine_is_planned(
 
 def echoed(text: str) -> dict[str, Any]:
     """By this rank alone, as the second of two: experts that it holds and rows that they get of 48 words."""
-    mesh = echo.alone(meshes.start(1), 2, 1)
+    mesh = loopback.alone(meshes.start(1), 2, 1)
     config = tiny(f"data.text={text}", "mesh.exchange=ragged")
     training = set_up(config, read_ds_config(config), mesh)
     seen: list[Any] = []
@@ -366,7 +367,7 @@ def test_others_send_what_a_rank_sends_itself(small_text: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_what_two_ranks_say_is_timed() -> None:
-    for link in run_distributed(rehearsal.talk, 2, 2, timeout=100)[0]:
+    for link in run_distributed(microbenchmark.talk, 2, 2, timeout=100)[0]:
         assert 0 < link.latency < 1 and 1e6 < link.bandwidth < 1e12
 
 

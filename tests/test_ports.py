@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-from moe_dist.parallel import mesh, ports
+from moe_dist.distributed import mesh, rendezvous_port
 
 HELD = """
 import os, socket, sys
-from moe_dist.parallel import ports
+from moe_dist.distributed import rendezvous_port
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
-ports.hold()
+rendezvous_port.hold()
 assert not any(name.split(".")[0] == "torch" for name in sys.modules)
 for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::1"):
     try:
@@ -26,23 +26,25 @@ for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket
         continue
     sys.exit(f"another got it on {host}")
 
-from moe_dist.parallel import mesh
+from moe_dist.distributed import mesh
 mesh.join()
-assert ports.give() is None  # it is the store's now
+assert rendezvous_port.give() is None  # it is the store's now
 mesh.stop()
 """
 
 
 @pytest.mark.timeout(60)
 def test_the_port_is_held_before_torch_is_imported() -> None:
-    subprocess.run([sys.executable, "-c", HELD, str(ports.free())], cwd=ROOT, check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", HELD, str(rendezvous_port.free())], cwd=ROOT, check=True, timeout=50)
 
 
 def test_train_takes_it_first() -> None:
     """Nothing between it and the standard library."""
     lines = [line for line in Path(ROOT / "train.py").read_text().splitlines() if line.startswith(("from", "import"))]
     ours = [line for line in lines if "moe_dist" in line]
-    assert ours[0] == "from moe_dist.parallel import ports" and lines.index(ours[0]) == len(lines) - len(ours)
+    assert ours[0] == "from moe_dist.distributed import rendezvous_port" and lines.index(ours[0]) == len(lines) - len(
+        ours
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,10 +58,10 @@ def test_train_takes_it_first() -> None:
     ],
 )
 def test_nothing_is_held_where_it_is_not_rank_0s(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in ({"RANK": "0", "MASTER_PORT": str(ports.free())} | environment).items():
+    for key, value in ({"RANK": "0", "MASTER_PORT": str(rendezvous_port.free())} | environment).items():
         monkeypatch.setenv(key, value)
-    ports.hold()
-    assert ports.give() is None
+    rendezvous_port.hold()
+    assert rendezvous_port.give() is None
 
 
 @pytest.mark.parametrize(
@@ -72,10 +74,10 @@ def test_no_other_machine_reaches_the_port_where_ranks_are_on_one(
 ) -> None:
     if ":" in address and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
-    for key, value in {"RANK": "0", "MASTER_ADDR": master, "MASTER_PORT": str(ports.free())}.items():
+    for key, value in {"RANK": "0", "MASTER_ADDR": master, "MASTER_PORT": str(rendezvous_port.free())}.items():
         monkeypatch.setenv(key, value)
-    ports.hold()
-    held = ports.give()
+    rendezvous_port.hold()
+    held = rendezvous_port.give()
     assert held is not None
     with socket.socket(fileno=held) as listening:
         assert listening.getsockname()[0] == address
@@ -85,12 +87,12 @@ def test_a_port_of_another_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> Non
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
-        ports.hold()
-        assert ports.give() is None
+        rendezvous_port.hold()
+        assert rendezvous_port.give() is None
 
 
 def test_a_free_port_is_not_one_that_linux_hands_out_by_itself() -> None:
-    assert all(1024 <= ports.free() < 32768 for _ in range(100))
+    assert all(1024 <= rendezvous_port.free() < 32768 for _ in range(100))
 
 
 def test_who_is_still_to_meet_the_others_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,4 +122,4 @@ def test_no_free_port_where_none_can_be_had(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(socket.socket, "bind", forbidden)
     with pytest.raises(PermissionError):
-        ports.free()
+        rendezvous_port.free()

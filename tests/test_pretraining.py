@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.examples import Order
-from moe_dist.data.pretraining import Pretraining, _pieces, _segments
-from moe_dist.data.sources import open_text
-from moe_dist.data.tokens import CLS, IGNORED, MASK, PAD, SEP, SPECIAL, UNK, Tokens
+from moe_dist.data.sampling import Order
+from moe_dist.data.text.corpus import open_text
+from moe_dist.data.text.masked_lm import Pretraining, _pieces, _segments
+from moe_dist.data.text.wordpiece import CLS, IGNORED, MASK, PAD, SEP, SPECIAL, UNK, Tokens
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = Tokens((*SPECIAL, *LETTERS))  # a is 5: only words of one letter are known
@@ -25,7 +25,7 @@ def text(*sizes: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def verses() -> tuple[list[str], Tokens]:
-    lines = list(islice(open_text("embedded", streamed=True)["train"], 600))
+    lines = list(islice(open_text("bundled", streamed=True)["train"], 600))
     return lines, Tokens.build(lines, 800)
 
 

@@ -13,16 +13,19 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist.config import OptimConfig, check, override
-from moe_dist.context import Context
-from moe_dist.experts import Experts
-from moe_dist.optim import Optimizer
-from moe_dist.outside import Adam, Factored, Spread
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.collectives import sum_over
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parameters import bounds_of, initialize
-from moe_dist.routing import route
+from moe_dist.config.overrides import override
+from moe_dist.config.schema import OptimConfig
+from moe_dist.config.validate import check
+from moe_dist.distributed import batch_layout
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.routing import route
+from moe_dist.nn.init import bounds_of, initialize
+from moe_dist.nn.token_context import Context
+from moe_dist.optim.expert_state import Adam, Factored, Spread
+from moe_dist.optim.optimizer import Optimizer
 
 UNEVEN = ["model.moe.num_experts=6"]  # on four ranks at ep 1 the owners have 2, 2, 2 and none; at ep 2 two and one
 PREVIOUS = ["optim.clip_by=previous"]
@@ -221,7 +224,7 @@ def test_what_does_not_fit_is_refused(sets: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         config = tiny(*sets)
         check(config)
-        meshes.lay_out(config, 1)
+        batch_layout.lay_out(config, 1)
 
 
 def test_without_clipping_gradients_may_be_freed() -> None:

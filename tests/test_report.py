@@ -14,9 +14,11 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_dist import pictures, report
-from moe_dist.clock import PARTS
-from moe_dist.metrics import read_metrics
+from moe_dist.monitoring.metrics_file import read_metrics
+from moe_dist.monitoring.step_timer import PARTS
+from moe_dist.report import __main__ as report_command
+from moe_dist.report import files as report_files
+from moe_dist.report import plots
 
 
 def layer(name: str, load: list[float]) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def a_run(layers: dict[str, list[float]], **more: float) -> list[dict]:
 
 
 def drawn(tmp_path: pathlib.Path, lines: list[dict]) -> dict[str, Figure]:
-    return pictures.all_pictures(read_metrics(write(tmp_path, lines)), "tiny")
+    return plots.all_pictures(read_metrics(write(tmp_path, lines)), "tiny")
 
 
 def line_of(axes: Axes, label: str | None = None) -> np.ndarray:
@@ -74,7 +76,7 @@ def share(path: pathlib.Path, red: float, green: float, blue: float) -> float:
 
 
 def test_report_draws_every_curve(tmp_path):
-    paths = report.write_report(write(tmp_path, a_run({"1": [1, 1, 1, 1], "blocks.2/moe": [4, 0, 0, 0]})))
+    paths = report_files.write_report(write(tmp_path, a_run({"1": [1, 1, 1, 1], "blocks.2/moe": [4, 0, 0, 0]})))
     assert {path.parent for path in paths} == {tmp_path / "report"}
     found = {path.name: path for path in paths}
     assert list(found) == [
@@ -89,7 +91,7 @@ def test_report_draws_every_curve(tmp_path):
     assert share(balanced, 0.02, 0.19, 0.38) < 0.05
     assert share(unbalanced, 0.02, 0.19, 0.38) > 0.4  # three of four experts get nothing
     assert share(unbalanced, 0.4, 0.0, 0.12) > 0.1  # one gets four times the mean
-    assert [path.name for path in report.write_report(tmp_path, only_loads=True)] == list(found)[2:4]
+    assert [path.name for path in report_files.write_report(tmp_path, only_loads=True)] == list(found)[2:4]
 
 
 def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
@@ -226,7 +228,7 @@ def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
     whole |= {f"time/{part}_ms": 1.0 for part in PARTS}
     spoilt = {key: [number, 3.0] if isinstance(value, list) else number for key, value in whole.items()} | {"step": 1}
     for lines in ([spoilt], [whole, spoilt | {"step": 2}, whole | {"step": 3}]):
-        found = {path.stem: path for path in report.write_report(write(tmp_path, lines))}
+        found = {path.stem: path for path in report_files.write_report(write(tmp_path, lines))}
         assert {
             "loss",
             "perplexity",
@@ -244,23 +246,23 @@ def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
 
 def test_report_of_a_run_without_metrics_is_one_line(tmp_path, monkeypatch, capfd):
     with pytest.raises(ValueError, match="no metrics file"):
-        report.write_report(tmp_path)
+        report_files.write_report(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
-    monkeypatch.setattr(report.sys, "argv", ["report", str(tmp_path)])
+    monkeypatch.setattr(report_files.sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
-        report.main()
+        report_command.main()
     (error,) = capfd.readouterr().err.splitlines()
     assert end.value.code == 2 and re.match(r"error: metrics file .*metrics\.jsonl is empty", error)
 
 
 def test_no_name_of_a_run_hinders_its_pictures(tmp_path):
     run = write(tmp_path / r"lr$\alfa$", [train_line(1), train_line(2)])
-    assert report.write_report(run)
+    assert report_files.write_report(run)
 
 
 def test_a_finished_run_is_not_lost_for_its_report(tmp_path, capfd):
     (tmp_path / "metrics.jsonl").write_text("spoilt\n")
-    report.try_to_write_all(tmp_path)
+    report_files.try_to_write_all(tmp_path)
     (warning,) = capfd.readouterr().err.splitlines()
     assert (
         warning.startswith(f"warning: {tmp_path}/report.html and its pictures cannot be written")
@@ -281,9 +283,9 @@ def test_two_threads_never_draw_at_once(tmp_path, monkeypatch):
         figure.subplots().plot([1, 2])
         return {"loss": figure}
 
-    monkeypatch.setattr(pictures, "all_pictures", all_pictures)
+    monkeypatch.setattr(plots, "all_pictures", all_pictures)
     runs = [write(tmp_path / name, [train_line(1)]) for name in ("a", "b")]
-    threads = [threading.Thread(target=report.write_all, args=(run,)) for run in (*runs, runs[0])]
+    threads = [threading.Thread(target=report_files.write_all, args=(run,)) for run in (*runs, runs[0])]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -292,8 +294,8 @@ def test_two_threads_never_draw_at_once(tmp_path, monkeypatch):
 
 
 def test_the_files_that_were_drawn_are_returned_and_none_after_an_error(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(pictures, "all_pictures", lambda lines, name: {})
+    monkeypatch.setattr(plots, "all_pictures", lambda lines, name: {})
     run = write(tmp_path / "run", [train_line(1)])
-    assert report.try_to_write_all(run) == [run / "report.html"]
-    assert report.try_to_write_all(tmp_path / "nowhere") == []
+    assert report_files.try_to_write_all(run) == [run / "report.html"]
+    assert report_files.try_to_write_all(tmp_path / "nowhere") == []
     assert "cannot be written" in capfd.readouterr().err

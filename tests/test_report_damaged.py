@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from test_report_html import LAYOUT, a_run, line
 
-from moe_dist import pictures, report
+from moe_dist.report import __main__ as report_command
+from moe_dist.report import files as report_files
+from moe_dist.report import plots
 
 STRANGE: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 10**400, -(10**400), 2**63, "x", "\ud800", "a\nb", [], [1], [[1]], [None], {}, {"a": 1},
@@ -23,16 +25,16 @@ STRANGE: tuple[Any, ...] = (
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that has drawn nothing yet; most tests here draw nothing, for a page takes two seconds."""
-    monkeypatch.setattr(pictures, "all_pictures", lambda lines, name: {})
+    monkeypatch.setattr(plots, "all_pictures", lambda lines, name: {})
     return a_run(tmp_path / "run")
 
 
 def told(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
     """The line of an error of `python -m moe_dist.report`, empty where it draws."""
-    monkeypatch.setattr(report.sys, "argv", ["report", str(run)])
+    monkeypatch.setattr(report_files.sys, "argv", ["report", str(run)])
     status = 0
     try:
-        report.main()
+        report_command.main()
     except SystemExit as end:
         status = end.code
     err = capfd.readouterr().err
@@ -60,7 +62,7 @@ LAYOUT_PATHS = [(key,) for key in LAYOUT] + [
 def test_every_field_of_a_layout_may_hold_anything(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "write_report", lambda run: [])
+    monkeypatch.setattr(report_files, "write_report", lambda run: [])
     refused = 0
     for path in LAYOUT_PATHS:
         for strange in STRANGE:
@@ -122,7 +124,7 @@ def test_a_config_that_cannot_be_read_is_left_out(
 
 def test_names_that_are_no_text_are_shown_as_far_as_they_are(run: Path) -> None:
     odd = run.rename(Path(os.fsdecode(os.fsencode(run.parent) + b"/odd\xff")))
-    assert report.write_all(odd) == [odd / "report.html"] and "<h1>odd?</h1>" in (odd / "report.html").read_text()
+    assert report_files.write_all(odd) == [odd / "report.html"] and "<h1>odd?</h1>" in (odd / "report.html").read_text()
 
 
 def test_a_run_that_is_not_there_is_status_2(
@@ -135,7 +137,7 @@ def test_random_damage_is_one_line_or_a_report(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Values, bits, cuts and repetitions in both files, 300 times (seeded)."""
-    monkeypatch.setattr(report, "write_report", lambda run: [])
+    monkeypatch.setattr(report_files, "write_report", lambda run: [])
     rng = random.Random(18)
     whole = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "layout.json")}
     drawn = 0
@@ -190,4 +192,4 @@ def test_numbers_of_any_size_are_drawn(tmp_path: Path) -> None:
                 values[key] = numbers if isinstance(value, list) else numbers[0]
         lines.append(json.dumps(values) + "\n")
     (run / "metrics.jsonl").write_text("".join(lines))
-    assert report.write_all(run)
+    assert report_files.write_all(run)

@@ -13,11 +13,13 @@ import pytest
 from runs import tiny
 from wandb_file import wandb_records
 
-from moe_dist import pictures, report
-from moe_dist.config import to_json
-from moe_dist.metrics import Metrics
-from moe_dist.page import page
-from moe_dist.told import read_run, size
+from moe_dist.config.overrides import to_json
+from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.report import __main__ as report_command
+from moe_dist.report import files as report_files
+from moe_dist.report import plots
+from moe_dist.report.html import page
+from moe_dist.report.run_summary import read_run, size
 
 LAYOUT = {
     "config": "tiny", "world": 4, "nodes": 2, "ep": 2, "edp": 2, "zero": 1, "dtype": "bf16", "samples": 8,
@@ -158,7 +160,7 @@ def test_nothing_on_the_page_is_elsewhere(of_one: str, of_both: str) -> None:
 
 def test_no_token_of_a_config_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "e" * 40)
-    monkeypatch.setattr(pictures, "all_pictures", lambda *_: {})  # which take a while, and know no config
+    monkeypatch.setattr(plots, "all_pictures", lambda *_: {})  # which take a while, and know no config
     text = to_json(
         tiny("data.text=https://user:pa55word@host/a.txt", "init=hf_abcdefghijklmnop", "compare=" + "0f" * 20)
     )
@@ -195,13 +197,13 @@ def test_the_command_line_writes_one_page(
     both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = map(str, both)
-    drawn = pictures.all_pictures
-    monkeypatch.setattr(pictures, "all_pictures", lambda *args: dict(list(drawn(*args).items())[:1]))
-    monkeypatch.setattr(pictures, "together", lambda runs: {})
+    drawn = plots.all_pictures
+    monkeypatch.setattr(plots, "all_pictures", lambda *args: dict(list(drawn(*args).items())[:1]))
+    monkeypatch.setattr(plots, "together", lambda runs: {})
 
     def run(*args: str) -> list[str]:
-        monkeypatch.setattr(report.sys, "argv", ["report", *args])
-        report.main()
+        monkeypatch.setattr(report_files.sys, "argv", ["report", *args])
+        report_command.main()
         return capsys.readouterr().out.split()
 
     assert run(one, two, "--html", str(tmp_path / "both.html")) == [str(tmp_path / "both.html")]
@@ -270,7 +272,7 @@ def test_wandb_has_the_same_in_panels_of_its_own(tmp_path: Path, monkeypatch: py
     with Metrics(run, {}, enabled=True, wandb_mode="offline", total_steps=5) as log:
         for step in range(1, 4):
             log.log(step, {key: value for key, value in line(step).items() if key != "step"})
-        log.pictures(3, lambda: [report.write_page([run], run / "report.html")])
+        log.pictures(3, lambda: [report_files.write_page([run], run / "report.html")])
     (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
     records = wandb_records(path)
     hidden = {record.metric.name for record in records if record.HasField("metric") and record.metric.options.hidden}

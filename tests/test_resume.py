@@ -16,10 +16,10 @@ from runs import TINY, Run, tiny
 from safetensors.torch import load_file
 
 from moe_dist.checkpoint import manifest
-from moe_dist.config import to_json
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.mesh import world_size
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.config.overrides import to_json
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.launch_env import world_size
+from moe_dist.distributed.spawn import run_distributed
 
 ROOT = Path(__file__).parent.parent
 STAGES = [(ds, zero) for ds in ("fp32", "bf16") for zero in (0, 1, 2, 3)]

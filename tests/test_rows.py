@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.rows import Copies
+from moe_dist.moe.permutation import Copies
 
 TOKEN_N = torch.tensor([3, 0, 3, 1, 3, 0])  # of 5 tokens: three copies of 3, two of 0, none of 2 and 4
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist import run_folder
+from moe_dist.config import run_folder
 
 PRECIOUS = "precious"
 

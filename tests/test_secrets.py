@@ -10,8 +10,8 @@ import pytest
 from processes import ROOT, set_, start
 from runs import TINY, tiny
 
-from moe_dist.config import check
-from moe_dist.redact import has_secret, redacted
+from moe_dist.config.redact import has_secret, redacted
+from moe_dist.config.validate import check
 
 KEYS = {
     "HF_TOKEN": "hf_" + "aB3" * 11, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
@@ -113,7 +113,7 @@ MADE_UP = {  # a value of each kind -> what is printed in its place
     "https://hooks.slack.com/services/" + "T0/B0/x": "https://hooks.slack.com/services/***",
 }  # fmt: skip
 ORDINARY = [
-    "embedded", "glue:sst2", "wikitext:wikitext-2-raw-v1", "owner/name", "/data/imagenet/train",
+    "bundled", "glue:sst2", "wikitext:wikitext-2-raw-v1", "owner/name", "/data/imagenet/train",
     "~/corpus/*.txt", "C:\\x y",
     "hub/snapshots/0123456789abcdef0123456789abcdef",
     f"/home/me/.cache/huggingface/hub/datasets--a--b/snapshots/{HEX}",
@@ -174,7 +174,7 @@ def test_the_launch_scripts_share_the_list() -> None:
         "-I",
         "-X",
         "importtime",
-        ROOT / "moe_dist" / "redact.py",
+        ROOT / "moe_dist" / "config" / "redact.py",
         *MADE_UP,
         "plain",
         b"\xff",

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-import moe_dist.data.sources as sources
-from moe_dist.data.classes import alike
-from moe_dist.data.examples import hold_out
-from moe_dist.data.sentences import Sentence, Sentences, _kept, check_sentences, open_sentences
-from moe_dist.data.tokens import CLS, PAD, SEP, SPECIAL, Tokens
+from moe_dist.data.class_names import alike
+from moe_dist.data.sampling import hold_out
+from moe_dist.data.text import corpus as sources
+from moe_dist.data.text.sentences import Sentence, Sentences, _kept, check_sentences, open_sentences
+from moe_dist.data.text.wordpiece import CLS, PAD, SEP, SPECIAL, Tokens
 
 TOKENS = Tokens((*SPECIAL, *"abcdefghij"))  # a is 5
 

@@ -13,13 +13,13 @@ from reference_widenet import gelu_experts, moe
 from test_experts import NOWHERE
 from test_gating import close, context
 
-from moe_dist import keyed
-from moe_dist.experts import GeluExperts
-from moe_dist.gating.losses import switch_balance
-from moe_dist.gating.softmax_topk import SoftmaxTopK
-from moe_dist.layer import MoE
-from moe_dist.parameters import bounds_of, initialize
-from moe_dist.routing import Routing
+from moe_dist.moe.experts import GeluExperts
+from moe_dist.moe.gating.balance_loss import switch_balance
+from moe_dist.moe.gating.softmax_topk import SoftmaxTopK
+from moe_dist.moe.layer import MoE
+from moe_dist.moe.routing import Routing
+from moe_dist.nn import prng, token_noise
+from moe_dist.nn.init import bounds_of, initialize
 
 FLOAT64 = torch.float64
 DIM, HIDDEN, NUM_EXPERTS, NUM_SAMPLES, TOKENS = 6, 10, 5, 6, 4
@@ -33,7 +33,7 @@ def make_gate(w_DE: torch.Tensor, k: int, **options: Any) -> SoftmaxTopK:
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=FLOAT64).normal_(generator=keyed.generator("test_softmax_topk", key))
+    return torch.empty(*shape, dtype=FLOAT64).normal_(generator=prng.generator("test_softmax_topk", key))
 
 
 # numbers worked out by hand
@@ -101,7 +101,7 @@ def test_router_starts_with_logits_of_the_variance_named() -> None:
     gate = SoftmaxTopK(256, 64, 2)
     for name, bound in bounds_of(gate).items():
         initialize(gate.get_parameter(name), name, bound, seed=0)
-    x_TD = torch.empty(200, 256).normal_(generator=keyed.generator("variance"))
+    x_TD = torch.empty(200, 256).normal_(generator=prng.generator("variance"))
     assert gate.router(x_TD).var().item() == pytest.approx(0.1, rel=0.1)
 
 
@@ -157,7 +157,9 @@ def test_layer_equals_loops(name: str) -> None:
         theirs["gate.router.w_DE"],
         torch.empty(0),
         case["k"],
-        keyed.normal(ctx, "gate", torch.arange(NUM_EXPERTS), FLOAT64) if case["noise"] and case["train"] else None,
+        token_noise.normal(ctx, "gate", torch.arange(NUM_EXPERTS), FLOAT64)
+        if case["noise"] and case["train"]
+        else None,
         valid_T=ctx.valid_T.tolist(),
         balance_group_T=[t // (num_tokens // 2) for t in range(num_tokens)],
         num_balance_groups=2,

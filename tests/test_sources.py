@@ -15,12 +15,12 @@ from typing import Any
 import datasets
 import pytest
 
-import moe_dist.data.sources as sources
-from moe_dist.cli import plan
-from moe_dist.config import PretrainingDataConfig, TextDataConfig
-from moe_dist.configs import CONFIGS, get
-from moe_dist.data.files import read_rows
-from moe_dist.data.sources import check_text, is_local, open_text
+from moe_dist.config.papers import CONFIGS, get
+from moe_dist.config.schema import PretrainingDataConfig, TextDataConfig
+from moe_dist.data.table_files import read_rows
+from moe_dist.data.text import corpus as sources
+from moe_dist.data.text.corpus import check_text, is_local, open_text
+from moe_dist.training.run import plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,7 +166,7 @@ def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypat
     check_text(str(tmp_path / "big.txt"))
     assert len(read_) == sources.MIN_LINES
     monkeypatch.setattr(sources, "_library", None)  # not even imported
-    check_text("embedded")
+    check_text("bundled")
     for data in (get(name).data for name in CONFIGS):
         if isinstance(data, TextDataConfig | PretrainingDataConfig):
             check_text(data.text)
@@ -253,7 +253,7 @@ def test_what_is_found_late_is_told_too(tmp_path: Path) -> None:
 def test_what_is_neither_a_file_nor_a_name(source: str) -> None:
     assert not is_local(source)
     with pytest.raises(
-        ValueError, match=f"data.text={re.escape(repr(source))}: no file matches; give 'embedded', a file"
+        ValueError, match=f"data.text={re.escape(repr(source))}: no file matches; give 'bundled', a file"
     ):
         check_text(source)
 
@@ -284,7 +284,7 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path) -> None:
     """The process has a Hub that refuses; without `_ask_for` the library goes on asking it for half a minute."""
-    code = "from moe_dist.data.sources import open_text\ntry: open_text('owner/name', True)\n"
+    code = "from moe_dist.data.text.corpus import open_text\ntry: open_text('owner/name', True)\n"
     code += "except ValueError as error: print(error)"
     for setting in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
         start = time.monotonic()
@@ -301,7 +301,7 @@ def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path)
         assert done.stderr == ""
 
 
-def test_embedded_text_does_not_import_the_library() -> None:
-    code = "import sys; from moe_dist.data.sources import *; check_text('embedded'); open_text('embedded', False)"
+def test_bundled_text_does_not_import_the_library() -> None:
+    code = "import sys; from moe_dist.data.text.corpus import *; check_text('bundled'); open_text('bundled', False)"
     code += "; assert not {'datasets', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.distributed.spawn import run_distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,13 +52,13 @@ STEPS = """
 import sys
 from itertools import islice
 import train
-from moe_dist.config import override
-from moe_dist.configs import get
-from moe_dist.engine import read_ds_config
-from moe_dist.data import sources
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import get
+from moe_dist.engine.ds_config import read_ds_config
+from moe_dist.data.text import corpus
 
-whole = sources._embedded
-sources._embedded = lambda split: islice(whole(split), 500)  # read in a moment
+whole = corpus._bundled
+corpus._bundled = lambda split: islice(whole(split), 500)  # read in a moment
 config = override(get("lstm_moe_demo"), ["data.vocabulary_size=300"])
 mesh = train.meshes.start(1)
 training = train.set_up(config, read_ds_config(config), mesh)
@@ -92,4 +92,6 @@ def imported_before() -> list[str]:
 def test_ranks_of_tests_are_forked_with_what_they_need() -> None:
     """A forkserver is silent about a module that it cannot import, and every rank then takes five seconds longer."""
     (names,) = run_distributed(imported_before, 1)
-    assert {"deepspeed", "torch.distributed.checkpoint", "moe_dist.jit", "tests.preloaded"} <= set(names)
+    assert {"deepspeed", "torch.distributed.checkpoint", "moe_dist.optim.compiled_loops", "tests.preloaded"} <= set(
+        names
+    )

@@ -14,11 +14,12 @@ import pytest
 from processes import set_
 from runs import TINY
 
-from moe_dist import metrics, report
-from moe_dist.cli import plan
-from moe_dist.metrics import Metrics
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallel.stop import LEAVE_SECONDS, Stop
+from moe_dist.distributed.preemption import LEAVE_SECONDS, Stop
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.monitoring import metrics_logger, wandb_logger
+from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.report import files as report_files
+from moe_dist.training.run import plan
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +83,8 @@ def stuck(self: Any) -> None:
 
 def test_a_wandb_that_does_not_finish_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a SIGTERM at once; after one, and where the run fails, in the time that launchers give."""
-    monkeypatch.setattr(metrics._WandbThread, "run", stuck)
-    monkeypatch.setattr(metrics, "_FAILED_SECONDS", 0.3)
+    monkeypatch.setattr(wandb_logger._WandbThread, "run", stuck)
+    monkeypatch.setattr(metrics_logger, "_FAILED_SECONDS", 0.3)
 
     def log() -> Metrics:
         return Metrics(tmp_path, {}, enabled=True, wandb_mode="offline", total_steps=1)
@@ -130,8 +131,8 @@ def finishes(text: str, folder: Path) -> tuple[int, str, float]:
         sigterm()
         time.sleep(60)
 
-    report.try_to_write_all = draws
-    metrics._WandbThread.run = stuck  # type: ignore[method-assign]
+    report_files.try_to_write_all = draws
+    wandb_logger._WandbThread.run = stuck  # type: ignore[method-assign]
     sets = (*TINY, "steps=2", f"data.text={text}", "report=true", "wandb.mode=offline", "compare=none")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -17,13 +17,13 @@ import torch
 from processes import end, set_, start
 from runs import TINY, Run, tiny
 
-from moe_dist.data.sources import Lines
-from moe_dist.data.stream import Stream, _shared, check_lanes
-from moe_dist.data.text import Vocabulary
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel import ports
-from moe_dist.parallel.collectives import from_main
-from moe_dist.parallel.spawn import run_distributed
+from moe_dist.data.text.corpus import Lines
+from moe_dist.data.text.lanes import Vocabulary
+from moe_dist.data.text.stream import Stream, _shared, check_lanes
+from moe_dist.distributed import batch_layout, rendezvous_port
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.collectives import from_main
+from moe_dist.distributed.spawn import run_distributed
 
 WORDS = tuple("abcdefgh")
 VOCABULARY = Vocabulary(("<unk>", "<eos>", *WORDS), (0,) * 10)
@@ -197,7 +197,7 @@ def test_every_rank_ends_with_one_line_where_a_file_breaks(where: str, tmp_path:
     run = tmp_path / "run"
     sets = [*TINY, "data.vocabulary_size=10", "steps=1000000", "eval_every=1000000", "save_every=1000000"]
     args = ["lstm_moe_demo", "--folder", str(run), *set_(*sets, "data.text=x.jsonl.gz", "data.streamed=true")]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rendezvous_port.free())}
     ranks = [
         start(*args, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank, folder in enumerate(folders)
     ]
@@ -275,7 +275,7 @@ def test_a_window_is_the_same_however_lanes_lie_on_ranks_and_micro_batches(
     lines = text(num_lines)
     reference = Reference(lines, num_lanes, STEPS * steps + 1)
     for world, accumulation in ((2, 1), (1, 2), (2, 2), (4, 1)):
-        layout = meshes.Layout(world, num_lanes, accumulation, 1, 1)
+        layout = batch_layout.Layout(world, num_lanes, accumulation, 1, 1)
         micros = [[layout.my_samples(m, rank) for m in range(accumulation)] for rank in range(world)]
         streams = [Stream(lines, VOCABULARY, num_lanes, [b for m in mine for b in m]) for mine in micros]
         for step in range(STEPS):

@@ -7,14 +7,14 @@ import pytest
 import torch
 from runs import Run, tiny
 
-from moe_dist.cli import plan
-from moe_dist.engine import read_ds_config
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.models.lstm_lm import LSTMLanguageModel
-from moe_dist.models.softmax import inclusion
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.mesh import lay_out
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.summary import counts, kinds, per_rank
+from moe_dist.models.sampled_softmax import inclusion
+from moe_dist.training.model_stats import counts, kinds, per_rank
+from moe_dist.training.run import plan
 
 CASES = {
     "flat": [],

@@ -12,19 +12,22 @@ from PIL import Image
 from processes import check_one_line, check_plan, set_
 from runs import Run, tiny, tiny_images, tiny_pretraining, tiny_sentences
 
-from moe_dist import classify, verify
-from moe_dist.config import Config, QuestionDataConfig, override, to_json
-from moe_dist.data.images import open_images
-from moe_dist.data.sentences import open_sentences
-from moe_dist.engine import read_ds_config
-from moe_dist.evaluate import evaluate
-from moe_dist.meter import Meter
+from moe_dist.config.overrides import override, to_json
+from moe_dist.config.schema import Config, QuestionDataConfig
+from moe_dist.data.images.pipeline import open_images
+from moe_dist.data.text.sentences import open_sentences
+from moe_dist.distributed import batch_layout
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.ds_config import read_ds_config
+from moe_dist.inference import classify
 from moe_dist.models.transformer import norm_divergence
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.tasks import task_of
-from moe_dist.training import set_up, train_step
-from moe_dist.verify import Layout
+from moe_dist.tasks.registry import task_of
+from moe_dist.training.evaluate import evaluate
+from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.setup import set_up, train_step
+from moe_dist.verify import certificate
+from moe_dist.verify.certificate import Layout
 
 # docs/log.md has all of world 1, 2, 4 at every ep and ZeRO stage for images
 MANY = [(1, 1, 3, 1), (2, 1, 0, 1), (2, 2, 1, 1), (4, 1, 2, 1), (4, 2, 3, 1), (4, 4, 0, 2)]
@@ -47,13 +50,13 @@ def test_widenet_is_certified_and_the_run_is_live(
 ) -> None:
     if config.task == "pretraining":
         config = override(config, [f"data.text={small_text}"])
-    told = verify.verify(config, [Layout(*place) for place in layouts], steps=8, replay=True)
+    told = certificate.verify(config, [Layout(*place) for place in layouts], steps=8, replay=True)
     live = told["live"]
     assert live["routing changed"] >= 0.2 and live["steps clipped"] >= 3 and live["dropped"] > 0
     assert live["noise"] and live["dropout"] > 0
     for t in told["layouts"]:
         assert max(t["loss"], t["norm"], t["weights"]) < 1e-5, t
-        assert t["widest_gap"] <= verify.GAP, t
+        assert t["widest_gap"] <= certificate.GAP, t
         assert t["idle"] >= (t["world"] > 1), t
 
 
@@ -139,7 +142,7 @@ def grown(folder: Path, ep: int) -> dict[str, Any]:
 
 def test_a_certificate_of_a_run_that_begins_with_another(trained: dict[str, Path]) -> None:
     config = tiny_images(f"init={trained['image_classification']}")
-    told = verify.verify(config, [Layout(1, 1, 3, 1), Layout(1, 1, 1, 1)], steps=3, replay=True)
+    told = certificate.verify(config, [Layout(1, 1, 3, 1), Layout(1, 1, 1, 1)], steps=3, replay=True)
     assert max(max(t["loss"], t["weights"]) for t in told["layouts"]) < 1e-5, told["layouts"]
 
 
@@ -248,7 +251,7 @@ def two_steps(folder: Path) -> None:
     """And what they make of the first three test samples, nothing dropped, so that others decide nothing."""
     meshes.join()
     all_kept = "model.encoder.moe.capacity_factor=none"
-    for config in (tiny_images(all_kept), tiny_sentences(all_kept), tiny_pretraining("data.text=embedded")):
+    for config in (tiny_images(all_kept), tiny_sentences(all_kept), tiny_pretraining("data.text=bundled")):
         run = Run(config).steps(0, 2)
         run.save(folder / config.task, 2, run.task.known())
         (folder / config.task / "config.json").write_text(to_json(config))
@@ -334,7 +337,7 @@ def test_what_cannot_be_classified_is_one_line(
     ("name", "assignments", "says"),
     [
         ("widenet_demo", "model.dim=64", "no field 'model.dim'"),
-        ("widenet_demo", "data.text=embedded", "no field 'data.text'"),
+        ("widenet_demo", "data.text=bundled", "no field 'data.text'"),
         ("widenet_demo", "task=language_model", "another task's"),
         ("widenet_demo", "model.patch_size=5", "image_size=28 is not a multiple"),
         ("widenet_demo", "model.channels=2", "channels=2: 1 (gray) or 3 (colours)"),
@@ -373,5 +376,5 @@ def test_classes_that_the_data_lacks_are_told() -> None:
     mesh: Any = None  # not asked
     for more, notes in ((0, []), (2, ["2 of model.num_classes=12 are not in the data"])):
         config = tiny_images(f"model.num_classes={10 + more}")
-        task = task_of(config)(config, meshes.lay_out(config, 1), mesh, None, explicit={"model.num_classes"})
+        task = task_of(config)(config, batch_layout.lay_out(config, 1), mesh, None, explicit={"model.num_classes"})
         assert task.notes == notes and task.config == config

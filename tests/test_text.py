@@ -1,4 +1,4 @@
-"""Text data: tokens, vocabulary, lanes and the embedded corpus, against numbers worked out by hand."""
+"""Text data: tokens, vocabulary, lanes and the bundled corpus, against numbers worked out by hand."""
 
 import random
 import re
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import moe_dist.data.text as text
-from moe_dist.data.progress import told
-from moe_dist.data.sources import SPLITS, Lines, open_text
-from moe_dist.data.text import Lanes, Vocabulary, tokenize, unigram_perplexity
+from moe_dist.data.text import lanes as text
+from moe_dist.data.text.corpus import SPLITS, Lines, open_text
+from moe_dist.data.text.lanes import Lanes, Vocabulary, tokenize, unigram_perplexity
+from moe_dist.monitoring.progress_bar import told
 
 ALL_LANES_3 = np.arange(3)
 
@@ -70,7 +70,7 @@ def test_other_text_is_cut_as_it_was() -> None:
     rng = random.Random(0)
     for line in ("".join(rng.choices(letters, k=50)) for _ in range(2000)):
         assert tokenize(line) == before.findall(line)
-    for line in islice(open_text("embedded", streamed=True)["test"], 2000):
+    for line in islice(open_text("bundled", streamed=True)["test"], 2000):
         assert tokenize(line) == before.findall(line)
 
 
@@ -219,19 +219,19 @@ def test_unigram_perplexity_refuses() -> None:
         unigram_perplexity((1, 1, 1, 1), np.array([4, 1]))
 
 
-def test_embedded_sizes_are_those_of_its_readme() -> None:
-    folder = Path(text.__file__).parent / "embedded"
+def test_bundled_sizes_are_those_of_its_readme() -> None:
+    folder = Path(text.__file__).parents[1] / "bundled"
     rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", (folder / "README.md").read_text(), re.MULTILINE)
     for split, *sizes in rows:
-        lines = list(open_text("embedded", streamed=True)[split])
+        lines = list(open_text("bundled", streamed=True)[split])
         tokens = sum(len(tokenize(line)) + 1 for line in lines)
         assert [len(lines), tokens, (folder / f"{split}.txt.xz").stat().st_size] == [int(size) for size in sizes]
     assert [row[0] for row in rows] == list(SPLITS)
     assert sum(int(row[3]) for row in rows) < 3_000_000
 
 
-def test_embedded_text_is_clean_and_its_splits_are_disjoint() -> None:
-    lines = open_text("embedded", streamed=False)
+def test_bundled_text_is_clean_and_its_splits_are_disjoint() -> None:
+    lines = open_text("bundled", streamed=False)
     joined = "\n".join(line for split in SPLITS for line in lines[split])
     assert joined.isascii()
     assert not re.search(r"gutenberg|copyright|\betexts?\b|[@_{}*]", joined, re.IGNORECASE)
@@ -243,8 +243,8 @@ def test_embedded_text_is_clean_and_its_splits_are_disjoint() -> None:
     assert long["valid"] & long["train"] == {f"And Caleb said, {joshua_15_16}"}
 
 
-def test_embedded_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
-    lines = open_text("embedded", streamed=False)
+def test_bundled_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
+    lines = open_text("bundled", streamed=False)
     vocabulary = Vocabulary.build(lines["train"], 8000)
     ids = {split: vocabulary.encode(lines[split]) for split in SPLITS}
     assert [round(100 * (ids[split] == 0).mean(), 1) for split in SPLITS] == [3.6, 5.5, 6.0]

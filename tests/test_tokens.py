@@ -13,15 +13,15 @@ import pytest
 import torch
 from tokenizers.normalizers import BertNormalizer
 
-from moe_dist.data.sources import Lines, open_text
-from moe_dist.data.tokens import CLS, MASK, NOTHING, PAD, SEP, SPECIAL, UNK, Tokens, _tokenizer, joined, stacked
+from moe_dist.data.text.corpus import Lines, open_text
+from moe_dist.data.text.wordpiece import CLS, MASK, NOTHING, PAD, SEP, SPECIAL, UNK, Tokens, _tokenizer, joined, stacked
 
 LINES = ["ab ab abc", "abc"]
 
 
 @pytest.fixture(scope="module")
 def verses() -> list[str]:
-    return list(islice(open_text("embedded", streamed=True)["train"], 400))
+    return list(islice(open_text("bundled", streamed=True)["train"], 400))
 
 
 def test_special_tokens_have_fixed_numbers() -> None:

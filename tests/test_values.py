@@ -11,12 +11,18 @@ from typing import Any
 import pytest
 from processes import check_one_line, check_plan
 
-from moe_dist import classify, configs, generate, plan, report, verify
 from moe_dist.checkpoint import __main__ as checkpoint
-from moe_dist.config import RANGES, Config, check, dotted_keys, from_json, override, to_json
-from moe_dist.optim import learning_rate
-from moe_dist.parallel.mesh import lay_out
-from moe_dist.tasks import task_of
+from moe_dist.config import papers
+from moe_dist.config.overrides import dotted_keys, from_json, override, to_json
+from moe_dist.config.schema import Config
+from moe_dist.config.validate import RANGES, check
+from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.inference import classify, generate
+from moe_dist.optim.lr_schedule import learning_rate
+from moe_dist.planner import __main__ as planner
+from moe_dist.report import __main__ as report_command
+from moe_dist.tasks.registry import task_of
+from moe_dist.verify import __main__ as verify_command
 
 # of each kind of data and of model one config
 NAMES = ("lstm_moe_demo", "widenet_demo", "widenet_pretraining_demo", "widenet_text_demo", "widenet_squad")
@@ -45,7 +51,7 @@ def test_a_hostile_value_of_any_field_is_a_value_error_or_a_config() -> None:
     """From a config.json and from --set. No other error, and some of each outcome."""
     refused, accepted, done = 0, 0, set()
     for name in NAMES:
-        config = configs.get(name)
+        config = papers.get(name)
         plain = json.loads(to_json(config))
         for key in dotted_keys(config):
             *sections, field = key.split(".")
@@ -71,7 +77,7 @@ def test_a_hostile_value_of_any_field_is_a_value_error_or_a_config() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    sections = [Config, *(type(getattr(configs.get(name), part)) for name in NAMES for part in ("data", "model"))]
+    sections = [Config, *(type(getattr(papers.get(name), part)) for name in NAMES for part in ("data", "model"))]
     numbers: set[str] = set()
     while sections:
         for field, hint in typing.get_type_hints(sections.pop()).items():
@@ -129,9 +135,9 @@ def test_a_path_that_names_nothing(
         (classify.main, ["run", "PATH"]),
         (checkpoint.main, ["inspect", "PATH"]),
         (checkpoint.main, ["export", "run", "PATH"]),
-        (plan.main, ["lstm_moe_demo", "--gpu", "h100", "--json", "PATH"]),
-        (verify.main, ["lstm_moe_demo", "--json", "PATH"]),
-        (report.main, ["PATH"]),
+        (planner.main, ["lstm_moe_demo", "--gpu", "h100", "--json", "PATH"]),
+        (verify_command.main, ["lstm_moe_demo", "--json", "PATH"]),
+        (report_command.main, ["PATH"]),
     ],
 )
 def test_the_other_commands_refuse_it_too(
@@ -140,7 +146,7 @@ def test_the_other_commands_refuse_it_too(
     given = [path if arg == "PATH" else arg for arg in args]
     monkeypatch.setattr("sys.argv", ["report", *given])  # report.main reads it
     with pytest.raises(SystemExit) as exit_:
-        main() if main is report.main else main(given)
+        main() if main is report_command.main else main(given)
     assert exit_.value.code == 2
     check_one_line(capsys.readouterr().err, "is empty" if not path else "has a name of 300 bytes; at most 255")
 
@@ -148,14 +154,14 @@ def test_the_other_commands_refuse_it_too(
 @pytest.mark.parametrize(
     ("main", "args", "says"),
     [
-        (plan.main, ["--nodes", "9" * 400, "--gpu", "h100"], "from 1 to 1048576"),
-        (plan.main, ["--nodes", "9" * 5000, "--gpu", "h100"], "invalid int value"),
-        (plan.main, ["--gpu", "h100", "--memory", "nan"], "--memory nan: a positive number of GB"),
-        (plan.main, ["--gpu", "h100", "--set", "optim.lr=1e308"], "optim.lr=1e+308"),
-        (verify.main, ["--worlds", "1000000007"], "--worlds 1000000007: from 1 to 1024"),
-        (verify.main, ["--steps", "9" * 400], "from 1 to 99999999"),
-        (verify.main, ["--tolerance", "nan"], "--tolerance nan"),
-        (verify.main, ["--set", "data.text="], "data.text='' is empty"),
+        (planner.main, ["--nodes", "9" * 400, "--gpu", "h100"], "from 1 to 1048576"),
+        (planner.main, ["--nodes", "9" * 5000, "--gpu", "h100"], "invalid int value"),
+        (planner.main, ["--gpu", "h100", "--memory", "nan"], "--memory nan: a positive number of GB"),
+        (planner.main, ["--gpu", "h100", "--set", "optim.lr=1e308"], "optim.lr=1e+308"),
+        (verify_command.main, ["--worlds", "1000000007"], "--worlds 1000000007: from 1 to 1024"),
+        (verify_command.main, ["--steps", "9" * 400], "from 1 to 99999999"),
+        (verify_command.main, ["--tolerance", "nan"], "--tolerance nan"),
+        (verify_command.main, ["--set", "data.text="], "data.text='' is empty"),
     ],
 )
 def test_numbers_of_the_other_commands(

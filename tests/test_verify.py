@@ -10,20 +10,25 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from moe_dist import keyed, optim, outside, replay, verify
-from moe_dist.config import Config, override
-from moe_dist.configs import get
-from moe_dist.context import Context
-from moe_dist.data.text import Lanes
-from moe_dist.experts import Experts
-from moe_dist.gating.topk import NoisyTopK
-from moe_dist.layer import MoE
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import get
+from moe_dist.config.schema import Config
+from moe_dist.data.text.lanes import Lanes
+from moe_dist.distributed import collectives
+from moe_dist.distributed.spawn import run_distributed
 from moe_dist.models.lstm_lm import FeedForward
-from moe_dist.parallel import collectives
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.replay import Choices
-from moe_dist.routing import Routing
-from moe_dist.verify import REFERENCE, Layout, run_layouts
+from moe_dist.moe.experts import Experts
+from moe_dist.moe.gating.noisy_topk import NoisyTopK
+from moe_dist.moe.layer import MoE
+from moe_dist.moe.routing import Routing
+from moe_dist.nn import token_noise
+from moe_dist.nn.token_context import Context
+from moe_dist.optim import expert_state
+from moe_dist.optim import optimizer as optimizer_module
+from moe_dist.verify import __main__ as verify_command
+from moe_dist.verify import certificate, choice_replay
+from moe_dist.verify.certificate import REFERENCE, Layout, run_layouts
+from moe_dist.verify.choice_replay import Choices
 
 # the demo, its widths, batch and vocabulary divided so that 1, 2, 3 and 4 ranks can have it
 SMALL = [
@@ -53,14 +58,14 @@ def small(text: Path, *sets: str) -> Config:
 def test_the_demo_is_certified_and_the_run_is_live(
     sets: list[str], layouts: list[tuple[int, int, int, int]], small_text: Path
 ) -> None:
-    told = verify.verify(small(small_text, *sets), [Layout(*place) for place in layouts], steps=20, replay=True)
+    told = certificate.verify(small(small_text, *sets), [Layout(*place) for place in layouts], steps=20, replay=True)
     live = told["live"]
     assert live["routing changed"] >= 0.2 and live["steps clipped"] >= 15
     assert live["noise"] and live["dropout"] > 0
     assert [tuple(t[k] for k in ("world", "ep", "zero", "accumulation")) for t in told["layouts"]] == layouts
     for t in told["layouts"]:
         assert max(t["loss"], t["norm"], t["weights"]) < 1e-5, t
-        assert t["widest_gap"] <= verify.GAP, t
+        assert t["widest_gap"] <= certificate.GAP, t
         assert t["idle"] >= (t["world"] > 1), f"a rank of two or more sent no row in a step: {t}"
 
 
@@ -76,25 +81,25 @@ def fault(plant: Callable[[], None]) -> Callable[[], None]:
 @fault
 def expert_gradients_divided_by_the_expert_data_group() -> None:
     """Two ranks at ep 2: by 1 instead of 2."""
-    honest = outside.Factored.square
+    honest = expert_state.Factored.square
 
-    def square(self: outside.Factored) -> torch.Tensor:
+    def square(self: expert_state.Factored) -> torch.Tensor:
         self.gradient().mul_(2)
         return honest(self)
 
-    outside.Factored.square = square  # type: ignore[method-assign]
+    expert_state.Factored.square = square  # type: ignore[method-assign]
 
 
 @fault
 def a_norm_that_counts_replicas_twice() -> None:
     """As if dense parameters were sharded where every rank holds them whole."""
-    honest = optim.Optimizer.step
+    honest = optimizer_module.Optimizer.step
 
-    def step(self: optim.Optimizer, closure: Any = None) -> None:
+    def step(self: optimizer_module.Optimizer, closure: Any = None) -> None:
         self.zero = 1
         honest(self)
 
-    optim.Optimizer.step = step  # type: ignore[method-assign]
+    optimizer_module.Optimizer.step = step  # type: ignore[method-assign]
 
 
 @fault
@@ -104,12 +109,12 @@ def local_balance() -> None:
 
 @fault
 def noise_by_rank() -> None:
-    honest = keyed.normal
+    honest = token_noise.normal
 
     def normal(ctx: Context, *rest: Any) -> torch.Tensor:
         return honest(dataclasses.replace(ctx, seed=ctx.seed + torch.distributed.get_rank()), *rest)
 
-    keyed.normal = normal
+    token_noise.normal = normal
 
 
 @fault
@@ -124,25 +129,25 @@ def a_sampler_that_depends_on_the_world() -> None:
 
 @fault
 def statistics_from_the_wrong_group() -> None:
-    honest = outside.Factored.square
+    honest = expert_state.Factored.square
 
-    def square(self: outside.Factored) -> torch.Tensor:
+    def square(self: expert_state.Factored) -> torch.Tensor:
         told = honest(self)
         torch.distributed.all_reduce(self.row_square_eD)  # with the other rank's, of other experts
         return told
 
-    outside.Factored.square = square  # type: ignore[method-assign]
+    expert_state.Factored.square = square  # type: ignore[method-assign]
 
 
 @fault
 def a_rank_that_would_choose_other_experts() -> None:
     """The second of two; only the gap shows it, for the recorded choice wins."""
-    honest = replay.highest
+    honest = choice_replay.highest
 
     def highest(score_TE: torch.Tensor, *rest: Any) -> Any:
         return honest(-score_TE if torch.distributed.get_rank() == 1 else score_TE, *rest)
 
-    replay.highest = highest
+    choice_replay.highest = highest
 
 
 def run_faulty(fault: str | None, config: Config, layout: Layout, reference: Path) -> list[dict[str, Any]]:
@@ -165,7 +170,7 @@ def test_a_planted_fault_is_reported(fault: str | None, small_text: Path, refere
         run_faulty, 2, fault, small(small_text, WHOLE), Layout(2, 2, 0, 1), reference, timeout=90
     )
     off = max(told["loss"], told["norm"], told["weights"])
-    assert (off > 1e-4 or told["widest_gap"] > verify.GAP) if fault else off < 1e-5, json.dumps(told)
+    assert (off > 1e-4 or told["widest_gap"] > certificate.GAP) if fault else off < 1e-5, json.dumps(told)
 
 
 def test_a_flip_within_rounding_is_counted_and_the_recorded_ranking_wins() -> None:
@@ -247,7 +252,9 @@ def test_command_line(small_text: Path, tmp_path: Path, capfd: pytest.CaptureFix
     sets = [part for s in [*SMALL, f"data.text={small_text}", "steps=7"] for part in ("--set", s)]
     file = tmp_path / "told.json"
     assert (
-        verify.main(["lstm_moe_demo", *sets, "--worlds", "1", "5", "--zero", "1", "--steps", "3", "--json", str(file)])
+        verify_command.main(
+            ["lstm_moe_demo", *sets, "--worlds", "1", "5", "--zero", "1", "--steps", "3", "--json", str(file)]
+        )
         == 0
     )
     said = capfd.readouterr().out
@@ -260,7 +267,7 @@ def test_command_line(small_text: Path, tmp_path: Path, capfd: pytest.CaptureFix
     ]
     assert {"loss", "norm", "weights", "flips", "signs"} <= told["layouts"][0].keys()
     tight = ["--worlds", "1", "--zero", "3", "--steps", "3", "--tolerance", "1e-12"]
-    assert verify.main(["lstm_moe_demo", *sets, *tight]) == 1
+    assert verify_command.main(["lstm_moe_demo", *sets, *tight]) == 1
     with pytest.raises(SystemExit) as end:
-        verify.main(["lstm_moe_demo", "--set", "model.moe.k=65"])
+        verify_command.main(["lstm_moe_demo", "--set", "model.moe.k=65"])
     assert end.value.code == 2 and "k=65" in capfd.readouterr().err

@@ -30,18 +30,19 @@ from test_parity import (
     gradients,
 )
 
-from moe_dist import configs, keyed
-from moe_dist.config import EncoderConfig, OptimConfig, SoftmaxMoEConfig, TextConfig, VisionConfig
-from moe_dist.configs import xue2021
-from moe_dist.context import Context
-from moe_dist.models.text import PretrainingModel
+from moe_dist.config import papers
+from moe_dist.config.papers import xue2021
+from moe_dist.config.schema import EncoderConfig, OptimConfig, SoftmaxMoEConfig, TextConfig, VisionConfig
+from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.parallelize import ParallelModel, parallelize
+from moe_dist.models.text_encoder import PretrainingModel
 from moe_dist.models.transformer import Block, blocks_of, norm_divergence
-from moe_dist.models.vision import VisionTransformer
-from moe_dist.optim import Optimizer
-from moe_dist.parallel import mesh as meshes
-from moe_dist.parallel.spawn import run_distributed
-from moe_dist.parallelize import ParallelModel, parallelize
-from moe_dist.parameters import bounds_of, initialize
+from moe_dist.models.vision_transformer import VisionTransformer
+from moe_dist.nn import prng, token_noise
+from moe_dist.nn.init import bounds_of, initialize
+from moe_dist.nn.token_context import Context
+from moe_dist.optim.optimizer import Optimizer
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -104,7 +105,7 @@ def changed(config: VisionConfig | TextConfig, **changes: Any) -> VisionConfig |
 )
 def test_parameters_are_the_papers(name: str, parameters: int, millions: int) -> None:
     """Truncated or rounded to a million."""
-    counted = num_parameters(configs.get(name).model)
+    counted = num_parameters(papers.get(name).model)
     assert counted == parameters
     assert millions in (counted // 10**6, round(counted / 10**6))
 
@@ -283,7 +284,7 @@ def images() -> torch.Tensor:
 
 def words() -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and their kinds (B, S)."""
-    generator = keyed.generator("test_widenet", "words")
+    generator = prng.generator("test_widenet", "words")
     token_BS = torch.randint(VOCABULARY_SIZE, (NUM_SAMPLES, TIMESTEPS), generator=generator)
     return token_BS, torch.randint(2, (NUM_SAMPLES, TIMESTEPS), generator=generator)
 
@@ -404,8 +405,8 @@ def expected_case(name: str) -> dict[str, torch.Tensor]:
         seen_T=[name == "vision" or valid for valid in ctx.valid_T.tolist()],
         balance_group_T=[t // (4 * TIMESTEPS) for t in range(len(ones_TD))],
         token_group_T=[t // (2 * TIMESTEPS) for t in range(len(ones_TD))],
-        noise=lambda site: keyed.normal(ctx.at(site), "gate", torch.arange(NUM_EXPERTS), torch.float64),
-        mask=lambda site: keyed.dropout(ones_TD, config.encoder.dropout, ctx.at(site)),
+        noise=lambda site: token_noise.normal(ctx.at(site), "gate", torch.arange(NUM_EXPERTS), torch.float64),
+        mask=lambda site: token_noise.dropout(ones_TD, config.encoder.dropout, ctx.at(site)),
     )
     weight, weight_order = weights(name)
     if name == "vision":

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config import Config, override
-from moe_dist.configs import get
-from moe_dist.metrics import read_metrics
-from moe_dist.summary import counts
-from moe_dist.tasks import task_of
+from moe_dist.config.overrides import override
+from moe_dist.config.papers import get
+from moe_dist.config.schema import Config
+from moe_dist.monitoring.metrics_file import read_metrics
+from moe_dist.tasks.registry import task_of
+from moe_dist.training.model_stats import counts
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "experiments" / "results" / "widenet" / "kept"

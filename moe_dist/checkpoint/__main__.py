@@ -11,7 +11,8 @@ import math
 import sys
 from typing import Any
 
-from moe_dist.arguments import Parser, one_line, path_argument
+from moe_dist.config.arg_parser import Parser, path_argument
+from moe_dist.config.messages import one_line
 
 
 def _table(told: dict[str, Any]) -> str:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from moe_dist.checkpoint import manifest  # here, for they import torch, which --help does not need
     from moe_dist.checkpoint.sealed_config import read_config
-    from moe_dist.checkpoint.whole import export, inspect
+    from moe_dist.checkpoint.single_process import export, inspect
 
     try:
         in_run = (args.path / "checkpoints").is_dir()

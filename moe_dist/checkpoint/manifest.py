@@ -13,9 +13,9 @@ import re
 from collections.abc import Container
 from pathlib import Path
 
-from moe_dist import run_folder
-from moe_dist.parallel.collectives import Group, from_all, from_main
-from moe_dist.run_folder import PARTIAL, open_existing, read, write
+from moe_dist.config import run_folder
+from moe_dist.config.run_folder import PARTIAL, open_existing, read, write
+from moe_dist.distributed.collectives import Group, from_all, from_main
 
 NAME = "manifest.sha256"
 STATE = "state.json"

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.checkpoint import manifest
-from moe_dist.config import Config, check, dotted_keys, from_json, value_of
-from moe_dist.run_folder import read
+from moe_dist.config.overrides import dotted_keys, from_json, value_of
+from moe_dist.config.run_folder import read
+from moe_dist.config.schema import Config
+from moe_dist.config.validate import check
 
 
 def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:

@@ -1,1 +1,1 @@
-"""Where the training data comes from."""
+"""Reads text and images, and cuts them into samples."""

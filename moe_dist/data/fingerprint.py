@@ -1,6 +1,6 @@
 """Fingerprints of data: whether a run that goes on finds the data that it was trained on.
 
-A checkpoint keeps how its data was given ("embedded", "folder", "files", or the name of a dataset), the
+A checkpoint keeps how its data was given ("bundled", "folder", "files", or the name of a dataset), the
 name and size of each file, and hashes of contents. Names are relative to the folder or the glob's first
 part, so that data may be moved as a whole; of the name of a single file only how it is read is compared
 (`files.kind_of`), and a small file may be packed (.gz, .bz2, .xz). A dataset of the Hub is described by
@@ -33,9 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.data.files import UNPACK, find_files, kind_of, open_file
-from moe_dist.data.progress import told
-from moe_dist.data.sources import EMBEDDED, SHORT_NAMES, SPLITS, is_local
+from moe_dist.data.table_files import UNPACK, find_files, kind_of, open_file
+from moe_dist.data.text.corpus import BUNDLED, SHORT_NAMES, SPLITS, is_local
+from moe_dist.monitoring.progress_bar import told
 
 BUDGET = 2**26  # bytes that are read in all
 BLOCK = 2**16  # bytes
@@ -52,7 +52,7 @@ MOST_TOLD = 3  # changes of an error
 class Source:
     """Data to be described."""
 
-    given: str  # "embedded", "folder", "files", or a dataset's name
+    given: str  # "bundled", "folder", "files", or a dataset's name
     size: Mapping[str, int]  # bytes of each file, by name
     digest: Callable[[str, int], str]  # (name, bytes that may be read) -> a hash of its contents
 
@@ -165,10 +165,10 @@ def of_named(place: str, repositories: Mapping[str, tuple[str, str | None, str |
 
 def of_text(place: str) -> Source:
     """Returns the source of a text, of a language model or a pre-training."""
-    if place != EMBEDDED:
+    if place != BUNDLED:
         return of_named(place, SHORT_NAMES)
-    folder = Path(__file__).parent / "embedded"
-    return of_files(EMBEDDED, [folder / f"{split}.txt.xz" for split in SPLITS], folder, unpack=False)
+    folder = Path(__file__).parent / "bundled"
+    return of_files(BUNDLED, [folder / f"{split}.txt.xz" for split in SPLITS], folder, unpack=False)
 
 
 def of_files(

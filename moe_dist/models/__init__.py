@@ -1,1 +1,1 @@
-"""Models: plain modules that know nothing of ranks."""
+"""Plain models that contain no code about ranks."""

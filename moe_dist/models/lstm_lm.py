@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist.config import LSTMConfig, nearest
-from moe_dist.context import Context
-from moe_dist.experts import Experts, On, relu
-from moe_dist.gating.topk import NoisyTopK
-from moe_dist.hierarchical import Groups, HierarchicalMoE
-from moe_dist.keyed import dropout
-from moe_dist.layer import LayerStats, MoE
-from moe_dist.models.softmax import Softmax
-from moe_dist.parameters import parameter, with_bound
+from moe_dist.config.messages import nearest
+from moe_dist.config.schema import LSTMConfig
+from moe_dist.models.sampled_softmax import Softmax
+from moe_dist.moe.experts import Experts, On, relu
+from moe_dist.moe.gating.noisy_topk import NoisyTopK
+from moe_dist.moe.hierarchical import Groups, HierarchicalMoE
+from moe_dist.moe.layer import LayerStats, MoE
+from moe_dist.nn.init import parameter, with_bound
+from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_noise import dropout
 
 # (h_1BD, c_1BU) of each LSTM in order; by lane
 State = tuple[tuple[torch.Tensor, torch.Tensor], ...]

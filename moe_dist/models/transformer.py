@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.config import EncoderConfig
-from moe_dist.context import Context
-from moe_dist.experts import GeluExperts
-from moe_dist.gating.softmax_topk import SoftmaxTopK
-from moe_dist.keyed import dropout
-from moe_dist.layer import LayerStats, MoE
-from moe_dist.parameters import parameter, with_bound
+from moe_dist.config.schema import EncoderConfig
+from moe_dist.moe.experts import GeluExperts
+from moe_dist.moe.gating.softmax_topk import SoftmaxTopK
+from moe_dist.moe.layer import LayerStats, MoE
+from moe_dist.nn.init import parameter, with_bound
+from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_noise import dropout
 
 EPS = 1e-6  # of LayerNorms
 EMBEDDING_BOUND = 0.02 * 3**0.5  # deviation 0.02

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist.config import MOST, Config, ImageDataConfig, VisionConfig
-from moe_dist.context import Context
+from moe_dist.config.schema import Config, ImageDataConfig, VisionConfig
+from moe_dist.config.validate import MOST
 from moe_dist.data.fingerprint import Source, of_arrays, of_files
-from moe_dist.data.images import ImageBatch, check_images, open_images
-from moe_dist.layer import LayerStats
-from moe_dist.measures import written
-from moe_dist.models.vision import VisionTransformer
-from moe_dist.parallel.collectives import sum_over
-from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import Fit, OfEncoders, balance, context, meta
+from moe_dist.data.images.pipeline import ImageBatch, check_images, open_images
+from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.models.vision_transformer import VisionTransformer
+from moe_dist.moe.layer import LayerStats
+from moe_dist.monitoring.metric_format import written
+from moe_dist.nn.token_context import Context
+from moe_dist.tasks.data_fit import Fit
+from moe_dist.tasks.encoder_base import OfEncoders, balance, context, meta
 
 
 @dataclass(frozen=True)

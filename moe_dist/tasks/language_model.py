@@ -12,18 +12,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_dist.config import Config, LSTMConfig, TextDataConfig
-from moe_dist.context import Context
+from moe_dist.config.schema import Config, LSTMConfig, TextDataConfig
 from moe_dist.data.fingerprint import Source, of_text
-from moe_dist.data.sources import check_text, open_text
-from moe_dist.data.stream import Stream, check_lanes
-from moe_dist.data.text import Lanes, Vocabulary, unigram_perplexity
-from moe_dist.layer import LayerStats
-from moe_dist.meter import perplexity, told_perplexity
+from moe_dist.data.text.corpus import check_text, open_text
+from moe_dist.data.text.lanes import Lanes, Vocabulary, unigram_perplexity
+from moe_dist.data.text.stream import Stream, check_lanes
+from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.collectives import from_main, sum_over
+from moe_dist.distributed.mesh import Mesh
 from moe_dist.models.lstm_lm import LSTMLanguageModel, State, state_widths
-from moe_dist.parallel.collectives import from_main, sum_over
-from moe_dist.parallel.mesh import Layout, Mesh
-from moe_dist.tasks.batches import Fit, balance, context, meta
+from moe_dist.moe.layer import LayerStats
+from moe_dist.monitoring.metric_format import perplexity, told_perplexity
+from moe_dist.nn.token_context import Context
+from moe_dist.tasks.data_fit import Fit
+from moe_dist.tasks.encoder_base import balance, context, meta
 
 VOCABULARY_SIZE = "data.vocabulary_size"
 

@@ -1,0 +1,1 @@
+"""Images: files, sets, augmentation and samples."""

@@ -1,1 +1,0 @@
-"""Exchanges carry rows to their experts and back, and decide nothing."""

@@ -1,0 +1,1 @@
+"""Ranks: the mesh, collectives, and what can go wrong between processes."""

@@ -1,0 +1,1 @@
+"""Makes a plain model parallel and hands its dense parameters to DeepSpeed."""

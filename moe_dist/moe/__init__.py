@@ -1,0 +1,1 @@
+"""The mixture-of-experts layer: gates decide, dispatchers move rows, experts compute."""

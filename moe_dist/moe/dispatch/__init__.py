@@ -1,0 +1,1 @@
+"""Dispatchers carry rows to their experts and back, and decide nothing."""

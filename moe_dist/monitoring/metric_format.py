@@ -1,0 +1,66 @@
+"""Measures of tasks: how they are called and written, the same on the terminal, in the result and in the report, and
+those that are no means over samples.
+
+Shares are fractions in `metrics.jsonl`, and written in per cent.
+
+Legend: N samples of a split.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Attributes:
+    name: For people.
+    axis: Of its curve.
+    is_share: Whether it is a fraction that is written in per cent.
+    decimals: Digits after the point; None for what is written like any other number.
+    """
+
+    name: str
+    axis: str
+    is_share: bool = True
+    decimals: int | None = 2
+
+
+MEASURES = {
+    "perplexity": Measure("perplexity", "perplexity", is_share=False, decimals=None),
+    "accuracy": Measure("accuracy", "accuracy (part of all that are right)"),
+    "masked_accuracy": Measure("masked words", "accuracy (part of masked words that are right)"),
+    "order_accuracy": Measure("order of sentences", "accuracy (part of orders that are right)"),
+    "f1": Measure("F1", "F1"),
+    "exact": Measure("exact match", "exact matches (part of all answers)"),
+    "matthews": Measure("Matthews correlation", "Matthews correlation", is_share=False, decimals=4),
+    "pearson": Measure("Pearson correlation", "Pearson correlation", is_share=False, decimals=4),
+    "spearman": Measure("Spearman correlation", "Spearman correlation", is_share=False, decimals=4),
+}
+# the measure that models are compared by is the first of these that a task has
+HEADLINES = ("matthews", "pearson", "f1", "accuracy", "perplexity")
+
+
+def written(measure: str, value: float, other: str = ".4g") -> str:
+    """Returns a value as text: a share in per cent, a correlation with four decimals, others in the format `other`."""
+    known = MEASURES.get(measure)
+    if not known or known.decimals is None:
+        return format(value, other)
+    return f"{100 * value:.{known.decimals}f} %" if known.is_share else f"{value:.{known.decimals}f}"
+
+
+def headline(keys: Iterable[str], split: str) -> str | None:
+    """Returns the measure of a split that models are compared by, of the keys of a line of metrics. None where there is
+    none."""
+    keys = set(keys)
+    return next((measure for measure in HEADLINES if f"{split}/{measure}" in keys), None)
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss), which is infinite where that overflows, and NaN where the loss is."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def told_perplexity(value: float, loss: float) -> str:
+    """Returns a perplexity as text; where it is no number, with the loss that it is of."""
+    return f"{value:.2f}" if math.isfinite(value) else f"{value} (loss {loss:.4g} nats)"

@@ -1,0 +1,1 @@
+"""Building blocks of models: keyed random numbers, token contexts and initial weights."""

@@ -1,1 +1,0 @@
-"""Ranks: how they are arranged (`mesh`) and what they say to each other (`collectives`)."""

@@ -1,0 +1,1 @@
+"""Estimates what every layout of a config costs on a cluster."""

@@ -1,0 +1,32 @@
+"""Draws runs: PNG pictures of each in RUN/report, and one HTML page of them all.
+
+python -m moe_dist.report RUN                             RUN/report/*.png and RUN/report.html, also while it runs
+python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
+"""
+
+import sys
+
+from moe_dist.config.arg_parser import Parser, path_argument
+from moe_dist.report.files import PAGE, write_all, write_page
+
+
+def main() -> None:
+    """Runs the command line. A run that cannot be drawn is one line on stderr and exit status 2."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("runs", metavar="RUN", type=path_argument, nargs="+", help="folder of a run")
+    parser.add_argument(
+        "--html", metavar="FILE", type=path_argument, help=f"the page (default, of one run: RUN/{PAGE})"
+    )
+    args = parser.parse_args()
+    try:
+        if len(args.runs) > 1 and args.html is None:
+            raise ValueError(f"{len(args.runs)} runs on one page: --html FILE says where it goes")
+        for file in [write_page(args.runs, args.html)] if args.html else write_all(args.runs[0]):
+            print(file)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The layout certificate: one rank against every other layout."""
