@@ -1,4 +1,4 @@
-# make train    sets up .venv and trains the demo on two ranks          make train CONFIG=moe_32 RANKS=4 ARGS='--set zero=3'
+# make train    sets up .venv and trains the demo on two ranks          make train CONFIG=moe_32 RANKS=4 ARGS='--set zero_stage=3'
 # make test     sets up .venv and runs the tests
 # make check    linter, type checker, tests
 # make bench    words per second beside the dense baseline and DeepSpeed's own MoE layer (19 GB of memory), and our

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from moe_dist.config.schema import Config, LSTMConfig
-from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed import import_deepspeed
 from moe_dist.engine.parallelize import parallelize
 from moe_dist.moe.layer import LayerStats
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 CAPACITY_FACTOR = 1.25
 BALANCE = 0.01  # --moe-loss-coeff of Megatron-DeepSpeed's MoE examples
@@ -31,7 +31,10 @@ class Layer(nn.Module):
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
         moe = config.moe
-        w1, w2 = nn.Linear(config.dim, moe.hidden, bias=False), nn.Linear(moe.hidden, config.dim, bias=False)
+        w1, w2 = (
+            nn.Linear(config.dim, moe.expert_hidden_dim, bias=False),
+            nn.Linear(moe.expert_hidden_dim, config.dim, bias=False),
+        )
         self.moe = import_deepspeed().moe.layer.MoE(
             config.dim,
             nn.Sequential(w1, nn.ReLU(), w2),
@@ -49,7 +52,7 @@ class Layer(nn.Module):
     def drops(self, value: bool) -> None:
         self.gate.drop_tokens = value
 
-    def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, LayerStats]:
+    def forward(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[torch.Tensor, LayerStats]:
         y_TD, balance, load_E = self.moe(x_TD)
         capacity = math.ceil(len(x_TD) / len(load_E) * self.gate.capacity_factor * self.gate.k)
         dropped = (load_E - capacity).clamp(min=0).sum() * self.drops
@@ -67,11 +70,15 @@ class Adam(torch.optim.Adam):
 class Engine:
     """What `moe_dist.engine.deepspeed.Engine` is to a training loop, on one process."""
 
-    def __init__(self, model: nn.Module, config: Config, ds: dict[str, Any], layout: Layout, mesh: Mesh) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, ds: dict[str, Any], layout: BatchLayout, mesh: Mesh
+    ) -> None:
         """`model`: on the meta device, as for `parallelize`."""
         deepspeed, optim = import_deepspeed(), config.optim
         del model.middle
-        parallelize(model, mesh, config.seed, torch.float32)  # fills embedding, LSTMs and softmax as ours are
+        parallelize(
+            model, mesh, config.seed, torch.float32
+        )  # fills embedding, LSTMs and softmax as ours are
         torch.manual_seed(config.seed)
         model.middle = self.layer = Layer(config.model).to(mesh.device)
         groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(
@@ -80,7 +87,7 @@ class Engine:
         self.optimizer = Adam(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         full = ds | {
             "train_micro_batch_size_per_gpu": layout.samples_per_rank,
-            "gradient_clipping": optim.clip_norm,
+            "gradient_clipping": optim.max_grad_norm,
             "steps_per_print": None,
             "zero_optimization": {"stage": 0},
         }

@@ -9,7 +9,7 @@
 
 Forward and backward of 4,096 tokens a rank to experts that only weight their rows, or have `--hidden` units, 4 of 256
 for each token, popular by Zipf's law. "pieces2": plainly, in two pieces, gradients of weights while the last one
-travels; "ragged" does nothing meanwhile, nor do "once" and "node"; with "once+" and "node+" gradients of weights wait.
+travels; "all_to_all" does nothing meanwhile, nor do "dedup_rank" and "dedup_node"; with "dedup_rank+" and "dedup_node+" gradients of weights wait.
 "bf16": plainly, but bf16 on the wire. "experts": the same work without a transfer. All kinds take turns in random
 order, a round is one of each, timed by the clock between barriers, and every kind's output and gradient are compared
 with the ragged ones. Bytes are of forward, there and back, with ids, weights: those that a rank sends to others, the
@@ -32,14 +32,14 @@ from machine import machine
 
 from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.engine.parallelize import exchange_on
+from moe_dist.engine.parallelize import build_dispatcher
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.permutation import Copies
-from moe_dist.moe.routing import Routing, route
+from moe_dist.moe.permutation import TokenPermutation
+from moe_dist.moe.routing import Routing, build_routing
 
-BASE = "ragged"
+BASE = "all_to_all"
 
 
 class Weigh(torch.nn.Module):
@@ -48,8 +48,8 @@ class Weigh(torch.nn.Module):
     needs_context = False
 
     def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Any) -> Any:
-        copies = Copies(routing.token_N, len(x_TD))
-        return copies.add_up(copies.take(x_TD) * routing.gate_N.to(x_TD.dtype)[:, None]), None
+        copies = TokenPermutation(routing.token_N, len(x_TD))
+        return copies.unpermute(copies.permute(x_TD) * routing.gate_N.to(x_TD.dtype)[:, None]), None
 
 
 class Compute:
@@ -65,10 +65,10 @@ class Compute:
 
 def configured(kind: str) -> MeshConfig:
     if kind.startswith("pieces"):
-        return MeshConfig(exchange=BASE, pieces=int(kind.removeprefix("pieces")))
+        return MeshConfig(dispatcher=BASE, overlap_chunks=int(kind.removeprefix("pieces")))
     if kind == "bf16":
-        return MeshConfig(exchange=BASE, pieces=0, wire="bf16")
-    return MeshConfig(exchange=kind.removesuffix("+"), pieces=int(kind.endswith("+")))
+        return MeshConfig(dispatcher=BASE, overlap_chunks=0, comm_dtype="bf16")
+    return MeshConfig(dispatcher=kind.removesuffix("+"), overlap_chunks=int(kind.endswith("+")))
 
 
 def routed(args: argparse.Namespace, rank: int) -> Routing:
@@ -76,21 +76,36 @@ def routed(args: argparse.Namespace, rank: int) -> Routing:
     everywhere, here = (torch.Generator().manual_seed(seed) for seed in (0, 1 + rank))
     place_E = 1 + torch.randperm(args.experts, generator=everywhere)
     uniform_TE = torch.rand(args.tokens, args.experts, generator=here)
-    score_TE = -args.zipf * place_E.log() - (-uniform_TE.log()).log()  # Gumbel: the top k are such a draw
+    score_TE = (
+        -args.zipf * place_E.log() - (-uniform_TE.log()).log()
+    )  # Gumbel: the top k are such a draw
     top = score_TE.topk(args.k, 1)
-    return route(top.indices, top.values.softmax(1), torch.ones_like(top.indices, dtype=torch.bool), args.experts)
+    return build_routing(
+        top.indices,
+        top.values.softmax(1),
+        torch.ones_like(top.indices, dtype=torch.bool),
+        args.experts,
+    )
 
 
 def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]]:
     if per_node:
         os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
-    meshes.join()
-    mesh = meshes.arrange(dist.get_world_size())
-    kinds = [kind for kind in args.kinds or [BASE, "once", "node"] if kind != "node" or mesh.inside or args.kinds]
-    exchanges = {kind: exchange_on(mesh, configured(kind), args.experts, args.k) for kind in kinds if kind != "experts"}
+    meshes.init_process_group()
+    mesh = meshes.build_mesh(dist.get_world_size())
+    kinds = [
+        kind
+        for kind in args.kinds or [BASE, "dedup_rank", "dedup_node"]
+        if kind != "dedup_node" or mesh.intra_node or args.kinds
+    ]
+    exchanges = {
+        kind: build_dispatcher(mesh, configured(kind), args.experts, args.k)
+        for kind in kinds
+        if kind != "experts"
+    }
     exchanges["experts"] = Compute(mesh.ep.size)
     routing, dtype = routed(args, mesh.dp.index), getattr(torch, args.dtype)
-    ctx: Any = argparse.Namespace(site=0)  # of a context only the site matters here
+    ctx: Any = argparse.Namespace(layer_call=0)  # of a context only the site matters here
     x_TD = torch.randn(args.tokens, args.dim).to(dtype).requires_grad_()
     dy_TD = torch.randn(args.tokens, args.dim).to(dtype)
     experts: torch.nn.Module = Weigh()
@@ -103,19 +118,28 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
     for _ in range(args.rounds + 2):
         for kind in order.sample(kinds, len(kinds)):
             dist.barrier()
-            start, sent = time.perf_counter(), mesh.sent
+            start, sent = time.perf_counter(), mesh.bytes_sent
             y_TD, _ = exchanges[kind](x_TD, routing, experts, ctx)
-            forward = Counter({label: n - sent[label] for label, n in mesh.sent.items()})
+            forward = Counter({label: n - sent[label] for label, n in mesh.bytes_sent.items()})
             gradients = torch.autograd.grad(y_TD, leaves, dy_TD)
             dist.barrier()
             taken[kind].append(time.perf_counter() - start)
-            far = sum(n for (_, direction), n in forward.items() if direction.endswith("between_nodes"))
-            told[kind] = (torch.tensor([far, forward.total()], dtype=torch.float64), y_TD.detach(), *gradients)
+            far = sum(
+                n for (_, direction), n in forward.items() if direction.endswith("between_nodes")
+            )
+            told[kind] = (
+                torch.tensor([far, forward.total()], dtype=torch.float64),
+                y_TD.detach(),
+                *gradients,
+            )
     rows = []
     for kind in kinds:
         (bytes_2, *got), seconds = told[kind], taken[kind][2:]
-        far, total = (sum_over(bytes_2.clone(), mesh.dp) / mesh.dp.size).tolist()
-        errors = [(a - b).double().norm() / b.double().norm() for a, b in zip(got, told[BASE][1:], strict=True)]
+        far, total = (all_reduce_sum(bytes_2.clone(), mesh.dp) / mesh.dp.size).tolist()
+        errors = [
+            (a - b).double().norm() / b.double().norm()
+            for a, b in zip(got, told[BASE][1:], strict=True)
+        ]
         ratios = [mine / base for mine, base in zip(seconds, taken[BASE][2:], strict=True)]
         low, high = statistics.quantiles(seconds, n=20, method="inclusive")[::18]
         rows.append(
@@ -128,13 +152,18 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
                 "K": args.k,
                 "dtype": args.dtype,
             }
-            | {"world": mesh.dp.size, "ranks_per_node": mesh.ranks_per_node, "skew": args.zipf, "rounds": args.rounds}
+            | {
+                "world": mesh.dp.size,
+                "ranks_per_node": mesh.ranks_per_node,
+                "skew": args.zipf,
+                "rounds": args.rounds,
+            }
             | {"bytes_between_nodes": far, "bytes": total, "error": max(errors).item()}
             | {"ms": 1e3 * statistics.median(seconds), "low": 1e3 * low, "high": 1e3 * high}
             | {"of_ragged": statistics.median(ratios), "version": torch.__version__}
             | machine()
         )
-    meshes.stop()
+    meshes.shutdown()
     return rows
 
 
@@ -145,18 +174,33 @@ def show(rows: list[dict[str, Any]]) -> None:
             **first
         )
     )
-    heads = ("MB between nodes", "of ragged", "MB in all", "of ragged", "ms", "low", "high", "of ragged", "error")
+    heads = (
+        "MB between nodes",
+        "of all_to_all",
+        "MB in all",
+        "of all_to_all",
+        "ms",
+        "low",
+        "high",
+        "of all_to_all",
+        "error",
+    )
     print(cells.format("", *heads))
     for row in rows:
         figures = []
         for key in ("bytes_between_nodes", "bytes"):
-            figures += [f"{row[key] / 1e6:.2f}", f"{row[key] / first[key]:.3f}" if first[key] else ""]
+            figures += [
+                f"{row[key] / 1e6:.2f}",
+                f"{row[key] / first[key]:.3f}" if first[key] else "",
+            ]
         figures += [f"{row[key]:.1f}" for key in ("ms", "low", "high")]
         print(cells.format(row["impl"], *figures, f"{row['of_ragged']:.3f}", f"{row['error']:.1e}"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in {
         "ranks": 4,
         "ranks-per-node": 2,
@@ -168,18 +212,27 @@ def main() -> None:
         "rounds": 15,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="ragged first; else ragged, once and node")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        metavar="KIND",
+        help="all_to_all first; else all_to_all, dedup_rank and dedup_node",
+    )
     parser.add_argument("--zipf", type=float, default=0.6, help="0: all experts alike")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there")
     args = parser.parse_args()
     if args.kinds and args.kinds[0] != BASE:
-        parser.error(f"--kinds {args.kinds[0]}: first comes {BASE}, which the others are held against")
+        parser.error(
+            f"--kinds {args.kinds[0]}: first comes {BASE}, which the others are held against"
+        )
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: at least 2, for an interval")
     launched = "RANK" in os.environ
     rows = (
-        ranks(args, None) if launched else run_distributed(ranks, args.ranks, args, args.ranks_per_node, timeout=600)[0]
+        ranks(args, None)
+        if launched
+        else run_distributed(ranks, args.ranks, args, args.ranks_per_node, timeout=600)[0]
     )
     if os.environ.get("RANK", "0") == "0":
         show(rows)

@@ -71,9 +71,14 @@ LADDERS = {  # E at equal tokens, and at equal tokens per expert; they meet at E
     "rows": {f"rows{e}": Shape(128 * e, 256, 512, e, 2, "fp32") for e in (4, 32, 256, 1024)},
 }
 EVERY = SHAPES | LADDERS["tokens"] | LADDERS["rows"]
-DTYPES = {"bf16": (torch.bfloat16, torch.float32), "fp32": (torch.float32, torch.float64)}  # and the reference's
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.float32),
+    "fp32": (torch.float32, torch.float64),
+}  # and the reference's
 # "dense" for all others
-BASES = {f"{whose}_{what}": f"dense_{what}" for whose in ("dense", "ours") for what in ("gate", "gelu")}
+BASES = {
+    f"{whose}_{what}": f"dense_{what}" for whose in ("dense", "ours") for what in ("gate", "gelu")
+}
 ALL = OURS | PEERS
 # know no exchange of tokens between ranks, or it is not here
 ONE_RANK = {"sorted", "sorted_reused", "naive", "hf_grouped_mm", "scattermoe", "sonicmoe"}
@@ -95,7 +100,9 @@ def draw(shape: Shape, skew: float, device: torch.device) -> Work:
     """The work of all ranks. The n-th of the experts, in an order drawn as well, is chosen in proportion to n ** -skew,
     the K of a token without return."""
     g, dtype = prng.generator("layer", *shape), DTYPES[shape.dtype][0]
-    popularity_E = -skew * torch.arange(1.0, shape.E + 1).log()[torch.randperm(shape.E, generator=g)]
+    popularity_E = (
+        -skew * torch.arange(1.0, shape.E + 1).log()[torch.randperm(shape.E, generator=g)]
+    )
     gumbel_TE = -torch.empty(shape.T, shape.E).exponential_(generator=g).log()
 
     def weights(*size: int) -> torch.Tensor:
@@ -120,7 +127,12 @@ def reference(work: Work, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     dw1_EDF, dw2_EFD = (torch.empty_like(w, dtype=dtype) for w in (work.w1_eDF, work.w2_eFD))
     for i in range(work.num_experts):
         token, choice = (work.expert_TK == i).nonzero(as_tuple=True)
-        w1, w2, x, dy = work.w1_eDF[i].to(dtype), work.w2_eFD[i].to(dtype), x_TD[token], dy_TD[token]
+        w1, w2, x, dy = (
+            work.w1_eDF[i].to(dtype),
+            work.w2_eFD[i].to(dtype),
+            x_TD[token],
+            dy_TD[token],
+        )
         gate = gate_TK[token, choice, None]
         h = (x @ w1).relu()
         y_TD.index_add_(0, token, gate * (h @ w2))
@@ -131,10 +143,13 @@ def reference(work: Work, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"y": y_TD, "x": dx_TD, "gate": dgate_TK, "w1": dw1_EDF, "w2": dw2_EFD}
 
 
-def errors(results: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> tuple[float | None, float | None]:
+def errors(
+    results: dict[str, torch.Tensor], right: dict[str, torch.Tensor]
+) -> tuple[float | None, float | None]:
     """Of the output, and the worst of the gradients. None where there is nothing to compare."""
     relative = {
-        name: ((x.to(right[name]) - right[name]).norm() / right[name].norm()).item() for name, x in results.items()
+        name: ((x.to(right[name]) - right[name]).norm() / right[name].norm()).item()
+        for name, x in results.items()
     }
     y = relative.pop("y", None)
     return y, max(relative.values(), default=None)
@@ -147,16 +162,22 @@ def measure(
     torch.set_num_threads(threads)
     if keep_memory:
         keep_freed_memory()
-    mesh = meshes.start(ep=launch_env.world_size())
+    mesh = meshes.init_distributed(ep=launch_env.world_size())
     layers: dict[Key, Any] = {}
     taken: dict[Key, Taken] = {}
     left_out: set[str] = set()
     for name in shapes:
         shape = EVERY[name]
         whole = draw(shape, skew, mesh.device)
-        share, mine = shape.T // mesh.dp.size, mesh.my_experts(shape.E)
-        tokens, experts = slice(mesh.dp.index * share, (mesh.dp.index + 1) * share), slice(mine.start, mine.stop)
-        work, load = whole.part(tokens, experts), (whole.count_E.max() / whole.count_E.float().mean()).item()
+        share, mine = shape.T // mesh.dp.size, mesh.local_experts(shape.E)
+        tokens, experts = (
+            slice(mesh.dp.index * share, (mesh.dp.index + 1) * share),
+            slice(mine.start, mine.stop),
+        )
+        work, load = (
+            whole.part(tokens, experts),
+            (whole.count_E.max() / whole.count_E.float().mean()).item(),
+        )
         of_all = reference(whole, DTYPES[shape.dtype][1])
         right = {what: t[experts if what in ("w1", "w2") else tokens] for what, t in of_all.items()}
         for impl in impls:
@@ -170,7 +191,9 @@ def measure(
                 continue
             layer.step()
             layers[name, impl] = layer
-            taken[name, impl] = Taken(layer.version, layer.dropped, load, *errors(layer.results(), right), [])
+            taken[name, impl] = Taken(
+                layer.version, layer.dropped, load, *errors(layer.results(), right), []
+            )
     order = random.Random(0)  # the same on every rank
     for round_ in range(rounds + 2):
         for key in order.sample(list(layers), len(layers)):
@@ -181,7 +204,7 @@ def measure(
             print(f"\rround {round_ - 1}/{rounds}", end="", flush=True)
     if mesh.is_main:
         print("\r", end="")
-    meshes.stop()
+    meshes.shutdown()
     return taken
 
 
@@ -219,9 +242,13 @@ def slowest(ranks: list[dict[Key, Taken]]) -> dict[Key, Taken]:
     merged = {}
     for key, first in ranks[0].items():
         each = [taken[key] for taken in ranks]
-        error_y, error_gradients = (worst(e) for e in zip(*((t.error_y, t.error_gradients) for t in each), strict=True))
+        error_y, error_gradients = (
+            worst(e) for e in zip(*((t.error_y, t.error_gradients) for t in each), strict=True)
+        )
         longest = [max(round_) for round_ in zip(*(t.seconds for t in each), strict=True)]
-        merged[key] = first._replace(error_y=error_y, error_gradients=error_gradients, seconds=longest)
+        merged[key] = first._replace(
+            error_y=error_y, error_gradients=error_gradients, seconds=longest
+        )
     return merged
 
 
@@ -231,7 +258,9 @@ def summary(taken: dict[Key, Taken], common: dict[str, Any]) -> list[dict[str, A
         base = taken[name, BASES.get(impl, "dense")].seconds
         low, high = interval(one.seconds)
         figures = {"ms": 1e3 * statistics.median(one.seconds), "low": 1e3 * low, "high": 1e3 * high}
-        figures["of_dense"] = statistics.median(limit / mine for limit, mine in zip(base, one.seconds, strict=True))
+        figures["of_dense"] = statistics.median(
+            limit / mine for limit, mine in zip(base, one.seconds, strict=True)
+        )
         told = {
             "load": one.load,
             "dropped": one.dropped,
@@ -253,31 +282,51 @@ def print_table(rows: list[dict[str, Any]], taken: dict[Key, Taken]) -> None:
             shape = row["shape"]
             sizes = " ".join(f"{key}{row[key]}" for key in "TDHEK")
             print(f"\n{shape}: {sizes} {row['dtype']}, fullest expert {row['load']:.2f} x the mean")
-            print(f"{'':<16}{'ms':>9}{'90 % of rounds':>20}{'of dense':>10}{'error: y':>10}{'gradients':>11}  dropped")
+            print(
+                f"{'':<16}{'ms':>9}{'90 % of rounds':>20}{'of dense':>10}{'error: y':>10}{'gradients':>11}  dropped"
+            )
         print(
             f"{row['impl']:<16}{row['ms']:>9.2f}{row['low']:>10.2f}{row['high']:>10.2f}{row['of_dense']:>10.3f}"
             f"{number(row['error_y'], '.1e'):>10}{number(row['error_gradients'], '.1e'):>11}{row['dropped']:>9.3f}"
         )
     for ladder, steps in LADDERS.items():
         (lowest, few), *_, (highest, many) = steps.items()
-        for impl in sorted({impl for name, impl in taken if name == highest and (lowest, impl) in taken}):
+        for impl in sorted(
+            {impl for name, impl in taken if name == highest and (lowest, impl) in taken}
+        ):
             pairs = zip(taken[highest, impl].seconds, taken[lowest, impl].seconds, strict=True)
             ratio = statistics.median(b / a for b, a in pairs) * few.T / many.T
             print(f"{ladder}: {impl} per token, E {many.E} over E {few.E}: {ratio:.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["e32", "e256"], choices=[*LADDERS, *EVERY], metavar="SHAPE")
-    parser.add_argument("--impl", nargs="+", default=list(ALL), choices=list(ALL), help="`dense` always joins")
-    parser.add_argument("--gate", action="store_true", help="our layer and the dense limit with a noisy gate as well")
-    parser.add_argument("--gelu", action="store_true", help="and both with GELU and biases in place of ReLU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=["e32", "e256"], choices=[*LADDERS, *EVERY], metavar="SHAPE"
+    )
+    parser.add_argument(
+        "--impl", nargs="+", default=list(ALL), choices=list(ALL), help="`dense` always joins"
+    )
+    parser.add_argument(
+        "--gate",
+        action="store_true",
+        help="our layer and the dense limit with a noisy gate as well",
+    )
+    parser.add_argument(
+        "--gelu", action="store_true", help="and both with GELU and biases in place of ReLU"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--world", type=int, default=1, help="ranks on this machine; experts are spread over all")
+    parser.add_argument(
+        "--world", type=int, default=1, help="ranks on this machine; experts are spread over all"
+    )
     skew = "zipf exponent of experts' popularity; max/mean load 3, 7: about 0.5, 1.3 at e32, 0.26, 0.46 at e256"
     parser.add_argument("--skew", type=float, default=0.0, help=skew)
-    parser.add_argument("--keep-memory", action="store_true", help="no implementation pays for fresh pages (glibc)")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="no implementation pays for fresh pages (glibc)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there")
     args = parser.parse_args()
     shapes = [each for name in args.shapes for each in LADDERS.get(name, [name])]
@@ -285,19 +334,33 @@ def main() -> None:
         parser.error(f"--rounds {args.rounds}: at least 2, for an interval")
     for name in shapes:
         if args.world < 1 or EVERY[name].E % args.world or EVERY[name].T % args.world:
-            parser.error(f"--world {args.world}: must divide the {EVERY[name].E} experts and the tokens of {name}")
-    impls = [impl for impl in ALL if impl in ("dense", *args.impl) and not (args.world > 1 and impl in ONE_RANK)]
+            parser.error(
+                f"--world {args.world}: must divide the {EVERY[name].E} experts and the tokens of {name}"
+            )
+    impls = [
+        impl
+        for impl in ALL
+        if impl in ("dense", *args.impl) and not (args.world > 1 and impl in ONE_RANK)
+    ]
     impls += list(WITH_GATE) * args.gate + list(WITH_GELU) * args.gelu
     job = shapes, impls, args.rounds, args.threads, args.skew, args.keep_memory
     alone = args.world == 1
-    taken = measure(*job) if alone else slowest(run_distributed(measure, args.world, *job, timeout=24 * 3600))
+    taken = (
+        measure(*job)
+        if alone
+        else slowest(run_distributed(measure, args.world, *job, timeout=24 * 3600))
+    )
     device, told = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", machine()
     ranks = f"ranks x threads: {args.world} x {args.threads}"
     print(f"{device}, {in_words(told)}, {ranks}, torch {torch.__version__}, {args.rounds} rounds")
     common = {
-        "world": args.world, "skew": args.skew, "threads": args.threads, "rounds": args.rounds,
-        "keep_memory": args.keep_memory, "device": device,
-    } | told  # fmt: skip
+        "world": args.world,
+        "skew": args.skew,
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "keep_memory": args.keep_memory,
+        "device": device,
+    } | told
     rows = summary(taken, common)
     print_table(rows, taken)
     if args.json:

@@ -49,33 +49,43 @@ class Step(NamedTuple):
 class Stepper:
     """One model, ready to train a step at a time."""
 
-    def __init__(self, name: str, lanes: int, mesh: meshes.Mesh, ds_config: str, theirs: bool = False) -> None:
+    def __init__(
+        self, name: str, lanes: int, mesh: meshes.Mesh, ds_config: str, theirs: bool = False
+    ) -> None:
         """`theirs`: with DeepSpeed's layer and engine."""
-        form = "paper" if name.endswith("_factored") else "adam"
+        form = "factored_adam" if name.endswith("_factored") else "adam"
         sets = [
-            "data.text=bundled", "data.streamed=false", "data.vocabulary_size=8000", "model.softmax_samples=none",
-            f"batch.samples={lanes}", f"optim.expert_form={form}", "optim.warmup_steps=10", f"ds_config={ds_config}",
-        ]  # fmt: skip
+            "data.text=bundled",
+            "data.streamed=false",
+            "data.vocabulary_size=8000",
+            "model.softmax_samples=none",
+            f"batch.global_batch_size={lanes}",
+            f"optim.expert_optimizer={form}",
+            "optim.warmup_steps=10",
+            f"ds_config={ds_config}",
+        ]
         self.config = override(get(name.removesuffix("_factored")), sets)
-        ds, layout = read_ds_config(self.config), batch_layout.lay_out(self.config, 1)
+        ds, layout = read_ds_config(self.config), batch_layout.make_batch_layout(self.config, 1)
         self.task = LanguageModel(self.config, layout, mesh, None)
-        plain = self.task.plain_model(self.config)
+        plain = self.task.build_model(self.config)
         self.engine: Any
         if theirs:
             self.engine = deepspeed_moe.Engine(plain, self.config, ds, layout, mesh)
         else:
             model = parallelize(plain, mesh, self.config.seed, compute_dtype(ds))
             self.engine = Engine(model, self.config.optim, ds, layout, mesh)
-        self.task.start(compute_dtype(ds))
-        self.words = lanes * self.config.batch.timesteps
+        self.task.reset_state(compute_dtype(ds))
+        self.words = lanes * self.config.batch.seq_len
         self.done = 0
 
     def step(self) -> Step:
         """Trains one step."""
         start = time.perf_counter()
-        self.engine.optimizer.begin(learning_rate(self.config.optim, self.done + 1, self.config.steps))
+        self.engine.optimizer.start_step(
+            learning_rate(self.config.optim, self.done + 1, self.config.steps)
+        )
         (batch,) = self.task.batches(self.done)
-        loss, sums, stats = self.task.loss(self.engine, batch, self.task.total([batch]))
+        loss, sums, stats = self.task.loss(self.engine, batch, self.task.loss_denominator([batch]))
         self.engine.backward(loss)
         mean_loss = sums["nll"].item() / self.words  # also waits for the device
         seconds = time.perf_counter() - start
@@ -103,15 +113,22 @@ def measure(steppers: dict[str, Stepper], rounds: int) -> dict[str, list[Step]]:
     return {impl: kept[2:] for impl, kept in steps.items()}
 
 
-def summary(steps: dict[str, list[Step]], words: int, common: dict[str, Any]) -> list[dict[str, Any]]:
+def summary(
+    steps: dict[str, list[Step]], words: int, common: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A row by implementation; `of_deepspeed` is of the faster of DeepSpeed's two settings."""
     rates = {impl: [words / step.seconds for step in kept] for impl, kept in steps.items()}
     best = max(DEEPSPEED, key=lambda impl: statistics.median(rates[impl]))
     rows = []
     for impl, rate in rates.items():
         low, high = interval(rate)
-        ratios = (statistics.median(x / y for x, y in zip(rate, rates[base], strict=True)) for base in (DENSE, best))
-        version = deepspeed_moe.import_deepspeed().__version__ if impl in DEEPSPEED else torch.__version__
+        ratios = (
+            statistics.median(x / y for x, y in zip(rate, rates[base], strict=True))
+            for base in (DENSE, best)
+        )
+        version = (
+            deepspeed_moe.import_deepspeed().__version__ if impl in DEEPSPEED else torch.__version__
+        )
         figures = {"words_per_second": statistics.median(rate), "low": low, "high": high}
         figures |= dict(zip(("of_dense", "of_deepspeed"), ratios, strict=True))
         rows.append({"impl": impl, "version": version} | common | figures)
@@ -119,24 +136,40 @@ def summary(steps: dict[str, list[Step]], words: int, common: dict[str, Any]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9, help="steps of each that are timed")
-    parser.add_argument("--ours", nargs="+", default=OURS, choices=OURS, help="fewer of them where memory is short")
+    parser.add_argument(
+        "--ours", nargs="+", default=OURS, choices=OURS, help="fewer of them where memory is short"
+    )
     parser.add_argument("--lanes", type=int, default=256, help="lanes of 20 words a step")
     parser.add_argument("--ds-config", default="fp32", help="file of ds_configs/: fp32 or bf16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: at least 2, for an interval")
-    mesh = meshes.start(ep=1)
-    steppers = {name: Stepper(name, args.lanes, mesh, args.ds_config) for name in (DENSE, *args.ours)}
-    steppers |= dict.fromkeys(DEEPSPEED, Stepper("moe_256", args.lanes, mesh, args.ds_config, theirs=True))
+    mesh = meshes.init_distributed(ep=1)
+    steppers = {
+        name: Stepper(name, args.lanes, mesh, args.ds_config) for name in (DENSE, *args.ours)
+    }
+    steppers |= dict.fromkeys(
+        DEEPSPEED, Stepper("moe_256", args.lanes, mesh, args.ds_config, theirs=True)
+    )
     steps = measure(steppers, args.rounds)
-    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\r{device}, {args.ds_config}, {args.lanes} lanes x 20 words a step, {args.rounds} rounds")
+    device = (
+        torch.cuda.get_device_name()
+        if mesh.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"\r{device}, {args.ds_config}, {args.lanes} lanes x 20 words a step, {args.rounds} rounds"
+    )
     common = {"device": device, "dtype": args.ds_config} | machine()
     rows = summary(steps, steppers[DENSE].words, common)
-    print(f"{'':<18}words/s  90 % of rounds  of dense  of DeepSpeed  experts/word  loss: first, last")
+    print(
+        f"{'':<18}words/s  90 % of rounds  of dense  of DeepSpeed  experts/word  loss: first, last"
+    )
     for row in rows:
         first, last = steps[row["impl"]][0], steps[row["impl"]][-1]
         print(
@@ -147,7 +180,7 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    meshes.stop()
+    meshes.shutdown()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-INSTRUCTIONS = ("avx2", "avx512_bf16", "amx_bf16")  # without the last two, bf16 is multiplied as float32
+INSTRUCTIONS = (
+    "avx2",
+    "avx512_bf16",
+    "amx_bf16",
+)  # without the last two, bf16 is multiplied as float32
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -16,8 +20,12 @@ def _commit() -> str | None:
     """Of the checkout; "-dirty" where its Python files differ from it."""
     try:
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True
+        )
         return head.stdout.strip() + "-dirty" * (changed.returncode != 0)
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -34,11 +42,17 @@ def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
     of_core = {key.strip(): value.strip() for key, _, value in pairs}
     flags = of_core.get("flags")
     has = None if flags is None else [name for name in INSTRUCTIONS if name in flags.split()]
-    command = os.environ.get("TWO_NODES", "") + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = os.environ.get("TWO_NODES", "") + shlex.join(
+        [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    )
     of_cpu = {"machine": platform.machine(), "cpu": of_core.get("model name"), "instructions": has}
     return {"command": command, "commit": COMMIT} | of_cpu
 
 
 def in_words(told: dict[str, Any]) -> str:
-    has = "" if told["instructions"] is None else f" ({' '.join(told['instructions']) or 'no ' + INSTRUCTIONS[0]})"
+    has = (
+        ""
+        if told["instructions"] is None
+        else f" ({' '.join(told['instructions']) or 'no ' + INSTRUCTIONS[0]})"
+    )
     return f"{told['cpu'] or told['machine']}{has}"

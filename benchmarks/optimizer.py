@@ -6,7 +6,7 @@
 Both matrices of 32 and of 256 experts of 512 x 1024 (Appendix C.1), float32. `update` alone, and with it the pass that
 gives the gradient's norm and its row and column sums (`step`), are held against fused Adam's step, which has no norm;
 `clipped Adam` is torch's `clip_grad_norm_` and then fused Adam, and `adam form` our own use of fused Adam
-(`expert_form=adam`) with its norm and its clip factor. All take turns in random order, a round is one of each. Prints
+(`optim.expert_optimizer=adam`) with its norm and its clip factor. All take turns in random order, a round is one of each. Prints
 medians with 90 % intervals, and medians of the rounds' ratios to fused Adam, and of our step to clipped Adam.
 """
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed.mesh import Axis
-from moe_dist.optim.expert_state import Adam, Factored
+from moe_dist.optim.expert_state import AdamParam, FactoredAdamParam
 
 DIM, HIDDEN = 512, 1024
 CONFIG, LR, SCALE = OptimConfig(), 1e-3, 0.5
@@ -39,8 +39,8 @@ def contenders(num_experts: int, device: torch.device) -> dict[str, Callable[[],
     parameters = [nn.Parameter(torch.empty(s, device=device).uniform_(-0.1, 0.1)) for s in shapes]
     for p in parameters:
         p.grad = torch.empty_like(p).normal_(std=1e-3)
-    factored = [Factored(p, alone) for p in parameters]
-    adam_form = [Adam(p, alone) for p in parameters]
+    factored = [FactoredAdamParam(p, alone) for p in parameters]
+    adam_form = [AdamParam(p, alone) for p in parameters]
     fused = torch.optim.Adam(parameters, lr=LR, fused=True)
     steps = 0
 
@@ -60,13 +60,18 @@ def contenders(num_experts: int, device: torch.device) -> dict[str, Callable[[],
             state.update(1.0, LR, 1, CONFIG)
 
     def clipped() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1e9)  # never reached, so that gradients stay as they are
+        torch.nn.utils.clip_grad_norm_(
+            parameters, 1e9
+        )  # never reached, so that gradients stay as they are
         fused.step()
 
     return {
-        "norm": norm, "update": update, "adam form": step_of_adam_form, CLIPPED: clipped,
+        "norm": norm,
+        "update": update,
+        "adam form": step_of_adam_form,
+        CLIPPED: clipped,
         BASE: lambda: fused.step() and None,
-    }  # fmt: skip
+    }
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -92,7 +97,9 @@ def measure(num_experts: int, rounds: int, device: torch.device) -> dict[str, li
             for name in turn:
                 taken[name].append(seconds(runs[name], device))
     taken = {name: kept[2:] for name, kept in taken.items()}
-    taken["step"] = [norm + update for norm, update in zip(taken["norm"], taken["update"], strict=True)]
+    taken["step"] = [
+        norm + update for norm, update in zip(taken["norm"], taken["update"], strict=True)
+    ]
     return taken
 
 
@@ -109,7 +116,11 @@ def summary(taken: dict[str, list[float]], common: dict[str, Any]) -> list[dict[
         low, high = interval(kept)
         figures = {"seconds": statistics.median(kept), "low": low, "high": high}
         low, high = interval(ratios)
-        figures |= {"of_fused_adam": statistics.median(ratios), "ratio_low": low, "ratio_high": high}
+        figures |= {
+            "of_fused_adam": statistics.median(ratios),
+            "ratio_low": low,
+            "ratio_high": high,
+        }
         figures["of_clipped_adam"] = statistics.median(
             mine / theirs for mine, theirs in zip(kept, taken[CLIPPED], strict=True)
         )
@@ -118,7 +129,9 @@ def summary(taken: dict[str, list[float]], common: dict[str, Any]) -> list[dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--experts", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there")
@@ -126,15 +139,25 @@ def main() -> None:
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: at least 2, for an interval")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(f"{name}, torch {torch.__version__}, {args.rounds} rounds")
-    print(f"{'experts':>7}  {'':<12}{'ms':>8}  90 % of rounds   of fused Adam  90 % of rounds  of clipped")
+    print(
+        f"{'experts':>7}  {'':<12}{'ms':>8}  90 % of rounds   of fused Adam  90 % of rounds  of clipped"
+    )
     rows = []
     for num_experts in args.experts:
         common = {
-            "num_experts": num_experts, "dim": DIM, "hidden": HIDDEN, "rounds": args.rounds, "device": name,
+            "num_experts": num_experts,
+            "dim": DIM,
+            "hidden": HIDDEN,
+            "rounds": args.rounds,
+            "device": name,
             "version": torch.__version__,
-        } | machine()  # fmt: skip
+        } | machine()
         here = summary(measure(num_experts, args.rounds, device), common)
         for row in here:
             low, median, high = (1e3 * row[key] for key in ("low", "seconds", "high"))

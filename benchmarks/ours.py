@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_dist.config.schema import MeshConfig
-from moe_dist.distributed.collectives import Sums
+from moe_dist.distributed.collectives import StatReducer
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.engine.parallelize import exchange_on
+from moe_dist.engine.parallelize import build_dispatcher
 from moe_dist.moe.experts import Experts, GeluExperts
 from moe_dist.moe.gating.noisy_topk import NoisyTopK
 from moe_dist.moe.kernels import triton_ffn
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.routing import route
-from moe_dist.nn.token_context import Context
+from moe_dist.moe.routing import build_routing
+from moe_dist.nn.token_context import TokenContext
 
 TOKENS_PER_SAMPLE = 16  # noise of our gate is keyed by sample and position
 
@@ -40,8 +40,12 @@ class Work:
 
     def part(self, tokens: slice, experts: slice) -> "Work":
         """Of the work of all ranks that of one."""
-        by_token = {name: getattr(self, name)[tokens] for name in ("x_TD", "dy_TD", "expert_TK", "gate_TK")}
-        return dataclasses.replace(self, **by_token, w1_eDF=self.w1_eDF[experts], w2_eFD=self.w2_eFD[experts])
+        by_token = {
+            name: getattr(self, name)[tokens] for name in ("x_TD", "dy_TD", "expert_TK", "gate_TK")
+        }
+        return dataclasses.replace(
+            self, **by_token, w1_eDF=self.w1_eDF[experts], w2_eFD=self.w2_eFD[experts]
+        )
 
     @property
     def count_E(self) -> torch.Tensor:
@@ -67,7 +71,9 @@ class Layer:
     dropped: float = 0.0  # of the assignments
 
     def __post_init__(self) -> None:
-        self.x_TD, self.gate_TK = (t.detach().requires_grad_() for t in (self.work.x_TD, self.work.gate_TK))
+        self.x_TD, self.gate_TK = (
+            t.detach().requires_grad_() for t in (self.work.x_TD, self.work.gate_TK)
+        )
 
     def step(self) -> None:
         """Lets the last step's gradients go, then forward and backward."""
@@ -101,27 +107,38 @@ def gradients(*weights: nn.Parameter, transposed: bool = False) -> ByExpert:
 def ours(work: Work, mesh: Mesh, triton: bool = False, kind: type[Experts] = Experts) -> Layer:
     exchange, _ = _of_mesh(work, mesh)
     experts, ctx = _experts(work, kind), _context(work, mesh)
-    experts.triton = triton
+    experts.use_triton = triton
     keep_TK = torch.ones_like(work.expert_TK, dtype=torch.bool)
 
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (exchange(x_TD, route(work.expert_TK, gate_TK, keep_TK, work.num_experts), experts, ctx)[0],)
+        return (
+            exchange(
+                x_TD,
+                build_routing(work.expert_TK, gate_TK, keep_TK, work.num_experts),
+                experts,
+                ctx,
+            )[0],
+        )
 
     weights = list(experts.parameters())
-    return Layer(torch.__version__, work, forward, weights, gradients(*weights) if kind is Experts else None)
+    return Layer(
+        torch.__version__, work, forward, weights, gradients(*weights) if kind is Experts else None
+    )
 
 
 def ours_triton(work: Work, mesh: Mesh) -> Layer:
     """With Triton's kernels, which are switched off elsewhere until they are measured here."""
     if not triton_ffn.supported(len(work.x_TD), work.x_TD, work.w1_eDF, work.w2_eFD):
-        raise ImportError("it wants Triton, a Hopper GPU, one dtype of 32 bits at most, widths in multiples of 16")
+        raise ImportError(
+            "it wants Triton, a Hopper GPU, one dtype of 32 bits at most, widths in multiples of 16"
+        )
     return ours(work, mesh, triton=True)
 
 
 def ours_gate(work: Work, mesh: Mesh) -> Layer:
     """Our layer whole, with a noisy gate that chooses, and both its losses."""
     moe, ctx = MoE(_gate(work), _experts(work)), _context(work, mesh)
-    moe.exchange, moe.sums = _of_mesh(work, mesh)
+    moe.dispatcher, moe.stat_reducer = _of_mesh(work, mesh)
 
     def forward(x_TD: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y_TD, stats = moe(x_TD, ctx)
@@ -133,18 +150,22 @@ def ours_gate(work: Work, mesh: Mesh) -> Layer:
 def dense(work: Work, mesh: Mesh) -> Layer:
     """The dense limit: N rows as well, all through the first expert."""
     weights = [nn.Parameter(w[0]) for w in (work.w1_eDF, work.w2_eFD)]
-    return Layer(torch.__version__, _rows_of_dense(work), lambda x_ND, _: (_mlp(x_ND, *weights),), weights)
+    return Layer(
+        torch.__version__, _rows_of_dense(work), lambda x_ND, _: (_mlp(x_ND, *weights),), weights
+    )
 
 
 def dense_gate(work: Work, mesh: Mesh) -> Layer:
     """The dense limit, and beside it the gate alone."""
     gate, ctx, sums = _gate(work), _context(work, mesh), _of_mesh(work, mesh)[1]
     weights = [nn.Parameter(w[0]) for w in (work.w1_eDF, work.w2_eFD)]
-    x_TD = work.x_TD.detach().requires_grad_()  # gradients add up in it, as they do where the gate is part of a layer
+    x_TD = (
+        work.x_TD.detach().requires_grad_()
+    )  # gradients add up in it, as they do where the gate is part of a layer
 
     def forward(x_ND: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
         routing, told = gate(x_TD, ctx)
-        importance_GE, load_GE = sums.everyone(torch.stack([told.importance_GE, told.load_GE]))
+        importance_GE, load_GE = sums.over_data(torch.stack([told.importance_GE, told.load_GE]))
         return _mlp(x_ND, *weights), gate.balance_loss(importance_GE, load_GE), routing.gate_N.sum()
 
     return Layer(torch.__version__, _rows_of_dense(work), forward, [*weights, *gate.parameters()])
@@ -152,7 +173,9 @@ def dense_gate(work: Work, mesh: Mesh) -> Layer:
 
 def dense_gelu(work: Work, mesh: Mesh) -> Layer:
     """The dense limit with GELU and biases."""
-    w1, w2, b1, b2 = weights = [nn.Parameter(p[0]) for p in _experts(work, GeluExperts).parameters()]
+    w1, w2, b1, b2 = weights = [
+        nn.Parameter(p[0]) for p in _experts(work, GeluExperts).parameters()
+    ]
 
     def forward(x_ND: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (torch.addmm(b2, F.gelu(torch.addmm(b1, x_ND, w1)), w2),)
@@ -171,7 +194,9 @@ class SortedLimit:
         choice_N = work.expert_TK.flatten().argsort(stable=True)
         token_N = choice_N // work.expert_TK.shape[1]
         self.x_ND = work.x_TD[token_N]
-        self.dy_ND = work.dy_TD[token_N] * work.gate_TK.flatten()[choice_N, None].to(work.dy_TD.dtype)
+        self.dy_ND = work.dy_TD[token_N] * work.gate_TK.flatten()[choice_N, None].to(
+            work.dy_TD.dtype
+        )
         self.w1_EDF, self.w2_EFD = work.w1_eDF, work.w2_eFD
         self.reuse = reuse
         self._take_memory()
@@ -187,7 +212,13 @@ class SortedLimit:
             del self.h_NF, self.dh_nF, self.y_ND, self.dx_ND, self.dw1_EDF, self.dw2_EFD
             self._take_memory()
         rows = (self.x_ND, self.h_NF, self.y_ND, self.dy_ND, self.dx_ND)
-        by_expert = (*(t.split(self.count_E) for t in rows), self.w1_EDF, self.w2_EFD, self.dw1_EDF, self.dw2_EFD)
+        by_expert = (
+            *(t.split(self.count_E) for t in rows),
+            self.w1_EDF,
+            self.w2_EFD,
+            self.dw1_EDF,
+            self.dw2_EFD,
+        )
         experts = list(zip(*by_expert, strict=True))
         for x, h, y, _, _, w1, w2, _, _ in experts:
             torch.mm(x, w1, out=h)
@@ -207,7 +238,9 @@ class SortedLimit:
 def dense_reused(work: Work) -> SortedLimit:
     """The dense limit without autograd's passes over memory, and without fresh memory."""
     first: dict[str, Any] = {"num_experts": 1, "w1_eDF": work.w1_eDF[:1], "w2_eFD": work.w2_eFD[:1]}
-    return SortedLimit(dataclasses.replace(work, **first, expert_TK=torch.zeros_like(work.expert_TK)), reuse=True)
+    return SortedLimit(
+        dataclasses.replace(work, **first, expert_TK=torch.zeros_like(work.expert_TK)), reuse=True
+    )
 
 
 def naive(work: Work, mesh: Mesh) -> Layer:
@@ -218,7 +251,9 @@ def naive(work: Work, mesh: Mesh) -> Layer:
         y_TD = torch.zeros_like(x_TD)
         for i in range(work.num_experts):
             token_n, choice_n = (work.expert_TK == i).nonzero(as_tuple=True)
-            y_nD = _mlp(x_TD[token_n], w1[i], w2[i]) * gate_TK[token_n, choice_n, None].to(x_TD.dtype)
+            y_nD = _mlp(x_TD[token_n], w1[i], w2[i]) * gate_TK[token_n, choice_n, None].to(
+                x_TD.dtype
+            )
             y_TD = y_TD.index_add(0, token_n, y_nD)
         return (y_TD,)
 
@@ -231,7 +266,9 @@ def naive(work: Work, mesh: Mesh) -> Layer:
 
 def _of_mesh(work: Work, mesh: Mesh) -> tuple[Any, Any]:
     """Exchange and sums, as `parallelize` chooses them."""
-    return exchange_on(mesh, MeshConfig(), work.num_experts, work.expert_TK.shape[1]), Sums(mesh)
+    return build_dispatcher(
+        mesh, MeshConfig(), work.num_experts, work.expert_TK.shape[1]
+    ), StatReducer(mesh)
 
 
 def _gate(work: Work) -> NoisyTopK:
@@ -248,7 +285,11 @@ def _experts(work: Work, kind: type[Experts] = Experts) -> Experts:
         experts = kind(e, dim, hidden)
     given = {"w1_eDF": work.w1_eDF, "w2_eFD": work.w2_eFD}
     for name, p in list(experts.named_parameters()):
-        setattr(experts, name, nn.Parameter(given[name] if name in given else work.w1_eDF.new_zeros(p.shape)))
+        setattr(
+            experts,
+            name,
+            nn.Parameter(given[name] if name in given else work.w1_eDF.new_zeros(p.shape)),
+        )
     return experts
 
 
@@ -261,15 +302,22 @@ def _rows_of_dense(work: Work) -> Work:
     return dataclasses.replace(work, x_TD=work.x_TD.repeat(k, 1), dy_TD=work.dy_TD.repeat(k, 1))
 
 
-def _context(work: Work, mesh: Mesh) -> Context:
+def _context(work: Work, mesh: Mesh) -> TokenContext:
     num_tokens, device = len(work.x_TD), work.x_TD.device
     token_T = torch.arange(num_tokens, device=device) + mesh.dp.index * num_tokens
     num_samples = -(-num_tokens * mesh.dp.size // TOKENS_PER_SAMPLE)
-    return Context(
-        token_T // TOKENS_PER_SAMPLE, token_T % TOKENS_PER_SAMPLE, torch.ones_like(token_T, dtype=torch.bool),
-        seed=0, step=0, train=True, first_sample=0, num_samples=num_samples,
-        samples_per_balance_group=num_samples, samples_per_token_group=1,
-    )  # fmt: skip
+    return TokenContext(
+        token_T // TOKENS_PER_SAMPLE,
+        token_T % TOKENS_PER_SAMPLE,
+        torch.ones_like(token_T, dtype=torch.bool),
+        seed=0,
+        step=0,
+        train=True,
+        first_sample=0,
+        num_samples=num_samples,
+        balance_loss_group_size=num_samples,
+        capacity_group_size=1,
+    )
 
 
 OURS: dict[str, Callable[[Work, Mesh], Any]] = {
@@ -282,4 +330,7 @@ OURS: dict[str, Callable[[Work, Mesh], Any]] = {
     "naive": naive,
 }
 WITH_GATE = {"dense_gate": dense_gate, "ours_gate": ours_gate}
-WITH_GELU = {"dense_gelu": dense_gelu, "ours_gelu": lambda work, mesh: ours(work, mesh, kind=GeluExperts)}
+WITH_GELU = {
+    "dense_gelu": dense_gelu,
+    "ours_gelu": lambda work, mesh: ours(work, mesh, kind=GeluExperts),
+}

@@ -45,11 +45,15 @@ def deepspeed(work: Work, mesh: Mesh, drops: bool) -> Layer:
     logits_TE.scatter_(1, work.expert_TK, work.gate_TK.log())
 
     def by_expert() -> tuple[torch.Tensor, torch.Tensor]:
-        dw1_eDF, dw2_eFD = (torch.stack([each[i].weight.grad for each in experts]).mT for i in (0, 2))
+        dw1_eDF, dw2_eFD = (
+            torch.stack([each[i].weight.grad for each in experts]).mT for i in (0, 2)
+        )
         return dw1_eDF, dw2_eFD
 
-    auxiliary, capacity, num_experts, expert_KT, place_KT, gate_KT, count_E = deepspeed.moe.sharded_moe.topkgating(
-        logits_TE, k, CAPACITY_FACTOR, min_capacity, drops, layer.ep_group, sparse_routes=True
+    auxiliary, capacity, num_experts, expert_KT, place_KT, gate_KT, count_E = (
+        deepspeed.moe.sharded_moe.topkgating(
+            logits_TE, k, CAPACITY_FACTOR, min_capacity, drops, layer.ep_group, sparse_routes=True
+        )
     )
     given_KT = nn.Parameter(gate_KT)
     del layer.gate
@@ -62,7 +66,9 @@ def deepspeed(work: Work, mesh: Mesh, drops: bool) -> Layer:
 
     weights = [given_KT, *(p for each in experts for p in each.parameters())]
     dropped = (expert_KT < 0).float().mean().item()
-    return Layer(deepspeed.__version__, work, forward, weights, None if drops else by_expert, dropped=dropped)
+    return Layer(
+        deepspeed.__version__, work, forward, weights, None if drops else by_expert, dropped=dropped
+    )
 
 
 def hf_grouped_mm(work: Work, mesh: Mesh) -> Layer:
@@ -79,7 +85,9 @@ def hf_grouped_mm(work: Work, mesh: Mesh) -> Layer:
             self.down_proj = nn.Parameter(work.w2_eFD.mT.contiguous())
             self.act_fn = nn.ReLU()
 
-        def forward(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor) -> torch.Tensor:
+        def forward(
+            self, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor
+        ) -> torch.Tensor:
             raise NotImplementedError
 
     experts = ReluExperts(SimpleNamespace(_experts_implementation="grouped_mm"))
@@ -88,7 +96,9 @@ def hf_grouped_mm(work: Work, mesh: Mesh) -> Layer:
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (experts(x_TD, work.expert_TK, gate_TK),)
 
-    return Layer(version("transformers"), work, forward, weights, gradients(*weights, transposed=True))
+    return Layer(
+        version("transformers"), work, forward, weights, gradients(*weights, transposed=True)
+    )
 
 
 def torchtitan(work: Work, mesh: Mesh) -> Layer:
@@ -110,16 +120,24 @@ def torchtitan(work: Work, mesh: Mesh) -> Layer:
     with torch.device("meta"):
         layer = RoutedExperts.Config(inner_experts=inner, token_dispatcher=dispatcher).build()
         layer.inner_experts = experts = ReluExperts(inner)
-    experts.w1_EFD, experts.w2_EDF = (nn.Parameter(w.mT.contiguous()) for w in (work.w1_eDF, work.w2_eFD))
+    experts.w1_EFD, experts.w2_EDF = (
+        nn.Parameter(w.mT.contiguous()) for w in (work.w1_eDF, work.w2_eFD)
+    )
     if mesh.ep.size > 1:
         set_spmd_backend("default")  # plain tensors
         layer.token_dispatcher.wire_meshes(ep_mesh=mesh.device_mesh["ep"])
-    expert_TK, count_E, weights = work.expert_TK[None], work.count_E, [experts.w1_EFD, experts.w2_EDF]
+    expert_TK, count_E, weights = (
+        work.expert_TK[None],
+        work.count_E,
+        [experts.w1_EFD, experts.w2_EDF],
+    )
 
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (layer(x_TD[None], gate_TK[None], expert_TK, count_E)[0],)
 
-    return Layer(version("torchtitan"), work, forward, weights, gradients(*weights, transposed=True))
+    return Layer(
+        version("torchtitan"), work, forward, weights, gradients(*weights, transposed=True)
+    )
 
 
 def tutel(work: Work, mesh: Mesh) -> Layer:
@@ -131,13 +149,17 @@ def tutel(work: Work, mesh: Mesh) -> Layer:
 
     k, (e, dim, hidden), group = work.expert_TK.shape[1], work.w1_eDF.shape, mesh.ep.group
     with torch.device("meta"):
-        experts = ExpertModule(dim, hidden, e, 1, torch.relu, has_fc1_bias=False, has_fc2_bias=False)
+        experts = ExpertModule(
+            dim, hidden, e, 1, torch.relu, has_fc1_bias=False, has_fc2_bias=False
+        )
     experts.batched_fc1_w = w1 = nn.Parameter(work.w1_eDF.mT.contiguous())
     experts.batched_fc2_w = w2 = nn.Parameter(work.w2_eFD)
     unsharded = SimpleNamespace(megablocks_size=0, adaptive_degree=1, sharded_count=1, group=group)
     score_TE = torch.zeros(len(work.x_TD), work.num_experts, device=work.x_TD.device)
     score_TE.scatter_(1, work.expert_TK, work.gate_TK)
-    (*places, _, capacity, count_E), _ = moe.extract_critical(score_TE, k, loss_fn=None, capacity_factor=0, group=group)
+    (*places, _, capacity, count_E), _ = moe.extract_critical(
+        score_TE, k, loss_fn=None, capacity_factor=0, group=group
+    )
 
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         decision = (*places, list(gate_TK.t().contiguous()), capacity, count_E)
@@ -159,11 +181,20 @@ def megablocks(work: Work, mesh: Mesh) -> Layer:
     _wants_gpu(work, torch.bfloat16)
     e, dim, hidden = work.w1_eDF.shape
     arguments = Arguments(
-        hidden_size=dim, ffn_hidden_size=hidden, bias=False, activation_fn=torch.relu, mlp_impl="grouped",
-        moe_num_experts=work.num_experts, moe_top_k=work.expert_TK.shape[1], moe_loss_weight=0.0,
-        moe_expert_model_parallelism=mesh.ep.size > 1, expert_parallel_group=mesh.ep.group,
-        fp16=False, bf16=True, device=torch.device("meta"),
-    )  # fmt: skip
+        hidden_size=dim,
+        ffn_hidden_size=hidden,
+        bias=False,
+        activation_fn=torch.relu,
+        mlp_impl="grouped",
+        moe_num_experts=work.num_experts,
+        moe_top_k=work.expert_TK.shape[1],
+        moe_loss_weight=0.0,
+        moe_expert_model_parallelism=mesh.ep.size > 1,
+        expert_parallel_group=mesh.ep.group,
+        fp16=False,
+        bf16=True,
+        device=torch.device("meta"),
+    )
     layer = ParallelDroplessMLP(arguments)
     weights = [nn.Parameter(w.flatten(0, 1)) for w in (work.w1_eDF.mT, work.w2_eFD)]
     layer.mlp.w1, layer.mlp.w2 = weights
@@ -193,7 +224,9 @@ def scattermoe(work: Work, mesh: Mesh) -> Layer:
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (mlp(x_TD, gate_TK.to(x_TD.dtype), work.expert_TK),)
 
-    return Layer(version("scattermoe"), work, forward, weights, gradients(*weights, transposed=True))
+    return Layer(
+        version("scattermoe"), work, forward, weights, gradients(*weights, transposed=True)
+    )
 
 
 def sonicmoe(work: Work, mesh: Mesh) -> Layer:
@@ -207,13 +240,23 @@ def sonicmoe(work: Work, mesh: Mesh) -> Layer:
     (num_tokens, k), hidden = work.expert_TK.shape, -(-work.w1_eDF.shape[2] // 24) * 16
     w1_eFD, w2_eDF = work.w1_eDF.mT.repeat(1, 2, 1)[:, : 2 * hidden], work.w2_eFD.mT[..., :hidden]
     w1, w2 = weights = [nn.Parameter(w.contiguous()) for w in (w1_eFD, w2_eDF)]
-    token_N = torch.arange(num_tokens, dtype=torch.int32, device=work.x_TD.device).repeat_interleave(k)
+    token_N = torch.arange(
+        num_tokens, dtype=torch.int32, device=work.x_TD.device
+    ).repeat_interleave(k)
     expert_N = work.expert_TK.flatten().int()
 
     def forward(x_TD: torch.Tensor, gate_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         of_experts = (w1.permute(1, 2, 0), None, w2.permute(1, 2, 0), None, work.num_experts)
         stream = torch.cuda.current_stream().cuda_stream
-        given = (x_TD, gate_TK.flatten(), token_N, expert_N, *of_experts, stream, ActivationType.SWIGLU)
+        given = (
+            x_TD,
+            gate_TK.flatten(),
+            token_N,
+            expert_N,
+            *of_experts,
+            stream,
+            ActivationType.SWIGLU,
+        )
         return (moe_general_routing_inputs(*given)[0],)
 
     return Layer(version("sonic-moe"), work, forward, weights)
@@ -222,7 +265,11 @@ def sonicmoe(work: Work, mesh: Mesh) -> Layer:
 def _wants_gpu(work: Work, *dtypes: torch.dtype, capability: int = 0) -> None:
     """Raises ImportError, which leaves an implementation out."""
     x = work.x_TD
-    if not x.is_cuda or x.dtype not in dtypes or torch.cuda.get_device_capability(x.device)[0] < capability:
+    if (
+        not x.is_cuda
+        or x.dtype not in dtypes
+        or torch.cuda.get_device_capability(x.device)[0] < capability
+    ):
         least = f" of compute capability {capability} or more" if capability else ""
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ImportError(f"it wants a GPU{least}, and {names}")

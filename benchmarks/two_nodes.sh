@@ -12,4 +12,4 @@ export TWO_NODES="benchmarks/two_nodes.sh $1 $2 "  # before the script's own com
 shift 2
 # shellcheck disable=SC2016  # of each node, not of this shell
 exec launch/namespaces.sh bash -c '"$TORCHRUN" --nnodes 2 --node-rank "$NODE" --nproc-per-node "$PER_NODE" \
-  --master-addr "${MASTER%:*}" --master-port "${MASTER##*:}" "$@"' node "$@"
+  --master-addr "${RDZV_ENDPOINT%:*}" --master-port "${RDZV_ENDPOINT##*:}" "$@"' node "$@"

@@ -90,7 +90,7 @@ cat >"$work/node.sh" <<'END'
 # one node of the cluster, as docker/compose.yaml has it
 container=$(buildah --root "$WORK/storage" --runroot "$WORK/run" from --pull=never moe_dist:cpu)
 exec buildah --root "$WORK/storage" --runroot "$WORK/run" run --isolation chroot --volume "$WORK/runs:/app/runs" \
-  --env NODES=2 --env GPUS=2 --env MASTER="$MASTER" --env ADDRESS="$ADDRESS" --env RDZV_ID=compose --env RESTARTS=3 \
+  --env NODES=2 --env NPROC_PER_NODE=2 --env RDZV_ENDPOINT="$RDZV_ENDPOINT" --env ADDRESS="$ADDRESS" --env RDZV_ID=compose --env RESTARTS=3 \
   --env GLOO_SOCKET_IFNAME=eth0 --env NCCL_SOCKET_IFNAME=eth0 --env CONFIG=lstm_moe_demo \
   "$container" -- bash -c 'launch/multinode.sh "$@" & wait_for=$!
     until docker/healthy.sh || ! kill -0 $wait_for 2>/dev/null; do sleep 1; done; wait $wait_for' node "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Healthy: as many ranks of train.py as GPUS says are here, and none of them is stopped or dead.
+# Healthy: as many ranks of train.py as NPROC_PER_NODE says are here, and none of them is stopped or dead.
 set -uo pipefail
 ranks=0
 for process in "${1:-/proc}"/[0-9]*; do
@@ -12,5 +12,5 @@ for process in "${1:-/proc}"/[0-9]*; do
   fi
   ranks=$((ranks + 1))
 done
-echo "$ranks of ${GPUS:-1} ranks"
-((ranks >= ${GPUS:-1}))
+echo "$ranks of ${NPROC_PER_NODE:-1} ranks"
+((ranks >= ${NPROC_PER_NODE:-1}))

@@ -76,7 +76,11 @@ def make(seed: int, folder: Path) -> Path:
 
 def rows(rng: random.Random) -> list[dict[str, Any]]:
     return [
-        {"text": " ".join(rng.choices(WORDS, k=rng.randrange(1, 9))), "label": rng.randrange(2), "text2": "a"}
+        {
+            "text": " ".join(rng.choices(WORDS, k=rng.randrange(1, 9))),
+            "label": rng.randrange(2),
+            "text2": "a",
+        }
         for _ in range(rng.choice([1, 25, 60]))
     ]
 
@@ -96,14 +100,22 @@ def columns(rng: random.Random) -> bytes:
 
 
 def questions(rng: random.Random) -> bytes:
-    asked = [{"id": str(i), "question": "which?", "answers": [{"text": "film", "answer_start": 4}]} for i in range(3)]
-    paragraphs = [{"context": f"the film {i}", "qas": [dict(q, id=f"{i} {q['id']}") for q in asked]} for i in range(12)]
+    asked = [
+        {"id": str(i), "question": "which?", "answers": [{"text": "film", "answer_start": 4}]}
+        for i in range(3)
+    ]
+    paragraphs = [
+        {"context": f"the film {i}", "qas": [dict(q, id=f"{i} {q['id']}") for q in asked]}
+        for i in range(12)
+    ]
     return json.dumps({"data": [{"title": "a", "paragraphs": paragraphs}]}).encode()
 
 
 KINDS: dict[str, Callable[[random.Random], bytes]] = {
     ".txt": lambda rng: "\n".join(row["text"] for row in rows(rng)).encode(),
-    ".jsonl": lambda rng: "\n".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows(rng)).encode(),
+    ".jsonl": lambda rng: "\n".join(
+        json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows(rng)
+    ).encode(),
     ".json": lambda rng: json.dumps(rows(rng)).encode() if rng.random() < 0.5 else questions(rng),
     ".csv": lambda rng: table(rng, ","),
     ".tsv": lambda rng: table(rng, "\t"),
@@ -140,11 +152,28 @@ PACK: dict[str, Callable[[bytes, str], bytes]] = {
     ".ZIP": encrypted,
 }
 BAD = (
-    b"\0", b"\xff\xfe", b"\xed\xa0\x80", b'"', b'"\n"', b"\r", b"{", b"[" * 100_000,
-    b'{"text": ' * 100_000, b"1" * 5000,
-    b'{"text": "\\ud800"}\n', b'{"text": "\\u0000"}\n', b'{"text": 1}\n', b'{"text": NaN}\n', b"null\n", b"text,text\n",
-    b"a" * 200_000, b"\xef\xbb\xbf", b"PK\x03\x04", b"\x1f\x8b", b"PAR1",
-)  # fmt: skip
+    b"\0",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b'"',
+    b'"\n"',
+    b"\r",
+    b"{",
+    b"[" * 100_000,
+    b'{"text": ' * 100_000,
+    b"1" * 5000,
+    b'{"text": "\\ud800"}\n',
+    b'{"text": "\\u0000"}\n',
+    b'{"text": 1}\n',
+    b'{"text": NaN}\n',
+    b"null\n",
+    b"text,text\n",
+    b"a" * 200_000,
+    b"\xef\xbb\xbf",
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"PAR1",
+)
 
 
 def damage(rng: random.Random, content: bytes) -> bytes:
@@ -170,9 +199,13 @@ READERS: dict[str, Callable[[str], Any]] = {
     "text": lambda source: [list(lines) for lines in open_text(source, False).values()],
     "streamed": lambda source: [list(lines) for lines in open_text(source, True).values()],
     "check_sentences": check_sentences,
-    "sentences": lambda source: [[s.text for s in some] for some in open_sentences(source)[1].values()],
+    "sentences": lambda source: [
+        [s.text for s in some] for some in open_sentences(source)[1].values()
+    ],
     "check_questions": check_questions,
-    "questions": lambda source: [[q.context for q in some] for some in open_questions(source).values()],
+    "questions": lambda source: [
+        [q.context for q in some] for some in open_questions(source).values()
+    ],
 }
 
 
@@ -190,7 +223,11 @@ def read(path: Path) -> dict[str, str]:
             raise AssertionError(f"{path}: {name} gives half of a character") from None
         except ValueError as error:
             told[name] = str(error)
-            assert told[name].isprintable() and len(told[name]) < 2000, (path, name, told[name][:2000])
+            assert told[name].isprintable() and len(told[name]) < 2000, (
+                path,
+                name,
+                told[name][:2000],
+            )
         finally:
             signal.alarm(0)
     return told
@@ -223,7 +260,9 @@ def _stuck(seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int, default=5000)
     args = parser.parse_args()

@@ -24,7 +24,11 @@ from moe_dist.monitoring.metrics_file import read_metrics
 from moe_dist.tasks.registry import task_of
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINES = {"lstm_moe_demo": "lstm_wide_demo", "widenet_demo": "shared_vit_demo", "widenet_text_demo": "albert_demo"}
+BASELINES = {
+    "lstm_moe_demo": "lstm_wide_demo",
+    "widenet_demo": "shared_vit_demo",
+    "widenet_text_demo": "albert_demo",
+}
 GRIDS = {
     "lstm_moe_demo": (4e-3, 8e-3, 16e-3),
     "widenet_demo": (1e-3, 2e-3, 4e-3),
@@ -39,19 +43,35 @@ def train(demo: str, arm: str, lr: float, seed: int) -> Path:
     folder = ROOT / "runs" / demo / f"{arm}-{lr:g}-{seed}"
     if not finished(folder):
         sets = [f"optim.lr={lr}", f"seed={seed}", "wandb.mode=off", f"save_every={get(arm).steps}"]
-        command = [sys.executable, "train.py", arm, "--folder", str(folder), *(p for s in sets for p in ("--set", s))]
+        command = [
+            sys.executable,
+            "train.py",
+            arm,
+            "--folder",
+            str(folder),
+            *(p for s in sets for p in ("--set", s)),
+        ]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with open(folder / "log.txt", "w") as log:
             subprocess.run(
-                command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True
+                command,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+                check=True,
             )
-        print(f"{arm} lr {lr:g} seed {seed}: valid loss {last(folder, 'valid/loss'):.4f}", flush=True)
+        print(
+            f"{arm} lr {lr:g} seed {seed}: valid loss {last(folder, 'valid/loss'):.4f}", flush=True
+        )
     return folder
 
 
 def finished(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() and any("test/loss" in line for line in read_metrics(folder))
+    return (folder / "metrics.jsonl").exists() and any(
+        "test/loss" in line for line in read_metrics(folder)
+    )
 
 
 def last(folder: Path, key: str) -> float:
@@ -59,17 +79,28 @@ def last(folder: Path, key: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("demo", choices=BASELINES)
     demo = parser.parse_args().demo
     names, grid, config = (demo, BASELINES[demo]), GRIDS[demo], get(demo)
-    measure = task_of(config).headline
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    measure = task_of(config).primary_metric
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     with ThreadPoolExecutor(2) as pool:
         first = {(arm, lr): pool.submit(train, demo, arm, lr, 0) for lr in grid for arm in names}
-        valid = {arm: {lr: last(first[arm, lr].result(), f"valid/{measure}") for lr in grid} for arm in names}
+        valid = {
+            arm: {lr: last(first[arm, lr].result(), f"valid/{measure}") for lr in grid}
+            for arm in names
+        }
         best = {arm: BEST[measure](valid[arm], key=valid[arm].__getitem__) for arm in names}
-        kept = {(arm, seed): pool.submit(train, demo, arm, best[arm], seed) for seed in SEEDS for arm in names}
+        kept = {
+            (arm, seed): pool.submit(train, demo, arm, best[arm], seed)
+            for seed in SEEDS
+            for arm in names
+        }
         arms: dict[str, Any] = {}
         for arm in names:
             folders = [kept[arm, seed].result() for seed in SEEDS]
@@ -84,7 +115,7 @@ def main() -> None:
         "commit": commit.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU, float32",
         "seeds": SEEDS,
-        "given": task_of(config).given(config),
+        "given": task_of(config).comparison_key(config),
         "arms": arms,
     }
     file = ROOT / "experiments" / "results" / f"{demo}.json"

@@ -24,7 +24,14 @@ from moe_dist.distributed import rendezvous_port
 from moe_dist.monitoring.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-SETS = ("optim.lr=1e-4", "optim.warmup_steps=1", "log_every=1", "save_every=10", "eval_every=1000", "wandb.mode=off")
+SETS = (
+    "optim.lr=1e-4",
+    "optim.warmup_steps=1",
+    "log_every=1",
+    "save_every=10",
+    "eval_every=1000",
+    "wandb.mode=off",
+)
 # keep-alives and the wait for more nodes, in seconds instead of torch's 15 and 30
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
 
@@ -36,18 +43,34 @@ class Nodes:
 
     def __init__(self, folder: Path, name: str, ranks: int, *sets: str) -> None:
         self.environment = os.environ | {
-            "NODES": "1:2", "GPUS": str(ranks), "MASTER": f"localhost:{rendezvous_port.free()}", "RDZV_ID": folder.name,
-            "CONFIG": name, "RESTARTS": "4", "ADDRESS": "localhost", "OMP_NUM_THREADS": "1", "PATH": PATH,
-        }  # fmt: skip
-        self.command = [str(ROOT / "launch" / "multinode.sh"), "--folder", str(folder), *set_(*sets)]
+            "NODES": "1:2",
+            "NPROC_PER_NODE": str(ranks),
+            "RDZV_ENDPOINT": f"localhost:{rendezvous_port.find_free_port()}",
+            "RDZV_ID": folder.name,
+            "CONFIG": name,
+            "RESTARTS": "4",
+            "ADDRESS": "localhost",
+            "OMP_NUM_THREADS": "1",
+            "PATH": PATH,
+        }
+        self.command = [
+            str(ROOT / "launch" / "multinode.sh"),
+            "--folder",
+            str(folder),
+            *set_(*sets),
+        ]
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
         self.running: list[psutil.Popen] = []
 
     def start(self) -> psutil.Popen:
         with self.log.open("a") as log:
             # the first has the store, though each could here; each is in a process group of its own, with its agent
-            environment = self.environment | {"RDZV_CONF": f"{RENDEZVOUS},is_host={int(not self.running)}"}
-            node = psutil.Popen(self.command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            environment = self.environment | {
+                "RDZV_CONF": f"{RENDEZVOUS},is_host={int(not self.running)}"
+            }
+            node = psutil.Popen(
+                self.command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         self.running.append(node)
         return node
 
@@ -58,7 +81,9 @@ class Nodes:
 
     def join(self, others: psutil.Popen) -> psutil.Popen:
         """A node more; the ranks of the `others` are held meanwhile, for a start takes as long as many small steps."""
-        ranks = [each for each in others.children(recursive=True) if each.cmdline()[1:2] == ["train.py"]]
+        ranks = [
+            each for each in others.children(recursive=True) if each.cmdline()[1:2] == ["train.py"]
+        ]
         for each in ranks:
             each.suspend()
         node = self.start()
@@ -73,9 +98,14 @@ class Nodes:
     def reach(self, step: int, timeout: float = 120) -> None:
         """Waits for the checkpoint of `step` or a later one."""
         deadline = time.monotonic() + timeout
-        while not any(path >= manifest.folder(self.folder, step) for path in manifest.found(self.folder)):
+        while not any(
+            path >= manifest.folder(self.folder, step)
+            for path in manifest.list_checkpoints(self.folder)
+        ):
             if time.monotonic() > deadline or not any(each.poll() is None for each in self.running):
-                raise RuntimeError(f"{self.folder}: step {step} not reached\n{self.log.read_text()}")
+                raise RuntimeError(
+                    f"{self.folder}: step {step} not reached\n{self.log.read_text()}"
+                )
             time.sleep(0.01)
 
     def end(self, timeout: float = 120) -> list[int]:
@@ -110,22 +140,35 @@ def set_(*assignments: str) -> list[str]:
 def asked_to_stop(process: psutil.Process) -> bool:
     """Whether SIGTERM waits for a suspended process."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in re.findall(r"^S\w+Pnd:\s*(\w+)", status, re.M))
+    return any(
+        int(mask, 16) >> (signal.SIGTERM - 1) & 1
+        for mask in re.findall(r"^S\w+Pnd:\s*(\w+)", status, re.M)
+    )
 
 
 def losses(folder: Path) -> dict[int, float]:
     """By step."""
-    return {line["step"]: line["train/loss"] for line in read_metrics(folder) if "train/loss" in line}
+    return {
+        line["step"]: line["train/loss"] for line in read_metrics(folder) if "train/loss" in line
+    }
 
 
 def alone(folder: Path, name: str, *sets: str) -> dict[int, float]:
     """Losses of one process that nothing stops."""
     command = [sys.executable, "train.py", name, "--folder", str(folder), *set_(*sets)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
     return losses(folder)
 
 
-def coming_and_going(folder: Path, name: str, ranks: int, changes: tuple[int, ...], *sets: str) -> Nodes:
+def coming_and_going(
+    folder: Path, name: str, ranks: int, changes: tuple[int, ...], *sets: str
+) -> Nodes:
     """At each of the `changes` (steps) the second node leaves or comes back; the first time it is killed, then it is
     told to stop."""
     with Nodes(folder, name, ranks, *sets) as nodes:
@@ -156,7 +199,9 @@ def main() -> None:
     off = max(abs(whole[step] - broken[step]) for step in whole)
     print(f"(ranks, after step) of each start: {nodes.starts()}")
     print(f"statuses of the agents: {[each.returncode for each in nodes.running]}")
-    print(f"largest difference of a loss over {len(whole)} steps: {off:.1e} (of {whole[50]:.4f} at the end)")
+    print(
+        f"largest difference of a loss over {len(whole)} steps: {off:.1e} (of {whole[50]:.4f} at the end)"
+    )
     sys.exit(off > 1e-5)
 
 

@@ -41,9 +41,16 @@ PHASES = ("start", *OF_A_STEP, *AT_THE_END)
 FAULTS = ("kill", "kill_agent", "terminate", "terminate_agent", "stop", "pause")
 EVALUATE_EVERY = 10
 SETS = (
-    "optim.lr=1e-4", "optim.warmup_steps=1", f"steps={STEPS}", f"save_every={SAVE_EVERY}", "log_every=1",
-    f"eval_every={EVALUATE_EVERY}", "report=true", "wandb.mode=offline", "mesh.patience=6",
-)  # fmt: skip
+    "optim.lr=1e-4",
+    "optim.warmup_steps=1",
+    f"steps={STEPS}",
+    f"save_every={SAVE_EVERY}",
+    "log_every=1",
+    f"eval_every={EVALUATE_EVERY}",
+    "write_report=true",
+    "wandb.mode=offline",
+    "mesh.timeout_s=6",
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,14 @@ class Outcome:
         if self.fault.phase == "start" or self.after is None:
             # a run that has done all its steps when the signal comes need not be started again
             return self.fault.phase == "start" or self.fault.step == STEPS or self.fault.seconds > 0
-        first = self.fault.step if self.fault.fault.startswith("terminate") else self.fault.whole  # SIGTERM saves
-        return self.after == first if self.fault.seconds == 0 and first == self.fault.whole else self.after >= first
+        first = (
+            self.fault.step if self.fault.fault.startswith("terminate") else self.fault.whole
+        )  # SIGTERM saves
+        return (
+            self.after == first
+            if self.fault.seconds == 0 and first == self.fault.whole
+            else self.after >= first
+        )
 
 
 def draw(number: int, seed: int = 0) -> list[Fault]:
@@ -102,10 +115,10 @@ def survive(fault: Fault, folder: Path, whole: dict[int, float], name: str, *set
     began = time.monotonic()
     if fault.phase != "start":
         sets += (
-            "chaos.fault=stop",
-            f"chaos.rank={fault.rank}",
-            f"chaos.step={fault.step}",
-            f"chaos.phase={fault.phase}",
+            "fault_injection.fault=stop",
+            f"fault_injection.rank={fault.rank}",
+            f"fault_injection.step={fault.step}",
+            f"fault_injection.phase={fault.phase}",
         )
     with Nodes(folder, name, RANKS, *sets) as nodes:
         nodes.environment |= {"NODES": "1", "RESTARTS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30"}
@@ -115,7 +128,11 @@ def survive(fault: Fault, folder: Path, whole: dict[int, float], name: str, *set
         if fault.fault == "terminate_agent" and status != 0:
             status = nodes.start().wait(300)
     found = losses(folder)
-    off = max(abs(found[step] - whole[step]) for step in whole) if found.keys() == whole.keys() else float("inf")
+    off = (
+        max(abs(found[step] - whole[step]) for step in whole)
+        if found.keys() == whole.keys()
+        else float("inf")
+    )
     starts, log = nodes.starts(), nodes.log.read_text()
     after = starts[1][1] if len(starts) == 2 else None
     if f"has done {STEPS} steps, all of them" in log:
@@ -128,7 +145,12 @@ def strike(fault: Fault, node: psutil.Popen, folder: Path) -> None:
     ranks = wait_for(lambda: ranks_of(node), node)
     rank = ranks[fault.rank]
     if fault.phase != "start":
-        wait_for(lambda: (folder / "chaos").exists() and rank.status() == psutil.STATUS_STOPPED, node)
+        wait_for(
+            lambda: (
+                (folder / "fault_injection").exists() and rank.status() == psutil.STATUS_STOPPED
+            ),
+            node,
+        )
         if fault.seconds:
             rank.resume()
     victim = rank.parent() if fault.fault.endswith("_agent") else rank
@@ -168,10 +190,13 @@ def wait_for(condition: Callable[[], Any], node: psutil.Popen) -> Any:
 def missing(folder: Path, log: str) -> list[str]:
     """What a run that has ended should have, or should not have, by name."""
     found = []
-    newest, refused = manifest.newest_whole(folder)
+    newest, refused = manifest.newest_complete(folder)
     if newest != manifest.folder(folder, STEPS) or refused:
         found.append(f"whole checkpoint of step {STEPS}")
-    if not (folder / "report.html").is_file() and json.loads((folder / "config.json").read_text())["report"]:
+    if (
+        not (folder / "report.html").is_file()
+        and json.loads((folder / "config.json").read_text())["write_report"]
+    ):
         found.append("report.html")
     found += [f"no {path.name}" for path in folder.rglob(f"{PARTIAL}*")]
     for picture in folder.glob("report/*.png"):
@@ -179,17 +204,23 @@ def missing(folder: Path, log: str) -> list[str]:
             found.append(f"a whole {picture.name}")
     if "test perplexity" not in log:
         found.append("the result")
-    if re.search(r'File "[^"]*(/train\.py|/moe_dist/[^"]*)", line', log):  # torchrun's own are not ours
+    if re.search(
+        r'File "[^"]*(/train\.py|/moe_dist/[^"]*)", line', log
+    ):  # torchrun's own are not ours
         found.append("no traceback")
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", default="lstm_moe_demo")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="more of the config")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="more of the config"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the outcomes there")
     args = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -202,13 +233,20 @@ def main() -> None:
     for i, fault in enumerate(draw(args.runs, args.seed), 1):
         folder = base / f"{i:02d}"
         outcomes.append(outcome := survive(fault, folder, whole, args.config, *SETS, *args.set))
-        wrong = "" if outcome.holds else f"   does not hold: {folder}.log, status {outcome.status}; {outcome.missing}"
+        wrong = (
+            ""
+            if outcome.holds
+            else f"   does not hold: {folder}.log, status {outcome.status}; {outcome.missing}"
+        )
         print(
             f"{i:>4}{fault.fault:>17}{fault.rank:>6}{fault.step:>6}{fault.phase:>12}{fault.seconds:>7}"
-            f"{outcome.after!s:>15}{outcome.off:>17.1e}{outcome.seconds:>9.0f}{wrong}", flush=True,
-        )  # fmt: skip
+            f"{outcome.after!s:>15}{outcome.off:>17.1e}{outcome.seconds:>9.0f}{wrong}",
+            flush=True,
+        )
     good = sum(outcome.holds for outcome in outcomes)
-    print(f"{good} of {len(outcomes)} hold; largest difference {max(outcome.off for outcome in outcomes):.1e}")
+    print(
+        f"{good} of {len(outcomes)} hold; largest difference {max(outcome.off for outcome in outcomes):.1e}"
+    )
     if args.json:
         args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
     sys.exit(good < len(outcomes))

@@ -35,16 +35,16 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.format import OF_TASKS, read_state
+from moe_dist.checkpoint.format import TASK_METADATA_CHECKS, read_state
 from moe_dist.checkpoint.sealed_config import read_config
 from moe_dist.config.overrides import dotted_keys, from_json
 from moe_dist.config.schema import LSTMConfig
-from moe_dist.distributed.batch_layout import lay_out
-from moe_dist.distributed.flight_recorder import Record
+from moe_dist.distributed.batch_layout import make_batch_layout
+from moe_dist.distributed.flight_recorder import FlightRecorder
 from moe_dist.inference import generate
 from moe_dist.inference.classify import Classifier, classify
-from moe_dist.inference.load import Reader
-from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.inference.load import TextModel
+from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import files as report_files
 from moe_dist.tasks import language_model, text_base
 from moe_dist.tasks.registry import task_of
@@ -53,28 +53,75 @@ from moe_dist.training.setup import check_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
-NAMES = ("config.json", "layout.json", "metrics.jsonl", "lock", "report", "report.html", "checkpoints", "wandb",
-         "calls", "profile", "partial_config.json", "report/loss.png", "checkpoints/partial_step_00000003")  # fmt: skip
+NAMES = (
+    "config.json",
+    "layout.json",
+    "metrics.jsonl",
+    "lock",
+    "report",
+    "report.html",
+    "checkpoints",
+    "wandb",
+    "calls",
+    "profile",
+    "partial_config.json",
+    "report/loss.png",
+    "checkpoints/partial_step_00000003",
+)
 INNER = ("state.json", "config.json", "manifest.sha256", "shard")
 # in place of what a task keeps, or of a part of it
 VALUES: tuple[Any, ...] = (
-    5, -1, 0.5, True, None, "", "x", "\ud800", [], {}, [1, 2], ["a"], ["a", "a"], ["\ud800"], [["a"]], ["a"] * 2000,
-    {"a": 1}, {"words": [1], "counts": ["a"]}, {"words": "ab", "counts": "cd"}, 10**400, 2**63, "[1]", "{}", "[" * 9999,
-)  # fmt: skip
-JSON = ("[" * 100_000, '{"a":' * 5_000, "9" * 400, '{"step": 1e999, "name": "\\ud800"}', '"\\ud800"', "\x00\xff", "[]")
+    5,
+    -1,
+    0.5,
+    True,
+    None,
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [1, 2],
+    ["a"],
+    ["a", "a"],
+    ["\ud800"],
+    [["a"]],
+    ["a"] * 2000,
+    {"a": 1},
+    {"words": [1], "counts": ["a"]},
+    {"words": "ab", "counts": "cd"},
+    10**400,
+    2**63,
+    "[1]",
+    "{}",
+    "[" * 9999,
+)
+JSON = (
+    "[" * 100_000,
+    '{"a":' * 5_000,
+    "9" * 400,
+    '{"step": 1e999, "name": "\\ud800"}',
+    '"\\ud800"',
+    "\x00\xff",
+    "[]",
+)
 
 
 def contents(folder: Path) -> dict[str, Any]:
     """Returns what is in a folder, links not followed."""
     return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.is_file() and path.read_bytes()
         for path in folder.rglob("*")
     }
 
 
 def seal(checkpoint: Path) -> None:
     """Writes a manifest of the files that are there now, as a stranger would."""
-    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file() and path.name != manifest.NAME)
+    names = sorted(
+        path.name for path in checkpoint.iterdir() if path.is_file() and path.name != manifest.NAME
+    )
     lines = [f"{manifest.checksum(checkpoint / name)}  {name}\n" for name in names]
     (checkpoint / manifest.NAME).write_text("".join(lines))
 
@@ -89,7 +136,7 @@ def _clear(path: Path) -> None:
 
 def _any_file(run: Path, chance: random.Random) -> Path:
     """Of the run folder or its newest checkpoint."""
-    newest = manifest.found(run)[-1]
+    newest = manifest.list_checkpoints(run)[-1]
     name = chance.choice([*NAMES, *INNER])
     if name == "shard":
         return next(newest.glob("*.safetensors"))
@@ -131,11 +178,14 @@ def text(run: Path, outside: Path, chance: random.Random) -> str:
 
 def state(run: Path, outside: Path, chance: random.Random) -> str:
     """Of a sealed checkpoint."""
-    checkpoint = manifest.found(run)[-1]
+    checkpoint = manifest.list_checkpoints(run)[-1]
     path = checkpoint / chance.choice(["state.json", "config.json"])
     value: Any = chance.choice([*JSON, "step", "vocabulary"])
     if value in ("step", "vocabulary"):
-        value = json.dumps(json.loads(path.read_text()) | {value: chance.choice([-1, 7, "\ud800", None, [1], 10**400])})
+        value = json.dumps(
+            json.loads(path.read_text())
+            | {value: chance.choice([-1, 7, "\ud800", None, [1], 10**400])}
+        )
     path.write_bytes(value.encode(errors="surrogatepass"))
     seal(checkpoint)
     return f"{path}: {value[:30]!r}"
@@ -143,9 +193,11 @@ def state(run: Path, outside: Path, chance: random.Random) -> str:
 
 def kept(run: Path, outside: Path, chance: random.Random) -> str:
     """What a task keeps, in a sealed checkpoint: all of it, or one of its parts."""
-    checkpoint = manifest.found(run)[-1]
+    checkpoint = manifest.list_checkpoints(run)[-1]
     state = json.loads((checkpoint / "state.json").read_text())
-    key = chance.choice([*OF_TASKS, *(key for key in OF_TASKS if key in state)])
+    key = chance.choice(
+        [*TASK_METADATA_CHECKS, *(key for key in TASK_METADATA_CHECKS if key in state)]
+    )
     if key in state and chance.random() < 0.1:
         state.pop(key)
     else:
@@ -157,11 +209,17 @@ def kept(run: Path, outside: Path, chance: random.Random) -> str:
 
 def _changed(value: Any, chance: random.Random) -> Any:
     """Returns a JSON value with another one in place of it, or of one of its parts; or with one part less, or more."""
-    if isinstance(value, str) and value[:2] == '["' and chance.random() < 0.7:  # tokens: JSON in JSON
+    if (
+        isinstance(value, str) and value[:2] == '["' and chance.random() < 0.7
+    ):  # tokens: JSON in JSON
         return json.dumps(_changed(json.loads(value), chance))
     if not isinstance(value, dict | list) or not value or chance.random() < 0.2:
         return chance.choice(VALUES)
-    places = list(value) if isinstance(value, dict) else [0, 1, len(value) // 2, len(value) - 1][: len(value)]
+    places = (
+        list(value)
+        if isinstance(value, dict)
+        else [0, 1, len(value) // 2, len(value) - 1][: len(value)]
+    )
     place, changed = chance.choice(places), value.copy()
     how = chance.random()
     if how < 0.15:
@@ -175,12 +233,14 @@ def _changed(value: Any, chance: random.Random) -> Any:
 
 def tensor(run: Path, outside: Path, chance: random.Random) -> str:
     """Of a sealed checkpoint: a value, a dtype, a shape, a place, or bytes of the file."""
-    checkpoint = manifest.found(run)[-1]
+    checkpoint = manifest.list_checkpoints(run)[-1]
     shard = next(checkpoint.glob("*.safetensors"))
     with safe_open(shard, "pt") as opened:
         metadata = opened.metadata()
     tensors, places = load_file(shard), json.loads(metadata["DCP_SHARDING_INFO"])
-    name = chance.choice(sorted(key for key in tensors if tensors[key].dim() and tensors[key].is_floating_point()))
+    name = chance.choice(
+        sorted(key for key in tensors if tensors[key].dim() and tensors[key].is_floating_point())
+    )
     how = chance.choice(["nan", "dtype", "shape", "place", "bytes", "twice"])
     if how == "nan":
         tensors[name].view(-1)[0] = torch.nan
@@ -202,7 +262,15 @@ def tensor(run: Path, outside: Path, chance: random.Random) -> str:
     return f"{how} of {name}"
 
 
-SPOILS: list[Callable[[Path, Path, random.Random], str]] = [link, pipe, swap, text, state, tensor, kept]
+SPOILS: list[Callable[[Path, Path, random.Random], str]] = [
+    link,
+    pipe,
+    swap,
+    text,
+    state,
+    tensor,
+    kept,
+]
 
 
 def try_all(seed: int, run: Path, draws: bool = False) -> str:
@@ -232,17 +300,25 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
             errors = io.StringIO()
             try:
                 with contextlib.redirect_stderr(errors):
-                    training_run.plan(args, None)
+                    training_run.parse_run(args, None)
             except SystemExit as exit_:
-                lines = [line for line in errors.getvalue().splitlines() if not line.startswith("note: ")]
-                assert exit_.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (told, lines)
+                lines = [
+                    line for line in errors.getvalue().splitlines() if not line.startswith("note: ")
+                ]
+                assert exit_.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
+                    told,
+                    lines,
+                )
         with contextlib.suppress(ValueError, OSError):
-            _write(training_run.Run(config, {}, run))
+            _write(training_run.TrainingRun(config, {}, run))
         with contextlib.suppress(ValueError):
             build_task(run)
         with contextlib.suppress(ValueError):
             use(run)
-        for args in (["inspect", str(run)], ["export", str(run), str(run / "exported.safetensors")]):
+        for args in (
+            ["inspect", str(run)],
+            ["export", str(run), str(run / "exported.safetensors")],
+        ):
             assert command.main(args) in (0, 2), told
         if draws:
             report_files.try_to_write_all(run)
@@ -259,36 +335,49 @@ def build_task(run: Path) -> None:
         ValueError: As a user sees it.
     """
     config, _ = read_config(run)
-    saved = read_state(manifest.newest_whole(run)[0])
-    mesh: Any = SimpleNamespace(dp=SimpleNamespace(index=0, size=1), device=torch.device("cpu"), is_main=True)
-    alone = {"from_main": lambda make: make()}
+    saved = read_state(manifest.newest_complete(run)[0])
+    mesh: Any = SimpleNamespace(
+        dp=SimpleNamespace(index=0, size=1), device=torch.device("cpu"), is_main=True
+    )
+    alone = {"run_on_main": lambda make: make()}
     with mock.patch.multiple(language_model, **alone), mock.patch.multiple(text_base, **alone):
-        task = task_of(config)(config, lay_out(config, 1), mesh, saved, dotted_keys(config))
-    check_classes(saved.get("classes"), task.known().get("classes"))
-    task.told({"test/loss": 1.0, "test/perplexity": 3.0, "test/accuracy": 0.5})
+        task = task_of(config)(
+            config, make_batch_layout(config, 1), mesh, saved, dotted_keys(config)
+        )
+    check_classes(saved.get("classes"), task.checkpoint_metadata().get("classes"))
+    task.format_result({"test/loss": 1.0, "test/perplexity": 3.0, "test/accuracy": 0.5})
 
 
 def use(run: Path) -> None:
     """Continues a text by the run, or tells its classes. Raises ValueError as a user sees it."""
     if isinstance(read_config(run)[0].model, LSTMConfig):
         args = generate.command_line([str(run), "--prompt", "the end", "--words", "2"])
-        reader = Reader(run)
+        reader = TextModel(run)
         generate.show_continuation(reader, generate.open_text(reader, args), args)
     else:
         classifier = Classifier(run)
         print(*classify(classifier, ["the end\tof it" if classifier.pairs else "the end"], 3))
 
 
-def _write(run: training_run.Run) -> None:
+def _write(run: training_run.TrainingRun) -> None:
     """Writes what a run writes that goes on, but for a checkpoint."""
     folder = run._claim()
     try:
-        manifest.sweep(folder)
-        with Record().kept(folder, 60.0), Metrics(
-            folder, {}, enabled=True, wandb_mode="off", total_steps=9, start_step=2, restore=run.restore
-        ) as metrics:  # fmt: skip
+        manifest.remove_partial(folder)
+        with (
+            FlightRecorder().recording(folder, 60.0),
+            MetricsLogger(
+                folder,
+                {},
+                enabled=True,
+                wandb_mode="off",
+                total_steps=9,
+                start_step=2,
+                restore=run.restore,
+            ) as metrics,
+        ):
             metrics.log(3, {"train/loss": 1.0})
-        for checkpoint in manifest.found(folder):
+        for checkpoint in manifest.list_checkpoints(folder):
             manifest.remove(checkpoint)
             break
     finally:
@@ -301,25 +390,49 @@ def whole_run(folder: Path) -> Path:
     lines = [f"{i} and so on, and on to {i * i}, then {i % 7} is the end of it" for i in range(600)]
     (folder / "text.txt").write_text("\n".join(lines))
     return _trained(
-        folder / "whole", "lstm_moe_demo", "model.dim=16", "data.vocabulary_size=50", "model.moe.num_experts=8",
-        "model.moe.k=2", "model.moe.hidden=24", "batch.samples=8", "batch.timesteps=6",
-        "batch.samples_per_balance_group=4", f"data.text={folder / 'text.txt'}",
-    )  # fmt: skip
+        folder / "whole",
+        "lstm_moe_demo",
+        "model.dim=16",
+        "data.vocabulary_size=50",
+        "model.moe.num_experts=8",
+        "model.moe.k=2",
+        "model.moe.expert_hidden_dim=24",
+        "batch.global_batch_size=8",
+        "batch.seq_len=6",
+        "batch.balance_loss_group_size=4",
+        f"data.text={folder / 'text.txt'}",
+    )
 
 
 def whole_run_of_classes(folder: Path) -> Path:
     """Trains a small classifier of sentences for two steps, and returns its run folder."""
-    rows = [f"{i} and so on to the end of {i * i},{('bad', 'fair', 'good')[i % 3]}" for i in range(120)]
+    rows = [
+        f"{i} and so on to the end of {i * i},{('bad', 'fair', 'good')[i % 3]}" for i in range(120)
+    ]
     (folder / "rows.csv").write_text("\n".join(["text,label", *rows]))
     return _trained(
-        folder / "classes", "widenet_text_demo", "model.encoder.dim=16", "model.encoder.num_heads=2",
-        "model.encoder.depth=2", "model.encoder.moe.hidden=24", "model.embedding_dim=16", "model.max_tokens=24",
-        "batch.samples=8", f"data.sentences={folder / 'rows.csv'}",
-    )  # fmt: skip
+        folder / "classes",
+        "widenet_text_demo",
+        "model.encoder.dim=16",
+        "model.encoder.num_heads=2",
+        "model.encoder.depth=2",
+        "model.encoder.moe.expert_hidden_dim=24",
+        "model.embedding_dim=16",
+        "model.max_tokens=24",
+        "batch.global_batch_size=8",
+        f"data.sentences={folder / 'rows.csv'}",
+    )
 
 
 def _trained(run: Path, name: str, *sets: str) -> Path:
-    always = ("steps=2", "save_every=1", "log_every=1", "report=false", "wandb.mode=off", "compare=none")
+    always = (
+        "steps=2",
+        "save_every=1",
+        "log_every=1",
+        "write_report=false",
+        "wandb.mode=off",
+        "baseline=none",
+    )
     options = [part for each in (*always, *sets) for part in ("--set", each)]
     program = [sys.executable, str(ROOT / "train.py"), name, "--folder", str(run), *options]
     subprocess.run(program, check=True, capture_output=True)
@@ -335,10 +448,14 @@ def _too_long(*_: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int, default=1000)
-    parser.add_argument("--draw", type=int, default=10, help="draws the report of every so many folders")
+    parser.add_argument(
+        "--draw", type=int, default=10, help="draws the report of every so many folders"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGALRM, _too_long)
     off = 0

@@ -26,30 +26,52 @@ CASES = {
     "texts": ("widenet_text_demo", ()),
     "pretraining": ("widenet_pretraining_demo", ()),
 }
-LAYOUTS = {"1 rank": (1, ()), "2 ranks": (2, ("mesh.ep=2",)), "2 ranks, ZeRO 2": (2, ("mesh.ep=2", "zero=2"))}
+LAYOUTS = {
+    "1 rank": (1, ()),
+    "2 ranks": (2, ("mesh.ep=2",)),
+    "2 ranks, ZeRO 2": (2, ("mesh.ep=2", "zero_stage=2")),
+}
 KEYS = ("train/loss", "train/grad_norm")
 
 
 def run(config: str, sets: tuple[str, ...], ranks: int) -> list[list[float]]:
-    """Trains `STEPS` steps and returns the values of `KEYS` of each."""
-    sets = (*sets, f"steps={STEPS}", "log_every=1", "report=false", "wandb.mode=off")
+    """Trains `STEP_GLOB` steps and returns the values of `ALLOWED_KEYS` of each."""
+    sets = (*sets, f"steps={STEPS}", "log_every=1", "write_report=false", "wandb.mode=off")
     with tempfile.TemporaryDirectory() as folder:
         options = [option for each in sets for option in ("--set", each)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+        ]
         command += ["train.py", config, "--folder", folder, *options]
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
-            sys.exit(f"{config} on {ranks} ranks ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            sys.exit(
+                f"{config} on {ranks} ranks ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
+        lines = [
+            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        ]
     return [[line[key] for key in KEYS] for line in lines if KEYS[0] in line]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="writes the numbers as JSON")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="compares with numbers written before")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="compares with numbers written before"
+    )
     args = parser.parse_args()
     before = json.loads(args.compare.read_text()) if args.compare else {}
     found: dict[str, list[list[float]]] = {}

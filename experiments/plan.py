@@ -20,34 +20,46 @@ from typing import Any
 from moe_dist.config import papers
 from moe_dist.config.overrides import override
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.planner.__main__ import measured, plan_layouts
-from moe_dist.planner.microbenchmark import trained
+from moe_dist.planner.__main__ import measure_this_machine, plan_layouts
+from moe_dist.planner.microbenchmark import run_short_training
 
 FOLDER = Path(__file__).parent / "results" / "plan"
 RANKS = 2
-Set = dict[str, tuple[str, list[str], list[tuple[int, int]]]]  # config, overrides, layouts: ep, ZeRO stage
+Set = dict[
+    str, tuple[str, list[str], list[tuple[int, int]]]
+]  # config, overrides, layouts: ep, ZeRO stage
 LOOKED_AT: Set = {  # while the plan's form was chosen
     "lstm_moe_demo": ("lstm_moe_demo", [], [(2, 0), (1, 1), (2, 3)]),
     "lstm_moe_demo, 256 experts, 128 lanes": (
-        "lstm_moe_demo", ["model.moe.num_experts=256", "batch.samples=128"], [(1, 0), (2, 1), (1, 3)],
+        "lstm_moe_demo",
+        ["model.moe.num_experts=256", "batch.global_batch_size=128"],
+        [(1, 0), (2, 1), (1, 3)],
     ),
-    "widenet_demo, 128 images": ("widenet_demo", ["batch.samples=128"], [(1, 0), (2, 1), (2, 2)]),
+    "widenet_demo, 128 images": (
+        "widenet_demo",
+        ["batch.global_batch_size=128"],
+        [(1, 0), (2, 1), (2, 2)],
+    ),
     "widenet_text_demo": ("widenet_text_demo", [], [(2, 0), (1, 2), (1, 3)]),
-}  # fmt: skip
+}
 BLIND: Set = {  # written down before any of them was planned or measured
     "lstm_moe_demo, 2 of 8 groups, 2 of 8 experts": (
-        "lstm_moe_demo", ["model.moe.num_groups=8", "model.moe.k=2"], [(2, 1), (1, 2), (2, 3)],
+        "lstm_moe_demo",
+        ["model.moe.num_groups=8", "model.moe.k=2"],
+        [(2, 1), (1, 2), (2, 3)],
     ),
     "lstm_moe_demo, width 256, 32 experts of 512": (
-        "lstm_moe_demo", ["model.dim=256", "model.moe.num_experts=32", "model.moe.hidden=512"],
+        "lstm_moe_demo",
+        ["model.dim=256", "model.moe.num_experts=32", "model.moe.expert_hidden_dim=512"],
         [(2, 0), (1, 1), (2, 2)],
     ),
     "widenet_demo, 8 experts, 64 images, depth 4": (
-        "widenet_demo", ["model.encoder.moe.num_experts=8", "batch.samples=64", "model.encoder.depth=4"],
+        "widenet_demo",
+        ["model.encoder.moe.num_experts=8", "batch.global_batch_size=64", "model.encoder.depth=4"],
         [(2, 0), (1, 1), (2, 3)],
     ),
     "widenet_pretraining_demo": ("widenet_pretraining_demo", [], [(1, 0), (2, 2), (1, 3)]),
-}  # fmt: skip
+}
 CONFIGS = LOOKED_AT | BLIND
 
 
@@ -55,15 +67,19 @@ def one(name: str) -> dict[str, Any]:
     """A round of a config: by layout what was predicted, and what was measured."""
     base, sets, layouts = CONFIGS[name]
     config = override(papers.get(base), [*sets, "wandb.mode=off"])
-    machine, owns = measured(config, 1, RANKS, 1.0)
+    machine, owns = measure_this_machine(config, 1, RANKS, 1.0)
     planned = {(each.ep, each.zero): each for each in plan_layouts(config, 1, RANKS, machine, owns)}
     told: dict[str, Any] = {"machine": dataclasses.asdict(machine)}
     for ep, zero in random.sample(layouts, len(layouts)):
-        at, plan = override(config, [f"mesh.ep={ep}", f"zero={zero}"]), planned[ep, zero]
-        ran = run_distributed(trained, RANKS, at, timeout=280)
+        at, plan = override(config, [f"mesh.ep={ep}", f"zero_stage={zero}"]), planned[ep, zero]
+        ran = run_distributed(run_short_training, RANKS, at, timeout=280)
         libraries = plan.memory["libraries"]
         told[f"{ep},{zero}"] = {
-            "predicted": {"step": plan.step, "bytes": plan.bytes - libraries, "seconds": plan.seconds},
+            "predicted": {
+                "step": plan.step,
+                "bytes": plan.bytes - libraries,
+                "seconds": plan.seconds,
+            },
             "measured": {key: max(each[key] for each in ran) for key in ("step", "bytes")}
             | {"seconds": ran[0]["seconds"]},
         }
@@ -72,26 +88,44 @@ def one(name: str) -> dict[str, Any]:
 
 def table(kept: dict[str, list[Any]]) -> str:
     """Markdown, medians over rounds."""
-    heads = ["config", "ep, ZeRO", "ms predicted", "ms measured", "off", "MB predicted", "MB measured", "off"]
+    heads = [
+        "config",
+        "ep, ZeRO",
+        "ms predicted",
+        "ms measured",
+        "off",
+        "MB predicted",
+        "MB measured",
+        "off",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, rounds in kept.items():
         for ep, zero in CONFIGS[name][2]:
             cells = []
             for key, unit in (("step", 1e3), ("bytes", 1e-6)):
-                each = [[unit * r[f"{ep},{zero}"][what][key] for r in rounds] for what in ("predicted", "measured")]
+                each = [
+                    [unit * r[f"{ep},{zero}"][what][key] for r in rounds]
+                    for what in ("predicted", "measured")
+                ]
                 said, got = map(statistics.median, each)
-                cells += [*(f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in each)]
+                cells += [
+                    *(f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in each)
+                ]
                 cells += [f"{100 * (said / got - 1):+.0f} %"]
             lines += [f"| {name} | {ep}, {zero} | {' | '.join(cells)} |"]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=CONFIGS, action="append", help="these configs alone")
-    which.add_argument("--blind", action="store_true", help="those alone that the plan was not made with")
+    which.add_argument(
+        "--blind", action="store_true", help="those alone that the plan was not made with"
+    )
     args = parser.parse_args()
     file = FOLDER / "results.json"
     kept = json.loads(file.read_text()) if file.exists() else {}

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains on the nodes of a hostfile with DeepSpeed's launcher, from one of them; it reaches the others by ssh (pdsh).
 #
-#   NODES=2 GPUS=8 MASTER=node0:29500 RDZV_ID=first CONFIG=moe_256 launch/deepspeed.sh [--dry-run] [arguments of train.py]
+#   NODES=2 NPROC_PER_NODE=8 RDZV_ENDPOINT=node0:29500 RDZV_ID=first CONFIG=moe_256 launch/deepspeed.sh [--dry-run] [arguments of train.py]
 #
-# HOSTFILE   a line for each node, "name slots=ranks" (launch/hostfile); NODES and GPUS take no more of it
+# HOSTFILE   a line for each node, "name slots=ranks" (launch/hostfile); NODES and NPROC_PER_NODE take no more of it
 # NODE_RANK  where there is no ssh: start it on each node, with the number of its line from 0
 #
 # RDZV_ID names the run folder, runs/$RDZV_ID. It restarts nothing: the same command goes on from the newest checkpoint.
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 . launch/common.sh
 command -v deepspeed >/dev/null || PATH=$PWD/.venv/bin:$PATH # that of `make`
 
-read_master "${MASTER:?host:port of the first node}"
+read_master "${RDZV_ENDPOINT:?host:port of the first node}"
 id=${RDZV_ID:?name of the run} nodes=${NODES:-1} hostfile=${HOSTFILE:-launch/hostfile}
 [[ $nodes =~ ^[1-9][0-9]{0,5}$ ]] || fail "NODES=$nodes: a number"
 [[ ${NODE_RANK:-0} =~ ^[0-9]{1,6}$ ]] || fail "NODE_RANK=$NODE_RANK: the number of a node, from 0"
@@ -36,7 +36,7 @@ quote() {
   fi
 }
 
-launcher=(deepspeed --hostfile "$hostfile" --num_nodes "$nodes" --num_gpus "${GPUS:-1}"
+launcher=(deepspeed --hostfile "$hostfile" --num_nodes "$nodes" --num_gpus "${NPROC_PER_NODE:-1}"
   --master_addr "$host" --master_port "$port" ${NODE_RANK:+--no_ssh --node_rank "$NODE_RANK"}
   --no_local_rank --no_python)
 # PATH and the threads of a rank are set there, for ssh does not hand on the environment

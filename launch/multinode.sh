@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Trains on several nodes: start it on each, with the same variables.
 #
-#   NODES=2 GPUS=8 MASTER=node0:29400 RDZV_ID=first CONFIG=moe_256 launch/multinode.sh [--dry-run] [arguments of train.py]
+#   NODES=2 NPROC_PER_NODE=8 RDZV_ENDPOINT=node0:29400 RDZV_ID=first CONFIG=moe_256 launch/multinode.sh [--dry-run] [arguments of train.py]
 #
 # NODES     how many, or a range such as 1:2: nodes may come and go, and the run goes on with those that are there
-# GPUS      ranks per node, on CPU too
-# MASTER    host:port of one of the nodes, by the name that `hostname` gives there; it has to stay
+# NPROC_PER_NODE      ranks per node, on CPU too
+# RDZV_ENDPOINT    host:port of one of the nodes, by the name that `hostname` gives there; it has to stay
 # RDZV_ID   name of the run, whose folder is runs/$RDZV_ID: the same disk on all nodes
 # RESTARTS  how often ranks that fail are started again, and as often an agent that was killed (0)
 # ADDRESS   of this node for the others, where its host name is not known to them
 # RDZV_CONF more of torchrun's --rdzv-conf: last_call_timeout=5 waits 5 s instead of 30 for more nodes than the fewest;
-#           is_host=1 on MASTER's node and is_host=0 on others, where torchrun does not see by itself which one it is
+#           is_host=1 on RDZV_ENDPOINT's node and is_host=0 on others, where torchrun does not see by itself which one it is
 #
 # --dry-run only prints the command. SIGTERM saves a checkpoint; the same command goes on from it.
 set -euo pipefail
@@ -23,7 +23,7 @@ nodes=${NODES:-1} restarts=${RESTARTS:-0}
 if ! [[ $nodes =~ ^[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?$ ]] || ((${nodes%:*} > ${nodes#*:})); then
   fail "NODES=$nodes: a number, or a range such as 1:2"
 fi
-master=${MASTER:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}
+master=${RDZV_ENDPOINT:?host:port of one of the nodes} id=${RDZV_ID:?name of the run, the same on all nodes}
 conf=${RDZV_CONF:-} address=${ADDRESS:-}
 address=${address#[} address=${address%]}
 read_master "$master"
@@ -41,7 +41,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 dry=; if [[ ${1:-} == --dry-run ]]; then dry=1; shift; fi
 
 # ranks of a killed agent are killed with it (setpriv), for the next agent starts new ones
-command=(torchrun --nnodes "$nodes" --nproc-per-node "${GPUS:-1}" --max-restarts "$restarts"
+command=(torchrun --nnodes "$nodes" --nproc-per-node "${NPROC_PER_NODE:-1}" --max-restarts "$restarts"
   --rdzv-backend c10d --rdzv-endpoint "$master" --rdzv-id "$id" ${conf:+--rdzv-conf "$conf"}
   ${address:+--local-addr "$address"}
   --no-python setpriv --pdeathsig KILL python

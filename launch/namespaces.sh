@@ -2,9 +2,9 @@
 # Two nodes on one Linux machine, to try what is meant for several: runs COMMAND at once in two network namespaces that
 # a cable joins, each with an address of its own.
 #
-#   sudo -E env NODES=2 GPUS=2 RDZV_ID=try [RATE=1gbit] launch/namespaces.sh launch/multinode.sh [ARGS]
+#   sudo -E env NODES=2 NPROC_PER_NODE=2 RDZV_ID=try [RATE=1gbit] launch/namespaces.sh launch/multinode.sh [ARGS]
 #
-# COMMAND finds NODE (0 or 1), MASTER, ADDRESS, and the interface where gloo and NCCL look for it. RATE limits the cable,
+# COMMAND finds NODE (0 or 1), RDZV_ENDPOINT, ADDRESS, and the interface where gloo and NCCL look for it. RATE limits the cable,
 # as tc has it. Needs root and iproute2.
 set -euo pipefail
 (($#)) || { sed -n 2,8p "$0"; exit 2; }
@@ -24,7 +24,7 @@ for node in 0 1; do
   fi
 done
 for node in 0 1; do
-  NODE=$node ADDRESS=10.55.0.1$node MASTER=10.55.0.10:29400 GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 \
+  NODE=$node ADDRESS=10.55.0.1$node RDZV_ENDPOINT=10.55.0.10:29400 GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0 \
     ip netns exec "$prefix$node" "$@" &
   running+=($!)
 done

@@ -14,22 +14,52 @@ from moe_dist.data.images.image_files import open_image
 
 # PIL's format and mode of the whole files, one of each kind of decoder
 WHOLE = (
-    ("png", "RGBA"), ("png", "P"), ("png", "I;16"), ("jpeg", "RGB"), ("jpeg", "CMYK"), ("gif", "P"), ("webp", "RGB"),
-    ("avif", "RGB"), ("tiff", "RGB"), ("bmp", "RGB"), ("ppm", "L"), ("jpeg2000", "RGB"), ("ico", "RGBA"),
-    ("tga", "RGB"), ("pcx", "RGB"), ("sgi", "RGB"), ("dds", "RGBA"), ("qoi", "RGB"), ("im", "RGB"), ("xbm", "1"),
-)  # fmt: skip
-OTHERS = (b"", b"\0", b"<html><body>404 Not Found</body></html>", b"%PDF-1.7\n", b"PK\3\4" + bytes(60), b"\xff" * 999)
+    ("png", "RGBA"),
+    ("png", "P"),
+    ("png", "I;16"),
+    ("jpeg", "RGB"),
+    ("jpeg", "CMYK"),
+    ("gif", "P"),
+    ("webp", "RGB"),
+    ("avif", "RGB"),
+    ("tiff", "RGB"),
+    ("bmp", "RGB"),
+    ("ppm", "L"),
+    ("jpeg2000", "RGB"),
+    ("ico", "RGBA"),
+    ("tga", "RGB"),
+    ("pcx", "RGB"),
+    ("sgi", "RGB"),
+    ("dds", "RGBA"),
+    ("qoi", "RGB"),
+    ("im", "RGB"),
+    ("xbm", "1"),
+)
+OTHERS = (
+    b"",
+    b"\0",
+    b"<html><body>404 Not Found</body></html>",
+    b"%PDF-1.7\n",
+    b"PK\3\4" + bytes(60),
+    b"\xff" * 999,
+)
 
 
 def whole_files() -> list[tuple[str, bytes]]:
     """Returns a small picture in every format of `WHOLE`, as (ending, content)."""
     files = []
     for kind, mode in WHOLE:
-        image = Image.effect_noise((37, 23), 60).convert("RGB").convert("L" if mode == "I;16" else mode)
+        image = (
+            Image.effect_noise((37, 23), 60).convert("RGB").convert("L" if mode == "I;16" else mode)
+        )
         exif = Image.Exif()
         exif[0x0112] = 6
         content = io.BytesIO()
-        options = {"exif": exif, "compression": "tiff_lzw"} if kind in ("jpeg", "png", "webp", "tiff") else {}
+        options = (
+            {"exif": exif, "compression": "tiff_lzw"}
+            if kind in ("jpeg", "png", "webp", "tiff")
+            else {}
+        )
         (image.convert("I;16") if mode == "I;16" else image).save(content, kind, **options)
         files.append((f".{kind}", content.getvalue()))
     return files
@@ -72,7 +102,7 @@ def open_damaged_files(folder: Path, num: int, seed: int, seconds: float = 5) ->
         How many were read ("image") and how many refused ("refused").
 
     Raises:
-        AssertionError: where a file is neither read nor refused in one line that names it, or not within `seconds`.
+        AssertionError: where a file is neither read nor refused in one line that names it, or not within `step_seconds`.
     """
     outcomes: Counter[str] = Counter()
     for i, (ending, content) in enumerate(damaged_files(num, seed)):

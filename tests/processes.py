@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.training.run import plan
+from moe_dist.training.run import parse_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ def check_one_line(stderr: str, says: str) -> None:
 
 def check_plan(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        plan(args, None)
+        parse_run(args, None)
     check_one_line(capsys.readouterr().err, says)
     assert exit_.value.code == 2
 
@@ -33,10 +33,15 @@ def start(*args: str, cwd: Path | None = None, **environment: str) -> subprocess
     env = os.environ | {"OMP_NUM_THREADS": "1", "MOE_DIST_JOIN_SECONDS": "20"} | environment
     command = [sys.executable, str(ROOT / "train.py"), *args]
     return subprocess.Popen(
-        command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command,
+        env=env,
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         # a shell's background jobs ignore SIGINT, and so would theirs
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def end(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, str]:

@@ -44,8 +44,8 @@ class Gate:
     num_balance_groups: int
     token_group_T: Sequence[int] | None = None
     capacity_factor: float | None = None
-    w_importance: float = 0.1
-    w_load: float = 0.1
+    importance_loss_weight: float = 0.1
+    load_loss_weight: float = 0.1
 
 
 def moe(x_TD: torch.Tensor, gate: Gate, expert: Expert) -> Layer:
@@ -69,15 +69,24 @@ def moe(x_TD: torch.Tensor, gate: Gate, expert: Expert) -> Layer:
             weight[t, i] = h_E[i].exp() / total  # Eq. 3: the others are exp(-inf) = 0
             importance_GE[group][i] = importance_GE[group][i] + weight[t, i]  # Eq. 6
         for i in every:
-            p = zero + float(i in chosen[t]) if gate.noise_TE is None else probability(clean_E, std_E, h_E, gate.k, i)
+            p = (
+                zero + float(i in chosen[t])
+                if gate.noise_TE is None
+                else probability(clean_E, std_E, h_E, gate.k, i)
+            )
             load_GE[group][i] = load_GE[group][i] + p  # Eq. 10
     kept = within_capacity(chosen, gate, num_experts)
     y_TD = [
-        sum((weight[t, i] * expert(i, t, x_D) for i in kept.get(t, [])), 0 * x_D) for t, x_D in enumerate(x_TD)
+        sum((weight[t, i] * expert(i, t, x_D) for i in kept.get(t, [])), 0 * x_D)
+        for t, x_D in enumerate(x_TD)
     ]  # Eq. 1
     balance_loss = zero
     for importance_E, load_E in zip(importance_GE, load_GE, strict=True):
-        balance_loss = balance_loss + gate.w_importance * cv_squared(importance_E) + gate.w_load * cv_squared(load_E)
+        balance_loss = (
+            balance_loss
+            + gate.importance_loss_weight * cv_squared(importance_E)
+            + gate.load_loss_weight * cv_squared(load_E)
+        )
     return Layer(
         y_TD=torch.stack(y_TD),
         balance_loss=balance_loss,
@@ -88,7 +97,9 @@ def moe(x_TD: torch.Tensor, gate: Gate, expert: Expert) -> Layer:
     )
 
 
-def probability(clean_E: torch.Tensor, std_E: torch.Tensor, h_E: torch.Tensor, k: int, i: int) -> torch.Tensor:
+def probability(
+    clean_E: torch.Tensor, std_E: torch.Tensor, h_E: torch.Tensor, k: int, i: int
+) -> torch.Tensor:
     """P(x, i) of Eq. 9: only component i's noise is drawn again."""
     if k == len(h_E):
         return torch.ones_like(h_E[i])  # there is no k-th highest of k - 1: -inf
@@ -117,7 +128,9 @@ def cv_squared(x_E: list[torch.Tensor]) -> torch.Tensor:
     return sum((x - mean) ** 2 for x in x_E) / len(x_E) / mean**2
 
 
-def within_capacity(chosen: dict[int, list[int]], gate: Gate, num_experts: int) -> dict[int, list[int]]:
+def within_capacity(
+    chosen: dict[int, list[int]], gate: Gate, num_experts: int
+) -> dict[int, list[int]]:
     """The choices that find room: all first choices in order of tokens, then all second ones, and so on."""
     if gate.capacity_factor is None:
         return chosen
@@ -128,7 +141,9 @@ def within_capacity(chosen: dict[int, list[int]], gate: Gate, num_experts: int) 
         for t in sorted(chosen):
             group, i = gate.token_group_T[t], chosen[t][choice]
             tokens = sum(gate.token_group_T[other] == group for other in chosen)
-            capacity = math.ceil(Fraction(str(gate.capacity_factor)) * gate.k * tokens / num_experts)
+            capacity = math.ceil(
+                Fraction(str(gate.capacity_factor)) * gate.k * tokens / num_experts
+            )
             if used.get((group, i), 0) < capacity:
                 used[group, i] = used.get((group, i), 0) + 1
                 kept[t].append(i)
@@ -169,7 +184,7 @@ def language_model(
     x_BSD = x_BSD + y_BSD * mask[1]
 
     x_TD, layer = x_BSD.reshape(-1, config.dim), None
-    if config.middle == "moe":
+    if config.middle_layer == "moe":
         gate = Gate(
             parameters["middle.gate.w_gate.w_DE"],
             parameters["middle.gate.w_noise.w_DE"],
@@ -178,10 +193,12 @@ def language_model(
             valid_T=valid_BS.flatten().tolist(),
             balance_group_T=[group for group in balance_group_B for _ in range(timesteps)],
             num_balance_groups=max(balance_group_B) + 1,
-            w_importance=config.moe.w_importance,
-            w_load=config.moe.w_load,
+            importance_loss_weight=config.moe.importance_loss_weight,
+            load_loss_weight=config.moe.load_loss_weight,
         )
-        experts = relu_experts(parameters["middle.experts.w1_eDF"], parameters["middle.experts.w2_eFD"])
+        experts = relu_experts(
+            parameters["middle.experts.w1_eDF"], parameters["middle.experts.w2_eFD"]
+        )
         layer = moe(x_TD, gate, experts)
         y_TD = layer.y_TD
     else:

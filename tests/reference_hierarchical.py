@@ -27,8 +27,8 @@ class Gates:
     valid_T: Sequence[bool]  # False: padding
     balance_group_T: Sequence[int]
     num_balance_groups: int
-    w_importance: float = 0.1
-    w_load: float = 0.1
+    importance_loss_weight: float = 0.1
+    load_loss_weight: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def hierarchical_moe(x_TD: torch.Tensor, gates: Gates, expert: Expert) -> Hierar
         if gates.valid_T[t]:
             group = gates.balance_group_T[t]
             noise_a = None if gates.noise_Ta is None else gates.noise_Ta[t]
-            g_prim_a, p_prim_a = noisy_top_k(x_D @ gates.w_gate_Da, x_D @ gates.w_noise_Da, noise_a, gates.k)
+            g_prim_a, p_prim_a = noisy_top_k(
+                x_D @ gates.w_gate_Da, x_D @ gates.w_noise_Da, noise_a, gates.k
+            )
             for i in range(a):
                 load_prim_Ga[group][i] = load_prim_Ga[group][i] + p_prim_a[i]
                 if g_prim_a[i] == 0:
@@ -67,7 +69,9 @@ def hierarchical_moe(x_TD: torch.Tensor, gates: Gates, expert: Expert) -> Hierar
                 groups.append(i)
                 tokens_Ga[group][i] += 1
                 noise_b = None if gates.noise_TE is None else gates.noise_TE[t, i * b : (i + 1) * b]
-                g_b, p_b = noisy_top_k(x_D @ gates.w_gate_aDb[i], x_D @ gates.w_noise_aDb[i], noise_b, gates.k)
+                g_b, p_b = noisy_top_k(
+                    x_D @ gates.w_gate_aDb[i], x_D @ gates.w_noise_aDb[i], noise_b, gates.k
+                )
                 for j in range(b):
                     ij = i * b + j
                     load_GE[group][ij] = load_GE[group][ij] + p_b[j]
@@ -75,14 +79,18 @@ def hierarchical_moe(x_TD: torch.Tensor, gates: Gates, expert: Expert) -> Hierar
                         continue
                     rows_E[ij] += 1
                     y_D = y_D + g_prim_a[i] * g_b[j] * expert(ij, t, x_D)  # Eq. 12
-                    importance_GE[group][ij] = importance_GE[group][ij] + g_prim_a[i] * g_b[j]  # Eq. 13
+                    importance_GE[group][ij] = (
+                        importance_GE[group][ij] + g_prim_a[i] * g_b[j]
+                    )  # Eq. 13
         y_TD.append(y_D)
         groups_T.append(groups)
     balance_loss, load_h_GE = zero, []
     for group in every_G:
         load_h_E = load_h(load_prim_Ga[group], load_GE[group], tokens_Ga[group])
-        balance_loss = balance_loss + gates.w_importance * cv_squared(importance_GE[group])
-        balance_loss = balance_loss + gates.w_load * cv_squared(load_h_E)
+        balance_loss = balance_loss + gates.importance_loss_weight * cv_squared(
+            importance_GE[group]
+        )
+        balance_loss = balance_loss + gates.load_loss_weight * cv_squared(load_h_E)
         load_h_GE.append(torch.stack(load_h_E))
     return HierarchicalLayer(
         y_TD=torch.stack(y_TD),
@@ -109,10 +117,14 @@ def noisy_top_k(
     return g_n, [probability(clean_n, std_n, h_n, k, i) for i in every]
 
 
-def load_h(load_prim_a: list[torch.Tensor], load_E: list[torch.Tensor], tokens_a: list[int]) -> list[torch.Tensor]:
+def load_h(
+    load_prim_a: list[torch.Tensor], load_E: list[torch.Tensor], tokens_a: list[int]
+) -> list[torch.Tensor]:
     """Load_prim(X)_i Load_i(X^(i))_j / |X^(i)| (Eq. 14) for every expert; 0 where no token chose the group."""
     b = len(load_E) // len(load_prim_a)
     return [
-        load_prim_a[n // b] * load_E[n] / tokens_a[n // b] if tokens_a[n // b] > 0 else torch.zeros_like(load_E[n])
+        load_prim_a[n // b] * load_E[n] / tokens_a[n // b]
+        if tokens_a[n // b] > 0
+        else torch.zeros_like(load_E[n])
         for n in range(len(load_E))
     ]

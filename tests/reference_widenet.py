@@ -17,8 +17,14 @@ from moe_dist.config.schema import EncoderConfig
 Parameters = dict[str, torch.Tensor]
 
 
-def moe(x_TD: torch.Tensor, gate: Gate, w_balance: float, expert: Expert, at_TD: torch.Tensor | None = None) -> Layer:
-    """MoE(x) = sum_i g(x)_i e(x)_i with g = TopK(softmax(f(x) + eps)), and w_balance E sum_i m_i P_i by balance group.
+def moe(
+    x_TD: torch.Tensor,
+    gate: Gate,
+    balance_loss_weight: float,
+    expert: Expert,
+    at_TD: torch.Tensor | None = None,
+) -> Layer:
+    """MoE(x) = sum_i g(x)_i e(x)_i with g = TopK(softmax(f(x) + eps)), and balance_loss_weight E sum_i m_i P_i by balance group.
     `gate.noise_TE` is N(0, 1); `at_TD`: what the router sees, `x_TD` where it is None."""
     num_experts = gate.w_gate_DE.shape[1]
     every = range(num_experts)
@@ -32,7 +38,10 @@ def moe(x_TD: torch.Tensor, gate: Gate, w_balance: float, expert: Expert, at_TD:
             p[t] = torch.exp(logit_E) / torch.exp(logit_E).sum()
             chosen[t] = sorted(every, key=lambda i: -p[t][i].item())[: gate.k]
     kept = within_capacity(chosen, gate, num_experts)
-    y_TD = [sum((p[t][i] * expert(i, t, x_D) for i in kept.get(t, [])), 0 * x_D) for t, x_D in enumerate(x_TD)]
+    y_TD = [
+        sum((p[t][i] * expert(i, t, x_D) for i in kept.get(t, [])), 0 * x_D)
+        for t, x_D in enumerate(x_TD)
+    ]
     balance_loss = x_TD.new_zeros(())
     sums = []
     for group in range(gate.num_balance_groups):
@@ -42,7 +51,7 @@ def moe(x_TD: torch.Tensor, gate: Gate, w_balance: float, expert: Expert, at_TD:
         sums.append((torch.stack(mass), torch.tensor(choices, dtype=x_TD.dtype)))
         for i in every if tokens else ():
             m, mean = choices[i] / (gate.k * len(tokens)), mass[i] / len(tokens)
-            balance_loss = balance_loss + w_balance * num_experts * m * mean
+            balance_loss = balance_loss + balance_loss_weight * num_experts * m * mean
     return Layer(
         y_TD=torch.stack(y_TD),
         balance_loss=balance_loss,
@@ -71,7 +80,12 @@ class Uses:
 
 
 def encoder(
-    config: EncoderConfig, parameters: Parameters, x_TD: torch.Tensor, tokens: int, moe_blocks: list[int], uses: Uses
+    config: EncoderConfig,
+    parameters: Parameters,
+    x_TD: torch.Tensor,
+    tokens: int,
+    moe_blocks: list[int],
+    uses: Uses,
 ) -> tuple[torch.Tensor, list[Layer]]:
     """`tokens` of each sample. The layers of all routings."""
 
@@ -79,21 +93,35 @@ def encoder(
         return 0 if size is None else block // size
 
     layers: list[Layer] = []
-    routed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by assignment: what its router saw, and its noise
+    routed: dict[
+        int, tuple[torch.Tensor, torch.Tensor]
+    ] = {}  # by assignment: what its router saw, and its noise
     for i in range(config.depth):
         norm, ffn = shared(i, config.blocks_per_norm), shared(i, config.blocks_per_ffn)
-        h_TD = layer_norm(x_TD, parameters, f"encoder.norm_attention.{norm}") if config.norm_first else x_TD
+        h_TD = (
+            layer_norm(x_TD, parameters, f"encoder.norm_attention.{norm}")
+            if config.norm_first
+            else x_TD
+        )
         attention = f"encoder.attention.{shared(i, config.blocks_per_attention)}"
         h_TD = torch.cat(
             [
-                attend(h_SD, config.num_heads, uses.seen_T[b * tokens : (b + 1) * tokens], parameters, attention)
+                attend(
+                    h_SD,
+                    config.num_heads,
+                    uses.seen_T[b * tokens : (b + 1) * tokens],
+                    parameters,
+                    attention,
+                )
                 for b, h_SD in enumerate(h_TD.split(tokens))
             ]
         )
         x_TD = x_TD + h_TD * uses.mask(2 * i + 1)
         if not config.norm_first:
             x_TD = layer_norm(x_TD, parameters, f"encoder.norm_attention.{norm}")
-        h_TD = layer_norm(x_TD, parameters, f"encoder.norm_ffn.{norm}") if config.norm_first else x_TD
+        h_TD = (
+            layer_norm(x_TD, parameters, f"encoder.norm_ffn.{norm}") if config.norm_first else x_TD
+        )
         if i in moe_blocks:
             assignment = shared(i, config.blocks_per_routing)
             new = assignment not in routed
@@ -110,7 +138,7 @@ def encoder(
                 capacity_factor=config.moe.capacity_factor,
             )
             expert = gelu_experts(parameters, f"encoder.ffn.moe{ffn}.experts")
-            layer = moe(h_TD, gate, config.moe.w_balance, expert, at_TD)
+            layer = moe(h_TD, gate, config.moe.balance_loss_weight, expert, at_TD)
             layers += [layer] if new else []
             h_TD = layer.y_TD
         else:
@@ -122,7 +150,9 @@ def encoder(
     return layer_norm(x_TD, parameters, "encoder.norm") if config.norm_first else x_TD, layers
 
 
-def attend(x_SD: torch.Tensor, num_heads: int, seen_S: list[bool], parameters: Parameters, name: str) -> torch.Tensor:
+def attend(
+    x_SD: torch.Tensor, num_heads: int, seen_S: list[bool], parameters: Parameters, name: str
+) -> torch.Tensor:
     """softmax(q k / sqrt(C)) v for each token and head, over what is seen and the token itself."""
     q_SD, v_SD = (linear(x_SD, parameters, f"{name}.{part}") for part in ("query", "value"))
     k_SD = x_SD @ parameters[f"{name}.key.weight"].T
@@ -133,8 +163,14 @@ def attend(x_SD: torch.Tensor, num_heads: int, seen_S: list[bool], parameters: P
         row = []
         for head in range(num_heads):
             c = slice(head * channels, (head + 1) * channels)
-            weight = torch.stack([torch.exp(q_SD[s, c] @ k_SD[other, c] / math.sqrt(channels)) for other in seen])
-            row.append(sum(w * v_SD[other, c] for w, other in zip(weight / weight.sum(), seen, strict=True)))
+            weight = torch.stack(
+                [torch.exp(q_SD[s, c] @ k_SD[other, c] / math.sqrt(channels)) for other in seen]
+            )
+            row.append(
+                sum(
+                    w * v_SD[other, c] for w, other in zip(weight / weight.sum(), seen, strict=True)
+                )
+            )
         rows.append(torch.cat(row))
     return linear(torch.stack(rows), parameters, f"{name}.out")
 
@@ -170,13 +206,20 @@ def vision(
     x_TD = x_BSD.flatten(0, 1) * uses.mask(0)
     x_TD, layers = encoder(config, parameters, x_TD, x_BSD.shape[1], moe_blocks, uses)
     mean_BD = torch.stack([x_SD.mean(0) for x_SD in x_TD.split(x_BSD.shape[1])])
-    return linear(torch.tanh(linear(mean_BD, parameters, "representation")), parameters, "head"), layers
+    return linear(
+        torch.tanh(linear(mean_BD, parameters, "representation")), parameters, "head"
+    ), layers
 
 
 def text(
-    config: EncoderConfig, parameters: Parameters, token_BS: torch.Tensor, kind_BS: torch.Tensor,
-    masked_N: list[int], moe_blocks: list[int], uses: Uses,
-) -> tuple[torch.Tensor, torch.Tensor, list[Layer]]:  # fmt: skip
+    config: EncoderConfig,
+    parameters: Parameters,
+    token_BS: torch.Tensor,
+    kind_BS: torch.Tensor,
+    masked_N: list[int],
+    moe_blocks: list[int],
+    uses: Uses,
+) -> tuple[torch.Tensor, torch.Tensor, list[Layer]]:
     """Logits of masked words (N, V) and of the order (B, 2)."""
     tokens = token_BS.shape[1]
     x_BSE = parameters["words.weight"][token_BS] + parameters["kinds.weight"][kind_BS]
@@ -184,7 +227,9 @@ def text(
     x_TE = layer_norm(x_BSE.flatten(0, 1), parameters, "norm")
     x_TD = linear(x_TE, parameters, "widen") * uses.mask(0)
     x_TD, layers = encoder(config, parameters, x_TD, tokens, moe_blocks, uses)
-    h_NE = layer_norm(gelu(linear(x_TD[masked_N], parameters, "masked.narrow")), parameters, "masked.norm")
+    h_NE = layer_norm(
+        gelu(linear(x_TD[masked_N], parameters, "masked.narrow")), parameters, "masked.norm"
+    )
     logit_NV = h_NE @ parameters["words.weight"].T + parameters["masked.bias_V"]
     first_BD = torch.tanh(linear(x_TD[::tokens], parameters, "pooler"))
     return logit_NV, linear(first_BD, parameters, "order"), layers

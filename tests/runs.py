@@ -6,21 +6,33 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.distributed import Saver, load
-from moe_dist.checkpoint.manifest import newest_whole
+from moe_dist.checkpoint.manifest import newest_complete
 from moe_dist.config.overrides import override, to_json
 from moe_dist.config.papers import get
 from moe_dist.config.schema import Config
 from moe_dist.distributed import mesh as meshes
 from moe_dist.engine.ds_config import read_ds_config
-from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.metric_accumulator import MetricAccumulator
 from moe_dist.training.setup import set_up, train_step
 from moe_dist.verify.certificate import whole_weights
 
 TINY = [
-    "steps=20", "log_every=1", "report=false", "wandb.mode=off", "data.vocabulary_size=300", "model.dim=16",
-    "model.moe.num_experts=8", "model.moe.k=2", "model.moe.hidden=24", "batch.samples=8", "batch.timesteps=6",
-    "batch.samples_per_balance_group=4", "optim.lr=1e-4", "optim.warmup_steps=5", "optim.clip_norm=0.3",
-]  # fmt: skip
+    "steps=20",
+    "log_every=1",
+    "write_report=false",
+    "wandb.mode=off",
+    "data.vocabulary_size=300",
+    "model.dim=16",
+    "model.moe.num_experts=8",
+    "model.moe.k=2",
+    "model.moe.expert_hidden_dim=24",
+    "batch.global_batch_size=8",
+    "batch.seq_len=6",
+    "batch.balance_loss_group_size=4",
+    "optim.lr=1e-4",
+    "optim.warmup_steps=5",
+    "optim.max_grad_norm=0.3",
+]
 
 
 def tiny(*more: str) -> Config:
@@ -29,11 +41,23 @@ def tiny(*more: str) -> Config:
 
 
 ENCODER = [
-    "steps=20", "log_every=1", "report=false", "wandb.mode=off", "model.encoder.dim=32", "model.encoder.num_heads=2",
-    "model.encoder.depth=3", "model.encoder.moe.hidden=24", "batch.samples=32", "batch.samples_per_balance_group=8",
-    "batch.samples_per_token_group=4", "optim.warmup_steps=3", "optim.clip_norm=0.3", "optim.lr=2e-3",
-    "optim.trust_ratio=false", "compare=none",
-]  # fmt: skip
+    "steps=20",
+    "log_every=1",
+    "write_report=false",
+    "wandb.mode=off",
+    "model.encoder.dim=32",
+    "model.encoder.num_heads=2",
+    "model.encoder.depth=3",
+    "model.encoder.moe.expert_hidden_dim=24",
+    "batch.global_batch_size=32",
+    "batch.balance_loss_group_size=8",
+    "batch.capacity_group_size=4",
+    "optim.warmup_steps=3",
+    "optim.max_grad_norm=0.3",
+    "optim.lr=2e-3",
+    "optim.lamb=false",
+    "baseline=none",
+]
 OF_TEXTS = ["model.vocabulary_size=600", "model.embedding_dim=16", "model.max_tokens=24"]
 
 
@@ -43,7 +67,9 @@ def tiny_images(*more: str) -> Config:
 
 
 def tiny_pretraining(*more: str) -> Config:
-    return override(get("widenet_text_4"), [*ENCODER, *OF_TEXTS, "model.encoder.dropout=0.1", *more])
+    return override(
+        get("widenet_text_4"), [*ENCODER, *OF_TEXTS, "model.encoder.dropout=0.1", *more]
+    )
 
 
 def tiny_sentences(*more: str) -> Config:
@@ -54,9 +80,13 @@ class Run:
     """A config on the mesh of the ranks that have joined, and its steps."""
 
     def __init__(self, config: Config) -> None:
-        self.training = set_up(config, read_ds_config(config), meshes.arrange(config.mesh.ep))
+        self.training = set_up(config, read_ds_config(config), meshes.build_mesh(config.mesh.ep))
         self.config, self.mesh, self.layout = config, self.training.mesh, self.training.layout
-        self.task, self.model, self.engine = self.training.task, self.training.model, self.training.engine
+        self.task, self.model, self.engine = (
+            self.training.task,
+            self.training.model,
+            self.training.engine,
+        )
         self.optimizer = self.engine.optimizer
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -64,20 +94,22 @@ class Run:
     def steps(self, first: int, last: int) -> "Run":
         """Optimizer steps first + 1 .. last."""
         for step in range(first + 1, last + 1):
-            meter = Meter(self.mesh, self.task)
+            meter = MetricAccumulator(self.mesh, self.task)
             for _, sums, stats in train_step(self.training, step):
                 meter.add(sums, stats)
-            self.losses.append(meter.read()["train/loss"])
+            self.losses.append(meter.reduce_and_reset()["train/loss"])
             self.norms.append(self.optimizer.norm)
         return self
 
     def save(self, folder: Path, step: int, state: dict[str, Any] | None = None) -> None:
         """A checkpoint in the run folder `folder`."""
-        Saver(folder, self.engine, self.task, self.mesh, config=to_json(self.config)).save(step, state or {})
+        Saver(folder, self.engine, self.task, self.mesh, config=to_json(self.config)).save(
+            step, state or {}
+        )
 
     def load(self, folder: Path) -> None:
         """The newest whole one of it."""
-        checkpoint, refused = newest_whole(folder, self.mesh.files)
+        checkpoint, refused = newest_complete(folder, self.mesh.checkpoint_group)
         assert not refused
         load(checkpoint, self.engine, self.task, self.mesh)
 

@@ -33,13 +33,19 @@ def squad(questions: list[Question], impossible: bool = False) -> str:
         answers = [{"text": text, "answer_start": start} for text, start in q.answers]
         asked: dict[str, Any] = {"id": q.id, "question": q.question, "answers": answers}
         if impossible:
-            asked |= {"is_impossible": not answers, "plausible_answers": [{"text": "no", "answer_start": 0}]}
+            asked |= {
+                "is_impossible": not answers,
+                "plausible_answers": [{"text": "no", "answer_start": 0}],
+            }
         articles.append({"title": q.id, "paragraphs": [{"context": q.context, "qas": [asked]}]})
     return json.dumps({"version": "1.1", "data": articles})
 
 
 def numbered(first: int, last: int) -> list[Question]:
-    return [ask("a b", f"text {i}", *(["text"] if i % 2 else []), id_=f"id {i}") for i in range(first, last)]
+    return [
+        ask("a b", f"text {i}", *(["text"] if i % 2 else []), id_=f"id {i}")
+        for i in range(first, last)
+    ]
 
 
 # where they come from
@@ -51,8 +57,14 @@ def test_a_file_holds_contexts_out(tmp_path: Path) -> None:
     check_questions(str(tmp_path / "mine.json"))
     splits = open_questions(str(tmp_path / "mine.json"))
     # 30 contexts with two questions each: 3 of them are held out for either split
-    assert {split: len(some) for split, some in splits.items()} == {"train": 48, "valid": 6, "test": 6}
-    assert sorted((q for some in splits.values() for q in some), key=lambda q: int(q.id)) == questions
+    assert {split: len(some) for split, some in splits.items()} == {
+        "train": 48,
+        "valid": 6,
+        "test": 6,
+    }
+    assert (
+        sorted((q for some in splits.values() for q in some), key=lambda q: int(q.id)) == questions
+    )
     contexts = [{q.context for q in some} for some in splits.values()]
     assert sum(map(len, contexts)) == len(set.union(*contexts)) == 30
 
@@ -63,7 +75,10 @@ def test_a_folder_as_it_is_published(tmp_path: Path) -> None:
     (tmp_path / "dev-v2.0.json").write_text(squad(numbered(20, 23), impossible=True))
     (tmp_path / "notes.json").write_text("{}")
     splits = open_questions(str(tmp_path))
-    assert splits["test"] == numbered(20, 23) and [len(splits[s]) for s in ("train", "valid")] == [18, 2]
+    assert splits["test"] == numbered(20, 23) and [len(splits[s]) for s in ("train", "valid")] == [
+        18,
+        2,
+    ]
     assert [len(q.answers) for q in splits["test"]] == [0, 1, 0]
     (tmp_path / "test-mine.json").write_text(squad(numbered(30, 34)))
     splits = open_questions(str(tmp_path))
@@ -71,7 +86,9 @@ def test_a_folder_as_it_is_published(tmp_path: Path) -> None:
     assert splits["train"] == numbered(0, 20)
 
 
-@pytest.mark.parametrize(("name", "repository"), [("squad", "rajpurkar/squad"), ("squad_v2", "rajpurkar/squad_v2")])
+@pytest.mark.parametrize(
+    ("name", "repository"), [("squad", "rajpurkar/squad"), ("squad_v2", "rajpurkar/squad_v2")]
+)
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_squad_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str, kind: str
@@ -87,16 +104,28 @@ def test_squad_by_its_name(
     for split, (first, last) in {"train": (0, 20), "validation": (20, 23)}.items():
         rows = [
             {"id": q.id, "title": "", "context": q.context, "question": q.question}
-            | {"answers": {"text": [text for text, _ in q.answers], "answer_start": [at for _, at in q.answers]}}
+            | {
+                "answers": {
+                    "text": [text for text, _ in q.answers],
+                    "answer_start": [at for _, at in q.answers],
+                }
+            }
             for q in numbered(first, last)
         ]
         if kind == "parquet":
-            datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+            datasets.Dataset.from_list(rows).to_parquet(
+                tmp_path / f"{split}-00000-of-00001.parquet"
+            )
         else:
-            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (tmp_path / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     splits = open_questions(name)
     assert asked == [(repository, None, None)]
-    assert splits["test"] == numbered(20, 23) and [len(splits[s]) for s in ("train", "valid")] == [18, 2]
+    assert splits["test"] == numbered(20, 23) and [len(splits[s]) for s in ("train", "valid")] == [
+        18,
+        2,
+    ]
     monkeypatch.setattr(datasets, "load_dataset", load)
     check_questions(str(tmp_path))
     assert open_questions(str(tmp_path)) == splits, "a folder of such files is read alike"
@@ -104,14 +133,23 @@ def test_squad_by_its_name(
 
 def broken(**change: Any) -> str:
     """A question with something changed; None takes it away."""
-    asked: dict[str, Any] = {"id": "q", "question": "a", "answers": [{"text": "b", "answer_start": 0}]} | change
+    asked: dict[str, Any] = {
+        "id": "q",
+        "question": "a",
+        "answers": [{"text": "b", "answer_start": 0}],
+    } | change
     asked = {key: value for key, value in asked.items() if value is not None}
     return json.dumps({"data": [{"paragraphs": [{"context": "b", "qas": [asked]}]}]})
 
 
 def row_of(**change: Any) -> str:
     """A question as a row of a table, with something changed."""
-    row = {"id": "q", "question": "a", "context": "b", "answers": {"text": ["b"], "answer_start": [0]}} | change
+    row = {
+        "id": "q",
+        "question": "a",
+        "context": "b",
+        "answers": {"text": ["b"], "answer_start": [0]},
+    } | change
     return json.dumps(row) + "\n"
 
 
@@ -126,25 +164,53 @@ def row_of(**change: Any) -> str:
         ({"x.json": broken(answers="b")}, "not in SQuAD's form", True),
         ({"x.json": broken(id=1)}, "no text where one should be", True),
         ({"x.json": broken(answers=[{"text": "b", "answer_start": "0"}])}, "has no number", True),
-        ({"x.json": broken(answers=[{"text": "b", "answer_start": 10**400}])}, "or a very large one", True),
-        ({"x.json": broken(answers=[{"text": "b", "answer_start": -(2**31)}])}, "or a very large one", True),
+        (
+            {"x.json": broken(answers=[{"text": "b", "answer_start": 10**400}])},
+            "or a very large one",
+            True,
+        ),
+        (
+            {"x.json": broken(answers=[{"text": "b", "answer_start": -(2**31)}])},
+            "or a very large one",
+            True,
+        ),
         ({"x.json": broken(answers=[{"text": "b", "answer_start": 0.0}])}, "has no number", True),
         ({"x.json": '{"data": ' + "9" * 5000 + "}"}, "not in SQuAD's form", True),
         ({"x.json": '{"data": ' + '{"a":' * 50_000}, "not in SQuAD's form", True),
-        ({"x.json": broken(answers=[{"text": "\udc00", "answer_start": 0}])}, "surrogates not allowed", True),
+        (
+            {"x.json": broken(answers=[{"text": "\udc00", "answer_start": 0}])},
+            "surrogates not allowed",
+            True,
+        ),
         ({"x.json": broken(id=[["q"]])}, "no text where one should be", True),
-        ({"x.json": b'{"data": "\xff' + b"a" * 10_000}, r"not in SQuAD's form \(no UTF-8\); give", True),
+        (
+            {"x.json": b'{"data": "\xff' + b"a" * 10_000},
+            r"not in SQuAD's form \(no UTF-8\); give",
+            True,
+        ),
         ({"x.json": broken(question="\ud800")}, "surrogates not allowed", True),
         ({"x.json": '{"data": []}'}, "has no question for 'train'", False),
         ({"x.json": squad([ask("a", "b"), ask("a", "c")])}, "id 'q' is in 'train' twice", False),
-        ({"x.json": squad(numbered(0, 9))}, "9 different texts, too few .* files for valid and test", False),
+        (
+            {"x.json": squad(numbered(0, 9))},
+            "9 different texts, too few .* files for valid and test",
+            False,
+        ),
         ({"d/mine.json": squad(numbered(0, 9))}, r"has no train\*.json, only mine.json", True),
         (
-            {"d/train.json": squad(numbered(0, 9)), "d/dev.json": "{}", "d/validation-2.json": "{}"},
+            {
+                "d/train.json": squad(numbered(0, 9)),
+                "d/dev.json": "{}",
+                "d/validation-2.json": "{}",
+            },
             "dev.json and validation-2.json are both 'valid'",
             True,
         ),
-        ({"d/train.jsonl": '{"id": "1", "question": "a", "context": "b"}\n'}, "no column 'answers', only 'id'", True),
+        (
+            {"d/train.jsonl": '{"id": "1", "question": "a", "context": "b"}\n'},
+            "no column 'answers', only 'id'",
+            True,
+        ),
         (
             {"d/train.jsonl": '{"id": "1", "question": "a", "context": "b", "answers": ["b"]}\n'},
             "row 1 is not in SQuAD's form",
@@ -156,7 +222,11 @@ def row_of(**change: Any) -> str:
             True,
         ),
         ({"d/train.jsonl": row_of(context=None)}, "no text where one should be", True),
-        ({"d/train.jsonl": row_of(answers={"text": ["b"], "answer_start": [10**40]})}, "or a very large one", True),
+        (
+            {"d/train.jsonl": row_of(answers={"text": ["b"], "answer_start": [10**40]})},
+            "or a very large one",
+            True,
+        ),
         ({"d/x.odd": "a"}, "files that end with .odd are not read", True),
     ],
 )
@@ -168,7 +238,9 @@ def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: b
     source = str(tmp_path / "d" if path.parent.name == "d" else path)
     for act in (open_questions, check_questions):
         if act is open_questions or early:
-            with pytest.raises(ValueError, match=f"data.questions={re.escape(repr(source))}:? .*{message}") as error:
+            with pytest.raises(
+                ValueError, match=f"data.questions={re.escape(repr(source))}:? .*{message}"
+            ) as error:
                 act(source)
             assert "\n" not in str(error.value) and len(str(error.value)) < 700
         else:
@@ -179,10 +251,14 @@ def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: b
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("train.json", "pipe"), ("train.json", "device"), ("train.json", "folder"), ("dev.json", "pipe"),
-        ("train.jsonl", "pipe"), ("train.jsonl", "device"),
+        ("train.json", "pipe"),
+        ("train.json", "device"),
+        ("train.json", "folder"),
+        ("dev.json", "pipe"),
+        ("train.jsonl", "pipe"),
+        ("train.jsonl", "device"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / "train.json").write_text(squad(numbered(0, 9)))
     (tmp_path / name).unlink(missing_ok=True)
@@ -195,7 +271,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str)
     if name == "train.jsonl":  # a file of rows, by itself
         (tmp_path / "train.json").unlink()
     for act in (check_questions, open_questions):
-        with pytest.raises(ValueError, match="a folder, a pipe, a device or a socket: give a regular file"):
+        with pytest.raises(
+            ValueError, match="a folder, a pipe, a device or a socket: give a regular file"
+        ):
             act(str(tmp_path))
 
 
@@ -220,11 +298,21 @@ def test_what_is_neither_a_file_nor_a_name(source: str, message: str) -> None:
 def test_windows_by_hand() -> None:
     # 9 tokens hold [CLS] a [SEP], five of the context and [SEP]; of 8 tokens the windows begin at 0, 2 and 4, for the
     # third ends with the last one. "d e" is tokens 3 and 4: all three have it.
-    questions = [ask("a", "a b c d e f g h", "d e"), ask("a b c", "c d", "c", id_="r"), ask("a", "b c", id_="s")]
+    questions = [
+        ask("a", "a b c d e f g h", "d e"),
+        ask("a b c", "c d", "c", id_="r"),
+        ask("a", "b c", id_="s"),
+    ]
     data = Answers(questions, TOKENS, max_tokens=9, stride=2, samples=3)
     assert data.window_W5[:, :3].tolist() == [[0, 0, 5], [0, 2, 7], [0, 4, 8], [1, 0, 2], [2, 0, 2]]
     token_bS, kind_bS, valid_bS, start_b, end_b = batch = data.batch(0, range(3))
-    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int64, torch.int64]
+    assert [t.dtype for t in batch] == [
+        torch.int64,
+        torch.int64,
+        torch.bool,
+        torch.int64,
+        torch.int64,
+    ]
     assert token_bS.tolist() == [
         [CLS, 5, SEP, 5, 6, 7, 8, 9, SEP],
         [CLS, 5, SEP, 7, 8, 9, 10, 11, SEP],
@@ -235,7 +323,11 @@ def test_windows_by_hand() -> None:
     # places 3 + 3 and 3 + 4; then two less; the third has "e" alone, so [CLS]
     assert (start_b.tolist(), end_b.tolist()) == ([6, 4, 0], [7, 5, 0])
     token_bS, _, _, start_b, end_b = data.batch(1, range(3))
-    assert token_bS.tolist() == [[CLS, 5, 6, 7, SEP, 7, 8, SEP], [CLS, 5, SEP, 6, 7, SEP, 0, 0], [PAD] * 8]
+    assert token_bS.tolist() == [
+        [CLS, 5, 6, 7, SEP, 7, 8, SEP],
+        [CLS, 5, SEP, 6, 7, SEP, 0, 0],
+        [PAD] * 8,
+    ]
     assert (start_b.tolist(), end_b.tolist()) == ([5, 0, IGNORED], [5, 0, IGNORED])
     assert data.num_batches == 2 and data.num_lost == 0
 
@@ -249,22 +341,39 @@ def test_an_answer_is_found_by_its_characters() -> None:
     tokens = Tokens((*SPECIAL, "new", "##er", "york", ",", "l", "##on", "##d"))
     # new ##er , new york l ##on ##d: "on" is inside one token, "New York" two, "w" in the first
     context = "Newer, New York Lond"
-    for text, places in {"New York": (3, 4), "on": (6, 6), "w": (0, 0), ", N": (2, 3), " ": None}.items():
+    for text, places in {
+        "New York": (3, 4),
+        "on": (6, 6),
+        "w": (0, 0),
+        ", N": (2, 3),
+        " ": None,
+    }.items():
         question = Question("q", "york", context, ((text, context.index(text)),))
         data = Answers([question], tokens, max_tokens=20, stride=9, samples=1)
         _, _, _, start_b, end_b = data.batch(0, range(1))
-        assert (start_b.item(), end_b.item()) == ((places[0] + 3, places[1] + 3) if places else (IGNORED, IGNORED))
+        assert (start_b.item(), end_b.item()) == (
+            (places[0] + 3, places[1] + 3) if places else (IGNORED, IGNORED)
+        )
         assert data.num_lost == (places is None)
 
 
 def test_what_is_not_where_it_should_be_is_not_trained_on() -> None:
     right, wrong = ask("a", "b c", "c", id_="right"), Question("wrong", "a", "b c", (("c", 0),))
-    behind, before = Question("behind", "a", "b c", (("d", 30),)), Question("before", "a", "b c", (("c", -1),))
-    data = Answers([wrong, right, behind, before], TOKENS, max_tokens=9, stride=1, samples=1, seed=0)
+    behind, before = (
+        Question("behind", "a", "b c", (("d", 30),)),
+        Question("before", "a", "b c", (("c", -1),)),
+    )
+    data = Answers(
+        [wrong, right, behind, before], TOKENS, max_tokens=9, stride=1, samples=1, seed=0
+    )
     assert data.num_lost == 3 and data.window_W5[:, 0].tolist() == [1]
     data = Answers([wrong, right], TOKENS, max_tokens=9, stride=1, samples=2)
-    assert data.num_lost == 1 and data.batch(0, range(2))[3].tolist() == [IGNORED, 4], "it is asked all the same"
-    with pytest.raises(ValueError, match=r"data.questions: no answer of a split is in its context where it says"):
+    assert data.num_lost == 1 and data.batch(0, range(2))[3].tolist() == [IGNORED, 4], (
+        "it is asked all the same"
+    )
+    with pytest.raises(
+        ValueError, match=r"data.questions: no answer of a split is in its context where it says"
+    ):
         Answers([wrong], TOKENS, max_tokens=9, stride=1, samples=1, seed=0)
 
 
@@ -283,13 +392,20 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
 @pytest.mark.parametrize(
     ("question", "max_tokens", "stride", "message"),
     [
-        (ask("a b c", "d"), 6, 1, "question of 3 tokens leaves no room .* model.max_tokens=6: at least 7"),
+        (
+            ask("a b c", "d"),
+            6,
+            1,
+            "question of 3 tokens leaves no room .* model.max_tokens=6: at least 7",
+        ),
         (ask("\u200b", "d"), 9, 1, "question 'q' or its context has no token: leave it out"),
         (ask("a", ""), 9, 1, "question 'q' or its context has no token"),
-        (ask("a", "b"), 9, 0, "data.stride=0: at least 1"),
+        (ask("a", "b"), 9, 0, "data.doc_stride=0: at least 1"),
     ],
 )
-def test_what_makes_no_sample(question: Question, max_tokens: int, stride: int, message: str) -> None:
+def test_what_makes_no_sample(
+    question: Question, max_tokens: int, stride: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Answers([question], TOKENS, max_tokens, stride, samples=1)
 
@@ -299,19 +415,32 @@ def test_what_makes_no_sample(question: Question, max_tokens: int, stride: int, 
 
 def test_best_spans_by_hand() -> None:
     # [CLS] a [SEP] c d e [SEP]: the context is places 3, 4 and 5
-    token_bS, kind_bS = torch.tensor([[CLS, 5, SEP, 7, 8, 9, SEP]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    token_bS, kind_bS = (
+        torch.tensor([[CLS, 5, SEP, 7, 8, 9, SEP]]),
+        torch.tensor([[0, 0, 0, 1, 1, 1, 1]]),
+    )
     start_bS = torch.tensor([[1.0, 9.0, 9.0, 2.0, 0.0, 5.0, 9.0]])
     end_bS = torch.tensor([[0.5, 9.0, 9.0, 1.0, 0.0, 3.0, 9.0]])
     # 5..5: 5 + 3 = 8; 3..5: 2 + 3 = 5 is of three tokens; 3..3: 2 + 1 = 3; 4..5: 0 + 3 = 3; 3..4: 2 + 0 = 2
-    score_bn, start_bn, end_bn, null_b = best_spans(start_bS, end_bS, token_bS, kind_bS, longest=3, num=2)
-    assert (score_bn.tolist(), start_bn.tolist(), end_bn.tolist()) == ([[8.0, 5.0]], [[5, 3]], [[5, 5]])
+    score_bn, start_bn, end_bn, null_b = best_spans(
+        start_bS, end_bS, token_bS, kind_bS, longest=3, num=2
+    )
+    assert (score_bn.tolist(), start_bn.tolist(), end_bn.tolist()) == (
+        [[8.0, 5.0]],
+        [[5, 3]],
+        [[5, 5]],
+    )
     assert null_b.tolist() == [1.5]
-    score_bn, start_bn, end_bn, _ = best_spans(start_bS, end_bS, token_bS, kind_bS, longest=1, num=4)
+    score_bn, start_bn, end_bn, _ = best_spans(
+        start_bS, end_bS, token_bS, kind_bS, longest=1, num=4
+    )
     assert score_bn.tolist() == [[8.0, 3.0, 0.0, -INF]] and start_bn[0, :3].tolist() == [5, 3, 4]
     assert end_bn[0, :3].tolist() == [5, 3, 4]
     # padding has no span, and half precision is added up in float32
     none = torch.zeros_like(token_bS)
-    score_bn, _, _, null_b = best_spans(start_bS.bfloat16(), end_bS.bfloat16(), none, none, longest=3, num=1)
+    score_bn, _, _, null_b = best_spans(
+        start_bS.bfloat16(), end_bS.bfloat16(), none, none, longest=3, num=1
+    )
     assert score_bn.tolist() == [[-INF]] and null_b.dtype == torch.float32
 
 
@@ -324,10 +453,14 @@ def test_best_spans_are_those_of_a_slow_reference(longest: int) -> None:
     score_bn, start_bn, end_bn, _ = best_spans(start_bS, end_bS, token_bS, kind_bS, longest, num=5)
     for b in range(4):
         every = [
-            ((start_bS[b, i] + end_bS[b, j]).item(), i, j) for i in range(3, 10) for j in range(i, min(10, i + longest))
+            ((start_bS[b, i] + end_bS[b, j]).item(), i, j)
+            for i in range(3, 10)
+            for j in range(i, min(10, i + longest))
         ]
         slow = sorted(every, reverse=True)[:5]
-        assert list(zip(*(x[b].tolist() for x in (score_bn, start_bn, end_bn)), strict=True)) == slow
+        assert (
+            list(zip(*(x[b].tolist() for x in (score_bn, start_bn, end_bn)), strict=True)) == slow
+        )
 
 
 def decoded(threshold: float | None) -> dict[str, list[tuple[str, float]]]:
@@ -356,7 +489,10 @@ def test_answers_are_decoded_to_the_text_as_it_was() -> None:
 def test_no_answer_is_better_by_a_threshold() -> None:
     # q: the least of 4.5 and 6 is not more than 0.5 above 4, but more than 0.25; r: 2 is 1 above 1
     assert decoded(0.5)["q"][0] == (") d", 4.0) and decoded(0.25)["q"][0] == ("", 4.25)
-    assert decoded(1.0)["r"] == [("b c", 1.0), ("", 1.0)] and decoded(0.5)["r"] == [("", 1.5), ("b c", 1.0)]
+    assert decoded(1.0)["r"] == [("b c", 1.0), ("", 1.0)] and decoded(0.5)["r"] == [
+        ("", 1.5),
+        ("b c", 1.0),
+    ]
 
 
 # what they score
@@ -383,13 +519,21 @@ def test_f1_by_hand() -> None:
     assert f1("red dog", "dog") == pytest.approx(2 * 0.5 * 1 / 1.5)
     # each as often as it is there: two of "no no no" and "no no", 2 * 2 / 5
     assert f1("no no no", "no no") == pytest.approx(0.8)
-    assert (f1("cat", "dog"), f1("", "dog"), f1("dog", "the"), f1("", ""), f1("the", "")) == (0, 0, 0, 1, 1)
+    assert (f1("cat", "dog"), f1("", "dog"), f1("dog", "the"), f1("", ""), f1("the", "")) == (
+        0,
+        0,
+        0,
+        1,
+        1,
+    )
 
 
 def test_scores_by_hand() -> None:
     context = "a red dog in the snow"
     questions = [
-        ask("?", context, "red dog", "a red dog in the snow", id_="1"),  # several right answers: the best counts
+        ask(
+            "?", context, "red dog", "a red dog in the snow", id_="1"
+        ),  # several right answers: the best counts
         ask("?", context, "snow", id_="2"),
         ask("?", context, id_="3"),
         ask("?", context, id_="4"),
@@ -398,11 +542,16 @@ def test_scores_by_hand() -> None:
     ]
     answer = {"1": "dog in snow", "2": "", "3": "", "4": "red", "5": "", "6": ""}
     # 1: dog in snow / red dog in snow 2 * 3 / 7, better than 2 * 1 / 5; 2: 0; 3: 1; 4: 0; 5: 1; 6: 0
-    assert scores(questions, answer) == pytest.approx({
-        "exact": 200 / 6, "f1": 100 * (6 / 7 + 2) / 6,
-        "exact_answerable": 25, "f1_answerable": 100 * (6 / 7 + 1) / 4,
-        "exact_unanswerable": 50, "f1_unanswerable": 50,
-    })  # fmt: skip
+    assert scores(questions, answer) == pytest.approx(
+        {
+            "exact": 200 / 6,
+            "f1": 100 * (6 / 7 + 2) / 6,
+            "exact_answerable": 25,
+            "f1_answerable": 100 * (6 / 7 + 1) / 4,
+            "exact_unanswerable": 50,
+            "f1_unanswerable": 50,
+        }
+    )
     assert scores(questions[:2], answer) == pytest.approx({"exact": 0, "f1": 100 * 3 / 7})
     assert scores(questions, answer | {"1": "Red dog!"})["exact"] == pytest.approx(50)
 
@@ -419,7 +568,10 @@ def test_the_right_logits_answer_everything() -> None:
     found: list[list[torch.Tensor]] = []
     for step in range(data.num_batches):
         token_bS, kind_bS, valid_bS, start_b, end_b = data.batch(step, range(4))
-        logits = [torch.nn.functional.one_hot(x.clamp(min=0), token_bS.shape[1]) * 5.0 for x in (start_b, end_b)]
+        logits = [
+            torch.nn.functional.one_hot(x.clamp(min=0), token_bS.shape[1]) * 5.0
+            for x in (start_b, end_b)
+        ]
         real_b = valid_bS.any(dim=1)
         found.append([x[real_b] for x in best_spans(*logits, token_bS, kind_bS, longest=4, num=3)])
     parts = [torch.cat(column) for column in zip(*found, strict=True)]

@@ -26,7 +26,11 @@ MOST_ENTRIES = 20  # of moe_dist/
 
 
 def files() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py" or path.parent != PACKAGE]
+    return [
+        path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "__init__.py" or path.parent != PACKAGE
+    ]
 
 
 def part(path: Path) -> str:
@@ -47,7 +51,10 @@ def imported(path: Path) -> set[str]:
 
 def import_graph(package: Path) -> dict[str, set[str]]:
     """The modules of the package that each of its modules imports, by dotted name without the package's own."""
-    modules = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    modules = {
+        ".".join(path.relative_to(package).with_suffix("").parts): path
+        for path in package.rglob("*.py")
+    }
     modules = {name.removesuffix("__init__").rstrip("."): path for name, path in modules.items()}
     graph: dict[str, set[str]] = {name: set() for name in modules}
     for name, path in modules.items():
@@ -110,7 +117,9 @@ def test_an_import_that_is_turned_round_is_found(inside_function: bool, tmp_path
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.xz"))
     lower = package / "moe" / "routing.py"
     line = "from moe_dist.engine.parallelize import parallelize"
-    lower.write_text(lower.read_text() + (f"\n\ndef late():\n    {line}\n" if inside_function else f"\n{line}\n"))
+    lower.write_text(
+        lower.read_text() + (f"\n\ndef late():\n    {line}\n" if inside_function else f"\n{line}\n")
+    )
     graph = import_graph(package)
     assert upward(graph) == [("moe.routing", "engine.parallelize")]
     assert {"moe.routing", "engine.parallelize"} <= set(circle(graph))
@@ -118,7 +127,9 @@ def test_an_import_that_is_turned_round_is_found(inside_function: bool, tmp_path
 
 def test_gating_and_dispatch_meet_in_routing_alone() -> None:
     for path in files():
-        other = {"gating": "moe_dist.moe.dispatch", "dispatch": "moe_dist.moe.gating"}.get(part(path))
+        other = {"gating": "moe_dist.moe.dispatch", "dispatch": "moe_dist.moe.gating"}.get(
+            part(path)
+        )
         assert other is None or not any(name.startswith(other) for name in imported(path)), path
 
 
@@ -128,15 +139,25 @@ def test_config_imports_no_torch() -> None:
 
 
 def test_deepspeed_is_imported_once() -> None:
-    uses = [path for path in files() for name in imported(path) if name.split(".")[0] == "deepspeed"]
+    uses = [
+        path for path in files() for name in imported(path) if name.split(".")[0] == "deepspeed"
+    ]
     assert uses == [PACKAGE / "engine" / "deepspeed.py"]
 
 
 def test_triton_is_imported_by_its_kernels_and_they_when_they_run() -> None:
     """So that nothing misses it where there is none: at the top of no other file, and of none those kernels."""
     for path in files():
-        at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        uses = [line for line in map(ast.unparse, at_top) if re.search(r"import triton\b|triton_kernels", line)]
+        at_top = [
+            node
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        uses = [
+            line
+            for line in map(ast.unparse, at_top)
+            if re.search(r"import triton\b|triton_kernels", line)
+        ]
         assert not uses or path == PACKAGE / "moe" / "kernels" / "triton_kernels.py", path
 
 
@@ -153,14 +174,17 @@ def test_only_the_mesh_and_collectives_know_torch_distributed() -> None:
         if part(path) != "distributed":
             uses = {n for n in imported(path) if n.startswith("torch.distributed")}
             allowed = ("torch.distributed.checkpoint", "torch.distributed.tensor")
-            assert (part(path) == "checkpoint" and all(n.startswith(allowed) for n in uses)) or not uses, path
+            assert (
+                part(path) == "checkpoint" and all(n.startswith(allowed) for n in uses)
+            ) or not uses, path
 
 
 def test_only_collectives_call_all_to_all() -> None:
     for path in files():
-        assert path.name in ("collectives.py", "chunked_all_to_all.py") or "dist.all_to_all" not in path.read_text(), (
-            path
-        )
+        assert (
+            path.name in ("collectives.py", "chunked_all_to_all.py")
+            or "dist.all_to_all" not in path.read_text()
+        ), path
 
 
 def branches(path: Path) -> list[str]:
@@ -183,9 +207,17 @@ def test_nothing_branches_on_the_world_size() -> None:
     verify.py lists layouts, chaos.py picks a rank, machine.py and plan.py reckon what other worlds would do; elsewhere
     a world of one runs the same lines as a world of many."""
     free = (
-        "collectives.py", "parallelize.py", "mesh.py", "launch_env.py", "batch_layout.py", "certificate.py",
-        "fault_injection.py", "cost_model.py", "planner/__main__.py", "verify/__main__.py",
-    )  # fmt: skip
+        "collectives.py",
+        "parallelize.py",
+        "mesh.py",
+        "launch_env.py",
+        "batch_layout.py",
+        "certificate.py",
+        "fault_injection.py",
+        "cost_model.py",
+        "planner/__main__.py",
+        "verify/__main__.py",
+    )
     for path in [*files(), ROOT / "train.py"]:
         if not str(path).endswith(free):
             assert not [b for b in branches(path) if ABOUT_SIZE.search(b)], path
@@ -238,4 +270,6 @@ def test_every_named_equation_maps_to_code_and_a_test() -> None:
     for file, name, method in targets:
         source = (ROOT / file).read_text()
         assert re.search(rf"^(def|class) {name}\b|^{name}\b.*=", source, re.M), f"{file}::{name}"
-        assert not method or re.search(rf"^    def {method}\b", source, re.M), f"{file}::{name}.{method}"
+        assert not method or re.search(rf"^    def {method}\b", source, re.M), (
+            f"{file}::{name}.{method}"
+        )

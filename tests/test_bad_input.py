@@ -19,11 +19,11 @@ from moe_dist.checkpoint import manifest
 from moe_dist.config import papers
 from moe_dist.config.overrides import override
 from moe_dist.distributed import rendezvous_port
-from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.engine import ds_config
 from moe_dist.tasks.language_model import saved_vocabulary
 from moe_dist.training import run as training_run
-from moe_dist.training.run import Run, result_lines
+from moe_dist.training.run import TrainingRun, result_lines
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,11 +34,11 @@ ROOT = Path(__file__).parent.parent
         # what no field takes
         ("mesh.eq=2", "'mesh.ep'"),
         ("optim.learning_rate=1", "no field 'optim.learning_rate'; did you mean 'optim.lr'?"),
-        ("mesh=2", "no field 'mesh'; known: mesh.ep, mesh.exchange"),
+        ("mesh=2", "no field 'mesh'; known: mesh.comm_dtype, mesh.dispatcher, mesh.ep"),
         ("mesh.ep", "KEY=VALUE"),
         ("mesh.ep=two", "expected a whole number such as 100"),
         ("model.moe.noise=maybe", "expected true or false"),
-        ("zero=first", "expected a whole number such as 100 or none"),
+        ("zero_stage=first", "expected a whole number such as 100 or none"),
         # out of range
         ("steps=0", "steps=0: from 1 to 99999999"),
         ("steps=99999999999", "steps=99999999999: from 1 to 99999999"),
@@ -49,30 +49,33 @@ ROOT = Path(__file__).parent.parent
         ("optim.lr=-1", "optim.lr=-1.0: from 1e-12 to 1e+06"),
         ("optim.lr=1e400", "optim.lr=inf: from 1e-12 to 1e+06"),
         ("optim.warmup_steps=-1", "optim.warmup_steps=-1: from 0 to 99999999"),
-        ("mesh.pieces=-1", "mesh.pieces=-1: from 0 to 1024"),
-        ("model.moe.w_load=nan", "w_load=nan: from 0 to 1e+06"),
+        ("mesh.overlap_chunks=-1", "mesh.overlap_chunks=-1: from 0 to 1024"),
+        ("model.moe.load_loss_weight=nan", "load_loss_weight=nan: from 0 to 1e+06"),
         ("model.moe.capacity_factor=1e30", "capacity_factor=1e+30: from 0.001 to 1000"),
         ("name=../x", "name='../x'"),
         ("wandb.mode=on", "'online'"),
         ("task=translate", "task='translate'"),
         ("data.text=no/such/*.txt", "no/such/*.txt"),
-        ("compare=README.md", "compare=README.md: no kept metrics"),
+        ("baseline=README.md", "baseline=README.md: no kept metrics"),
         ("ds_config=bf61", "did you mean 'bf16'"),
-        ("zero=4", "zero=4: from 0 to 3"),
+        ("zero_stage=4", "zero_stage=4: from 0 to 3"),
         # what does not fit together
         ("mesh.ep=2", "does not divide 1 ranks"),
-        ("model.middle=mou", "'moe'"),
+        ("model.middle_layer=mou", "'moe'"),
         ("model.moe.k=65", "k=65"),
         ("model.moe.num_groups=5", "num_groups=5"),
         ("model.moe.num_groups=32", "k=4 experts per group: must be 1 to 2"),
-        ("model.moe.num_groups=8 model.moe.capacity_factor=1", "with num_groups nothing is dropped"),
+        (
+            "model.moe.num_groups=8 model.moe.capacity_factor=1",
+            "with num_groups nothing is dropped",
+        ),
         ("model.lstm_units=8", "at least the model's width, dim=128"),
         ("model.dim=2000000000", "a model of these sizes cannot be"),
-        ("batch.samples_per_balance_group=0", "samples_per_balance_group=0"),
-        ("batch.samples=2000000011 batch.samples_per_balance_group=4", "nearest: 1"),
+        ("batch.balance_loss_group_size=0", "balance_loss_group_size=0"),
+        ("batch.global_batch_size=2000000011 batch.balance_loss_group_size=4", "nearest: 1"),
         ("save_every=25", "not a multiple of log_every=10"),
         # more than any machine has
-        ("batch.timesteps=999999999", "GB: the table above tells what for"),
+        ("batch.seq_len=999999999", "GB: the table above tells what for"),
         ("model.moe.num_experts=999999999", "GB: the table above tells what for"),
     ],
 )
@@ -88,13 +91,21 @@ def test_a_bad_setting_is_one_line_and_status_2(
         ([], "give one of"),
         (["moe_33"], "no config 'moe_33'; did you mean 'moe_32'"),
         (["lstm_moe_demo", "--json"], "--json and --ranks: only with --dry-run"),
-        (["lstm_moe_demo", "--dry-run", "--nodes", "2"], "--nodes 2: with --ranks, a multiple of it"),
-        (["lstm_moe_demo", "--dry-run", "--ranks", "4", "--nodes", "3"], "--nodes 3: with --ranks, a multiple of it"),
+        (
+            ["lstm_moe_demo", "--dry-run", "--nodes", "2"],
+            "--nodes 2: with --ranks, a multiple of it",
+        ),
+        (
+            ["lstm_moe_demo", "--dry-run", "--ranks", "4", "--nodes", "3"],
+            "--nodes 3: with --ranks, a multiple of it",
+        ),
         (["lstm_moe_demo", "--resume", "runs/x"], "give one of"),
         (["--resume", "runs/x"], "not a run folder"),
     ],
 )
-def test_a_bad_command_is_one_line_and_status_2(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_command_is_one_line_and_status_2(
+    args: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     check_plan(args, says, capsys)
 
 
@@ -103,12 +114,21 @@ def test_a_bad_command_is_one_line_and_status_2(args: list[str], says: str, caps
     [
         ({"WORLD_SIZE": "2"}, "no MASTER_ADDR, MASTER_PORT, RANK"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "no MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "WORLD_SIZE=two"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "WORLD_SIZE=two",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "99999"},
+            "MASTER_PORT=99999",
+        ),
     ],
 )
 def test_half_an_environment_of_ranks_is_one_line(
-    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    environment: dict[str, str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
@@ -124,15 +144,21 @@ def test_half_an_environment_of_ranks_is_one_line(
         (["--speed"], ""),
     ],
 )
-def test_a_field_without_set_gets_a_hint(args: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_field_without_set_gets_a_hint(
+    args: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
-        training_run.plan(["lstm_moe_demo", *args], None)
+        training_run.parse_run(["lstm_moe_demo", *args], None)
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {' '.join(args)}{hint}\n")
+    assert capsys.readouterr().err.endswith(
+        f"error: unrecognized arguments: {' '.join(args)}{hint}\n"
+    )
 
 
 def test_a_wrong_field_is_named_without_its_value() -> None:
-    with pytest.raises(ValueError, match=r"^--set: no field 'mesh\.eq'; did you mean 'mesh\.ep'\?$"):
+    with pytest.raises(
+        ValueError, match=r"^--set: no field 'mesh\.eq'; did you mean 'mesh\.ep'\?$"
+    ):
         override(papers.get("lstm_moe_demo"), ["mesh.eq=2"])
 
 
@@ -141,45 +167,67 @@ def test_a_wrong_field_is_named_without_its_value() -> None:
     [
         (2, ["mesh.ep=3"], "mesh.ep=3 does not divide 2 ranks; possible: 1, 2"),
         (4, ["mesh.ep=4", "model.moe.num_experts=6"], "nearest: 8"),  # round(6 / 4) = 2 -> 8
-        (3, [], "batch.samples=8 is not a multiple of accumulation x ranks = 1 x 3; nearest: 9"),
-        (1, ["batch.accumulation=0"], "at least 1"),
+        (
+            3,
+            [],
+            "batch.global_batch_size=8 is not a multiple of accumulation x ranks = 1 x 3; nearest: 9",
+        ),
+        (1, ["batch.grad_accum_steps=0"], "at least 1"),
         # half of 8 samples is a micro-batch; a balance group of the whole batch does not fit into it
-        (1, ["batch.accumulation=2", "batch.samples_per_balance_group=none"], "micro-batch of 4 samples"),
-        (1, ["batch.samples_per_balance_group=3"], "nearest: 2"),
+        (
+            1,
+            ["batch.grad_accum_steps=2", "batch.balance_loss_group_size=none"],
+            "micro-batch of 4 samples",
+        ),
+        (1, ["batch.balance_loss_group_size=3"], "nearest: 2"),
         # 8 samples over 4 ranks: 2 a rank
         (
             4,
-            ["model.moe.capacity_factor=1.0", "batch.samples_per_token_group=4"],
+            ["model.moe.capacity_factor=1.0", "batch.capacity_group_size=4"],
             "micro-batch of 2 samples; nearest: 2",
         ),
     ],
 )
-def test_an_illegal_layout_names_the_nearest_legal_one(world: int, sets: list[str], says: str) -> None:
+def test_an_illegal_layout_names_the_nearest_legal_one(
+    world: int, sets: list[str], says: str
+) -> None:
     with pytest.raises(ValueError) as error:
-        lay_out(tiny(*sets), world)
+        make_batch_layout(tiny(*sets), world)
     assert says in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("ds", "says"),
     [
-        ('{"train_batch_size": 8}', "'train_batch_size' is set by batch.samples"),
-        ('{"gradient_clipping": 1.0}', "optim.clip_norm"),
+        ('{"train_batch_size": 8}', "'train_batch_size' is set by batch.global_batch_size"),
+        ('{"gradient_clipping": 1.0}', "optim.max_grad_norm"),
         ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by optim"),
         ('{"fp16": {"enabled": true}}', "use bf16 or fp32"),
-        ('{"zero_optimization": {"stage": 4}}', "zero=4"),
-        ('{"zero_optimisation": {"stage": 1}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_stage=4"),
+        (
+            '{"zero_optimisation": {"stage": 1}}',
+            "unknown key 'zero_optimisation'; did you mean 'zero_optimization'",
+        ),
         ('{"bf16": true}', "'bf16' is True, expected an object"),
         ('{"bf16": {"enable": true}}', "unknown key 'bf16.enable'; did you mean 'enabled'"),
         ('{"bf16": {"enabled": "auto"}}', "'bf16.enabled' is 'auto', expected bool"),
-        ('{"zero_optimization": {"stage": true}}', "'zero_optimization.stage' is True, expected int"),
+        (
+            '{"zero_optimization": {"stage": true}}',
+            "'zero_optimization.stage' is True, expected int",
+        ),
         ('{"zero_optimization": {"stage": 2, "stage": 1}}', "'stage' is given 2 times"),
-        ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', "read at ZeRO 1, 2, 3, not at zero=0"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
+            "read at ZeRO 1, 2, 3, not at zero_stage=0",
+        ),
         (
             '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}',
             "'nvme'; 'cpu', or leave it out",
         ),
-        ('{"zero_optimization": {"stage": 2, "stage3_max_reuse_distance": 1e9}}', "read at ZeRO 3, not at zero=2"),
+        (
+            '{"zero_optimization": {"stage": 2, "stage3_max_reuse_distance": 1e9}}',
+            "read at ZeRO 3, not at zero_stage=2",
+        ),
         (
             '{"zero_optimization": {"stage": 3, "sub_group_size": 1000}}',
             "unknown key 'zero_optimization.sub_group_size'",
@@ -189,7 +237,11 @@ def test_an_illegal_layout_names_the_nearest_legal_one(world: int, sets: list[st
     ],
 )
 def test_a_ds_config_that_contradicts_the_run_or_is_broken(
-    ds: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ds: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "mine.json").write_text(ds)
     monkeypatch.setattr(ds_config, "DS_CONFIGS", tmp_path)
@@ -204,10 +256,14 @@ def test_a_ds_config_that_contradicts_the_run_or_is_broken(
         ("mesh.ep=3", "mesh.ep=3 does not divide 2 ranks"),
     ],
 )
-def test_every_rank_ends_with_one_line(assignment: str, says: str, small_text: Path, tmp_path: Path) -> None:
+def test_every_rank_ends_with_one_line(
+    assignment: str, says: str, small_text: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     sets = set_(*TINY, f"data.text={small_text}", assignment)
-    for status, stderr in ranks(rendezvous_port.free(), "lstm_moe_demo", "--folder", str(run), *sets):
+    for status, stderr in ranks(
+        rendezvous_port.find_free_port(), "lstm_moe_demo", "--folder", str(run), *sets
+    ):
         assert status == 2
         check_one_line(stderr, says)
     assert not run.exists(), "nothing was written"
@@ -232,17 +288,19 @@ def test_a_rank_that_never_comes(rank: int) -> None:
         "RANK": str(rank),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(rendezvous_port.free()),
+        "MASTER_PORT": str(rendezvous_port.find_free_port()),
     }
     status, stderr = end(start("lstm_moe_demo", **world | {"MOE_DIST_JOIN_SECONDS": "4"}))
     assert status == 2, stderr
     says = ["1/2 clients joined", "2 ranks cannot meet there"][rank]
-    check_one_line(stderr if rank == 0 else stderr.splitlines()[-1], says)  # torch adds a stack of its own
+    check_one_line(
+        stderr if rank == 0 else stderr.splitlines()[-1], says
+    )  # torch adds a stack of its own
 
 
 def without_copies(run: Path) -> Path:
     """Removes the copies of the config that checkpoints keep, and returns the config's own path."""
-    for checkpoint in manifest.checkpoints(run):
+    for checkpoint in manifest.require_checkpoints(run):
         (checkpoint / "config.json").unlink()
         seal(checkpoint)
     return run / "config.json"
@@ -254,7 +312,10 @@ def without_copies(run: Path) -> Path:
     [
         (lambda run: without_copies(run).write_text("{broken"), "config.json: "),
         (lambda run: without_copies(run).write_text("[]"), "expected an object"),
-        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl line 1 has no step"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text("[1]\n"),
+            "metrics.jsonl line 1 has no step",
+        ),
         (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint to go on from"),
     ],
 )
@@ -270,7 +331,9 @@ def test_a_run_of_an_earlier_version_cannot_go_on() -> None:
         saved_vocabulary({"step": 2, "updates": 2, "vocabulary": ["a"]})
 
 
-def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_disk_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -309,6 +372,6 @@ def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path
 
 
 def test_steps_that_were_skipped_are_told() -> None:
-    run = Run(tiny("steps=3", "compare=none"), {}, None)
+    run = TrainingRun(tiny("steps=3", "baseline=none"), {}, None)
     assert "2 of 3 steps were skipped" in result_lines(run, "test perplexity 9.00", updates=1)
     assert "skipped" not in result_lines(run, "test perplexity 9.00", updates=3)

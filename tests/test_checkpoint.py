@@ -31,7 +31,7 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed import rendezvous_port
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.inference import generate
-from moe_dist.inference.load import Reader
+from moe_dist.inference.load import TextModel
 
 
 def contents(run: Path) -> dict[Path, bytes]:
@@ -55,26 +55,28 @@ def remove(path: Path, chance: random.Random) -> None:
 def test_no_damaged_checkpoint_is_taken(run: Path) -> None:
     """194 of 200; the other six are kills."""
     chance = random.Random(0)
-    older, newest = manifest.checkpoints(run)
+    older, newest = manifest.require_checkpoints(run)
     whole = {path: path.read_bytes() for path in newest.iterdir()}
-    assert manifest.newest_whole(run) == (newest, {})
+    assert manifest.newest_complete(run) == (newest, {})
     hit = set()
     for i in range(194):
         path, spoil = sorted(whole)[i % len(whole)], [flip, cut, remove][i // len(whole) % 3]
         spoil(path, chance)
         hit.add((path.name, spoil))
-        got, refused = manifest.newest_whole(run)
+        got, refused = manifest.newest_complete(run)
         assert got == older and len(refused) == 1, (spoil, path)
         assert str(newest) in refused[newest] and path.name in refused[newest]
-        with pytest.raises(ValueError, match=f"{path.name}.*; the newest whole one is .*{older.name}"):
+        with pytest.raises(
+            ValueError, match=f"{path.name}.*; the newest whole one is .*{older.name}"
+        ):
             export(newest, run / "model.safetensors")
         path.write_bytes(whole[path])
     assert len(hit) == 12
-    assert manifest.newest_whole(run) == (newest, {})
+    assert manifest.newest_complete(run) == (newest, {})
 
 
 def save_for_ever(text: str, folder: Path) -> None:
-    meshes.join()
+    meshes.init_process_group()
     run = Run(tiny(f"data.text={text}"))
     saver = Saver(folder, run.engine, run.task, run.mesh, keep=2)
     for step in range(1, 10**8):
@@ -86,15 +88,22 @@ def save_for_ever(text: str, folder: Path) -> None:
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_path: Path) -> None:
     chance, torn = random.Random(0), 0
     for first in (0, 2, 4, 6):
-        if first >= 4 and torn:  # a save takes milliseconds: on a busy machine kills may come too late for it
+        if (
+            first >= 4 and torn
+        ):  # a save takes milliseconds: on a busy machine kills may come too late for it
             break
         runs = [tmp_path / str(i) for i in (first, first + 1)]
         code = f"import sys; sys.path[:0] = {sys.path!r}; import test_checkpoint, pathlib; "
         code += "test_checkpoint.save_for_ever(sys.argv[1], pathlib.Path(sys.argv[2]))"
-        started = [subprocess.Popen([sys.executable, "-c", code, str(small_text), str(run)]) for run in runs]
+        started = [
+            subprocess.Popen([sys.executable, "-c", code, str(small_text), str(run)])
+            for run in runs
+        ]
         try:
             for process, run in zip(started, runs, strict=True):
-                while not any(path.name >= "step_00000005" for path in (run / "checkpoints").glob("step_*")):
+                while not any(
+                    path.name >= "step_00000005" for path in (run / "checkpoints").glob("step_*")
+                ):
                     assert process.poll() is None
                     time.sleep(0.001)
                 while not any((run / "checkpoints").glob("partial_*")):
@@ -102,7 +111,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_pat
                 time.sleep(chance.random() / 200)
                 process.kill()
                 process.wait()
-                newest, refused = manifest.newest_whole(run)
+                newest, refused = manifest.newest_complete(run)
                 assert not refused and inspect(newest)["step"] >= 4
                 torn += len(list((run / "checkpoints").glob("partial_*")))
         finally:
@@ -113,19 +122,22 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_pat
 
 @pytest.mark.timeout(100)
 def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run: Path) -> None:
-    newest = manifest.checkpoints(run)[-1]
+    newest = manifest.require_checkpoints(run)[-1]
     flip(newest / "state.json", random.Random(0))
-    status, stderr = end(start("--resume", str(run), "--set", "steps=3", "--set", "keep_checkpoints=1"))
+    status, stderr = end(start("--resume", str(run), "--set", "steps=3", "--set", "keep_last_n=1"))
     assert status == 0
     assert f"warning: {newest} is not whole: state.json is altered or torn" in stderr
     assert "Refused; using step_00000001" in stderr
-    assert [path.name for path in manifest.checkpoints(run)] == ["step_00000003"]
+    assert [path.name for path in manifest.require_checkpoints(run)] == ["step_00000003"]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("step", "left"),  # of steps 1 and 2 the second is damaged, and the run goes on from 1 with keep = 1
+    (
+        "step",
+        "left",
+    ),  # of steps 1 and 2 the second is damaged, and the run goes on from 1 with keep = 1
     [
         (1, ["step_00000001", "step_00000002"]),  # saved again, before the run comes by
         (2, ["step_00000002"]),  # in its place
@@ -133,7 +145,7 @@ def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run:
     ],
 )
 def test_a_refused_checkpoint_pushes_no_other_out(step: int, left: list[str], run: Path) -> None:
-    newest = manifest.checkpoints(run)[-1]
+    newest = manifest.require_checkpoints(run)[-1]
     cut(newest / "state.json", random.Random(0))
     (run / "checkpoints" / "partial_step_00000007").mkdir()  # of a killed run
     assert run_distributed(resave, 1, run, step, timeout=60) == [f"step_{step:08d}"]
@@ -141,31 +153,35 @@ def test_a_refused_checkpoint_pushes_no_other_out(step: int, left: list[str], ru
 
 
 def resave(folder: Path, step: int) -> str:
-    meshes.join()
+    meshes.init_process_group()
     run = Run(from_json((folder / "config.json").read_text()))
-    _, refused = manifest.newest_whole(folder, run.mesh.files)
+    _, refused = manifest.newest_complete(folder, run.mesh.checkpoint_group)
     Saver(folder, run.engine, run.task, run.mesh, keep=1, refused=refused).save(step, {})
-    return manifest.newest_whole(folder)[0].name
+    return manifest.newest_complete(folder)[0].name
 
 
 def test_a_hidden_shard_is_seen(run: Path) -> None:
     """torch's reader takes every file that ends like one."""
-    older, newest = manifest.checkpoints(run)
+    older, newest = manifest.require_checkpoints(run)
     shutil.copy(shard(newest), newest / ".x.safetensors")
     (newest / ".nfs0001").write_text("a file system's own")
-    got, refused = manifest.newest_whole(run)
+    got, refused = manifest.newest_complete(run)
     assert got == older and ".x.safetensors is not in manifest.sha256" in refused[newest]
     (newest / ".x.safetensors").unlink()
-    assert manifest.newest_whole(run) == (newest, {})
+    assert manifest.newest_complete(run) == (newest, {})
 
 
 @pytest.mark.timeout(90)
-def test_a_checkpoint_in_the_background_outlives_an_exception(small_text: Path, tmp_path: Path) -> None:
-    assert run_distributed(save_and_raise, 1, str(small_text), tmp_path, timeout=60) == ["step_00000001"]
+def test_a_checkpoint_in_the_background_outlives_an_exception(
+    small_text: Path, tmp_path: Path
+) -> None:
+    assert run_distributed(save_and_raise, 1, str(small_text), tmp_path, timeout=60) == [
+        "step_00000001"
+    ]
 
 
 def save_and_raise(text: str, folder: Path) -> str:
-    meshes.join()
+    meshes.init_process_group()
     run = Run(tiny(f"data.text={text}")).steps(0, 1)
     honest: Callable[..., Any] = dcp.save
 
@@ -174,17 +190,20 @@ def save_and_raise(text: str, folder: Path) -> str:
         return honest(*args, **kwargs)
 
     dcp.save = late
-    with pytest.raises(FloatingPointError), Saver(folder, run.engine, run.task, run.mesh, in_background=True) as saver:
+    with (
+        pytest.raises(FloatingPointError),
+        Saver(folder, run.engine, run.task, run.mesh, in_background=True) as saver,
+    ):
         saver.save(1, {})
         raise FloatingPointError
-    return manifest.newest_whole(folder)[0].name
+    return manifest.newest_complete(folder)[0].name
 
 
 @pytest.mark.timeout(150)
 def test_where_none_is_whole_it_is_one_line_and_nothing_is_written(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in manifest.checkpoints(run):
+    for path in manifest.require_checkpoints(run):
         cut(next(path.glob("*.safetensors")), random.Random(0))
     before = contents(run)
     for option in ("--resume", "--evaluate"):
@@ -210,19 +229,25 @@ class Payload:
 
 def seal(path: Path) -> None:
     """As a stranger would, who wants it to look whole."""
-    names = sorted(each.name for each in path.iterdir() if each.name not in (manifest.NAME, ".metadata"))
-    (path / manifest.NAME).write_text("".join(f"{manifest.checksum(path / name)}  {name}\n" for name in names))
+    names = sorted(
+        each.name for each in path.iterdir() if each.name not in (manifest.NAME, ".metadata")
+    )
+    (path / manifest.NAME).write_text(
+        "".join(f"{manifest.checksum(path / name)}  {name}\n" for name in names)
+    )
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("names", [["shard"], ["state.json"], [".metadata", "__0_0.distcp", "x.pt", "x.pkl"]])
+@pytest.mark.parametrize(
+    "names", [["shard"], ["state.json"], [".metadata", "__0_0.distcp", "x.pt", "x.pkl"]]
+)
 def test_a_hostile_checkpoint_executes_nothing(
     names: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mark = tmp_path / "mark"
     payload = pickle.dumps(Payload(mark))
-    shutil.rmtree(manifest.checkpoints(run)[0])
-    (path,) = manifest.checkpoints(run)
+    shutil.rmtree(manifest.require_checkpoints(run)[0])
+    (path,) = manifest.require_checkpoints(run)
     for name in names:
         (next(path.glob("*.safetensors")) if name == "shard" else path / name).write_bytes(payload)
     seal(path)
@@ -252,11 +277,20 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     "before the first step": lambda path: (path / "state.json").write_text(
         '{"step": -5, "updates": 0, "previous_norm": 1.0}'
     ),
-    "no norm": lambda path: (path / "state.json").write_text('{"step": 2, "updates": 2, "previous_norm": NaN}'),
-    "far away": lambda path: rewrite(shard(path), lambda t, at: at[W1]["saved_offsets"].__setitem__(0, 10**13)),
-    "negative": lambda path: rewrite(shard(path), lambda t, at: at[W1]["saved_offsets"].__setitem__(0, -3)),
+    "no norm": lambda path: (path / "state.json").write_text(
+        '{"step": 2, "updates": 2, "previous_norm": NaN}'
+    ),
+    "far away": lambda path: rewrite(
+        shard(path), lambda t, at: at[W1]["saved_offsets"].__setitem__(0, 10**13)
+    ),
+    "negative": lambda path: rewrite(
+        shard(path), lambda t, at: at[W1]["saved_offsets"].__setitem__(0, -3)
+    ),
     "hole": lambda path: rewrite(
-        shard(path), lambda t, at: t.update({W1: t[W1][4:].contiguous()}) or at[W1]["saved_offsets"].__setitem__(0, 4)
+        shard(path),
+        lambda t, at: (
+            t.update({W1: t[W1][4:].contiguous()}) or at[W1]["saved_offsets"].__setitem__(0, 4)
+        ),
     ),
     "list": lambda path: rewrite(shard(path), lambda t, at: at.clear()),
 }
@@ -270,7 +304,7 @@ def shard(path: Path) -> Path:
 def test_a_sealed_checkpoint_that_cannot_be_is_one_line(
     spoil: Callable[[Path], object], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = manifest.checkpoints(run)[-1]
+    path = manifest.require_checkpoints(run)[-1]
     spoil(path)
     seal(path)
     for args in (["inspect", str(path)], ["export", str(path), str(tmp_path / "x")]):
@@ -283,13 +317,22 @@ def test_a_sealed_checkpoint_that_cannot_be_is_one_line(
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> None:
     limit = "ulimit -f 190; exec "  # no file above 190 kB, as if the disk were full: pictures fit, checkpoints do not
-    sets = set_("steps=5", "report=true", f"save_in_background={background}")
-    command = [sys.executable, str(Path(__file__).parent.parent / "train.py"), "--resume", str(run), *sets]
+    sets = set_("steps=5", "write_report=true", f"async_save={background}")
+    command = [
+        sys.executable,
+        str(Path(__file__).parent.parent / "train.py"),
+        "--resume",
+        str(run),
+        *sets,
+    ]
     before = contents(run / "checkpoints")
     done = subprocess.run(
         ["bash", "-c", limit + '"$@"', "-", *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, "the last checkpoint is missing"
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
     assert all("cannot be written (" in line for line in warnings), done.stderr
@@ -302,10 +345,29 @@ def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> 
 @pytest.mark.timeout(150)
 def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sets = set_(*TINY, "steps=100000", "eval_every=100000", "save_every=100000", f"data.text={small_text}", "mesh.ep=2")
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rendezvous_port.free())}
+    sets = set_(
+        *TINY,
+        "steps=100000",
+        "eval_every=100000",
+        "save_every=100000",
+        f"data.text={small_text}",
+        "mesh.ep=2",
+    )
+    world = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(rendezvous_port.find_free_port()),
+    }
     both = [
-        start("lstm_moe_demo", "--folder", str(run), *sets, RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        start(
+            "lstm_moe_demo",
+            "--folder",
+            str(run),
+            *sets,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **world,
+        )
         for rank in range(2)
     ]
     while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
@@ -315,9 +377,12 @@ def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path
     told, stderr = both[0].communicate(timeout=60)
     assert both[0].returncode == 143 and "Traceback" not in stderr, stderr
     assert end(both[1])[0] == 143
-    newest, refused = manifest.newest_whole(run)
+    newest, refused = manifest.newest_complete(run)
     step = read_state(newest)["step"]
-    assert not refused and f"stopped after step {step} of 100000: train.py --resume {run} goes on" in told
+    assert (
+        not refused
+        and f"stopped after step {step} of 100000: train.py --resume {run} goes on" in told
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, step + 1))
     status, stderr = end(start("--resume", str(run), "--set", f"steps={step + 1}"))
@@ -326,15 +391,19 @@ def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path
 
 @pytest.mark.timeout(120)
 def test_a_checkpoint_in_the_background_is_of_its_step(small_text: Path, tmp_path: Path) -> None:
-    for expert_form in ("paper", "adam"):
-        same = run_distributed(save_beside, 2, str(small_text), tmp_path / expert_form, expert_form, timeout=100)
+    for expert_form in ("factored_adam", "adam"):
+        same = run_distributed(
+            save_beside, 2, str(small_text), tmp_path / expert_form, expert_form, timeout=100
+        )
         assert same == [True, True]
 
 
 def save_beside(text: str, folder: Path, expert_form: str) -> bool:
     """Written, late, while three more steps change everything; and from it the same three steps."""
-    meshes.join()
-    config = tiny("mesh.ep=2", "zero=1", f"data.text={text}", f"optim.expert_form={expert_form}")
+    meshes.init_process_group()
+    config = tiny(
+        "mesh.ep=2", "zero_stage=1", f"data.text={text}", f"optim.expert_optimizer={expert_form}"
+    )
     whole = Run(config).steps(0, 3)
     saver = Saver(folder, whole.engine, whole.task, whole.mesh, in_background=True)
     honest: Callable[..., Any] = dcp.save
@@ -354,8 +423,10 @@ def save_beside(text: str, folder: Path, expert_form: str) -> bool:
     again.load(folder)
     again.steps(3, 6)
     expected, got = whole.weights(), again.weights()
-    meshes.stop()
-    return again.losses == whole.losses[3:] and all(torch.equal(expected[k], got[k]) for k in expected)
+    meshes.shutdown()
+    return again.losses == whole.losses[3:] and all(
+        torch.equal(expected[k], got[k]) for k in expected
+    )
 
 
 def test_inspect_and_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,14 +436,21 @@ def test_inspect_and_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert (told["step"], told["updates"]) == (2, 2)
     w1 = told["weights"]["middle.experts.w1_eDF"]
     # 8 experts of 16 x 24: a row mean for each of 16, a column mean for each of 24
-    assert w1 == {"kind": "experts", "shape": [8, 16, 24], "optimizer": {".row": [8, 16], ".column": [8, 24]}}
+    assert w1 == {
+        "kind": "experts",
+        "shape": [8, 16, 24],
+        "optimizer": {".row": [8, 16], ".column": [8, 24]},
+    }
     assert told["task"]["lstm0.h"] == {"shape": [8, 16]}
     assert command.main(["inspect", str(run)]) == 0
     assert "middle.experts.w1_eDF" in capsys.readouterr().out
 
     assert command.main(["export", str(run), str(file)]) == 0
-    assert f"{sum(t.numel() for t in load_file(file).values()):,} parameters" in capsys.readouterr().out
-    model = Reader(run).model
+    assert (
+        f"{sum(t.numel() for t in load_file(file).values()):,} parameters"
+        in capsys.readouterr().out
+    )
+    model = TextModel(run).model
     read = {name: t.clone() for name, t in model.state_dict().items()}
     model.load_state_dict(load_file(file), strict=True)
     assert all(torch.equal(read[name], t) for name, t in model.state_dict().items())

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.distributed import rendezvous_port
 from moe_dist.moe.routing import Routing
 from moe_dist.monitoring import step_timer as clocks
-from moe_dist.monitoring.step_timer import Clock
-from moe_dist.training.profiler import profiled
+from moe_dist.monitoring.step_timer import StepTimer
+from moe_dist.training.profiler import profile_steps
 
 
 class Work(torch.autograd.Function):
@@ -28,7 +28,9 @@ class Work(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, forward: int, backward: int) -> torch.Tensor:
-        ctx.save_for_backward(x)  # as real work has it, so that a checkpoint has something to compute again
+        ctx.save_for_backward(
+            x
+        )  # as real work has it, so that a checkpoint has something to compute again
         ctx.backward_ms = backward
         Work.now += forward / 1e3
         return x.clone()
@@ -64,14 +66,14 @@ class Event:
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> StepTimer:
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: Work.now)
     monkeypatch.setattr(clocks, "_event", Event)
     monkeypatch.setattr(Event, "behind", 0.04)
-    return Clock(torch.device(request.param))
+    return StepTimer(torch.device(request.param))
 
 
-def step(clock: Clock, recompute: bool = False, learned: bool = True) -> None:
+def step(clock: StepTimer, recompute: bool = False, learned: bool = True) -> None:
     """A gate, an exchange with experts in it, and what is before, behind and after them. Without a `learned` gate no
     gradient comes by it."""
 
@@ -87,9 +89,9 @@ def step(clock: Clock, recompute: bool = False, learned: bool = True) -> None:
         y, _ = timed_experts(work(x, 3, 5), routing.gate_N)
         return work(y, 13, 17), None
 
-    timed_gate = clock.around("gate", gate, "gate")
-    timed_exchange = clock.around("exchange", exchange, "exchange")
-    timed_experts = clock.around("experts", experts, "experts")
+    timed_gate = clock.timed("gate", gate, "gate")
+    timed_exchange = clock.timed("exchange", exchange, "exchange")
+    timed_experts = clock.timed("experts", experts, "experts")
     x = work(torch.ones(1, requires_grad=True), 19, 23)
     routing, _ = timed_gate(x)
     y, _ = timed_exchange(x, routing)
@@ -99,56 +101,73 @@ def step(clock: Clock, recompute: bool = False, learned: bool = True) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_each_part_has_its_forward_and_its_backward(clock: Clock, recompute: bool) -> None:
+def test_each_part_has_its_forward_and_its_backward(clock: StepTimer, recompute: bool) -> None:
     for _ in range(2):
         with clock.step():
             step(clock, recompute)
         Work.now += 1.0  # between steps
     again = 7 if recompute else 0  # the experts' forward, within their backward
     one = {
-        "gate": 1 + 2, "exchange": 3 + 13 + 5 + 17, "experts": 7 + 11 + again, "optimizer": 37,
+        "gate": 1 + 2,
+        "exchange": 3 + 13 + 5 + 17,
+        "experts": 7 + 11 + again,
+        "optimizer": 37,
         "rest": 19 + 23 + 29 + 31,
-    }  # fmt: skip
-    assert clock.read() == pytest.approx({part: 2 * ms / 1e3 for part, ms in one.items()})
-    assert set(clock.read().values()) == {0.0}
+    }
+    assert clock.read_and_reset() == pytest.approx({part: 2 * ms / 1e3 for part, ms in one.items()})
+    assert set(clock.read_and_reset().values()) == {0.0}
 
 
 def test_events_are_read_when_the_stream_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "_event", Event)
     monkeypatch.setattr(Event, "behind", 0.04)
-    clock = Clock(torch.device("cuda"))
+    clock = StepTimer(torch.device("cuda"))
     for _ in range(50):
         with clock.step():
             step(clock)
     assert len(clock._events) <= 2 * 20, "those of the last step, not of all"
-    assert sum(clock.read().values()) == pytest.approx(50 * 0.198)  # 19 + 1 + 3 + 7 + 13 + 29 + ... of a step
+    assert sum(clock.read_and_reset().values()) == pytest.approx(
+        50 * 0.198
+    )  # 19 + 1 + 3 + 7 + 13 + 29 + ... of a step
 
 
-def test_where_no_gradient_comes_by_the_others_have_theirs(clock: Clock) -> None:
+def test_where_no_gradient_comes_by_the_others_have_theirs(clock: StepTimer) -> None:
     with clock.step():
         step(clock, learned=False)
-    expected = {"gate": 1, "exchange": 3 + 13 + 5 + 17, "experts": 7 + 11, "optimizer": 37, "rest": 19 + 23 + 29 + 31}
-    assert clock.read() == pytest.approx({part: ms / 1e3 for part, ms in expected.items()})
+    expected = {
+        "gate": 1,
+        "exchange": 3 + 13 + 5 + 17,
+        "experts": 7 + 11,
+        "optimizer": 37,
+        "rest": 19 + 23 + 29 + 31,
+    }
+    assert clock.read_and_reset() == pytest.approx(
+        {part: ms / 1e3 for part, ms in expected.items()}
+    )
 
 
-def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: Clock) -> None:
+def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: StepTimer) -> None:
     """Its output has a gradient, but does not come of its argument."""
     weight = torch.ones(1, requires_grad=True)
-    experts = clock.around("experts", lambda x: (work(weight, 1, 2), None), "experts")
-    exchange = clock.around("exchange", lambda x: (experts(x)[0] + work(x, 3, 5), None), "exchange")
+    experts = clock.timed("experts", lambda x: (work(weight, 1, 2), None), "experts")
+    exchange = clock.timed("exchange", lambda x: (experts(x)[0] + work(x, 3, 5), None), "exchange")
     with clock.step():
         exchange(work(torch.ones(1, requires_grad=True), 7, 11))[0].sum().backward()
         Work.now += 13 / 1e3
     expected = {"gate": 0, "exchange": 3 + 5, "experts": 1 + 2, "optimizer": 0, "rest": 7 + 11 + 13}
-    assert clock.read() == pytest.approx({part: ms / 1e3 for part, ms in expected.items()})
+    assert clock.read_and_reset() == pytest.approx(
+        {part: ms / 1e3 for part, ms in expected.items()}
+    )
 
 
-def test_of_an_argument_without_a_gradient_the_forward_is_timed_alone(clock: Clock) -> None:
+def test_of_an_argument_without_a_gradient_the_forward_is_timed_alone(clock: StepTimer) -> None:
     weight = torch.ones(1, requires_grad=True)
     with clock.step():
-        clock.around("experts", lambda x: (work(weight, 1, 2), None), "experts")(torch.ones(1))[0].sum().backward()
+        clock.timed("experts", lambda x: (work(weight, 1, 2), None), "experts")(torch.ones(1))[
+            0
+        ].sum().backward()
         Work.now += 13 / 1e3
-    assert clock.read() == pytest.approx(
+    assert clock.read_and_reset() == pytest.approx(
         {part: {"experts": 1e-3, "rest": 15e-3}.get(part, 0.0) for part in clocks.PARTS}
     )
 
@@ -163,44 +182,74 @@ class Fail(torch.autograd.Function):
         raise FloatingPointError
 
 
-def test_an_error_in_backward_leaves_the_next_step_alone(clock: Clock) -> None:
+def test_an_error_in_backward_leaves_the_next_step_alone(clock: StepTimer) -> None:
     x = torch.ones(1, requires_grad=True)
     with pytest.raises(FloatingPointError), clock.step():
-        clock.around("experts", lambda x: (Fail.apply(x), None), "experts")(x)[0].sum().backward()
-    clock.read()
+        clock.timed("experts", lambda x: (Fail.apply(x), None), "experts")(x)[0].sum().backward()
+    clock.read_and_reset()
     with clock.step():
         Work.now += 0.25
-    assert clock.read() == pytest.approx({part: 0.25 if part == "rest" else 0.0 for part in clocks.PARTS})
+    assert clock.read_and_reset() == pytest.approx(
+        {part: 0.25 if part == "rest" else 0.0 for part in clocks.PARTS}
+    )
 
 
-def test_outside_of_a_step_nothing_is_done(clock: Clock) -> None:
+def test_outside_of_a_step_nothing_is_done(clock: StepTimer) -> None:
     x = torch.ones(1, requires_grad=True)
-    y, _ = clock.around("experts", lambda x: (x * 2, None), "experts")(x)
+    y, _ = clock.timed("experts", lambda x: (x * 2, None), "experts")(x)
     assert type(y.grad_fn).__name__ == "MulBackward0"  # no view
     step(clock)
-    assert set(clock.read().values()) == {0.0}
+    assert set(clock.read_and_reset().values()) == {0.0}
 
 
 def test_only_training_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_plan(["--evaluate", str(tmp_path), "--profile"], "--profile: only of training", capsys)
 
 
-def test_a_full_disk_costs_the_trace_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_the_trace_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "profile").write_text("no folder can be made here")
-    mesh: Any = SimpleNamespace(dp=SimpleNamespace(index=0), clock=SimpleNamespace(named=False), is_main=True)
-    with profiled(tmp_path, mesh, True) as step:
+    mesh: Any = SimpleNamespace(
+        dp=SimpleNamespace(index=0),
+        step_timer=SimpleNamespace(annotate_profile=False),
+        is_main=True,
+    )
+    with profile_steps(tmp_path, mesh, True) as step:
         for _ in range(6):
             step()
-    assert capsys.readouterr().err == f"warning: {tmp_path}/profile/rank0.json.gz cannot be written (File exists)\n"
+    assert (
+        capsys.readouterr().err
+        == f"warning: {tmp_path}/profile/rank0.json.gz cannot be written (File exists)\n"
+    )
 
 
 @pytest.mark.timeout(120)
-def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(small_text: Path, tmp_path: Path) -> None:
+def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(
+    small_text: Path, tmp_path: Path
+) -> None:
     """Of a hierarchical layer, whose groups have gates, exchanges and experts of their own."""
-    sets = set_(*TINY, "steps=6", "mesh.ep=2", "model.moe.num_groups=4", f"data.text={small_text}", "eval_every=6")
-    ended = ranks(rendezvous_port.free(), "lstm_moe_demo", "--folder", str(tmp_path / "run"), *sets, "--profile")
+    sets = set_(
+        *TINY,
+        "steps=6",
+        "mesh.ep=2",
+        "model.moe.num_groups=4",
+        f"data.text={small_text}",
+        "eval_every=6",
+    )
+    ended = ranks(
+        rendezvous_port.find_free_port(),
+        "lstm_moe_demo",
+        "--folder",
+        str(tmp_path / "run"),
+        *sets,
+        "--profile",
+    )
     assert [status for status, _ in ended] == [0, 0], ended
-    assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == ["rank0.json.gz", "rank1.json.gz"]
+    assert sorted(path.name for path in (tmp_path / "run" / "profile").iterdir()) == [
+        "rank0.json.gz",
+        "rank1.json.gz",
+    ]
     for path in (tmp_path / "run" / "profile").iterdir():
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
         ranges = [e for e in events if e.get("cat") == "user_annotation"]
@@ -212,19 +261,28 @@ def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(small_text: 
             "experts middle",
         )
         count = Counter(e["name"] for e in ranges)
-        assert {count[f"{part}{side}"] for part in parts for side in ("", " (backward)")} == {3}  # steps
-        assert {count[name] for name in ("data", "forward", "backward and update", "optimizer")} == {3}
+        assert {count[f"{part}{side}"] for part in parts for side in ("", " (backward)")} == {
+            3
+        }  # steps
+        assert {
+            count[name] for name in ("data", "forward", "backward and update", "optimizer")
+        } == {3}
         inside = {part: set() for part in parts}  # type: ignore[var-annotated]
         for event in events:
             if event.get("name", "").startswith("autograd::engine"):
                 around = [
-                    e for e in ranges if e["ts"] <= event["ts"] and event["ts"] + event["dur"] <= e["ts"] + e["dur"]
+                    e
+                    for e in ranges
+                    if e["ts"] <= event["ts"] and event["ts"] + event["dur"] <= e["ts"] + e["dur"]
                 ]
                 innermost = min(around, key=lambda e: e["dur"])["name"]
                 if innermost.endswith(" (backward)"):
                     inside[innermost.removesuffix(" (backward)")].add(event["name"].split(": ")[-1])
-        where = {node: {part for part in parts if node in inside[part]} for node in set().union(*inside.values())}
-        assert where["_LandBackward"] == where["_DepartBackward"] == {"exchange middle"}
+        where = {
+            node: {part for part in parts if node in inside[part]}
+            for node in set().union(*inside.values())
+        }
+        assert where["_WaitAllBackward"] == where["_StartScatterBackward"] == {"exchange middle"}
         assert where["TopkBackward0"] == {"gate middle", "gates of groups middle"}
         of_experts = {node for node in where if re.search("Relu|Feed[Ff]orward", node)}
         assert of_experts and all(where[node] == {"experts middle"} for node in of_experts)

@@ -17,9 +17,9 @@ from moe_dist.checkpoint import manifest
 from moe_dist.config import papers
 from moe_dist.config.overrides import SYNONYMS, dotted_keys, from_json, override, to_json
 from moe_dist.config.schema import Config
-from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.tasks.registry import TASKS
-from moe_dist.training.model_stats import counts
+from moe_dist.training.model_stats import count_params_and_flops
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,11 +33,18 @@ def train(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
 def test_override_reaches_every_kind_of_field() -> None:
     config = override(
         papers.get("lstm_moe_demo"),
-        ["mesh.ep=2", "optim.lr=1e-4", "model.moe.noise=false", "zero=3", "optim.clip_norm=none", "data.text=a=b"],
+        [
+            "mesh.ep=2",
+            "optim.lr=1e-4",
+            "model.moe.noise=false",
+            "zero_stage=3",
+            "optim.max_grad_norm=none",
+            "data.text=a=b",
+        ],
     )
     assert (config.mesh.ep, config.optim.lr, config.model.moe.noise) == (2, 1e-4, False)
-    assert (config.zero, config.optim.clip_norm, config.data.text) == (3, None, "a=b")
-    assert override(config, ["zero=none"]).zero is None
+    assert (config.zero_stage, config.optim.max_grad_norm, config.data.text) == (3, None, "a=b")
+    assert override(config, ["zero_stage=none"]).zero_stage is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +52,7 @@ def test_override_reaches_every_kind_of_field() -> None:
     [
         # other programs' names, in the right section, in another one, and in none
         ("lstm_moe_demo", "optim.learning_rate", "did you mean 'optim.lr'?"),
-        ("lstm_moe_demo", "train.batch-size", "did you mean 'batch.samples'?"),
+        ("lstm_moe_demo", "train.batch-size", "did you mean 'batch.global_batch_size'?"),
         ("widenet_demo", "num_epochs", "did you mean 'steps'?"),
         ("widenet_text_demo", "vocab_size", "did you mean 'model.vocabulary_size'?"),
         ("lstm_moe_demo", "data.vocab_size", "did you mean 'data.vocabulary_size'?"),
@@ -57,7 +64,7 @@ def test_override_reaches_every_kind_of_field() -> None:
         ("lstm_moe_demo", "optim.wieght_decay", "did you mean 'optim.weight_decay'?"),
         # nothing near: the fields of its section, or all
         ("lstm_moe_demo", "data.path", "known: data.streamed, data.text, data.vocabulary_size"),
-        ("lstm_moe_demo", "foo", "known: batch.accumulation, batch.samples, "),
+        ("lstm_moe_demo", "foo", "known: async_save, baseline, batch.balance_loss_group_size, "),
     ],
 )
 def test_an_unknown_field_names_the_nearest(name: str, key: str, says: str) -> None:
@@ -95,16 +102,30 @@ def test_a_spoilt_json_is_refused(change: dict, says: str) -> None:
 
 
 def test_every_field_can_be_set() -> None:
-    assert {"mesh.ep", "model.moe.capacity_factor", "batch.accumulation", "wandb.mode", "ds_config", "zero"} <= set(
-        dotted_keys(tiny())
-    )
+    assert {
+        "mesh.ep",
+        "model.moe.capacity_factor",
+        "batch.grad_accum_steps",
+        "wandb.mode",
+        "ds_config",
+        "zero_stage",
+    } <= set(dotted_keys(tiny()))
 
 
 def test_layout_by_hand() -> None:
     # 24 samples, 2 micro-batches of 12 over 3 ranks of 4: rank 1 has 4..7 of the first and 16..19 of the second
-    layout = Layout(world=3, samples=24, accumulation=2, samples_per_balance_group=12, samples_per_token_group=1)
-    assert [list(layout.my_samples(micro, 1)) for micro in (0, 1)] == [[4, 5, 6, 7], [16, 17, 18, 19]]
-    held = [s for micro in (0, 1) for rank in range(3) for s in layout.my_samples(micro, rank)]
+    layout = BatchLayout(
+        world=3,
+        global_batch_size=24,
+        grad_accum_steps=2,
+        balance_loss_group_size=12,
+        capacity_group_size=1,
+    )
+    assert [list(layout.local_samples(micro, 1)) for micro in (0, 1)] == [
+        [4, 5, 6, 7],
+        [16, 17, 18, 19],
+    ]
+    held = [s for micro in (0, 1) for rank in range(3) for s in layout.local_samples(micro, rank)]
     assert held == list(range(24)), "the global order, each sample once"
 
 
@@ -133,25 +154,26 @@ def test_layout_by_hand() -> None:
 )  # Table 7
 def test_parameters_and_ops_are_the_papers(name: str, parameters: float, ops: float) -> None:
     config = papers.get(name)
-    count = counts(TASKS[config.task].plain_model(config), config)
+    count = count_params_and_flops(TASKS[config.task].build_model(config), config)
     assert count["parameters_without_embedding_and_softmax"] == pytest.approx(parameters, rel=0.01)
     assert count["ops_per_timestep"] == pytest.approx(ops, rel=0.01)
 
 
 def test_demo_and_its_baseline_have_equal_ops_and_differ_in_the_middle_alone() -> None:
     moe, wide = papers.get("lstm_moe_demo"), papers.get("lstm_wide_demo")
-    assert moe.model.moe.k * moe.model.moe.hidden == wide.model.ffn_hidden
-    same = {"name": "", "compare": None, "model": Config("").model}
+    assert moe.model.moe.k * moe.model.moe.expert_hidden_dim == wide.model.ffn_hidden_dim
+    same = {"name": "", "baseline": None, "model": Config("").model}
     assert dataclasses.replace(moe, **same) == dataclasses.replace(wide, **same)  # type: ignore[arg-type]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     """As `| head -c 1` does; what a run prints later is left out, and the run goes on."""
-    command = (
-        f"{sys.executable} -c 'from moe_dist.training.args import say; say(str(0) * 100_000); say(str(1) * 100_000)'"
-    )
+    command = f"{sys.executable} -c 'from moe_dist.monitoring.console import print_on_main as say; say(str(0) * 100_000); say(str(1) * 100_000)'"
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command} | head -c 1"], capture_output=True, text=True, cwd=ROOT
+        ["bash", "-c", f"set -o pipefail; {command} | head -c 1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "0", "")
 
@@ -159,10 +181,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 def test_list_and_dry_run() -> None:
     listed = train("--list")
     assert listed.returncode == 0 and all(name in listed.stdout for name in papers.CONFIGS)
-    dry = train("moe_256_h", "--dry-run", "--json", "--set", "batch.samples=64")
+    dry = train("moe_256_h", "--dry-run", "--json", "--set", "batch.global_batch_size=64")
     assert dry.returncode == 0
     said = json.loads(dry.stdout)
-    assert (said["world"], said["samples"]) == (1, 64)
+    assert (said["world"], said["global_batch_size"]) == (1, 64)
     # experts 256 x 2 x 512 x 1024, LSTMs 2 x (8 x 512 x 512 + 8 x 512), primary gate 2 x 512 x 16, others 16 times that
     parameters = 268_435_456 + 4_202_496 + 16_384 + 262_144
     assert said["parameters_without_embedding_and_softmax"] == parameters
@@ -171,8 +193,10 @@ def test_list_and_dry_run() -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tmp_path: Path) -> None:
-    more = [f"data.text={small_text}", "eval_every=10", "report=true", "wandb.mode=offline"]
+def test_a_run_leaves_what_it_promises_and_can_be_evaluated(
+    small_text: Path, tmp_path: Path
+) -> None:
+    more = [f"data.text={small_text}", "eval_every=10", "write_report=true", "wandb.mode=offline"]
     sets = [part for s in [*TINY, *more] for part in ("--set", s)]
     run = tmp_path / "run"
     done = train("lstm_moe_demo", "--folder", str(run), *sets, timeout=100)
@@ -182,7 +206,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
     assert json.loads((run / "layout.json").read_text())["world"] == 1
     assert "<h1>run</h1>" in (run / "report.html").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # at most (w_importance + w_load) x CV² of one expert for all, which is num_experts - 1
+    # at most (importance_loss_weight + load_loss_weight) x CV² of one expert for all, which is num_experts - 1
     assert lines[0]["tflops_per_device"] > 0
     assert 0 < lines[0]["train/balance_loss"] < 0.2 * 7
     assert lines[0]["moe/middle/dead_experts"] == lines[0]["moe/middle/load"].count(0)
@@ -192,9 +216,10 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
         len(lines[0]["moe/middle/load"]) == 8 and sum(lines[0]["moe/middle/load"]) == 8 * 6 * 2
     )  # samples x words x k
     run_id, config, history = wandb_log(run)
-    assert run_id == checkpoint_format.read_state(manifest.checkpoints(run)[-1])["wandb_id"]
+    assert run_id == checkpoint_format.read_state(manifest.require_checkpoints(run)[-1])["wandb_id"]
     assert {key: config[key] for key in ("model", "optim", "batch")} == {
-        key: json.loads((run / "config.json").read_text())[key] for key in ("model", "optim", "batch")
+        key: json.loads((run / "config.json").read_text())[key]
+        for key in ("model", "optim", "batch")
     }
     assert [line["train/loss"] for line in history] == losses
     assert [line["valid/loss"] for line in history if "valid/loss" in line] == [
@@ -208,10 +233,14 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(small_text: Path, tm
     again = train("--evaluate", str(run))
     assert again.returncode == 0, again.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("test perplexity")]
-    assert said == [line for line in again.stdout.splitlines() if line.startswith("test perplexity")]
+    assert said == [
+        line for line in again.stdout.splitlines() if line.startswith("test perplexity")
+    ]
     assert sorted(run.rglob("*")) == before, "evaluation writes nothing"
     wrong = train("--resume", str(run), "--set", "steps=40", "--set", "model.dim=32")
     assert wrong.returncode == 2 and "--set model.dim" in wrong.stderr
-    assert from_json((run / "config.json").read_text()) == tiny(*more), "a refused resume changes nothing"
+    assert from_json((run / "config.json").read_text()) == tiny(*more), (
+        "a refused resume changes nothing"
+    )
     taken = train("lstm_moe_demo", "--folder", str(run))
     assert taken.returncode == 2 and "holds a run already" in taken.stderr

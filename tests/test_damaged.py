@@ -62,4 +62,6 @@ def test_an_archive_of_archives_ends(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
             archive.writestr("x.zip" if _ else "x.txt", content)
         content = (tmp_path / "x.zip").read_bytes()
-    assert sum(len(list(lines)) for lines in open_text(str(tmp_path / "x.zip"), True).values()) == 30
+    assert (
+        sum(len(list(lines)) for lines in open_text(str(tmp_path / "x.zip"), True).values()) == 30
+    )

@@ -29,11 +29,11 @@ def test_a_demo_is_beside_kept_runs_of_the_same_data_and_steps(name: str) -> Non
     """Else it would say that they are not comparable; and the README has their means."""
     config, kept = get(name), json.loads((RESULTS / f"{name}.json").read_text())
     task = task_of(config)
-    assert config.compare == f"experiments/results/{name}.json"
-    assert json.loads(json.dumps(task.given(config))) == kept["given"]
+    assert config.baseline == f"experiments/results/{name}.json"
+    assert json.loads(json.dumps(task.comparison_key(config))) == kept["given"]
     assert name in kept["arms"] and len(kept["arms"]) == 2
     for arm in kept["arms"].values():
-        values = arm[f"test_{task.headline}"]
+        values = arm[f"test_{task.primary_metric}"]
         mean = sum(values) / len(values)
-        told = f"{100 * mean:.1f}" if task.headline == "accuracy" else f"{mean:.2f}"
+        told = f"{100 * mean:.1f}" if task.primary_metric == "accuracy" else f"{mean:.2f}"
         assert f"| {told} |" in (ROOT / "README.md").read_text().replace("**", "")

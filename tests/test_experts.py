@@ -15,39 +15,52 @@ import torch
 from moe_dist.moe.experts import Experts, GeluExperts, grouped_matmul
 from moe_dist.moe.kernels import cpu_ffn, grouped_mm
 from moe_dist.moe.kernels import select as kernel_select
-from moe_dist.moe.routing import Routing, route
+from moe_dist.moe.routing import Routing, build_routing
 from moe_dist.nn import prng
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 T, D, F, E, K = 40, 8, 64, 7, 3
 Told = dict[str, torch.Tensor]
-NOWHERE = Context(*(torch.zeros(T, dtype=t) for t in (torch.int64, torch.int64, torch.bool)), 0, 1, True, 0, T, T, 1)
+NOWHERE = TokenContext(
+    *(torch.zeros(T, dtype=t) for t in (torch.int64, torch.int64, torch.bool)),
+    0,
+    1,
+    True,
+    0,
+    T,
+    T,
+    1,
+)
 
 
 class Fast(Experts):
     """At any size."""
 
-    def _fast(
-        self, num_rows: int, x_TD: torch.Tensor, on: kernel_select.On | None, *_: Any
+    def _select_kernel(
+        self, num_rows: int, x_TD: torch.Tensor, relu_mask: kernel_select.ReluMask | None, *_: Any
     ) -> kernel_select.FeedForward:
-        return partial(cpu_ffn.feedforward, on=on)
+        return partial(cpu_ffn.feedforward, relu_mask=relu_mask)
 
 
 class Plain(Experts):
     """As on a device without a fast path, and where it is not worth it."""
 
-    def _fast(self, *_: Any) -> None:
+    def _select_kernel(self, *_: Any) -> None:
         return None
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_experts", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(
+        generator=prng.generator("test_experts", key)
+    )
 
 
 def choices(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts and weights (T, K). `ragged`: experts 2 and 5 get nothing, expert 0 a third of all; some weights are zero
     or below. `dropped`: besides, half of the tokens go nowhere. `nothing`: all."""
-    expert_TK = torch.stack([torch.zeros(T), 1 + 2 * (torch.arange(T) % 2), torch.full((T,), 4)], 1).long()
+    expert_TK = torch.stack(
+        [torch.zeros(T), 1 + 2 * (torch.arange(T) % 2), torch.full((T,), 4)], 1
+    ).long()
     expert_TK[::7, 2] = 6
     gate_TK = drawn(T, K, key="gate").abs()
     gate_TK[3, 0], gate_TK[5, 1] = 0, -0.5
@@ -78,7 +91,9 @@ def expected(kind: str) -> Told:
         for k in range(K):
             if kept(kind)[t, k]:
                 i = expert_TK[t, k]
-                y_D = y_D + leaf["gate"][t, k] * (torch.relu(leaf["x"][t] @ leaf["w1"][i]) @ leaf["w2"][i])
+                y_D = y_D + leaf["gate"][t, k] * (
+                    torch.relu(leaf["x"][t] @ leaf["w1"][i]) @ leaf["w2"][i]
+                )
         rows.append(y_D)
     return told(torch.stack(rows), leaf)
 
@@ -90,17 +105,25 @@ def told(y_TD: torch.Tensor, leaf: Told) -> Told:
     return {"y": y_TD.detach()} | grads
 
 
-def ours(kind: str, cls: type[Experts], dtype: torch.dtype, recompute: bool = False, units_on: bool = False) -> Told:
+def ours(
+    kind: str,
+    cls: type[Experts],
+    dtype: torch.dtype,
+    recompute: bool = False,
+    units_on: bool = False,
+) -> Told:
     """`units_on`: the sign is decided from outside."""
     leaf = {name: t.detach().to(dtype) for name, t in leaves().items()}
-    leaf["gate"] = leaves()["gate"].detach().to(torch.promote_types(dtype, torch.float32))  # as gates give it
+    leaf["gate"] = (
+        leaves()["gate"].detach().to(torch.promote_types(dtype, torch.float32))
+    )  # as gates give it
     experts = cls(E, D, F, recompute).to(dtype)
     experts.w1_eDF, experts.w2_eFD = (torch.nn.Parameter(leaf[name]) for name in ("w1", "w2"))
     leaf |= {"x": leaf["x"].requires_grad_(), "gate": leaf["gate"].requires_grad_()}
     leaf |= {"w1": experts.w1_eDF, "w2": experts.w2_eFD}
     if units_on:
-        experts.on = lambda h_RF, which, ctx_R: h_RF > 0
-    routing = route(choices(kind)[0], leaf["gate"], kept(kind), E)
+        experts.relu_mask_override = lambda h_RF, which, ctx_R: h_RF > 0
+    routing = build_routing(choices(kind)[0], leaf["gate"], kept(kind), E)
     return told(experts(leaf["x"], routing, NOWHERE)[0], leaf)
 
 
@@ -115,12 +138,21 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("cls", [Fast, Plain])
 @pytest.mark.parametrize("kind", ["ragged", "dropped", "nothing"])
-def test_output_and_gradients_are_those_of_a_loop(kind: str, cls: type[Experts], threads: None) -> None:
+def test_output_and_gradients_are_those_of_a_loop(
+    kind: str, cls: type[Experts], threads: None
+) -> None:
     right = expected(kind)
-    for options in ({}, {"recompute": True}, {"units_on": True}, {"recompute": True, "units_on": True}):
+    for options in (
+        {},
+        {"recompute": True},
+        {"units_on": True},
+        {"recompute": True, "units_on": True},
+    ):
         actual = ours(kind, cls, torch.float64, **options)
         for name, wanted in right.items():
-            torch.testing.assert_close(actual[name], wanted, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                actual[name], wanted, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
     if kind == "nothing":
         assert not any(t.any() for t in right.values())
 
@@ -141,7 +173,7 @@ def test_inference_mode_is_that_of_all_threads(cls: type[Experts], threads: None
     with torch.no_grad():
         for p, key in zip(experts.parameters(), ("w1", "w2"), strict=True):
             p.copy_(leaves()[key])
-    routing = route(choices("ragged")[0], choices("ragged")[1], kept("ragged"), E)
+    routing = build_routing(choices("ragged")[0], choices("ragged")[1], kept("ragged"), E)
     with torch.inference_mode():
         y_TD, _ = experts(x_TD, routing, NOWHERE)
     torch.testing.assert_close(y_TD.clone(), expected("ragged")["y"], rtol=1e-12, atol=1e-12)
@@ -162,7 +194,7 @@ def test_torchs_own_grouped_matmul_gives_the_same(monkeypatch: pytest.MonkeyPatc
     count_e = torch.tensor([100, 0, 7, 193, 0])
     results: list[list[torch.Tensor]] = []
     for native in (False, True):
-        monkeypatch.setattr(grouped_mm, "native", lambda *_, native=native: native)
+        monkeypatch.setattr(grouped_mm, "has_grouped_mm", lambda *_, native=native: native)
         x_RD, w_eDF = drawn(300, 64, key="x").bfloat16(), drawn(5, 64, 128, key="w").bfloat16()
         x_RD, w_eDF = x_RD.requires_grad_(), w_eDF.requires_grad_()
         y_RF = grouped_matmul(x_RD, w_eDF, count_e)
@@ -170,7 +202,9 @@ def test_torchs_own_grouped_matmul_gives_the_same(monkeypatch: pytest.MonkeyPatc
         assert x_RD.grad is not None and w_eDF.grad is not None
         results.append([y_RF.detach(), x_RD.grad, w_eDF.grad])
     for portable, own in zip(*results, strict=True):
-        assert (portable - own).float().norm() < 0.005 * portable.float().norm()  # each element rounded by 2^-8
+        assert (
+            portable - own
+        ).float().norm() < 0.005 * portable.float().norm()  # each element rounded by 2^-8
     assert not results[1][2][1].any(), "an expert without rows has a zero gradient"
 
 
@@ -179,8 +213,10 @@ def test_no_tokens_at_all() -> None:
         experts = cls(E, D, F)
         x_TD = torch.zeros(0, D, requires_grad=True)
         nothing = torch.zeros(0, dtype=torch.int64)
-        routing = Routing(nothing, torch.zeros(0, requires_grad=True), torch.zeros(E, dtype=torch.int64))
-        y_TD, _ = experts(x_TD, routing, NOWHERE.rows(nothing))
+        routing = Routing(
+            nothing, torch.zeros(0, requires_grad=True), torch.zeros(E, dtype=torch.int64)
+        )
+        y_TD, _ = experts(x_TD, routing, NOWHERE.select(nothing))
         y_TD.sum().backward()
         assert y_TD.shape == (0, D)
         assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
@@ -194,12 +230,15 @@ def test_signs_from_outside_decide() -> None:
         with torch.no_grad():
             experts.w1_eDF.copy_(torch.tensor([[[-2.0, 3.0]]]))
             experts.w2_eFD.copy_(torch.tensor([[[5.0], [7.0]]]))
-        experts.on = lambda h_RF, which, ctx_R: torch.tensor([[True, False]])
+        experts.relu_mask_override = lambda h_RF, which, ctx_R: torch.tensor([[True, False]])
         x = torch.ones(1, 1, requires_grad=True)
         y, _ = experts(x, Routing(torch.tensor([0]), torch.ones(1), torch.tensor([1])), NOWHERE)
         y.sum().backward()
         assert y.item() == -10 and x.grad is not None and x.grad.item() == -10
-        assert [p.grad is not None and p.grad.flatten().tolist() for p in experts.parameters()] == [[5, 0], [-2, 0]]
+        assert [p.grad is not None and p.grad.flatten().tolist() for p in experts.parameters()] == [
+            [5, 0],
+            [-2, 0],
+        ]
 
 
 @pytest.mark.parametrize("cls", [Fast, Plain, GeluExperts])
@@ -213,7 +252,7 @@ def test_recompute_keeps_nothing_of_the_hidden_size(cls: type[Experts]) -> None:
             return t
 
         x_TD, (expert_TK, gate_TK) = drawn(T, D, key="x").float(), choices("ragged")
-        routing = route(expert_TK, gate_TK.float(), kept("ragged"), E)
+        routing = build_routing(expert_TK, gate_TK.float(), kept("ragged"), E)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             experts(x_TD, routing, NOWHERE)
         numbers.append(sum(sizes))
@@ -225,7 +264,7 @@ def test_the_fast_path_is_taken_where_an_expert_has_much_to_do() -> None:
 
     def is_fast(experts: Experts, num_rows: int, num_experts: int = 4) -> bool:
         weights = (w[:num_experts] for w in experts.parameters())
-        return experts._fast(num_rows, torch.zeros(40, 8), None, *weights) is not None
+        return experts._select_kernel(num_rows, torch.zeros(40, 8), None, *weights) is not None
 
     experts = Experts(4, 8, 64)
     assert [is_fast(experts, n) for n in (0, 2047, 2048, 10000)] == [False, False, True, True]

@@ -15,23 +15,23 @@ from runs import TINY, Run, tiny, tiny_images, tiny_pretraining, tiny_sentences
 
 from experiments import faults
 from experiments.elastic import losses
-from moe_dist.checkpoint.manifest import found
+from moe_dist.checkpoint.manifest import list_checkpoints
 from moe_dist.config.overrides import override
-from moe_dist.config.validate import check
+from moe_dist.config.validate import check_config
 from moe_dist.distributed import flight_recorder, launch_env, rendezvous_port
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.flight_recorder import WIDTH
+from moe_dist.distributed.flight_recorder import RECORD_WIDTH
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring.metrics_file import read_metrics
-from moe_dist.tasks.data_fit import Fit
+from moe_dist.tasks.data_fit import DataFit
 from moe_dist.tasks.image_classification import ImageClassification
 from moe_dist.tasks.language_model import LanguageModel
-from moe_dist.tasks.masked_lm import PretrainingTask
+from moe_dist.tasks.masked_lm import MaskedLM
 from moe_dist.tasks.question_answering import QuestionAnswering
-from moe_dist.tasks.text_base import Texts
+from moe_dist.tasks.text_base import TextTask
 from moe_dist.tasks.text_classification import TextClassification
 from moe_dist.training import fault_injection
-from moe_dist.training.nan_detector import divergence
+from moe_dist.training.nan_detector import divergence_reason
 from moe_dist.training.setup import train_step
 
 
@@ -41,12 +41,20 @@ def two_ranks(folder: Path, text: Path, *sets: str) -> list[subprocess.Popen[str
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(rendezvous_port.free()),
+        "MASTER_PORT": str(rendezvous_port.find_free_port()),
     }
-    fault = ("chaos.rank=1", "chaos.step=3", *sets)
+    fault = ("fault_injection.rank=1", "fault_injection.step=3", *sets)
     sets = (*TINY, "steps=6", "save_every=2", "mesh.ep=2", f"data.text={text}", *fault)
     return [
-        start("lstm_moe_demo", "--folder", str(folder), *set_(*sets), RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        start(
+            "lstm_moe_demo",
+            "--folder",
+            str(folder),
+            *set_(*sets),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **world,
+        )
         for rank in range(2)
     ]
 
@@ -58,10 +66,18 @@ def told(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
 
 
 @pytest.mark.timeout(120)
-def test_a_stopped_rank_is_named_with_layer_direction_and_rows(small_text: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_with_layer_direction_and_rows(
+    small_text: Path, tmp_path: Path
+) -> None:
     """Within patience and 5 seconds, by a rank that ends; its record has the call and how long others waited."""
     run = tmp_path / "run"
-    other, stopped = two_ranks(run, small_text, "chaos.fault=stop", "chaos.phase=dispatch", "mesh.patience=4")
+    other, stopped = two_ranks(
+        run,
+        small_text,
+        "fault_injection.fault=stop",
+        "fault_injection.phase=dispatch",
+        "mesh.timeout_s=4",
+    )
     try:
         status, (warning, error) = told(other)
     finally:
@@ -72,22 +88,41 @@ def test_a_stopped_rank_is_named_with_layer_direction_and_rows(small_text: Path,
         r"(?:warning|error on rank 0): has waited for (\d+) s in dispatch of middle \(site 2\), step 3: "
         rf"rank 1 \((\d+) rows to it, (\d+) from it\): stopped or dead \(see {run}/calls\)"
     )
-    (after, _, _), (waited, out, back) = (map(int, named.fullmatch(line).groups()) for line in (warning, error))  # type: ignore[union-attr]
+    (after, _, _), (waited, out, back) = (
+        map(int, named.fullmatch(line).groups()) for line in (warning, error)
+    )  # type: ignore[union-attr]
     assert 2 <= after < 4 <= waited <= 4 + 5
     mine, theirs = ((run / "calls" / f"rank0000{rank}.txt").read_text() for rank in range(2))
-    assert {len(line) for line in mine.splitlines()} == {WIDTH - 1} and ", ended, in forward" in mine
+    assert {len(line) for line in mine.splitlines()} == {
+        RECORD_WIDTH - 1
+    } and ", ended, in forward" in mine
     # 4 lanes x 6 words x 2 experts = 48 rows of each rank
     # rows and their weights are on their way, as many of each
-    calls = re.findall(r"dispatch of middle .site 2., step 3, (\d+) rows out, (\d+) in: begun", mine)
+    calls = re.findall(
+        r"dispatch of middle .site 2., step 3, (\d+) rows out, (\d+) in: begun", mine
+    )
     ((mine_out, mine_in),) = set(calls)
-    assert mine_out == "48" and int(mine_in) == 48 - out + back  # rows to itself, and from the stopped one
-    assert "counts of middle (site 2), step 3" in theirs and "dispatch of middle (site 2), step 3" not in theirs
-    assert read_metrics(run)[-1]["step"] == 2 and [path.name for path in found(run)] == ["step_00000002"]
+    assert (
+        mine_out == "48" and int(mine_in) == 48 - out + back
+    )  # rows to itself, and from the stopped one
+    assert (
+        "counts of middle (site 2), step 3" in theirs
+        and "dispatch of middle (site 2), step 3" not in theirs
+    )
+    assert read_metrics(run)[-1]["step"] == 2 and [path.name for path in list_checkpoints(run)] == [
+        "step_00000002"
+    ]
 
 
 @pytest.mark.timeout(120)
 def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
-    other, dead = two_ranks(tmp_path, small_text, "chaos.fault=kill", "chaos.phase=forward", "mesh.patience=600")
+    other, dead = two_ranks(
+        tmp_path,
+        small_text,
+        "fault_injection.fault=kill",
+        "fault_injection.phase=forward",
+        "mesh.timeout_s=600",
+    )
     status, (error,) = told(other)
     assert status == 1 and dead.wait() == -9 and dead.communicate()
     where = r"lost another rank in counts of middle \(site 2\), step 3: rank 1: stopped or dead \(see .*/calls\): \w"
@@ -97,8 +132,15 @@ def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path) -> None:
     """Alive, so nobody calls it dead; and who was late changes nothing."""
-    late = ("chaos.fault=delay", "chaos.phase=forward", "chaos.seconds=5", "mesh.patience=6")
-    statuses, warnings = zip(*map(told, two_ranks(tmp_path / "late", small_text, *late)), strict=True)
+    late = (
+        "fault_injection.fault=delay",
+        "fault_injection.phase=forward",
+        "fault_injection.seconds=5",
+        "mesh.timeout_s=6",
+    )
+    statuses, warnings = zip(
+        *map(told, two_ranks(tmp_path / "late", small_text, *late)), strict=True
+    )
     assert statuses == (0, 0)
     (warning,) = [line for line in warnings[0] if "waited" in line]
     assert " in counts of middle (site 2), step 3: rank 1, late in forward (see" in warning
@@ -112,8 +154,14 @@ def test_a_rank_that_others_wait_for_in_a_sum_of_deepspeed_is_named(
     zero: int, small_text: Path, tmp_path: Path
 ) -> None:
     """Nothing is exchanged between these two: only DeepSpeed has them wait for each other."""
-    late = ("mesh.ep=1", f"zero={zero}", "chaos.fault=delay", "chaos.phase=backward", "chaos.seconds=60")
-    other, slow = two_ranks(tmp_path, small_text, *late, "mesh.patience=4")
+    late = (
+        "mesh.ep=1",
+        f"zero_stage={zero}",
+        "fault_injection.fault=delay",
+        "fault_injection.phase=backward",
+        "fault_injection.seconds=60",
+    )
+    other, slow = two_ranks(tmp_path, small_text, *late, "mesh.timeout_s=4")
     try:
         status, (_, error) = told(other)
     finally:
@@ -125,7 +173,7 @@ def test_a_rank_that_others_wait_for_in_a_sum_of_deepspeed_is_named(
 
 def unbroken(*sets: str) -> list[float]:
     """Losses of the steps of a config."""
-    meshes.join()
+    meshes.init_process_group()
     config = tiny(*sets)
     return Run(config).steps(0, config.steps).losses
 
@@ -134,55 +182,69 @@ def unbroken(*sets: str) -> list[float]:
 def test_not_a_number_is_skipped_and_told_with_its_layer(small_text: Path, tmp_path: Path) -> None:
     """On two ranks and on one; what it was never began. A gradient, too; and too many in a row are the end."""
     for world in (1, 2):
-        for seen in run_distributed(not_a_number, world, str(small_text), tmp_path / str(world), timeout=100):
+        for seen in run_distributed(
+            not_a_number, world, str(small_text), tmp_path / str(world), timeout=100
+        ):
             rank = world - 1
             assert seen == {
                 "input": f"step 2: the output of lstm1 is not finite (rank {rank})",
                 "gradient": "step 4: the gradient of lstm2's output is not finite (rank 0)",
                 "weights": "step 5: a gradient of weights is not finite, though what all layers give out is",
-                "updates": 5 - 3, "unchanged": True, "then": True,
+                "updates": 5 - 3,
+                "unchanged": True,
+                "then": True,
                 "end": "step 9: a gradient of weights is not finite, though what all layers give out is; 3 steps in a "
                 "row",
-            }  # fmt: skip
+            }
 
 
 def not_a_number(text: str, folder: Path) -> dict[str, Any]:
-    meshes.join()
+    meshes.init_process_group()
     folder.mkdir(exist_ok=True)
     rank = launch_env.world_size() - 1
-    sets = ("chaos.fault=nan", f"chaos.rank={rank}", "chaos.step=2", "optim.max_skipped=3", f"data.text={text}")
+    sets = (
+        "fault_injection.fault=nan",
+        f"fault_injection.rank={rank}",
+        "fault_injection.step=2",
+        "optim.max_consecutive_skipped_steps=3",
+        f"data.text={text}",
+    )
     run = Run(tiny(f"mesh.ep={rank + 1}", *sets))
-    fault_injection.make(run.training, folder)
+    fault_injection.inject(run.training, folder)
     seen: dict[str, Any] = {}
     before = run.steps(0, 1).weights()
     run.steps(1, 2)
-    seen["input"] = run.training.finite.read()["train/not_finite"]
+    seen["input"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
     seen["unchanged"] = all(torch.equal(before[key], t) for key, t in run.weights().items())
     run.steps(2, 3)
-    assert run.training.finite.read() == {} and all(map(math.isfinite, [*run.losses[2:], run.norms[2]]))
+    assert run.training.nan_detector.read_and_reset() == {} and all(
+        map(math.isfinite, [*run.losses[2:], run.norms[2]])
+    )
 
     def spoil(module: Any, args: Any, y: Any) -> None:
         if meshes.dist.get_rank() == 0:
             y[0].register_hook(lambda g: g * math.inf)
 
-    handle = dict(run.model.dense.named_modules())["lstm2"].register_forward_hook(spoil, prepend=True)
+    handle = dict(run.model.dense.named_modules())["lstm2"].register_forward_hook(
+        spoil, prepend=True
+    )
     run.steps(3, 4)
     handle.remove()
-    seen["gradient"] = run.training.finite.read()["train/not_finite"]
+    seen["gradient"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
     experts = next(iter(run.model.experts.values()))
     handle = experts.register_hook(lambda g: g * math.inf)
     run.steps(4, 5)
-    seen["weights"] = run.training.finite.read()["train/not_finite"]
+    seen["weights"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
     seen["updates"] = run.optimizer.updates
     handle.remove()
     run.steps(5, 6)
-    seen["then"] = run.training.finite.skipped == 0
+    seen["then"] = run.training.nan_detector.skipped == 0
     experts.register_hook(lambda g: g * math.inf)
     try:
         run.steps(6, 20)
     except FloatingPointError as error:
         seen["end"] = str(error).partition(" were skipped")[0]
-    meshes.stop()
+    meshes.shutdown()
     return seen
 
 
@@ -193,40 +255,71 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
         ({"train/loss": 3.0, "test/loss": math.inf}, 4.0, "test/loss is not finite"),
         ({"train/loss": 0.1, "test/loss": math.nan}, 0.0, "test/loss is not finite"),
         # 2 x 9 = 18 is more than 9 + 5
-        ({"train/loss": 18.1, "test/loss": 3.0}, 9.0, "train/loss is 18.1, and that of a uniform guess 9"),
-        ({"train/loss": 17.9, "test/loss": 89.0}, 9.0, ""),  # a little worse than a guess; learned by heart
-        ({"test/loss": 90.1, "test/perplexity": math.inf}, 9.0, "test/loss is 90.1, and that of a uniform guess 9"),
+        (
+            {"train/loss": 18.1, "test/loss": 3.0},
+            9.0,
+            "train/loss is 18.1, and that of a uniform guess 9",
+        ),
+        (
+            {"train/loss": 17.9, "test/loss": 89.0},
+            9.0,
+            "",
+        ),  # a little worse than a guess; learned by heart
+        (
+            {"test/loss": 90.1, "test/perplexity": math.inf},
+            9.0,
+            "test/loss is 90.1, and that of a uniform guess 9",
+        ),
         # a step of 4 texts, 2 classes: a confident 6 nats for one of them and 0 for three are 1.5
         ({"train/loss": 1.5, "test/loss": 2.0}, math.log(2), ""),
-        ({"train/loss": (20.0 + 0 + 0 + 0) / 4, "test/loss": 6.9}, math.log(2), ""),  # 0.69 + 5; 10 x 0.69
-        ({"train/loss": 5.7, "test/loss": 2.0}, math.log(2), "train/loss is 5.7, and that of a uniform guess 0.6931"),
+        (
+            {"train/loss": (20.0 + 0 + 0 + 0) / 4, "test/loss": 6.9},
+            math.log(2),
+            "",
+        ),  # 0.69 + 5; 10 x 0.69
+        (
+            {"train/loss": 5.7, "test/loss": 2.0},
+            math.log(2),
+            "train/loss is 5.7, and that of a uniform guess 0.6931",
+        ),
         ({"test/loss": 7.0}, math.log(2), "test/loss is 7, and that of a uniform guess 0.6931"),
-        ({"train/loss": 5e6}, math.log(300), "train/loss is 5e+06, and that of a uniform guess 5.704"),
+        (
+            {"train/loss": 5e6},
+            math.log(300),
+            "train/loss is 5e+06, and that of a uniform guess 5.704",
+        ),
         # scores whose labels are all 0, of which a guess of 0 is right
         ({"train/loss": 0.3, "test/loss": 4.9}, 0.0, ""),
-        ({"train/loss": 5.1, "test/loss": 0.1}, 0.0, "train/loss is 5.1, and that of a uniform guess 0"),
-        ({"train/loss": -0.1, "test/loss": 0.0}, 4.0, ""), ({}, 4.0, ""), ({}, 0.0, ""),
+        (
+            {"train/loss": 5.1, "test/loss": 0.1},
+            0.0,
+            "train/loss is 5.1, and that of a uniform guess 0",
+        ),
+        ({"train/loss": -0.1, "test/loss": 0.0}, 4.0, ""),
+        ({}, 4.0, ""),
+        ({}, 0.0, ""),
     ],
-)  # fmt: skip
+)
 def test_a_run_has_diverged_where_its_loss_is_far_above_a_guess(
     values: dict[str, float], uniform: float, says: str
 ) -> None:
-    assert divergence(values, uniform) == says
+    assert divergence_reason(values, uniform) == says
 
 
 @pytest.mark.parametrize(
     ("task", "config", "expected"),
     [
-        (LanguageModel, tiny(), math.log(300)), (ImageClassification, tiny_images(), math.log(10)),
-        (PretrainingTask, tiny_pretraining(), math.log(600) + math.log(2)),
+        (LanguageModel, tiny(), math.log(300)),
+        (ImageClassification, tiny_images(), math.log(10)),
+        (MaskedLM, tiny_pretraining(), math.log(600) + math.log(2)),
         (TextClassification, tiny_sentences("model.num_classes=1"), math.log(2)),
         (QuestionAnswering, tiny_pretraining(), math.log(24)),
     ],
-)  # fmt: skip
+)
 def test_each_task_has_the_loss_of_a_uniform_guess(task: Any, config: Any, expected: float) -> None:
     one = object.__new__(task)
-    if issubclass(task, Texts):
-        one.fit = Fit(config, ())
+    if issubclass(task, TextTask):
+        one.fit = DataFit(config, ())
     else:
         one.config = config
     assert one.uniform_loss == pytest.approx(expected)
@@ -242,17 +335,24 @@ def test_chaotic_routings_train_on_any_layout(small_text: Path) -> None:
         for each in others:
             assert each[0] == pytest.approx(plain[0], abs=1e-6)
             assert each[1] == plain[1]
-    ((_, load), *_) = run_distributed(spread_and_not, 2, str(small_text), "empty_rank", timeout=100)[0][1:]
+    ((_, load), *_) = run_distributed(
+        spread_and_not, 2, str(small_text), "empty_rank", timeout=100
+    )[0][1:]
     assert min(load[:4]) > 0 and load[4:] == [0] * 4
 
 
 def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
     """(losses, load of the last step) at ep 1, and ep 2 with each way of sending."""
-    meshes.join()
+    meshes.init_process_group()
     found_ = []
-    for sets in (["mesh.ep=1"], ["mesh.ep=2"], ["mesh.ep=2", "mesh.pieces=2"], ["mesh.ep=2", "mesh.exchange=once"]):
-        run = Run(tiny(*sets, f"chaos.routing={kind}", f"data.text={text}"))
-        fault_injection.make(run.training, Path("nowhere"))
+    for sets in (
+        ["mesh.ep=1"],
+        ["mesh.ep=2"],
+        ["mesh.ep=2", "mesh.overlap_chunks=2"],
+        ["mesh.ep=2", "mesh.dispatcher=dedup_rank"],
+    ):
+        run = Run(tiny(*sets, f"fault_injection.routing={kind}", f"data.text={text}"))
+        fault_injection.inject(run.training, Path("nowhere"))
         run.steps(0, 2)
         sums: Any = 0
         for _, values, stats in train_step(run.training, 3):
@@ -261,17 +361,25 @@ def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
         run.losses.append(sums.item())
         meshes.dist.all_reduce(load_E)
         found_.append((run.losses, load_E.tolist()))
-    meshes.stop()
+    meshes.shutdown()
     return found_
 
 
 @pytest.mark.parametrize(
-    "sets", ["chaos.fault=murder", "chaos.phase=lunch", "chaos.routing=all", "chaos.rank=-1", "chaos.step=0",
-             "mesh.patience=0", "optim.max_skipped=0"]
-)  # fmt: skip
+    "sets",
+    [
+        "fault_injection.fault=murder",
+        "fault_injection.phase=lunch",
+        "fault_injection.routing=all",
+        "fault_injection.rank=-1",
+        "fault_injection.step=0",
+        "mesh.timeout_s=0",
+        "optim.max_consecutive_skipped_steps=0",
+    ],
+)
 def test_what_chaos_cannot_be_is_named(sets: str) -> None:
     with pytest.raises(ValueError, match=sets.partition("=")[0]):
-        check(tiny(sets))
+        check_config(tiny(sets))
 
 
 @pytest.mark.timeout(120)
@@ -279,31 +387,45 @@ def test_what_cannot_happen_is_refused(small_text: Path, tmp_path: Path) -> None
     """In 30 steps of one process that is not torchrun's: it would look like survived."""
     assert run_distributed(refusals, 1, str(small_text), tmp_path) == [
         [
-            "chaos.rank=1: ranks are 0 to 0",
-            "chaos.step=31: the run has 30",
-            "chaos.phase='dispatch': nothing is exchanged on one expert-parallel rank; --set mesh.ep",
-            "chaos.step=3: a checkpoint is saved at multiples of save_every=2",
-            "chaos.step=3: evaluations are at multiples of eval_every=2",
-            "chaos.step=3: the phase 'report' follows the last step, 30",
-            "chaos.fault='kill_agent': this process was not started by torchrun",
+            "fault_injection.rank=1: ranks are 0 to 0",
+            "fault_injection.step=31: the run has 30",
+            "fault_injection.phase='dispatch': nothing is exchanged on one expert-parallel rank; --set mesh.ep",
+            "fault_injection.step=3: a checkpoint is saved at multiples of save_every=2",
+            "fault_injection.step=3: evaluations are at multiples of eval_every=2",
+            "fault_injection.step=3: the phase 'report' follows the last step, 30",
+            "fault_injection.fault='kill_agent': this process was not started by torchrun",
         ]
     ]
 
 
 def refusals(text: str, folder: Path) -> list[str]:
-    meshes.join()
-    sets = ["chaos.rank=1", "chaos.step=31", "chaos.phase=dispatch", "chaos.phase=save", "chaos.phase=evaluation"]
-    sets += ["chaos.phase=report", "chaos.fault=kill_agent"]
+    meshes.init_process_group()
+    sets = [
+        "fault_injection.rank=1",
+        "fault_injection.step=31",
+        "fault_injection.phase=dispatch",
+        "fault_injection.phase=save",
+        "fault_injection.phase=evaluation",
+    ]
+    sets += ["fault_injection.phase=report", "fault_injection.fault=kill_agent"]
     training = Run(tiny("steps=30", "save_every=2", "eval_every=2", f"data.text={text}")).training
     told = []
     for each in sets:
-        more = ["chaos.fault=kill", "chaos.step=3", "chaos.phase=forward", each]
-        config = override(training.config, ["chaos.rank=0", *more])
+        more = [
+            "fault_injection.fault=kill",
+            "fault_injection.step=3",
+            "fault_injection.phase=forward",
+            each,
+        ]
+        config = override(training.config, ["fault_injection.rank=0", *more])
         with pytest.raises(ValueError) as error:
-            fault_injection.make(dataclasses.replace(training, config=config), folder)
+            fault_injection.inject(dataclasses.replace(training, config=config), folder)
         told.append(str(error.value))
-    config = override(training.config, ["chaos.fault=kill", "chaos.rank=1", "chaos.step=3"])
-    fault_injection.make(
+    config = override(
+        training.config,
+        ["fault_injection.fault=kill", "fault_injection.rank=1", "fault_injection.step=3"],
+    )
+    fault_injection.inject(
         dataclasses.replace(training, config=config), folder, begins=False
     )  # it goes on, on fewer ranks
     return told
@@ -315,22 +437,33 @@ def test_who_is_kept_from_writing_is_not_dead_where_nobody_waits(
 ) -> None:
     """Patience of 1.6 s, in which all are asked after 0.8 and 1.6, for 0.4 each. One that writes nothing from 1.3 on
     for 0.9 s is well; one that writes nothing at all is not. What it wrote when it was last started is nothing."""
-    monkeypatch.setattr(flight_recorder, "BEAT", 0.1)
+    monkeypatch.setattr(flight_recorder, "HEARTBEAT_S", 0.1)
     ended: list[str] = []
-    monkeypatch.setattr(flight_recorder.Record, "_end", lambda self, told: ended.append(told))
+    monkeypatch.setattr(
+        flight_recorder.FlightRecorder, "_end", lambda self, told: ended.append(told)
+    )
     (tmp_path / "calls").mkdir()
-    (tmp_path / "calls" / "rank00001.txt").write_text("line 9, 7 calls begun, in step, long ago; rank 1 of 3\n")
-    other, start, put = flight_recorder.Record(2, 3), time.perf_counter(), flight_recorder.Record._put
+    (tmp_path / "calls" / "rank00001.txt").write_text(
+        "line 9, 7 calls begun, in step, long ago; rank 1 of 3\n"
+    )
+    other, start, put = (
+        flight_recorder.FlightRecorder(2, 3),
+        time.perf_counter(),
+        flight_recorder.FlightRecorder._put,
+    )
     stall = 0.9 if len(stalls) == 1 else 5.0
 
-    def slow(self: flight_recorder.Record, line: int, text: str) -> None:
+    def slow(self: flight_recorder.FlightRecorder, line: int, text: str) -> None:
         passed = time.perf_counter() - start
         if self is other and stalls[0] <= passed < stalls[0] + stall:
             time.sleep(stalls[0] + stall - passed)
         put(self, line, text)
 
-    monkeypatch.setattr(flight_recorder.Record, "_put", slow)
-    with other.kept(tmp_path, 600), flight_recorder.Record(0, 3).kept(tmp_path, 1.6):
+    monkeypatch.setattr(flight_recorder.FlightRecorder, "_put", slow)
+    with (
+        other.recording(tmp_path, 600),
+        flight_recorder.FlightRecorder(0, 3).recording(tmp_path, 1.6),
+    ):
         time.sleep(3)
     assert bool(ended) == (stall > 1) and all("rank 2: stopped or dead" in each for each in ended)
 
@@ -338,39 +471,59 @@ def test_who_is_kept_from_writing_is_not_dead_where_nobody_waits(
 @pytest.mark.timeout(300)
 def test_a_killed_rank_and_a_killed_agent_are_survived(small_text: Path, tmp_path: Path) -> None:
     """`experiments/faults.py` in short: the losses of an unbroken run, from the newest checkpoint on."""
-    sets = (*TINY, *faults.SETS, "report=false", "wandb.mode=off", f"data.text={small_text}")
+    sets = (*TINY, *faults.SETS, "write_report=false", "wandb.mode=off", f"data.text={small_text}")
     (found_,) = run_distributed(unbroken, 1, *sets)
     whole = dict(enumerate(found_, 1))
     assert len(whole) == faults.STEPS
-    for fault in (faults.Fault("kill", 1, 13, "dispatch"), faults.Fault("kill_agent", 0, 15, "save")):
+    for fault in (
+        faults.Fault("kill", 1, 13, "dispatch"),
+        faults.Fault("kill_agent", 0, 15, "save"),
+    ):
         outcome = faults.survive(fault, tmp_path / fault.fault, whole, "lstm_moe_demo", *sets)
         log = (tmp_path / f"{fault.fault}.log").read_text()
         assert outcome.holds and outcome.after == 10, f"{outcome}\n{log}"
-    assert "the agent ended with status 137; starting it again (1 left)" in (tmp_path / "kill_agent.log").read_text()
+    assert (
+        "the agent ended with status 137; starting it again (1 left)"
+        in (tmp_path / "kill_agent.log").read_text()
+    )
 
 
 def test_faults_are_of_every_kind() -> None:
     drawn = faults.draw(30)
-    assert {fault.fault for fault in drawn} == set(faults.FAULTS) and {fault.rank for fault in drawn} == {0, 1}
+    assert {fault.fault for fault in drawn} == set(faults.FAULTS) and {
+        fault.rank for fault in drawn
+    } == {0, 1}
     assert {fault.phase for fault in drawn} == set(faults.PHASES)
     assert all(1 <= fault.step <= faults.STEPS for fault in drawn) and drawn == faults.draw(30)
     assert all(fault.step == faults.STEPS for fault in drawn if fault.phase in faults.AT_THE_END)
     # the newest whole checkpoint before step 11, of those at 5, 10, ...; one that dies in a save has not got it
-    assert faults.Fault("kill", 0, 11, "step").whole == 10 == faults.Fault("kill", 0, 15, "save").whole
+    assert (
+        faults.Fault("kill", 0, 11, "step").whole == 10 == faults.Fault("kill", 0, 15, "save").whole
+    )
 
 
 @pytest.mark.parametrize(
     ("fault", "after", "holds"),
     [
-        (("kill", 0, 11, "step"), 10, True), (("kill", 0, 11, "step"), 5, False), (("kill", 0, 9, "step"), None, False),
-        (("kill", 0, 11, "step", 0.5), 15, True), (("terminate", 1, 7, "forward"), 7, True),
-        (("terminate", 1, 7, "forward"), 5, False), (("terminate", 1, 20, "evaluation"), None, True),
-        (("kill", 0, 20, "report"), 20, True), (("kill", 0, 20, "wandb"), 15, False),
-        (("pause", 0, 9, "save"), 5, False), (("pause", 0, 9, "save"), None, True),
-        (("stop", 1, 9, "backward"), 5, True), (("kill", 0, 3, "start"), None, True),
+        (("kill", 0, 11, "step"), 10, True),
+        (("kill", 0, 11, "step"), 5, False),
+        (("kill", 0, 9, "step"), None, False),
+        (("kill", 0, 11, "step", 0.5), 15, True),
+        (("terminate", 1, 7, "forward"), 7, True),
+        (("terminate", 1, 7, "forward"), 5, False),
+        (("terminate", 1, 20, "evaluation"), None, True),
+        (("kill", 0, 20, "report"), 20, True),
+        (("kill", 0, 20, "wandb"), 15, False),
+        (("pause", 0, 9, "save"), 5, False),
+        (("pause", 0, 9, "save"), None, True),
+        (("stop", 1, 9, "backward"), 5, True),
+        (("kill", 0, 3, "start"), None, True),
     ],
-)  # fmt: skip
+)
 def test_where_a_run_goes_on_after_each_fault(fault: tuple, after: int | None, holds: bool) -> None:
     outcome = faults.Outcome(faults.Fault(*fault), 0, after, 0.0, [], 1.0)
     assert outcome.holds == holds
-    assert not dataclasses.replace(outcome, status=1).holds and not dataclasses.replace(outcome, off=1e-4).holds
+    assert (
+        not dataclasses.replace(outcome, status=1).holds
+        and not dataclasses.replace(outcome, off=1e-4).holds
+    )

@@ -15,7 +15,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moe_dist.data.table_files import find_files, find_splits, kind_of, label_names, open_file, read_rows
+from moe_dist.data.table_files import (
+    find_files,
+    find_splits,
+    kind_of,
+    label_names,
+    open_file,
+    read_rows,
+)
 
 ROWS = [{"text": f"line {i}", "n": i} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -46,15 +53,31 @@ def test_other_columns_differ_from_row_to_row(tmp_path: Path) -> None:
 
 def test_an_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
     for row in ({"text": "a", "n": [1, {"b": 2}]}, {"data": [{"text": "a"}]}):
-        assert list(read_rows(write(tmp_path / "x.json", "\n" + json.dumps(row, indent=1)))) == [row]
+        assert list(read_rows(write(tmp_path / "x.json", "\n" + json.dumps(row, indent=1)))) == [
+            row
+        ]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["x.txt", "X.MD", "wiki.train.tokens", "enwik8", "news.en-00001-of-00100", "x.00001", "x.txt.1", "v1. Songs"],
+    [
+        "x.txt",
+        "X.MD",
+        "wiki.train.tokens",
+        "enwik8",
+        "news.en-00001-of-00100",
+        "x.00001",
+        "x.txt.1",
+        "v1. Songs",
+    ],
 )
 def test_plain_text(tmp_path: Path, name: str) -> None:
-    assert rows_of(tmp_path, "\ufeffa\r\nb\rc\n{d}", name) == [("a\n",), ("b\n",), ("c\n",), ("{d}",)]
+    assert rows_of(tmp_path, "\ufeffa\r\nb\rc\n{d}", name) == [
+        ("a\n",),
+        ("b\n",),
+        ("c\n",),
+        ("{d}",),
+    ]
 
 
 def packed(ending: str, content: bytes) -> bytes:
@@ -67,19 +90,38 @@ def packed(ending: str, content: bytes) -> bytes:
     ("name", "content", "ending"),
     [
         ("x.txt", '\n{"text": "a b", "n": 1}\n', "jsonl"),
-        ("x.text.gz", gzip.compress(b'{"id": 3, "premise": "a", "hypothesis": "b"}\n', mtime=0), "jsonl"),
+        (
+            "x.text.gz",
+            gzip.compress(b'{"id": 3, "premise": "a", "hypothesis": "b"}\n', mtime=0),
+            "jsonl",
+        ),
         ("x.md", "id,text\n1,a\n", "csv"),
         ("x.tokens", '\ufeff"sentence1"\t"sentence2"\t"score"\n', "csv"),
         ("x.txt", "label;text\n", "csv"),
     ],
 )
-def test_rows_that_are_named_as_text_are_refused(tmp_path: Path, name: str, content: Any, ending: str) -> None:
-    with pytest.raises(ValueError, match=rf"its first line is a .*, and not text: name it \.{ending}"):
+def test_rows_that_are_named_as_text_are_refused(
+    tmp_path: Path, name: str, content: Any, ending: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"its first line is a .*, and not text: name it \.{ending}"
+    ):
         list(read_rows(write(tmp_path / name, content)))
 
 
 @pytest.mark.parametrize(
-    "first", ["{", "{d}", '{"a": 1}', '{"text": 5}', "text", "Text, label the first", "a,label", "[1]", "{" * 10_000]
+    "first",
+    [
+        "{",
+        "{d}",
+        '{"a": 1}',
+        '{"text": 5}',
+        "text",
+        "Text, label the first",
+        "a,label",
+        "[1]",
+        "{" * 10_000,
+    ],
 )
 def test_text_may_begin_nearly_like_rows(tmp_path: Path, first: str) -> None:
     assert rows_of(tmp_path, f"\n{first}\nb", "x.txt") == [("\n",), (f"{first}\n",), ("b",)]
@@ -87,9 +129,15 @@ def test_text_may_begin_nearly_like_rows(tmp_path: Path, first: str) -> None:
 
 @pytest.mark.parametrize(
     "first",
-    ["The text, it says, is long", "Question", "Labels: many", "In question, he said", "Text, context, and meaning",
-     "Freud distinguished the ego, id, and superego"],
-)  # fmt: skip
+    [
+        "The text, it says, is long",
+        "Question",
+        "Labels: many",
+        "In question, he said",
+        "Text, context, and meaning",
+        "Freud distinguished the ego, id, and superego",
+    ],
+)
 def test_a_first_line_of_prose_is_no_heading(tmp_path: Path, first: str) -> None:
     assert rows_of(tmp_path, f"{first}\nb", "bare") == [(f"{first}\n",), ("b",)]
 
@@ -105,7 +153,9 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, what: str) -
         os.mkfifo(path if what == "pipe" else tmp_path / "pipe")
         if what != "pipe":
             path.symlink_to(tmp_path / "pipe")
-    with pytest.raises(ValueError, match=r"^a folder, a pipe, a device or a socket: give a regular file"):
+    with pytest.raises(
+        ValueError, match=r"^a folder, a pipe, a device or a socket: give a regular file"
+    ):
         open_file(path)
     with pytest.raises(ValueError, match=r"x\.txt: a folder, a pipe"):
         list(read_rows(path))
@@ -126,11 +176,19 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("x.md", ".txt"), ("x", ".txt"), ("x.gz", ".txt"), ("x.txt.1", ".txt"), ("x.NDJSON.gz", ".jsonl"),
-        ("x.json", ".json"), ("x.csv.xz", ".csv"), ("x.tsv", ".tsv"), ("x.parquet", ".parquet"),
-        ("x.jsonl.zip", ".jsonl.zip"), ("x.zip", ".txt.zip"),
+        ("x.md", ".txt"),
+        ("x", ".txt"),
+        ("x.gz", ".txt"),
+        ("x.txt.1", ".txt"),
+        ("x.NDJSON.gz", ".jsonl"),
+        ("x.json", ".json"),
+        ("x.csv.xz", ".csv"),
+        ("x.tsv", ".tsv"),
+        ("x.parquet", ".parquet"),
+        ("x.jsonl.zip", ".jsonl.zip"),
+        ("x.zip", ".txt.zip"),
     ],
-)  # fmt: skip
+)
 def test_kinds_of_files(name: str, kind: str) -> None:
     assert kind_of(name) == kind
 
@@ -149,21 +207,37 @@ def test_packed_files(tmp_path: Path, ending: str) -> None:
 def test_members_of_a_zip_are_read_each_by_its_own_ending(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.jsonl.zip", "w") as archive:
         members = {"b/c.txt": "last", "a.csv": "text\nfirst", "bare": '{"text": "second"}'}
-        hidden = {"__MACOSX/._a.csv": b"\0", ".x/y.txt": "no", "empty/": "", "b/c.txt~": "no", "#a.csv#": "no"}
+        hidden = {
+            "__MACOSX/._a.csv": b"\0",
+            ".x/y.txt": "no",
+            "empty/": "",
+            "b/c.txt~": "no",
+            "#a.csv#": "no",
+        }
         for name, content in (members | hidden).items():
             archive.writestr(name, content)
-    assert [row["text"] for row in read_rows(tmp_path / "x.jsonl.zip")] == ["first", "last", "second"]
+    assert [row["text"] for row in read_rows(tmp_path / "x.jsonl.zip")] == [
+        "first",
+        "last",
+        "second",
+    ]
 
 
 @pytest.mark.parametrize(
-    "names", [("wiki.test.tokens", "wiki.train.tokens"), ("sst2/dev.tsv", "sst2/train.tsv"), ("x/train/a", "x/test/a")]
+    "names",
+    [
+        ("wiki.test.tokens", "wiki.train.tokens"),
+        ("sst2/dev.tsv", "sst2/train.tsv"),
+        ("x/train/a", "x/test/a"),
+    ],
 )
 def test_a_zip_of_several_splits_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in names:
             archive.writestr(name, "a")
     with pytest.raises(
-        ValueError, match=r"it has files of (test and train|train and valid), by their names: unpack it"
+        ValueError,
+        match=r"it has files of (test and train|train and valid), by their names: unpack it",
     ):
         list(read_rows(tmp_path / "x.zip"))
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
@@ -173,12 +247,19 @@ def test_a_zip_of_several_splits_is_refused(tmp_path: Path, names: tuple[str, ..
 
 
 def test_parquet_reads_the_columns_that_are_needed(tmp_path: Path) -> None:
-    table = pyarrow.table({"n": [1, 2], "text": ["a", None], "at": pyarrow.array([2**62, 1], pyarrow.timestamp("us"))})
+    table = pyarrow.table(
+        {"n": [1, 2], "text": ["a", None], "at": pyarrow.array([2**62, 1], pyarrow.timestamp("us"))}
+    )
     parquet.write_table(table, tmp_path / "x.parquet")
     write(tmp_path / "y.parquet.gz", gzip.compress((tmp_path / "x.parquet").read_bytes()))
     for name in ("x.parquet", "y.parquet.gz"):
-        assert list(read_rows(tmp_path / name, ["text", "label"])) == [{"text": "a"}, {"text": None}]
-    with pytest.raises(ValueError, match=r"x.parquet: "):  # a time that no datetime holds, read where none is needed
+        assert list(read_rows(tmp_path / name, ["text", "label"])) == [
+            {"text": "a"},
+            {"text": None},
+        ]
+    with pytest.raises(
+        ValueError, match=r"x.parquet: "
+    ):  # a time that no datetime holds, read where none is needed
         list(read_rows(tmp_path / "x.parquet", ["words"]))
 
 
@@ -201,7 +282,9 @@ LITERAL = {
 
 @pytest.mark.parametrize("separator", [",", "\t"])
 @pytest.mark.parametrize("texts", LITERAL.values(), ids=LITERAL)
-def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path: Path, texts: dict[int, str], separator: str) -> None:
+def test_a_quote_that_is_not_closed_swallows_no_row(
+    tmp_path: Path, texts: dict[int, str], separator: str
+) -> None:
     rows = rows_of(tmp_path, labelled(texts, separator), "x.csv" if separator == "," else "x.tsv")
     expected = {i: text.strip('"') if text == '"closed"' else text for i, text in texts.items()}
     assert rows == [(expected.get(i, f"film {i} is fine"), str(i % 2)) for i in range(40)]
@@ -209,7 +292,12 @@ def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path: Path, texts: dict[
 
 @pytest.mark.parametrize(
     ("first", "last", "rows", "label"),
-    [(5, 6, 40, str), (5, 30, 40, str), (0, 1, 8, ["good", "bad"].__getitem__), (2, 1200, 2500, lambda i: i / 7)],
+    [
+        (5, 6, 40, str),
+        (5, 30, 40, str),
+        (0, 1, 8, ["good", "bad"].__getitem__),
+        (2, 1200, 2500, lambda i: i / 7),
+    ],
 )
 @pytest.mark.parametrize("text_first", [True, False])
 def test_quotes_that_open_one_text_and_close_another_are_refused_in_csv_and_rows_in_tsv(
@@ -246,15 +334,26 @@ def swallowed(kind: str, first: int, last: int, rows: int = 60) -> str:
 
 
 KINDS = (
-    "a rare label", "a label ahead", "ids", "hashes", "numbers", "users", "answers", "ids and answers",
-)  # fmt: skip
+    "a rare label",
+    "a label ahead",
+    "ids",
+    "hashes",
+    "numbers",
+    "users",
+    "answers",
+    "ids and answers",
+)
 
 
 @pytest.mark.parametrize(("first", "last"), [(10, 40), (0, 6), (51, 59)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_their_own_are_known_by_most_of_their_columns(tmp_path: Path, kind: str, first: int, last: int) -> None:
+def test_rows_of_their_own_are_known_by_most_of_their_columns(
+    tmp_path: Path, kind: str, first: int, last: int
+) -> None:
     number = last - first + 1
-    with pytest.raises(ValueError, match=rf"x.csv: line {first + 2} begins a field in quotes, whose {number} lines"):
+    with pytest.raises(
+        ValueError, match=rf"x.csv: line {first + 2} begins a field in quotes, whose {number} lines"
+    ):
         rows_of(tmp_path, swallowed(kind, first, last))
 
 
@@ -265,7 +364,9 @@ def paragraphs(rng: random.Random, most: int) -> str:
     """Prose of some lines, with commas and quotes."""
     ends = [" ", " ", " ", ", ", ", ", "; ", ". ", ' "x" ', '," ']
     lines = [
-        "".join(word + rng.choice(ends) for word in rng.choices(PROSE.split(), k=rng.randrange(2, 14)))
+        "".join(
+            word + rng.choice(ends) for word in rng.choices(PROSE.split(), k=rng.randrange(2, 14))
+        )
         for _ in range(rng.randrange(1, most))
     ]
     return "\n".join(line.strip() + rng.choice([".", "!", ",", "", "\n"]) for line in lines)
@@ -299,9 +400,11 @@ def test_prose_of_several_lines_in_quotes_is_never_refused(tmp_path: Path, row: 
 @pytest.mark.parametrize(
     "text",
     [
-        "There were\n3, not 4\n5, or so", "It cost\n1,000 dollars\n2,500 in all", "Of all\n7, it said\n1,000 were",
+        "There were\n3, not 4\n5, or so",
+        "It cost\n1,000 dollars\n2,500 in all",
+        "Of all\n7, it said\n1,000 were",
     ],
-)  # fmt: skip
+)
 def test_numbers_of_prose_are_no_ids(tmp_path: Path, text: str) -> None:
     rows = [*((str(i), f"film {i} is fine") for i in range(20)), ("20", text)]
     content = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in rows)
@@ -310,10 +413,15 @@ def test_numbers_of_prose_are_no_ids(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["x.tsv", "x.csv"])
 @pytest.mark.parametrize("text_first", [True, False])
-def test_a_text_of_several_lines_in_quotes_is_one_row(tmp_path: Path, name: str, text_first: bool) -> None:
+def test_a_text_of_several_lines_in_quotes_is_one_row(
+    tmp_path: Path, name: str, text_first: bool
+) -> None:
     """As pandas writes it, beside quotes that are never closed."""
     separator = "\t" if name == "x.tsv" else ","
-    texts = [f"first line of {i}\nsecond line\n\nlast one." if i % 3 else f"a line of {i}" for i in range(60)]
+    texts = [
+        f"first line of {i}\nsecond line\n\nlast one." if i % 3 else f"a line of {i}"
+        for i in range(60)
+    ]
     rows = [("text", "label"), *((text, "ab"[i % 2]) for i, text in enumerate(texts))]
     rows = rows if text_first else [row[::-1] for row in rows]
     with (tmp_path / name).open("w", newline="") as file:
@@ -347,13 +455,22 @@ def test_what_a_csv_writer_writes_is_read_as_it_was(tmp_path: Path) -> None:
     letters = ["a", "b", " ", "'", '"', '""', ",", "\t", ";", "é", "\n", "\r\n", "1", "0", ".", "#"]
     for case in range(200):
         rows = [
-            ("".join(rng.choices(letters, k=rng.randrange(12))), rng.choice(["good", "bad"]), str(i))
+            (
+                "".join(rng.choices(letters, k=rng.randrange(12))),
+                rng.choice(["good", "bad"]),
+                str(i),
+            )
             for i in range(rng.randrange(1, 30))
         ]
         for name, dialect in (("x.csv", csv.excel), ("x.tsv", csv.excel_tab)):
             with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
-                rows = [(text if name == "x.csv" else text.replace("\t", " "), *more) for text, *more in rows]
-                writer = csv.writer(file, dialect, quoting=rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
+                rows = [
+                    (text if name == "x.csv" else text.replace("\t", " "), *more)
+                    for text, *more in rows
+                ]
+                writer = csv.writer(
+                    file, dialect, quoting=rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
+                )
                 writer.writerows([("text", "label", "n"), *rows])
             assert [tuple(row.values()) for row in read_rows(tmp_path / name)] == rows, (case, name)
     long = "\n".join(["word, " * 20_000] * 3)  # longer than what the csv library takes by itself
@@ -379,7 +496,14 @@ def test_tables_that_do_not_hold_together(tmp_path: Path, content: str, message:
 
 def test_which_files_a_source_names(tmp_path: Path) -> None:
     shown = ["a.txt", "a/b.txt", "a/c.jsonl", "b.md", "x[1].txt"]
-    passed_over = [".a.txt", ".ipynb_checkpoints/a.txt", "a/.hidden/b.txt", "a/._c.jsonl", "README.md", "a/LICENSE"]
+    passed_over = [
+        ".a.txt",
+        ".ipynb_checkpoints/a.txt",
+        "a/.hidden/b.txt",
+        "a/._c.jsonl",
+        "README.md",
+        "a/LICENSE",
+    ]
     passed_over += ["a.txt~", "a/#b.txt#", "a/b.txt.~1~", "a/#old#/b.txt"]
     for name in shown + passed_over:
         write(tmp_path / name, "x")
@@ -392,7 +516,16 @@ def test_which_files_a_source_names(tmp_path: Path) -> None:
         f"{tmp_path}/a*": ["a.txt"],
         f"{tmp_path}/a.txt~": ["a.txt~"],  # which is refused by its ending
         f"{tmp_path}/a/[b#]*": ["a/b.txt"],
-        f"{tmp_path}/**": ["README.md", "a.txt", "a/LICENSE", "a/b.txt", "a/c.jsonl", "b.md", "link.txt", "x[1].txt"],
+        f"{tmp_path}/**": [
+            "README.md",
+            "a.txt",
+            "a/LICENSE",
+            "a/b.txt",
+            "a/c.jsonl",
+            "b.md",
+            "link.txt",
+            "x[1].txt",
+        ],
         f"{tmp_path}/*/**/b.*": ["a/again/b.md", "a/b.txt"],
         f"{tmp_path}/x[1].txt": ["x[1].txt"],
         f"{tmp_path}/.a.txt": [".a.txt"],
@@ -400,15 +533,23 @@ def test_which_files_a_source_names(tmp_path: Path) -> None:
         f"{tmp_path}/none": [],
     }
     for source, names in found.items():
-        assert sorted(str(file.relative_to(tmp_path)) for file in find_files(source)) == names, source
+        assert sorted(str(file.relative_to(tmp_path)) for file in find_files(source)) == names, (
+            source
+        )
 
 
 @pytest.mark.parametrize(
     ("names", "splits"),
     [
         ("train.txt valid.txt test.txt", {"train": 1, "valid": 1, "test": 1}),
-        ("data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet dev.csv", {"train": 2, "valid": 1}),
-        ("training/a.txt training/test.txt eval/x.txt", {"train": 2, "test": 1}),  # a folder's name is first
+        (
+            "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet dev.csv",
+            {"train": 2, "valid": 1},
+        ),
+        (
+            "training/a.txt training/test.txt eval/x.txt",
+            {"train": 2, "test": 1},
+        ),  # a folder's name is first
         ("my_Train.txt x.validation.txt", {"train": 1, "valid": 1}),
         ("a.txt testament.txt trained.txt", {"train": 3}),
     ],
@@ -454,10 +595,18 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.xml", "<a>b</a>", "files that end with .xml are not read: name it .txt where it is plain text"),
+        (
+            "x.xml",
+            "<a>b</a>",
+            "files that end with .xml are not read: name it .txt where it is plain text",
+        ),
         ("x.tar.gz", gzip.compress(b"x", mtime=0), "files that end with .tar are not read"),
         ("x.pdf", "%PDF", "end with .pdf"),
-        ("bare", LINES, "its name has no ending, and its first line is not prose, .{'text|its name has no ending"),
+        (
+            "bare",
+            LINES,
+            "its name has no ending, and its first line is not prose, .{'text|its name has no ending",
+        ),
         ("x.00001", "id\ttext\n", "first line is not prose"),
         ("bare.gz", gzip.compress(b"id,text\n1,a\n", mtime=0), "first line is not prose"),
         ("x.csv-old", "id,sentence\n1,a\n", "files that end with .csv-old are not read"),
@@ -473,7 +622,11 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         ("bare", "Sentence\r\na\r\n", "first line is not prose, 'Sentence'"),
         ("pages", '<?xml version="1.0"?>', "first line is not prose"),
         ("x.jsonl", LINES + "[1]", "behind row 3: a row is list"),
-        ("x.jsonl", '{"text": "a"}\n{"text": "b", "n": ["\\ud83d"]}', "behind row 1: .*surrogates not allowed"),
+        (
+            "x.jsonl",
+            '{"text": "a"}\n{"text": "b", "n": ["\\ud83d"]}',
+            "behind row 1: .*surrogates not allowed",
+        ),
         ("x.json", '[{"text": "\\udc00\\ud800"}]', "surrogates not allowed"),
         ("x.ndjson", '{"text": "a\\u0000"}', "it holds a NUL character"),
         ("x.jsonl", '{"text": ' + "[" * 100_000, "recursion"),
@@ -484,7 +637,9 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         ("x.txt", "é".encode("latin1"), "no UTF-8 .*0xe9.*: give UTF-8"),
     ],
 )
-def test_what_is_not_understood_is_refused(tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_what_is_not_understood_is_refused(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
     path = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message) as error:
         list(read_rows(path))

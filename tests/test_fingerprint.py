@@ -21,7 +21,7 @@ from moe_dist.config.overrides import override, to_json
 from moe_dist.data import fingerprint
 from moe_dist.data.fingerprint import Fingerprint, Source, checked, of_arrays, of_local, of_text
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.tasks.registry import task_of
@@ -52,25 +52,36 @@ def changes(before: dict[str, Any], place: Path | str) -> list[str]:
     return Fingerprint.read(before).changes(of_local(str(place)))
 
 
-def test_the_same_data_in_another_place(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_data_in_another_place(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under another root, beside what is no data, packed, behind a link, and by a relative path."""
     before = kept(of_local(str(corpus)))
     other = shutil.copytree(corpus, tmp_path / "elsewhere" / "renamed")
     (other / ".cache").mkdir()
     (other / ".cache" / "x.txt").write_text("hidden")
     (other / "README.md").write_text("of the data")
-    (other / "train" / "b.txt.gz").write_bytes(gzip.compress((other / "train" / "b.txt").read_bytes()))
+    (other / "train" / "b.txt.gz").write_bytes(
+        gzip.compress((other / "train" / "b.txt").read_bytes())
+    )
     (other / "train" / "b.txt").unlink()
     (tmp_path / "link").symlink_to(other)
     monkeypatch.chdir(tmp_path / "elsewhere")
     for place in (corpus, f"{corpus}/", other, tmp_path / "link", "renamed", "./renamed/"):
         assert changes(before, place) == []
     pattern = kept(of_local(f"{corpus}/*/*.[cp]*"))
-    assert list(pattern["entries"]) == ["test/c.png", "train/a.csv"] and changes(pattern, "renamed/*/*.[cp]*") == []
+    assert (
+        list(pattern["entries"]) == ["test/c.png", "train/a.csv"]
+        and changes(pattern, "renamed/*/*.[cp]*") == []
+    )
 
 
-@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
-def test_a_single_file_may_have_another_name(ending: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_a_single_file_may_have_another_name(
+    ending: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text("light " * 1000)
     before = kept(of_local(str(tmp_path / "a.txt")))
     (tmp_path / "[b].text").write_text("light " * 1000)
@@ -78,7 +89,9 @@ def test_a_single_file_may_have_another_name(ending: str, pack: Callable[[bytes]
     for same in ("[b].text", f"c.{ending}"):
         assert changes(before, tmp_path / same) == []
     (tmp_path / f"c.{ending}").write_bytes(pack(b"light " * 1001))
-    assert changes(before, tmp_path / f"c.{ending}") == ["the file is longer (6,000 bytes then, 6,006 bytes now)"]
+    assert changes(before, tmp_path / f"c.{ending}") == [
+        "the file is longer (6,000 bytes then, 6,006 bytes now)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +99,11 @@ def test_a_single_file_may_have_another_name(ending: str, pack: Callable[[bytes]
     [
         ("a.txt", "a.csv", ["the .csv file (50 bytes) was added", "the file (50 bytes) is gone"]),
         ("a.csv", "a", ["the .csv file (50 bytes) is gone", "the file (50 bytes) was added"]),
-        ("a.csv.gz", "a.tsv", ["the .csv file (50 bytes) is gone", "the .tsv file (50 bytes) was added"]),
+        (
+            "a.csv.gz",
+            "a.tsv",
+            ["the .csv file (50 bytes) is gone", "the .tsv file (50 bytes) was added"],
+        ),
         ("a.jsonl", "b.ndjson.xz", []),
         ("a.csv", "b.CSV.gz", []),
         ("a.txt", "b.00001", []),
@@ -102,7 +119,9 @@ def test_a_single_file_that_is_read_in_another_way_is_another(
     assert changes(kept(of_local(str(tmp_path / before))), tmp_path / now) == says
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MOST_UNPACKED", 16_000), ("MOST_UNPACKED", 100), ("MOST_NAMED", 3)])
+@pytest.mark.parametrize(
+    ("limit", "value"), [("MOST_UNPACKED", 16_000), ("MOST_UNPACKED", 100), ("MOST_NAMED", 3)]
+)
 def test_packed_files_are_unpacked_within_a_budget(
     limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +165,10 @@ def test_a_file_in_two_packings_is_two_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda f: (f / "train/b.txt").write_text("in\n"), ["train/b.txt is shorter (1,700 bytes then, 3 bytes now)"]),
+        (
+            lambda f: (f / "train/b.txt").write_text("in\n"),
+            ["train/b.txt is shorter (1,700 bytes then, 3 bytes now)"],
+        ),
         (lambda f: (f / "test/c.png").unlink(), ["test/c.png (256 bytes) is gone"]),
         (lambda f: (f / "train/d.txt").write_text("new"), ["train/d.txt (3 bytes) was added"]),
         (
@@ -163,7 +185,9 @@ def test_a_file_in_two_packings_is_two_files(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_has_changed_is_named(change: Callable[[Path], object], says: list[str], corpus: Path) -> None:
+def test_what_has_changed_is_named(
+    change: Callable[[Path], object], says: list[str], corpus: Path
+) -> None:
     before = kept(of_local(str(corpus)))
     change(corpus)
     assert changes(before, corpus) == says
@@ -171,7 +195,9 @@ def test_what_has_changed_is_named(change: Callable[[Path], object], says: list[
 
 def test_data_given_in_another_way_is_another_data_set(corpus: Path) -> None:
     """A folder is split by its names, a glob is not; the bundled text is no file."""
-    assert changes(kept(of_local(str(corpus))), f"{corpus}/*/*") == ["it was given as 'folder', and is 'files' now"]
+    assert changes(kept(of_local(str(corpus))), f"{corpus}/*/*") == [
+        "it was given as 'folder', and is 'files' now"
+    ]
     bundled = kept(of_text("bundled"))
     assert checked(of_text("bundled"), bundled, "", False) == (bundled, "")
     assert changes(bundled, corpus) == ["it was given as 'bundled', and is 'folder' now"]
@@ -185,9 +211,17 @@ def test_no_more_than_the_budget_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     right = bytes(2**20)  # 16 blocks, of which 4 are read: those from 0, 5, 10 and 15 blocks on
     large.write_bytes(right)
     before = kept(of_local(f"{tmp_path}/*"))
-    for place, is_seen in ((0, True), (2**20 - 1, True), (5 * 2**16, True), (10 * 2**16, True), (2**16, False)):
+    for place, is_seen in (
+        (0, True),
+        (2**20 - 1, True),
+        (5 * 2**16, True),
+        (10 * 2**16, True),
+        (2**16, False),
+    ):
         large.write_bytes(right[:place] + b"x" + right[place + 1 :])
-        assert changes(before, large) == (["the file has other contents of the same size"] if is_seen else [])
+        assert changes(before, large) == (
+            ["the file has other contents of the same size"] if is_seen else []
+        )
     large.write_bytes(right)
     before = kept(of_local(str(tmp_path)))
     (tmp_path / "small.txt").write_text("x")
@@ -235,11 +269,18 @@ def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatc
     source = of_arrays("cifar10", {"train": (pixel_I, np.arange(5)[::-1])})
     assert Fingerprint.read(before).changes(source) == ["train has other contents of the same size"]
     source = of_arrays("cifar10", {"train": (pixel_I[:4], np.arange(4))})
-    assert Fingerprint.read(before).changes(source) == ["train is shorter (100 bytes then, 80 bytes now)"]
+    assert Fingerprint.read(before).changes(source) == [
+        "train is shorter (100 bytes then, 80 bytes now)"
+    ]
 
     def files(**sizes: int) -> list[SimpleNamespace]:
-        named = {f"{name}.parquet": size for name, size in sizes.items()} | {"README.md": len(sizes)}
-        return [SimpleNamespace(rfilename=name, size=size, lfs=None, blob_id=name) for name, size in named.items()]
+        named = {f"{name}.parquet": size for name, size in sizes.items()} | {
+            "README.md": len(sizes)
+        }
+        return [
+            SimpleNamespace(rfilename=name, size=size, lfs=None, blob_id=name)
+            for name, size in named.items()
+        ]
 
     asked = []
 
@@ -254,25 +295,40 @@ def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatc
     assert checked(of_text("wikitext:wikitext-2-raw-v1"), before, "", False) == (before, "")
     there = files(train=10, test=6, valid=1)
     assert Fingerprint.read(before).changes(of_text("wikitext:wikitext-2-raw-v1")) == [
-        "test.parquet is longer (5 bytes then, 6 bytes now)", "valid.parquet (1 bytes) was added",
-    ]  # fmt: skip
-    assert Fingerprint.read(before).changes(of_text("lm1b"))[0].startswith("it was given as 'Salesforce/wikitext:")
+        "test.parquet is longer (5 bytes then, 6 bytes now)",
+        "valid.parquet (1 bytes) was added",
+    ]
+    assert (
+        Fingerprint.read(before)
+        .changes(of_text("lm1b"))[0]
+        .startswith("it was given as 'Salesforce/wikitext:")
+    )
     assert asked[-1] == ("billion-word-benchmark/lm1b", "refs/convert/parquet")
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        [], {}, "x", 5, {"given": "files"},
+        [],
+        {},
+        "x",
+        5,
+        {"given": "files"},
         {"given": 1, "levels": 0, "entries": {}, "share": 10, "contents": {}},
         {"given": "files", "levels": -1, "entries": {}, "share": 10, "contents": {}},
         {"given": "files", "levels": 0, "entries": {"a": [1]}, "share": 10, "contents": {}},
-        {"given": "files", "levels": 0, "entries": {"a": [1, 2.5, ""]}, "share": 10, "contents": {}},
+        {
+            "given": "files",
+            "levels": 0,
+            "entries": {"a": [1, 2.5, ""]},
+            "share": 10,
+            "contents": {},
+        },
         {"given": "files", "levels": 0, "entries": {}, "share": 10**300, "contents": {}},
         {"given": "files", "levels": 0, "entries": {}, "share": 10, "contents": {"a": None}},
         {"given": "files", "levels": 0, "entries": [], "share": 10, "contents": {}},
     ],
-)  # fmt: skip
+)
 def test_a_broken_fingerprint_is_a_value_error(broken: Any, corpus: Path) -> None:
     with pytest.raises(ValueError, match="fingerprint of its data is broken"):
         checked(of_local(str(corpus)), broken, "", True)
@@ -290,23 +346,32 @@ def test_a_run_goes_on_with_its_own_data_alone(small_text: Path, tmp_path: Path)
     """Every rank of two refuses, or takes over the new fingerprint."""
     for told in run_distributed(go_on, 2, str(small_text), tmp_path, timeout=220):
         assert told == {
-            "moved": "same", "of another layout": "same", "no fingerprint": "same", "longer, allowed": "new",
-            "a folder": "it was given as 'files'", "longer": "the file is longer",
-        }  # fmt: skip
+            "moved": "same",
+            "of another layout": "same",
+            "no fingerprint": "same",
+            "longer, allowed": "new",
+            "a folder": "it was given as 'files'",
+            "longer": "the file is longer",
+        }
 
 
 def go_on(text: str, folder: Path) -> dict[str, str]:
-    mesh = meshes.start(1)
+    mesh = meshes.init_distributed(1)
     moved, longer = folder / f"moved{mesh.dp.index}.txt", folder / f"longer{mesh.dp.index}.txt"
     shutil.copy(text, moved)
     longer.write_text(Path(text).read_text() + "\nlet there be light")
 
     config = tiny(f"data.text={text}")
-    old = task_of(config)(config, lay_out(config, 2), mesh, None).known()
+    old = task_of(config)(config, make_batch_layout(config, 2), mesh, None).checkpoint_metadata()
 
-    def known_by(place: object, known: dict[str, Any] | None = None, resumed: bool = True, allow: bool = False) -> Any:
+    def known_by(
+        place: object,
+        known: dict[str, Any] | None = None,
+        resumed: bool = True,
+        allow: bool = False,
+    ) -> Any:
         config = tiny(f"data.text={place}")
-        task = task_of(config)(config, lay_out(config, 2), mesh, old)
+        task = task_of(config)(config, make_batch_layout(config, 2), mesh, old)
         return training_setup._fingerprint(task, config, mesh, known, resumed, allow)
 
     same = known_by(text, resumed=False)
@@ -325,37 +390,63 @@ def go_on(text: str, folder: Path) -> dict[str, str]:
         try:
             training_setup.set_up(config, read_ds_config(config), mesh, first, resumed=True)
         except ValueError as error:  # before an engine is made
-            told[name] = str(error).partition(" trained on: ")[2].partition(",")[0].partition(" (")[0]
-    meshes.stop()
+            told[name] = (
+                str(error).partition(" trained on: ")[2].partition(",")[0].partition(" (")[0]
+            )
+    meshes.shutdown()
     return told
 
 
 PLACES = {
-    "lstm_moe_demo": "data.text", "widenet_demo": "data.images", "widenet_text_demo": "data.sentences",
+    "lstm_moe_demo": "data.text",
+    "widenet_demo": "data.images",
+    "widenet_text_demo": "data.sentences",
     "widenet_squad": "data.questions",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("how", ["--resume", "--evaluate", "--folder"])
 def test_where_data_lies_may_change(
-    name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     key, run = PLACES[name], tmp_path / "run"
     (run / "checkpoints" / "step_00000010").mkdir(parents=True)
-    was = override(papers.get(name), [f"{key}=/job1/data", "init=none", "compare=none", "mesh.ep=1"])
+    was = override(
+        papers.get(name), [f"{key}=/job1/data", "init_from=none", "baseline=none", "mesh.ep=1"]
+    )
     (run / "config.json").write_text(to_json(was))
     monkeypatch.setattr(training_run.task_of(was), "check_data", lambda *args: None)
     monkeypatch.setattr(training_run, "_check_memory", lambda told: None)
     sets = ["--set", f"{key}=/job2/data"]
-    auto = [name, "--folder", str(run), "--resume", "auto", *set_("init=none", "compare=none")]
-    planned = training_run.plan([*(auto if how == "--folder" else [how, str(run)]), *sets], None)
-    assert to_json(planned.config) == to_json(override(was, [f"{key}=/job2/data"])), "and is kept in the run folder"
-    assert f"note: {key}=/job2/data, which was /job1/data; it must hold the same data\n" in capsys.readouterr().out
+    auto = [
+        name,
+        "--folder",
+        str(run),
+        "--resume",
+        "auto",
+        *set_("init_from=none", "baseline=none"),
+    ]
+    planned = training_run.parse_run(
+        [*(auto if how == "--folder" else [how, str(run)]), *sets], None
+    )
+    assert to_json(planned.config) == to_json(override(was, [f"{key}=/job2/data"])), (
+        "and is kept in the run folder"
+    )
+    assert (
+        f"note: {key}=/job2/data, which was /job1/data; it must hold the same data\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_flag_is_for_runs_that_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    check_plan(["lstm_moe_demo", "--allow-changed-data"], "only with --resume or --evaluate", capsys)
+    check_plan(
+        ["lstm_moe_demo", "--allow-changed-data"], "only with --resume or --evaluate", capsys
+    )
 
 
 @pytest.mark.timeout(120)
@@ -370,9 +461,13 @@ def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
 
     def source(place: Path) -> Source:
         config = tiny_images(f"data.images={place}", "model.num_classes=2")
-        return task_of(config)(config, lay_out(config, 1), None, None).source()
+        return task_of(config)(config, make_batch_layout(config, 1), None, None).data_source()
 
     before = kept(source(folder))
     assert Fingerprint.read(before).changes(source(folder.rename(tmp_path / "moved"))) == []
     (tmp_path / "moved" / "train" / "dog" / "7.png").unlink()
-    assert Fingerprint.read(before).changes(source(tmp_path / "moved"))[0].startswith("train/dog/7.png (")
+    assert (
+        Fingerprint.read(before)
+        .changes(source(tmp_path / "moved"))[0]
+        .startswith("train/dog/7.png (")
+    )

@@ -14,18 +14,18 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.gating.balance_loss import cv_squared
 from moe_dist.moe.gating.noisy_topk import NoisyTopK, probability_in_top_k
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.routing import route, sum_by_group, within_capacity
+from moe_dist.moe.routing import build_routing, capacity_mask, sum_by_group
 from moe_dist.nn import prng, token_noise
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 FLOAT64 = torch.float64
 
 
-def context(num_tokens: int, tokens_per_sample: int = 1, **changes: Any) -> Context:
+def context(num_tokens: int, tokens_per_sample: int = 1, **changes: Any) -> TokenContext:
     """`num_tokens` valid tokens of consecutive samples, all in one balance group."""
     token_T = torch.arange(num_tokens)
     num_samples = -(-num_tokens // tokens_per_sample)
-    ctx = Context(
+    ctx = TokenContext(
         sample_T=token_T // tokens_per_sample,
         position_T=token_T % tokens_per_sample,
         valid_T=torch.ones(num_tokens, dtype=torch.bool),
@@ -34,13 +34,15 @@ def context(num_tokens: int, tokens_per_sample: int = 1, **changes: Any) -> Cont
         train=True,
         first_sample=0,
         num_samples=max(1, num_samples),
-        samples_per_balance_group=max(1, num_samples),
-        samples_per_token_group=1,
+        balance_loss_group_size=max(1, num_samples),
+        capacity_group_size=1,
     )
     return dataclasses.replace(ctx, **changes)
 
 
-def make_gate(w_gate_DE: torch.Tensor, k: int, w_noise_DE: torch.Tensor | None = None, **options: Any) -> NoisyTopK:
+def make_gate(
+    w_gate_DE: torch.Tensor, k: int, w_noise_DE: torch.Tensor | None = None, **options: Any
+) -> NoisyTopK:
     """A gate with these weights, in their dtype; `w_noise_DE` None is zeros."""
     gate = NoisyTopK(*w_gate_DE.shape, k, **options).to(w_gate_DE.dtype)
     with torch.no_grad():
@@ -54,7 +56,9 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: list, atol: float = 1e-6) -> None:
-    torch.testing.assert_close(actual.detach(), torch.tensor(expected, dtype=actual.dtype), atol=atol, rtol=0)
+    torch.testing.assert_close(
+        actual.detach(), torch.tensor(expected, dtype=actual.dtype), atol=atol, rtol=0
+    )
 
 
 # numbers worked out by hand
@@ -64,7 +68,9 @@ def test_weights_are_the_softmax_over_the_chosen_alone() -> None:
     # Tokens are unit vectors, so their logits are the rows of w_gate.
     # Token 0: e^logit = 1, 3, 6, 2. The best two are experts 2 and 1: weights 6 / (6 + 3) and 3 / (6 + 3).
     # Token 1: e^logit = 4, 1, 2, 12. The best two are experts 3 and 0: weights 12 / (12 + 4) and 4 / (12 + 4).
-    gate = make_gate(torch.tensor([[1, 3, 6, 2], [4, 1, 2, 12]], dtype=FLOAT64).log(), k=2, noise=False)
+    gate = make_gate(
+        torch.tensor([[1, 3, 6, 2], [4, 1, 2, 12]], dtype=FLOAT64).log(), k=2, noise=False
+    )
     routing, told = gate(torch.eye(2, dtype=FLOAT64), context(2))
     assert routing.count_E.tolist() == [1, 1, 1, 1]
     assert routing.token_N.tolist() == [1, 0, 0, 1]
@@ -78,17 +84,25 @@ def test_weights_are_the_softmax_over_the_chosen_alone() -> None:
 def test_noise_is_scaled_by_softplus_and_decides() -> None:
     # softplus(ln(e^s - 1)) = s: deviations 1 and 3. With k = 1 the higher of z0 and ln 2 + 3 z1 is chosen.
     deviation_E = torch.tensor([[1.0, 3.0]], dtype=FLOAT64)
-    gate = make_gate(torch.tensor([[1.0, 2.0]], dtype=FLOAT64).log(), 1, (deviation_E.exp() - 1).log())
+    gate = make_gate(
+        torch.tensor([[1.0, 2.0]], dtype=FLOAT64).log(), 1, (deviation_E.exp() - 1).log()
+    )
     ctx = context(200)
     routing, _ = gate(torch.ones(200, 1, dtype=FLOAT64), ctx)
-    z_TE = token_noise.normal(ctx, "gate", torch.arange(2), FLOAT64)
+    z_TE = token_noise.token_normal(ctx, "gate", torch.arange(2), FLOAT64)
     first_T = z_TE[:, 0] > math.log(2) + 3 * z_TE[:, 1]
     assert 20 < first_T.sum() < 180
-    assert routing.token_N.tolist() == first_T.nonzero().flatten().tolist() + (~first_T).nonzero().flatten().tolist()
+    assert (
+        routing.token_N.tolist()
+        == first_T.nonzero().flatten().tolist() + (~first_T).nonzero().flatten().tolist()
+    )
 
 
 def test_probability_in_top_k() -> None:
-    clean_TE, std_TE = torch.tensor([[1.0, 0.0, -1.0]], dtype=FLOAT64), torch.tensor([[1.0, 0.5, 2.0]], dtype=FLOAT64)
+    clean_TE, std_TE = (
+        torch.tensor([[1.0, 0.0, -1.0]], dtype=FLOAT64),
+        torch.tensor([[1.0, 0.5, 2.0]], dtype=FLOAT64),
+    )
     score_TE = torch.tensor([[1.5, 0.2, -0.6]], dtype=FLOAT64)  # after noise
     # k = 1. The best without expert 0 is 0.2, without 1 or 2 it is 1.5:
     # Phi((1 - 0.2) / 1) = Phi(0.8), Phi((0 - 1.5) / 0.5) = Phi(-3), Phi((-1 - 1.5) / 2) = Phi(-1.25)
@@ -99,7 +113,10 @@ def test_probability_in_top_k() -> None:
     p_TE = probability_in_top_k(clean_TE, std_TE, torch.tensor([[0, 1]]), score_TE.topk(3).values)
     close(p_TE, [[0.945201, 0.884930, 0.274253]])
     # k = 3 of 3: always chosen
-    close(probability_in_top_k(clean_TE, std_TE, torch.tensor([[0, 1, 2]]), score_TE.topk(3).values), [[1, 1, 1]])
+    close(
+        probability_in_top_k(clean_TE, std_TE, torch.tensor([[0, 1, 2]]), score_TE.topk(3).values),
+        [[1, 1, 1]],
+    )
 
 
 def test_of_two_equal_scores_the_chosen_one_is_measured_against_the_other() -> None:
@@ -108,7 +125,10 @@ def test_of_two_equal_scores_the_chosen_one_is_measured_against_the_other() -> N
     clean_TE = torch.tensor([[1.0, 1.5, 0.0]], dtype=FLOAT64, requires_grad=True)
     score_TE = clean_TE + torch.tensor([[1.0, 0.5, 0.0]], dtype=FLOAT64)
     p_TE = probability_in_top_k(
-        clean_TE, torch.ones_like(clean_TE), torch.tensor([[0]]), score_TE.gather(1, torch.tensor([[0, 1]]))
+        clean_TE,
+        torch.ones_like(clean_TE),
+        torch.tensor([[0]]),
+        score_TE.gather(1, torch.tensor([[0, 1]])),
     )
     (grad_TE,) = torch.autograd.grad(p_TE[0, 0], clean_TE)
     # phi(1 - 2) = 0.241971 to clean 0, and as much with the other sign to score 1
@@ -123,16 +143,19 @@ def test_cv_squared() -> None:
 
 
 def test_balance_loss_is_summed_over_groups() -> None:
-    gate = NoisyTopK(1, 2, 1, w_importance=0.5, w_load=2.0)
+    gate = NoisyTopK(1, 2, 1, importance_loss_weight=0.5, load_loss_weight=2.0)
     # importance: CV² of (4, 0) is 4 / 4 = 1, of (1, 3) 1 / 4; load: of (1, 1) 0, of (0, 6) 9 / 9 = 1
-    importance_GE, load_GE = torch.tensor([[4.0, 0.0], [1.0, 3.0]]), torch.tensor([[1.0, 1.0], [0.0, 6.0]])
+    importance_GE, load_GE = (
+        torch.tensor([[4.0, 0.0], [1.0, 3.0]]),
+        torch.tensor([[1.0, 1.0], [0.0, 6.0]]),
+    )
     close(gate.balance_loss(importance_GE, load_GE), 0.5 * (1 + 1 / 4) + 2 * (0 + 1))
 
 
 def test_sums_are_by_balance_group_without_padding() -> None:
     # Samples 4..7 of two tokens each, two samples a group; the second token of sample 5 is padding.
     valid_T = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
-    ctx = context(8, 2, valid_T=valid_T, first_sample=4, samples_per_balance_group=2)
+    ctx = context(8, 2, valid_T=valid_T, first_sample=4, balance_loss_group_size=2)
     ctx = dataclasses.replace(ctx, sample_T=ctx.sample_T + 4)
     x_TE = torch.stack([torch.arange(8.0), torch.full((8,), 1.0)], 1)
     # group 0: tokens 0, 1, 2; group 1: tokens 4, 5, 6, 7
@@ -145,7 +168,7 @@ def test_route_sorts_by_expert_and_then_by_token() -> None:
     expert_TK = torch.tensor([[2, 0], [0, 1], [2, 1], [0, 2]])
     gate_TK = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 0.8]])
     keep_TK = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 1]], dtype=torch.bool)
-    routing = route(expert_TK, gate_TK, keep_TK, num_experts=4)
+    routing = build_routing(expert_TK, gate_TK, keep_TK, num_experts=4)
     # expert 0: tokens 0, 1, 3; expert 1: token 1 (token 2's is not kept); expert 2: tokens 0, 2, 3; expert 3: none
     assert routing.count_E.tolist() == [3, 1, 3, 0]
     assert routing.token_N.tolist() == [0, 1, 3, 1, 0, 2, 3]
@@ -165,10 +188,12 @@ def test_route_sorts_by_expert_and_then_by_token() -> None:
         (None, [[1, 1], [1, 1], [1, 1], [1, 1], [0, 0], [1, 1]]),
     ],
 )
-def test_capacity_takes_first_choices_then_earlier_tokens(factor: float | None, kept: list[list[int]]) -> None:
+def test_capacity_takes_first_choices_then_earlier_tokens(
+    factor: float | None, kept: list[list[int]]
+) -> None:
     expert_TK = torch.tensor([[0, 1], [0, 1], [1, 0], [0, 2], [0, 0], [1, 0]])
     ctx = context(6, 6, valid_T=torch.tensor([1, 1, 1, 1, 0, 1], dtype=torch.bool))
-    assert within_capacity(expert_TK, factor, ctx, num_experts=4).int().tolist() == kept
+    assert capacity_mask(expert_TK, factor, ctx, num_experts=4).int().tolist() == kept
 
 
 def test_capacity_is_counted_in_each_token_group() -> None:
@@ -176,16 +201,20 @@ def test_capacity_is_counted_in_each_token_group() -> None:
     # capacities are ceil(3 / 2) = 2 and ceil(2 / 2) = 1.
     expert_TK = torch.tensor([[0], [0], [0], [0], [0], [0]])
     valid_T = torch.tensor([1, 0, 1, 1, 1, 1], dtype=torch.bool)
-    ctx = context(6, 2, valid_T=valid_T, samples_per_token_group=2)
-    assert within_capacity(expert_TK, 1.0, ctx, 2).flatten().int().tolist() == [1, 0, 1, 0, 1, 0]
+    ctx = context(6, 2, valid_T=valid_T, capacity_group_size=2)
+    assert capacity_mask(expert_TK, 1.0, ctx, 2).flatten().int().tolist() == [1, 0, 1, 0, 1, 0]
 
 
 def test_capacity_that_comes_out_even_is_not_rounded_up() -> None:
     # 1.2 x 50 tokens / 4 experts = 15
-    kept_TK = within_capacity(torch.zeros(50, 1, dtype=torch.long), 1.2, context(50, 50), num_experts=4)
+    kept_TK = capacity_mask(
+        torch.zeros(50, 1, dtype=torch.long), 1.2, context(50, 50), num_experts=4
+    )
     assert kept_TK.sum() == 15
     # 1.1 x 100 tokens / 10 experts = 11, although 1.1 x 100 > 110 in binary
-    kept_TK = within_capacity(torch.zeros(100, 1, dtype=torch.long), 1.1, context(100, 100), num_experts=10)
+    kept_TK = capacity_mask(
+        torch.zeros(100, 1, dtype=torch.long), 1.1, context(100, 100), num_experts=10
+    )
     assert kept_TK.sum() == 11
 
 
@@ -201,7 +230,9 @@ def test_dropped_are_counted() -> None:
 
 def test_k_outside_the_number_of_experts_is_refused() -> None:
     for k in (0, 5):
-        with pytest.raises(ValueError, match=f"k={k} experts per token: must be 1 to num_experts=4"):
+        with pytest.raises(
+            ValueError, match=f"k={k} experts per token: must be 1 to num_experts=4"
+        ):
             NoisyTopK(3, 4, k)
 
 
@@ -214,7 +245,9 @@ def test_probability_equals_the_share_of_redraws(k: int) -> None:
     num_draws, num_experts = 20_000, 6
     clean_TE, std_TE = drawn(4, num_experts, key="clean"), drawn(4, num_experts, key="std").exp()
     score_TE = clean_TE + std_TE * drawn(4, num_experts, key="noise")
-    p_TE = probability_in_top_k(clean_TE, std_TE, score_TE.topk(k).indices, score_TE.topk(k + 1).values)
+    p_TE = probability_in_top_k(
+        clean_TE, std_TE, score_TE.topk(k).indices, score_TE.topk(k + 1).values
+    )
     for i in range(num_experts):
         again_MT = clean_TE[:, i] + std_TE[:, i] * drawn(num_draws, 4, key=f"again {i}")
         score_MTE = score_TE.repeat(num_draws, 1, 1)
@@ -257,7 +290,9 @@ def test_load_is_even_at_initialization() -> None:
 # where nothing is routed
 
 
-def gradients(gate: NoisyTopK, x_TD: torch.Tensor, ctx: Context) -> tuple[Any, list[torch.Tensor]]:
+def gradients(
+    gate: NoisyTopK, x_TD: torch.Tensor, ctx: TokenContext
+) -> tuple[Any, list[torch.Tensor]]:
     """The statistics, and the gradients of x and all parameters, of a layer with this gate."""
     torch.manual_seed(0)
     layer = MoE(gate, Experts(gate.num_experts, x_TD.shape[1], 4).to(x_TD.dtype))
@@ -306,7 +341,7 @@ def test_padding_changes_nothing() -> None:
     valid_T = torch.tensor([1, 1, 0, 1, 0, 1, 1, 0], dtype=torch.bool)
     padded = context(8, 4, valid_T=valid_T)
     routing, told = gate(x_TD, padded)
-    alone, told_alone = gate(x_TD[valid_T], padded.rows(valid_T.nonzero().squeeze(1)))
+    alone, told_alone = gate(x_TD[valid_T], padded.select(valid_T.nonzero().squeeze(1)))
     assert torch.equal(routing.token_N, valid_T.nonzero().squeeze(1)[alone.token_N])
     assert torch.equal(routing.gate_N, alone.gate_N)
     assert told.dropped == told_alone.dropped
@@ -331,7 +366,7 @@ def test_empty_balance_group_gives_no_loss_and_no_nan() -> None:
     # Two groups; the second has padding alone, so the loss is that of the first.
     gate = make_gate(drawn(3, 6, key="w_gate"), 2)
     x_TD, valid_T = drawn(8, 3, key="x"), torch.arange(8) < 4
-    stats, grads = gradients(gate, x_TD, context(8, valid_T=valid_T, samples_per_balance_group=4))
+    stats, grads = gradients(gate, x_TD, context(8, valid_T=valid_T, balance_loss_group_size=4))
     only, _ = gradients(gate, x_TD[:4], context(4))
     assert stats.balance_loss > 0
     assert torch.equal(stats.balance_loss, only.balance_loss)
@@ -347,7 +382,9 @@ def test_router_computes_in_float32_or_wider() -> None:
     narrow, told = make_gate(narrow_w_DE, 2)(narrow_x_TD, ctx)
     wide, _ = make_gate(narrow_w_DE.float(), 2)(narrow_x_TD.float(), ctx)
     assert narrow.gate_N.dtype == torch.float32
-    assert told.importance_GE.dtype == told.load_GE.dtype == FLOAT64, "sums over a batch, whose differences count"
+    assert told.importance_GE.dtype == told.load_GE.dtype == FLOAT64, (
+        "sums over a batch, whose differences count"
+    )
     assert torch.equal(narrow.token_N, wide.token_N)
     assert torch.equal(narrow.gate_N, wide.gate_N)
     double, told = make_gate(w_gate_DE, 2)(x_TD, ctx)

@@ -19,25 +19,28 @@ from moe_dist.data.text.lanes import EOS, EOS_ID, UNK_ID
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.inference import generate
-from moe_dist.inference.expert_usage import heaviest, shares
+from moe_dist.inference.expert_usage import expert_shares, top_contexts
 from moe_dist.inference.generate import as_text, context, draw, written
-from moe_dist.inference.load import Reader
+from moe_dist.inference.load import TextModel
 from moe_dist.moe import hierarchical
 from moe_dist.moe.gating import noisy_topk
 from moe_dist.nn import prng
-from moe_dist.nn.init import parameter
+from moe_dist.nn.init import uniform_parameter
 
 ROOT = Path(__file__).parent.parent
 RUNS = {
     "flat": (),
     "hierarchical": ("model.moe.num_groups=4",),
-    "dense": ("model.middle=ffn", "model.ffn_hidden=48", "model.ffn_layers=2"),
-    "projected": ("model.middle=none", "model.lstm_units=24"),
+    "dense": ("model.middle_layer=ffn", "model.ffn_hidden_dim=48", "model.ffn_layers=2"),
+    "projected": ("model.middle_layer=none", "model.lstm_units=24"),
     "sampled": ("model.softmax_samples=60",),
     "capacity": ("model.moe.capacity_factor=1",),
-    "bf16": ("ds_config=bf16", "zero=2"),
+    "bf16": ("ds_config=bf16", "zero_stage=2"),
 }
-EP2 = {"flat_ep2": ("mesh.ep=2", "zero=3"), "hierarchical_ep2": ("mesh.ep=2", "model.moe.num_groups=4")}
+EP2 = {
+    "flat_ep2": ("mesh.ep=2", "zero_stage=3"),
+    "hierarchical_ep2": ("mesh.ep=2", "model.moe.num_groups=4"),
+}
 MOE = ["flat", "hierarchical", "capacity", "flat_ep2", "hierarchical_ep2"]
 
 
@@ -47,25 +50,32 @@ def config_of(name: str, text: str) -> Config:
 
 def train(names: list[str], text: str, folder: Path) -> dict[str, Any]:
     """Twelve steps of each, and what the trained model says of the test split's first window: nll, words, weights."""
-    meshes.join()
-    for module in (noisy_topk, hierarchical):  # gates that start at zero send all words alike after so few steps
-        module.parameter = lambda *shape, bound: parameter(*shape, bound=bound or 1.0)
+    meshes.init_process_group()
+    for module in (
+        noisy_topk,
+        hierarchical,
+    ):  # gates that start at zero send all words alike after so few steps
+        module.uniform_parameter = lambda *shape, bound: uniform_parameter(
+            *shape, bound=bound or 1.0
+        )
     told = {}
     for name in names:
         run = Run(config_of(name, text)).steps(0, 12)
-        run.save(folder / name, 12, {"wandb_id": None} | run.task.known())
+        run.save(folder / name, 12, {"wandb_id": None} | run.task.checkpoint_metadata())
         (folder / name / "config.json").write_text(to_json(run.config))
-        run.task.start(next(iter(run.task.state[0]))[0].dtype)
+        run.task.reset_state(next(iter(run.task.state[0]))[0].dtype)
         with torch.no_grad():
             (batch,) = run.task.batches(0, "test")
             _, sums, _ = run.task.loss(run.engine, batch, torch.ones(()))
         told[name] = (sums["nll"].item(), int(batch.ctx.valid_T.sum()), run.weights())
-    meshes.stop()
+    meshes.shutdown()
     return told
 
 
 @pytest.fixture(scope="module")
-def trained(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def trained(
+    small_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """The folder of all runs, and by name the nats and words of the first window and the weights."""
     folder = tmp_path_factory.mktemp("runs")
     (told,) = run_distributed(train, 1, list(RUNS), str(small_text), folder, timeout=110)
@@ -75,25 +85,29 @@ def trained(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder, told
 
 
-def prompt(reader: Reader, lines: int = 3) -> torch.Tensor:
-    return as_text(list(open_text(reader.config.data.text, streamed=False)["test"])[:lines], reader.vocabulary).word_T
+def prompt(reader: TextModel, lines: int = 3) -> torch.Tensor:
+    return as_text(
+        list(open_text(reader.config.data.text, streamed=False)["test"])[:lines], reader.vocabulary
+    ).word_T
 
 
 @pytest.mark.timeout(300)  # the first test trains the runs
 @pytest.mark.parametrize("name", [*RUNS, *EP2])
-def test_the_model_read_back_is_the_one_trained(name: str, trained: tuple[Path, dict[str, Any]]) -> None:
+def test_the_model_read_back_is_the_one_trained(
+    name: str, trained: tuple[Path, dict[str, Any]]
+) -> None:
     folder, told = trained
     nll, num_words, weights = told[name]
-    reader = Reader(folder / name)
+    reader = TextModel(folder / name)
     for key, p in reader.model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[key], rtol=0, atol=0, msg=key)
     # the test split's first window, lane after lane, a word at a time
     text = reader.vocabulary.encode(open_text(reader.config.data.text, streamed=False)["test"])
-    lanes, steps = reader.config.batch.samples, reader.config.batch.timesteps
+    lanes, steps = reader.config.batch.global_batch_size, reader.config.batch.seq_len
     lane_len = -(-(len(text) - 1) // lanes)
     total, count = 0.0, 0
     for lane in range(lanes):
-        state = reader.start()
+        state = reader.initial_state()
         for i in range(lane * lane_len, min(lane * lane_len + steps, len(text) - 1)):
             log_probability_V, state = reader.read(torch.tensor([text[i]]), state)
             assert log_probability_V.exp().sum().item() == pytest.approx(1, abs=1e-5)
@@ -102,45 +116,53 @@ def test_the_model_read_back_is_the_one_trained(name: str, trained: tuple[Path, 
     assert count == num_words
     if name != "capacity":  # training and evaluation drop what is over capacity, reading does not
         # the bf16 run evaluates rounded weights
-        assert math.exp(total / count) == pytest.approx(math.exp(nll / num_words), rel=0.02 if name == "bf16" else 1e-5)
+        assert math.exp(total / count) == pytest.approx(
+            math.exp(nll / num_words), rel=0.02 if name == "bf16" else 1e-5
+        )
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["flat", "hierarchical", "dense", "capacity"])
 def test_a_text_may_be_read_in_any_parts(name: str, trained: tuple[Path, dict[str, Any]]) -> None:
-    reader = Reader(trained[0] / name)
+    reader = TextModel(trained[0] / name)
     word_T = prompt(reader)
-    whole_V, after = reader.read(word_T, reader.start())
-    state = reader.start()
+    whole_V, after = reader.read(word_T, reader.initial_state())
+    state = reader.initial_state()
     for part_T in (word_T[:1], word_T[1:20], word_T[20:21], word_T[21:]):
         log_probability_V, state = reader.read(part_T, state)
     torch.testing.assert_close(log_probability_V, whole_V)
     torch.testing.assert_close(state, after)
-    alone_V, _ = reader.read(word_T[-1:], reader.start())
+    alone_V, _ = reader.read(word_T[-1:], reader.initial_state())
     assert (alone_V - whole_V).abs().max() > 1e-2, "the words before make a difference"
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MOE)
-def test_visits_are_those_that_the_layer_is_made_of(name: str, trained: tuple[Path, dict[str, Any]]) -> None:
+def test_visits_are_those_that_the_layer_is_made_of(
+    name: str, trained: tuple[Path, dict[str, Any]]
+) -> None:
     """Each word's output, summed in a loop over the experts and weights that are told of it; weights from the gates."""
-    reader = Reader(trained[0] / name)
+    reader = TextModel(trained[0] / name)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     layer = reader.model.middle
-    layer.register_forward_hook(lambda module, args, result: seen.append((args[0].clone(), result[0].clone())))
+    layer.register_forward_hook(
+        lambda module, args, result: seen.append((args[0].clone(), result[0].clone()))
+    )
     word_T = prompt(reader, 40)
-    visits = reader.visits(word_T)["middle"]
+    visits = reader.expert_assignments(word_T)["middle"]
     x_TD, y_TD = (torch.cat(parts) for parts in zip(*seen, strict=True))
     moe = reader.config.model.moe
     assert visits.num_experts == moe.num_experts == 8 and len(word_T) > 512, "more than one window"
     assert visits.expert_TK.shape == (len(word_T), moe.k if moe.num_groups is None else moe.k**2)
     torch.testing.assert_close(visits.weight_TK.sum(1), torch.ones(len(word_T)))
     assert (visits.weight_TK.diff(dim=1) <= 0).all()
-    assert (shares(visits) > 0.02).sum() >= 4, "words go different ways"
-    reader.read(word_T, reader.start())  # all at once
-    assert torch.equal(reader.watched["middle"].visits.expert_TK, visits.expert_TK)
+    assert (expert_shares(visits) > 0.02).sum() >= 4, "words go different ways"
+    reader.read(word_T, reader.initial_state())  # all at once
+    assert torch.equal(reader.recorders["middle"].assignments.expert_TK, visits.expert_TK)
     weights = {key: p.detach() for key, p in layer.named_parameters()}
-    w1, w2 = (next(w for key, w in weights.items() if key.endswith(end)) for end in ("w1_eDF", "w2_eFD"))
+    w1, w2 = (
+        next(w for key, w in weights.items() if key.endswith(end)) for end in ("w1_eDF", "w2_eFD")
+    )
     for t, x_D in enumerate(x_TD):
         expected = gate_weights(x_D, weights, moe.k)
         got = dict(zip(visits.expert_TK[t].tolist(), visits.weight_TK[t].tolist(), strict=True))
@@ -167,15 +189,17 @@ def gate_weights(x_D: torch.Tensor, weights: dict[str, torch.Tensor], k: int) ->
 
 @pytest.mark.timeout(300)
 def test_shares_and_the_heaviest_words_of_an_expert(trained: tuple[Path, dict[str, Any]]) -> None:
-    reader = Reader(trained[0] / "hierarchical")
-    visits = reader.visits(prompt(reader, 20))["middle"]
-    share_E = shares(visits)
+    reader = TextModel(trained[0] / "hierarchical")
+    visits = reader.expert_assignments(prompt(reader, 20))["middle"]
+    share_E = expert_shares(visits)
     assert share_E.shape == (8,) and share_E.sum().item() == pytest.approx(1, abs=1e-12)
     rows = list(zip(visits.expert_TK.tolist(), visits.weight_TK.tolist(), strict=True))
     for expert in range(8):
         of = [(w_K[e_K.index(expert)], t) for t, (e_K, w_K) in enumerate(rows) if expert in e_K]
         assert share_E[expert].item() == pytest.approx(len(of) / (4 * len(rows)), abs=1e-12)
-        assert heaviest(visits, expert, 5) == sorted(of, key=lambda pair: (-pair[0], pair[1]))[:5]
+        assert (
+            top_contexts(visits, expert, 5) == sorted(of, key=lambda pair: (-pair[0], pair[1]))[:5]
+        )
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -184,7 +208,9 @@ def test_draws_follow_the_probabilities() -> None:
     u_N = prng.uniform(20_000, 3, "draws").tolist()
     for temperature, top in ((1.0, 5), (0.5, 5), (2.0, 3)):
         drawn = [draw(log_p_V, u, temperature, top) for u in u_N]
-        weight = {i: p[i] ** (1 / temperature) for i in sorted(range(1, 6), key=lambda i: -p[i])[:top]}
+        weight = {
+            i: p[i] ** (1 / temperature) for i in sorted(range(1, 6), key=lambda i: -p[i])[:top]
+        }
         assert set(drawn) <= weight.keys() and UNK_ID not in drawn
         for i, w in weight.items():
             q = w / sum(weight.values())
@@ -203,11 +229,15 @@ def test_cold_sampling_is_greedy_and_a_seed_is_a_text(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trained[0] / "flat"
-    reader = Reader(run)
+    reader = TextModel(run)
     cold = text_of(capsys, run, "--prompt", "And God", "--words", "12", "--temperature", "1e-6")
-    assert cold == text_of(capsys, run, "--prompt", "And God", "--words", "12", "--top", "1", "--seed", "5")
+    assert cold == text_of(
+        capsys, run, "--prompt", "And God", "--words", "12", "--top", "1", "--seed", "5"
+    )
     words = ["And", "God"]
-    log_probability_V, state = reader.read(as_text(["And God"], reader.vocabulary).word_T, reader.start())
+    log_probability_V, state = reader.read(
+        as_text(["And God"], reader.vocabulary).word_T, reader.initial_state()
+    )
     expected = "And God"
     for _ in range(12):
         log_probability_V[UNK_ID] = -math.inf
@@ -227,22 +257,34 @@ def test_next_lists_the_most_probable_words(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trained[0] / "hierarchical"
-    reader = Reader(run)
+    reader = TextModel(run)
     word_T = as_text(["And God said"], reader.vocabulary).word_T
     assert word_T[0] == EOS_ID
-    log_probability_V, _ = reader.read(word_T, reader.start())
+    log_probability_V, _ = reader.read(word_T, reader.initial_state())
     order = log_probability_V.argsort(descending=True).tolist()
-    rows = [line.split() for line in text_of(capsys, run, "--prompt", "And God said", "--next", 7).splitlines()[1:]]
+    rows = [
+        line.split()
+        for line in text_of(capsys, run, "--prompt", "And God said", "--next", 7).splitlines()[1:]
+    ]
     assert [word for _, word in rows] == [reader.vocabulary.words[i] for i in order[:7]]
-    assert [float(p) for p, _ in rows] == pytest.approx([math.exp(log_probability_V[i]) for i in order[:7]], abs=6e-5)
-    rows = [line.split() for line in text_of(capsys, run, "--next", len(reader.vocabulary)).splitlines()[1:]]
+    assert [float(p) for p, _ in rows] == pytest.approx(
+        [math.exp(log_probability_V[i]) for i in order[:7]], abs=6e-5
+    )
+    rows = [
+        line.split()
+        for line in text_of(capsys, run, "--next", len(reader.vocabulary)).splitlines()[1:]
+    ]
     assert sum(float(p) for p, _ in rows) == pytest.approx(1, abs=5e-5 * len(rows))
 
 
 @pytest.mark.timeout(300)
-def test_tables_of_experts(trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_experts(
+    trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, visited in (("flat", 2), ("hierarchical", 4)):
-        lines = text_of(capsys, trained[0] / name, "--prompt", "And God\nsaid", "--experts").splitlines()
+        lines = text_of(
+            capsys, trained[0] / name, "--prompt", "And God\nsaid", "--experts"
+        ).splitlines()
         assert [line.split()[0] for line in lines[1:]] == ["And", "God", EOS, "said"]
         for line in lines[1:]:
             weights = [float(w) for w in line.split()[2::2]]
@@ -253,7 +295,9 @@ def test_tables_of_experts(trained: tuple[Path, dict[str, Any]], capsys: pytest.
         assert sorted(int(expert) for expert, _ in heads) == list(range(8))
         assert sum(float(share.rstrip("%")) for _, share in heads) == pytest.approx(100, abs=0.05)
         assert heads == sorted(heads, key=lambda head: -float(head[1].rstrip("%")))
-    lines = text_of(capsys, trained[0] / "flat", "--specialisation", "--only", "6", "1").splitlines()
+    lines = text_of(
+        capsys, trained[0] / "flat", "--specialisation", "--only", "6", "1"
+    ).splitlines()
     assert [int(line.split()[0]) for line in lines[2:-1] if line[:14].strip()] == [6, 1]
     assert lines[-1].startswith("6 more experts")
 
@@ -263,7 +307,16 @@ def test_specialisation_of_a_text_of_ones_own(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.txt").write_text("In the Zeppelin, God.\n\nAnd so\n" + "more words\n" * 9)
-    generate.main([str(trained[0] / "flat"), "--specialisation", "--of", str(tmp_path / "own.txt"), "--read", "8"])
+    generate.main(
+        [
+            str(trained[0] / "flat"),
+            "--specialisation",
+            "--of",
+            str(tmp_path / "own.txt"),
+            "--read",
+            "8",
+        ]
+    )
     told = capsys.readouterr()
     # <eos> In the Zeppelin , God . <eos> And so
     assert told.out.startswith("layer middle: 10 words, ")
@@ -272,7 +325,21 @@ def test_specialisation_of_a_text_of_ones_own(
 
 
 def test_context_is_cut_on_both_sides_and_lined_up() -> None:
-    words = [EOS, "He", "said", ",", "(", "go", ")", ";", EOS, "and", *["far"] * 50, "incomprehensibilities", "."]
+    words = [
+        EOS,
+        "He",
+        "said",
+        ",",
+        "(",
+        "go",
+        ")",
+        ";",
+        EOS,
+        "and",
+        *["far"] * 50,
+        "incomprehensibilities",
+        ".",
+    ]
     lines = [context(words, position) for position in range(len(words))]
     assert {line.index(" [") for line in lines} == {generate.SIDE}
     assert lines[3].strip() == "/ He said [,] (go); / and far far far far fa…"
@@ -296,12 +363,16 @@ def test_context_is_cut_on_both_sides_and_lined_up() -> None:
         ("flat", ["--next", "301"], "the vocabulary has 300 words"),
         ("flat", ["--top", "300"], "at most 299"),
         ("flat", ["--next", "3", "--experts"], "give one of them"),
-        ("flat", ["--next", "3", "--words", "9"], "--words: an option of continuation, not of next"),
+        (
+            "flat",
+            ["--next", "3", "--words", "9"],
+            "--words: an option of continuation, not of next",
+        ),
         ("flat", ["--read", "9"], "--read: an option of specialisation"),
         ("flat", ["--experts"], "give a --prompt"),
         ("flat", ["--specialisation", "--only", "3", "8"], "--only 3 8: experts are 0 to 7"),
         ("flat", ["--specialisation", "--of", "missing.txt"], "missing.txt"),
-        ("dense", ["--prompt", "And", "--experts"], "no experts (model.middle='ffn')"),
+        ("dense", ["--prompt", "And", "--experts"], "no experts (model.middle_layer='ffn')"),
         ("dense", ["--specialisation"], "no experts"),
         ("other", [], "model.dim=24, not 16"),
         ("deeper", [], "model.ffn_layers=3, not 2"),
@@ -332,12 +403,18 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.timeout(300)
-def test_the_program_is_quiet_and_starts_without_deepspeed(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_the_program_is_quiet_and_starts_without_deepspeed(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
     run = str(trained[0] / "hierarchical_ep2")
     code = "import sys; from moe_dist.inference.generate import main; "
     code += f"main([{run!r}, '--words', '5', '--prompt', 'And Qwertz']);"
     done = subprocess.run(
-        [sys.executable, "-c", code + "assert not {'deepspeed', 'wandb', 'matplotlib'} & sys.modules.keys()"],
+        [
+            sys.executable,
+            "-c",
+            code + "assert not {'deepspeed', 'wandb', 'matplotlib'} & sys.modules.keys()",
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

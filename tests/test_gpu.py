@@ -8,23 +8,26 @@ from runs import Run, tiny
 
 from moe_dist.distributed import mesh as meshes
 from moe_dist.moe.experts import grouped_matmul
-from moe_dist.moe.kernels.grouped_mm import native
-from moe_dist.monitoring.step_timer import Clock
+from moe_dist.moe.kernels.grouped_mm import has_grouped_mm
+from moe_dist.monitoring.step_timer import StepTimer
 from moe_dist.nn import token_noise
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 pytestmark = pytest.mark.gpu
 
 
 def test_native_grouped_matmul_equals_the_portable_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    x_RD, w_eDF = (torch.randn(*s, generator=generator, dtype=torch.bfloat16) for s in ((300, 64), (5, 64, 128)))
+    x_RD, w_eDF = (
+        torch.randn(*s, generator=generator, dtype=torch.bfloat16)
+        for s in ((300, 64), (5, 64, 128))
+    )
     dy_RF = torch.randn(300, 128, generator=generator, dtype=torch.bfloat16)
     count_e = torch.tensor([100, 0, 7, 193, 0])
     results = []
     for device in ("cpu", "cuda"):
         x, w = x_RD.to(device).requires_grad_(), w_eDF.to(device).requires_grad_()
-        assert native(x, w) == (device == "cuda")
+        assert has_grouped_mm(x, w) == (device == "cuda")
         y = grouped_matmul(x, w, count_e.to(device))
         y.backward(dy_RF.to(device))
         assert x.grad is not None and w.grad is not None
@@ -46,8 +49,12 @@ def test_no_rows_at_all_give_zero_gradients() -> None:
 def test_bits_are_those_of_the_cpu() -> None:
     def normal(device: str) -> torch.Tensor:
         sample_T = torch.arange(50, device=device)
-        ctx = Context(sample_T, sample_T % 7, sample_T >= 0, 3, 5, True, 0, 50, 50, 1, site=2)
-        return token_noise.normal(ctx, "gate", torch.arange(33, device=device), torch.float64).cpu()
+        ctx = TokenContext(
+            sample_T, sample_T % 7, sample_T >= 0, 3, 5, True, 0, 50, 50, 1, layer_call=2
+        )
+        return token_noise.token_normal(
+            ctx, "gate", torch.arange(33, device=device), torch.float64
+        ).cpu()
 
     torch.testing.assert_close(normal("cuda"), normal("cpu"), rtol=1e-9, atol=1e-12)
 
@@ -55,19 +62,24 @@ def test_bits_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("ds", ["fp32", "bf16"])
 def test_a_few_steps_on_every_stage_agree(ds: str, small_text: Path) -> None:
     if not torch.distributed.is_initialized():
-        meshes.join()
-    norms = [Run(tiny(f"ds_config={ds}", f"zero={z}", f"data.text={small_text}")).steps(0, 5).norms for z in range(4)]
+        meshes.init_process_group()
+    norms = [
+        Run(tiny(f"ds_config={ds}", f"zero_stage={z}", f"data.text={small_text}")).steps(0, 5).norms
+        for z in range(4)
+    ]
     for other in norms[1:]:
         assert other == pytest.approx(norms[0], rel=1e-5 if ds == "fp32" else 0.02)
 
 
 def test_the_clock_tells_where_the_stream_was() -> None:
     """20 products of 2 x 4096³ operations take their time on any device, whenever Python was done with them."""
-    clock, x = Clock(torch.device("cuda")), torch.ones(4096, 4096, device="cuda")
+    clock, x = StepTimer(torch.device("cuda")), torch.ones(4096, 4096, device="cuda")
     for _ in range(2):  # the first one loads kernels
-        clock.read()
+        clock.read_and_reset()
         with clock.step(), clock.range("experts"):
             for _ in range(20):
                 x @ x
-    seconds = clock.read()
-    assert seconds["experts"] > 20 * 2 * 4096**3 / 2e15 and seconds["rest"] < seconds["experts"] / 10
+    seconds = clock.read_and_reset()
+    assert (
+        seconds["experts"] > 20 * 2 * 4096**3 / 2e15 and seconds["rest"] < seconds["experts"] / 10
+    )

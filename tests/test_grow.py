@@ -10,43 +10,54 @@ from runs import TINY, Run, tiny
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.distributed import load
 from moe_dist.checkpoint.single_process import inspect
-from moe_dist.checkpoint.upcycle import Growth
+from moe_dist.checkpoint.upcycle import Upcycling
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.collectives import gather
+from moe_dist.distributed.collectives import all_gather
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.training.evaluate import evaluate
 
 CASES = {
     "flat": [],
-    "adam": ["optim.expert_form=adam"],
+    "adam": ["optim.expert_optimizer=adam"],
     "groups": ["model.moe.num_groups=4"],  # of two experts
 }
 Told = tuple[float, dict[str, torch.Tensor]]
 
 
 def start_and_save(text: str, folder: Path) -> dict[str, Told]:
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for case, sets in CASES.items():
         run = Run(tiny(f"data.text={text}", "optim.lr=1e-2", *sets)).steps(0, 4)
         run.save(folder / case, 4)
         told[case] = tell(run)
-    meshes.stop()
+    meshes.shutdown()
     return told
 
 
-def grow(text: str, folder: Path, ep: int, jobs: list[tuple[str, float]]) -> dict[tuple[str, float], Told]:
+def grow(
+    text: str, folder: Path, ep: int, jobs: list[tuple[str, float]]
+) -> dict[tuple[str, float], Told]:
     """Three experts for each, by case and noise; and as many more choices. With groups k is the number of groups as
     well, which stay as they are."""
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for case, noise in jobs:
         more = [] if case == "groups" else ["model.moe.k=6"]
-        run = Run(tiny(f"data.text={text}", "model.moe.num_experts=24", f"mesh.ep={ep}", "zero=1", *CASES[case], *more))
-        checkpoint, _ = manifest.newest_whole(folder / case, run.mesh.files)
-        load(checkpoint, run.engine, run.task, run.mesh, Growth(3, noise, seed=1))
+        run = Run(
+            tiny(
+                f"data.text={text}",
+                "model.moe.num_experts=24",
+                f"mesh.ep={ep}",
+                "zero_stage=1",
+                *CASES[case],
+                *more,
+            )
+        )
+        checkpoint, _ = manifest.newest_complete(folder / case, run.mesh.checkpoint_group)
+        load(checkpoint, run.engine, run.task, run.mesh, Upcycling(3, noise, seed=1))
         told[case, noise] = tell(run)
-    meshes.stop()
+    meshes.shutdown()
     return told
 
 
@@ -57,30 +68,47 @@ def tell(run: Run) -> Told:
         for ending, t in stack.tensors(4).items():
             if ending:
                 whole = torch.empty(len(stack.p), *t.shape[1:])
-                whole[stack.mine] = t
-                state[name + ending] = gather(stack.share(whole), run.mesh.ep)
-    return evaluate(run.engine, run.task, "valid", run.mesh)["valid/perplexity"], run.weights() | state
+                whole[stack.owned] = t
+                state[name + ending] = all_gather(stack.broadcast_from_owners(whole), run.mesh.ep)
+    return evaluate(run.engine, run.task, "valid", run.mesh)[
+        "valid/perplexity"
+    ], run.weights() | state
 
 
 @pytest.fixture(scope="module")
-def saved(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Told]]:
+def saved(
+    small_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, dict[str, Told]]:
     folder = tmp_path_factory.mktemp("saved")
-    return str(small_text), folder, run_distributed(start_and_save, 1, str(small_text), folder, timeout=90)[0]
+    return (
+        str(small_text),
+        folder,
+        run_distributed(start_and_save, 1, str(small_text), folder, timeout=90)[0],
+    )
 
 
 @pytest.mark.timeout(150)
-def test_exact_copies_with_as_many_more_choices_compute_the_same(saved: tuple[str, Path, dict[str, Told]]) -> None:
+def test_exact_copies_with_as_many_more_choices_compute_the_same(
+    saved: tuple[str, Path, dict[str, Told]],
+) -> None:
     """8 experts become 24, and k = 2 becomes 6."""
     text, folder, first = saved
-    grown = run_distributed(grow, 2, text, folder, 2, [(case, 0.0) for case in CASES], timeout=90)[0]
+    grown = run_distributed(grow, 2, text, folder, 2, [(case, 0.0) for case in CASES], timeout=90)[
+        0
+    ]
     for case, (before, old) in first.items():
         after, new = grown[case, 0.0]
         assert case == "groups" or after == pytest.approx(before, rel=1e-6)
         num_grown = 0
         for name, t in old.items():
-            dims = [i for i, (a, b) in enumerate(zip(t.shape, new[name].shape, strict=True)) if a != b]
+            dims = [
+                i for i, (a, b) in enumerate(zip(t.shape, new[name].shape, strict=True)) if a != b
+            ]
             num_grown += len(dims)
-            assert torch.equal(new[name], t.repeat_interleave(3, dims[0]) if dims else t), (case, name)
+            assert torch.equal(new[name], t.repeat_interleave(3, dims[0]) if dims else t), (
+                case,
+                name,
+            )
         # two matrices with two states each; two gates, which in groups have two states each besides
         assert num_grown == {"flat": 2 * 3 + 2, "adam": 2 * 3 + 2, "groups": 2 * 3 + 2 * 3}[case]
 
@@ -108,9 +136,14 @@ def test_a_second_growth_draws_anew() -> None:
     experts = torch.ones(2, 3, 5)
     for number in (4, 8):
         grown = torch.empty(number, 3, 5)
-        Growth(2, 0.1, seed=0).fill(grown, experts, range(0), "w", perturb=True)
+        Upcycling(2, 0.1, seed=0).fill(grown, experts, range(0), "w", perturb=True)
         experts = grown
-    assert all(not torch.equal(experts[i], experts[j]) for i in range(8) for j in range(i) if (i, j) != (4, 0))
+    assert all(
+        not torch.equal(experts[i], experts[j])
+        for i in range(8)
+        for j in range(i)
+        if (i, j) != (4, 0)
+    )
 
 
 @pytest.mark.timeout(150)
@@ -123,14 +156,17 @@ def test_as_a_user(small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     status, stderr = end(start("--resume", str(old), "--grow", "2", "--folder", str(new), *more))
     assert status == 0, stderr
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
-    first, last = manifest.checkpoints(new)
+    first, last = manifest.require_checkpoints(new)
     assert [inspect(path)["step"] for path in (first, last)] == [2, 4]
     assert inspect(last)["weights"]["middle.experts.w1_eDF"]["shape"] == (16, 16, 24)
     assert end(start("--resume", str(new), *set_("steps=5")))[0] == 0
     for args, says in (
         (["--resume", str(old), "--grow", "1"], "--grow 1: 2 or more"),
         (["lstm_moe_demo", "--grow", "2"], "--grow 2: only with --resume RUN"),
-        (["--resume", str(old), "--grow", "2", "--grow-noise", "-1"], "--grow-noise -1.0: from 0 to 1"),
+        (
+            ["--resume", str(old), "--grow", "2", "--grow-noise", "-1"],
+            "--grow-noise -1.0: from 0 to 1",
+        ),
         (["--resume", str(old), "--grow", "2", "--folder", str(new)], "holds a run already"),
     ):
         check_plan(args, says, capsys)

@@ -44,18 +44,18 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.parallelize import ParallelModel, parallelize
 from moe_dist.moe.gating.noisy_topk import NoisyTopK
-from moe_dist.moe.hierarchical import Groups, GroupStats, HierarchicalMoE
+from moe_dist.moe.hierarchical import ExpertGroups, GroupStats, HierarchicalMoE
 from moe_dist.moe.routing import GateStats, Routing
 from moe_dist.nn import token_noise
-from moe_dist.nn.init import bounds_of, initialize
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.init import init_bounds, init_parameter
+from moe_dist.nn.token_context import TokenContext
 from moe_dist.optim.optimizer import Optimizer
 
 pytestmark = pytest.mark.timeout(300)
 
 PER_GROUP = 3
 NUM_EXPERTS = NUM_GROUPS * PER_GROUP
-BALANCE = {"w_importance": 0.3, "w_load": 0.7}
+BALANCE = {"importance_loss_weight": 0.3, "load_loss_weight": 0.7}
 SITE = 1  # of the context
 
 CASES = {
@@ -65,17 +65,19 @@ CASES = {
     "no_noise": Case(noise=False),
     "evaluation": Case(train=False),
     "k1_evaluation": Case(k=1, train=False),
-    "balance_groups": Case(samples_per_balance_group=2),  # the second has no valid token
-    "k1_balance_groups": Case(k=1, samples_per_balance_group=1),
+    "balance_groups": Case(balance_loss_group_size=2),  # the second has no valid token
+    "k1_balance_groups": Case(k=1, balance_loss_group_size=1),
 }
 
-TRAINING = ["model.moe.num_experts=16", "model.moe.num_groups=4", "zero=1"]
+TRAINING = ["model.moe.num_experts=16", "model.moe.num_groups=4", "zero_stage=1"]
 STEPS, SAVED = 10, 5
 
 
 def layer(case: Case, **balance: float) -> HierarchicalMoE:
     gate = NoisyTopK(DIM, NUM_GROUPS, case.k, noise=case.noise, **(BALANCE | balance))
-    return HierarchicalMoE(gate, Groups(NUM_GROUPS, PER_GROUP, DIM, HIDDEN, case.k, noise=case.noise))
+    return HierarchicalMoE(
+        gate, ExpertGroups(NUM_GROUPS, PER_GROUP, DIM, HIDDEN, case.k, noise=case.noise)
+    )
 
 
 class OneLayer(nn.Module):
@@ -105,9 +107,9 @@ def whole_layer(case: Case, **balance: float) -> HierarchicalMoE:
     model = OneLayer(case)
     model.moe = layer(case, **balance)
     model.double()
-    for name, bound in bounds_of(model).items():
+    for name, bound in init_bounds(model).items():
         p = model.get_parameter(name)
-        initialize(p, name, bound, SEED, range(len(p)) if ".experts." in name else None)
+        init_parameter(p, name, bound, SEED, range(len(p)) if ".experts." in name else None)
     fill_primary(model.moe.gate)
     with torch.no_grad():
         for name, value in secondary().items():
@@ -120,31 +122,39 @@ def whole_layer(case: Case, **balance: float) -> HierarchicalMoE:
 
 def ranks(layouts: list[Layout], text: str, folder: Path) -> dict[str, Any]:
     """This rank's part, for each layout (all of one world) and of training."""
-    meshes.join()
+    meshes.init_process_group()
     results = [run_layout(layout) for layout in layouts]
-    trained = {1: train_alone, 2: train_in_two}.get(dist.get_world_size(), lambda *_: None)(text, folder)
-    meshes.stop()
+    trained = {1: train_alone, 2: train_in_two}.get(dist.get_world_size(), lambda *_: None)(
+        text, folder
+    )
+    meshes.shutdown()
     return {"layouts": results, "trained": trained}
 
 
 def run_layout(layout: Layout) -> dict[str, Any]:
-    mesh = meshes.arrange(layout.ep)
-    told: dict[str, Any] = {"layer": {}, "sent": {}, "once": {}}
+    mesh = meshes.build_mesh(layout.ep)
+    told: dict[str, Any] = {"layer": {}, "sent": {}, "dedup_rank": {}}
     for name, case in CASES.items():
-        mesh.ep.sent.clear()
-        told["layer"][name] = run_layer(case, layout, mesh, "ragged")
-        told["sent"][name] = dict(mesh.ep.sent)
-        told["once"][name] = run_layer(case, layout, mesh, "once")
-    told |= {"narrow": run_narrow(layout, mesh), "gate_elements": gate_elements(mesh), "step": run_step(mesh)}
+        mesh.ep.bytes_sent.clear()
+        told["layer"][name] = run_layer(case, layout, mesh, "all_to_all")
+        told["sent"][name] = dict(mesh.ep.bytes_sent)
+        told["dedup_rank"][name] = run_layer(case, layout, mesh, "dedup_rank")
+    told |= {
+        "narrow": run_narrow(layout, mesh),
+        "gate_elements": gate_elements(mesh),
+        "step": run_step(mesh),
+    }
     return told
 
 
-def parallel_layer(case: Case, mesh: meshes.Mesh, dtype: torch.dtype, exchange: str = "auto") -> ParallelModel:
+def parallel_layer(
+    case: Case, mesh: meshes.Mesh, dtype: torch.dtype, exchange: str = "auto"
+) -> ParallelModel:
     with torch.device("meta"):
         plain = OneLayer(case)
-    model = parallelize(plain, mesh, SEED, dtype, MeshConfig(exchange=exchange))
+    model = parallelize(plain, mesh, SEED, dtype, MeshConfig(dispatcher=exchange))
     fill_primary(model.dense.moe.gate)
-    mine = mesh.my_experts(NUM_GROUPS)
+    mine = mesh.local_experts(NUM_GROUPS)
     with torch.no_grad():
         for name, p in model.gates.items():
             assert not p.any(), "gates start at zero"
@@ -156,11 +166,15 @@ def my_tokens(layout: Layout, rank: int) -> slice:
     return slice(layout.cut[rank] * TIMESTEPS, layout.cut[rank + 1] * TIMESTEPS)
 
 
-def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh, exchange: str) -> dict[str, torch.Tensor]:
+def run_layer(
+    case: Case, layout: Layout, mesh: meshes.Mesh, exchange: str
+) -> dict[str, torch.Tensor]:
     model = parallel_layer(case, mesh, torch.float64, exchange)
     mine = my_tokens(layout, mesh.dp.index)
     x_TD = batch()["x"][mine].clone().requires_grad_()
-    y_TD, stats = model.dense.moe(x_TD, context(*layout.cut[mesh.dp.index : mesh.dp.index + 2], case))
+    y_TD, stats = model.dense.moe(
+        x_TD, context(*layout.cut[mesh.dp.index : mesh.dp.index + 2], case)
+    )
     ((batch()["weight"][mine] * y_TD).sum() + stats.balance_loss).backward()
     return {
         **gradients(model),
@@ -179,7 +193,9 @@ def run_narrow(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     model = parallel_layer(CASES["k2"], mesh, torch.bfloat16)
     mine = my_tokens(layout, mesh.dp.index)
     x_TD = batch()["x"][mine].bfloat16().requires_grad_()
-    y_TD, stats = model.dense.moe(x_TD, context(*layout.cut[mesh.dp.index : mesh.dp.index + 2], CASES["k2"]))
+    y_TD, stats = model.dense.moe(
+        x_TD, context(*layout.cut[mesh.dp.index : mesh.dp.index + 2], CASES["k2"])
+    )
     (y_TD.float().sum() + stats.balance_loss).backward()
     return {
         "gates": {p.dtype for p in model.gates.values()},
@@ -187,7 +203,9 @@ def run_narrow(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
         "experts": {p.dtype for p in model.experts.values()},
         "y": y_TD.dtype,
         "balance loss": stats.balance_loss.dtype,
-        "finite": all(p.grad.isfinite().all() for p in [*model.gates.values(), *model.experts.values()]),
+        "finite": all(
+            p.grad.isfinite().all() for p in [*model.gates.values(), *model.experts.values()]
+        ),
         "d w_gate": model.gates["moe.experts.w_gate.w_gDb"].grad,
     }
 
@@ -202,12 +220,21 @@ def gate_elements(mesh: meshes.Mesh) -> int:
 def run_step(mesh: meshes.Mesh) -> dict[str, Any]:
     """One optimizer step of a dense parameter and a secondary gate, with gradients that make arithmetic easy."""
     dense, gate = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1, 1, 2))
-    optimizer = Optimizer([dense], {}, {"gate": gate}, {}, OptimConfig(clip_norm=2.5), mesh, zero=0)
-    optimizer.begin(lr=0.5)
-    dense.grad, gate.grad = torch.tensor([3.0, 4.0]), torch.tensor([[[1.0, -1.0]]]) * (1 + mesh.dp.index)
+    optimizer = Optimizer(
+        [dense], {}, {"gate": gate}, {}, OptimConfig(max_grad_norm=2.5), mesh, zero_stage=0
+    )
+    optimizer.start_step(lr=0.5)
+    dense.grad, gate.grad = (
+        torch.tensor([3.0, 4.0]),
+        torch.tensor([[[1.0, -1.0]]]) * (1 + mesh.dp.index),
+    )
     optimizer.step()
     told = optimizer.gates["gate"].tensors(1)
-    return {"norm": optimizer.norm, "gate": gate.flatten().tolist(), "mean": told[".exp_avg"].flatten().tolist()}
+    return {
+        "norm": optimizer.norm,
+        "gate": gate.flatten().tolist(),
+        "mean": told[".exp_avg"].flatten().tolist(),
+    }
 
 
 def train_alone(text: str, folder: Path) -> dict[str, Any]:
@@ -217,7 +244,7 @@ def train_alone(text: str, folder: Path) -> dict[str, Any]:
 
 def train_in_two(text: str, folder: Path) -> dict[str, Any]:
     """Ten steps without a break; five, a checkpoint, and five more in a run made anew; and the same at ep = 1."""
-    sets = [*TRAINING, f"data.text={text}", "batch.accumulation=2"]
+    sets = [*TRAINING, f"data.text={text}", "batch.grad_accum_steps=2"]
     config = tiny(*sets, "mesh.ep=2")
     whole, first, second = Run(config).steps(0, STEPS), Run(config).steps(0, SAVED), Run(config)
     first.save(folder, SAVED)
@@ -247,7 +274,9 @@ def state(run: Run) -> dict[str, torch.Tensor]:
     """Whole weights by name, and the secondary gates with their moments, by global group."""
     whole = run.weights()
     gates = run.optimizer.gates.items()
-    for name, t in ((n + end, t) for n, gate in gates for end, t in gate.tensors(len(run.losses)).items()):
+    for name, t in (
+        (n + end, t) for n, gate in gates for end, t in gate.tensors(len(run.losses)).items()
+    ):
         parts = [torch.empty_like(t) for _ in range(run.mesh.ep.size)]
         dist.all_gather(parts, t.clone(), group=run.mesh.ep.group)
         whole[name] = torch.cat(parts)
@@ -263,7 +292,11 @@ def reference(case: Case) -> tuple[HierarchicalLayer, dict[str, torch.Tensor]]:
     ctx = context(0, NUM_SAMPLES, case)
     plain = whole_layer(case)
     names = {"x": "dx", "w_gate": "d moe.gate.w_gate.w_DE", "w_noise": "d moe.gate.w_noise.w_DE"}
-    leaf = {names[name]: value.clone().requires_grad_() for name, value in batch().items() if name in names}
+    leaf = {
+        names[name]: value.clone().requires_grad_()
+        for name, value in batch().items()
+        if name in names
+    }
     leaf |= {f"d {name}": value.clone().requires_grad_() for name, value in secondary().items()}
     leaf |= {f"d moe.experts.experts.{n}": p for n, p in plain.experts.experts.named_parameters()}
     noisy = case.noise and case.train
@@ -276,17 +309,23 @@ def reference(case: Case) -> tuple[HierarchicalLayer, dict[str, torch.Tensor]]:
         noise_of(ctx, 0, NUM_GROUPS) if noisy else None,
         noise_of(ctx, 1, NUM_EXPERTS) if noisy else None,
         valid_T=ctx.valid_T.tolist(),
-        balance_group_T=[t // (TIMESTEPS * case.samples_per_balance_group) for t in range(len(ctx.valid_T))],
-        num_balance_groups=NUM_SAMPLES // case.samples_per_balance_group,
+        balance_group_T=[
+            t // (TIMESTEPS * case.balance_loss_group_size) for t in range(len(ctx.valid_T))
+        ],
+        num_balance_groups=NUM_SAMPLES // case.balance_loss_group_size,
         **BALANCE,
     )
-    experts = relu_experts(*(leaf[f"d moe.experts.experts.{name}"] for name in ("w1_eDF", "w2_eFD")))
+    experts = relu_experts(
+        *(leaf[f"d moe.experts.experts.{name}"] for name in ("w1_eDF", "w2_eFD"))
+    )
     return hierarchical_moe(leaf["dx"], gates, experts), leaf
 
 
-def noise_of(ctx: Context, level: int, channels: int) -> torch.Tensor:
+def noise_of(ctx: TokenContext, level: int, channels: int) -> torch.Tensor:
     """Drawn on the whole batch: (T, channels), by global id of a group or an expert."""
-    return token_noise.normal(dataclasses.replace(ctx, level=level), "gate", torch.arange(channels), torch.float64)
+    return token_noise.token_normal(
+        dataclasses.replace(ctx, gate_level=level), "gate", torch.arange(channels), torch.float64
+    )
 
 
 @functools.cache
@@ -316,7 +355,9 @@ def spawned(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}")
+@pytest.fixture(
+    scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}"
+)
 def ran(request: pytest.FixtureRequest, spawned: Any) -> tuple[Layout, list[dict[str, Any]]]:
     """A layout and what its ranks returned."""
     layout = request.param
@@ -332,26 +373,36 @@ def _of_world(world: int) -> list[Layout]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("exchange", ["layer", "once"], ids=["ragged", "once"])
-def test_layer_equals_reference(ran: tuple[Layout, list[dict[str, Any]]], case: str, exchange: str) -> None:
+@pytest.mark.parametrize("exchange", ["layer", "dedup_rank"], ids=["all_to_all", "dedup_rank"])
+def test_layer_equals_reference(
+    ran: tuple[Layout, list[dict[str, Any]]], case: str, exchange: str
+) -> None:
     layout, by_rank = ran
-    assert_equal(gathered([rank[exchange][case] for rank in by_rank], layout.ep), expected(CASES[case]))
+    assert_equal(
+        gathered([rank[exchange][case] for rank in by_rank], layout.ep), expected(CASES[case])
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_token_crosses_once_for_each_chosen_group(ran: tuple[Layout, list[dict[str, Any]]], case: str) -> None:
+def test_a_token_crosses_once_for_each_chosen_group(
+    ran: tuple[Layout, list[dict[str, Any]]], case: str
+) -> None:
     """k rows a token and not k²; and counts of groups, not of experts."""
     layout, by_rank = ran
     groups_T, per_rank = reference(CASES[case])[0].groups_T, NUM_GROUPS // layout.ep
     for rank, result in enumerate(by_rank):
         mine = groups_T[my_tokens(layout, rank)]
-        rows = sum(group // per_rank != rank % layout.ep for groups in mine for group in groups)  # to other ranks
+        rows = sum(
+            group // per_rank != rank % layout.ep for groups in mine for group in groups
+        )  # to other ranks
         sent = result["sent"][case]
         # float64 rows and weights, and two int64 that say where a token stands
         assert sent.get((SITE, "dispatch"), 0) == rows * (DIM * 8 + 8 + 2 * 8)
         assert sent.get((SITE, "combine:grad"), 0) == rows * DIM * 8
         assert sent.get((SITE, "counts"), 0) == (layout.ep - 1) * per_rank * 8
-        assert sent.keys() <= {(SITE, d) for d in ("counts", "dispatch", "dispatch:grad", "combine", "combine:grad")}
+        assert sent.keys() <= {
+            (SITE, d) for d in ("counts", "dispatch", "dispatch:grad", "combine", "combine:grad")
+        }
     assert {len(groups) for groups in groups_T} == {0, CASES[case].k}
     if (layout.ep, case) == (2, "k2"):
         assert sum(r["sent"][case][SITE, "dispatch"] for r in by_rank) > 0
@@ -369,9 +420,13 @@ def test_secondary_gates_stay_in_float32(ran: tuple[Layout, list[dict[str, Any]]
         narrow = rank["narrow"]
         assert narrow["gates"] == narrow["gate gradients"] == {torch.float32} and narrow["finite"]
         assert narrow["experts"] == {torch.bfloat16} and narrow["y"] == torch.bfloat16
-        assert narrow["balance loss"] == torch.float64, "made of sums over a batch, whose differences count"
+        assert narrow["balance loss"] == torch.float64, (
+            "made of sums over a batch, whose differences count"
+        )
     gradient = torch.cat([rank["narrow"]["d w_gate"] for rank in by_rank])
-    assert not torch.equal(gradient, gradient.bfloat16().float()), "computed in float32, not rounded on the way"
+    assert not torch.equal(gradient, gradient.bfloat16().float()), (
+        "computed in float32, not rounded on the way"
+    )
 
 
 # training
@@ -381,14 +436,21 @@ def test_gates_are_in_the_norm_and_under_adam(ran: tuple[Layout, list[dict[str, 
     """Rank r has a gradient of (1, -1) (1 + r) for its gate; that of the gate is the sum over its replicas, over all
     ranks. The dense gradient is (3, 4), so norm² = 25 + 2 sum of squares of the gates'."""
     layout, by_rank = ran
-    gradient = [sum(1 + r for r in range(e, layout.world, layout.ep)) / layout.world for e in range(layout.ep)]
+    gradient = [
+        sum(1 + r for r in range(e, layout.world, layout.ep)) / layout.world
+        for e in range(layout.ep)
+    ]
     norm = (25 + sum(2 * g**2 for g in gradient)) ** 0.5
     for rank, result in enumerate(by_rank):
         step, g = result["step"], gradient[rank % layout.ep] * 2.5 / norm  # clipped to 2.5
         owned = rank < layout.ep  # the first of a gate's replicas updates it
         assert step["norm"] == pytest.approx(norm)
-        assert step["mean"] == pytest.approx([0.1 * g, -0.1 * g] if owned else [])  # 1 - beta1 = 0.1
-        assert step["gate"] == pytest.approx([-0.5, 0.5])  # the first step of Adam is the learning rate
+        assert step["mean"] == pytest.approx(
+            [0.1 * g, -0.1 * g] if owned else []
+        )  # 1 - beta1 = 0.1
+        assert step["gate"] == pytest.approx(
+            [-0.5, 0.5]
+        )  # the first step of Adam is the learning rate
 
 
 def test_training_on_two_ranks_is_training_on_one(spawned: Any) -> None:
@@ -411,7 +473,9 @@ def test_a_checkpoint_goes_on_bit_identically(spawned: Any) -> None:
 
 def test_a_checkpoint_goes_on_at_another_ep(spawned: Any) -> None:
     for rank in spawned(2):
-        assert deviation(rank["trained"]["moved weights"], spawned(1)[0]["trained"]["weights"]) < 1e-5
+        assert (
+            deviation(rank["trained"]["moved weights"], spawned(1)[0]["trained"]["weights"]) < 1e-5
+        )
 
 
 # in one process
@@ -428,9 +492,13 @@ def test_importance_sums_to_the_valid_tokens(case: str) -> None:
 def test_the_load_loss_teaches_the_primary_gate(case: str) -> None:
     """Why Eq. 14 has the factor Load_prim: the load of a group's experts alone has no derivative by the primary
     gate."""
-    moe = whole_layer(CASES[case], w_importance=0.0)
+    moe = whole_layer(CASES[case], importance_loss_weight=0.0)
     moe(batch()["x"], context(0, NUM_SAMPLES, CASES[case]))[1].balance_loss.backward()
-    for p in (*moe.gate.parameters(), *moe.experts.w_gate.parameters(), *moe.experts.w_noise.parameters()):
+    for p in (
+        *moe.gate.parameters(),
+        *moe.experts.w_gate.parameters(),
+        *moe.experts.w_noise.parameters(),
+    ):
         assert p.grad.abs().max() > 1e-3
     assert all(p.grad is None for p in moe.experts.experts.parameters())
 
@@ -450,7 +518,9 @@ def test_empty_groups_give_no_nan(case: str) -> None:
 def test_no_token_at_all() -> None:
     case = CASES["balance_groups"]
     moe, x_TD = whole_layer(case), batch()["x"].clone().requires_grad_()
-    ctx = dataclasses.replace(context(0, NUM_SAMPLES, case), valid_T=torch.zeros(len(x_TD), dtype=torch.bool))
+    ctx = dataclasses.replace(
+        context(0, NUM_SAMPLES, case), valid_T=torch.zeros(len(x_TD), dtype=torch.bool)
+    )
     y_TD, stats = moe(x_TD, ctx)
     (y_TD.sum() + stats.balance_loss).backward()
     assert stats.balance_loss == 0 and not y_TD.any()
@@ -473,7 +543,10 @@ def test_eq_14_by_hand() -> None:
     load_i = torch.tensor([[3.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]], requires_grad=True)
     rows = torch.tensor([[4.0, 2.0], [2.0, 0.0]])
     count_E = torch.tensor([5, 1, 1, 1])
-    moe = HierarchicalMoE(NoisyTopK(1, 2, 1, w_importance=0.0, w_load=1.0), Groups(2, 2, 1, 1, 1, noise=True))
+    moe = HierarchicalMoE(
+        NoisyTopK(1, 2, 1, importance_loss_weight=0.0, load_loss_weight=1.0),
+        ExpertGroups(2, 2, 1, 1, 1, noise=True),
+    )
     stats = moe.stats(
         Routing(torch.zeros(8, dtype=torch.int64), torch.ones(8), torch.tensor([6, 2])),
         GateStats(torch.ones(2, 2), load_prim, torch.tensor(0)),
@@ -486,7 +559,10 @@ def test_eq_14_by_hand() -> None:
     assert stats.importance_E.tolist() == [6, 8, 10, 12]
     assert torch.equal(stats.load_E, count_E)
     for group, load_h_E in enumerate([[2.25, 0.75, 0.5, 0.5], [1, 1, 0, 0]]):
-        assert [v.item() for v in load_h(list(load_prim[group]), list(load_i[group]), rows[group].tolist())] == load_h_E
+        assert [
+            v.item()
+            for v in load_h(list(load_prim[group]), list(load_i[group]), rows[group].tolist())
+        ] == load_h_E
 
 
 def test_eqs_12_and_13_by_hand() -> None:
@@ -498,7 +574,10 @@ def test_eqs_12_and_13_by_hand() -> None:
     CV² = (1 + 0 + 0.25 + 0.25) / 4 = 0.375. Load_H = 4·4/4 each, CV² = 0.
     """
     ctx = context(0, 1, Case(train=False))  # four valid tokens
-    moe = HierarchicalMoE(NoisyTopK(1, 2, 2, w_importance=1.0, w_load=1.0), Groups(2, 2, 1, 1, 2, noise=True)).double()
+    moe = HierarchicalMoE(
+        NoisyTopK(1, 2, 2, importance_loss_weight=1.0, load_loss_weight=1.0),
+        ExpertGroups(2, 2, 1, 1, 2, noise=True),
+    ).double()
     with torch.no_grad():
         for p in moe.parameters():
             p.zero_()
@@ -509,15 +588,29 @@ def test_eqs_12_and_13_by_hand() -> None:
     x_TD = torch.ones(4, 1, dtype=torch.float64)
     y_TD, stats = moe(x_TD, ctx)
     gates = Gates(
-        moe.gate.w_gate.w_DE, moe.gate.w_noise.w_DE, moe.experts.w_gate.w_gDb, moe.experts.w_noise.w_gDb, 2, None, None,
-        [True] * 4, [0] * 4, 1, w_importance=1.0, w_load=1.0,
-    )  # fmt: skip
-    slow = hierarchical_moe(x_TD, gates, relu_experts(moe.experts.experts.w1_eDF, moe.experts.experts.w2_eFD))
+        moe.gate.w_gate.w_DE,
+        moe.gate.w_noise.w_DE,
+        moe.experts.w_gate.w_gDb,
+        moe.experts.w_noise.w_gDb,
+        2,
+        None,
+        None,
+        [True] * 4,
+        [0] * 4,
+        1,
+        importance_loss_weight=1.0,
+        load_loss_weight=1.0,
+    )
+    slow = hierarchical_moe(
+        x_TD, gates, relu_experts(moe.experts.experts.w1_eDF, moe.experts.experts.w2_eFD)
+    )
     for y, importance_E, loss in (
         (y_TD, stats.importance_E, stats.balance_loss),
         (slow.y_TD, slow.importance_GE[0], slow.balance_loss),
     ):
-        assert y.flatten().tolist() == pytest.approx([18.75] * 4, rel=1e-7)  # logits are float32 logarithms
+        assert y.flatten().tolist() == pytest.approx(
+            [18.75] * 4, rel=1e-7
+        )  # logits are float32 logarithms
         assert importance_E.tolist() == pytest.approx([2, 1, 0.5, 0.5], rel=1e-7)
         assert loss.item() == pytest.approx(0.375, rel=1e-6)
 
@@ -525,7 +618,7 @@ def test_eqs_12_and_13_by_hand() -> None:
 @pytest.mark.parametrize("k", [0, 3])
 def test_more_experts_than_a_group_has_are_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"k={k} experts per group: must be 1 to 2"):
-        Groups(4, 2, DIM, HIDDEN, k, noise=True)
+        ExpertGroups(4, 2, DIM, HIDDEN, k, noise=True)
 
 
 def test_cases_are_what_they_say() -> None:
@@ -536,7 +629,11 @@ def test_cases_are_what_they_say() -> None:
         assert rows_ab.sum() == CASES[name].k ** 2 * valid
         assert not rows_ab[list(NEVER)].any()
         assert not result.load_GE.view(-1, NUM_GROUPS, PER_GROUP)[:, list(NEVER)].any()
-    assert all(results["whole_group"].rows_E[i * PER_GROUP] > 0 for i in range(NUM_GROUPS) if i not in NEVER)
+    assert all(
+        results["whole_group"].rows_E[i * PER_GROUP] > 0
+        for i in range(NUM_GROUPS)
+        if i not in NEVER
+    )
     # without noise Eq. 14 counts: Load_prim(X)_i = |X^(i)|
     assert results["evaluation"].load_GE[0].tolist() == pytest.approx(results["evaluation"].rows_E)
     by_group = results["balance_groups"].importance_GE.sum(1)

@@ -17,11 +17,20 @@ from runs import TINY, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from experiments.hostile import SPOILS, build_task, contents, kept, seal, try_all, use, whole_run_of_classes
+from experiments.hostile import (
+    SPOILS,
+    build_task,
+    contents,
+    kept,
+    seal,
+    try_all,
+    use,
+    whole_run_of_classes,
+)
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.distributed import Saver, begin_from, load
-from moe_dist.checkpoint.format import kept_tensors, read_state
+from moe_dist.checkpoint.distributed import Saver, load, load_matching_weights
+from moe_dist.checkpoint.format import read_state, tensor_index
 from moe_dist.checkpoint.sealed_config import read_config
 from moe_dist.checkpoint.single_process import load_weights
 from moe_dist.config import run_folder
@@ -29,7 +38,7 @@ from moe_dist.config.overrides import from_json, override, to_json
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.inference import classify, generate
-from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import files as report_files
 from moe_dist.report import plots
 from moe_dist.tasks.registry import task_of
@@ -68,22 +77,62 @@ def test_a_run_that_is_whole_is_built_and_used(run: Path, of_classes: Path) -> N
 WORDS = {"words": ["<unk>", "<eos>", "a"], "counts": [0, 2, 7]}
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
 GOOD: list[dict[str, Any]] = [
-    {"previous_norm": 1.2e16}, {"previous_norm": 1.7e308}, {"previous_norm": 5e-324}, {"step": 2**40},
-    {"vocabulary": WORDS}, {"vocabulary": WORDS | {"counts": [2**52, 1, 2]}}, {"tokens": json.dumps(TOKENS)},
-    {"classes": []}, {"classes": ["\u0928\u092e", "b"], "pairs": True}, {"wandb_id": None}, {"wandb_id": "a\nb"},
-]  # fmt: skip
+    {"previous_norm": 1.2e16},
+    {"previous_norm": 1.7e308},
+    {"previous_norm": 5e-324},
+    {"step": 2**40},
+    {"vocabulary": WORDS},
+    {"vocabulary": WORDS | {"counts": [2**52, 1, 2]}},
+    {"tokens": json.dumps(TOKENS)},
+    {"classes": []},
+    {"classes": ["\u0928\u092e", "b"], "pairs": True},
+    {"wandb_id": None},
+    {"wandb_id": "a\nb"},
+]
 BROKEN: list[dict[str, Any]] = [
-    {"previous_norm": float("inf")}, {"previous_norm": -1.0}, {"previous_norm": 3}, {"step": True}, {"step": 2**54},
-    {"updates": 2.0}, {"updates": 10**9},
-    *({"vocabulary": value} for value in (5, None, ["a"], {}, {"words": 5, "counts": 6}, WORDS | {"more": []})),
-    *({"vocabulary": WORDS | {"counts": counts}} for counts in (
-        ["a", 1, 2], [10**400, 1, 2], [-1, 1, 2], [1.5, 1, 2], [True, 1, 2], [1, 2], "abc", [2**53, 2**53, 0])),
-    *({"vocabulary": WORDS | {"words": words}} for words in (
-        [1, 2, 3], ["a", "b", "c"], ["<unk>", "<eos>"], ["<unk>", "<eos>", "<eos>"], ["<unk>", "<eos>", "\ud800"])),
-    *({"tokens": value} for value in (5, None, TOKENS, "5", "[1]", "[", json.dumps([*TOKENS, "\ud800"]))),
+    {"previous_norm": float("inf")},
+    {"previous_norm": -1.0},
+    {"previous_norm": 3},
+    {"step": True},
+    {"step": 2**54},
+    {"updates": 2.0},
+    {"updates": 10**9},
+    *(
+        {"vocabulary": value}
+        for value in (5, None, ["a"], {}, {"words": 5, "counts": 6}, WORDS | {"more": []})
+    ),
+    *(
+        {"vocabulary": WORDS | {"counts": counts}}
+        for counts in (
+            ["a", 1, 2],
+            [10**400, 1, 2],
+            [-1, 1, 2],
+            [1.5, 1, 2],
+            [True, 1, 2],
+            [1, 2],
+            "abc",
+            [2**53, 2**53, 0],
+        )
+    ),
+    *(
+        {"vocabulary": WORDS | {"words": words}}
+        for words in (
+            [1, 2, 3],
+            ["a", "b", "c"],
+            ["<unk>", "<eos>"],
+            ["<unk>", "<eos>", "<eos>"],
+            ["<unk>", "<eos>", "\ud800"],
+        )
+    ),
+    *(
+        {"tokens": value}
+        for value in (5, None, TOKENS, "5", "[1]", "[", json.dumps([*TOKENS, "\ud800"]))
+    ),
     *({"classes": value} for value in (5, None, "ab", [1, 2], ["a", None], {"a": 1}, ["\ud800"])),
-    *({"pairs": value} for value in (0, "true", None)), {"wandb_id": 5}, {"wandb_id": ["a"]},
-]  # fmt: skip
+    *({"pairs": value} for value in (0, "true", None)),
+    {"wandb_id": 5},
+    {"wandb_id": ["a"]},
+]
 
 
 @pytest.mark.parametrize("change", GOOD, ids=str)
@@ -94,18 +143,24 @@ def test_a_state_that_a_run_may_save_is_read(change: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize("change", BROKEN, ids=lambda change: repr(change)[:60])
-def test_a_state_that_no_run_saves_is_refused_by_its_key(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_state_that_no_run_saves_is_refused_by_its_key(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
     state = {"step": 2, "updates": 2, "previous_norm": 1.0} | change
     (tmp_path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=rf"state\.json: broken \(.*{next(iter(change))}.*go on from another"):
+    with pytest.raises(
+        ValueError, match=rf"state\.json: broken \(.*{next(iter(change))}.*go on from another"
+    ):
         read_state(tmp_path)
 
 
 def keep(run: Path, **changes: Any) -> None:
     """Changes the state of the newest checkpoint, and seals it again; None removes a value."""
-    checkpoint = manifest.checkpoints(run)[-1]
+    checkpoint = manifest.require_checkpoints(run)[-1]
     state = json.loads((checkpoint / "state.json").read_text()) | changes
-    (checkpoint / "state.json").write_text(json.dumps({key: v for key, v in state.items() if v is not None}))
+    (checkpoint / "state.json").write_text(
+        json.dumps({key: v for key, v in state.items() if v is not None})
+    )
     seal(checkpoint)
 
 
@@ -116,8 +171,19 @@ def test_a_run_that_kept_something_else_is_one_line_before_any_work(
 ) -> None:
     keep(run, classes=[1, 2])
     sets = set_("steps=3", f"data.text={small_text}")
-    of = ["lstm_moe_demo", *set_(*TINY), *sets, *set_(f"init={run}"), "--folder", str(tmp_path / "new")]
-    args = {"resume": ["--resume", str(run), *set_("steps=3")], "evaluate": ["--evaluate", str(run)], "init": of}
+    of = [
+        "lstm_moe_demo",
+        *set_(*TINY),
+        *sets,
+        *set_(f"init_from={run}"),
+        "--folder",
+        str(tmp_path / "new"),
+    ]
+    args = {
+        "resume": ["--resume", str(run), *set_("steps=3")],
+        "evaluate": ["--evaluate", str(run)],
+        "init": of,
+    }
     before = contents(run)
     status, stderr = end(start(*args[command_]))
     assert status == 2
@@ -129,13 +195,17 @@ def test_a_run_that_kept_something_else_is_one_line_before_any_work(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"tokens": 5}, "broken (tokens=5 is not a value"), ({"classes": 5}, "broken (classes=5 is not a value"),
+        ({"tokens": 5}, "broken (tokens=5 is not a value"),
+        ({"classes": 5}, "broken (classes=5 is not a value"),
         ({"classes": None}, "keeps no classes, which a run of task=text_classification needs"),
         ({"tokens": None, "classes": None}, "keeps no tokens, classes, which"),
         ({"classes": list("abcdefgh")}, "has 8 classes, and model.num_classes of config.json is 3"),
-        ({"tokens": json.dumps(TOKENS)}, "has 6 tokens, and model.vocabulary_size of config.json is "),
+        (
+            {"tokens": json.dumps(TOKENS)},
+            "has 6 tokens, and model.vocabulary_size of config.json is ",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_classifier_of_what_is_not_kept_is_one_line(
     changes: dict[str, Any], says: str, of_classes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,12 +254,18 @@ def test_every_flipped_bit_of_the_config_is_seen_or_changes_nothing(run: Path) -
     assert told["refused"] > 0 and told["noted"] > 0, told
 
 
-def test_a_config_that_was_changed_is_refused_by_its_fields(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_was_changed_is_refused_by_its_fields(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = from_json((run / "config.json").read_text())
     changed = override(config, ["optim.lr=0.5", "model.dim=32", "steps=7"])
     (run / "config.json").write_text(to_json(changed))
     for option in ("--resume", "--evaluate"):
-        check_plan([option, str(run)], "steps=7, not 2; model.dim=32, not 16; optim.lr=0.5, not 0.0001", capsys)
+        check_plan(
+            [option, str(run)],
+            "steps=7, not 2; model.dim=32, not 16; optim.lr=0.5, not 0.0001",
+            capsys,
+        )
     assert command.main(["export", str(run), str(run / "x")]) == 2
     check_one_line(capsys.readouterr().err, "model.dim=32, not 16")
     (run / "config.json").write_text(to_json(override(config, ["optim.lr=0.5"])))
@@ -197,28 +273,35 @@ def test_a_config_that_was_changed_is_refused_by_its_fields(run: Path, capsys: p
 
 
 @pytest.mark.parametrize("spoilt", [None, "{broken", "[]", "[" * 100_000])
-def test_a_config_that_is_missing_or_broken_is_that_of_the_checkpoint(spoilt: str | None, run: Path) -> None:
+def test_a_config_that_is_missing_or_broken_is_that_of_the_checkpoint(
+    spoilt: str | None, run: Path
+) -> None:
     config, _ = read_config(run)
     (run / "config.json").unlink()
     if spoilt:
         (run / "config.json").write_text(spoilt)
     got, note = read_config(run)
     assert got == config and note.endswith("; using the copy in step_00000002")
-    for checkpoint in manifest.checkpoints(run):  # as older versions saved them
+    for checkpoint in manifest.require_checkpoints(run):  # as older versions saved them
         (checkpoint / "config.json").unlink()
         seal(checkpoint)
     with pytest.raises(ValueError, match=r"config\.json"):
         read_config(run)
     (run / "config.json").write_text(to_json(config))
-    assert read_config(run) == (config, f"{run}: no checkpoint has a copy of config.json to compare it with")
+    assert read_config(run) == (
+        config,
+        f"{run}: no checkpoint has a copy of config.json to compare it with",
+    )
 
 
 @pytest.mark.parametrize("step", [1, 20])
 def test_a_step_that_is_not_the_folders_is_refused(step: int, run: Path) -> None:
-    checkpoint = manifest.checkpoints(run)[-1]
+    checkpoint = manifest.require_checkpoints(run)[-1]
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | {"step": step, "updates": 1}))
-    with pytest.raises(ValueError, match=f"of step {step}, in a folder that is named step_00000002"):
+    with pytest.raises(
+        ValueError, match=f"of step {step}, in a folder that is named step_00000002"
+    ):
         read_state(checkpoint)
 
 
@@ -250,16 +333,19 @@ def test_values_that_are_unfit_are_neither_taken_nor_saved(run: Path) -> None:
 
 def refuse_unfit(folder: Path) -> list[str]:
     """Returns what was not refused as it should be, on this rank."""
-    meshes.join()
+    meshes.init_process_group()
     config = from_json((folder / "config.json").read_text())
-    fresh = Run(override(config, ["mesh.ep=2", "zero=1"]))
+    fresh = Run(override(config, ["mesh.ep=2", "zero_stage=1"]))
     before, updates = fresh.weights(), fresh.optimizer.updates
     wrong = []
-    good = manifest.checkpoints(folder)[-1]
-    names = sorted(kept_tensors(good))
+    good = manifest.require_checkpoints(folder)[-1]
+    names = sorted(tensor_index(good))
     expert = next(name for name in names if name.endswith("w1_eDF"))
     dense = next(name for name in names if name.startswith("dense/") and "exp_avg" not in name)
-    states = [next(name for name in names if name.endswith(ending)) for ending in (".row", ".exp_avg", ".exp_avg_sq")]
+    states = [
+        next(name for name in names if name.endswith(ending))
+        for ending in (".row", ".exp_avg", ".exp_avg_sq")
+    ]
     pairs = [(name, "nan") for name in (expert, dense, *states)]
     pairs += [
         (states[0], "negative"),
@@ -274,16 +360,25 @@ def refuse_unfit(folder: Path) -> list[str]:
         if fresh.mesh.is_main:
             shutil.copytree(good, path)
             change_tensor(path, name, change)
-        fresh.mesh.files.barrier().wait()
-        attempts: list[Callable[..., Any]] = [partial(load, path, fresh.engine, fresh.task, fresh.mesh)]
+        fresh.mesh.checkpoint_group.barrier().wait()
+        attempts: list[Callable[..., Any]] = [
+            partial(load, path, fresh.engine, fresh.task, fresh.mesh)
+        ]
         if name in (expert, dense):
-            model = task_of(config).plain_model(config).to_empty(device="cpu")
-            attempts += [partial(begin_from, path, fresh.engine, fresh.mesh), partial(load_weights, path, model)]
+            model = task_of(config).build_model(config).to_empty(device="cpu")
+            attempts += [
+                partial(load_matching_weights, path, fresh.engine, fresh.mesh),
+                partial(load_weights, path, model),
+            ]
         for attempt in attempts:
             try:
                 attempt()
             except ValueError as error:
-                wrong += [] if f"{name!r} {says}" in str(error) else [f"{attempt.func} {name} {kind}: {error}"]
+                wrong += (
+                    []
+                    if f"{name!r} {says}" in str(error)
+                    else [f"{attempt.func} {name} {kind}: {error}"]
+                )
             else:
                 wrong.append(f"{attempt.func} {name} {kind} was taken")
     after = fresh.weights()
@@ -294,12 +389,16 @@ def refuse_unfit(folder: Path) -> list[str]:
     saver = Saver(folder, fresh.engine, fresh.task, fresh.mesh, keep=1)
     saver.save(3, {})
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    wrong += [] if saver.failed and left == ["step_00000001", "step_00000002"] else [f"saved: {left}"]
-    meshes.stop()
+    wrong += (
+        [] if saver.failed and left == ["step_00000001", "step_00000002"] else [f"saved: {left}"]
+    )
+    meshes.shutdown()
     return wrong
 
 
-def change_tensor(checkpoint: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def change_tensor(
+    checkpoint: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     for shard in checkpoint.glob("*.safetensors"):
         with safe_open(shard, "pt") as opened:
             metadata = opened.metadata()
@@ -309,25 +408,32 @@ def change_tensor(checkpoint: Path, name: str, change: Callable[[torch.Tensor], 
             save_file(tensors, shard, metadata)
 
 
-@pytest.mark.parametrize("moved", [(0, 2), (2, 4), (0, 0)])  # starts of two parts of four rows each, of eight in all
+@pytest.mark.parametrize(
+    "moved", [(0, 2), (2, 4), (0, 0)]
+)  # starts of two parts of four rows each, of eight in all
 def test_parts_that_overlap_are_refused_by_name(moved: tuple[int, int], tmp_path: Path) -> None:
     """(0, 4) is whole. The numbers of rows are right in each case."""
     for starts in ((0, 4), moved):
         for i, first in enumerate(starts):
-            places = {"dense/w": {"saved_offsets": [first, 0]}, "dense/b": {"saved_offsets": [4 * i]}}
+            places = {
+                "dense/w": {"saved_offsets": [first, 0]},
+                "dense/b": {"saved_offsets": [4 * i]},
+            }
             tensors = {"dense/w": torch.zeros(4, 3), "dense/b": torch.zeros(4)}
-            save_file(tensors, tmp_path / f"{i}.safetensors", {"DCP_SHARDING_INFO": json.dumps(places)})
+            save_file(
+                tensors, tmp_path / f"{i}.safetensors", {"DCP_SHARDING_INFO": json.dumps(places)}
+            )
         if starts == (0, 4):
-            assert set(kept_tensors(tmp_path)) == {"dense/w", "dense/b"}
+            assert set(tensor_index(tmp_path)) == {"dense/w", "dense/b"}
     with pytest.raises(ValueError, match="'dense/w' has not all of its parts, or some twice"):
-        kept_tensors(tmp_path)
+        tensor_index(tmp_path)
 
 
 @pytest.fixture
-def opened(run: Path) -> Iterator[training_run.Run]:
+def opened(run: Path) -> Iterator[training_run.TrainingRun]:
     config = from_json((run / "config.json").read_text())
     (run / "metrics.jsonl").unlink()
-    whole = training_run.Run(config, {}, run)
+    whole = training_run.TrainingRun(config, {}, run)
     whole._claim()
     yield whole
     assert whole.lock
@@ -345,10 +451,12 @@ GONE: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("gone", GONE)
 def test_a_run_folder_that_goes_while_it_trains_comes_again(
-    gone: str, opened: training_run.Run, run: Path, capsys: pytest.CaptureFixture[str]
+    gone: str, opened: training_run.TrainingRun, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (run / "config.json").read_text()
-    with Metrics(run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore) as metrics:
+    with MetricsLogger(
+        run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore
+    ) as metrics:
         metrics.log(1, {"train/loss": 1.0})
         GONE[gone](run)
         metrics.log(2, {"train/loss": 2.0})
@@ -360,15 +468,19 @@ def test_a_run_folder_that_goes_while_it_trains_comes_again(
         training_run._lock(lock, run, 0)
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warned) == (gone != "metrics.jsonl")
-    assert all(f"{run}: " in line and " removed or renamed while it trains" in line for line in warned)
+    assert all(
+        f"{run}: " in line and " removed or renamed while it trains" in line for line in warned
+    )
 
 
 def test_a_folder_that_another_run_has_taken_is_left_alone(
-    opened: training_run.Run, run: Path, capsys: pytest.CaptureFixture[str]
+    opened: training_run.TrainingRun, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Metrics(run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore) as metrics:
+    with MetricsLogger(
+        run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore
+    ) as metrics:
         shutil.rmtree(run)
-        other = training_run.Run(opened.config, {}, run)
+        other = training_run.TrainingRun(opened.config, {}, run)
         other._claim()
         before = contents(run)
         metrics.log(1, {"train/loss": 1.0})
@@ -379,7 +491,7 @@ def test_a_folder_that_another_run_has_taken_is_left_alone(
     other.lock.close()
 
 
-@pytest.mark.parametrize("name", [*run_folder.FOLDERS, "lock"])
+@pytest.mark.parametrize("name", [*run_folder.SUBFOLDERS, "lock"])
 def test_a_link_in_a_run_that_would_be_written_is_refused_before_any_work(
     name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -387,17 +499,23 @@ def test_a_link_in_a_run_that_would_be_written_is_refused_before_any_work(
         shutil.move(run / name, tmp_path / "elsewhere")
     (run / name).symlink_to(tmp_path / "elsewhere")
     if name == "checkpoints":
-        assert manifest.newest_whole(run)[0].name == "step_00000002", "it can be read"
+        assert manifest.newest_complete(run)[0].name == "step_00000002", "it can be read"
     check_plan(["--resume", str(run), *set_("steps=3")], f"{run / name} is a link", capsys)
     assert (run / name).is_symlink()
     assert name in ("checkpoints", "lock", "calls") or not os.path.lexists(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("name", ["report", "report/loss.png", "report/partial_loss.png", "report.html"])
+@pytest.mark.parametrize(
+    "name", ["report", "report/loss.png", "report/partial_loss.png", "report.html"]
+)
 def test_a_report_is_not_drawn_through_a_link(
-    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(plots, "all_pictures", lambda *_: {"loss": Figure()})
+    monkeypatch.setattr(plots, "all_plots", lambda *_: {"loss": Figure()})
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "victim").write_text("precious")

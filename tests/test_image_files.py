@@ -16,7 +16,13 @@ import pytest
 from damage import open_damaged_files
 from PIL import Image
 
-from moe_dist.data.images.image_files import AGAIN, NO_ENDING, list_images, open_image, told_left_out
+from moe_dist.data.images.image_files import (
+    AGAIN,
+    NO_ENDING,
+    list_images,
+    open_image,
+    told_left_out,
+)
 from moe_dist.inference.classify import images_of
 
 
@@ -30,7 +36,9 @@ def save(path: Path, seed: int = 0, kind: str = "png") -> Path:
 def listed(*folders: Path) -> tuple[list[list[str]], Counter[str]]:
     """Names below the first folder's parent."""
     found, left_out = list_images(folders)
-    return [[os.path.relpath(file, folders[0].parent) for file in files] for files in found], left_out
+    return [
+        [os.path.relpath(file, folders[0].parent) for file in files] for files in found
+    ], left_out
 
 
 # which files are images
@@ -38,36 +46,85 @@ def listed(*folders: Path) -> tuple[list[list[str]], Counter[str]]:
 
 def test_what_ls_hides_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path / "a" / "x.png")
-    for hidden in (".y.png", "._x.png", ".ipynb_checkpoints/x.png", ".thumbnails/n/x.png", "__MACOSX/x.png",
-                   "below/.DS/x.png", "below/@eaDir/x.jpg", "lost+found/x.png"):  # fmt: skip
+    for hidden in (
+        ".y.png",
+        "._x.png",
+        ".ipynb_checkpoints/x.png",
+        ".thumbnails/n/x.png",
+        "__MACOSX/x.png",
+        "below/.DS/x.png",
+        "below/@eaDir/x.jpg",
+        "lost+found/x.png",
+    ):
         save(tmp_path / "a" / hidden)
     assert listed(tmp_path / "a") == ([["a/x.png"]], Counter())
     assert images_of([tmp_path / "a"]) == [tmp_path / "a" / "x.png"]
     named = tmp_path / "a" / ".thumbnails"  # but not where it is asked for
-    assert images_of([named, tmp_path / "a" / ".y.png"]) == [named / "n" / "x.png", tmp_path / "a" / ".y.png"]
+    assert images_of([named, tmp_path / "a" / ".y.png"]) == [
+        named / "n" / "x.png",
+        tmp_path / "a" / ".y.png",
+    ]
 
 
-def test_every_file_that_pil_decodes_is_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = {"a.PNG": "png", "b.JpG": "jpeg", "c.jfif": "jpeg", "d.gif": "gif", "e.webp": "webp", "f.avif": "avif",
-             "g.tga": "tga", "h.jp2": "jpeg2000", "i": "png", "j": "webp", "k.jpg": "png", "l.ppm": "ppm",
-             "deep/er.x/m.TIF": "tiff"}  # fmt: skip
+def test_every_file_that_pil_decodes_is_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = {
+        "a.PNG": "png",
+        "b.JpG": "jpeg",
+        "c.jfif": "jpeg",
+        "d.gif": "gif",
+        "e.webp": "webp",
+        "f.avif": "avif",
+        "g.tga": "tga",
+        "h.jp2": "jpeg2000",
+        "i": "png",
+        "j": "webp",
+        "k.jpg": "png",
+        "l.ppm": "ppm",
+        "deep/er.x/m.TIF": "tiff",
+    }
     for name, kind in kinds.items():
         save(tmp_path / name, kind=kind)
-    for name in ("labels.csv", "labels.CSV", "x.txt", "x.png.part", "figure.svg", "x.eps", "film.mpeg", "README", "n."):
+    for name in (
+        "labels.csv",
+        "labels.CSV",
+        "x.txt",
+        "x.png.part",
+        "figure.svg",
+        "x.eps",
+        "film.mpeg",
+        "README",
+        "n.",
+    ):
         (tmp_path / name).write_bytes(b"some text")
     [found], left_out = list_images([tmp_path])
     assert [os.path.relpath(file, tmp_path) for file in found] == [*kinds]
     for file in found:
         assert open_image(file, "RGB").size == (7, 5)
-    assert left_out == {".csv": 2, ".txt": 1, ".part": 1, ".svg": 1, ".eps": 1, ".mpeg": 1, NO_ENDING: 1, ".": 1}
-    assert told_left_out(left_out).startswith("9 left out: 2 .csv, 1 ") and told_left_out(left_out).endswith(", ...")
+    assert left_out == {
+        ".csv": 2,
+        ".txt": 1,
+        ".part": 1,
+        ".svg": 1,
+        ".eps": 1,
+        ".mpeg": 1,
+        NO_ENDING: 1,
+        ".": 1,
+    }
+    assert told_left_out(left_out).startswith("9 left out: 2 .csv, 1 ") and told_left_out(
+        left_out
+    ).endswith(", ...")
     assert images_of([tmp_path]) == [*map(Path, found)]
     assert capsys.readouterr().err == f"note: {told_left_out(left_out)}\n"
 
 
 def test_what_is_left_out_is_told_in_plain_characters() -> None:
     assert told_left_out(Counter()) == ""
-    assert told_left_out(Counter({".a\nb\udcff": 2, NO_ENDING: 1})) == r"3 left out: 2 .a\nb\udcff, 1 without an ending"
+    assert (
+        told_left_out(Counter({".a\nb\udcff": 2, NO_ENDING: 1}))
+        == r"3 left out: 2 .a\nb\udcff, 1 without an ending"
+    )
 
 
 def test_no_folder_is_listed_twice_and_links_elsewhere_are_followed(tmp_path: Path) -> None:
@@ -77,9 +134,16 @@ def test_no_folder_is_listed_twice_and_links_elsewhere_are_followed(tmp_path: Pa
     save(elsewhere / "4.png")
     save(elsewhere / "below" / "5.png")
     for link, to in {
-        "cat/self": ".", "cat/up": "..", "cat/top": "../..", "cat/z/back": "../../cat", "cat/dogs": "../dog/sub",
-        "cat/a": "z", "dog/more": elsewhere, "dog/more too": elsewhere / "below", "dog/6.png": elsewhere / "4.png",
-    }.items():  # fmt: skip
+        "cat/self": ".",
+        "cat/up": "..",
+        "cat/top": "../..",
+        "cat/z/back": "../../cat",
+        "cat/dogs": "../dog/sub",
+        "cat/a": "z",
+        "dog/more": elsewhere,
+        "dog/more too": elsewhere / "below",
+        "dog/6.png": elsewhere / "4.png",
+    }.items():
         (train / link).symlink_to(to)
     (elsewhere / "below" / "home").symlink_to(train)
     found, left_out = listed(train / "cat", train / "dog")
@@ -92,7 +156,9 @@ def test_no_folder_is_listed_twice_and_links_elsewhere_are_followed(tmp_path: Pa
     assert listed(train / "cat", train / "bird", train / "dog")[0] == [found[0], [], found[1]]
 
 
-@pytest.mark.parametrize("kind", ["pipe", "pipe.png", "socket", "link to a pipe", "broken link", "loop", "device"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "pipe.png", "socket", "link to a pipe", "broken link", "loop", "device"]
+)
 def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     save(tmp_path / "a" / "0.png")
     path = tmp_path / "a" / ("x" if kind == "pipe" else "x.png")
@@ -105,7 +171,11 @@ def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path: Path, kind
         path.symlink_to("../pipe")
     else:
         path.symlink_to({"broken link": "gone.png", "loop": "x.png", "device": "/dev/zero"}[kind])
-    for act in (lambda: list_images([path.parent]), lambda: images_of([path.parent]), lambda: open_image(path, "L")):
+    for act in (
+        lambda: list_images([path.parent]),
+        lambda: images_of([path.parent]),
+        lambda: open_image(path, "L"),
+    ):
         with pytest.raises(ValueError, match=re.escape(repr(str(path)))) as error:
             act()
         assert "\n" not in str(error.value)
@@ -114,12 +184,16 @@ def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path: Path, kind
     assert len(images_of([tmp_path / "a" / "0.png"])) == 1
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # root may read any
-    with pytest.raises(ValueError, match=f"^{re.escape(repr(str(tmp_path)))} cannot be read .Permission denied"):
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(repr(str(tmp_path)))} cannot be read .Permission denied"
+    ):
         list_images([tmp_path])
 
 
@@ -128,12 +202,19 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
 def test_the_cameras_orientation_is_applied(tmp_path: Path, kind: str) -> None:
-    pixel_YXQ = np.kron(np.random.default_rng(0).integers(0, 256, (2, 3, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    pixel_YXQ = np.kron(
+        np.random.default_rng(0).integers(0, 256, (2, 3, 3)), np.ones((16, 16, 1))
+    ).astype(np.uint8)
     shown = {
-        1: pixel_YXQ, 2: pixel_YXQ[:, ::-1], 3: pixel_YXQ[::-1, ::-1], 4: pixel_YXQ[::-1],
-        5: pixel_YXQ.swapaxes(0, 1), 6: np.rot90(pixel_YXQ, 3), 7: np.rot90(pixel_YXQ, 2).swapaxes(0, 1),
+        1: pixel_YXQ,
+        2: pixel_YXQ[:, ::-1],
+        3: pixel_YXQ[::-1, ::-1],
+        4: pixel_YXQ[::-1],
+        5: pixel_YXQ.swapaxes(0, 1),
+        6: np.rot90(pixel_YXQ, 3),
+        7: np.rot90(pixel_YXQ, 2).swapaxes(0, 1),
         8: np.rot90(pixel_YXQ, 1),
-    }  # fmt: skip
+    }
     for orientation, expected in shown.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -181,7 +262,9 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 9, 0]], np.uint8)).save(tmp_path / "gray.png", transparency=9)
     for name, last in (("palette.png", 204), ("palette.gif", 0), ("key.png", 0), ("gray.png", 0)):
         for mode in ("L", "RGB"):
-            assert (np.asarray(open_image(tmp_path / name, mode)).reshape(3, -1) == [[0], [255], [last]]).all(), name
+            assert (
+                np.asarray(open_image(tmp_path / name, mode)).reshape(3, -1) == [[0], [255], [last]]
+            ).all(), name
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff", "avif"])
@@ -198,7 +281,9 @@ def png(width: int, height: int) -> bytes:
         (b"IDAT", zlib.compress(b"")),
         (b"IEND", b""),
     )
-    blocks = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts]
+    blocks = [
+        struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(blocks)
 
 
@@ -209,8 +294,14 @@ def png(width: int, height: int) -> bytes:
         (png(1, 65_000), "1 x 65000 pixels, and no side may be 100 times the other"),
         (png(50_500, 500), "500 x 50500 pixels"),
         (b"", "does not begin like any image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "does not begin like any image"),
-        (b"\0\0\2" + bytes(9) + b"\5\0\5\0\x18\0" + bytes(75), "does not begin"),  # TGA, which has no signature
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            "does not begin like any image",
+        ),
+        (
+            b"\0\0\2" + bytes(9) + b"\5\0\5\0\x18\0" + bytes(75),
+            "does not begin",
+        ),  # TGA, which has no signature
     ],
 )
 def test_a_hostile_file_is_refused_by_its_head(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -225,7 +316,9 @@ def test_a_large_photograph_is_no_bomb(tmp_path: Path) -> None:
     """PIL warns of 89 million pixels and refuses twice as many; cameras have 100 million."""
     (tmp_path / "x.png").write_bytes(png(12_000, 9_000))
     code = "import sys; from moe_dist.data.images.image_files import open_image; open_image(sys.argv[1], None)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.png")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.png")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

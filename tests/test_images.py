@@ -30,7 +30,13 @@ from moe_dist.config.schema import ImageDataConfig, VisionConfig
 from moe_dist.data.bundled import prepare_images
 from moe_dist.data.images import datasets as sources
 from moe_dist.data.images.datasets import Images, open_splits
-from moe_dist.data.images.pipeline import ImageBatch, ImageSplit, check_images, open_images, read_image
+from moe_dist.data.images.pipeline import (
+    ImageBatch,
+    ImageSplit,
+    check_images,
+    open_images,
+    read_image,
+)
 from moe_dist.data.images.torchvision_import import import_torchvision
 from moe_dist.distributed import batch_layout
 from moe_dist.inference.classify import images_of
@@ -59,7 +65,9 @@ def numbers(batch: ImageBatch) -> list[int]:
 
 def one(item_YX: np.ndarray, samples: int, **changes: Any) -> ImageSplit:
     """A set of one image."""
-    model = dataclasses.replace(GRAY, image_size=len(item_YX), channels=3 if item_YX.ndim == 3 else 1)
+    model = dataclasses.replace(
+        GRAY, image_size=len(item_YX), channels=3 if item_YX.ndim == 3 else 1
+    )
     images = Images(item_YX[None], np.zeros(1, np.int64), ("0",))
     return ImageSplit(images, ImageDataConfig(**changes), model, samples, 5, True)
 
@@ -69,11 +77,15 @@ def picture(seed: int, *shape: int) -> np.ndarray:
 
 
 def same(a: ImageBatch, b: ImageBatch) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(ImageBatch))
+    return all(
+        torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(ImageBatch)
+    )
 
 
 def joined(batches: list[ImageBatch]) -> ImageBatch:
-    return ImageBatch(*(torch.cat([getattr(b, f.name) for b in batches]) for f in dataclasses.fields(ImageBatch)))
+    return ImageBatch(
+        *(torch.cat([getattr(b, f.name) for b in batches]) for f in dataclasses.fields(ImageBatch))
+    )
 
 
 # which image is which sample
@@ -82,7 +94,9 @@ def joined(batches: list[ImageBatch]) -> ImageBatch:
 def test_an_epoch_is_a_permutation_and_samples_number_all_epochs() -> None:
     # 7 images: steps of 3 end within epochs, one of 10 holds more than one. Numbers 0 to 69 are 10 epochs.
     stream = [i for step in range(24) for i in numbers(numbered(7, 3).batch(step, range(3)))][:70]
-    assert stream == [i for step in range(7) for i in numbers(numbered(7, 10).batch(step, range(10)))]
+    assert stream == [
+        i for step in range(7) for i in numbers(numbered(7, 10).batch(step, range(10)))
+    ]
     epochs = [stream[first : first + 7] for first in range(0, 70, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 5, "each has an order of its own"
@@ -99,11 +113,18 @@ def test_labels_follow_their_images() -> None:
 def test_any_part_of_a_step_is_the_same_whoever_makes_it() -> None:
     split = open_images(ALL, GRAY, 12, seed=3)["train"]
     whole = split.batch(450, range(12))  # 5,400 = 450 x 12 images: the first step of an epoch
-    for parts in ([range(6), range(6, 12)], [range(b, b + 1) for b in range(12)], [range(5), range(5, 12)]):
+    for parts in (
+        [range(6), range(6, 12)],
+        [range(b, b + 1) for b in range(12)],
+        [range(5), range(5, 12)],
+    ):
         again = open_images(ALL, GRAY, 12, seed=3)["train"]
         made = {part: again.batch(450, part) for part in reversed(parts)}
         assert same(joined([made[part] for part in parts]), whole)
-    different = [dataclasses.replace(split, seed=4).batch(450, range(12)), split.batch(451, range(12))]
+    different = [
+        dataclasses.replace(split, seed=4).batch(450, range(12)),
+        split.batch(451, range(12)),
+    ]
     assert not any(torch.equal(b.image_BQYX, whole.image_BQYX) for b in different)
 
 
@@ -120,11 +141,16 @@ def test_batches_are_those_of_any_number_of_workers(workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_evaluation_reads_every_image_once_in_order_and_pads_its_end(workers: int) -> None:
     # 7 images in steps of 3: 3 steps, the last with one image and two samples of padding
-    split = numbered(7, 3, train=False, workers=workers, mixup=0.5, label_smoothing=0.1, crop="pad", flip=True)
+    split = numbered(
+        7, 3, train=False, workers=workers, mixup=0.5, label_smoothing=0.1, crop="pad", flip=True
+    )
     assert split.num_steps == 3
     batches = list(split.batches(0, [range(2), range(2, 3)]))
     assert [numbers(b) for b in batches[:4]] == [[0, 1], [2], [3, 4], [5]]
-    assert [b.valid_B.tolist() for b in batches] == [[True, True], [True]] * 2 + [[True, False], [False]]
+    assert [b.valid_B.tolist() for b in batches] == [[True, True], [True]] * 2 + [
+        [True, False],
+        [False],
+    ]
     assert numbers(batches[4])[0] == 6
     target_IN = joined(batches).target_BN
     assert torch.equal(target_IN[:7], torch.eye(10)[:7]), "neither smoothed nor mixed"
@@ -183,7 +209,9 @@ def test_normalised_by_hand() -> None:
     assert image_BQYX.dtype == torch.float32 and image_BQYX.is_contiguous()
     torch.testing.assert_close(image_BQYX, torch.tensor([[[[-1.0, -0.6], [1.0, -0.6]]]]))
     colours = one(picture(0, 4, 4, 3), 1).batch(0, range(1)).image_BQYX
-    torch.testing.assert_close(colours[0], torch.from_numpy(picture(0, 4, 4, 3)).permute(2, 0, 1) / 127.5 - 1)
+    torch.testing.assert_close(
+        colours[0], torch.from_numpy(picture(0, 4, 4, 3)).permute(2, 0, 1) / 127.5 - 1
+    )
 
 
 def test_pad_cuts_a_window_of_the_padded_image_and_flips_half_of_them() -> None:
@@ -212,13 +240,21 @@ def test_augmentation_is_torchvisions_after_its_key(crop: str, channels: int) ->
     """A slow reference: each image alone, with a generator that was forked and seeded for it."""
     v2 = import_torchvision().transforms.v2
     shape = (20, 20, 3) if channels == 3 else (20, 20)
-    split = one(picture(2, *shape), 60, crop=crop, flip=True, randaugment_layers=2, randaugment_magnitude=20)
-    steps = {"none": [], "pad": [v2.RandomCrop(20, padding=4)], "inception": [v2.RandomResizedCrop(20)]}[crop]
-    compose = v2.Compose([*steps, v2.RandomHorizontalFlip(0.5), v2.RandAugment(2, 20), v2.PILToTensor()])
+    split = one(
+        picture(2, *shape), 60, crop=crop, flip=True, randaugment_layers=2, randaugment_magnitude=20
+    )
+    steps = {
+        "none": [],
+        "pad": [v2.RandomCrop(20, padding=4)],
+        "inception": [v2.RandomResizedCrop(20)],
+    }[crop]
+    compose = v2.Compose(
+        [*steps, v2.RandomHorizontalFlip(0.5), v2.RandAugment(2, 20), v2.PILToTensor()]
+    )
     batch = split.batch(9, range(60))
     for sample in range(60):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(prng._words(5, "augment", 9, sample)[0])
+            torch.manual_seed(prng.fold_in(5, "augment", 9, sample)[0])
             expected_QYX = compose(Image.fromarray(split.images.item_I[0]))
         torch.testing.assert_close(batch.image_BQYX[sample], expected_QYX / 127.5 - 1)
 
@@ -242,18 +278,30 @@ def test_evaluation_resizes_the_short_side_and_cuts_the_middle(tmp_path: Path) -
     image = Image.fromarray(picture(3, 40, 60))
     path = tmp_path / "image.png"
     image.save(path)
-    for crop, size, box in (("inception", (48, 32), (10, 2, 38, 30)), ("pad", (42, 28), (7, 0, 35, 28))):
-        expected = np.asarray(image.resize(size, Image.Resampling.BILINEAR).crop(box)) / np.float32(127.5) - 1
+    for crop, size, box in (
+        ("inception", (48, 32), (10, 2, 38, 30)),
+        ("pad", (42, 28), (7, 0, 35, 28)),
+    ):
+        expected = (
+            np.asarray(image.resize(size, Image.Resampling.BILINEAR).crop(box)) / np.float32(127.5)
+            - 1
+        )
         actual = read_image(path, ImageDataConfig(crop=crop), 28, 1)
         torch.testing.assert_close(actual[0], torch.from_numpy(expected))
-        assert torch.equal(read_image(path, ImageDataConfig(crop=crop), 28, 3), actual.expand(3, 28, 28))
+        assert torch.equal(
+            read_image(path, ImageDataConfig(crop=crop), 28, 3), actual.expand(3, 28, 28)
+        )
 
 
 def test_read_image_sees_what_evaluation_sees(tmp_path: Path) -> None:
-    data = ImageDataConfig(images=str(files(tmp_path, TREE)), crop="inception", flip=True, mixup=0.5)
+    data = ImageDataConfig(
+        images=str(files(tmp_path, TREE)), crop="inception", flip=True, mixup=0.5
+    )
     batch = open_images(data, SMALL, 16, 0)["test"].batch(0, range(16))
     for b, place in ((0, "a/0"), (7, "a/7"), (8, "b/0")):
-        assert torch.equal(read_image(tmp_path / "test" / f"{place}.png", data, 4, 1), batch.image_BQYX[b])
+        assert torch.equal(
+            read_image(tmp_path / "test" / f"{place}.png", data, 4, 1), batch.image_BQYX[b]
+        )
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
@@ -268,7 +316,11 @@ def test_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
     root = files(tmp_path, TREE)
     path = root / "test" / "a" / "0.png"
     Image.fromarray(np.full((9, 9), 4096, np.uint16)).save(path)  # which PIL would make white
-    told(ImageDataConfig(str(root)), f"{re.escape(repr(str(path)))} is no image .*mode I;16, more than 8 bits", SMALL)
+    told(
+        ImageDataConfig(str(root)),
+        f"{re.escape(repr(str(path)))} is no image .*mode I;16, more than 8 bits",
+        SMALL,
+    )
 
 
 # targets
@@ -283,7 +335,10 @@ def test_targets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     images = Images(item_IYX, np.array([0, 2]), ("w", "x", "y", "z"))
     model = dataclasses.replace(GRAY, image_size=4, num_classes=4)
     split = ImageSplit(images, ImageDataConfig(label_smoothing=0.2), model, 2, 0, True)
-    plain, mixed = (dataclasses.replace(split, data=ImageDataConfig(mixup=m, label_smoothing=0.2)) for m in (0, 0.5))
+    plain, mixed = (
+        dataclasses.replace(split, data=ImageDataConfig(mixup=m, label_smoothing=0.2))
+        for m in (0, 0.5)
+    )
     rows = {0: [0.85, 0.05, 0.05, 0.05], 2: [0.05, 0.05, 0.85, 0.05]}
     mixed_rows = {0: [0.25, 0.05, 0.65, 0.05], 2: [0.65, 0.05, 0.25, 0.05]}
     for batch, expected, pixel in (
@@ -299,10 +354,16 @@ def test_targets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mixed_step_is_the_plain_one_mixed_with_its_next_samples() -> None:
     plain, mixed = (numbered(40, 9, mixup=mixup, crop="pad") for mixup in (0.0, 0.4))
     for step in range(3):
-        a, b, weight = plain.batch(step, range(9)), mixed.batch(step, range(9)), mixed.mixup_weight(step)
+        a, b, weight = (
+            plain.batch(step, range(9)),
+            mixed.batch(step, range(9)),
+            mixed.mixup_weight(step),
+        )
         for sample in range(9):
             for x, y in ((a.image_BQYX, b.image_BQYX), (a.target_BN, b.target_BN)):
-                torch.testing.assert_close(y[sample], weight * x[sample] + (1 - weight) * x[(sample + 1) % 9])
+                torch.testing.assert_close(
+                    y[sample], weight * x[sample] + (1 - weight) * x[(sample + 1) % 9]
+                )
         assert torch.equal(a.label_B, b.label_B)
     alone = dataclasses.replace(mixed, samples=1)  # its partner is itself
     torch.testing.assert_close(alone.batch(2, range(1)).target_BN.max(), torch.tensor(1.0))
@@ -316,7 +377,9 @@ def test_mixup_weights_are_betas() -> None:
     for p in (0.1, 0.4, 0.9):
         below = 2 / np.pi * np.arcsin(p**0.5)
         assert abs((weight_S < p).double().mean() - below) < 4 * (below * (1 - below) / 3000) ** 0.5
-    assert split.mixup_weight(7) == weight_S[7] != dataclasses.replace(split, seed=6).mixup_weight(7)
+    assert (
+        split.mixup_weight(7) == weight_S[7] != dataclasses.replace(split, seed=6).mixup_weight(7)
+    )
 
 
 # where images come from
@@ -328,9 +391,15 @@ def whole(splits: dict[str, Images]) -> list[bytes]:
 
 def test_bundled_images_are_balanced_and_split_without_a_rest() -> None:
     splits = open_splits(PLAIN)
-    assert {name: len(split) for name, split in splits.items()} == {"train": 5400, "valid": 600, "test": 1000}
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": 5400,
+        "valid": 600,
+        "test": 1000,
+    }
     num_N = sum(np.bincount(splits[name].label_I) for name in ("train", "valid"))
-    assert num_N.tolist() == [600] * 10 and np.bincount(splits["test"].label_I).tolist() == [100] * 10
+    assert (
+        num_N.tolist() == [600] * 10 and np.bincount(splits["test"].label_I).tolist() == [100] * 10
+    )
     assert len(set(whole(splits))) == 7000
     assert splits["train"].classes[9] == "Ankle boot"
 
@@ -346,7 +415,9 @@ def write_idx(folder: Path, num: int = 20, labels: list[int] | None = None) -> P
     return folder
 
 
-def test_prepared_images_are_the_first_of_each_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_images_are_the_first_of_each_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_idx(tmp_path / "idx", 50)
     monkeypatch.setattr(prepare_images, "IMAGES_PER_CLASS", {"train": 3, "test": 2})
     monkeypatch.setattr(sys, "argv", ["prepare_images", str(source), str(tmp_path)])
@@ -368,25 +439,32 @@ def test_fashion_mnist_as_debian_or_torchvision_stores_it(tmp_path: Path) -> Non
     raw.mkdir(parents=True)
     for path in debian.iterdir():
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    one, other = (open_splits(ImageDataConfig("fashion_mnist", str(tmp_path / n))) for n in ("debian", "torchvision"))
+    one, other = (
+        open_splits(ImageDataConfig("fashion_mnist", str(tmp_path / n)))
+        for n in ("debian", "torchvision")
+    )
     assert [len(split) for split in one.values()] == [18, 2, 20]
     assert (one["test"].item_I == picture(1, 20, 28, 28)).all()
     held_out_last = np.concatenate([one["train"].item_I, one["valid"].item_I])
     assert {i.tobytes() for i in held_out_last} == {i.tobytes() for i in picture(0, 20, 28, 28)}
     for split, images in one.items():
-        assert (images.item_I == other[split].item_I).all() and (images.label_I == other[split].label_I).all()
+        assert (images.item_I == other[split].item_I).all() and (
+            images.label_I == other[split].label_I
+        ).all()
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("fashion_mnist", "train-labels-idx1-ubyte.gz"), ("fashion_mnist", "t10k-images-idx3-ubyte.gz"),
+        ("fashion_mnist", "train-labels-idx1-ubyte.gz"),
+        ("fashion_mnist", "t10k-images-idx3-ubyte.gz"),
         ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte"),
         ("fashion_mnist", "FashionMNIST/processed/training.pt"),
-        ("cifar10", "cifar-10-batches-py/data_batch_1"), ("cifar100", "cifar-100-python/meta"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1"),
+        ("cifar100", "cifar-100-python/meta"),
     ],
-)  # fmt: skip
+)
 def test_a_pipe_in_a_known_set_is_not_waited_for(name: str, file: str, tmp_path: Path) -> None:
     if "/" not in file:
         write_idx(tmp_path)
@@ -398,7 +476,9 @@ def test_a_pipe_in_a_known_set_is_not_waited_for(name: str, file: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_as_torchvision_stores_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_as_torchvision_stores_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = getattr(import_torchvision().datasets, name.upper())
     (tmp_path / kind.base_folder).mkdir()
     num_classes, key = {"cifar10": (10, "labels"), "cifar100": (100, "fine_labels")}[name]
@@ -408,18 +488,27 @@ def test_cifar_as_torchvision_stores_it(name: str, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(kind, part, [[file, None] for file in named])  # no checksum
         for i, file in enumerate(named):  # two images of each class
             pixel_IQYX[part].append(picture(i, 2 * num_classes, 3, 32, 32))
-            content = {"data": pixel_IQYX[part][-1].reshape(2 * num_classes, -1), key: [*range(num_classes)] * 2}
+            content = {
+                "data": pixel_IQYX[part][-1].reshape(2 * num_classes, -1),
+                key: [*range(num_classes)] * 2,
+            }
             (tmp_path / kind.base_folder / file).write_bytes(pickle.dumps(content))
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
     classes = [f"class {i}" for i in range(num_classes)]
-    (tmp_path / kind.base_folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: classes}))
+    (tmp_path / kind.base_folder / kind.meta["filename"]).write_bytes(
+        pickle.dumps({kind.meta["key"]: classes})
+    )
     monkeypatch.setattr(sources, "MOST_HELD_OUT", 5)
-    splits = open_images(ImageDataConfig(name, str(tmp_path)), VisionConfig(32, 3, 4, num_classes), 20, 0)
+    splits = open_images(
+        ImageDataConfig(name, str(tmp_path)), VisionConfig(32, 3, 4, num_classes), 20, 0
+    )
     num_train = 2 * num_classes * len(pixel_IQYX["train_list"])
     assert [len(split) for split in splits.values()] == [num_train - 5, 5, 2 * num_classes]
     assert splits["train"].images.classes == tuple(classes)
     batch = splits["test"].batch(0, range(20))
-    torch.testing.assert_close(batch.image_BQYX, torch.from_numpy(pixel_IQYX["test_list"][0][:20]) / 127.5 - 1)
+    torch.testing.assert_close(
+        batch.image_BQYX, torch.from_numpy(pixel_IQYX["test_list"][0][:20]) / 127.5 - 1
+    )
     assert batch.label_B.tolist() == [i % num_classes for i in range(20)]
 
 
@@ -431,10 +520,15 @@ def test_splits_of_a_folder(tmp_path: Path, valid: str) -> None:
         "no test": {"train": 10, valid: 3},
         "no valid": {"train": 10, "test": 2},
     }.items():
-        root = files(tmp_path / name, {f"{split}/{kind}": num for split, num in tree.items() for kind in "ab"})
+        root = files(
+            tmp_path / name,
+            {f"{split}/{kind}": num for split, num in tree.items() for kind in "ab"},
+        )
         splits = open_splits(ImageDataConfig(str(root)))
         sizes[name] = [len(split) for split in splits.values()]
-        in_test = {Path(os.fsdecode(file)).relative_to(root).parts[0] for file in splits["test"].item_I}
+        in_test = {
+            Path(os.fsdecode(file)).relative_to(root).parts[0] for file in splits["test"].item_I
+        }
         assert in_test == {valid if name == "no test" else "test"}
         assert not {*splits["train"].item_I} & {*splits["valid"].item_I}
         # files 0, 1, ... of class a, then those of class b
@@ -447,7 +541,10 @@ def test_held_out_images_are_a_tenth_up_to_ten_thousand() -> None:
         images = Images(np.arange(num), np.zeros(num, np.int64), ("0",))
         splits = sources._hold_out(images)
         assert len(splits["valid"]) == held_out
-        assert (np.sort(np.concatenate([splits["train"].item_I, splits["valid"].item_I])) == np.arange(num)).all()
+        assert (
+            np.sort(np.concatenate([splits["train"].item_I, splits["valid"].item_I]))
+            == np.arange(num)
+        ).all()
     share = (splits["valid"].item_I < 150_000).mean()  # the last of 300,000: from everywhere
     assert abs(share - 0.5) < 4 * 0.5 / 10_000**0.5
 
@@ -469,7 +566,10 @@ def test_the_files_of_a_folder_are_those_of_classify(tmp_path: Path) -> None:
 
 
 def test_what_is_beside_the_classes_and_splits_is_told(tmp_path: Path) -> None:
-    root = files(tmp_path, {**TREE, "train/Ä": 1, "valid/Ä": 1, "test/Ä": 1, "train/ä": 1, "valid/ä": 1, "test/ä": 1})
+    root = files(
+        tmp_path,
+        {**TREE, "train/Ä": 1, "valid/Ä": 1, "test/Ä": 1, "train/ä": 1, "valid/ä": 1, "test/ä": 1},
+    )
     files(root, {"Test/a": 1, "test/": 2, "dev/a": 2})
     alike = "{}/: classes whose names differ by case alone: Ä, ä"
     assert opened(f"data.images={root}", "model.num_classes=4").notes == [
@@ -481,16 +581,26 @@ def test_what_is_beside_the_classes_and_splits_is_told(tmp_path: Path) -> None:
 
 def opened(*sets: str, samples: int = 8) -> ImageClassification:
     """The task of the demo's config, with what the user has set."""
-    batch = [f"batch.{key}={samples}" for key in ("samples", "samples_per_balance_group", "samples_per_token_group")]
+    batch = [
+        f"batch.{key}={samples}"
+        for key in ("global_batch_size", "balance_loss_group_size", "capacity_group_size")
+    ]
     config = override(get("widenet_demo"), [*sets, *batch])
     mesh: Any = None  # not asked
     explicit = [text.partition("=")[0] for text in sets]
-    return ImageClassification(config, batch_layout.lay_out(config, 1), mesh, None, explicit)
+    return ImageClassification(
+        config, batch_layout.make_batch_layout(config, 1), mesh, None, explicit
+    )
 
 
 def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
     root = files(
-        tmp_path, {f"{split}/{kind}": 9 for split in ("train", "test") for kind in ("cat", "caf\u00e9", "हिन्दी")}
+        tmp_path,
+        {
+            f"{split}/{kind}": 9
+            for split in ("train", "test")
+            for kind in ("cat", "caf\u00e9", "हिन्दी")
+        },
     )
     (root / "test" / "cat").rename(root / "test" / "cat ")
     (root / "test" / "caf\u00e9").rename(root / "test" / "cafe\u0301")
@@ -499,18 +609,26 @@ def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
     assert np.bincount(splits["test"].label_I).tolist() == [9] * 3
     for name in ("cafe\u0301", " cat", "cat\u00a0"):
         files(root, {f"train/{name}": 1})
-        told(ImageDataConfig(str(root)), "train/ has two folders for one class, '.*' and '.*': move the files")
+        told(
+            ImageDataConfig(str(root)),
+            "train/ has two folders for one class, '.*' and '.*': move the files",
+        )
         shutil.rmtree(root / "train" / name)
     for name in ("a\nb", "\udcff", " ", "\x1b[31m"):
         files(root, {f"train/{name}": 1})
-        told(ImageDataConfig(str(root)), re.escape(f"train/ has a class {name!r}, which cannot be printed"))
+        told(
+            ImageDataConfig(str(root)),
+            re.escape(f"train/ has a class {name!r}, which cannot be printed"),
+        )
         shutil.rmtree(root / "train" / name)
 
 
 @pytest.mark.parametrize(("samples", "times"), [(16, None), (17, "1.1"), (64, "4.0")])
-def test_fewer_images_than_samples_are_told(tmp_path: Path, samples: int, times: str | None) -> None:
+def test_fewer_images_than_samples_are_told(
+    tmp_path: Path, samples: int, times: str | None
+) -> None:
     root = files(tmp_path, TREE)
-    told = f"each of the 16 training images is {times} times in a step of batch.samples={samples}; set batch.samples to"
+    told = f"each of the 16 training images is {times} times in a step of batch.global_batch_size={samples}; set batch.global_batch_size to"
     notes = opened(f"data.images={root}", "model.num_classes=2", samples=samples).notes
     assert notes == ([f"{told} 16 or less"] if times else [])
 
@@ -522,13 +640,18 @@ def test_channels_are_those_of_the_images(tmp_path: Path, kind: str) -> None:
         for place in TREE:
             (tmp_path / name / place).mkdir(parents=True)
             for i in range(8):
-                Image.fromarray(picture(i, *shape)).convert("RGB").save(tmp_path / name / place / f"{i}.{kind}")
+                Image.fromarray(picture(i, *shape)).convert("RGB").save(
+                    tmp_path / name / place / f"{i}.{kind}"
+                )
         folder = f"data.images={tmp_path / name}"
         for channels in (1, 3):
             taken = ImageClassification(
                 override(get("widenet_demo"), [folder, f"model.channels={channels}"]),
-                batch_layout.lay_out(get("widenet_demo"), 1), None, None, ["data.images"],  # type: ignore[arg-type]
-            )  # fmt: skip
+                batch_layout.make_batch_layout(get("widenet_demo"), 1),
+                None,
+                None,
+                ["data.images"],  # type: ignore[arg-type]
+            )
             assert taken.config.model.channels == fits  # type: ignore[union-attr]
             assert taken.splits["test"].batch(0, range(4)).image_BQYX.shape[1] == fits
             assert any("model.channels" in note for note in taken.notes) == (channels != fits)
@@ -549,8 +672,12 @@ def test_one_image_with_a_color_is_enough() -> None:
     assert open_splits(PLAIN)["train"].channels() == 1
 
 
-@pytest.mark.parametrize(("rare", "mode", "channels"), [(7, "RGB", 3), (39, "P", 3), (16, "CMYK", 3), (5, "LA", 1)])
-def test_one_file_with_a_color_is_enough(tmp_path: Path, rare: int, mode: str, channels: int) -> None:
+@pytest.mark.parametrize(
+    ("rare", "mode", "channels"), [(7, "RGB", 3), (39, "P", 3), (16, "CMYK", 3), (5, "LA", 1)]
+)
+def test_one_file_with_a_color_is_enough(
+    tmp_path: Path, rare: int, mode: str, channels: int
+) -> None:
     """Among files of which some are gray, and stored as colors all the same."""
     for i in range(40):
         image = Image.fromarray(picture(i, 6, 8)).convert("RGB" if i % 2 else "L")
@@ -561,12 +688,23 @@ def test_one_file_with_a_color_is_enough(tmp_path: Path, rare: int, mode: str, c
     assert Images(files, np.zeros(40, np.int64), ("0",)).channels() == channels
 
 
-def test_images_that_are_in_two_splits_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_in_two_splits_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     numbers = iter(range(1000))
-    for place, num in {"train/a": 8, "train/b": 8, "valid/a": 4, "valid/b": 4, "test/a": 4, "test/b": 4}.items():
+    for place, num in {
+        "train/a": 8,
+        "train/b": 8,
+        "valid/a": 4,
+        "valid/b": 4,
+        "test/a": 4,
+        "test/b": 4,
+    }.items():
         (tmp_path / place).mkdir(parents=True)
         for _ in range(num):
-            Image.fromarray(picture(number := next(numbers), 60, 80)).save(tmp_path / place / f"{number}.bmp")
+            Image.fromarray(picture(number := next(numbers), 60, 80)).save(
+                tmp_path / place / f"{number}.bmp"
+            )
     check_images(ImageDataConfig(str(tmp_path)), SMALL)
     assert capsys.readouterr().err == ""
     shutil.copy(tmp_path / "train" / "a" / "0.bmp", tmp_path / "test" / "a" / "copy.bmp")
@@ -582,14 +720,29 @@ def test_images_that_are_in_two_splits_are_told(tmp_path: Path, capsys: pytest.C
 # mistakes
 
 BAD = [
-    ({"images": "cifr10"}, "'cifr10' is no folder and no known name; did you mean 'cifar10'.*; give 'bundled'"),
-    ({"images": "/no/such"}, "'/no/such' is no folder and no known name; known: bundled, cifar10, cifar100"),
+    (
+        {"images": "cifr10"},
+        "'cifr10' is no folder and no known name; did you mean 'cifar10'.*; give 'bundled'",
+    ),
+    (
+        {"images": "/no/such"},
+        "'/no/such' is no folder and no known name; known: bundled, cifar10, cifar100",
+    ),
     ({"images": ""}, "'' is no folder"),
     ({"image_root": "."}, "image_root='.' has no meaning with data.images='bundled'"),
-    ({"images": "cifar10"}, "image_root=None is no folder: data.images='cifar10' needs .*cifar-10-batches-py"),
+    (
+        {"images": "cifar10"},
+        "image_root=None is no folder: data.images='cifar10' needs .*cifar-10-batches-py",
+    ),
     ({"images": "cifar10", "image_root": "/no/such"}, "image_root='/no/such' is no folder"),
-    ({"images": "cifar100", "image_root": "."}, r"has no whole cifar100 \(Dataset not found or corrupted.\): give"),
-    ({"images": "fashion_mnist", "image_root": "."}, r"has no whole fashion_mnist \(Dataset not found.\): give"),
+    (
+        {"images": "cifar100", "image_root": "."},
+        r"has no whole cifar100 \(Dataset not found or corrupted.\): give",
+    ),
+    (
+        {"images": "fashion_mnist", "image_root": "."},
+        r"has no whole fashion_mnist \(Dataset not found.\): give",
+    ),
     ({"crop": "inceptoin"}, "data.crop='inceptoin'; did you mean 'inception'"),
 ]
 
@@ -607,7 +760,11 @@ def told(data: ImageDataConfig, message: str, model: VisionConfig = GRAY) -> Non
 
 
 def test_bad_models() -> None:
-    told(PLAIN, "num_classes=9, but data.images='bundled' has 10 classes", dataclasses.replace(GRAY, num_classes=9))
+    told(
+        PLAIN,
+        "num_classes=9, but data.images='bundled' has 10 classes",
+        dataclasses.replace(GRAY, num_classes=9),
+    )
     told(PLAIN, r"channels=2: 1 \(gray\) or 3", dataclasses.replace(GRAY, channels=2))
     check_images(PLAIN, dataclasses.replace(GRAY, num_classes=11))
 
@@ -620,31 +777,75 @@ def test_bad_folders(tmp_path: Path) -> None:
         ("both", {**TREE, "val/a": 1}, "has valid and val: leave one"),
         ("no classes", {"train": 20, "test/a": 2}, "has no folders of classes in train/"),
         ("flat test", {"train/a": 20, "test": 2}, "has no folders of classes in test/"),
-        ("differ", {**TREE, "test/c": 2}, "test/ and train/ have different classes, for c is in one"),
-        ("differ too", {**TREE, "train/c": 2}, "valid/ and train/ have different classes, for c is"),
+        (
+            "differ",
+            {**TREE, "test/c": 2},
+            "test/ and train/ have different classes, for c is in one",
+        ),
+        (
+            "differ too",
+            {**TREE, "train/c": 2},
+            "valid/ and train/ have different classes, for c is",
+        ),
         ("empty class", {**TREE, "train/b": 0}, r"classes without an image in 'train' \(b\)"),
         ("empty test class", {**TREE, "test/b": 0}, r"classes without an image in 'test' \(b\)"),
-        ("other files", {**TREE, "train/c": 0, "valid/c": 1, "test/c": 1}, r"in 'train' \(c\).* 2 left out: 2 .heic"),
+        (
+            "other files",
+            {**TREE, "train/c": 0, "valid/c": 1, "test/c": 1},
+            r"in 'train' \(c\).* 2 left out: 2 .heic",
+        ),
         ("empty split", {**TREE, "valid/a": 0, "valid/b": 0}, "has no image for 'valid'"),
-        ("too few", {"train/a": 4, "train/b": 5, "test/a": 1, "test/b": 1}, "no image for 'valid'.*at least 10 images"),
-        ("one each", {f"{split}/{n}": 1 for split in ("train", "test") for n in range(10)}, "without an image in 'tr"),
-    ]:  # fmt: skip
+        (
+            "too few",
+            {"train/a": 4, "train/b": 5, "test/a": 1, "test/b": 1},
+            "no image for 'valid'.*at least 10 images",
+        ),
+        (
+            "one each",
+            {f"{split}/{n}": 1 for split in ("train", "test") for n in range(10)},
+            "without an image in 'tr",
+        ),
+    ]:
         (root := tmp_path / name).mkdir()
         data = ImageDataConfig(str(files(root, tree)))
         for file in ("x.heic", "y.HEIC") if name == "other files" else ():
             (root / "train" / "c" / file).write_bytes(b"....ftypheic")
-        told(data, f"data.images={re.escape(repr(str(root)))}.*{message}", dataclasses.replace(SMALL, num_classes=10))
+        told(
+            data,
+            f"data.images={re.escape(repr(str(root)))}.*{message}",
+            dataclasses.replace(SMALL, num_classes=10),
+        )
 
 
 def test_bad_sets(tmp_path: Path) -> None:
     for name, spoil, message in [
-        ("cut short", lambda f: f.write_bytes(f.read_bytes()[:500]), r"has no whole fashion_mnist \(Compressed file"),
-        ("no archive", lambda f: f.write_bytes(b"nothing"), r"has no whole fashion_mnist \(Not a gzipped file"),
+        (
+            "cut short",
+            lambda f: f.write_bytes(f.read_bytes()[:500]),
+            r"has no whole fashion_mnist \(Compressed file",
+        ),
+        (
+            "no archive",
+            lambda f: f.write_bytes(b"nothing"),
+            r"has no whole fashion_mnist \(Not a gzipped file",
+        ),
         ("missing", lambda f: f.unlink(), r"has no whole fashion_mnist \(.*No such file"),
-        ("other sizes", lambda f: write_idx(f.parent, 20, [0, 1, 2]), r"\(20 images and 3 labels\)"),
-        ("label", lambda f: write_idx(f.parent, 20, [*range(10), *range(1, 10), 12]), "label 12 in 'train', but 10 cl"),
-        ("empty class", lambda f: write_idx(f.parent, 20, [3, 4] * 10), r"'train' \(T-shirt/top, Tro.*, \.\.\.\)"),
-    ]:  # fmt: skip
+        (
+            "other sizes",
+            lambda f: write_idx(f.parent, 20, [0, 1, 2]),
+            r"\(20 images and 3 labels\)",
+        ),
+        (
+            "label",
+            lambda f: write_idx(f.parent, 20, [*range(10), *range(1, 10), 12]),
+            "label 12 in 'train', but 10 cl",
+        ),
+        (
+            "empty class",
+            lambda f: write_idx(f.parent, 20, [3, 4] * 10),
+            r"'train' \(T-shirt/top, Tro.*, \.\.\.\)",
+        ),
+    ]:
         root = write_idx(tmp_path / name)
         spoil(root / "t10k-images-idx3-ubyte.gz")
         told(ImageDataConfig("fashion_mnist", str(root)), message)
@@ -658,7 +859,12 @@ def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: in
     path = tmp_path / "train" / "b" / "3.png"
     whole = path.read_bytes()
     message = f"^{re.escape(repr(str(path)))} is no image that can be read .*: mend or remove it$"
-    for content, in_its_head in ((whole[:60], False), (b"\x89PNG nonsense", True), (b"", True), (None, True)):
+    for content, in_its_head in (
+        (whole[:60], False),
+        (b"\x89PNG nonsense", True),
+        (b"", True),
+        (None, True),
+    ):
         path.unlink()
         if content is not None:
             path.write_bytes(content)
@@ -669,7 +875,10 @@ def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: in
             told(data, message, SMALL)
         else:
             check_images(data, SMALL)
-        for act in (lambda: split.batch(0, range(16)), lambda: list(islice(split.batches(0, [range(16)]), 1))):
+        for act in (
+            lambda: split.batch(0, range(16)),
+            lambda: list(islice(split.batches(0, [range(16)]), 1)),
+        ):
             with pytest.raises(ValueError, match=message) as error:
                 act()
             assert "\n" not in str(error.value)
@@ -679,12 +888,16 @@ def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: in
 
 
 @pytest.mark.parametrize("num_broken", [2, 7])
-def test_a_message_names_several_broken_files_and_counts_all(tmp_path: Path, num_broken: int) -> None:
+def test_a_message_names_several_broken_files_and_counts_all(
+    tmp_path: Path, num_broken: int
+) -> None:
     root = files(tmp_path, TREE)
     broken = sorted((root / "train" / "a").iterdir())[:num_broken]
     for path in broken:
         path.write_bytes(b"GIF87a, or not")
-    with pytest.raises(ValueError, match=f"^{num_broken} files are no images that can be read: ") as error:
+    with pytest.raises(
+        ValueError, match=f"^{num_broken} files are no images that can be read: "
+    ) as error:
         check_images(ImageDataConfig(str(root)), SMALL)
     assert [str(path) in str(error.value) for path in broken] == [i < 5 for i in range(num_broken)]
 
@@ -722,4 +935,6 @@ assert torchvision_import.import_torchvision() is torchvision and len(torchvisio
 
 def test_the_cure_of_torchvisions_import_is_taken_where_it_is_needed_alone(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", CURE, str(tmp_path)], env=environment, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", CURE, str(tmp_path)], env=environment, check=True, timeout=60
+    )

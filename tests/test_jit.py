@@ -141,7 +141,11 @@ def test_nothing_is_unpickled_that_another_user_may_have_written(
         file.chmod(0o620 if how == "group" else 0o602)
     else:
         target = file.rename(cache / "target")
-        {"link": lambda: file.symlink_to(target), "fifo": lambda: os.mkfifo(file), "folder": file.mkdir}[how]()
+        {
+            "link": lambda: file.symlink_to(target),
+            "fifo": lambda: os.mkfifo(file),
+            "folder": file.mkdir,
+        }[how]()
     read = []
     monkeypatch.setattr(pickle, "loads", lambda data: read.append(data))
     assert run()[0] == DOUBLED
@@ -149,7 +153,9 @@ def test_nothing_is_unpickled_that_another_user_may_have_written(
 
 
 @pytest.mark.parametrize("home", ["/proc/none", "/dev/null", ""])
-def test_where_nothing_can_be_kept_all_is_compiled(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_kept_all_is_compiled(
+    home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", home)
 
@@ -161,7 +167,9 @@ def test_where_nothing_can_be_kept_all_is_compiled(home: str, monkeypatch: pytes
     assert run() == (DOUBLED, 0)
 
 
-def test_a_full_disk_ends_nothing_and_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_nothing_and_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 

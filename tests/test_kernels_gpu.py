@@ -16,16 +16,17 @@ import pytest
 import torch
 
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.moe.delayed_wgrad import Form
+from moe_dist.moe.delayed_wgrad import GradFn
 from moe_dist.moe.experts import Experts, GeluExperts
 from moe_dist.moe.kernels import triton_ffn
 from moe_dist.moe.kernels.triton_ffn import TILES, TILES_FLOAT32, Tiles, feedforward, tile
-from moe_dist.moe.permutation import Copies
+from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
 from moe_dist.nn import prng
-from moe_dist.nn.token_context import Context
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 
 Told = dict[str, torch.Tensor]
 NAMES = ("x", "gate", "w1", "w2")
@@ -43,17 +44,27 @@ CASES = {
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_kernels_gpu", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(
+        generator=prng.generator("test_kernels_gpu", key)
+    )
 
 
-def leaves(case: str, dim: int, hidden: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def leaves(
+    case: str, dim: int, hidden: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Tokens, gates and weights, of which two gates are zero and below; the tokens of the assignments, and counts. Some
     tokens have none, some one in each expert."""
     num_tokens, count_e = CASES[case]
-    token_N = [drawn(num_tokens, key=f"{case} {i}").argsort()[:n].sort().values for i, n in enumerate(count_e)]
+    token_N = [
+        drawn(num_tokens, key=f"{case} {i}").argsort()[:n].sort().values
+        for i, n in enumerate(count_e)
+    ]
     gate_N = drawn(sum(count_e), key="gate").abs().float()
     gate_N[0], gate_N[-1] = 0, -0.5
-    weights = [drawn(len(count_e), *shape, key="w") / shape[0] ** 0.5 for shape in ((dim, hidden), (hidden, dim))]
+    weights = [
+        drawn(len(count_e), *shape, key="w") / shape[0] ** 0.5
+        for shape in ((dim, hidden), (hidden, dim))
+    ]
     leaf = [drawn(num_tokens, dim, key="x").to(dtype), gate_N, *(w.to(dtype) for w in weights)]
     return leaf, [torch.cat(token_N), torch.tensor(count_e)]
 
@@ -76,11 +87,15 @@ def expected(case: str, dim: int, hidden: int, dtype: torch.dtype) -> Told:
     return told(torch.stack(y_D), leaf)
 
 
-def ours(case: str, dim: int, hidden: int, dtype: torch.dtype, device: str = "cpu", **options: Any) -> Told:
+def ours(
+    case: str, dim: int, hidden: int, dtype: torch.dtype, device: str = "cpu", **options: Any
+) -> Told:
     leaf, (token_N, count_e) = leaves(case, dim, hidden, dtype)
     x_TD, gate_N, w1_eDF, w2_eFD = leaf = [t.to(device).requires_grad_() for t in leaf]
-    copies = Copies(token_N.to(device), len(x_TD))
-    return told(feedforward(x_TD, copies, gate_N, count_e.to(device), w1_eDF, w2_eFD, **options), leaf)
+    copies = TokenPermutation(token_N.to(device), len(x_TD))
+    return told(
+        feedforward(x_TD, copies, gate_N, count_e.to(device), w1_eDF, w2_eFD, **options), leaf
+    )
 
 
 def assert_close(actual: Told, right: Told, dtype: str, case: str) -> None:
@@ -114,7 +129,9 @@ def every_case(dtype: str) -> None:
         actual = ours(*args, tiles=SMALL)
         assert_close(actual, expected(*args), dtype, case)
         for i, count in enumerate(count_e):
-            assert actual["w1"][i].any() == actual["w2"][i].any() == (count > 0), f"{case}: weights of expert {i}"
+            assert actual["w1"][i].any() == actual["w2"][i].any() == (count > 0), (
+                f"{case}: weights of expert {i}"
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,10 +142,12 @@ def test_output_and_gradients_are_those_of_a_loop(dtype: str) -> None:
 def with_options() -> None:
     interpret()
     args = "ragged", 16, 48, torch.bfloat16
-    plain, kept, forms = ours(*args, tiles=SMALL), [], dict[int, Form]()
+    plain, kept, forms = ours(*args, tiles=SMALL), [], dict[int, GradFn]()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        recomputed = ours(*args, tiles=SMALL, recompute=True, put_off=forms.__setitem__)
-    assert recomputed.keys() == plain.keys() - {"w1", "w2"}, "gradients that are put off are not returned"
+        recomputed = ours(*args, tiles=SMALL, recompute=True, defer=forms.__setitem__)
+    assert recomputed.keys() == plain.keys() - {"w1", "w2"}, (
+        "gradients that are put off are not returned"
+    )
     recomputed |= {"w1": forms[0](torch.full_like(plain["w1"], torch.nan)), "w2": forms[1](None)}
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain), "the same bits"
     assert (sum(CASES["ragged"][1]), 48) not in kept, "no hidden units"
@@ -166,7 +185,9 @@ def compiled(cache: Path) -> None:
 
     run, kernels = JITFunction.run, list[Any]()
     driver.set_active(Hopper())  # type: ignore[arg-type]
-    JITFunction.run = lambda *args, warmup, **kwargs: kernels.append(run(*args, warmup=True, **kwargs))
+    JITFunction.run = lambda *args, warmup, **kwargs: kernels.append(
+        run(*args, warmup=True, **kwargs)
+    )
     for dtype, tiles in [*(("bf16", tiles) for tiles in TILES.values()), ("fp32", TILES_FLOAT32)]:
         kernels.clear()
         ours("ragged", 64, 128, DTYPES[dtype], tiles=tiles)
@@ -189,29 +210,47 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     run_distributed(compiled, 1, tmp_path)
 
 
-def of_experts(triton: bool, device: str, dtype: torch.dtype, recompute: bool, pieces: list[int]) -> Told:
-    """`pieces`: how many experts are in each; none: all at once."""
+def of_experts(
+    triton: bool, device: str, dtype: torch.dtype, recompute: bool, pieces: list[int]
+) -> Told:
+    """`chunks`: how many experts are in each; none: all at once."""
     (x_TD, gate_N, *weights), (token_N, count_e) = (
         [t.to(device) for t in ts] for ts in leaves("ragged", 48, 80, dtype)
     )
     experts = Experts(len(count_e), 48, 80, recompute)
     experts.w1_eDF, experts.w2_eFD = (torch.nn.Parameter(w) for w in weights)
-    experts.triton = triton
-    leaf, ctx = [x_TD.requires_grad_(), gate_N.requires_grad_(), *experts.parameters()], cast(Context, None)
+    experts.use_triton = triton
+    leaf, ctx = (
+        [x_TD.requires_grad_(), gate_N.requires_grad_(), *experts.parameters()],
+        cast(Any, None),
+    )
     if not pieces:
         return told(experts(x_TD, Routing(token_N, gate_N, count_e), ctx)[0], leaf)
     by_piece = count_e.split(pieces)
     rows = [int(c.sum()) for c in by_piece]
-    routings = [Routing(*of) for of in zip(token_N.split(rows), gate_N.split(rows), by_piece, strict=True)]
-    outputs = [part(x_TD, routing, ctx)[0] for part, routing in zip(experts.parts(pieces), routings, strict=True)]
+    routings = [
+        Routing(*of) for of in zip(token_N.split(rows), gate_N.split(rows), by_piece, strict=True)
+    ]
+    outputs = [
+        part(x_TD, routing, ctx)[0]
+        for part, routing in zip(experts.split_experts(pieces), routings, strict=True)
+    ]
     return told(sum(outputs, torch.zeros_like(x_TD)), leaf)
 
 
 def experts_with_and_without(device: str, dtype: str) -> None:
     for recompute in (False, True):
         for pieces in ([], [2, 4], [1, 1, 4]):  # expert 1, alone in a piece, has no rows
-            off, on = (of_experts(triton, device, DTYPES[dtype], recompute, pieces) for triton in (False, True))
-            assert_close(on, {name: t.double().cpu() for name, t in off.items()}, dtype, f"{recompute}, {pieces}")
+            off, on = (
+                of_experts(triton, device, DTYPES[dtype], recompute, pieces)
+                for triton in (False, True)
+            )
+            assert_close(
+                on,
+                {name: t.double().cpu() for name, t in off.items()},
+                dtype,
+                f"{recompute}, {pieces}",
+            )
             assert not torch.equal(on["y"], off["y"]), "the same bits would be the same path"
 
 
@@ -225,18 +264,20 @@ def test_experts_that_are_switched_on_have_the_results_of_others() -> None:
     run_distributed(interpreted_experts, 1)
 
 
-def test_experts_are_not_switched_on_and_ask_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_not_switched_on_and_ask_what_is_supported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def path(experts: Experts, num_rows: int = 10, on: Any = None) -> Any:
-        return experts._fast(num_rows, torch.zeros(1, 16), on, *experts.parameters())
+        return experts._select_kernel(num_rows, torch.zeros(1, 16), on, *experts.parameters())
 
     experts, with_biases = Experts(2, 16, 32), GeluExperts(2, 16, 32)
-    assert not experts.triton
-    experts.triton = with_biases.triton = True
+    assert not experts.use_triton
+    experts.use_triton = with_biases.use_triton = True
     assert path(experts) is None, "there is no GPU"
     monkeypatch.setattr(triton_ffn, "supported", lambda num_rows, *_: num_rows > 0)
     assert path(experts) is feedforward
     assert path(experts, num_rows=0) is path(experts, on=torch.sign) is path(with_biases) is None
-    experts.triton = False
+    experts.use_triton = False
     assert path(experts) is None
 
 
@@ -248,7 +289,9 @@ def skip_unless_hopper() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mean", [4, 20, 60])
-def test_a_gpu_has_the_results_of_a_loop_twice_the_same(mean: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_the_results_of_a_loop_twice_the_same(
+    mean: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the tiles for each size: there are 11 / 7 of `mean` assignments to an expert."""
     skip_unless_hopper()
     monkeypatch.setitem(CASES, "large", (5 * mean, [mean, 0, 4 * mean, 1, 5 * mean, mean - 1, 0]))

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from moe_dist.nn import prng, token_noise
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 FLOAT64 = torch.float64
 B, S, C = 64, 64, 128
 
 
-def context(num_samples: int = B, positions: int = S, **changes: Any) -> Context:
-    ctx = Context(
+def context(num_samples: int = B, positions: int = S, **changes: Any) -> TokenContext:
+    ctx = TokenContext(
         sample_T=torch.arange(num_samples).repeat_interleave(positions),
         position_T=torch.arange(positions).repeat(num_samples),
         valid_T=torch.ones(num_samples * positions, dtype=torch.bool),
@@ -28,18 +28,18 @@ def context(num_samples: int = B, positions: int = S, **changes: Any) -> Context
         train=True,
         first_sample=0,
         num_samples=num_samples,
-        samples_per_balance_group=num_samples,
-        samples_per_token_group=1,
-        site=1,
+        balance_loss_group_size=num_samples,
+        capacity_group_size=1,
+        layer_call=1,
     )
     return dataclasses.replace(ctx, **changes)
 
 
-def normal(ctx: Context, use: str = "gate", channels: int = C) -> torch.Tensor:
-    return token_noise.normal(ctx, use, torch.arange(channels), FLOAT64)
+def normal(ctx: TokenContext, use: str = "gate", channels: int = C) -> torch.Tensor:
+    return token_noise.token_normal(ctx, use, torch.arange(channels), FLOAT64)
 
 
-def bits(ctx: Context, channels: int = C) -> torch.Tensor:
+def bits(ctx: TokenContext, channels: int = C) -> torch.Tensor:
     """Words 0 to 2^32 - 1."""
     return token_noise._bits(ctx, "gate", torch.arange(channels)).long() & 0xFFFFFFFF
 
@@ -51,22 +51,29 @@ def test_noise_and_dropout_belong_to_the_token() -> None:
     """Neither the other tokens of a call, nor their order, nor the other channels matter."""
     ctx = context(8, 8)
     z_TC = normal(ctx)
-    kept_TD = token_noise.dropout(torch.ones(64, C), 0.5, ctx)
+    kept_TD = token_noise.token_dropout(torch.ones(64, C), 0.5, ctx)
     for rows in (
         torch.tensor([17]),
         torch.arange(64).flip(0),
         torch.tensor([5, 40, 5]),
         torch.zeros(0, dtype=torch.long),
     ):
-        assert torch.equal(normal(ctx.rows(rows)), z_TC[rows])
-        assert torch.equal(token_noise.dropout(torch.ones(len(rows), C), 0.5, ctx.rows(rows)), kept_TD[rows])
+        assert torch.equal(normal(ctx.select(rows)), z_TC[rows])
+        assert torch.equal(
+            token_noise.token_dropout(torch.ones(len(rows), C), 0.5, ctx.select(rows)),
+            kept_TD[rows],
+        )
     channel_C = torch.tensor([3, 100, 0])
-    assert torch.equal(token_noise.normal(ctx, "gate", channel_C, FLOAT64), z_TC[:, channel_C])
+    assert torch.equal(
+        token_noise.token_normal(ctx, "gate", channel_C, FLOAT64), z_TC[:, channel_C]
+    )
 
 
 def test_the_layout_of_the_batch_does_not_matter() -> None:
     ctx = context(8, 8)
-    other = context(8, 8, train=False, valid_T=~ctx.valid_T, first_sample=4, samples_per_balance_group=1)
+    other = context(
+        8, 8, train=False, valid_T=~ctx.valid_T, first_sample=4, balance_loss_group_size=1
+    )
     assert torch.equal(normal(ctx), normal(other))
 
 
@@ -76,14 +83,16 @@ def test_every_part_of_the_key_matters() -> None:
     others = {
         "seed": normal(dataclasses.replace(ctx, seed=8)),
         "step": normal(dataclasses.replace(ctx, step=4)),
-        "site": normal(ctx.at(2)),
-        "level": normal(dataclasses.replace(ctx, level=1)),
+        "site": normal(ctx.at_layer(2)),
+        "level": normal(dataclasses.replace(ctx, gate_level=1)),
         "use": normal(ctx, "dropout"),
         "sample": normal(dataclasses.replace(ctx, sample_T=ctx.sample_T + B)),
         "position": normal(dataclasses.replace(ctx, position_T=ctx.position_T + S)),
-        "channel": token_noise.normal(ctx, "gate", torch.arange(C) + C, FLOAT64),
-        "sample for position": normal(dataclasses.replace(ctx, sample_T=ctx.position_T, position_T=ctx.sample_T))[1:S],
-        "step for site": normal(dataclasses.replace(ctx, step=1, site=3)),
+        "channel": token_noise.token_normal(ctx, "gate", torch.arange(C) + C, FLOAT64),
+        "sample for position": normal(
+            dataclasses.replace(ctx, sample_T=ctx.position_T, position_T=ctx.sample_T)
+        )[1:S],
+        "step for site": normal(dataclasses.replace(ctx, step=1, layer_call=3)),
     }
     for name, other in others.items():
         same = one[1:S] if len(other) < len(one) else one
@@ -101,7 +110,9 @@ def test_bits_are_the_hash_in_plain_integers() -> None:
         x = x * 0x846CA68B % 2**32
         return x ^ (x >> 16)
 
-    digest = hashlib.blake2b(b"7/3/1/0/gate", digest_size=16).digest()  # seed, step, site, level, use
+    digest = hashlib.blake2b(
+        b"7/3/1/0/gate", digest_size=16
+    ).digest()  # seed, step, site, level, use
     word_a, word_b = (int.from_bytes(half, "big") >> 1 for half in (digest[:8], digest[8:]))
     actual_TC = bits(context(3, 2), 4)
     for t, (sample, position) in enumerate(itertools.product(range(3), range(2))):
@@ -123,7 +134,9 @@ def test_generators_follow_from_their_key() -> None:
         return torch.rand((), generator=prng.generator(*key)).item()
 
     assert draw(0, "w", 1) == draw(0, "w", 1)
-    assert len({draw(0, "w", 1), draw(1, "w", 1), draw(0, "v", 1), draw(0, "w", 2), draw(0, "w")}) == 5
+    assert (
+        len({draw(0, "w", 1), draw(1, "w", 1), draw(0, "v", 1), draw(0, "w", 2), draw(0, "w")}) == 5
+    )
 
 
 def test_the_default_generator_is_lent_and_given_back() -> None:
@@ -162,7 +175,7 @@ def test_bits_are_uniform() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 def test_normal_has_the_moments_of_a_normal(dtype: torch.dtype) -> None:
-    z = token_noise.normal(context(), "gate", torch.arange(C), dtype).double()
+    z = token_noise.token_normal(context(), "gate", torch.arange(C), dtype).double()
     n = z.numel()
     assert abs(z.mean()) < 4 / n**0.5
     assert abs(z.square().mean() - 1) < 4 * (2 / n) ** 0.5  # the variance of z² is 2
@@ -183,16 +196,24 @@ def test_normal_of_any_word_is_finite(dtype: torch.dtype) -> None:
 
 
 def test_normal_is_the_same_in_any_precision() -> None:
-    narrow = token_noise.normal(context(), "gate", torch.arange(C), torch.float32)
+    narrow = token_noise.token_normal(context(), "gate", torch.arange(C), torch.float32)
     torch.testing.assert_close(narrow.double(), normal(context()), atol=1e-5, rtol=1e-5)
 
 
 def test_neighbours_are_not_correlated() -> None:
     """Along samples, positions, channels, steps and sites; the numbers, their signs' products and their squares."""
     z_BSC = normal(context()).view(B, S, C)
-    pairs = [(z_BSC.narrow(dim, 0, z_BSC.shape[dim] - lag), z_BSC.narrow(dim, lag, z_BSC.shape[dim] - lag))
-             for dim, lag in itertools.product(range(3), (1, 2, 4, 32))]  # fmt: skip
-    pairs += [(z_BSC, normal(context(step=4)).view_as(z_BSC)), (z_BSC, normal(context(site=2)).view_as(z_BSC))]
+    pairs = [
+        (
+            z_BSC.narrow(dim, 0, z_BSC.shape[dim] - lag),
+            z_BSC.narrow(dim, lag, z_BSC.shape[dim] - lag),
+        )
+        for dim, lag in itertools.product(range(3), (1, 2, 4, 32))
+    ]
+    pairs += [
+        (z_BSC, normal(context(step=4)).view_as(z_BSC)),
+        (z_BSC, normal(context(layer_call=2)).view_as(z_BSC)),
+    ]
     pairs += [(z_BSC[:, :-1, :-1], z_BSC[:, 1:, 1:]), (z_BSC[:-1, 1:], z_BSC[1:, :-1])]  # diagonals
     for a, b in pairs:
         n = a.numel()
@@ -204,7 +225,7 @@ def test_neighbours_are_not_correlated() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
     x_TD = torch.full((B * S, C), 3.0, dtype=FLOAT64)
-    y_TD = token_noise.dropout(x_TD, p, context())
+    y_TD = token_noise.token_dropout(x_TD, p, context())
     n = y_TD.numel()
     kept = y_TD != 0
     torch.testing.assert_close(y_TD[kept], x_TD[kept] / (1 - p))
@@ -218,19 +239,19 @@ def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
 
 def test_dropout_scales_the_gradient_like_the_value() -> None:
     x_TD = torch.ones(B * S, C, requires_grad=True)
-    y_TD = token_noise.dropout(x_TD, 0.5, context())
+    y_TD = token_noise.token_dropout(x_TD, 0.5, context())
     y_TD.sum().backward()
     assert torch.equal(x_TD.grad, y_TD)
 
 
 def test_dropout_is_the_identity_in_evaluation_and_at_0() -> None:
     x_TD = torch.randn(B * S, C)
-    assert token_noise.dropout(x_TD, 0.5, context(train=False)) is x_TD
-    assert token_noise.dropout(x_TD, 0.0, context()) is x_TD
+    assert token_noise.token_dropout(x_TD, 0.5, context(train=False)) is x_TD
+    assert token_noise.token_dropout(x_TD, 0.0, context()) is x_TD
 
 
 def test_dropout_keeps_the_dtype() -> None:
     for dtype in (torch.bfloat16, torch.float32, FLOAT64):
-        y_TD = token_noise.dropout(torch.ones(4, 8, dtype=dtype), 0.5, context(2, 2))
+        y_TD = token_noise.token_dropout(torch.ones(4, 8, dtype=dtype), 0.5, context(2, 2))
         assert y_TD.dtype == dtype
         assert set(y_TD.flatten().tolist()) == {0.0, 2.0}

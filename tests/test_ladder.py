@@ -20,9 +20,19 @@ def divided(name: str, text: str) -> Config:
     config = papers.get(name)
     assert isinstance(config.model, LSTMConfig)
     model, moe = config.model, config.model.moe
-    sets = [f"data.text={text}", "data.vocabulary_size=300", "batch.samples=4", "batch.samples_per_balance_group=none"]
-    sets += [f"model.dim={model.dim // 16}", f"model.ffn_hidden={model.ffn_hidden // 16}"]
-    sets += [f"model.moe.hidden={moe.hidden // 16}", "batch.timesteps=5", "optim.lr=1e-3", "optim.warmup_steps=1"]
+    sets = [
+        f"data.text={text}",
+        "data.vocabulary_size=300",
+        "batch.global_batch_size=4",
+        "batch.balance_loss_group_size=none",
+    ]
+    sets += [f"model.dim={model.dim // 16}", f"model.ffn_hidden_dim={model.ffn_hidden_dim // 16}"]
+    sets += [
+        f"model.moe.expert_hidden_dim={moe.expert_hidden_dim // 16}",
+        "batch.seq_len=5",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=1",
+    ]
     sets += [f"model.lstm_units={model.lstm_units // 16}"] if model.lstm_units else []
     sets += [f"model.moe.num_experts={max(4, min(64, moe.num_experts // 8))}"]
     sets += [f"model.moe.num_groups={min(8, moe.num_groups // 4)}"] if moe.num_groups else []
@@ -41,7 +51,7 @@ def test_every_model_trains_three_steps_and_goes_on(small_text: Path, tmp_path: 
 
 def train_all(text: str, folder: Path) -> dict[str, tuple[list[float], bool]]:
     """Losses of three steps, and whether a run from the checkpoint of the second equals them to the bit."""
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for name in (make.__name__ for make in shazeer2017.CONFIGS):
         config = divided(name, text)
@@ -52,7 +62,9 @@ def train_all(text: str, folder: Path) -> dict[str, tuple[list[float], bool]]:
         again.load(folder / name)
         again.steps(2, 3)
         expected, got = whole.weights(), again.weights()
-        same = again.losses == whole.losses[2:] and all(torch.equal(expected[k], got[k]) for k in expected)
+        same = again.losses == whole.losses[2:] and all(
+            torch.equal(expected[k], got[k]) for k in expected
+        )
         told[name] = whole.losses, same
-    meshes.stop()
+    meshes.shutdown()
     return told

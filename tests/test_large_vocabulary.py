@@ -17,20 +17,25 @@ from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.models import sampled_softmax as softmax_module
-from moe_dist.models.sampled_softmax import Softmax, draw, inclusion
-from moe_dist.nn.token_context import Context
-from moe_dist.optim.row_sparse_adam import Rows
+from moe_dist.models.sampled_softmax import Softmax, draw_negatives, inclusion_probability
+from moe_dist.nn.token_context import TokenContext
+from moe_dist.optim.row_sparse_adam import RowSparseAdam
 
 V, D, T = 30, 4, 7
 
 
-def context(step: int = 0, train: bool = True, num_tokens: int = T) -> Context:
+def context(step: int = 0, train: bool = True, num_tokens: int = T) -> TokenContext:
     token_T = torch.arange(num_tokens)
-    return Context(token_T, token_T * 0, token_T != 3, 5, step, train, 0, num_tokens, num_tokens, 1)
+    return TokenContext(
+        token_T, token_T * 0, token_T != 3, 5, step, train, 0, num_tokens, num_tokens, 1
+    )
 
 
 def softmax(samples: int | None, vocabulary_size: int = V, dim: int = D) -> Softmax:
-    layer, generator = Softmax(dim, vocabulary_size, samples).double(), torch.Generator().manual_seed(1)
+    layer, generator = (
+        Softmax(dim, vocabulary_size, samples).double(),
+        torch.Generator().manual_seed(1),
+    )
     for p in layer.parameters():
         p.data.normal_(generator=generator)
     return layer
@@ -45,22 +50,31 @@ def tokens(dim: int = D) -> tuple[torch.Tensor, torch.Tensor]:
 def test_inclusion_by_hand() -> None:
     # V = 3: q = ln 2 / ln 4, ln 1.5 / ln 4, ln (4/3) / ln 4 = 0.5, 0.29248, 0.20752, which add up to 1
     # two draws: P = 1 - (1 - q)^2 = 0.75, 1 - 0.70752^2 = 0.49942, 1 - 0.79248^2 = 0.37198
-    torch.testing.assert_close(inclusion(3, 2), torch.tensor([0.75, 0.49942, 0.37198]).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        inclusion_probability(3, 2),
+        torch.tensor([0.75, 0.49942, 0.37198]).double(),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_words_drawn_are_distinct_in_order_and_follow_from_seed_and_step_alone() -> None:
-    word_N, weight_N = draw(1000, 50, seed=3, step=4)
-    assert word_N.tolist() == sorted(set(word_N.tolist())) and set(word_N.tolist()) <= set(range(1000))
-    assert torch.equal(weight_N, 1 / inclusion(1000, 50)[word_N])
-    assert torch.equal(word_N, draw(1000, 50, 3, 4)[0])
-    assert not torch.equal(word_N, draw(1000, 50, 3, 5)[0]) and not torch.equal(word_N, draw(1000, 50, 4, 4)[0])
+    word_N, weight_N = draw_negatives(1000, 50, seed=3, step=4)
+    assert word_N.tolist() == sorted(set(word_N.tolist())) and set(word_N.tolist()) <= set(
+        range(1000)
+    )
+    assert torch.equal(weight_N, 1 / inclusion_probability(1000, 50)[word_N])
+    assert torch.equal(word_N, draw_negatives(1000, 50, 3, 4)[0])
+    assert not torch.equal(word_N, draw_negatives(1000, 50, 3, 5)[0]) and not torch.equal(
+        word_N, draw_negatives(1000, 50, 4, 4)[0]
+    )
 
 
 def test_words_are_drawn_as_often_as_their_inclusion_says() -> None:
     draws, count_V = 4000, torch.zeros(20)
     for step in range(draws):
-        count_V[draw(20, 8, 0, step)[0]] += 1
-    p_V = inclusion(20, 8)
+        count_V[draw_negatives(20, 8, 0, step)[0]] += 1
+    p_V = inclusion_probability(20, 8)
     error_V = (p_V * (1 - p_V) / draws).sqrt()
     assert ((count_V / draws - p_V).abs() < 4 * error_V).all()
 
@@ -81,12 +95,16 @@ def test_words_are_drawn_as_often_as_their_inclusion_says() -> None:
         ([0], 0, 0.0, [0, 0, 0]),
     ],
 )
-def test_both_corrections_by_hand(drawn: list[int], target: int, nll: float, gradient_V: list[float]) -> None:
+def test_both_corrections_by_hand(
+    drawn: list[int], target: int, nll: float, gradient_V: list[float]
+) -> None:
     layer = Softmax(1, 3, 2).double()
     layer.w_VD.data.zero_()
     layer.b_V.data.copy_(torch.tensor([1.0, 2.0, 3.0]).log())
-    step = next(step for step in range(100) if draw(3, 2, 5, step)[0].tolist() == drawn)
-    got = layer(torch.zeros(1, 1, dtype=torch.float64), torch.tensor([target]), context(step, num_tokens=1))
+    step = next(step for step in range(100) if draw_negatives(3, 2, 5, step)[0].tolist() == drawn)
+    got = layer(
+        torch.zeros(1, 1, dtype=torch.float64), torch.tensor([target]), context(step, num_tokens=1)
+    )
     assert got.item() == pytest.approx(nll, abs=2e-6)
     got.backward()
     assert layer.b_V.grad is not None
@@ -103,8 +121,8 @@ def test_sampled_loss_is_tensorflows(
     """The constants are the sums over valid tokens of `tf.nn.sampled_softmax_loss` (TensorFlow 2.21.0, float64) on the
     same weights, words and expected counts; beside them its arithmetic, on whole matrices."""
     x_TD, target_T = tokens()
-    layer, expected_count_V = softmax(samples), inclusion(V, samples)
-    word_N, _ = draw(V, samples, 5, step)
+    layer, expected_count_V = softmax(samples), inclusion_probability(V, samples)
+    word_N, _ = draw_negatives(V, samples, 5, step)
     own_T = (x_TD * layer.w_VD[target_T]).sum(1) + layer.b_V[target_T]
     drawn_TN = x_TD @ layer.w_VD[word_N].t() + layer.b_V[word_N] - expected_count_V[word_N].log()
     drawn_TN = drawn_TN.masked_fill(word_N == target_T[:, None], -1e30)  # accidental hits
@@ -114,7 +132,9 @@ def test_sampled_loss_is_tensorflows(
         (torch.zeros_like(own_T), without_the_targets_correction),
     ):
         logit_TN = torch.cat([(own_T - own_correction_T)[:, None], drawn_TN], 1)
-        nll_T = torch.nn.functional.cross_entropy(logit_TN, torch.zeros_like(target_T), reduction="none")
+        nll_T = torch.nn.functional.cross_entropy(
+            logit_TN, torch.zeros_like(target_T), reduction="none"
+        )
         assert nll_T[valid_T].sum().item() == pytest.approx(constant, rel=1e-7)
     assert layer(x_TD, target_T, context(step)).item() == pytest.approx(tensorflows, rel=1e-12)
 
@@ -126,16 +146,18 @@ def test_corrections_are_not_rounded_with_a_narrow_model() -> None:
     for p in layer.parameters():
         p.data.zero_()
     got = layer(torch.zeros(3, 2, dtype=torch.bfloat16), target_T, context(num_tokens=3))
-    word_N, weight_N = draw(size, samples, 5, 0)
+    word_N, weight_N = draw_negatives(size, samples, 5, 0)
     expected = 0.0
     for target in target_T.tolist():
-        own = 1 / inclusion(size, samples)[target].item()
+        own = 1 / inclusion_probability(size, samples)[target].item()
         others = weight_N[word_N != target].sum().item()
         expected -= math.log(own / (own + others))
     assert got.item() == pytest.approx(expected, rel=1e-6)
 
 
-def distributions(num_contexts: int, vocabulary_size: int, dim: int) -> tuple[torch.Tensor, Softmax]:
+def distributions(
+    num_contexts: int, vocabulary_size: int, dim: int
+) -> tuple[torch.Tensor, Softmax]:
     """Contexts (C, D) and a layer that gives each a distribution over words, of which the first are the likelier."""
     generator = torch.Generator().manual_seed(0)
     x_CD = torch.randn(num_contexts, dim, generator=generator)
@@ -152,7 +174,9 @@ def targets(cumulative_CV: torch.Tensor, each: int, generator: torch.Generator) 
 
 
 @pytest.mark.parametrize(("vocabulary_size", "samples"), [(300, 60), (1000, 30)])
-def test_expected_gradient_is_zero_at_the_true_distribution(vocabulary_size: int, samples: int) -> None:
+def test_expected_gradient_is_zero_at_the_true_distribution(
+    vocabulary_size: int, samples: int
+) -> None:
     """Within four standard errors: of what each context gets, and of the biases of words by falling frequency."""
     num_contexts, dim, each, steps = 4, 3, 50, 300
     x_CD, true = distributions(num_contexts, vocabulary_size, dim)
@@ -165,11 +189,17 @@ def test_expected_gradient_is_zero_at_the_true_distribution(vocabulary_size: int
     for step in range(steps):
         x_TD.grad = layer.b_V.grad = None
         target_T = targets(cumulative_CV, each, generator)
-        ctx = dataclasses.replace(context(step, num_tokens=len(x_TD)), valid_T=torch.ones(len(x_TD), dtype=torch.bool))
+        ctx = dataclasses.replace(
+            context(step, num_tokens=len(x_TD)), valid_T=torch.ones(len(x_TD), dtype=torch.bool)
+        )
         layer(x_TD, target_T, ctx).backward()
         assert x_TD.grad is not None and layer.b_V.grad is not None
         up_to_V = torch.cat([torch.zeros(1), layer.b_V.grad.to_dense().cumsum(0)])
-        rows.append(torch.cat([x_TD.grad.view(num_contexts, each, dim).sum(1).flatten(), up_to_V[edge].diff()]))
+        rows.append(
+            torch.cat(
+                [x_TD.grad.view(num_contexts, each, dim).sum(1).flatten(), up_to_V[edge].diff()]
+            )
+        )
     told = torch.stack(rows).double()
     error = told.std(0) / steps**0.5
     assert (told.mean(0).abs() < 4 * error).all(), (told.mean(0) / error).tolist()
@@ -197,7 +227,9 @@ def test_sampled_loss_fits_known_distributions() -> None:
                 p.grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
             adam.step()
             adam.zero_grad()
-        told[samples] = -(log_p_CV.exp() * layer.log_probability(x_CD).detach()).sum(1).mean().item()
+        told[samples] = (
+            -(log_p_CV.exp() * layer.log_probability(x_CD).detach()).sum(1).mean().item()
+        )
     entropy = -(log_p_CV.exp() * log_p_CV).sum(1).mean().item()
     assert entropy < told[None] < 1.05 * entropy
     assert told[200] < 1.03 * told[None], told
@@ -212,7 +244,9 @@ def test_gradients_tend_to_the_whole_ones() -> None:
         steps = 1 if samples == 10_000 else 300
         each = [gradients(softmax(samples), step) for step in range(steps)]
         mean = [torch.stack(g).mean(0) for g in zip(*each, strict=True)]
-        errors.append([((m - e).norm() / e.norm()).item() for m, e in zip(mean, expected, strict=True)])
+        errors.append(
+            [((m - e).norm() / e.norm()).item() for m, e in zip(mean, expected, strict=True)]
+        )
     assert all(few > 2 * more for few, more in zip(errors[0], errors[1], strict=True))
     assert max(errors[2]) < 1e-12
 
@@ -221,11 +255,15 @@ def gradients(layer: Softmax, step: int) -> list[torch.Tensor]:
     """Of x, w and b, whole."""
     x_TD, target_T = tokens()
     layer(x_TD, target_T, context(step)).backward()
-    return [g.to_dense() if g.is_sparse else g for g in (x_TD.grad, layer.w_VD.grad, layer.b_V.grad)]  # type: ignore[union-attr]
+    return [
+        g.to_dense() if g.is_sparse else g for g in (x_TD.grad, layer.w_VD.grad, layer.b_V.grad)
+    ]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("per_chunk", [64, 3])
-def test_sampled_loss_and_gradients_equal_loops(per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_loss_and_gradients_equal_loops(
+    per_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of seven tokens, in one chunk or in three."""
     monkeypatch.setattr(softmax_module, "TOKENS_PER_CHUNK", per_chunk)
     monkeypatch.setattr(softmax_module, "LOGITS_PER_CHUNK", 1)
@@ -236,12 +274,16 @@ def test_sampled_loss_and_gradients_equal_loops(per_chunk: int, monkeypatch: pyt
     (3 * nll).backward()
 
     u_TD, w_VD, b_V = (t.detach().clone().requires_grad_() for t in (x_TD, layer.w_VD, layer.b_V))
-    word_N, weight_N = draw(V, samples, 5, step)
+    word_N, weight_N = draw_negatives(V, samples, 5, step)
     assert set(word_N.tolist()) & set(target_T.tolist()), "an accidental hit"
     expected = torch.zeros((), dtype=torch.float64)
     for t, target in enumerate(target_T.tolist()):
         if t != 3:  # padding
-            own = w_VD[target] @ u_TD[t] + b_V[target] - inclusion(V, samples)[target].log()
+            own = (
+                w_VD[target] @ u_TD[t]
+                + b_V[target]
+                - inclusion_probability(V, samples)[target].log()
+            )
             z = own.exp()
             for word, weight in zip(word_N.tolist(), weight_N.tolist(), strict=True):
                 if word != target:
@@ -261,7 +303,9 @@ def test_sampled_loss_and_gradients_equal_loops(per_chunk: int, monkeypatch: pyt
 def test_evaluation_is_whole() -> None:
     x_TD, target_T = tokens()
     expected = softmax(None)(x_TD, target_T, context(train=False))
-    torch.testing.assert_close(softmax(3)(x_TD, target_T, context(train=False)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        softmax(3)(x_TD, target_T, context(train=False)), expected, rtol=0, atol=0
+    )
     log_p_T = softmax(3).log_probability(x_TD)[torch.arange(T), target_T]
     torch.testing.assert_close(-(log_p_T * context().valid_T).sum(), expected)
 
@@ -277,15 +321,18 @@ class Alone:
     def __init__(self) -> None:
         self.sent: dict[Any, int] = {("table", "rows"): 0}
 
-    def count_ring(self, label: Any, num_bytes: int) -> None:
+    def record_ring_bytes(self, label: Any, num_bytes: int) -> None:
         self.sent[label] += num_bytes
 
 
 def test_each_row_is_an_adam_of_its_own_and_the_others_wait() -> None:
-    config, generator = OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3), torch.Generator().manual_seed(0)
+    config, generator = (
+        OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3),
+        torch.Generator().manual_seed(0),
+    )
     start_VD = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     w_VD, b_V = nn.Parameter(start_VD.clone()), nn.Parameter(start_VD[:, 0].clone())
-    rows = Rows("table", {"table.w": w_VD, "table.b": b_V}, Alone())  # type: ignore[arg-type]
+    rows = RowSparseAdam("table", {"table.w": w_VD, "table.b": b_V}, Alone())  # type: ignore[arg-type]
     reference = [nn.Parameter(row.clone()) for row in start_VD]
     adams = [torch.optim.Adam([row], betas=(0.8, 0.9), eps=1e-3) for row in reference]
     for step, touched in enumerate(([0, 2, 2], [2, 5], [0, 1], [5], [2, 0])):
@@ -297,7 +344,9 @@ def test_each_row_is_an_adam_of_its_own_and_the_others_wait() -> None:
         rows.reduce()
         g_VD = torch.zeros(6, 3, dtype=torch.float64).index_add(0, id_N, g_ND)
         # the norm of this step: of the matrix and of the vector, whose gradient is the matrix's first column
-        assert rows.square().item() == pytest.approx((g_VD**2).sum().item() + (g_VD[:, 0] ** 2).sum().item())
+        assert rows.square().item() == pytest.approx(
+            (g_VD**2).sum().item() + (g_VD[:, 0] ** 2).sum().item()
+        )
         rows.update(0.5, lr=0.1 * (step + 1), config=config)
         for i in set(touched):
             adams[i].param_groups[0]["lr"] = 0.1 * (step + 1)
@@ -307,7 +356,11 @@ def test_each_row_is_an_adam_of_its_own_and_the_others_wait() -> None:
     torch.testing.assert_close(b_V.data, w_VD.data[:, 0])
     assert torch.equal(w_VD.data[3:5], start_VD[3:5]), "rows 3 and 4 were never touched"
     assert rows.updates_V.tolist() == [3, 1, 3, 0, 0, 2]
-    assert rows.exp_avg["table.w"][3:5].count_nonzero() == rows.exp_avg_sq["table.w"][3:5].count_nonzero() == 0
+    assert (
+        rows.exp_avg["table.w"][3:5].count_nonzero()
+        == rows.exp_avg_sq["table.w"][3:5].count_nonzero()
+        == 0
+    )
 
 
 SAMPLED = ["model.softmax_samples=20", "model.dropout=0.2"]
@@ -315,14 +368,20 @@ STEPS = 10
 
 
 def train(text: str, layouts: list[tuple[int, int, int]], sets: list[str]) -> list[dict[str, Any]]:
-    meshes.join()
+    meshes.init_process_group()
     results = []
     for ep, zero, accumulation in layouts:
-        more = [f"mesh.ep={ep}", f"zero={zero}", f"batch.accumulation={accumulation}", f"data.text={text}", *sets]
+        more = [
+            f"mesh.ep={ep}",
+            f"zero_stage={zero}",
+            f"batch.grad_accum_steps={accumulation}",
+            f"data.text={text}",
+            *sets,
+        ]
         run = Run(tiny(*SAMPLED, *more)).steps(0, STEPS)
         weights = run.weights()
         results.append({"norms": run.norms, "losses": run.losses, "weights": weights})
-    meshes.stop()
+    meshes.shutdown()
     return results
 
 
@@ -330,7 +389,11 @@ def train(text: str, layouts: list[tuple[int, int, int]], sets: list[str]) -> li
 def test_every_layout_agrees(small_text: Path) -> None:
     reference = run_distributed(train, 1, str(small_text), [(1, 0, 1)], [])[0][0]
     assert min(reference["norms"]) > 0.3, "clipping at 0.3 is active at every step"
-    for world, layouts in ((1, [(1, 1, 2)]), (2, [(1, 3, 1), (2, 1, 2)]), (4, [(2, 1, 2), (4, 3, 1)])):
+    for world, layouts in (
+        (1, [(1, 1, 2)]),
+        (2, [(1, 3, 1), (2, 1, 2)]),
+        (4, [(2, 1, 2), (4, 3, 1)]),
+    ):
         told = run_distributed(train, world, str(small_text), layouts, [])
         for rank in told:
             for got, layout in zip(rank, layouts, strict=True):
@@ -349,28 +412,40 @@ def test_narrow_rows_follow_their_masters_and_resume(small_text: Path, tmp_path:
 
 
 def train_narrow(text: str, folder: Path) -> dict[str, Any]:
-    meshes.join()
-    sets = [*SAMPLED, "mesh.ep=2", "batch.accumulation=2", f"data.text={text}", "model.softmax_samples=5"]
+    meshes.init_process_group()
+    sets = [
+        *SAMPLED,
+        "mesh.ep=2",
+        "batch.grad_accum_steps=2",
+        f"data.text={text}",
+        "model.softmax_samples=5",
+    ]
     config = tiny(*sets, "ds_config=bf16")
     run, wide = Run(config), Run(tiny(*sets))
-    start = run.optimizer.rows["softmax"].named["softmax.w_VD"].master.clone()
+    start = run.optimizer.row_tables["softmax"].named["softmax.w_VD"].master.clone()
     run.steps(0, 2)
     run.save(folder, 2)
     run.steps(2, 3), wide.steps(0, 3)
     again = Run(config)
     again.load(folder)
     again.steps(2, 3)
-    table = run.optimizer.rows["softmax"]
+    table = run.optimizer.row_tables["softmax"]
     master = table.named["softmax.w_VD"]
     untouched = table.updates_V == 0
-    expected, got = run.optimizer.rows["softmax"].tensors(), again.optimizer.rows["softmax"].tensors()
-    meshes.stop()
+    expected, got = (
+        run.optimizer.row_tables["softmax"].tensors(),
+        again.optimizer.row_tables["softmax"].tensors(),
+    )
+    meshes.shutdown()
     return {
         "norms": run.norms,
         "wide norms": wide.norms,
-        "rounded": master.p.dtype == torch.bfloat16 and torch.equal(master.p, master.master.bfloat16()),
-        "waited": 0 < untouched.sum() < 300 and torch.equal(master.master[untouched], start[untouched]),
-        "same": again.losses == run.losses[2:] and all(torch.equal(expected[k], got[k]) for k in expected),
+        "rounded": master.p.dtype == torch.bfloat16
+        and torch.equal(master.p, master.master.bfloat16()),
+        "waited": 0 < untouched.sum() < 300
+        and torch.equal(master.master[untouched], start[untouched]),
+        "same": again.losses == run.losses[2:]
+        and all(torch.equal(expected[k], got[k]) for k in expected),
     }
 
 
@@ -382,7 +457,9 @@ def test_a_step_at_793471_words_moves_touched_rows_alone_and_fits(tmp_path: Path
     """Two ranks, width 512. Bytes that a rank sends in a ring's all-reduce of n bytes on two ranks: n. Each module
     tells a byte per word and then n rows of 512 (the softmax: and a bias) float32."""
     text = tmp_path / "words.txt"
-    text.write_text("\n".join(" ".join(f"w{i}" for i in range(j, j + 50)) for j in range(0, 900_000, 50)))
+    text.write_text(
+        "\n".join(" ".join(f"w{i}" for i in range(j, j + 50)) for j in range(0, 900_000, 50))
+    )
     ranks = run_distributed(one_large_step, 2, str(text), timeout=260)
     for told in ranks:
         assert told["embedding"] == WORDS + told["inputs"] * WIDTH * 4
@@ -395,20 +472,26 @@ def test_a_step_at_793471_words_moves_touched_rows_alone_and_fits(tmp_path: Path
 
 
 def one_large_step(text: str) -> dict[str, int]:
-    meshes.join()
-    sets = ["mesh.ep=2", f"data.text={text}", "batch.samples=8", "batch.timesteps=5", "model.softmax_samples=4096"]
+    meshes.init_process_group()
+    sets = [
+        "mesh.ep=2",
+        f"data.text={text}",
+        "batch.global_batch_size=8",
+        "batch.seq_len=5",
+        "model.softmax_samples=4096",
+    ]
     run = Run(override(get("moe_4"), [*sets, "optim.warmup_steps=1"]))
-    table = run.optimizer.rows["softmax"]
+    table = run.optimizer.row_tables["softmax"]
     weights = table.named["softmax.w_VD"].master
     before = weights.sum(1)
     run.steps(0, 1)
     told = {
-        "embedding": run.mesh.sent["embedding", "rows"],
-        "softmax": run.mesh.sent["softmax", "rows"],
-        "inputs": len(run.optimizer.rows["embedding"].touched_n),
+        "embedding": run.mesh.bytes_sent["embedding", "rows"],
+        "softmax": run.mesh.bytes_sent["softmax", "rows"],
+        "inputs": len(run.optimizer.row_tables["embedding"].touched_n),
         "outputs": len(table.touched_n),
         "changed": int((weights.sum(1) != before).sum()),
         "peak bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    meshes.stop()
+    meshes.shutdown()
     return told

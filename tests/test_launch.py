@@ -19,11 +19,17 @@ from runs import TINY
 from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses
 from moe_dist.checkpoint import manifest
 from moe_dist.distributed import rendezvous_port
-from moe_dist.training.run import plan
+from moe_dist.training.run import parse_run
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "multinode.sh", "deepspeed.sh", "slurm.sbatch")
-VARIABLES = {"NODES": "2", "GPUS": "3", "MASTER": "node0:29400", "RDZV_ID": "mine", "CONFIG": "moe_4"}
+VARIABLES = {
+    "NODES": "2",
+    "NPROC_PER_NODE": "3",
+    "RDZV_ENDPOINT": "node0:29400",
+    "RDZV_ID": "mine",
+    "CONFIG": "moe_4",
+}
 PLAIN = {"PATH": "/usr/bin:/bin"}  # of a machine with none of the launchers
 WAIT = "for i in {1..200}; do sleep 0.1; done"
 SHOW = r'[[ $1 == train.py ]] && printf "%s\n" "$@"'
@@ -53,7 +59,9 @@ def ran(script: str, *args: str | Path, **variables: str) -> subprocess.Complete
     """A launch script with VARIABLES, those that are given in their place, and no launcher on its path."""
     environment = PLAIN | VARIABLES | ({"NODES": "1"} if script == "local.sh" else {}) | variables
     command = ["bash", LAUNCH / script, *args]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30
+    )
 
 
 def printed(script: str, *args: str, **variables: str) -> str:
@@ -87,17 +95,34 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
     assert line.startswith("+ ") and line.endswith(r"--set data.text=two\ words"), line
     launcher, *told = {
         "local.sh": ("torchrun", "--nproc-per-node 3", "--folder runs/mine", "moe_4"),
-        "multinode.sh": ("torchrun", "--nnodes 2 --nproc-per-node 3", "-endpoint node0:29400 --rdzv-id mine", "moe_4"),
-        "deepspeed.sh": ("deepspeed", "--num_nodes 2 --num_gpus 3 --master_addr node0 --master_port 29400", "moe_4"),
-        "slurm.sbatch": ("srun", "NODES=2 GPUS=3 MASTER=node0:29400 RDZV_ID=mine CONFIG=moe_4", "launch/multinode.sh"),
-    }[script]  # fmt: skip
+        "multinode.sh": (
+            "torchrun",
+            "--nnodes 2 --nproc-per-node 3",
+            "-endpoint node0:29400 --rdzv-id mine",
+            "moe_4",
+        ),
+        "deepspeed.sh": (
+            "deepspeed",
+            "--num_nodes 2 --num_gpus 3 --master_addr node0 --master_port 29400",
+            "moe_4",
+        ),
+        "slurm.sbatch": (
+            "srun",
+            "NODES=2 NPROC_PER_NODE=3 RDZV_ENDPOINT=node0:29400 RDZV_ID=mine CONFIG=moe_4",
+            "launch/multinode.sh",
+        ),
+    }[script]
     assert f" {launcher} " in line and all(each in line for each in told), line
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_printed_has_no_password_and_no_key(script: str, tmp_path: Path) -> None:
     """What is run has them."""
-    keys = ["https://me:pa$s@host/a@b", "https://me:pa/ss@host", "https://host/x?access_token=pa&X-Amz-Signature=ss"]
+    keys = [
+        "https://me:pa$s@host/a@b",
+        "https://me:pa/ss@host",
+        "https://host/x?access_token=pa&X-Amz-Signature=ss",
+    ]
     keys += [
         "hf_" + "a" * 30,
         "sk-" + "b-" * 9,
@@ -107,27 +132,86 @@ def test_what_is_printed_has_no_password_and_no_key(script: str, tmp_path: Path)
     ]
     args = [f"data.text={key}" for key in keys]
     line = printed(script, *args)
-    told = ["https://***@host/a@b", "https://***@host", r"https://host/x\?access_token=***\&X-Amz-Signature=***"]
+    told = [
+        "https://***@host/a@b",
+        "https://***@host",
+        r"https://host/x\?access_token=***\&X-Amz-Signature=***",
+    ]
     told += ["***"] * 4 + ["password=***"]
     assert line.endswith("".join(f" data.text={each}" for each in told)), line
-    path = stub(tmp_path, **dict.fromkeys(("torchrun", "srun"), r'printf "%s\n" "$@"'), deepspeed=REMOTE, python=SHOW)
+    path = stub(
+        tmp_path,
+        **dict.fromkeys(("torchrun", "srun"), r'printf "%s\n" "$@"'),
+        deepspeed=REMOTE,
+        python=SHOW,
+    )
     assert ran(script, *args, PATH=path).stdout.splitlines()[-len(args) :] == args
-    assert printed(script, "ask-" + "e" * 20, "shelf_" + "f" * 20).endswith(f" ask-{'e' * 20} shelf_{'f' * 20}")
+    assert printed(script, "ask-" + "e" * 20, "shelf_" + "f" * 20).endswith(
+        f" ask-{'e' * 20} shelf_{'f' * 20}"
+    )
 
 
 WORDS = [
-    "x $(touch made)", "$(touch made)", "`touch made`", "a`touch made` b", "a;touch made", "a|touch made",
+    "x $(touch made)",
+    "$(touch made)",
+    "`touch made`",
+    "a`touch made` b",
+    "a;touch made",
+    "a|touch made",
     "a&touch made",
-    "corpus/*.txt", "a=b&c", "two  words", "~", "~/x y", "$HOME", "${HOME} x", "it's", "it's two", 'a"b', 'a "b" c',
-    "a\\b", "a\\ b", 'a\\"b c', "\\", "end \\", "<in", ">made", "a > made", "#none", "(x)", "{a,b}", "[ab]?", "!!",
-    "a\nb", "a\nb c", "a\tb", "", "é ü", "100% sure", "100%25", "50%", "%%", "%h",
-    "%n u", "'", '"', "' '", "$", "$ x", "*",
-]  # fmt: skip
+    "corpus/*.txt",
+    "a=b&c",
+    "two  words",
+    "~",
+    "~/x y",
+    "$HOME",
+    "${HOME} x",
+    "it's",
+    "it's two",
+    'a"b',
+    'a "b" c',
+    "a\\b",
+    "a\\ b",
+    'a\\"b c',
+    "\\",
+    "end \\",
+    "<in",
+    ">made",
+    "a > made",
+    "#none",
+    "(x)",
+    "{a,b}",
+    "[ab]?",
+    "!!",
+    "a\nb",
+    "a\nb c",
+    "a\tb",
+    "",
+    "é ü",
+    "100% sure",
+    "100%25",
+    "50%",
+    "%%",
+    "%h",
+    "%n u",
+    "'",
+    '"',
+    "' '",
+    "$",
+    "$ x",
+    "*",
+]
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
-def test_the_shell_of_another_node_reads_the_words_that_were_given(shell: str, tmp_path: Path) -> None:
-    path = stub(tmp_path, deepspeed=REMOTE.replace("sh -c", f"{shell} -c"), python=SHOW.replace(r"\n", r"\0"))
+def test_the_shell_of_another_node_reads_the_words_that_were_given(
+    shell: str, tmp_path: Path
+) -> None:
+    path = stub(
+        tmp_path,
+        deepspeed=REMOTE.replace("sh -c", f"{shell} -c"),
+        python=SHOW.replace(r"\n", r"\0"),
+    )
     for name, run in (("x $(touch made)", "a&b"), ("*.c", "`touch made` 'x")):
         done = ran("deepspeed.sh", *WORDS, PATH=path, CONFIG=name, RDZV_ID=run)
         told = done.stdout[done.stdout.index("train.py\0") :].split("\0")[:-1]
@@ -138,7 +222,10 @@ def test_the_shell_of_another_node_reads_the_words_that_were_given(shell: str, t
 def test_on_one_node_no_shell_reads_them_again(tmp_path: Path) -> None:
     path = stub(tmp_path, deepspeed=r'printf "%s\n" "$@"')
     for variables in ({"NODES": "1"}, {"NODE_RANK": "1"}):
-        assert ran("deepspeed.sh", "a *$(x) 'b", PATH=path, **variables).stdout.splitlines()[-1] == "a *$(x) 'b"
+        assert (
+            ran("deepspeed.sh", "a *$(x) 'b", PATH=path, **variables).stdout.splitlines()[-1]
+            == "a *$(x) 'b"
+        )
 
 
 def test_deepspeed_is_given_a_line_for_each_node(tmp_path: Path) -> None:
@@ -146,7 +233,10 @@ def test_deepspeed_is_given_a_line_for_each_node(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("node0 slots=2\n# node1 slots=2\n\n")
     for hosts in (tmp_path / "hosts", tmp_path / "none"):
         done = ran("deepspeed.sh", "--dry-run", HOSTFILE=str(hosts))
-        assert (done.returncode, done.stderr) == (2, f"error: HOSTFILE={hosts}: a line for each of NODES=2 nodes\n")
+        assert (done.returncode, done.stderr) == (
+            2,
+            f"error: HOSTFILE={hosts}: a line for each of NODES=2 nodes\n",
+        )
 
 
 def test_without_a_python_nothing_is_printed_that_could_be_a_key(tmp_path: Path) -> None:
@@ -156,7 +246,7 @@ def test_without_a_python_nothing_is_printed_that_could_be_a_key(tmp_path: Path)
 
 
 @pytest.mark.parametrize("script", ["multinode.sh", "deepspeed.sh"])
-@pytest.mark.parametrize("missing", ["MASTER", "RDZV_ID"])
+@pytest.mark.parametrize("missing", ["RDZV_ENDPOINT", "RDZV_ID"])
 def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     done = ran(script, **{missing: ""})
     assert done.returncode == 1 and f"{missing}: " in done.stderr
@@ -166,10 +256,17 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
     ("script", "variable", "value", "says"),
     [
         *(("multinode.sh", "RESTARTS", each, "a number, 0 or more") for each in ("-1", "often")),
-        *((script, "GPUS", each, "ranks per node, a number") for script in SCRIPTS for each in ("two", "0", "-1")),
-        *(("multinode.sh", "NODES", each, "a number, or a range such as 1:2") for each in ("two", "0", "1:", "2:1")),
         *(
-            (script, "MASTER", each, "host:port, as node0:29400 or [fd00::1]:29400")
+            (script, "NPROC_PER_NODE", each, "ranks per node, a number")
+            for script in SCRIPTS
+            for each in ("two", "0", "-1")
+        ),
+        *(
+            ("multinode.sh", "NODES", each, "a number, or a range such as 1:2")
+            for each in ("two", "0", "1:", "2:1")
+        ),
+        *(
+            (script, "RDZV_ENDPOINT", each, "host:port, as node0:29400 or [fd00::1]:29400")
             for script in ("multinode.sh", "deepspeed.sh")
             for each in (
                 "node0",
@@ -186,7 +283,10 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
                 "[::1]",
             )
         ),
-        *(("deepspeed.sh", "NODES", each, "a number") for each in ("two", "0", "1:2", "1 $(touch made)")),
+        *(
+            ("deepspeed.sh", "NODES", each, "a number")
+            for each in ("two", "0", "1:2", "1 $(touch made)")
+        ),
         ("deepspeed.sh", "NODE_RANK", "first", "the number of a node, from 0"),
         *(
             ("local.sh", "NODES", each, "this script is for one; launch/multinode.sh is for more")
@@ -194,9 +294,15 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
         ),
     ],
 )
-def test_a_variable_that_is_wrong_is_one_line(script: str, variable: str, value: str, says: str) -> None:
+def test_a_variable_that_is_wrong_is_one_line(
+    script: str, variable: str, value: str, says: str
+) -> None:
     done = ran(script, **{variable: value})
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {variable}={value}: {says}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        f"error: {variable}={value}: {says}\n",
+    )
 
 
 def test_no_number_of_restarts_is_none() -> None:
@@ -204,9 +310,13 @@ def test_no_number_of_restarts_is_none() -> None:
 
 
 def test_an_ipv6_address_has_brackets_only_before_a_port() -> None:
-    assert " --rdzv-endpoint \\[::1\\]:29400 " in printed("multinode.sh", MASTER="[::1]:29400")
+    assert " --rdzv-endpoint \\[::1\\]:29400 " in printed(
+        "multinode.sh", RDZV_ENDPOINT="[::1]:29400"
+    )
     assert " --local-addr ::1 " in printed("multinode.sh", ADDRESS="[::1]")
-    assert " --master_addr ::1 --master_port 29500 " in printed("deepspeed.sh", MASTER="[::1]:29500")
+    assert " --master_addr ::1 --master_port 29500 " in printed(
+        "deepspeed.sh", RDZV_ENDPOINT="[::1]:29500"
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,17 +325,26 @@ def test_an_ipv6_address_has_brackets_only_before_a_port() -> None:
         ("node0:29400", "node0", "", "is_host=1"),
         ("[::1]:29400", "::1", "", "is_host=1"),
         ("[::1]:29400", "[::1]", "a=1", "a=1,is_host=1"),
-        ("node0:29400", "10.0.0.1", "", None),  # of the same machine, perhaps: torchrun compares addresses
+        (
+            "node0:29400",
+            "10.0.0.1",
+            "",
+            None,
+        ),  # of the same machine, perhaps: torchrun compares addresses
         ("node0:29400", "10.0.0.1", "a=1", "a=1"),
         ("node0:29400", "node0", "is_host=0", "is_host=0"),
         ("node0:29400", "10.0.0.1", "a=1,is_host=1", "a=1,is_host=1"),
         ("node0:29400", "", "", None),
     ],
 )
-def test_who_has_the_store(master: str, address: str, conf: str, told: str | None, tmp_path: Path) -> None:
+def test_who_has_the_store(
+    master: str, address: str, conf: str, told: str | None, tmp_path: Path
+) -> None:
     path = stub(tmp_path, getent="exit 0")
-    line = printed("multinode.sh", MASTER=master, ADDRESS=address, RDZV_CONF=conf, PATH=path)
-    assert re.findall(r"--rdzv-conf (\S+)", line.replace("\\,", ",")) == ([told] if told else []), line
+    line = printed("multinode.sh", RDZV_ENDPOINT=master, ADDRESS=address, RDZV_CONF=conf, PATH=path)
+    assert re.findall(r"--rdzv-conf (\S+)", line.replace("\\,", ",")) == ([told] if told else []), (
+        line
+    )
 
 
 def test_a_node_whose_own_name_has_no_address_is_not_asked_for_it(tmp_path: Path) -> None:
@@ -249,26 +368,49 @@ def test_a_master_without_an_address_is_told(tmp_path: Path) -> None:
 def test_who_asks_to_stop_between_two_agents_is_heard(tmp_path: Path) -> None:
     """The script gets the signal when it says that it starts the next one."""
     again = tmp_path / "again.sh"  # of every bash
-    again.write_text('echo() { builtin echo "$@"; if [[ $* == *"starting it again"* ]]; then kill -TERM $$; fi; }')
-    kill, run = 'if mkdir "$FIRST"; then kill -9 $$; fi', "for i in {1..50}; do sleep 0.1; done; echo to its end"
+    again.write_text(
+        'echo() { builtin echo "$@"; if [[ $* == *"starting it again"* ]]; then kill -TERM $$; fi; }'
+    )
+    kill, run = (
+        'if mkdir "$FIRST"; then kill -9 $$; fi',
+        "for i in {1..50}; do sleep 0.1; done; echo to its end",
+    )
     path = stub(tmp_path, torchrun=f"{kill}; trap 'exit 3' TERM; {run}")
-    done = ran("multinode.sh", PATH=path, RESTARTS="1", FIRST=str(tmp_path / "first"), BASH_ENV=str(again))
+    done = ran(
+        "multinode.sh", PATH=path, RESTARTS="1", FIRST=str(tmp_path / "first"), BASH_ENV=str(again)
+    )
     assert "starting it again" in done.stderr
-    assert done.returncode in (3, 143) and "to its end" not in done.stdout, done.stdout  # 143: before it has its trap
+    assert done.returncode in (3, 143) and "to its end" not in done.stdout, (
+        done.stdout
+    )  # 143: before it has its trap
 
 
 @pytest.mark.skipif(not host_address(), reason="this machine's name has no address")
 def test_a_master_by_name_is_the_node_of_its_address(small_text: Path, tmp_path: Path) -> None:
-    """ADDRESS is the address, MASTER the name of the same machine: the store is there."""
+    """ADDRESS is the address, RDZV_ENDPOINT the name of the same machine: the store is there."""
     done = subprocess.run(
-        [LAUNCH / "multinode.sh", "--folder", tmp_path / "run", "--dry-run", *set_(*small(small_text))],
-        env=os.environ | VARIABLES | {
-            "NODES": "1", "GPUS": "1", "CONFIG": "lstm_moe_demo",
-            "MASTER": f"{socket.gethostname()}:{rendezvous_port.free()}",
-            "ADDRESS": host_address(), "PATH": PATH,
+        [
+            LAUNCH / "multinode.sh",
+            "--folder",
+            tmp_path / "run",
+            "--dry-run",
+            *set_(*small(small_text)),
+        ],
+        env=os.environ
+        | VARIABLES
+        | {
+            "NODES": "1",
+            "NPROC_PER_NODE": "1",
+            "CONFIG": "lstm_moe_demo",
+            "RDZV_ENDPOINT": f"{socket.gethostname()}:{rendezvous_port.find_free_port()}",
+            "ADDRESS": host_address(),
+            "PATH": PATH,
         },
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "1 on 1 node" in done.stdout, done.stdout
 
 
@@ -276,7 +418,9 @@ def test_a_master_by_name_is_the_node_of_its_address(small_text: Path, tmp_path:
 def test_ranks_have_less_time_to_save_than_the_cluster_grants(script: str, tmp_path: Path) -> None:
     """torchrun kills them after that time, by itself 30 s."""
     path = stub(tmp_path, torchrun='echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
-    assert ran(script, PATH=path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7").stdout.splitlines()[1:] == ["7"]
+    assert ran(script, PATH=path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7").stdout.splitlines()[1:] == [
+        "7"
+    ]
     seconds = int(ran(script, PATH=path).stdout.splitlines()[1])
     slurm = re.search(r"--signal=B:USR1@(\d+)", (LAUNCH / "slurm.sbatch").read_text())
     *_, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
@@ -284,13 +428,18 @@ def test_ranks_have_less_time_to_save_than_the_cluster_grants(script: str, tmp_p
     graces = [
         int(slurm.group(1)) if slurm else 0,
         job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"],
-        *(int(node["stop_grace_period"].removesuffix("s")) for node in compose["services"].values()),
+        *(
+            int(node["stop_grace_period"].removesuffix("s"))
+            for node in compose["services"].values()
+        ),
     ]
     assert 30 < seconds < min(graces), graces
 
 
 @pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "deepspeed.sh"])
-def test_without_an_environment_of_ones_own_that_of_make_is_taken(script: str, tmp_path: Path) -> None:
+def test_without_an_environment_of_ones_own_that_of_make_is_taken(
+    script: str, tmp_path: Path
+) -> None:
     shutil.copytree(LAUNCH, tmp_path / "launch")
     bin = tmp_path / ".venv" / "bin"
     bin.mkdir(parents=True)
@@ -299,7 +448,9 @@ def test_without_an_environment_of_ones_own_that_of_make_is_taken(script: str, t
         (bin / name).chmod(0o755)
     (bin / "python").symlink_to(sys.executable)
     environment = PLAIN | VARIABLES | {"NODES": "1"}
-    done = subprocess.run([tmp_path / "launch" / script], env=environment, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [tmp_path / "launch" / script], env=environment, capture_output=True, text=True, timeout=20
+    )
     assert done.stdout.splitlines()[1:] == [f"started with {bin}/python"], done.stderr
 
 
@@ -314,13 +465,18 @@ def test_the_image_names_its_base_by_digest_and_keeps_no_password() -> None:
     text = (ROOT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-\S+@sha256:[0-9a-f]{64}$", text, re.M)
     assert all(
-        line.split()[1] in ("python:${PYTHON}", "packages", "runtime") for line in re.findall(r"^FROM .*", text, re.M)
+        line.split()[1] in ("python:${PYTHON}", "packages", "runtime")
+        for line in re.findall(r"^FROM .*", text, re.M)
     )
     installs = [line for line in text.splitlines() if "pip install" in line]
-    assert len(installs) == 2 and all("--mount=type=secret,id=pip,target=/etc/pip.conf" in line for line in installs)
+    assert len(installs) == 2 and all(
+        "--mount=type=secret,id=pip,target=/etc/pip.conf" in line for line in installs
+    )
     (check,) = [line for line in text.splitlines() if line.startswith("RUN case")]
     for index, status in (("https://me:pass@host/simple", 2), ("https://host/simple", 0), ("", 0)):
-        done = subprocess.run(["sh", "-c", check.removeprefix("RUN ")], env=PLAIN | {"TORCH_INDEX": index})
+        done = subprocess.run(
+            ["sh", "-c", check.removeprefix("RUN ")], env=PLAIN | {"TORCH_INDEX": index}
+        )
         assert done.returncode == status
 
 
@@ -328,20 +484,33 @@ def test_the_pods_of_kubernetes_find_each_other() -> None:
     claim, service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     runs = next(each["persistentVolumeClaim"] for each in pod["volumes"] if each["name"] == "runs")
-    assert (claim["kind"], claim["metadata"]["name"]) == ("PersistentVolumeClaim", runs["claimName"])
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"] and claim["spec"]["resources"]["requests"]["storage"]
+    assert (claim["kind"], claim["metadata"]["name"]) == (
+        "PersistentVolumeClaim",
+        runs["claimName"],
+    )
+    assert (
+        claim["spec"]["accessModes"] == ["ReadWriteMany"]
+        and claim["spec"]["resources"]["requests"]["storage"]
+    )
     (container,) = pod["containers"]
     variables = {each["name"]: each.get("value") for each in container["env"]}
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(variables["NODES"])
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["GPUS"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["NPROC_PER_NODE"])
     assert job["spec"]["completionMode"] == "Indexed" and service["spec"]["clusterIP"] == "None"
     name, subdomain = job["metadata"]["name"], pod["subdomain"]
-    assert subdomain == service["metadata"]["name"] and service["spec"]["selector"] == {"job-name": name}
-    assert variables["MASTER"] == f"{name}-0.{subdomain}:29400"  # an indexed pod's host name is JOB-INDEX
+    assert subdomain == service["metadata"]["name"] and service["spec"]["selector"] == {
+        "job-name": name
+    }
+    assert (
+        variables["RDZV_ENDPOINT"] == f"{name}-0.{subdomain}:29400"
+    )  # an indexed pod's host name is JOB-INDEX
     assert variables["ADDRESS"] == f"{name}-$(JOB_COMPLETION_INDEX).{subdomain}"
     # $(...) stands for what is set before it, and Kubernetes' own index is set last
     assert list(variables).index("JOB_COMPLETION_INDEX") < list(variables).index("ADDRESS")
-    assert pod["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]
+    assert (
+        pod["securityContext"]["runAsNonRoot"]
+        and not container["securityContext"]["allowPrivilegeEscalation"]
+    )
     assert variables["WANDB_API_KEY"] is None  # from a secret alone
     subprocess.run([ROOT / container["command"][0], "--dry-run"], env=VARIABLES | PLAIN, check=True)
 
@@ -351,14 +520,30 @@ def test_the_cluster_of_docker_is_two_nodes_without_privileges_or_keys() -> None
     for name, node in compose["services"].items():
         variables = node["environment"]
         assert node["hostname"] == variables["ADDRESS"] == name
-        assert variables["MASTER"] == "node0:29400" and variables["RDZV_ID"] and variables["WANDB_API_KEY"] is None
+        assert (
+            variables["RDZV_ENDPOINT"] == "node0:29400"
+            and variables["RDZV_ID"]
+            and variables["WANDB_API_KEY"] is None
+        )
         assert variables["GLOO_SOCKET_IFNAME"] == variables["NCCL_SOCKET_IFNAME"] == "eth0"
         assert int(variables["NODES"]) == len(compose["services"]) == 2
-        assert node["cap_drop"] == ["ALL"] and node["volumes"] == ["runs:/app/runs"] and "runs" in compose["volumes"]
+        assert (
+            node["cap_drop"] == ["ALL"]
+            and node["volumes"] == ["runs:/app/runs"]
+            and "runs" in compose["volumes"]
+        )
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
-    assert {"USER 10001", "FROM runtime AS cpu", "FROM runtime AS cuda"} <= set(dockerfile.splitlines())
-    kept = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
-    assert kept[0] == "*" and all((ROOT / line[1:].replace("*", "")).exists() or "*" in line for line in kept[1:])
+    assert {"USER 10001", "FROM runtime AS cpu", "FROM runtime AS cuda"} <= set(
+        dockerfile.splitlines()
+    )
+    kept = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert kept[0] == "*" and all(
+        (ROOT / line[1:].replace("*", "")).exists() or "*" in line for line in kept[1:]
+    )
 
 
 def small(text: Path, *more: str) -> tuple[str, ...]:
@@ -392,11 +577,26 @@ def test_two_nodes_train_as_one_process(small_text: Path, tmp_path: Path) -> Non
         assert nodes.starts() == [(4, 0)]
         assert losses(nodes.folder) == pytest.approx(whole, abs=1e-5)
         return
-    variables = {"NODES": "2", "GPUS": "2", "RDZV_ID": "namespaces", "CONFIG": "lstm_moe_demo", "PATH": PATH}
+    variables = {
+        "NODES": "2",
+        "NPROC_PER_NODE": "2",
+        "RDZV_ID": "namespaces",
+        "CONFIG": "lstm_moe_demo",
+        "PATH": PATH,
+    }
     process = subprocess.Popen(
-        [LAUNCH / "namespaces.sh", LAUNCH / "multinode.sh", "--folder", tmp_path / "two", *set_(*sets)],
-        env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            LAUNCH / "namespaces.sh",
+            LAUNCH / "multinode.sh",
+            "--folder",
+            tmp_path / "two",
+            *set_(*sets),
+        ],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         told = process.communicate(timeout=150)[0]
     finally:
@@ -414,8 +614,12 @@ def test_a_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
     whole = alone(tmp_path / "whole", "lstm_moe_demo", *sets)
     nodes = coming_and_going(tmp_path / "broken", "lstm_moe_demo", 1, (10, 20), *sets)
     worlds, after = zip(*nodes.starts(), strict=True)
-    assert worlds == (2, 1, 2) and after[0] == 0 and 10 <= after[1] < 20 <= after[2], nodes.log.read_text()
-    assert "starting it again" not in nodes.log.read_text()  # torchrun's agents did it, no script's loop
+    assert worlds == (2, 1, 2) and after[0] == 0 and 10 <= after[1] < 20 <= after[2], (
+        nodes.log.read_text()
+    )
+    assert (
+        "starting it again" not in nodes.log.read_text()
+    )  # torchrun's agents did it, no script's loop
     assert losses(nodes.folder) == pytest.approx(whole, abs=1e-5) and len(whole) == 30
 
 
@@ -429,16 +633,27 @@ def agent_that(does: str, folder: Path, **variables: str) -> tuple[int, int, str
 def test_only_an_agent_that_died_is_started_again(tmp_path: Path) -> None:
     """1 + RESTARTS times. Ranks that failed too often, which torchrun does not write to its error file, are the end."""
     assert agent_that("kill -9 $$", tmp_path / "killed")[:2] == (137, 3)
-    assert agent_that('echo lost >"$TORCHELASTIC_ERROR_FILE"; exit 1', tmp_path / "lost")[:2] == (1, 3)
+    assert agent_that('echo lost >"$TORCHELASTIC_ERROR_FILE"; exit 1', tmp_path / "lost")[:2] == (
+        1,
+        3,
+    )
     assert agent_that("exit 1", tmp_path / "ranks") == (1, 1, "")
     assert agent_that("exit 0", tmp_path / "done") == (0, 1, "")
     assert agent_that("kill -9 $$", tmp_path / "none", RESTARTS="0")[:2] == (137, 1)
     # SIGTERM goes on to the agent, which is not started again
-    assert agent_that('trap "exit 1" TERM; kill -TERM $PPID; ' + WAIT, tmp_path / "stopped") == (1, 1, "")
+    assert agent_that('trap "exit 1" TERM; kill -TERM $PPID; ' + WAIT, tmp_path / "stopped") == (
+        1,
+        1,
+        "",
+    )
 
 
-@pytest.mark.parametrize(("status", "then"), [(143, ["scontrol requeue 77"]), (1, ["scontrol requeue 77"]), (0, [])])
-def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(status: int, then: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "then"), [(143, ["scontrol requeue 77"]), (1, ["scontrol requeue 77"]), (0, [])]
+)
+def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(
+    status: int, then: list[str], tmp_path: Path
+) -> None:
     """But for one that has just ended. As the real one, this srun kills its step where it gets a SIGTERM itself;
     scancel hands one to the step."""
     step = f'trap "echo saved; exit {status}" TERM; echo $$ >{tmp_path}/pid; {WAIT}'
@@ -451,13 +666,24 @@ def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(status: int, then
         scancel=f'echo "scancel $*"; kill -TERM $(cat {tmp_path}/pid)',
         scontrol='if [ "$1" = show ]; then printf "a1\\na2\\n"; else echo "scontrol $*"; fi',
     )
-    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "a[1-2]"}
+    job = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_JOB_NODELIST": "a[1-2]",
+    }
     done = subprocess.run(
-        ["bash", LAUNCH / "slurm.sbatch", "--set", "seed=1"], cwd=ROOT, env=job | {"PATH": path}, capture_output=True,
-        text=True, timeout=30,
-    )  # fmt: skip
+        ["bash", LAUNCH / "slurm.sbatch", "--set", "seed=1"],
+        cwd=ROOT,
+        env=job | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     command, *rest = done.stdout.splitlines()
-    assert "NODES=2 GPUS=4 MASTER=a1:29400 RDZV_ID=slurm-77" in command, done.stderr
+    assert "NODES=2 NPROC_PER_NODE=4 RDZV_ENDPOINT=a1:29400 RDZV_ID=slurm-77" in command, (
+        done.stderr
+    )
     assert rest == [
         "srun --nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1 launch/multinode.sh --set seed=1",
         "scancel --signal=TERM 77",
@@ -487,7 +713,9 @@ def test_a_container_is_healthy_while_all_its_ranks_run(tmp_path: Path) -> None:
 
     def healthy(ranks: int) -> int:
         command = [ROOT / "docker" / "healthy.sh", tmp_path]
-        return subprocess.run(command, env=os.environ | {"GPUS": str(ranks)}, timeout=30, check=False).returncode
+        return subprocess.run(
+            command, env=os.environ | {"NPROC_PER_NODE": str(ranks)}, timeout=30, check=False
+        ).returncode
 
     assert (healthy(2), healthy(3)) == (0, 1)
     (tmp_path / "3" / "stat").write_text("3 (python) T 1 1")
@@ -499,18 +727,25 @@ def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
     """Without ssh: one script a node."""
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     variables = VARIABLES | {
-        "GPUS": "1", "MASTER": f"127.0.0.1:{rendezvous_port.free()}", "CONFIG": "lstm_moe_demo",
-        "HOSTFILE": str(tmp_path / "hostfile"), "PATH": PATH,
-    }  # fmt: skip
+        "NPROC_PER_NODE": "1",
+        "RDZV_ENDPOINT": f"127.0.0.1:{rendezvous_port.find_free_port()}",
+        "CONFIG": "lstm_moe_demo",
+        "HOSTFILE": str(tmp_path / "hostfile"),
+        "PATH": PATH,
+    }
     sets = small(small_text, "steps=2", "save_every=2")
     command = [LAUNCH / "deepspeed.sh", "--folder", tmp_path / "run", *set_(*sets)]
     started = [
         subprocess.Popen(
-            command, env=os.environ | variables | {"NODE_RANK": rank}, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            env=os.environ | variables | {"NODE_RANK": rank},
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for rank in "01"
-    ]  # fmt: skip
+    ]
     try:
         told = [process.communicate(timeout=120)[0] for process in started]
     finally:
@@ -525,38 +760,62 @@ def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
 def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -> None:
     """The same command three times, stopped in the middle of the first, and with fewer steps in the last."""
     folder = tmp_path / "run"
-    command = ["lstm_moe_demo", "--folder", str(folder), "--resume", "auto", *set_(*small(small_text, "steps=300"))]
+    command = [
+        "lstm_moe_demo",
+        "--folder",
+        str(folder),
+        "--resume",
+        "auto",
+        *set_(*small(small_text, "steps=300")),
+    ]
     process = start(*command)
     while not (folder / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     assert end(process)[0] == 143
-    (saved,) = manifest.found(folder)
+    (saved,) = manifest.list_checkpoints(folder)
     told = [
-        subprocess.run([sys.executable, ROOT / "train.py", *command, *more], capture_output=True, text=True)
+        subprocess.run(
+            [sys.executable, ROOT / "train.py", *command, *more], capture_output=True, text=True
+        )
         for more in ([], set_("steps=200"))
     ]
     assert [each.returncode for each in told] == [0, 0], told
     assert f"goes on from {saved}" in told[0].stdout
     assert f"note: {folder}: has done 300 steps, and steps=200 is fewer" in told[1].stdout
-    assert "test perplexity" in told[1].stdout and json.loads((folder / "config.json").read_text())["steps"] == 300
+    assert (
+        "test perplexity" in told[1].stdout
+        and json.loads((folder / "config.json").read_text())["steps"] == 300
+    )
     assert losses(folder).keys() == set(range(1, 301))
 
 
-def test_resume_auto_takes_the_same_run_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_auto_takes_the_same_run_alone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`run` has two steps of the small demo."""
     config = json.loads((run / "config.json").read_text())
     same = [*TINY, "steps=9", f"data.text={config['data']['text']}"]
     auto = ["--folder", str(run), "--resume", "auto"]
-    check_plan(["lstm_moe_demo", *auto, *set_(*same, "seed=5")], "trained with seed=0, not 5; give another", capsys)
+    check_plan(
+        ["lstm_moe_demo", *auto, *set_(*same, "seed=5")],
+        "trained with seed=0, not 5; give another",
+        capsys,
+    )
     check_plan(["widenet_demo", *auto], "trained with name=lstm_moe_demo, not widenet_demo", capsys)
     check_plan(["--resume", "auto"], "give NAME and --folder", capsys)
-    plan(["lstm_moe_demo", *auto, *set_(*same, "optim.lr=5e-4")], None)
+    parse_run(["lstm_moe_demo", *auto, *set_(*same, "optim.lr=5e-4")], None)
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, ranks: int, nodes: int, here: int) -> None:
-    told = {"WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": nodes, "LOCAL_WORLD_SIZE": here, "RANK": 0, "MASTER_PORT": 29500}
+    told = {
+        "WORLD_SIZE": ranks,
+        "GROUP_WORLD_SIZE": nodes,
+        "LOCAL_WORLD_SIZE": here,
+        "RANK": 0,
+        "MASTER_PORT": 29500,
+    }
     for key, value in told.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -568,39 +827,65 @@ HIERARCHICAL = ("model.moe.num_experts=32", "model.moe.num_groups=8", "model.moe
 @pytest.mark.parametrize(
     ("ranks", "nodes", "sets", "ep", "by_node", "exchange"),
     [
-        (8, 2, (), 4, "all on each", "ragged"),  # 64 experts, 4 ranks a node; 4 a word are on 2.8 of 4 ranks
-        (8, 2, ("mesh.ep=2",), 2, "all on each", "once"),  # and on 1.9 of 2
-        (8, 2, ("mesh.ep=8",), 8, "0-31 | 32-63", "node"),
+        (
+            8,
+            2,
+            (),
+            4,
+            "all on each",
+            "all_to_all",
+        ),  # 64 experts, 4 ranks a node; 4 a word are on 2.8 of 4 ranks
+        (8, 2, ("mesh.ep=2",), 2, "all on each", "dedup_rank"),  # and on 1.9 of 2
+        (8, 2, ("mesh.ep=8",), 8, "0-31 | 32-63", "dedup_node"),
         (8, 2, ("mesh.ep=1",), 1, "all on each", None),
         (6, 2, (), 1, "all on each", None),  # gcd(64, 3): 3 ranks a node do not divide 64 experts
-        (6, 2, ("mesh.ep=2",), 2, "some ep groups lie on two nodes (3 ranks a node, ep 2)", "once"),
-        (8, 4, ("mesh.ep=4",), 4, "0-31 | 32-63", "node"),  # two ep groups, of two nodes each
+        (
+            6,
+            2,
+            ("mesh.ep=2",),
+            2,
+            "some ep groups lie on two nodes (3 ranks a node, ep 2)",
+            "dedup_rank",
+        ),
+        (8, 4, ("mesh.ep=4",), 4, "0-31 | 32-63", "dedup_node"),  # two ep groups, of two nodes each
         # groups 0-3 of 4 experts on node 0, 4-7 on node 1
-        (8, 2, (*HIERARCHICAL, "mesh.ep=8"), 8, "0-15 | 16-31", "node"),
-        (16, 2, HIERARCHICAL, 8, "all on each", "ragged"),  # 8 groups
+        (8, 2, (*HIERARCHICAL, "mesh.ep=8"), 8, "0-15 | 16-31", "dedup_node"),
+        (16, 2, HIERARCHICAL, 8, "all on each", "all_to_all"),  # 8 groups
     ],
 )
 def test_experts_stay_in_a_node_by_default_and_the_table_tells(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: int, nodes: int, sets: tuple[str, ...],
-    ep: int, by_node: str, exchange: str | None,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ranks: int,
+    nodes: int,
+    sets: tuple[str, ...],
+    ep: int,
+    by_node: str,
+    exchange: str | None,
+) -> None:
     launched(monkeypatch, ranks, nodes, ranks // nodes)
-    samples = ("batch.samples=96", "batch.samples_per_balance_group=48")
+    samples = ("batch.global_batch_size=96", "batch.balance_loss_group_size=48")
     with pytest.raises(SystemExit) as exit_:
-        plan(["lstm_moe_demo", "--dry-run", *set_(*samples, *sets)], None)
+        parse_run(["lstm_moe_demo", "--dry-run", *set_(*samples, *sets)], None)
     assert exit_.value.code == 0
     told = capsys.readouterr().out.splitlines()
     rows = dict(line.split("  ", 1) for line in told if not line.startswith("note: "))
     assert rows["ranks"].split(" = ")[1].endswith(f" x {ep} expert parallel (ep)")
     assert rows["experts by node"].strip() == by_node
-    assert (rows["exchange"].strip().partition(":")[0] if "exchange" in rows else None) == exchange
+    assert (
+        rows["dispatcher"].strip().partition(":")[0] if "dispatcher" in rows else None
+    ) == exchange
 
 
 def test_nodes_of_different_size_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched(monkeypatch, 3, 2, 2)
-    check_plan(["lstm_moe_demo", "--dry-run"], "3 ranks on 2 nodes, 2 of them here: start as many on each", capsys)
+    check_plan(
+        ["lstm_moe_demo", "--dry-run"],
+        "3 ranks on 2 nodes, 2 of them here: start as many on each",
+        capsys,
+    )
 
 
 def test_a_mistake_is_still_one_line() -> None:

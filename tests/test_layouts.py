@@ -22,21 +22,28 @@ def one_rank(small_text: Path) -> Result:
 
 def train(text: str, layouts: list[tuple[int, int, int]], more: Sequence[str] = ()) -> list[Result]:
     """Trains under each (ep, zero, accumulation) and tells norms, losses, weights and this rank's bytes."""
-    meshes.join()
+    meshes.init_process_group()
     results = []
     for ep, zero, accumulation in layouts:
-        sets = [f"mesh.ep={ep}", f"zero={zero}", f"batch.accumulation={accumulation}", f"data.text={text}"]
+        sets = [
+            f"mesh.ep={ep}",
+            f"zero_stage={zero}",
+            f"batch.grad_accum_steps={accumulation}",
+            f"data.text={text}",
+        ]
         run = Run(tiny(*sets, *more)).steps(0, STEPS)
         weights = run.weights()
         keep = weights if run.mesh.is_main else None
-        results.append({"norms": run.norms, "losses": run.losses, "weights": keep, "bytes": bytes_of(run)})
-    meshes.stop()
+        results.append(
+            {"norms": run.norms, "losses": run.losses, "weights": keep, "bytes": bytes_of(run)}
+        )
+    meshes.shutdown()
     return results
 
 
 def bytes_of(run: Run) -> dict[str, int]:
     """What this rank holds."""
-    flat = run.engine.flat()
+    flat = run.engine.flat_masters()
     moments = [run.optimizer.state[p][m] for p in flat for m in ("exp_avg", "exp_avg_sq")]
     parameters = [getattr(p, "ds_tensor", p) for p in run.engine.names.values()]
     experts = run.optimizer.experts.values()
@@ -50,14 +57,17 @@ def bytes_of(run: Run) -> dict[str, int]:
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_norm_loss_weights_and_bytes_on_every_layout(world: int, one_rank: Result, small_text: Path) -> None:
+def test_norm_loss_weights_and_bytes_on_every_layout(
+    world: int, one_rank: Result, small_text: Path
+) -> None:
     # every degree and stage; one micro-batch or two, and on two ranks both
     layouts = [
         (ep, zero, acc)
-        for ep in (1, 2, 4) if world % ep == 0
+        for ep in (1, 2, 4)
+        if world % ep == 0
         for zero in (0, 1, 2, 3)
         for acc in ((1, 2) if world == 2 and ep == 2 else (1 + (zero + ep) % 2,))
-    ]  # fmt: skip
+    ]
     by_rank = run_distributed(train, world, str(small_text), layouts, timeout=400)
     assert min(one_rank["norms"]) > 0.3, "clipping at 0.3 is active at every step"
     for i, (ep, zero, accumulation) in enumerate(layouts):
@@ -77,16 +87,20 @@ def deviation(weights: dict[str, torch.Tensor], reference: dict[str, torch.Tenso
     return max(((weights[k] - r).norm() / r.norm()).item() for k, r in reference.items())
 
 
-def check_bytes(mine: dict[str, int], whole: dict[str, int], world: int, ep: int, zero: int, where: str) -> None:
+def check_bytes(
+    mine: dict[str, int], whole: dict[str, int], world: int, ep: int, zero: int, where: str
+) -> None:
     """Exactly 1/ep of the experts, and 1/world of their state; 1/world of what ZeRO shards, but for padding of a few
     elements a parameter."""
     assert mine["experts"] == whole["experts"] // ep, where
     assert mine["expert optimizer state"] == whole["expert optimizer state"] // world, where
     state_shards, parameter_shards = world if zero >= 1 else 1, world if zero == 3 else 1
-    assert mine["dense optimizer state"] == pytest.approx(whole["dense optimizer state"] / state_shards, rel=0.01), (
-        where
-    )
-    assert mine["dense parameters"] == pytest.approx(whole["dense parameters"] / parameter_shards, rel=0.01), where
+    assert mine["dense optimizer state"] == pytest.approx(
+        whole["dense optimizer state"] / state_shards, rel=0.01
+    ), where
+    assert mine["dense parameters"] == pytest.approx(
+        whole["dense parameters"] / parameter_shards, rel=0.01
+    ), where
 
 
 HIERARCHICAL = ["model.moe.num_experts=16", "model.moe.num_groups=4"]
@@ -96,7 +110,9 @@ HIERARCHICAL = ["model.moe.num_experts=16", "model.moe.num_groups=4"]
 def test_hierarchical_layouts_agree(small_text: Path) -> None:
     reference = run_distributed(train, 1, str(small_text), [(1, 0, 1)], HIERARCHICAL)[0][0]
     layouts = [(1, 3, 1), (2, 1, 2), (4, 3, 1)]
-    for got, where in zip(run_distributed(train, 4, str(small_text), layouts, HIERARCHICAL)[0], layouts, strict=True):
+    for got, where in zip(
+        run_distributed(train, 4, str(small_text), layouts, HIERARCHICAL)[0], layouts, strict=True
+    ):
         assert got["norms"] == pytest.approx(reference["norms"], rel=1e-5), where
         assert deviation(got["weights"], reference["weights"]) < 1e-5, where
 
@@ -113,15 +129,15 @@ def test_bf16_follows_float32(zero: int, small_text: Path) -> None:
 
 
 def train_bf16(text: str, zero: int) -> dict[str, Any]:
-    meshes.join()
-    sets = ["mesh.ep=2", f"zero={zero}", f"data.text={text}", "batch.accumulation=2"]
+    meshes.init_process_group()
+    sets = ["mesh.ep=2", f"zero_stage={zero}", f"data.text={text}", "batch.grad_accum_steps=2"]
     bf16, fp32 = Run(tiny(*sets, "ds_config=bf16")), Run(tiny(*sets))
     ratios = zip(movement(bf16), movement(fp32), strict=True)
     moved = [narrow / wide for narrow, wide in ratios]
     for e in bf16.optimizer.experts.values():
         assert e.p.dtype == torch.bfloat16 and e.master.dtype == torch.float32
         assert torch.equal(e.p, e.master.bfloat16())
-    meshes.stop()
+    meshes.shutdown()
     return {"bf16 norms": bf16.norms, "fp32 norms": fp32.norms, "moved": moved}
 
 

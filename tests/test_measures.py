@@ -13,7 +13,7 @@ from moe_dist.data.text import sentences
 from moe_dist.data.text.sentences import open_sentences
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.monitoring.metric_format import headline, written
+from moe_dist.monitoring.metric_format import format_metric, primary_metric
 from moe_dist.tasks import text_classification
 from moe_dist.tasks.scores import f1, matthews, pearson, spearman
 from moe_dist.training.evaluate import evaluate, evaluate_test
@@ -45,25 +45,42 @@ def test_correlations_by_hand() -> None:
 
 
 def test_one_way_to_write_a_measure() -> None:
-    assert written("accuracy", 0.40625) == "40.62 %" and written("f1", 0.5) == "50.00 %"
-    assert written("matthews", -0.12345) == "-0.1235" and written("pearson", 1) == "1.0000"
-    assert written("loss", 1.2345678) == "1.235" and written("perplexity", float("inf"), ".2f") == "inf"
+    assert format_metric("accuracy", 0.40625) == "40.62 %" and format_metric("f1", 0.5) == "50.00 %"
+    assert (
+        format_metric("matthews", -0.12345) == "-0.1235" and format_metric("pearson", 1) == "1.0000"
+    )
+    assert (
+        format_metric("loss", 1.2345678) == "1.235"
+        and format_metric("perplexity", float("inf"), ".2f") == "inf"
+    )
     keys = ["valid/accuracy", "valid/f1", "train/accuracy", "test/loss"]
-    assert [headline(keys, split) for split in ("valid", "train", "test")] == ["f1", "accuracy", None]
+    assert [primary_metric(keys, split) for split in ("valid", "train", "test")] == [
+        "f1",
+        "accuracy",
+        None,
+    ]
 
 
 @pytest.mark.timeout(200)
 def test_measures_of_glue_are_those_of_all_predictions_on_any_layout(tmp_path: Path) -> None:
     """37 texts of test in steps of 16: the last step has padding."""
     words = ["good", "bad", "fine", "dull", "long"]
-    for name, label in (("two", lambda i: (i % 5 in (0, 2)) != (i % 7 == 0)), ("scores", lambda i: i % 5 + i % 3 / 2)):
+    for name, label in (
+        ("two", lambda i: (i % 5 in (0, 2)) != (i % 7 == 0)),
+        ("scores", lambda i: i % 5 + i % 3 / 2),
+    ):
         for split, size in (("train", 60), ("validation", 20), ("test", 37)):
             rows = [
-                {"text": f"{words[i % 5]} {words[i * i % 5]} {words[i // 5 % 5]}", "label": label(i)}
+                {
+                    "text": f"{words[i % 5]} {words[i * i % 5]} {words[i // 5 % 5]}",
+                    "label": label(i),
+                }
                 for i in range(size)
             ]
             (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (tmp_path / name / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     one = run_distributed(measured, 1, tmp_path, 1, timeout=90)[0]
     for two in run_distributed(measured, 2, tmp_path, 2, timeout=90):
         for kind, (told, *_) in two.items():
@@ -74,35 +91,47 @@ def test_measures_of_glue_are_those_of_all_predictions_on_any_layout(tmp_path: P
         assert told["test/accuracy"] == pytest.approx(np.mean(np.equal(said, right)))
         both = [s and r for s, r in zip(said, right, strict=True)]
         # the correlation of zeros and ones is Matthews'; F1 = 2 |both| / (|said| + |right|)
-        expected = np.corrcoef(said, right)[0, 1] if kind == "matthews" else 2 * sum(both) / (sum(said) + sum(right))
+        expected = (
+            np.corrcoef(said, right)[0, 1]
+            if kind == "matthews"
+            else 2 * sum(both) / (sum(said) + sum(right))
+        )
         assert told[f"test/{kind}"] == pytest.approx(expected, rel=1e-6)
     told, said, right = one["scores"]
     assert told["test/loss"] == pytest.approx(np.square(np.subtract(said, right)).mean(), rel=1e-5)
     assert told["test/pearson"] == pytest.approx(np.corrcoef(said, right)[0, 1], rel=1e-6)
-    ranks = [[sum(v < w for v in vs) + (sum(v == w for v in vs) + 1) / 2 for w in vs] for vs in (said, right)]
+    ranks = [
+        [sum(v < w for v in vs) + (sum(v == w for v in vs) + 1) / 2 for w in vs]
+        for vs in (said, right)
+    ]
     assert told["test/spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], rel=1e-6)
 
 
 def measured(folder: Path, ep: int) -> dict[str, Any]:
     """Measures after some steps; and of one rank the predictions one by one, with what is right."""
-    meshes.join()
+    meshes.init_process_group()
     found = {}
     for kind in ("matthews", "f1", "scores"):
         source = str(folder / ("scores" if kind == "scores" else "two"))
         text_classification.GLUE_MEASURES = {} if kind == "scores" else {source: kind}
         sentences.SCORES = text_classification.SCORES = (source,) if kind == "scores" else ()
-        sets = [f"data.sentences={source}", "batch.samples=16", "optim.lr=1e-2", f"mesh.ep={ep}"]
+        sets = [
+            f"data.sentences={source}",
+            "batch.global_batch_size=16",
+            "optim.lr=1e-2",
+            f"mesh.ep={ep}",
+        ]
         run = Run(tiny_sentences(*sets, "model.encoder.moe.capacity_factor=none")).steps(0, 12)
         told = evaluate(run.engine, run.task, "test", run.mesh)
         said, right = [], []
-        for (batch,) in run.task.evaluation("test"):
+        for (batch,) in run.task.eval_batches("test"):
             with torch.no_grad():
                 logit_BC, _ = run.engine(batch.token_BS, batch.kind_BS, batch.ctx)
             said += (logit_BC[:, 0] if kind == "scores" else logit_BC.argmax(1)).tolist()
             right += batch.targets[0].tolist()
         kept = [i for i, target in enumerate(right) if target != -100]
         found[kind] = (told, [said[i] for i in kept], [right[i] for i in kept])
-    meshes.stop()
+    meshes.shutdown()
     return found
 
 
@@ -119,10 +148,13 @@ def test_mnli_has_two_test_splits() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_dist.training.evaluate.evaluate", told)
         result = evaluate_test(None, Task(), None)  # type: ignore[arg-type]
-    assert result == {"test/accuracy": 0.5, "mismatched/accuracy": 0.5} and asked == ["test", "mismatched"]
+    assert result == {"test/accuracy": 0.5, "mismatched/accuracy": 0.5} and asked == [
+        "test",
+        "mismatched",
+    ]
     task = object.__new__(text_classification.TextClassification)
     task.has_scores = False
-    line = task.told(result | {"test/accuracy": 0.825, "test/loss": 0.5})
+    line = task.format_result(result | {"test/accuracy": 0.825, "test/loss": 0.5})
     assert line == "test accuracy 82.50 %    mismatched 50.00 %    loss 0.5000 nats per text"
 
 
@@ -130,6 +162,8 @@ def test_mnli_has_two_test_splits() -> None:
 def test_what_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str) -> None:
     source = str(tmp_path / "x.jsonl")
     monkeypatch.setattr(sentences, "SCORES", (source,))
-    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 1.5}\n' + f'{{"text": "b", "label": {label}}}\n')
+    (tmp_path / "x.jsonl").write_text(
+        '{"text": "a", "label": 1.5}\n' + f'{{"text": "b", "label": {label}}}\n'
+    )
     with pytest.raises(ValueError, match=r"row 2 of 'train' has label .*: a number would do"):
         open_sentences(source)

@@ -11,7 +11,7 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring.step_timer import PARTS
 from moe_dist.training import metric_accumulator as meters
-from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.metric_accumulator import MetricAccumulator
 from moe_dist.training.setup import train_step
 
 
@@ -26,7 +26,9 @@ def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
         # on average half of the rows go to the other rank: 48 of 96 rows of 16 float32, there and back, twice
         for direction in ("dispatch", "combine", "combine:grad"):
             assert line[f"exchange/site2/{direction}_bytes"] == pytest.approx(48 * 16 * 4, rel=0.4)
-        assert line["exchange/site2/counts_bytes"] == 2 * 2 * 4 * 8  # 2 micro-batches, 2 ranks, 4 counts of 8 bytes
+        assert (
+            line["exchange/site2/counts_bytes"] == 2 * 2 * 4 * 8
+        )  # 2 micro-batches, 2 ranks, 4 counts of 8 bytes
         # each part of the step takes some time, and each of two ranks more than 100 MB for Python and torch alone
         assert all(line[f"time/{part}_ms"] > 0 for part in PARTS)
         assert len(line["memory/peak_bytes"]) == 2 and min(line["memory/peak_bytes"]) > 1e8
@@ -44,7 +46,9 @@ def test_balance_is_measured_in_each_step_and_then_averaged(small_text: Path) ->
     lines = []
     for i in range(2):
         line = ranks[0][i][0]
-        lines.append(pytest.approx({key: line[f"moe/middle/{key}"] for key in meters.RATIOS}, rel=1e-5))
+        lines.append(
+            pytest.approx({key: line[f"moe/middle/{key}"] for key in meters.RATIOS}, rel=1e-5)
+        )
         assert ranks[1][i][0] == line
         load_SE, importance_SE = ranks[0][i][1] + ranks[1][i][1]
         assert load_SE.sum(1).tolist() == [8 * 6 * 2] * STEPS
@@ -53,10 +57,15 @@ def test_balance_is_measured_in_each_step_and_then_averaged(small_text: Path) ->
             "cv_importance": np.mean(importance_SE.std(1) / importance_SE.mean(1)),
             "cv_load": np.mean(share_SE.std(1)),
             "max_over_mean_load": np.mean(share_SE.max(1)),
-            **{f"p{p}_over_mean_load": np.mean(np.percentile(share_SE, p, axis=1)) for p in (10, 50, 90)},
+            **{
+                f"p{p}_over_mean_load": np.mean(np.percentile(share_SE, p, axis=1))
+                for p in (10, 50, 90)
+            },
         }
         load_E = load_SE.sum(0)
-        assert load_E.std() / load_E.mean() < 0.9 * line["moe/middle/cv_load"], "of sums it would be another"
+        assert load_E.std() / load_E.mean() < 0.9 * line["moe/middle/cv_load"], (
+            "of sums it would be another"
+        )
         assert line["moe/middle/load"] == load_E.tolist()
         assert line["moe/middle/dead_experts"] == (load_E == 0).sum()
     assert lines[0] == lines[1].expected
@@ -64,11 +73,14 @@ def test_balance_is_measured_in_each_step_and_then_averaged(small_text: Path) ->
 
 def of_steps(text: str) -> list[tuple[dict, np.ndarray]]:
     """Of each accumulation a line of three steps, and this rank's loads and importances of each (2, S, E)."""
-    meshes.join()
+    meshes.init_process_group()
     told = []
     for accumulation in (1, 2):
-        run = Run(tiny(f"batch.accumulation={accumulation}", "mesh.ep=2", f"data.text={text}"))
-        meter, used_2SE = Meter(run.mesh, run.task), torch.zeros(2, STEPS, 8, dtype=torch.float64)
+        run = Run(tiny(f"batch.grad_accum_steps={accumulation}", "mesh.ep=2", f"data.text={text}"))
+        meter, used_2SE = (
+            MetricAccumulator(run.mesh, run.task),
+            torch.zeros(2, STEPS, 8, dtype=torch.float64),
+        )
         meters.MOST_PENDING = 0 if accumulation == 2 else 2**23
         for step in range(1, STEPS + 1):
             with meter.step():
@@ -76,15 +88,27 @@ def of_steps(text: str) -> list[tuple[dict, np.ndarray]]:
                     meter.add(sums, stats)
                     used_2SE[0, step - 1] += stats["middle"].load_E
                     used_2SE[1, step - 1] += stats["middle"].importance_E
-        told.append(({key: value for key, value in meter.read().items() if key.startswith("moe/")}, used_2SE.numpy()))
-    meshes.stop()
+        told.append(
+            (
+                {
+                    key: value
+                    for key, value in meter.reduce_and_reset().items()
+                    if key.startswith("moe/")
+                },
+                used_2SE.numpy(),
+            )
+        )
+    meshes.shutdown()
     return told
 
 
 @pytest.mark.parametrize(
     ("load_SE", "expected"),
     [
-        ([[4, 0, 0, 0], [1, 1, 1, 1]], (3**0.5 / 2, (4 + 1) / 2)),  # CV of (4, 0, 0, 0) is sqrt(3), that of even ones 0
+        (
+            [[4, 0, 0, 0], [1, 1, 1, 1]],
+            (3**0.5 / 2, (4 + 1) / 2),
+        ),  # CV of (4, 0, 0, 0) is sqrt(3), that of even ones 0
         ([[0, 0], [6, 2]], (0.5 / 2, 1.5 / 2)),  # a step without rows is even
         ([[1, 3], [2, 6], [3, 1]], (0.5, 1.5)),
     ],
@@ -100,34 +124,34 @@ def test_a_sum_goes_from_each_rank_to_the_next() -> None:
     """Of four ranks on two nodes the second sends to the third, on the other node, and the last to the first."""
     for rank, ending in enumerate(("", "_between_nodes", "", "_between_nodes")):
         axis = meshes.Axis(4, rank, None, (0, 0, 1, 1))  # type: ignore[arg-type]
-        axis.count_ring(("experts", "gradients"), 100)
-        axis.count_ring(("experts", "gradients"), 20)
-        assert dict(axis.sent) == {("experts", f"gradients{ending}"): 120}
+        axis.record_ring_bytes(("experts", "gradients"), 100)
+        axis.record_ring_bytes(("experts", "gradients"), 20)
+        assert dict(axis.bytes_sent) == {("experts", f"gradients{ending}"): 120}
 
 
 def one_line(text: str) -> tuple[float, dict]:
-    meshes.join()
+    meshes.init_process_group()
     sets = [
         "mesh.ep=2",
-        "mesh.exchange=ragged",
-        "batch.accumulation=2",
-        "batch.samples_per_balance_group=2",
+        "mesh.dispatcher=all_to_all",
+        "batch.grad_accum_steps=2",
+        "batch.balance_loss_group_size=2",
         f"data.text={text}",
     ]
     run = Run(tiny(*sets))
-    meter = Meter(run.mesh, run.task)
+    meter = MetricAccumulator(run.mesh, run.task)
     batches = list(run.task.batches(0))
-    words = run.task.total(batches)
+    words = run.task.loss_denominator(batches)
     balance = 0.0
-    run.optimizer.begin(1e-4)
+    run.optimizer.start_step(1e-4)
     with meter.step():
         for batch in batches:
             loss, sums, stats = run.task.loss(run.engine, batch, words)
             run.engine.backward(loss)
             meter.add(sums, stats)
             balance += loss.item() - sums["nll"].item() / words.item()
-    line = meter.read()
+    line = meter.reduce_and_reset()
     total = line["train/loss"] + balance  # every rank has the balance loss whole
     assert isinstance(total, float)
-    meshes.stop()
+    meshes.shutdown()
     return total, line

@@ -18,7 +18,7 @@ from wandb_file import records_of, wandb_log
 
 from moe_dist.monitoring import metrics_logger, wandb_logger
 from moe_dist.monitoring.metrics_file import read_metrics
-from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import files as report_files
 
 CONFIG = {"experts": 4, "lr": 0.5, "data": {"name": "tiny"}}
@@ -35,8 +35,10 @@ def no_login(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(home))
 
 
-def make(run: pathlib.Path, **options) -> Metrics:
-    return Metrics(run, CONFIG, **{"enabled": True, "wandb_mode": "off", "total_steps": 10} | options)
+def make(run: pathlib.Path, **options) -> MetricsLogger:
+    return MetricsLogger(
+        run, CONFIG, **{"enabled": True, "wandb_mode": "off", "total_steps": 10} | options
+    )
 
 
 def values(step: int) -> dict:
@@ -44,7 +46,11 @@ def values(step: int) -> dict:
 
 
 def warnings_in(err: str) -> list[str]:
-    return [line for line in err.splitlines() if not line.startswith(("step ", "note: nobody is logged in to wandb"))]
+    return [
+        line
+        for line in err.splitlines()
+        if not line.startswith(("step ", "note: nobody is logged in to wandb"))
+    ]
 
 
 def test_lines_come_back_as_logged(tmp_path):
@@ -61,21 +67,37 @@ def in_arrays(line: dict) -> dict:
 
 def test_what_is_not_finite_is_null_in_the_file_and_not_a_number_when_read(tmp_path):
     with make(tmp_path) as log:
-        log.log(1, {"train/loss": math.nan, "train/perplexity": math.inf, "moe/1/importance": [1.5, math.nan]})
+        log.log(
+            1,
+            {
+                "train/loss": math.nan,
+                "train/perplexity": math.inf,
+                "moe/1/importance": [1.5, math.nan],
+            },
+        )
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is not JSON")
 
     path = tmp_path / "metrics.jsonl"
-    null = {"step": 1, "train/loss": None, "train/perplexity": None, "moe/1/importance": [1.5, None]}
+    null = {
+        "step": 1,
+        "train/loss": None,
+        "train/perplexity": None,
+        "moe/1/importance": [1.5, None],
+    }
     assert json.loads(path.read_text(), parse_constant=refuse) == null
     with path.open("a") as file:
-        file.write('{"step": 2, "train/loss": NaN, "train/perplexity": Infinity, "moe/1/importance": [1.5, NaN]}\n')
+        file.write(
+            '{"step": 2, "train/loss": NaN, "train/perplexity": Infinity, "moe/1/importance": [1.5, NaN]}\n'
+        )
     first, second = read_metrics(tmp_path)
     assert math.isnan(first["train/loss"]) and math.isnan(first["train/perplexity"])
     assert math.isnan(second["train/loss"]) and math.isinf(second["train/perplexity"])
     for line in (first, second):
-        np.testing.assert_equal(line["moe/1/importance"], np.array([1.5, math.nan], dtype=np.float32))
+        np.testing.assert_equal(
+            line["moe/1/importance"], np.array([1.5, math.nan], dtype=np.float32)
+        )
 
 
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
@@ -119,7 +141,12 @@ def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\nspoilt\n')
     with pytest.raises(ValueError, match=r"line 2 is not JSON.*spoilt"):
         read_metrics(tmp_path)
-    for strange in ('"train/loss": "abc"', '"moe/middle/load": 1', '"memory/peak_bytes": []', '"moe/1/load": ["a"]'):
+    for strange in (
+        '"train/loss": "abc"',
+        '"moe/middle/load": 1',
+        '"memory/peak_bytes": []',
+        '"moe/1/load": ["a"]',
+    ):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, {strange}}}\n')
         with pytest.raises(ValueError, match=r"line 1 has a '.*' that is none of ours"):
             read_metrics(tmp_path)
@@ -140,7 +167,7 @@ def test_a_run_that_is_started_again_goes_on_without_spoilt_lines(tmp_path, capf
 def test_disabled_does_nothing(tmp_path, capfd):
     with make(tmp_path / "run", enabled=False, wandb_mode="offline", wandb_id="kept") as log:
         log.log(1, values(1))
-        log.pictures(1, lambda: pytest.fail("drawn where nothing is logged"))
+        log.log_images(1, lambda: pytest.fail("drawn where nothing is logged"))
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr() == ("", "")
     assert log.wandb_id == "kept"
@@ -155,20 +182,32 @@ def test_an_unknown_wandb_mode_is_refused(tmp_path, enabled):
 @pytest.mark.parametrize(
     ("mode", "asked", "expected"),
     [
-        ("online", "", "online"), ("online", "disabled", "off"), ("online", "dryrun", "offline"),
-        ("online", "offline", "offline"), ("online", "run", "online"), ("online", "shared", "shared"),
-        ("offline", "online", "offline"), ("offline", "disabled", "offline"), ("off", "online", "off"),
+        ("online", "", "online"),
+        ("online", "disabled", "off"),
+        ("online", "dryrun", "offline"),
+        ("online", "offline", "offline"),
+        ("online", "run", "online"),
+        ("online", "shared", "shared"),
+        ("offline", "online", "offline"),
+        ("offline", "disabled", "offline"),
+        ("off", "online", "off"),
     ],
-)  # fmt: skip
+)
 def test_the_mode_is_the_configs_or_else_the_environments(monkeypatch, mode, asked, expected):
     monkeypatch.setenv("WANDB_MODE", asked)
     assert wandb_logger.wandb_mode_of(mode) == expected
 
 
 @pytest.mark.parametrize("asked", ["offlin", "OFF", "1", "false"])
-def test_a_mode_of_the_environment_that_is_none_is_named_before_any_work(monkeypatch, capsys, asked):
+def test_a_mode_of_the_environment_that_is_none_is_named_before_any_work(
+    monkeypatch, capsys, asked
+):
     monkeypatch.setenv("WANDB_MODE", asked)
-    check_plan(["lstm_moe_demo"], f"WANDB_MODE='{asked}' in the environment is unknown: use one of online", capsys)
+    check_plan(
+        ["lstm_moe_demo"],
+        f"WANDB_MODE='{asked}' in the environment is unknown: use one of online",
+        capsys,
+    )
 
 
 @pytest.mark.timeout(120)
@@ -186,7 +225,9 @@ def test_labels_are_the_configs_or_else_the_environments(tmp_path, monkeypatch, 
     for name, value in told.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    labels = {"project": "ours", "group": "group-2", "tags": "c, d", "notes": None} if by_config else {}
+    labels = (
+        {"project": "ours", "group": "group-2", "tags": "c, d", "notes": None} if by_config else {}
+    )
     with make(tmp_path / "run", wandb_mode="offline", wandb_labels=labels) as log:
         log.log(1, values(1))
     assert warnings_in(capfd.readouterr().err) == [] and not (tmp_path / "run" / "wandb").exists()
@@ -225,10 +266,16 @@ def server(status: int):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("status", "key"), [(401, "a" * 40), (500, "b" * 40), (0, "c" * 40), (404, "no key at all")])
-def test_a_server_that_cannot_be_used_leaves_an_offline_run_with_all_curves(tmp_path, monkeypatch, capfd, status, key):
-    monkeypatch.setattr(wandb_logger, "_WANDB_INIT_SECONDS", 2.0)
-    monkeypatch.setattr(wandb_logger, "_WANDB_FINISH_SECONDS", 60.0)  # for a busy machine; it takes one or two
+@pytest.mark.parametrize(
+    ("status", "key"), [(401, "a" * 40), (500, "b" * 40), (0, "c" * 40), (404, "no key at all")]
+)
+def test_a_server_that_cannot_be_used_leaves_an_offline_run_with_all_curves(
+    tmp_path, monkeypatch, capfd, status, key
+):
+    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(
+        wandb_logger, "FINISH_TIMEOUT_S", 60.0
+    )  # for a busy machine; it takes one or two
     monkeypatch.setenv("WANDB_API_KEY", key)
     with server(status) as address:
         monkeypatch.setenv("WANDB_BASE_URL", address)
@@ -241,16 +288,23 @@ def test_a_server_that_cannot_be_used_leaves_an_offline_run_with_all_curves(tmp_
     assert warning.endswith(f"; wandb sync {folder} uploads it") and len(warning) < 600
     run_id, _, history = wandb_log(tmp_path)
     assert run_id == log.wandb_id
-    assert [line["train/loss"] for line in history] == [values(step)["train/loss"] for step in range(30)]
+    assert [line["train/loss"] for line in history] == [
+        values(step)["train/loss"] for step in range(30)
+    ]
 
 
-def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(tmp_path, capsys, monkeypatch):
+def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(
+    tmp_path, capsys, monkeypatch
+):
     clock = [100.0]
     monkeypatch.setattr(metrics_logger.time, "monotonic", lambda: clock[0])
     with make(tmp_path, total_steps=50, start_step=10) as log:
         for step in range(11, 51):
             clock[0] += 0.5
-            log.log(step, {"train/loss": 5.1234, "train/perplexity": 167.92, "words_per_second": 21034.4})
+            log.log(
+                step,
+                {"train/loss": 5.1234, "train/perplexity": 167.92, "words_per_second": 21034.4},
+            )
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
@@ -263,7 +317,11 @@ def test_an_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(metrics_logger.time, "monotonic", lambda: clock[0])
     with make(tmp_path, total_steps=3) as log:
         for step in (1, 2, 3):
-            for line in ({"train/loss": 9.0 / step}, {"valid/perplexity": 170.0 + step}, {"test/loss": 5.0}):
+            for line in (
+                {"train/loss": 9.0 / step},
+                {"valid/perplexity": 170.0 + step},
+                {"test/loss": 5.0},
+            ):
                 if step > 1 or "train/loss" in line:
                     clock[0] += 2.0 if step < 3 else 0.0
                     log.log(step, line)
@@ -296,17 +354,22 @@ def test_the_wandb_log_holds_the_config_and_the_same_curves(tmp_path, capfd, mod
         log.log(600, {"valid/loss": 2.5})
     out, err = capfd.readouterr()
     assert (out, warnings_in(err)) == ("", [])
-    assert ("note: nobody is logged in to wandb, so it is offline for this run; wandb sync " in err) == (
-        mode == "online"
-    )
+    assert (
+        "note: nobody is logged in to wandb, so it is offline for this run; wandb sync " in err
+    ) == (mode == "online")
     run_id, config, history = wandb_log(tmp_path)
     assert run_id == log.wandb_id
     assert {key: config[key] for key in CONFIG} == CONFIG
     curves: dict[int, dict] = {}
     for line in read_metrics(tmp_path):
-        curves.setdefault(line["step"], {}).update({k: v for k, v in line.items() if isinstance(v, float)})
+        curves.setdefault(line["step"], {}).update(
+            {k: v for k, v in line.items() if isinstance(v, float)}
+        )
     curves[600]["train/loss"] = math.inf  # which wandb has a word for
-    logged = {line["_step"]: {k: float(v) for k, v in line.items() if "/" in k and "moe" not in k} for line in history}
+    logged = {
+        line["_step"]: {k: float(v) for k, v in line.items() if "/" in k and "moe" not in k}
+        for line in history
+    }
     assert logged == curves
     assert len(curves) == 601
     line = history[7]
@@ -321,10 +384,16 @@ def test_wandb_gets_the_load_map_at_an_evaluation(tmp_path):
         for step in range(6):
             log.log(step, values(step) | {"moe/1/importance": [1.0, math.nan]})
             if step in (2, 5):
-                log.pictures(step, functools.partial(report_files.write_report, tmp_path, only_loads=True))
+                log.log_images(
+                    step, functools.partial(report_files.write_report, tmp_path, only_loads=True)
+                )
     _, _, history = wandb_log(tmp_path)
     assert [line["_step"] for line in history] == list(range(6))
-    logged = {line["_step"]: line["report/load_1/path"] for line in history if "report/load_1/path" in line}
+    logged = {
+        line["_step"]: line["report/load_1/path"]
+        for line in history
+        if "report/load_1/path" in line
+    }
     assert list(logged) == [2, 5]
     (files,) = (tmp_path / "wandb").glob("offline-run-*/files")
     assert (files / logged[5]).read_bytes() == (tmp_path / "report" / "load_1.png").read_bytes()
@@ -341,7 +410,7 @@ def test_pictures_are_drawn_in_wandbs_thread_and_not_without_wandb(tmp_path, cap
 
     for mode in ("off", "offline"):
         with make(tmp_path / mode, wandb_mode=mode) as log:
-            log.pictures(1, draw)
+            log.log_images(1, draw)
             log.log(1, values(1))
         assert len(read_metrics(tmp_path / mode)) == 1
     assert names == ["wandb-feed"]
@@ -374,11 +443,13 @@ def test_a_failing_wandb_is_one_warning(tmp_path, capsys, monkeypatch, broken):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("backlog", "reason"), [(100, "does not finish"), (3, "lies 3 lines behind")])
+@pytest.mark.parametrize(
+    ("backlog", "reason"), [(100, "does not finish"), (3, "lies 3 lines behind")]
+)
 def test_a_stuck_wandb_does_not_hold_the_run_up(tmp_path, capsys, monkeypatch, backlog, reason):
-    monkeypatch.setattr(wandb_logger, "_WANDB_INIT_SECONDS", 0.2)
-    monkeypatch.setattr(wandb_logger, "_WANDB_FINISH_SECONDS", 0.2)
-    monkeypatch.setattr(wandb_logger, "_WANDB_QUEUE", backlog)
+    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(wandb_logger, "FINISH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(wandb_logger, "_MAX_QUEUE", backlog)
     stuck = threading.Event()
     monkeypatch.setattr(wandb, "init", lambda **_: stuck.wait())
     start = time.monotonic()

@@ -16,10 +16,10 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.mesh import Axis
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.optim import factored_adam
-from moe_dist.optim.expert_state import Adam, square_of
-from moe_dist.optim.factored_adam import factored_update, squares_of
+from moe_dist.optim.expert_state import AdamParam, sum_of_squares
+from moe_dist.optim.factored_adam import factored_update, row_and_column_squares
 from moe_dist.optim.lr_schedule import learning_rate
-from moe_dist.optim.optimizer import FORMS
+from moe_dist.optim.optimizer import EXPERT_OPTIMIZERS
 
 PLAIN = OptimConfig(lr=1.0, eps=0.0, expert_beta2=0.5)
 
@@ -35,10 +35,14 @@ def test_first_step_of_the_paper_form_by_hand() -> None:
     # after one step the bias-corrected means are these themselves, so v = [[2.5*5, 2.5*2], [4.5*5, 4.5*2]] / 3.5
     w, row, column = state(1, 2, 2)
     g = torch.tensor([[[1.0, -2.0], [3.0, 0.0]]], dtype=torch.float64)
-    factored_update(w, g, *squares_of(g), row, column, scale=1.0, lr=1.0, step=1, config=PLAIN)
+    factored_update(
+        w, g, *row_and_column_squares(g), row, column, scale=1.0, lr=1.0, step=1, config=PLAIN
+    )
     v = torch.tensor([[12.5, 5.0], [22.5, 9.0]], dtype=torch.float64) / 3.5
     torch.testing.assert_close(w[0], -g[0] / v.sqrt())
-    torch.testing.assert_close(row, torch.tensor([[1.25, 2.25]], dtype=torch.float64))  # (1 - 0.5) x means
+    torch.testing.assert_close(
+        row, torch.tensor([[1.25, 2.25]], dtype=torch.float64)
+    )  # (1 - 0.5) x means
     torch.testing.assert_close(column, torch.tensor([[2.5, 1.0]], dtype=torch.float64))
 
 
@@ -49,7 +53,17 @@ def test_first_step_of_the_diet_form_by_hand() -> None:
     # roots 2, 1 and 1.1180, 1.9365 with mean 1.52725 -> sqrt(v) = [[1.4641, 2.5359], [0.7320, 1.2680]]
     w, row, column = state(1, 2, 2)
     g = torch.tensor([[[2.0, 6.0], [0.5, 1.5]]], dtype=torch.float64).sqrt()
-    factored_update(w, g, *squares_of(g), row, column, 1.0, 1.0, 1, dataclasses.replace(PLAIN, expert_form="diet"))
+    factored_update(
+        w,
+        g,
+        *row_and_column_squares(g),
+        row,
+        column,
+        1.0,
+        1.0,
+        1,
+        dataclasses.replace(PLAIN, expert_optimizer="factored_adam_t2t"),
+    )
     root = torch.tensor([[1.4641, 2.5359], [0.7320, 1.2680]], dtype=torch.float64)
     torch.testing.assert_close(w[0], -g[0] / root, rtol=1e-4, atol=0)
 
@@ -62,7 +76,7 @@ def plain_form(g_list: list[torch.Tensor], config: OptimConfig, lr: float) -> to
         v = mean_square / (1 - config.expert_beta2**t)
         for e in range(len(w)):
             row, column = v[e].mean(1), v[e].mean(0)
-            if config.expert_form == "paper":
+            if config.expert_optimizer == "factored_adam":
                 root = (torch.outer(row, column) / row.mean()).sqrt()
             else:
                 root = torch.outer(row.sqrt(), column.sqrt()) / column.sqrt().mean()
@@ -70,14 +84,24 @@ def plain_form(g_list: list[torch.Tensor], config: OptimConfig, lr: float) -> to
     return w
 
 
-@pytest.mark.parametrize("form", ["paper", "diet"])
+@pytest.mark.parametrize("form", ["factored_adam", "factored_adam_t2t"])
 def test_many_steps_equal_the_plain_form(form: str) -> None:
-    config = OptimConfig(eps=1e-3, expert_beta2=0.9, expert_form=form)
+    config = OptimConfig(eps=1e-3, expert_beta2=0.9, expert_optimizer=form)
     generator = torch.Generator().manual_seed(0)
     g_list = [torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(6)]
     w, row, column = state(3, 5, 4)
     for t, g in enumerate(g_list, start=1):
-        factored_update(w, g / 7, *squares_of(g / 7), row, column, scale=7.0, lr=0.1, step=t, config=config)
+        factored_update(
+            w,
+            g / 7,
+            *row_and_column_squares(g / 7),
+            row,
+            column,
+            scale=7.0,
+            lr=0.1,
+            step=t,
+            config=config,
+        )
     torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
 
 
@@ -90,16 +114,20 @@ def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.M
     generator = torch.Generator().manual_seed(0)
     g_list = [torch.randn(5, 150, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for sums, dim in zip(squares_of(g_list[0]), (2, 1), strict=True):
+    for sums, dim in zip(row_and_column_squares(g_list[0]), (2, 1), strict=True):
         torch.testing.assert_close(sums, g_list[0].square().sum(dim))
     w, row, column = state(5, 150, 4)
     for t, g in enumerate(g_list, start=1):
-        factored_update(w, g, *squares_of(g), row, column, scale=1.0, lr=0.1, step=t, config=config)
+        factored_update(
+            w, g, *row_and_column_squares(g), row, column, scale=1.0, lr=0.1, step=t, config=config
+        )
     torch.testing.assert_close(w, plain_form(g_list, config, 0.1), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("at_once", [1, 400, 2**26], ids=["one expert", "two experts", "all"])
-def test_eager_passes_equal_the_compiled_ones(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_passes_equal_the_compiled_ones(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the same float32 numbers; 5 experts of 12 x 16."""
     monkeypatch.setitem(factored_adam.ELEMENTS_AT_ONCE, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +137,7 @@ def test_eager_passes_equal_the_compiled_ones(at_once: int, monkeypatch: pytest.
     for worth in (2**20, 1):
         monkeypatch.setattr(factored_adam, "WORTH_A_LOOP", worth)
         moved, row, column = w.clone(), torch.zeros(5, 12), torch.zeros(5, 16)
-        sums = squares_of(g)
+        sums = row_and_column_squares(g)
         factored_update(moved, g, *sums, row, column, 0.5, 0.1, 3, config)
         told.append((*sums, moved, row, column))
     torch.testing.assert_close(*told)
@@ -123,7 +151,9 @@ def test_a_graph_of_earlier_weights_is_refused(columns: int) -> None:
     loss.backward(retain_graph=True)
     assert w.grad is not None
     row, column = torch.zeros(1, 2), torch.zeros(1, columns)
-    factored_update(w.detach(), w.grad, *squares_of(w.grad), row, column, 1.0, 0.1, 1, PLAIN)
+    factored_update(
+        w.detach(), w.grad, *row_and_column_squares(w.grad), row, column, 1.0, 0.1, 1, PLAIN
+    )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -135,7 +165,7 @@ def test_what_is_not_a_number_is_seen(worth: int, monkeypatch: pytest.MonkeyPatc
     for value in (math.nan, math.inf, 1e30):
         g = torch.ones(2, 5, 70)
         g[1, 3, 66] = value
-        row, column = squares_of(g)
+        row, column = row_and_column_squares(g)
         assert (~row.isfinite()).nonzero().tolist() == [[1, 3]]
         assert (~column.isfinite()).nonzero().tolist() == [[1, 66]]
 
@@ -144,7 +174,7 @@ def test_rank_one_is_exact_and_row_means_are_kept() -> None:
     """Where g² = a b^T the factored v is g² itself, and each weight moves by lr against its gradient's sign."""
     w, row, column = state(1, 3, 2)
     g = torch.outer(torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, -1.0])).double()[None]
-    factored_update(w, g, *squares_of(g), row, column, 1.0, 0.1, 1, PLAIN)
+    factored_update(w, g, *row_and_column_squares(g), row, column, 1.0, 0.1, 1, PLAIN)
     torch.testing.assert_close(w, -0.1 * g.sign())
 
 
@@ -152,21 +182,31 @@ def test_diet_steps_are_smaller() -> None:
     """sqrt(mean c) >= mean(sqrt c), so tensor2tensor's denominator is the larger one."""
     g = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     moved = {}
-    for form in ("paper", "diet"):
+    for form in ("factored_adam", "factored_adam_t2t"):
         w, row, column = state(1, 6, 5)
-        factored_update(w, g, *squares_of(g), row, column, 1.0, 1.0, 1, dataclasses.replace(PLAIN, expert_form=form))
+        factored_update(
+            w,
+            g,
+            *row_and_column_squares(g),
+            row,
+            column,
+            1.0,
+            1.0,
+            1,
+            dataclasses.replace(PLAIN, expert_optimizer=form),
+        )
         moved[form] = w.abs()
-    assert (moved["diet"] < moved["paper"]).all()
+    assert (moved["factored_adam_t2t"] < moved["factored_adam"]).all()
 
 
-@pytest.mark.parametrize("form", ["paper", "diet"])
+@pytest.mark.parametrize("form", ["factored_adam", "factored_adam_t2t"])
 def test_no_gradient_gives_no_update(form: str) -> None:
     """A dead row, a dead column and an expert without a token: with g = 0 and v = 0 the update is 0, not NaN."""
-    config = dataclasses.replace(PLAIN, expert_form=form, eps=1e-30)
+    config = dataclasses.replace(PLAIN, expert_optimizer=form, eps=1e-30)
     w, row, column = state(2, 3, 3)
     g = torch.zeros(2, 3, 3, dtype=torch.float64)
     g[0, 1, 1] = 2.0
-    factored_update(w, g, *squares_of(g), row, column, 1.0, 0.1, 1, config)
+    factored_update(w, g, *row_and_column_squares(g), row, column, 1.0, 0.1, 1, config)
     assert w.isfinite().all() and row.isfinite().all()
     assert w.count_nonzero() == 1 and w[0, 1, 1] < 0
 
@@ -176,10 +216,12 @@ def test_the_norm_of_many_elements_is_that_of_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(n, generator=generator) for n in (2**21, 2**20 + 3)]
     expected = sum(t.double().square().sum().item() for t in tensors)
-    assert square_of(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-8)
+    assert sum_of_squares(tensors, torch.device("cpu")).item() == pytest.approx(expected, rel=1e-8)
     g_eDF = tensors[0].view(2, 128, 8192)
-    for sums in squares_of(g_eDF):
-        assert sums.double().sum().item() == pytest.approx(g_eDF.double().square().sum().item(), rel=1e-6)
+    for sums in row_and_column_squares(g_eDF):
+        assert sums.double().sum().item() == pytest.approx(
+            g_eDF.double().square().sum().item(), rel=1e-6
+        )
 
 
 def test_schedule() -> None:
@@ -187,17 +229,19 @@ def test_schedule() -> None:
     config = OptimConfig(lr=8.0, warmup_steps=4)
     assert [learning_rate(config, s, 16) for s in (1, 2, 4, 16)] == [2.0, 4.0, 8.0, 4.0]
     # then 8 (1 + cos(pi (step - 4) / (20 - 4))) / 2: a quarter, half and all of the way
-    cosine = dataclasses.replace(config, decay="cosine")
+    cosine = dataclasses.replace(config, schedule="cosine")
     told = [learning_rate(cosine, s, 20) for s in (2, 4, 8, 12, 20)]
     assert told == pytest.approx([4.0, 8.0, 4 * (1 + 0.5**0.5), 4.0, 0.0], abs=1e-12)
 
 
-@pytest.mark.parametrize("form", ["paper", "diet", "adam"])
+@pytest.mark.parametrize("form", ["factored_adam", "factored_adam_t2t", "adam"])
 def test_weights_decay_apart_from_the_step(form: str) -> None:
     """w (1 - lr x decay), and then the step that there is without decay; of a matrix, not of a vector."""
     # 0.01 x 0.1 of 2 and of 4
     for shape, decayed in (((1, 2, 1), [0.002, 0.004]), ((1, 1, 2), [0.0, 0.0])):
-        less = less_by_decay(torch.tensor([2.0, 4.0]).view(shape), torch.tensor([0.5, -1.0]).view(shape), form)
+        less = less_by_decay(
+            torch.tensor([2.0, 4.0]).view(shape), torch.tensor([0.5, -1.0]).view(shape), form
+        )
         torch.testing.assert_close(less.flatten(), torch.tensor(decayed), rtol=0, atol=1e-6)
 
 
@@ -205,10 +249,10 @@ def less_by_decay(w: torch.Tensor, g: torch.Tensor, form: str) -> torch.Tensor:
     """Returns by how much less a stack of experts is after a step with decay than after one without."""
     after = {}
     for decay in (0.0, 0.1):
-        state = FORMS[form](nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
+        state = EXPERT_OPTIMIZERS[form](nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
         state.p.grad = g.clone()
         state.square()
-        state.update(1.0, 0.01, 1, OptimConfig(weight_decay=decay, expert_form=form))
+        state.update(1.0, 0.01, 1, OptimConfig(weight_decay=decay, expert_optimizer=form))
         after[decay] = state.p.detach().clone()
     return after[0.0] - after[0.1]
 
@@ -226,60 +270,76 @@ def test_matrices_alone_decay_on_any_layout() -> None:
 
 def decay_alone() -> dict[tuple[int, str], tuple[str, float]]:
     """By ZeRO stage and name: "matrix" or "vector", and how far it is from what it should be after a step."""
-    meshes.join()
+    meshes.init_process_group()
     told = {}
-    sets = ["optim.weight_decay=0.1", "optim.lr=1e-3", "optim.warmup_steps=1", "batch.samples=16"]
+    sets = [
+        "optim.weight_decay=0.1",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=1",
+        "batch.global_batch_size=16",
+    ]
     for zero in (0, 1, 2, 3):
-        run = Run(tiny_images(*sets, f"zero={zero}", "mesh.ep=2"))
+        run = Run(tiny_images(*sets, f"zero_stage={zero}", "mesh.ep=2"))
         state = {key: t.clone() for key, t in run.engine.dense_state()}
         for name in run.engine.names:  # vectors start at zero, which would not show that they decay
             state[name] += 0.5
         run.engine.load_dense_state(state, 0)
-        for stack in run.optimizer.spread:
+        for stack in run.optimizer.expert_params:
             stack.master.add_(0.5)
             stack.round_master()
-        for p in (*run.engine.names.values(), *(stack.p for stack in run.optimizer.spread)):
+        for p in (*run.engine.names.values(), *(stack.p for stack in run.optimizer.expert_params)):
             p.register_hook(torch.zeros_like)
         before = run.weights()
         after = run.steps(0, 1).weights()
         for name, w in before.items():
             vector = w.dim() == 1 or (w.dim() == 3 and w.shape[1] == 1)
             expected = w if vector else w * (1 - 1e-3 * 0.1)
-            told[zero, name] = ("vector" if vector else "matrix", ((after[name] - expected) / w).abs().max().item())
-    meshes.stop()
+            told[zero, name] = (
+                "vector" if vector else "matrix",
+                ((after[name] - expected) / w).abs().max().item(),
+            )
+    meshes.shutdown()
     return told
 
 
 @pytest.mark.timeout(120)
 def test_a_norm_that_is_not_finite_changes_nothing(small_text: Path) -> None:
     for rank in run_distributed(poison, 2, str(small_text), timeout=100):
-        assert rank == {(zero, place): True for zero in (0, 1, 2, 3) for place in ("expert", "dense")}
+        assert rank == {
+            (zero, place): True for zero in (0, 1, 2, 3) for place in ("expert", "dense")
+        }
 
 
 def poison(text: str) -> dict[tuple[int, str], bool]:
     """A gradient on rank 1 is set to infinity before the third step's update; whether the others were left alone."""
-    meshes.join()
+    meshes.init_process_group()
     kept = {}
     for zero in (0, 1, 2, 3):
         for place in ("expert", "dense"):
-            run = Run(tiny("mesh.ep=2", f"zero={zero}", f"data.text={text}")).steps(0, 2)
+            run = Run(tiny("mesh.ep=2", f"zero_stage={zero}", f"data.text={text}")).steps(0, 2)
             before, norm = run.weights(), run.norms[-1]
             hooked = (
-                next(iter(run.model.experts.values())) if place == "expert" else run.engine.names["lstm1.weight_hh_l0"]
+                next(iter(run.model.experts.values()))
+                if place == "expert"
+                else run.engine.names["lstm1.weight_hh_l0"]
             )
-            handle = hooked.register_hook(lambda g: g * math.inf) if run.mesh.dp.index == 1 else None
+            handle = (
+                hooked.register_hook(lambda g: g * math.inf) if run.mesh.dp.index == 1 else None
+            )
             run.steps(2, 3)
             if handle:
                 handle.remove()
             after = run.weights()
-            untouched = all(torch.equal(before[k], after[k]) for k in before) and not math.isfinite(run.norms[-1])
+            untouched = all(torch.equal(before[k], after[k]) for k in before) and not math.isfinite(
+                run.norms[-1]
+            )
             run.steps(3, 4)  # and it goes on
             kept[zero, place] = untouched and math.isfinite(norm) and math.isfinite(run.norms[-1])
-    meshes.stop()
+    meshes.shutdown()
     return kept
 
 
-LAMB = ["optim.trust_ratio=true", "optim.weight_decay=0.1", "optim.expert_form=adam", "optim.lr=1e-2"]
+LAMB = ["optim.lamb=true", "optim.weight_decay=0.1", "optim.expert_optimizer=adam", "optim.lr=1e-2"]
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3, 1, 5)])
@@ -291,12 +351,14 @@ def test_trust_ratios_of_experts_are_lambs(shape: tuple[int, ...]) -> None:
 
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(*shape, generator=generator)
-    state = Adam(nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
+    state = AdamParam(nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
     theirs = [nn.Parameter(expert.clone()) for expert in w]
     options: dict[str, Any] = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     lamb = shape[1] > 1
-    optimizer = Lamb(theirs, **options, max_grad_norm=None) if lamb else torch.optim.Adam(theirs, lr=0.1)
-    config = OptimConfig(weight_decay=0.1, trust_ratio=True)
+    optimizer = (
+        Lamb(theirs, **options, max_grad_norm=None) if lamb else torch.optim.Adam(theirs, lr=0.1)
+    )
+    config = OptimConfig(weight_decay=0.1, lamb=True)
     for step in range(1, 5):
         g = torch.randn(*shape, generator=generator)
         state.p.grad = 2 * g
@@ -305,7 +367,9 @@ def test_trust_ratios_of_experts_are_lambs(shape: tuple[int, ...]) -> None:
         for p, expert in zip(theirs, g, strict=True):
             p.grad = expert.clone()
         optimizer.step()
-    torch.testing.assert_close(state.p.detach(), torch.stack([p.detach() for p in theirs]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        state.p.detach(), torch.stack([p.detach() for p in theirs]), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.timeout(200)
@@ -315,7 +379,9 @@ def test_trust_ratios_of_dense_matrices_are_lambs_on_any_layout(small_text: Path
     for rank in run_distributed(lamb_on_stages, 2, str(small_text), timeout=100):
         for zero, weights in rank.items():
             for name, w in weights.items():
-                off = torch.linalg.vector_norm(w - expected[name]) / torch.linalg.vector_norm(expected[name])
+                off = torch.linalg.vector_norm(w - expected[name]) / torch.linalg.vector_norm(
+                    expected[name]
+                )
                 assert off < 1e-5, (zero, name, off)
 
 
@@ -323,8 +389,8 @@ def beside_timm(text: str) -> dict[str, torch.Tensor]:
     import_torchvision()
     from timm.optim import Lamb
 
-    meshes.join()
-    run = Run(tiny(*LAMB, f"data.text={text}", "zero=0"))
+    meshes.init_process_group()
+    run = Run(tiny(*LAMB, f"data.text={text}", "zero_stage=0"))
     ours = run.optimizer.param_groups[0]["params"]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     options: dict[str, Any] = dict(betas=(0.9, 0.999), eps=1e-8)
@@ -345,16 +411,22 @@ def beside_timm(text: str) -> dict[str, torch.Tensor]:
     torch.optim.AdamW.step = step  # type: ignore[method-assign]
     run.steps(0, 4)
     for name, p, q in zip(run.engine.names, ours, theirs, strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            p.detach(), q.detach(), rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     weights = run.weights()
-    meshes.stop()
+    meshes.shutdown()
     return weights
 
 
 def lamb_on_stages(text: str) -> dict[int, dict[str, torch.Tensor]]:
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for zero in (0, 1, 2, 3):
-        told[zero] = Run(tiny(*LAMB, f"data.text={text}", f"zero={zero}", "mesh.ep=2")).steps(0, 4).weights()
-    meshes.stop()
+        told[zero] = (
+            Run(tiny(*LAMB, f"data.text={text}", f"zero_stage={zero}", "mesh.ep=2"))
+            .steps(0, 4)
+            .weights()
+        )
+    meshes.shutdown()
     return told

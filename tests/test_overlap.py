@@ -13,13 +13,13 @@ from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed import chunked_all_to_all
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.engine.parallelize import exchange_on
-from moe_dist.moe.delayed_wgrad import Later
+from moe_dist.engine.parallelize import build_dispatcher
+from moe_dist.moe.delayed_wgrad import DelayedWeightGrads
 from moe_dist.moe.experts import Experts, GeluExperts
-from moe_dist.moe.hierarchical import Groups
+from moe_dist.moe.hierarchical import ExpertGroups
 from moe_dist.moe.kernels import cpu_ffn
-from moe_dist.moe.routing import Routing, route
-from moe_dist.nn.token_context import Context
+from moe_dist.moe.routing import Routing, build_routing
+from moe_dist.nn.token_context import TokenContext
 
 pytestmark = pytest.mark.timeout(100)
 T, D, F, E = 16, 8, 12, 8
@@ -28,10 +28,14 @@ T, D, F, E = 16, 8, 12, 8
 def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
     """Of rows alone, not of their weights: what leaves ("+") and is waited for ("-"), and what the experts form."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    meshes.join()
-    mesh = meshes.arrange(torch.distributed.get_world_size())
+    meshes.init_process_group()
+    mesh = meshes.build_mesh(torch.distributed.get_world_size())
     told: list[str] = []
-    start, wait, form = chunked_all_to_all._Way.start, chunked_all_to_all._Way.wait, Later.put_off
+    start, wait, form = (
+        chunked_all_to_all._Direction.start,
+        chunked_all_to_all._Direction.wait,
+        DelayedWeightGrads.defer,
+    )
 
     def name(way: Any, c: int) -> str:
         return f"{way.label[1]} {c}"
@@ -45,73 +49,120 @@ def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
         told.extend([f"-{name(way, c)}"] if x.dim() == 2 and x.is_floating_point() else [])
         return x
 
-    def put_off(later: Later, i: int, s: int, do: Any) -> None:
+    def defer(later: DelayedWeightGrads, i: int, s: int, do: Any) -> None:
         def formed(out: torch.Tensor | None) -> torch.Tensor:
             told.append(f"w{s + 1} {i}")
             return do(out)
 
         form(later, i, s, formed)
 
-    chunked_all_to_all._Way.start, chunked_all_to_all._Way.wait, Later.put_off = started, waited, put_off  # type: ignore
-    cpu_ffn.WORTH_IT = 0 if what == "fast" else 2**40
+    (
+        chunked_all_to_all._Direction.start,
+        chunked_all_to_all._Direction.wait,
+        DelayedWeightGrads.defer,
+    ) = (
+        started,
+        waited,
+        defer,
+    )  # type: ignore
+    cpu_ffn.MIN_BYTES_PER_EXPERT = 0 if what == "fast" else 2**40
     mine = E // mesh.ep.size
     experts = (
-        Groups(mine, 3, D, F, k=2) if what == "groups" else (GeluExperts if what == "gelu" else Experts)(mine, D, F)
+        ExpertGroups(mine, 3, D, F, k=2)
+        if what == "groups"
+        else (GeluExperts if what == "gelu" else Experts)(mine, D, F)
     )
-    experts.first_group = mesh.my_experts(E).start  # type: ignore[assignment]
+    experts.first_group = mesh.local_experts(E).start  # type: ignore[assignment]
     for p in experts.parameters():
         torch.nn.init.uniform_(p, 0.5, 1)
     x_TD = torch.ones(T, D, requires_grad=True)
     expert_TK = torch.stack([torch.arange(T) % E, (torch.arange(T) + 3) % E], 1)
-    routing = route(expert_TK, torch.ones(T, 2), expert_TK >= 0, E)
+    routing = build_routing(expert_TK, torch.ones(T, 2), expert_TK >= 0, E)
     token_T = torch.arange(T)
-    ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4 * T, 4 * T, 1)
-    y_TD, _ = exchange_on(mesh, MeshConfig(exchange=kind, pieces=pieces), E, 2)(x_TD, routing, experts, ctx)
+    ctx = TokenContext(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4 * T, 4 * T, 1)
+    y_TD, _ = build_dispatcher(mesh, MeshConfig(dispatcher=kind, overlap_chunks=pieces), E, 2)(
+        x_TD, routing, experts, ctx
+    )
     told.append("backward")
     y_TD.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in [x_TD, *experts.parameters()])
-    meshes.stop()
+    meshes.shutdown()
     return told
 
 
 def test_pieces_travel_while_experts_run_and_weights_wait_for_the_last() -> None:
-    first, second = run_distributed(events, 2, "ragged", 2, timeout=90)
-    assert first == second == [
-        "+dispatch 0", "+dispatch 1", "-dispatch 0", "+combine 0", "-dispatch 1", "+combine 1",
-        "-combine 0", "-combine 1",
-        "backward",
-        "+combine:grad 0", "+combine:grad 1",
-        "-combine:grad 1", "+dispatch:grad 1", "-combine:grad 0", "+dispatch:grad 0",
-        "w1 0", "w1 1", "w2 0", "w2 1",
-        "-dispatch:grad 0", "-dispatch:grad 1",
-    ]  # fmt: skip
+    first, second = run_distributed(events, 2, "all_to_all", 2, timeout=90)
+    assert (
+        first
+        == second
+        == [
+            "+dispatch 0",
+            "+dispatch 1",
+            "-dispatch 0",
+            "+combine 0",
+            "-dispatch 1",
+            "+combine 1",
+            "-combine 0",
+            "-combine 1",
+            "backward",
+            "+combine:grad 0",
+            "+combine:grad 1",
+            "-combine:grad 1",
+            "+dispatch:grad 1",
+            "-combine:grad 0",
+            "+dispatch:grad 0",
+            "w1 0",
+            "w1 1",
+            "w2 0",
+            "w2 1",
+            "-dispatch:grad 0",
+            "-dispatch:grad 1",
+        ]
+    )
 
 
-@pytest.mark.parametrize("kind, what", [("ragged", "fast"), ("once", "fast"), ("ragged", "groups"), ("once", "groups")])
+@pytest.mark.parametrize(
+    "kind, what",
+    [
+        ("all_to_all", "fast"),
+        ("dedup_rank", "fast"),
+        ("all_to_all", "groups"),
+        ("dedup_rank", "groups"),
+    ],
+)
 def test_in_one_piece_the_weights_alone_wait(kind: str, what: str) -> None:
     told = run_distributed(events, 2, kind, 1, what, timeout=90)[0]
     assert told[-4:] == ["+dispatch:grad 0", "w1 0", "w2 0", "-dispatch:grad 0"]
 
 
 def test_over_nodes_they_wait_for_the_rows_of_other_nodes() -> None:
-    told = run_distributed(events, 4, "node", 4, timeout=90)[0]
+    told = run_distributed(events, 4, "dedup_node", 4, timeout=90)[0]
     assert told[told.index("backward") :] == [
         "backward",
-        "+combine:grad 0", "-combine:grad 0", "+combine:grad 0", "-combine:grad 0",
-        "+dispatch:grad 0", "-dispatch:grad 0",  # in the node
-        "+dispatch:grad 0", "w1 0", "w2 0", "-dispatch:grad 0",
-    ]  # fmt: skip
+        "+combine:grad 0",
+        "-combine:grad 0",
+        "+combine:grad 0",
+        "-combine:grad 0",
+        "+dispatch:grad 0",
+        "-dispatch:grad 0",  # in the node
+        "+dispatch:grad 0",
+        "w1 0",
+        "w2 0",
+        "-dispatch:grad 0",
+    ]
 
 
-@pytest.mark.parametrize("kind", ["ragged", "once"])
+@pytest.mark.parametrize("kind", ["all_to_all", "dedup_rank"])
 def test_without_pieces_nothing_is_put_off(kind: str) -> None:
     told = run_distributed(events, 2, kind, 0, timeout=90)[0]
-    assert told[-2:] == ["+dispatch:grad 0", "-dispatch:grad 0"] and not any(event[0] == "w" for event in told)
+    assert told[-2:] == ["+dispatch:grad 0", "-dispatch:grad 0"] and not any(
+        event[0] == "w" for event in told
+    )
 
 
 @pytest.mark.parametrize("what", ["plain", "gelu"])
 def test_experts_without_a_fast_path_do_likewise(what: str) -> None:
-    told = run_distributed(events, 2, "ragged", 2, what, timeout=90)[0]
+    told = run_distributed(events, 2, "all_to_all", 2, what, timeout=90)[0]
     assert told[:2] == ["+dispatch 0", "+dispatch 1"]
     assert told[-6:] == ["w1 0", "w1 1", "w2 0", "w2 1", "-dispatch:grad 0", "-dispatch:grad 1"]
 
@@ -123,13 +174,13 @@ def test_what_an_earlier_backward_put_off_is_not_a_later_ones(sizes: list[int]) 
     for p in experts.parameters():
         torch.nn.init.uniform_(p, 0.5, 1)
     x_TD, token_T = torch.ones(4, D, requires_grad=True), torch.arange(4)
-    ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4, 4, 1)
+    ctx = TokenContext(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4, 4, 1)
     counts = torch.ones(4, dtype=torch.int64).split(sizes)
     experts.needs_context = True  # as the certificate's do
-    assert all(part.needs_context for part in experts.parts(sizes))
+    assert all(part.needs_context for part in experts.split_experts(sizes))
     outputs = [
         part(x_TD, Routing(torch.arange(len(c)), torch.ones(len(c)), c), ctx)[0]
-        for part, c in zip(experts.parts(sizes), counts, strict=True)
+        for part, c in zip(experts.split_experts(sizes), counts, strict=True)
     ]
     torch.autograd.grad(sum(y.sum() for y in outputs) * 100, [x_TD], retain_graph=True)
     outputs[0].sum().backward()
@@ -139,28 +190,39 @@ def test_what_an_earlier_backward_put_off_is_not_a_later_ones(sizes: list[int]) 
 
 def narrow() -> dict[str, tuple[float, float]]:
     """By exchange: how far the output and the gradient are from those of float32 rows, and the bytes over theirs."""
-    meshes.join()
-    mesh = meshes.arrange(2)
+    meshes.init_process_group()
+    mesh = meshes.build_mesh(2)
     generator = torch.Generator().manual_seed(mesh.dp.index)
     x = torch.randn(T, D, generator=generator)
     token_T, experts = torch.arange(T), Experts(E // 2, D, F)
     for p in experts.parameters():
         torch.nn.init.uniform_(p, -0.5, 0.5, generator=generator)
-    ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 2 * T, 2 * T, 1)
+    ctx = TokenContext(token_T, token_T, token_T >= 0, 0, 0, True, 0, 2 * T, 2 * T, 1)
     expert_TK = torch.randint(E, (T, 2), generator=generator)
     told: dict[str, tuple[float, float]] = {}
-    for kind in ("ragged", "once"):
+    for kind in ("all_to_all", "dedup_rank"):
         results, sent = [], []
         for wire in ("same", "bf16"):
-            before, x_TD = mesh.sent, x.clone().requires_grad_()
-            exchange = exchange_on(mesh, MeshConfig(exchange=kind, wire=wire), E, 2)
-            y_TD, _ = exchange(x_TD, route(expert_TK, torch.ones(T, 2), expert_TK >= 0, E), experts, ctx)
+            before, x_TD = mesh.bytes_sent, x.clone().requires_grad_()
+            exchange = build_dispatcher(mesh, MeshConfig(dispatcher=kind, comm_dtype=wire), E, 2)
+            y_TD, _ = exchange(
+                x_TD, build_routing(expert_TK, torch.ones(T, 2), expert_TK >= 0, E), experts, ctx
+            )
             y_TD.square().sum().backward()
             assert x_TD.grad is not None and y_TD.dtype == x_TD.grad.dtype == torch.float32
             results.append(torch.cat([y_TD.detach(), x_TD.grad]))
-            sent.append(sum(n - before[label] for label, n in mesh.sent.items() if label[1].startswith("combine")))
-        told[kind] = ((results[1] - results[0]).norm() / results[0].norm()).item(), sent[1] / sent[0]
-    meshes.stop()
+            sent.append(
+                sum(
+                    n - before[label]
+                    for label, n in mesh.bytes_sent.items()
+                    if label[1].startswith("combine")
+                )
+            )
+        told[kind] = (
+            ((results[1] - results[0]).norm() / results[0].norm()).item(),
+            sent[1] / sent[0],
+        )
+    meshes.shutdown()
     return told
 
 
@@ -173,9 +235,9 @@ def test_rows_that_travel_in_bf16_are_half_the_bytes() -> None:
 
 @pytest.mark.parametrize("backward", [True, False])
 def test_what_was_put_off_is_let_go(backward: bool) -> None:
-    later = Later([2, 2], nn.Parameter(torch.ones(4, 3)))
+    later = DelayedWeightGrads([2, 2], nn.Parameter(torch.ones(4, 3)))
     known = weakref.ref(later)
-    y = later.part(0)[0].sum() + later.part(1)[0].sum()
+    y = later.chunk(0)[0].sum() + later.chunk(1)[0].sum()
     if backward:
         y.backward()
     del later, y

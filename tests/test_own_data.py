@@ -15,7 +15,7 @@ from moe_dist.config.overrides import from_json, override, to_json, value_of
 from moe_dist.config.schema import Config
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.planner.microbenchmark import fitted
+from moe_dist.planner.microbenchmark import adopt_data_sizes
 from moe_dist.training import run as training_run
 from moe_dist.training import setup as training_module
 from moe_dist.training.setup import set_up, train_step
@@ -27,8 +27,13 @@ DATA = {  # config -> the field that names its data
     "widenet_squad": "data.questions",
     "widenet_demo": "data.images",
 }
-SMALL = ["model.encoder.dim=16", "model.encoder.num_heads=2", "model.encoder.depth=1", "model.encoder.moe.hidden=8"]
-QUIET = ["steps=2", "report=false", "wandb.mode=off"]
+SMALL = [
+    "model.encoder.dim=16",
+    "model.encoder.num_heads=2",
+    "model.encoder.depth=1",
+    "model.encoder.moe.expert_hidden_dim=8",
+]
+QUIET = ["steps=2", "write_report=false", "wandb.mode=off"]
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +48,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, line in enumerate(lines[:40]):
         answer = {"text": line.split()[1], "answer_start": 3}
         paragraphs.append(
-            {"context": f"{line} {i}", "qas": [{"id": str(i), "question": "which?", "answers": [answer]}]}
+            {
+                "context": f"{line} {i}",
+                "qas": [{"id": str(i), "question": "which?", "answers": [answer]}],
+            }
         )
     (folder / "questions.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     for split, size in (("train", 12), ("test", 2)):
         for label in ("cat", "dog", "eel"):
             (folder / "images" / split / label).mkdir(parents=True)
             for i in range(size):
-                Image.fromarray(np.full((9, 9), 20 * i, np.uint8)).save(folder / "images" / split / label / f"{i}.png")
+                Image.fromarray(np.full((9, 9), 20 * i, np.uint8)).save(
+                    folder / "images" / split / label / f"{i}.png"
+                )
     return folder
 
 
@@ -63,15 +73,24 @@ def own(name: str, folder: Path, *more: str) -> list[str]:
         "data.images": "images",
     }
     key = DATA[name]
-    small = SMALL if name.startswith("widenet") else ["model.dim=16", "model.moe.hidden=8"]
+    small = (
+        SMALL if name.startswith("widenet") else ["model.dim=16", "model.moe.expert_hidden_dim=8"]
+    )
     return [name, *set_(f"{key}={folder / files[key]}", *small, *QUIET, *more)]
 
 
 def begin(argv: list[str]) -> Any:
     """The beginning of train.py: the run and its training, after a step."""
-    run = training_run.plan(argv, None)
-    mesh = meshes.arrange(1)
-    training = set_up(run.config, run.ds_config, mesh, run.known(), explicit=run.explicit, settle=run.settle)
+    run = training_run.parse_run(argv, None)
+    mesh = meshes.build_mesh(1)
+    training = set_up(
+        run.config,
+        run.ds_config,
+        mesh,
+        run.task_metadata(),
+        explicit=run.explicit_keys,
+        on_config=run.adopt_config,
+    )
     for _ in train_step(training, 1):
         pass
     return run, training
@@ -82,7 +101,10 @@ def test_every_task_trains_on_own_data_at_the_first_start(folder: Path) -> None:
     """On two ranks, which take the same from it."""
     one, other = run_distributed(first_starts, 2, folder, timeout=150)
     assert one == other
-    taken = {name: {key: value for key, value in each.items() if key != "parameters"} for name, each in one.items()}
+    taken = {
+        name: {key: value for key, value in each.items() if key != "parameters"}
+        for name, each in one.items()
+    }
     # 12 words, <unk> and <eos>; pieces: 5 special ones, 13 letters and 10 digits with those that go on with a word, ...
     assert taken["lstm_moe_demo"] == {"data.vocabulary_size": 14}
     assert taken["widenet_demo"]["model.num_classes"] == 3
@@ -94,42 +116,51 @@ def test_every_task_trains_on_own_data_at_the_first_start(folder: Path) -> None:
 
 
 def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
-    meshes.join()
+    meshes.init_process_group()
     taken: dict[str, dict[str, Any]] = {}
     for name in DATA:
-        run, training = begin(own(name, folder, "batch.samples=32"))
-        engine_parameters = sum(p.numel() for p in training.task.plain_model(training.config).parameters())
-        named = {key: training_run.attrgetter(key)(run.config) for key in training.task.from_data}
-        taken[name] = named | {"parameters": (run.told["parameters"], engine_parameters)}
+        run, training = begin(own(name, folder, "batch.global_batch_size=32"))
+        engine_parameters = sum(
+            p.numel() for p in training.task.build_model(training.config).parameters()
+        )
+        named = {
+            key: training_run.attrgetter(key)(run.config) for key in training.task.fields_from_data
+        }
+        taken[name] = named | {"parameters": (run.layout_report["parameters"], engine_parameters)}
         assert training.config == run.config == from_json(to_json(run.config))
-    meshes.stop()
+    meshes.shutdown()
     return taken
 
 
 @pytest.mark.parametrize(
     ("name", "larger"),
-    [("lstm_moe_demo", "data.vocabulary_size=9000"), ("widenet_text_demo", "model.num_classes=50"),
-     ("widenet_demo", "model.channels=3")],
-)  # fmt: skip
+    [
+        ("lstm_moe_demo", "data.vocabulary_size=9000"),
+        ("widenet_text_demo", "model.num_classes=50"),
+        ("widenet_demo", "model.channels=3"),
+    ],
+)
 def test_a_model_that_its_data_makes_too_large_is_refused(
     name: str, larger: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = training_run.plan(own(name, folder, "batch.samples=16"), None)
-    needed = sum(run.told["per_rank"]["memory_bytes"].values())
+    run = training_run.parse_run(own(name, folder, "batch.global_batch_size=16"), None)
+    needed = sum(run.layout_report["per_rank"]["memory_bytes"].values())
     monkeypatch.setattr(training_run, "memory_per_rank", lambda: needed)
-    run.settle(run.config)
+    run.adopt_config(run.config)
     with pytest.raises(ValueError, match=r"^a rank needs .* GB and has .* GB"):
-        run.settle(override(run.config, [larger]))
+        run.adopt_config(override(run.config, [larger]))
 
 
 @pytest.mark.timeout(200)
 def test_the_config_is_settled_before_the_model_is_built(folder: Path) -> None:
-    assert run_distributed(refuse_all, 1, folder, timeout=120) == [["data.vocabulary_size=14", "model.num_classes=3"]]
+    assert run_distributed(refuse_all, 1, folder, timeout=120) == [
+        ["data.vocabulary_size=14", "model.num_classes=3"]
+    ]
 
 
 def refuse_all(folder: Path) -> list[str]:
     """Returns what was settled by runs that are refused for it."""
-    meshes.join()
+    meshes.init_process_group()
     settled = []
 
     def refuse(key: str, config: Config) -> None:
@@ -141,11 +172,16 @@ def refuse_all(folder: Path) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_module, "parallelize", build)
-        for name, key in (("lstm_moe_demo", "data.vocabulary_size"), ("widenet_text_demo", "model.num_classes")):
-            run = training_run.plan(own(name, folder, "batch.samples=16"), None)
+        for name, key in (
+            ("lstm_moe_demo", "data.vocabulary_size"),
+            ("widenet_text_demo", "model.num_classes"),
+        ):
+            run = training_run.parse_run(own(name, folder, "batch.global_batch_size=16"), None)
             with pytest.raises(ValueError, match=r"^too large$"):
-                set_up(run.config, run.ds_config, meshes.arrange(1), settle=partial(refuse, key))
-    meshes.stop()
+                set_up(
+                    run.config, run.ds_config, meshes.build_mesh(1), on_config=partial(refuse, key)
+                )
+    meshes.shutdown()
     return settled
 
 
@@ -156,48 +192,71 @@ def test_what_was_taken_is_kept(folder: Path, tmp_path: Path) -> None:
 
 def go_on(folder: Path, run_folder: Path) -> bool:
     """The same command, --resume and --evaluate find the config that the first start has kept."""
-    meshes.join()
-    command = own("widenet_text_demo", folder, "batch.samples=16")
+    meshes.init_process_group()
+    command = own("widenet_text_demo", folder, "batch.global_batch_size=16")
     run, training = begin(command)
     run_folder.mkdir()
     (run_folder / "config.json").write_text(to_json(run.config))
-    Saver(run_folder, training.engine, training.task, training.mesh).save(1, training.task.known())
+    Saver(run_folder, training.engine, training.task, training.mesh).save(
+        1, training.task.checkpoint_metadata()
+    )
     for argv in (
         [*command, "--folder", str(run_folder), "--resume", "auto"],
         ["--resume", str(run_folder)],
         ["--evaluate", str(run_folder)],
     ):
-        again = training_run.plan(argv, None)
+        again = training_run.parse_run(argv, None)
         assert again.config == run.config
-        again.choose(training.mesh)
-        resumed = set_up(again.config, again.ds_config, training.mesh, again.known(), resumed=True)
+        again.find_checkpoint(training.mesh)
+        resumed = set_up(
+            again.config, again.ds_config, training.mesh, again.task_metadata(), resumed=True
+        )
         assert resumed.config == run.config
     # weights and tokens of another run: their number is taken as well
-    begun, _ = begin(own("widenet_pretraining_demo", folder, f"init={run_folder}"))
+    begun, _ = begin(own("widenet_pretraining_demo", folder, f"init_from={run_folder}"))
     assert begun.config.model.vocabulary_size == run.config.model.vocabulary_size
     try:
-        begin(own("widenet_pretraining_demo", folder, f"init={run_folder}", "model.vocabulary_size=60"))
+        begin(
+            own(
+                "widenet_pretraining_demo",
+                folder,
+                f"init_from={run_folder}",
+                "model.vocabulary_size=60",
+            )
+        )
     except ValueError as error:
-        assert "model.vocabulary_size=60, but the run to go on from, or to begin with (init), has" in str(error)
+        assert (
+            "model.vocabulary_size=60, but the run to go on from, or to begin with (init), has"
+            in str(error)
+        )
     else:
         raise AssertionError("another number of tokens was not refused")
-    meshes.stop()
+    meshes.shutdown()
     return True
 
 
 @pytest.mark.timeout(100)
 def test_what_the_user_has_set_is_an_error_as_it_was(folder: Path) -> None:
     refused = run_distributed(refusals, 1, folder, timeout=90)[0]
-    assert refused["data.vocabulary_size=15"].startswith("data.vocabulary_size=15 does not fit 12 different words")
-    assert "model.vocabulary_size=500 is more than this text fills" in refused["model.vocabulary_size=500"]
+    assert refused["data.vocabulary_size=15"].startswith(
+        "data.vocabulary_size=15 does not fit 12 different words"
+    )
+    assert (
+        "model.vocabulary_size=500 is more than this text fills"
+        in refused["model.vocabulary_size=500"]
+    )
     assert "model.vocabulary_size=9 is too small for the" in refused["model.vocabulary_size=9"]
-    assert refused["model.num_classes=2"].endswith("has 3 classes (a, b, c): leave it out, or set it to 3")
-    assert "similar.jsonl' has labels that differ by case alone: Pos, pos" in refused["labels alike"]
+    assert refused["model.num_classes=2"].endswith(
+        "has 3 classes (a, b, c): leave it out, or set it to 3"
+    )
+    assert (
+        "similar.jsonl' has labels that differ by case alone: Pos, pos" in refused["labels alike"]
+    )
     assert refused["model.num_classes=4"] == "['1 of model.num_classes=4 are not in the data']"
 
 
 def refusals(folder: Path) -> dict[str, str]:
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for name, assignment in (
         ("lstm_moe_demo", "data.vocabulary_size=15"),
@@ -207,7 +266,9 @@ def refusals(folder: Path) -> dict[str, str]:
         ("widenet_demo", "model.num_classes=4"),
     ):
         try:
-            told[assignment] = str(begin(own(name, folder, assignment, "batch.samples=32"))[1].task.notes)
+            told[assignment] = str(
+                begin(own(name, folder, assignment, "batch.global_batch_size=32"))[1].task.notes
+            )
         except ValueError as error:
             told[assignment] = str(error)
     rows = [{"text": f"words {i}", "label": ("Pos", "pos", "neg")[i % 3]} for i in range(60)]
@@ -215,7 +276,7 @@ def refusals(folder: Path) -> dict[str, str]:
     similar.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["widenet_text_demo", *set_(f"data.sentences={similar}", *SMALL, *QUIET)]
     told["labels alike"] = str(begin(argv)[1].task.notes)
-    meshes.stop()
+    meshes.shutdown()
     return told
 
 
@@ -227,35 +288,56 @@ def test_classes_that_the_user_has_set_too_low_are_found_before_any_work(
 
 @pytest.mark.timeout(100)
 def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
-    config, _ = training_run.named_config("lstm_moe_demo", [f"data.text={folder / 'text.txt'}", "mesh.ep=4"])
-    taken = fitted(config, frozenset())
+    config, _ = training_run.named_config(
+        "lstm_moe_demo", [f"data.text={folder / 'text.txt'}", "mesh.ep=4"]
+    )
+    taken = adopt_data_sizes(config, frozenset())
     assert taken.data.vocabulary_size == 14 and taken.mesh.ep == 4  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     ("name", "sets", "groups", "changed"),
     [
-        ("lstm_moe_demo", ["batch.samples=16"], (16, 1), ["balance"]),
-        ("lstm_moe_demo", ["batch.samples=48"], (24, 1), ["balance"]),
-        ("lstm_moe_demo", ["batch.samples=128"], (32, 1), []),
-        ("widenet_text_demo", ["batch.samples=12"], (12, 12), ["balance", "token"]),
-        ("widenet_demo", ["batch.samples=7"], (7, 7), ["balance", "token"]),
-        ("widenet_demo", ["batch.samples=10", "batch.samples_per_balance_group=5"], (5, 10), ["token"]),
+        ("lstm_moe_demo", ["batch.global_batch_size=16"], (16, 1), ["balance_loss"]),
+        ("lstm_moe_demo", ["batch.global_batch_size=48"], (24, 1), ["balance_loss"]),
+        ("lstm_moe_demo", ["batch.global_batch_size=128"], (32, 1), []),
+        (
+            "widenet_text_demo",
+            ["batch.global_batch_size=12"],
+            (12, 12),
+            ["balance_loss", "capacity"],
+        ),
+        ("widenet_demo", ["batch.global_batch_size=7"], (7, 7), ["balance_loss", "capacity"]),
+        (
+            "widenet_demo",
+            ["batch.global_batch_size=10", "batch.balance_loss_group_size=5"],
+            (5, 10),
+            ["capacity"],
+        ),
         # what the user has set stays, and is refused where the layout is checked
-        ("widenet_demo", ["batch.samples=10", "batch.samples_per_token_group=4"], (10, 4), ["balance"]),
+        (
+            "widenet_demo",
+            ["batch.global_batch_size=10", "batch.capacity_group_size=4"],
+            (10, 4),
+            ["balance_loss"],
+        ),
         # the whole batch is one, and the layout is no part of the result
-        ("moe_32", ["batch.samples=24", "batch.accumulation=2"], (None, 1), []),
+        ("moe_32", ["batch.global_batch_size=24", "batch.grad_accum_steps=2"], (None, 1), []),
     ],
 )
 def test_groups_of_samples_follow_from_the_batch(
     name: str, sets: list[str], groups: tuple[int | None, int], changed: list[str]
 ) -> None:
     config, notes = training_run.named_config(name, sets)
-    assert (config.batch.samples_per_balance_group, config.batch.samples_per_token_group) == groups
-    assert [note.split("=")[0] for note in notes] == [f"batch.samples_per_{group}_group" for group in changed]
+    assert (config.batch.balance_loss_group_size, config.batch.capacity_group_size) == groups
+    assert [note.split("=")[0] for note in notes] == [
+        f"batch.{group}_group_size" for group in changed
+    ]
 
 
-def test_a_dry_run_reads_no_data_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reads_no_data_and_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = []
     for argv in (
         ["widenet_text_demo", *set_("data.sentences=no/such.csv")],
@@ -263,11 +345,14 @@ def test_a_dry_run_reads_no_data_and_says_so(folder: Path, capsys: pytest.Captur
         ["widenet_text_demo", *set_("model.num_classes=2", "model.vocabulary_size=90"), "--json"],
     ):
         with pytest.raises(SystemExit) as exit_:
-            training_run.plan([*argv, "--dry-run"], None)
+            training_run.parse_run([*argv, "--dry-run"], None)
         assert exit_.value.code == 0
         told.append(capsys.readouterr().out.splitlines()[-1])
     note = "note: --dry-run reads no data, from which a run takes"
-    assert told[:2] == [f"{note} model.num_classes and model.vocabulary_size", f"{note} model.vocabulary_size"]
+    assert told[:2] == [
+        f"{note} model.num_classes and model.vocabulary_size",
+        f"{note} model.vocabulary_size",
+    ]
     assert json.loads(told[2])["config"] == "widenet_text_demo"
 
 
@@ -276,13 +361,15 @@ def test_a_dry_run_reads_no_data_and_says_so(folder: Path, capsys: pytest.Captur
     [
         (["data.text=mine.txt"], 0),
         (["steps=7"], 0),
-        (["data.text=mine.txt", "compare=experiments/results/lstm_moe_demo.json"], 1),
+        (["data.text=mine.txt", "baseline=experiments/results/lstm_moe_demo.json"], 1),
         ([], 4),  # a head, two arms, a command
     ],
 )
-def test_a_baseline_of_other_data_is_not_mentioned_unless_it_was_named(sets: list[str], lines: int) -> None:
+def test_a_baseline_of_other_data_is_not_mentioned_unless_it_was_named(
+    sets: list[str], lines: int
+) -> None:
     config, _ = training_run.named_config("lstm_moe_demo", sets)
-    run = training_run.Run(config, {}, Path("x"), explicit=training_run.keys_of(sets))
+    run = training_run.TrainingRun(config, {}, Path("x"), explicit_keys=training_run.keys_of(sets))
     told = training_run.result_lines(run, "test perplexity 9.00", updates=config.steps).splitlines()
     assert len(told) == 2 + lines
     assert any("not comparable" in line for line in told) == (lines == 1)

@@ -28,8 +28,8 @@ from moe_dist.moe.kernels import cpu_ffn
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import Routing
 from moe_dist.nn import prng, token_noise
-from moe_dist.nn.init import bounds_of, initialize, parameter
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.init import init_bounds, init_parameter, uniform_parameter
+from moe_dist.nn.token_context import TokenContext
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -46,9 +46,11 @@ class Layout:
 
     ep: int
     cut: tuple[int, ...]
-    exchange: str = "auto"  # "node": two nodes of two ranks
+    exchange: str = "auto"  # "dedup_node": two nodes of two ranks
     pieces: int | None = None
-    worth_it: int = cpu_ffn.WORTH_IT  # bytes of hidden units of an expert from which it is run by itself
+    worth_it: int = (
+        cpu_ffn.MIN_BYTES_PER_EXPERT
+    )  # bytes of hidden units of an expert from which it is run by itself
 
     @property
     def world(self) -> int:
@@ -61,19 +63,19 @@ LAYOUTS = [
     Layout(1, (0, 0, 8)),
     Layout(4, (0, 2, 4, 4, 8)),
     Layout(2, (0, 2, 4, 4, 8)),
-    Layout(2, (0, 2, 8), "once"),
-    Layout(4, (0, 2, 4, 4, 8), "once"),
-    Layout(2, (0, 2, 4, 4, 8), "once"),
-    Layout(4, (0, 2, 4, 4, 8), "node"),
-    Layout(2, (0, 2, 8), "ragged", 1),
-    Layout(2, (0, 2, 8), "ragged", 3),
-    Layout(4, (0, 2, 4, 4, 8), "ragged", 2),
+    Layout(2, (0, 2, 8), "dedup_rank"),
+    Layout(4, (0, 2, 4, 4, 8), "dedup_rank"),
+    Layout(2, (0, 2, 4, 4, 8), "dedup_rank"),
+    Layout(4, (0, 2, 4, 4, 8), "dedup_node"),
+    Layout(2, (0, 2, 8), "all_to_all", 1),
+    Layout(2, (0, 2, 8), "all_to_all", 3),
+    Layout(4, (0, 2, 4, 4, 8), "all_to_all", 2),
     # experts by themselves, their gradients put off where rows travel in pieces; in some pieces alone; and sent once
     Layout(1, (0, 8), worth_it=0),
-    Layout(2, (0, 2, 8), "ragged", 1, worth_it=0),
-    Layout(2, (0, 2, 8), "ragged", 3, worth_it=0),
-    Layout(2, (0, 2, 8), "ragged", 3, worth_it=400),  # 5 rows of an expert
-    Layout(2, (0, 2, 8), "once", worth_it=0),
+    Layout(2, (0, 2, 8), "all_to_all", 1, worth_it=0),
+    Layout(2, (0, 2, 8), "all_to_all", 3, worth_it=0),
+    Layout(2, (0, 2, 8), "all_to_all", 3, worth_it=400),  # 5 rows of an expert
+    Layout(2, (0, 2, 8), "dedup_rank", worth_it=0),
 ]
 
 
@@ -85,8 +87,8 @@ class Case:
     noise: bool = True
     train: bool = True
     capacity_factor: float | None = None
-    samples_per_balance_group: int = NUM_SAMPLES
-    samples_per_token_group: int = 1
+    balance_loss_group_size: int = NUM_SAMPLES
+    capacity_group_size: int = 1
     experts: str = "relu"
 
 
@@ -99,11 +101,13 @@ CASES = {
     "evaluation": Case(train=False),
     "all_experts_no_noise": Case(k=NUM_EXPERTS, noise=False),
     "capacity_by_sample": Case(k=2, capacity_factor=1.0),
-    "capacity_by_two_samples": Case(k=4, capacity_factor=0.75, samples_per_token_group=2),
-    "capacity_no_noise": Case(k=1, noise=False, capacity_factor=1.25, samples_per_token_group=2),
-    "balance_groups": Case(samples_per_balance_group=2),  # the second has no valid token
+    "capacity_by_two_samples": Case(k=4, capacity_factor=0.75, capacity_group_size=2),
+    "capacity_no_noise": Case(k=1, noise=False, capacity_factor=1.25, capacity_group_size=2),
+    "balance_groups": Case(balance_loss_group_size=2),  # the second has no valid token
     "context": Case(experts="by_place"),
-    "context_and_capacity": Case(k=4, experts="by_place", capacity_factor=1.0, samples_per_balance_group=4),
+    "context_and_capacity": Case(
+        k=4, experts="by_place", capacity_factor=1.0, balance_loss_group_size=4
+    ),
 }
 
 
@@ -114,19 +118,25 @@ class ExpertsByPlace(nn.Module):
 
     def __init__(self, num_experts: int, dim: int) -> None:
         super().__init__()
-        self.scale_eD = parameter(num_experts, dim, bound=1.0)
+        self.scale_eD = uniform_parameter(num_experts, dim, bound=1.0)
 
-    def forward(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, None]:
-        ctx_R = ctx.rows(routing.token_N)
+    def forward(
+        self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
+    ) -> tuple[torch.Tensor, None]:
+        ctx_R = ctx.select(routing.token_N)
         assert ctx_R.valid_T.all()
         place_R = 1 + ctx_R.sample_T + 10 * ctx_R.position_T
         weight_R = routing.gate_N * place_R.double().sin()
         scale_RD = self.scale_eD.repeat_interleave(routing.count_E, 0) * weight_R[:, None]
-        return torch.zeros_like(x_TD).index_add(0, routing.token_N, scale_RD * x_TD[routing.token_N]), None
+        return torch.zeros_like(x_TD).index_add(
+            0, routing.token_N, scale_RD * x_TD[routing.token_N]
+        ), None
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_parity", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(
+        generator=prng.generator("test_parity", key)
+    )
 
 
 @functools.cache
@@ -138,17 +148,21 @@ def batch() -> dict[str, torch.Tensor]:
     w_gate_DE[0, list(NEVER)] = -30.0
     return {
         "x": x_BSD.flatten(0, 1),
-        "weight": drawn(NUM_SAMPLES * TIMESTEPS, DIM, key="weight"),  # L = sum of weight * y + balance loss
+        "weight": drawn(
+            NUM_SAMPLES * TIMESTEPS, DIM, key="weight"
+        ),  # L = sum of weight * y + balance loss
         "w_gate": w_gate_DE,
         "w_noise": 0.5 * drawn(DIM, NUM_EXPERTS, key="w_noise"),
     }
 
 
-def context(first: int, last: int, case: Case) -> Context:
+def context(first: int, last: int, case: Case) -> TokenContext:
     """Of samples `first` to `last` of the batch."""
     position_S = torch.arange(TIMESTEPS)
-    return Context(
-        sample_T=torch.arange(FIRST_SAMPLE + first, FIRST_SAMPLE + last).repeat_interleave(TIMESTEPS),
+    return TokenContext(
+        sample_T=torch.arange(FIRST_SAMPLE + first, FIRST_SAMPLE + last).repeat_interleave(
+            TIMESTEPS
+        ),
         position_T=position_S.repeat(last - first),
         valid_T=(position_S < torch.tensor(LENGTHS)[first:last, None]).flatten(),
         seed=SEED,
@@ -156,15 +170,21 @@ def context(first: int, last: int, case: Case) -> Context:
         train=case.train,
         first_sample=FIRST_SAMPLE,
         num_samples=NUM_SAMPLES,
-        samples_per_balance_group=case.samples_per_balance_group,
-        samples_per_token_group=case.samples_per_token_group,
-        site=1,
+        balance_loss_group_size=case.balance_loss_group_size,
+        capacity_group_size=case.capacity_group_size,
+        layer_call=1,
     )
 
 
 def layer(case: Case) -> MoE:
-    gate = NoisyTopK(DIM, NUM_EXPERTS, case.k, noise=case.noise, capacity_factor=case.capacity_factor)
-    experts = Experts(NUM_EXPERTS, DIM, HIDDEN) if case.experts == "relu" else ExpertsByPlace(NUM_EXPERTS, DIM)
+    gate = NoisyTopK(
+        DIM, NUM_EXPERTS, case.k, noise=case.noise, capacity_factor=case.capacity_factor
+    )
+    experts = (
+        Experts(NUM_EXPERTS, DIM, HIDDEN)
+        if case.experts == "relu"
+        else ExpertsByPlace(NUM_EXPERTS, DIM)
+    )
     return MoE(gate, experts)
 
 
@@ -174,8 +194,10 @@ class OneLayer(nn.Module):
         self.moe = layer(case)
 
 
-MODEL = LSTMConfig(dim=DIM, dropout=0.25, moe=MoEConfig(num_experts=NUM_EXPERTS, k=2, hidden=HIDDEN))
-DENSE_MODEL = LSTMConfig(dim=DIM, dropout=0.25, middle="ffn", ffn_hidden=2 * HIDDEN)
+MODEL = LSTMConfig(
+    dim=DIM, dropout=0.25, moe=MoEConfig(num_experts=NUM_EXPERTS, k=2, expert_hidden_dim=HIDDEN)
+)
+DENSE_MODEL = LSTMConfig(dim=DIM, dropout=0.25, middle_layer="ffn", ffn_hidden_dim=2 * HIDDEN)
 VOCABULARY_SIZE, WINDOWS = 11, (3, 4)  # windows are numbered by step
 
 
@@ -185,8 +207,10 @@ def text(window: int) -> torch.Tensor:
     return torch.randint(VOCABULARY_SIZE, (NUM_SAMPLES, TIMESTEPS + 1), generator=generator)
 
 
-def window_context(window: int, first: int, last: int) -> Context:
-    return dataclasses.replace(context(first, last, Case(samples_per_balance_group=4)), step=window, site=0)
+def window_context(window: int, first: int, last: int) -> TokenContext:
+    return dataclasses.replace(
+        context(first, last, Case(balance_loss_group_size=4)), step=window, layer_call=0
+    )
 
 
 def fill_zeros(model: nn.Module) -> None:
@@ -202,22 +226,30 @@ def fill_zeros(model: nn.Module) -> None:
 
 def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
     """This rank's values and gradients for each layout (all of one world): {case name: {quantity: tensor}}."""
-    meshes.join()
+    meshes.init_process_group()
     results = []
     for layout in layouts:
-        os.environ["LOCAL_WORLD_SIZE"] = "2" if layout.exchange == "node" else str(layout.world)
-        mesh, cpu_ffn.WORTH_IT = meshes.arrange(layout.ep), layout.worth_it
+        os.environ["LOCAL_WORLD_SIZE"] = (
+            "2" if layout.exchange == "dedup_node" else str(layout.world)
+        )
+        mesh, cpu_ffn.MIN_BYTES_PER_EXPERT = meshes.build_mesh(layout.ep), layout.worth_it
         results.append({name: run_layer(case, layout, mesh) for name, case in CASES.items()})
         results[-1]["model"] = run_model(MODEL, mesh, layout)
         results[-1]["dense_model"] = run_model(DENSE_MODEL, mesh, layout)
-    meshes.stop()
+    meshes.shutdown()
     return results
 
 
 def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         plain = OneLayer(case)
-    model = parallelize(plain, mesh, SEED, torch.float64, MeshConfig(exchange=layout.exchange, pieces=layout.pieces))
+    model = parallelize(
+        plain,
+        mesh,
+        SEED,
+        torch.float64,
+        MeshConfig(dispatcher=layout.exchange, overlap_chunks=layout.pieces),
+    )
     moe_layer: Any = model.dense.moe
     with torch.no_grad():
         moe_layer.gate.w_gate.w_DE.copy_(batch()["w_gate"])
@@ -246,7 +278,13 @@ def run_model(config: LSTMConfig, mesh: meshes.Mesh, layout: Layout) -> dict[str
     """Two windows of text, the second from the state that the first leaves; gradients flow through both."""
     with torch.device("meta"):
         plain = LSTMLanguageModel(config, VOCABULARY_SIZE)
-    model = parallelize(plain, mesh, SEED, torch.float64, MeshConfig(exchange=layout.exchange, pieces=layout.pieces))
+    model = parallelize(
+        plain,
+        mesh,
+        SEED,
+        torch.float64,
+        MeshConfig(dispatcher=layout.exchange, overlap_chunks=layout.pieces),
+    )
     fill_zeros(model.dense)
     share = NUM_SAMPLES // mesh.dp.size
     mine = slice(mesh.dp.index * share, (mesh.dp.index + 1) * share)
@@ -260,12 +298,18 @@ def run_model(config: LSTMConfig, mesh: meshes.Mesh, layout: Layout) -> dict[str
         balance_loss = balance_loss + sum(s.balance_loss for s in stats.values())
     (sum(nlls) + balance_loss).backward()
     values = {"nlls": torch.stack(nlls).detach(), "balance_loss": balance_loss.detach()}
-    return gradients(model) | values | {f"state{i}": t[0].detach() for i, t in enumerate([*state[0], *state[1]])}
+    return (
+        gradients(model)
+        | values
+        | {f"state{i}": t[0].detach() for i, t in enumerate([*state[0], *state[1]])}
+    )
 
 
 def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
     """{"d NAME": gradient} and, of experts, {"NAME": value} too."""
-    told = {f"d {name}": p.grad for name, p in [*model.dense.named_parameters(), *model.experts.items()]}
+    told = {
+        f"d {name}": p.grad for name, p in [*model.dense.named_parameters(), *model.experts.items()]
+    }
     return told | {name: p.detach() for name, p in model.experts.items()}
 
 
@@ -275,29 +319,42 @@ def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
 @functools.cache
 def expected_layer(case: Case) -> dict[str, torch.Tensor]:
     ctx = context(0, NUM_SAMPLES, case)
-    leaf = {name: value.clone().requires_grad_() for name, value in batch().items() if name != "weight"}
+    leaf = {
+        name: value.clone().requires_grad_() for name, value in batch().items() if name != "weight"
+    }
     whole = layer(case).double()
-    for name, bound in bounds_of(whole.experts).items():
+    for name, bound in init_bounds(whole.experts).items():
         p = whole.experts.get_parameter(name)
-        initialize(p, f"moe.experts.{name}", bound, SEED, range(NUM_EXPERTS))
+        init_parameter(p, f"moe.experts.{name}", bound, SEED, range(NUM_EXPERTS))
     experts = {name: p.detach().requires_grad_() for name, p in whole.experts.named_parameters()}
     noisy = case.noise and case.train
     gate = Gate(
         leaf["w_gate"],
         leaf["w_noise"],
         case.k,
-        token_noise.normal(ctx, "gate", torch.arange(NUM_EXPERTS), torch.float64) if noisy else None,
+        token_noise.token_normal(ctx, "gate", torch.arange(NUM_EXPERTS), torch.float64)
+        if noisy
+        else None,
         valid_T=ctx.valid_T.tolist(),
-        balance_group_T=[t // (TIMESTEPS * case.samples_per_balance_group) for t in range(len(leaf["x"]))],
-        num_balance_groups=NUM_SAMPLES // case.samples_per_balance_group,
-        token_group_T=[t // (TIMESTEPS * case.samples_per_token_group) for t in range(len(leaf["x"]))],
+        balance_group_T=[
+            t // (TIMESTEPS * case.balance_loss_group_size) for t in range(len(leaf["x"]))
+        ],
+        num_balance_groups=NUM_SAMPLES // case.balance_loss_group_size,
+        token_group_T=[t // (TIMESTEPS * case.capacity_group_size) for t in range(len(leaf["x"]))],
         capacity_factor=case.capacity_factor,
     )
     result = moe(
-        leaf["x"], gate, relu_experts(*experts.values()) if case.experts == "relu" else by_place(experts["scale_eD"])
+        leaf["x"],
+        gate,
+        relu_experts(*experts.values())
+        if case.experts == "relu"
+        else by_place(experts["scale_eD"]),
     )
     ((batch()["weight"] * result.y_TD).sum() + result.balance_loss).backward()
-    grad = {name: torch.zeros_like(leaf[name]) if leaf[name].grad is None else leaf[name].grad for name in leaf}
+    grad = {
+        name: torch.zeros_like(leaf[name]) if leaf[name].grad is None else leaf[name].grad
+        for name in leaf
+    }
     return {
         "y": result.y_TD.detach(),
         "dx": grad["x"],
@@ -317,9 +374,9 @@ def expected_layer(case: Case) -> dict[str, torch.Tensor]:
 @functools.cache
 def expected_model(config: LSTMConfig) -> dict[str, torch.Tensor]:
     whole = LSTMLanguageModel(config, VOCABULARY_SIZE).double()
-    for name, bound in bounds_of(whole).items():
+    for name, bound in init_bounds(whole).items():
         ids = range(NUM_EXPERTS) if ".experts." in name else None
-        initialize(whole.get_parameter(name), name, bound, SEED, ids)
+        init_parameter(whole.get_parameter(name), name, bound, SEED, ids)
     fill_zeros(whole)
     parameters = {name: p.detach().requires_grad_() for name, p in whole.named_parameters()}
     zeros = torch.zeros(NUM_SAMPLES, DIM, dtype=torch.float64)
@@ -335,8 +392,13 @@ def expected_model(config: LSTMConfig) -> dict[str, torch.Tensor]:
             text(window)[:, 1:],
             ctx.valid_T.view(NUM_SAMPLES, TIMESTEPS),
             state,
-            mask=[token_noise.dropout(ones_TD, config.dropout, ctx.at(site)) for site in range(4)],
-            noise_TE=token_noise.normal(ctx.at(2), "gate", torch.arange(NUM_EXPERTS), torch.float64),
+            mask=[
+                token_noise.token_dropout(ones_TD, config.dropout, ctx.at_layer(site))
+                for site in range(4)
+            ],
+            noise_TE=token_noise.token_normal(
+                ctx.at_layer(2), "gate", torch.arange(NUM_EXPERTS), torch.float64
+            ),
             balance_group_B=[b // 4 for b in range(NUM_SAMPLES)],
         )
         state = result.state
@@ -355,7 +417,11 @@ def expected_model(config: LSTMConfig) -> dict[str, torch.Tensor]:
 def by_place(scale_ED: torch.Tensor) -> Expert:
     def expert(i: int, t: int, x_D: torch.Tensor) -> torch.Tensor:
         sample, position = FIRST_SAMPLE + t // TIMESTEPS, t % TIMESTEPS
-        return scale_ED[i] * x_D * torch.tensor(1.0 + sample + 10 * position, dtype=torch.float64).sin()
+        return (
+            scale_ED[i]
+            * x_D
+            * torch.tensor(1.0 + sample + 10 * position, dtype=torch.float64).sin()
+        )
 
     return expert
 
@@ -392,16 +458,22 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     assert all(key.startswith("d ") and not expected[key].any() for key in unused), unused
     assert actual.keys() <= expected.keys()
     for key, value in actual.items():
-        torch.testing.assert_close(value, expected[key], **EXACT, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            value, expected[key], **EXACT, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.fixture(
-    scope="module", params=LAYOUTS, ids=lambda x: f"world{x.world}-ep{x.ep}-{x.exchange}-{x.pieces}-{x.worth_it}"
+    scope="module",
+    params=LAYOUTS,
+    ids=lambda x: f"world{x.world}-ep{x.ep}-{x.exchange}-{x.pieces}-{x.worth_it}",
 )
 def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
     """A layout and what its ranks returned."""
     layout = request.param
-    return layout, [results[_of_world(layout.world).index(layout)] for results in _spawned(layout.world)]
+    return layout, [
+        results[_of_world(layout.world).index(layout)] for results in _spawned(layout.world)
+    ]
 
 
 def _of_world(world: int) -> list[Layout]:
@@ -421,7 +493,9 @@ def test_layer_equals_reference(ran: tuple[Layout, list[dict[str, Any]]], case: 
 
 
 @pytest.mark.parametrize("name", ["model", "dense_model"])
-def test_language_model_equals_reference(ran: tuple[Layout, list[dict[str, Any]]], name: str) -> None:
+def test_language_model_equals_reference(
+    ran: tuple[Layout, list[dict[str, Any]]], name: str
+) -> None:
     layout, by_rank = ran
     expected = expected_model({"model": MODEL, "dense_model": DENSE_MODEL}[name])
     assert_equal(gathered([rank[name] for rank in by_rank], layout.ep), expected)
@@ -430,12 +504,22 @@ def test_language_model_equals_reference(ran: tuple[Layout, list[dict[str, Any]]
 def test_cases_are_what_they_say() -> None:
     expected = {name: expected_layer(case) for name, case in CASES.items()}
     valid = sum(LENGTHS)  # 18
-    assert [int(expected[name]["rows_E"].sum()) for name in ("k1", "k2", "k4")] == [valid, 2 * valid, 4 * valid]
-    assert all(expected[name]["rows_E"][list(NEVER)].sum() == 0 for name in CASES if CASES[name].k < NUM_EXPERTS)
+    assert [int(expected[name]["rows_E"].sum()) for name in ("k1", "k2", "k4")] == [
+        valid,
+        2 * valid,
+        4 * valid,
+    ]
+    assert all(
+        expected[name]["rows_E"][list(NEVER)].sum() == 0
+        for name in CASES
+        if CASES[name].k < NUM_EXPERTS
+    )
     assert all((expected["k4"]["rows_E"] > 0)[i] for i in range(NUM_EXPERTS) if i not in NEVER)
     for name, case in CASES.items():
         assert (expected[name]["dropped"] > 0) == (case.capacity_factor is not None), name
         assert expected[name]["rows_E"].sum() + expected[name]["dropped"] == case.k * valid
-    assert expected["balance_groups"]["load_GE"].sum(1).tolist() == pytest.approx([12, 0, 10, 14], abs=3)
+    assert expected["balance_groups"]["load_GE"].sum(1).tolist() == pytest.approx(
+        [12, 0, 10, 14], abs=3
+    )
     assert expected["balance_groups"]["load_GE"][1].tolist() == [0] * NUM_EXPERTS
     assert expected["k2"]["d moe.gate.w_noise.w_DE"].abs().sum() > 0.01

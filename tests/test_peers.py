@@ -20,10 +20,10 @@ from moe_dist.config.papers import xue2021
 from moe_dist.config.schema import EncoderConfig, TextConfig, VisionConfig
 from moe_dist.data.images.torchvision_import import import_torchvision
 from moe_dist.models.text_encoder import KINDS, PretrainingModel
-from moe_dist.models.transformer import EPS, blocks_of
+from moe_dist.models.transformer import EPS, build_blocks
 from moe_dist.models.vision_transformer import VisionTransformer
 from moe_dist.nn import prng
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 Tensors = dict[str, torch.Tensor]
@@ -39,10 +39,18 @@ def timm_vit(config: VisionConfig) -> nn.Module:
 
     e = config.encoder
     model = Timm(
-        img_size=config.image_size, patch_size=config.patch_size, in_chans=config.channels, class_token=False,
-        num_classes=config.num_classes, global_pool="avg", fc_norm=False, embed_dim=e.dim, depth=e.depth,
-        num_heads=e.num_heads, mlp_ratio=e.ffn_hidden / e.dim,
-    )  # fmt: skip
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.channels,
+        class_token=False,
+        num_classes=config.num_classes,
+        global_pool="avg",
+        fc_norm=False,
+        embed_dim=e.dim,
+        depth=e.depth,
+        num_heads=e.num_heads,
+        mlp_ratio=e.ffn_hidden_dim / e.dim,
+    )
     model.head = nn.Sequential(nn.Linear(e.dim, e.dim), nn.Tanh(), model.head)
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -59,9 +67,11 @@ def as_timm(config: VisionConfig, ours: Tensors) -> Tensors:
         **linear("head.0", ours, "representation"),
         **linear("head.2", ours, "head"),
     }
-    for i, block in enumerate(blocks_of(config.encoder)):
+    for i, block in enumerate(build_blocks(config.encoder)):
         attention, ffn = f"encoder.attention.{block.attention}", f"encoder.ffn.{block.ffn}"
-        query, key, value = (with_bias(ours, f"{attention}.{part}") for part in ("query", "key", "value"))
+        query, key, value = (
+            with_bias(ours, f"{attention}.{part}") for part in ("query", "key", "value")
+        )
         theirs |= {
             f"blocks.{i}.attn.qkv.weight": torch.cat([query[0], key[0], value[0]]),
             f"blocks.{i}.attn.qkv.bias": torch.cat([query[1], key[1], value[1]]),
@@ -81,17 +91,28 @@ def transformers_albert(config: TextConfig) -> nn.Module:
     e = config.encoder
     return AlbertForPreTraining(
         AlbertConfig(
-            vocab_size=config.vocabulary_size, embedding_size=config.embedding_dim, hidden_size=e.dim,
-            num_hidden_layers=e.depth, num_hidden_groups=groups_of(e), num_attention_heads=e.num_heads,
-            intermediate_size=e.ffn_hidden, max_position_embeddings=config.max_tokens, hidden_act="gelu",
-            type_vocab_size=KINDS, layer_norm_eps=EPS, hidden_dropout_prob=0.0, pad_token_id=None,
-            attention_probs_dropout_prob=0.0, classifier_dropout_prob=0.0, attn_implementation="eager",
+            vocab_size=config.vocabulary_size,
+            embedding_size=config.embedding_dim,
+            hidden_size=e.dim,
+            num_hidden_layers=e.depth,
+            num_hidden_groups=groups_of(e),
+            num_attention_heads=e.num_heads,
+            intermediate_size=e.ffn_hidden_dim,
+            max_position_embeddings=config.max_tokens,
+            hidden_act="gelu",
+            type_vocab_size=KINDS,
+            layer_norm_eps=EPS,
+            hidden_dropout_prob=0.0,
+            pad_token_id=None,
+            attention_probs_dropout_prob=0.0,
+            classifier_dropout_prob=0.0,
+            attn_implementation="eager",
         )
-    )  # fmt: skip
+    )
 
 
 def groups_of(encoder: EncoderConfig) -> int:
-    return len({block.attention for block in blocks_of(encoder)})
+    return len({block.attention for block in build_blocks(encoder)})
 
 
 def as_transformers(config: TextConfig, ours: Tensors) -> Tensors:
@@ -130,16 +151,23 @@ def linear(theirs: str, ours: Tensors, name: str) -> Tensors:
 def with_bias(ours: Tensors, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A key's is 1: any would do, for it adds the same to all scores of a token."""
     weight = ours[f"{name}.weight"]
-    return weight, weight.new_ones(weight.shape[0]) if name.endswith(".key") else ours[f"{name}.bias"]
+    return weight, weight.new_ones(weight.shape[0]) if name.endswith(".key") else ours[
+        f"{name}.bias"
+    ]
 
 
 def norm(theirs: str, ours: Tensors, name: str) -> Tensors:
-    return {f"{theirs}.weight": 1 + ours[f"{name}.gain_D"], f"{theirs}.bias": ours[f"{name}.bias_D"]}
+    return {
+        f"{theirs}.weight": 1 + ours[f"{name}.gain_D"],
+        f"{theirs}.bias": ours[f"{name}.bias_D"],
+    }
 
 
 # on the same weights
 
-DENSE = EncoderConfig(depth=4, dim=16, num_heads=4, ffn_hidden=24, moe_blocks="none", dropout=0.0)
+DENSE = EncoderConfig(
+    depth=4, dim=16, num_heads=4, ffn_hidden_dim=24, moe_blocks="none", dropout=0.0
+)
 UNSHARED = dataclasses.replace(DENSE, blocks_per_attention=1, blocks_per_ffn=1)
 VISION = VisionConfig(image_size=12, channels=3, patch_size=4, num_classes=7)
 VITS = {
@@ -151,7 +179,11 @@ ALBERTS = {
     name: dataclasses.replace(
         TEXT,
         encoder=dataclasses.replace(
-            DENSE, norm_first=False, blocks_per_attention=size, blocks_per_ffn=size, blocks_per_norm=size
+            DENSE,
+            norm_first=False,
+            blocks_per_attention=size,
+            blocks_per_ffn=size,
+            blocks_per_norm=size,
         ),
     )
     for name, size in {"albert": None, "albert_of_two_groups": 2, "bert_factorised": 1}.items()
@@ -162,7 +194,9 @@ MASKED = [(0, 0), (0, 5), (0, 7), (1, 1), (1, 2), (2, 0), (4, 3)]  # samples and
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
     """N(0, 1), float64."""
-    return torch.empty(*shape, dtype=torch.float64).normal_(generator=prng.generator("test_peers", key))
+    return torch.empty(*shape, dtype=torch.float64).normal_(
+        generator=prng.generator("test_peers", key)
+    )
 
 
 @torch.no_grad()
@@ -174,9 +208,9 @@ def filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-def context(valid_BS: torch.Tensor) -> Context:
+def context(valid_BS: torch.Tensor) -> TokenContext:
     num_samples, tokens = valid_BS.shape
-    return Context(
+    return TokenContext(
         sample_T=torch.arange(num_samples).repeat_interleave(tokens),
         position_T=torch.arange(tokens).repeat(num_samples),
         valid_T=valid_BS.flatten(),
@@ -185,8 +219,8 @@ def context(valid_BS: torch.Tensor) -> Context:
         train=True,
         first_sample=0,
         num_samples=num_samples,
-        samples_per_balance_group=num_samples,
-        samples_per_token_group=num_samples,
+        balance_loss_group_size=num_samples,
+        capacity_group_size=num_samples,
     )
 
 
@@ -197,10 +231,16 @@ def assert_same(model: nn.Module, ours: list[torch.Tensor], theirs: list[torch.T
     weights = [drawn(*y.shape, key=f"weight{i}").to(y) for i, y in enumerate(ours)]
     gradients = []
     for outputs in (ours, theirs):
-        loss = torch.stack([(weight * y).mean() for weight, y in zip(weights, outputs, strict=True)]).sum()
+        loss = torch.stack(
+            [(weight * y).mean() for weight, y in zip(weights, outputs, strict=True)]
+        ).sum()
         gradients.append(torch.autograd.grad(loss, list(names.values())))
-    mine = {f"output {i}": y for i, y in enumerate(ours)} | dict(zip(names, gradients[0], strict=True))
-    peers = {f"output {i}": y for i, y in enumerate(theirs)} | dict(zip(names, gradients[1], strict=True))
+    mine = {f"output {i}": y for i, y in enumerate(ours)} | dict(
+        zip(names, gradients[0], strict=True)
+    )
+    peers = {f"output {i}": y for i, y in enumerate(theirs)} | dict(
+        zip(names, gradients[1], strict=True)
+    )
     for name, expected in peers.items():
         largest, error = expected.abs().max().item(), (mine[name] - expected).abs().max().item()
         assert largest > 0, f"{name}: nothing to compare"
@@ -210,7 +250,9 @@ def assert_same(model: nn.Module, ours: list[torch.Tensor], theirs: list[torch.T
 def computed(peer: nn.Module, parameters: Tensors, *args: Any, **kwargs: Any) -> Any:
     """What `peer` gives with `parameters`, which are all of its own."""
     assert {name: p.shape for name, p in parameters.items()} == shapes(peer)
-    return functional_call(peer.to(next(iter(parameters.values())).dtype).eval(), parameters, args, kwargs)
+    return functional_call(
+        peer.to(next(iter(parameters.values())).dtype).eval(), parameters, args, kwargs
+    )
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -224,7 +266,9 @@ def test_vit_equals_timms(name: str, dtype: torch.dtype) -> None:
     image_BQYX = drawn(5, 3, 12, 12, key="images").to(dtype)
     model = filled(VisionTransformer(config), dtype)
     ours_BN, _ = model(image_BQYX, context(torch.ones(5, 9, dtype=torch.bool)))
-    theirs_BN = computed(timm_vit(config), as_timm(config, dict(model.named_parameters())), image_BQYX)
+    theirs_BN = computed(
+        timm_vit(config), as_timm(config, dict(model.named_parameters())), image_BQYX
+    )
     assert_same(model, [ours_BN], [theirs_BN])
 
 
@@ -262,7 +306,10 @@ def test_albert_equals_transformers(name: str, dtype: torch.dtype) -> None:
     ids=["vit_b", "vit_l", "albert", "bert_factorised"],
 )
 def test_the_papers_models_have_the_peers_parameters(
-    config: Any, make: Callable[..., nn.Module], make_peer: Callable[..., nn.Module], as_theirs: Callable[..., Tensors]
+    config: Any,
+    make: Callable[..., nn.Module],
+    make_peer: Callable[..., nn.Module],
+    as_theirs: Callable[..., Tensors],
 ) -> None:
     """At full size, by name and shape."""
     with torch.device("meta"):
@@ -277,5 +324,9 @@ def test_albert_has_the_published_parameters() -> None:
     assert embedding + block + pooler == 11_683_584, "of albert-base-v2 without heads"
     with torch.device("meta"):
         model = PretrainingModel(xue2021.albert().model)
-    counted = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] not in ("masked", "order"))
+    counted = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.split(".")[0] not in ("masked", "order")
+    )
     assert counted == embedding + block + pooler - 768, "keys have no bias"

@@ -17,7 +17,7 @@ HELD = """
 import os, socket, sys
 from moe_dist.distributed import rendezvous_port
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
-rendezvous_port.hold()
+rendezvous_port.reserve()
 assert not any(name.split(".")[0] == "torch" for name in sys.modules)
 for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::1"):
     try:
@@ -27,57 +27,83 @@ for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket
     sys.exit(f"another got it on {host}")
 
 from moe_dist.distributed import mesh
-mesh.join()
-assert rendezvous_port.give() is None  # it is the store's now
-mesh.stop()
+mesh.init_process_group()
+assert rendezvous_port.release_fd() is None  # it is the store's now
+mesh.shutdown()
 """
 
 
 @pytest.mark.timeout(60)
 def test_the_port_is_held_before_torch_is_imported() -> None:
-    subprocess.run([sys.executable, "-c", HELD, str(rendezvous_port.free())], cwd=ROOT, check=True, timeout=50)
+    subprocess.run(
+        [sys.executable, "-c", HELD, str(rendezvous_port.find_free_port())],
+        cwd=ROOT,
+        check=True,
+        timeout=50,
+    )
 
 
 def test_train_takes_it_first() -> None:
     """Nothing between it and the standard library."""
-    lines = [line for line in Path(ROOT / "train.py").read_text().splitlines() if line.startswith(("from", "import"))]
+    lines = [
+        line
+        for line in Path(ROOT / "train.py").read_text().splitlines()
+        if line.startswith(("from", "import"))
+    ]
     ours = [line for line in lines if "moe_dist" in line]
-    assert ours[0] == "from moe_dist.distributed import rendezvous_port" and lines.index(ours[0]) == len(lines) - len(
-        ours
-    )
+    assert ours[0] == "from moe_dist.distributed import rendezvous_port" and lines.index(
+        ours[0]
+    ) == len(lines) - len(ours)
 
 
 @pytest.mark.parametrize(
     "environment",
     [
         {"RANK": "1"},
-        {"TORCHELASTIC_USE_AGENT_STORE": "True"},  # of torchrun --standalone: its agent listens there
+        {
+            "TORCHELASTIC_USE_AGENT_STORE": "True"
+        },  # of torchrun --standalone: its agent listens there
         {"MASTER_PORT": "99999"},
         {"MASTER_PORT": "9" * 5000},
         {"MASTER_PORT": ""},
     ],
 )
-def test_nothing_is_held_where_it_is_not_rank_0s(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in ({"RANK": "0", "MASTER_PORT": str(rendezvous_port.free())} | environment).items():
+def test_nothing_is_held_where_it_is_not_rank_0s(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in (
+        {"RANK": "0", "MASTER_PORT": str(rendezvous_port.find_free_port())} | environment
+    ).items():
         monkeypatch.setenv(key, value)
-    rendezvous_port.hold()
-    assert rendezvous_port.give() is None
+    rendezvous_port.reserve()
+    assert rendezvous_port.release_fd() is None
 
 
 @pytest.mark.parametrize(
     ("master", "address"),
-    [("127.0.0.1", "127.0.0.1"), ("127.0.0.3", "127.0.0.3"), ("::1", "::1"), ("localhost", "127.0.0.1"),
-     ("node0", "::" if socket.has_dualstack_ipv6() else "0.0.0.0"), ("10.0.0.1", "::"), ("", "::")],
-)  # fmt: skip
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("127.0.0.3", "127.0.0.3"),
+        ("::1", "::1"),
+        ("localhost", "127.0.0.1"),
+        ("node0", "::" if socket.has_dualstack_ipv6() else "0.0.0.0"),
+        ("10.0.0.1", "::"),
+        ("", "::"),
+    ],
+)
 def test_no_other_machine_reaches_the_port_where_ranks_are_on_one(
     master: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if ":" in address and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
-    for key, value in {"RANK": "0", "MASTER_ADDR": master, "MASTER_PORT": str(rendezvous_port.free())}.items():
+    for key, value in {
+        "RANK": "0",
+        "MASTER_ADDR": master,
+        "MASTER_PORT": str(rendezvous_port.find_free_port()),
+    }.items():
         monkeypatch.setenv(key, value)
-    rendezvous_port.hold()
-    held = rendezvous_port.give()
+    rendezvous_port.reserve()
+    held = rendezvous_port.release_fd()
     assert held is not None
     with socket.socket(fileno=held) as listening:
         assert listening.getsockname()[0] == address
@@ -87,12 +113,12 @@ def test_a_port_of_another_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> Non
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
-        rendezvous_port.hold()
-        assert rendezvous_port.give() is None
+        rendezvous_port.reserve()
+        assert rendezvous_port.release_fd() is None
 
 
 def test_a_free_port_is_not_one_that_linux_hands_out_by_itself() -> None:
-    assert all(1024 <= rendezvous_port.free() < 32768 for _ in range(100))
+    assert all(1024 <= rendezvous_port.find_free_port() < 32768 for _ in range(100))
 
 
 def test_who_is_still_to_meet_the_others_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,15 +130,15 @@ def test_who_is_still_to_meet_the_others_ends_at_once(monkeypatch: pytest.Monkey
     def ended(status: int) -> None:
         raise Ended(status)
 
-    monkeypatch.setattr(mesh, "_meet_at", lambda *_: never.wait())
+    monkeypatch.setattr(mesh, "_create_store", lambda *_: never.wait())
     monkeypatch.setattr(os, "_exit", ended)
     never = threading.Event()
     with pytest.raises(SystemExit, match="2"):
-        mesh.end(2)
+        mesh.exit_process(2)
     with pytest.raises(TimeoutError):
-        mesh._meet(-2)
+        mesh._rendezvous(-2)
     with pytest.raises(Ended, match="2"):
-        mesh.end(2)
+        mesh.exit_process(2)
     never.set()
 
 
@@ -122,4 +148,4 @@ def test_no_free_port_where_none_can_be_had(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(socket.socket, "bind", forbidden)
     with pytest.raises(PermissionError):
-        rendezvous_port.free()
+        rendezvous_port.find_free_port()

@@ -58,7 +58,13 @@ def test_a_sample_is_two_neighbouring_runs_of_lines() -> None:
     assert data.num_batches == 1
     batch = data.batch(0, range(2))
     _, kind_bS, valid_bS, target_bS, order_b = batch
-    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int64, torch.int64]
+    assert [t.dtype for t in batch] == [
+        torch.int64,
+        torch.int64,
+        torch.bool,
+        torch.int64,
+        torch.int64,
+    ]
     assert [tuple(t.shape) for t in batch] == [(2, 9)] * 4 + [(2,)]
     expected = {
         0: {("ab", "cdef"), ("abcd", "ef")},  # lines of 2, 2, 2 have two places to be parted at
@@ -69,7 +75,9 @@ def test_a_sample_is_two_neighbouring_runs_of_lines() -> None:
     ):
         row, kind = row[: row.index(PAD)] if PAD in row else row, kind
         middle = row.index(SEP)
-        a, b = ("".join(TOKENS.words[i] for i in part) for part in (row[1:middle], row[middle + 1 : -1]))
+        a, b = (
+            "".join(TOKENS.words[i] for i in part) for part in (row[1:middle], row[middle + 1 : -1])
+        )
         assert row[0] == CLS and row[-1] == SEP
         assert ((b, a) if order else (a, b)) in pairs
         assert kind[: len(row)] == [0] * (middle + 1) + [1] * (len(row) - middle - 1)
@@ -78,7 +86,9 @@ def test_a_sample_is_two_neighbouring_runs_of_lines() -> None:
 
 
 def test_every_epoch_has_every_segment_once_each_time_otherwise() -> None:
-    data = Pretraining(text(*[2] * 48), TOKENS, max_tokens=11, samples=4, seed=3)  # 4 lines of 2: 12 segments
+    data = Pretraining(
+        text(*[2] * 48), TOKENS, max_tokens=11, samples=4, seed=3
+    )  # 4 lines of 2: 12 segments
     batches = [data.batch(step, range(4)) for step in range(12)]  # 48 samples are 4 epochs
     rows = [unmasked(batch) for batch in batches]
     segments = [sorted(set(row.tolist()) - set(range(len(SPECIAL)))) for row in torch.cat(rows)]
@@ -103,7 +113,9 @@ def test_another_seed_has_other_masks() -> None:
     assert len(seen) > 3
 
 
-def test_a_sample_is_the_same_on_any_layout_and_in_any_order(verses: tuple[list[str], Tokens]) -> None:
+def test_a_sample_is_the_same_on_any_layout_and_in_any_order(
+    verses: tuple[list[str], Tokens],
+) -> None:
     lines, tokens = verses
     data = Pretraining(lines, tokens, max_tokens=64, samples=8, seed=1)
     whole = data.batch(5, range(8))
@@ -141,16 +153,22 @@ def test_masks_are_what_they_should_be(verses: tuple[list[str], Tokens]) -> None
     def within(count: int, num: int, p: float) -> bool:
         return abs(count - num * p) < 4 * (num * p * (1 - p)) ** 0.5
 
-    other = 1 - 1 / (len(tokens) - len(SPECIAL))  # a random word is another one with this probability
+    other = 1 - 1 / (
+        len(tokens) - len(SPECIAL)
+    )  # a random word is another one with this probability
     assert told > 3000
     assert (
-        within(masked, told, 0.8) and within(len(random), told, 0.1 * other) and within(same, told, 0.2 - 0.1 * other)
+        within(masked, told, 0.8)
+        and within(len(random), told, 0.1 * other)
+        and within(same, told, 0.2 - 0.1 * other)
     )
     assert min(random) >= len(SPECIAL) and len(set(random)) > 200
     assert within(swapped, samples, 0.5)
 
 
-def test_evaluation_has_every_segment_once_and_the_same_masks(verses: tuple[list[str], Tokens]) -> None:
+def test_evaluation_has_every_segment_once_and_the_same_masks(
+    verses: tuple[list[str], Tokens],
+) -> None:
     lines, tokens = verses
     data = Pretraining(lines, tokens, max_tokens=64, samples=7)
     segments = len(data.first_M1) - 1
@@ -160,8 +178,13 @@ def test_evaluation_has_every_segment_once_and_the_same_masks(verses: tuple[list
     assert all(a.equal(b) for a, b in zip(batches[3], again.batch(3, range(7)), strict=True))
     seen = []
     for batch in batches:
-        for row, kind, order in zip(unmasked(batch).tolist(), batch[1].tolist(), batch[4].tolist(), strict=True):
-            a, b = ([t for t, k in zip(row, kind, strict=True) if k == which and t > 3] for which in (0, 1))
+        for row, kind, order in zip(
+            unmasked(batch).tolist(), batch[1].tolist(), batch[4].tolist(), strict=True
+        ):
+            a, b = (
+                [t for t, k in zip(row, kind, strict=True) if k == which and t > 3]
+                for which in (0, 1)
+            )
             a, b = ([t for t in part if t not in (CLS, SEP, PAD)] for part in (a, b))
             seen += b + a if order == 1 else a + b
     whole = np.concatenate(list(tokens.encode_all(lines)))
@@ -169,8 +192,14 @@ def test_evaluation_has_every_segment_once_and_the_same_masks(verses: tuple[list
     assert seen == [t for t in whole.tolist() if t > 3][: len(seen)] and len(whole) - len(seen) < 31
     token_bS, _, valid_bS, target_bS, order_b = batches[-1]
     padding = segments - 7 * data.num_batches  # a negative number of them
-    assert not valid_bS[padding:].any() and (token_bS[padding:] == PAD).all() and valid_bS[:padding].any(dim=1).all()
-    assert (target_bS[padding:] == IGNORED).all() and order_b[padding:].tolist() == [IGNORED] * -padding
+    assert (
+        not valid_bS[padding:].any()
+        and (token_bS[padding:] == PAD).all()
+        and valid_bS[:padding].any(dim=1).all()
+    )
+    assert (target_bS[padding:] == IGNORED).all() and order_b[padding:].tolist() == [
+        IGNORED
+    ] * -padding
     assert (order_b[:padding] >= 0).all()
 
 
@@ -185,7 +214,9 @@ def test_a_step_is_as_wide_as_its_longest_sample() -> None:
     # 1 + 1 + 4 fit into 12 - 3, and then 4 + 2 + 2: with [CLS] and two [SEP] 9 and 11 tokens
     for samples, widths in ((1, [9, 11]), (2, [11])):
         data = Pretraining(text(1, 1, 4, 4, 2, 2), TOKENS, max_tokens=12, samples=samples)
-        assert [data.batch(step, range(1))[0].shape[1] for step in range(data.num_batches)] == widths
+        assert [
+            data.batch(step, range(1))[0].shape[1] for step in range(data.num_batches)
+        ] == widths
 
 
 def test_unknown_words_are_not_told() -> None:

@@ -15,21 +15,23 @@ from runs import Run, tiny
 
 from moe_dist.config.overrides import override
 from moe_dist.config.schema import OptimConfig
-from moe_dist.config.validate import check
+from moe_dist.config.validate import check_config
 from moe_dist.distributed import batch_layout
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.moe.experts import Experts
-from moe_dist.moe.routing import route
-from moe_dist.nn.init import bounds_of, initialize
-from moe_dist.nn.token_context import Context
-from moe_dist.optim.expert_state import Adam, Factored, Spread
+from moe_dist.moe.routing import build_routing
+from moe_dist.nn.init import init_bounds, init_parameter
+from moe_dist.nn.token_context import TokenContext
+from moe_dist.optim.expert_state import AdamParam, FactoredAdamParam, ShardedExpertParam
 from moe_dist.optim.optimizer import Optimizer
 
-UNEVEN = ["model.moe.num_experts=6"]  # on four ranks at ep 1 the owners have 2, 2, 2 and none; at ep 2 two and one
-PREVIOUS = ["optim.clip_by=previous"]
-FREE = [*PREVIOUS, "optim.free_gradients=true"]
+UNEVEN = [
+    "model.moe.num_experts=6"
+]  # on four ranks at ep 1 the owners have 2, 2, 2 and none; at ep 2 two and one
+PREVIOUS = ["optim.clip_norm_source=previous"]
+FREE = [*PREVIOUS, "optim.fuse_expert_update_in_backward=true"]
 
 
 ALONE: Any = meshes.Axis(1, 0, None)  # type: ignore[arg-type]  # says nothing to anyone
@@ -43,7 +45,7 @@ def test_parts_are_those_of_chunk() -> None:
     for number, ranks in itertools.product(range(1, 10), range(1, 6)):
         axis = meshes.Axis(ranks, 0, None)  # type: ignore[arg-type]
         expected = [c.tolist() for c in torch.arange(number).chunk(ranks)]
-        parts = [list(range(number))[part] for part in axis.parts(number)]
+        parts = [list(range(number))[part] for part in axis.split_ranges(number)]
         assert parts == expected + [[]] * (ranks - len(expected))
 
 
@@ -56,24 +58,38 @@ def test_an_owner_does_what_everyone_did(small_text: Path, tmp_path: Path) -> No
         for case, each in told.items():
             assert all(each["same"].values()), (case, each["same"])
         # two matrices of six experts of 16 x 24 float32: gradients go to owners and weights come back, each from 3 of 4
-        assert told["factored 1"]["sent"] == dict.fromkeys(("gradients", "weights"), 2 * 6 * 16 * 24 * 4 * 3 // 4)
+        assert told["factored 1"]["sent"] == dict.fromkeys(
+            ("gradients", "weights"), 2 * 6 * 16 * 24 * 4 * 3 // 4
+        )
     assert [told["factored 1"]["owned"] for told in by_rank] == [2, 2, 2, 0]
     assert [told["adam 2"]["owned"] for told in by_rank] == [2, 2, 1, 1]
 
 
 def own(text: str, folder: Path) -> dict[str, Any]:
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for form, ep, ds in (("factored", 1, "fp32"), ("adam", 2, "bf16")):
-        sets = [f"mesh.ep={ep}", f"ds_config={ds}", f"data.text={text}", f"optim.expert_form={FORM[form]}"]
+        sets = [
+            f"mesh.ep={ep}",
+            f"ds_config={ds}",
+            f"data.text={text}",
+            f"optim.expert_optimizer={FORM[form]}",
+        ]
         config = tiny(*UNEVEN, *sets)
         run = Run(config).steps(0, 1)
-        sent = {kind: n for (site, kind), n in run.mesh.edp.sent.items() if site == "experts"}
+        sent = {
+            kind: n
+            for (site, kind), n in run.mesh.expert_dp.bytes_sent.items()
+            if site == "experts"
+        }
         waiting = step_by_hand(run)
         run.steps(1, 2)
         states = run.optimizer.experts.items()
         same = {name: close(state.whole_master(), waiting[name]) for name, state in states}
-        same |= {f"{name} rounded": torch.equal(s.p, s.whole_master().to(s.p.dtype)) for name, s in states}
+        same |= {
+            f"{name} rounded": torch.equal(s.p, s.whole_master().to(s.p.dtype))
+            for name, s in states
+        }
         run.save(folder / form, 2)
         again = Run(config)
         again.load(folder / form)
@@ -85,11 +101,11 @@ def own(text: str, folder: Path) -> dict[str, Any]:
         same |= {f"{k} moved": close(elsewhere[k], expected[k]) for k in expected if ds == "fp32"}
         owned = [len(state.master) for _, state in states]
         told[f"{form} {ep}"] = {"same": same, "sent": sent, "owned": owned[0]}
-    meshes.stop()
+    meshes.shutdown()
     return told
 
 
-FORM = {"factored": "paper", "adam": "adam"}
+FORM = {"factored": "factored_adam", "adam": "adam"}
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -100,24 +116,24 @@ def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
     """Masters as they will be after the next step, each replica of an expert updating all of the stack: filled in by
     the next step, which gives the clip factor."""
     expected: dict[str, torch.Tensor] = {}
-    optimizer, honest = run.optimizer, Optimizer._form
+    optimizer, honest = run.optimizer, Optimizer._reduce_and_square
 
-    def form(self: Optimizer, state: Spread) -> None:
-        whole = sum_over(state.gradient().clone(), run.mesh.edp)
+    def form(self: Optimizer, state: ShardedExpertParam) -> None:
+        whole = all_reduce_sum(state.gradient().clone(), run.mesh.expert_dp)
         name = next((n for n, s in optimizer.experts.items() if s is state), None)
         honest(self, state)
         if name:
             expected[name] = whole
 
-    def update(self: Optimizer, state: Spread, factor: float) -> None:
+    def update(self: Optimizer, state: ShardedExpertParam, factor: float) -> None:
         name = next((n for n, s in optimizer.experts.items() if s is state), None)
         if name:
             reference = type(state)(torch.nn.Parameter(state.whole_master()), ALONE)  # type: ignore[arg-type]
             before = state.tensors(optimizer.updates)
             for ending, t in reference.tensors(optimizer.updates).items():
                 whole = t.new_zeros(t.shape)
-                whole[state.mine] = before[ending]
-                t.copy_(sum_over(whole, run.mesh.edp))
+                whole[state.owned] = before[ending]
+                t.copy_(all_reduce_sum(whole, run.mesh.expert_dp))
             reference.p.grad = expected[name]
             reference.square()
             lr = optimizer.param_groups[0]["lr"]
@@ -126,7 +142,7 @@ def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
         update_honestly(self, state, factor)
 
     update_honestly = Optimizer._update
-    optimizer._form = form.__get__(optimizer)  # type: ignore[method-assign]
+    optimizer._reduce_and_square = form.__get__(optimizer)  # type: ignore[method-assign]
     optimizer._update = update.__get__(optimizer)  # type: ignore[method-assign]
     return expected
 
@@ -142,22 +158,38 @@ def test_gradients_that_are_freed_early_give_the_same(small_text: Path) -> None:
             assert all(same.values()), (case, same)
         assert len(told["said"]) == 5
         for text in told["said"].values():
-            assert text.startswith("after 2 updates the gradient is not finite") and "--resume" in text
+            assert (
+                text.startswith("after 2 updates the gradient is not finite") and "--resume" in text
+            )
 
 
-CASES = [(1, "paper", "fp32"), (1, "diet", "bf16"), (2, "paper", "bf16"), (2, "adam", "fp32"), (1, "adam", "fp32")]
+CASES = [
+    (1, "factored_adam", "fp32"),
+    (1, "factored_adam_t2t", "bf16"),
+    (2, "factored_adam", "bf16"),
+    (2, "adam", "fp32"),
+    (1, "adam", "fp32"),
+]
 
 
 def free(text: str) -> dict[str, Any]:
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for ep, form, ds in CASES:
-        more = HIERARCHICAL if form == "diet" else []
-        sets = [f"mesh.ep={ep}", f"data.text={text}", f"optim.expert_form={form}", f"ds_config={ds}", *more]
+        more = HIERARCHICAL if form == "factored_adam_t2t" else []
+        sets = [
+            f"mesh.ep={ep}",
+            f"data.text={text}",
+            f"optim.expert_optimizer={form}",
+            f"ds_config={ds}",
+            *more,
+        ]
         now, later = Run(tiny(*sets, *FREE)), Run(tiny(*sets, *PREVIOUS))
         alive: list[bool] = []
         for p in now.model.experts.values():
-            p.register_post_accumulate_grad_hook(lambda p, alive=alive: alive.append(p.grad is not None))
+            p.register_post_accumulate_grad_hook(
+                lambda p, alive=alive: alive.append(p.grad is not None)
+            )
         now.steps(0, 4), later.steps(0, 4)
         expected, got = later.weights(), now.weights()
         told[ep, form] = {
@@ -168,7 +200,7 @@ def free(text: str) -> dict[str, Any]:
             "clipped by the norm before": now.optimizer.previous_norm == now.norms[-1] > 0.3,
         }
     said = spoil(text)
-    meshes.stop()
+    meshes.shutdown()
     return {"same": told, "said": said}
 
 
@@ -176,7 +208,7 @@ def spoil(text: str) -> dict[tuple[int, str], str]:
     """What every rank says to an infinite gradient on rank 1 in the third step."""
     said = {}
     for zero, place in ((0, "dense"), (0, "expert"), (1, "expert"), (2, "expert"), (3, "dense")):
-        run = Run(tiny("mesh.ep=2", f"zero={zero}", f"data.text={text}", *FREE)).steps(0, 2)
+        run = Run(tiny("mesh.ep=2", f"zero_stage={zero}", f"data.text={text}", *FREE)).steps(0, 2)
         expert = next(iter(run.model.experts.values()))
         hooked = expert if place == "expert" else run.engine.names["lstm1.weight_hh_l0"]
         if run.mesh.dp.index == 1:
@@ -194,9 +226,21 @@ def test_the_previous_norm_clips_by_hand() -> None:
     # gradients (3, 4) of norm 5, then (6, 8) of norm 10, clip_norm 2.5: factors 1 (no norm before), then 2.5 / 5.
     # Means at beta1 = 0.5: 0.5 (3, 4), then 0.25 (3, 4) + 0.5 (3, 4). An infinite one is skipped and leaves 10.
     p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = Optimizer([p], {}, {}, {}, OptimConfig(clip_norm=2.5, clip_by="previous", beta1=0.5), ONE_RANK, zero=0)
-    for g, mean, norm in (([3, 4], [1.5, 2.0], 5.0), ([6, 8], [2.25, 3.0], 10.0), ([math.inf, 0], [2.25, 3.0], 10.0)):
-        optimizer.begin(1e-3)
+    optimizer = Optimizer(
+        [p],
+        {},
+        {},
+        {},
+        OptimConfig(max_grad_norm=2.5, clip_norm_source="previous", beta1=0.5),
+        ONE_RANK,
+        zero_stage=0,
+    )
+    for g, mean, norm in (
+        ([3, 4], [1.5, 2.0], 5.0),
+        ([6, 8], [2.25, 3.0], 10.0),
+        ([math.inf, 0], [2.25, 3.0], 10.0),
+    ):
+        optimizer.start_step(1e-3)
         p.grad = torch.tensor(g).float()
         optimizer.step()
         assert optimizer.state[p]["exp_avg"].tolist() == pytest.approx(mean)
@@ -204,9 +248,14 @@ def test_the_previous_norm_clips_by_hand() -> None:
 
 
 def test_a_second_gradient_in_a_step_is_refused() -> None:
-    w, config = torch.nn.Parameter(torch.ones(2, 3, 4)), OptimConfig(clip_norm=None, free_gradients=True)
-    optimizer = Optimizer([torch.nn.Parameter(torch.ones(1))], {"w": w}, {}, {}, config, ONE_RANK, zero=0)
-    optimizer.begin(1e-3)
+    w, config = (
+        torch.nn.Parameter(torch.ones(2, 3, 4)),
+        OptimConfig(max_grad_norm=None, fuse_expert_update_in_backward=True),
+    )
+    optimizer = Optimizer(
+        [torch.nn.Parameter(torch.ones(1))], {"w": w}, {}, {}, config, ONE_RANK, zero_stage=0
+    )
+    optimizer.start_step(1e-3)
     w.sum().backward()
     with pytest.raises(AssertionError, match="a second gradient"):
         w.sum().backward()
@@ -215,20 +264,26 @@ def test_a_second_gradient_in_a_step_is_refused() -> None:
 @pytest.mark.parametrize(
     ("sets", "reason"),
     [
-        (["optim.free_gradients=true"], "optim.clip_by=previous or optim.clip_norm=none"),
-        (["optim.clip_by=last"], "optim.clip_by='last'; did you mean"),
-        ([*FREE, "batch.accumulation=2"], "batch.accumulation=2, but with optim.free_gradients"),
+        (
+            ["optim.fuse_expert_update_in_backward=true"],
+            "optim.clip_norm_source=previous or optim.max_grad_norm=none",
+        ),
+        (["optim.clip_norm_source=last"], "optim.clip_norm_source='last'; did you mean"),
+        (
+            [*FREE, "batch.grad_accum_steps=2"],
+            "batch.grad_accum_steps=2, but with optim.fuse_expert_update_in_backward",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(sets: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         config = tiny(*sets)
-        check(config)
-        batch_layout.lay_out(config, 1)
+        check_config(config)
+        batch_layout.make_batch_layout(config, 1)
 
 
 def test_without_clipping_gradients_may_be_freed() -> None:
-    check(tiny("optim.free_gradients=true", "optim.clip_norm=none"))
+    check_config(tiny("optim.fuse_expert_update_in_backward=true", "optim.max_grad_norm=none"))
 
 
 # bytes
@@ -237,32 +292,38 @@ def test_without_clipping_gradients_may_be_freed() -> None:
 def test_a_factored_state_is_rows_and_columns() -> None:
     """Every tensor that is held after a step, other than parameter, master and gradient."""
     p = torch.nn.Parameter(torch.ones(3, 20, 50))
-    state = Factored(p, ALONE)
+    state = FactoredAdamParam(p, ALONE)
     for step in (1, 2):
         p.grad = torch.ones(3, 20, 50)
         state.square()
         state.update(1.0, 1e-3, step, tiny().optim)
-    held = [t for t in vars(state).values() if isinstance(t, torch.Tensor) and t.data_ptr() != p.data_ptr()]
+    held = [
+        t
+        for t in vars(state).values()
+        if isinstance(t, torch.Tensor) and t.data_ptr() != p.data_ptr()
+    ]
     assert sum(t.untyped_storage().nbytes() for t in held) == 3 * (20 + 50) * 4
 
 
 def test_an_owner_of_none_can_step() -> None:
     none = meshes.Axis(2, 1, None)  # type: ignore[arg-type]
-    for kind in (Factored, Adam):
+    for kind in (FactoredAdamParam, AdamParam):
         p = torch.nn.Parameter(torch.ones(1, 4, 5))
         state = kind(p, none)
         p.grad = torch.ones(1, 4, 5)
-        state.share = lambda x: x  # type: ignore[method-assign]
+        state.broadcast_from_owners = lambda x: x  # type: ignore[method-assign]
         assert state.square() == 0
         state.update(1.0, 1e-3, 1, tiny().optim)
-        assert all(len(t) == 0 for t in state.tensors(1).values()) and torch.equal(p, torch.ones(1, 4, 5))
+        assert all(len(t) == 0 for t in state.tensors(1).values()) and torch.equal(
+            p, torch.ones(1, 4, 5)
+        )
 
 
 @pytest.mark.timeout(220)
 def test_four_bytes_a_parameter_are_all() -> None:
     """Four layers of experts, 144 MB each: at the peak their weights, and one layer's gradient."""
     done = subprocess.run(
-        [sys.executable, __file__, "optim.free_gradients=true"],
+        [sys.executable, __file__, "optim.fuse_expert_update_in_backward=true"],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,
@@ -271,7 +332,9 @@ def test_four_bytes_a_parameter_are_all() -> None:
     )
     parameters, peak = map(int, done.stdout.split()[-2:])
     assert parameters == 4 * 2 * 18 * 10**6
-    assert peak <= 4.1 * parameters + 4 * parameters / 4, f"{peak / parameters:.2f} bytes a parameter"
+    assert peak <= 4.1 * parameters + 4 * parameters / 4, (
+        f"{peak / parameters:.2f} bytes a parameter"
+    )
 
 
 def measure(sets: list[str]) -> None:
@@ -280,14 +343,14 @@ def measure(sets: list[str]) -> None:
     import psutil
 
     torch.set_num_threads(1)
-    mesh, process = meshes.start(ep=1), psutil.Process()
-    config = override(tiny(), ["optim.clip_by=previous", *sets]).optim
+    mesh, process = meshes.init_distributed(ep=1), psutil.Process()
+    config = override(tiny(), ["optim.clip_norm_source=previous", *sets]).optim
     two_steps(1, mesh, config)
     before = process.memory_info().rss
     number = two_steps(150, mesh, config)
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     print(number, peak - before)
-    meshes.stop()
+    meshes.shutdown()
 
 
 def two_steps(num_experts: int, mesh: meshes.Mesh, config: OptimConfig) -> int:
@@ -298,20 +361,22 @@ def two_steps(num_experts: int, mesh: meshes.Mesh, config: OptimConfig) -> int:
         layers = [Experts(num_experts, 400, 300) for _ in range(4)]
     stacks: dict[str, nn.Parameter] = {}
     for i, layer in enumerate(layers):
-        bounds = bounds_of(layer)
+        bounds = init_bounds(layer)
         layer.to_empty(device="cpu")
         for name, p in layer.named_parameters():
-            initialize(p, name, bounds[name], i, range(num_experts))
+            init_parameter(p, name, bounds[name], i, range(num_experts))
             stacks[f"{i}.{name}"] = p
-    optimizer = Optimizer([nn.Parameter(torch.ones(1))], stacks, {}, {}, config, mesh, zero=0)
+    optimizer = Optimizer([nn.Parameter(torch.ones(1))], stacks, {}, {}, config, mesh, zero_stage=0)
     token_T = torch.arange(64)
-    ctx = Context(token_T, token_T, token_T >= 0, 0, 0, True, 0, 64, 64, 1)
+    ctx = TokenContext(token_T, token_T, token_T >= 0, 0, 0, True, 0, 64, 64, 1)
     expert_T1 = (token_T % num_experts)[:, None]
     for _ in range(2):
-        optimizer.begin(1e-3)
+        optimizer.start_step(1e-3)
         y_TD = torch.ones(64, 400).requires_grad_()
         for layer in layers:
-            y_TD = layer(y_TD, route(expert_T1, torch.ones(64, 1), expert_T1 >= 0, num_experts), ctx)[0]
+            y_TD = layer(
+                y_TD, build_routing(expert_T1, torch.ones(64, 1), expert_T1 >= 0, num_experts), ctx
+            )[0]
         y_TD.sum().backward()
         optimizer.step()
     return sum(p.numel() for p in stacks.values())

@@ -25,8 +25,14 @@ def layer(name: str, load: list[float]) -> dict[str, Any]:
     """What the meter tells of a layer, with a number of its own for each key."""
     percentiles = {f"moe/{name}/p{p}_over_mean_load": p / 50 for p in (10, 50, 90)}
     counts = {f"moe/{name}/dead_experts": load.count(0), f"moe/{name}/drop_rate": 0.025}
-    ratios = {f"moe/{name}/cv_importance": 0.3, f"moe/{name}/cv_load": 0.4, f"moe/{name}/max_over_mean_load": 1.9}
-    return percentiles | counts | ratios | {f"moe/{name}/load": load, f"moe/{name}/importance": load}
+    ratios = {
+        f"moe/{name}/cv_importance": 0.3,
+        f"moe/{name}/cv_load": 0.4,
+        f"moe/{name}/max_over_mean_load": 1.9,
+    }
+    return (
+        percentiles | counts | ratios | {f"moe/{name}/load": load, f"moe/{name}/importance": load}
+    )
 
 
 def train_line(step: int) -> dict[str, Any]:
@@ -55,12 +61,14 @@ def a_run(layers: dict[str, list[float]], **more: float) -> list[dict]:
         told = [layer(name, load) for name, load in layers.items()]
         lines.append(train_line(step) | {k: v for each in told for k, v in each.items()} | more)
         if step % 5 == 0:
-            lines.append({"step": step, "valid/loss": 10 / step, "valid/perplexity": math.exp(10 / step)})
+            lines.append(
+                {"step": step, "valid/loss": 10 / step, "valid/perplexity": math.exp(10 / step)}
+            )
     return lines
 
 
 def drawn(tmp_path: pathlib.Path, lines: list[dict]) -> dict[str, Figure]:
-    return plots.all_pictures(read_metrics(write(tmp_path, lines)), "tiny")
+    return plots.all_plots(read_metrics(write(tmp_path, lines)), "tiny")
 
 
 def line_of(axes: Axes, label: str | None = None) -> np.ndarray:
@@ -76,13 +84,21 @@ def share(path: pathlib.Path, red: float, green: float, blue: float) -> float:
 
 
 def test_report_draws_every_curve(tmp_path):
-    paths = report_files.write_report(write(tmp_path, a_run({"1": [1, 1, 1, 1], "blocks.2/moe": [4, 0, 0, 0]})))
+    paths = report_files.write_report(
+        write(tmp_path, a_run({"1": [1, 1, 1, 1], "blocks.2/moe": [4, 0, 0, 0]}))
+    )
     assert {path.parent for path in paths} == {tmp_path / "report"}
     found = {path.name: path for path in paths}
     assert list(found) == [
-        "loss.png", "perplexity.png", "load_1.png", "load_blocks.2_moe.png",
-        "balance_1.png", "balance_blocks.2_moe.png", "speed.png", "optimizer.png",
-    ]  # fmt: skip
+        "loss.png",
+        "perplexity.png",
+        "load_1.png",
+        "load_blocks.2_moe.png",
+        "balance_1.png",
+        "balance_blocks.2_moe.png",
+        "speed.png",
+        "optimizer.png",
+    ]
     assert sorted((tmp_path / "report").iterdir()) == sorted(paths)
     for name in ("loss.png", "perplexity.png"):
         assert share(found[name], 0.12, 0.47, 0.71) > 1e-3  # train
@@ -91,7 +107,9 @@ def test_report_draws_every_curve(tmp_path):
     assert share(balanced, 0.02, 0.19, 0.38) < 0.05
     assert share(unbalanced, 0.02, 0.19, 0.38) > 0.4  # three of four experts get nothing
     assert share(unbalanced, 0.4, 0.0, 0.12) > 0.1  # one gets four times the mean
-    assert [path.name for path in report_files.write_report(tmp_path, only_loads=True)] == list(found)[2:4]
+    assert [path.name for path in report_files.write_report(tmp_path, only_loads=True)] == list(
+        found
+    )[2:4]
 
 
 def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
@@ -99,7 +117,11 @@ def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
     sent = {"exchange/site2/dispatch_bytes": 2e6}
     assert drawn(tmp_path, a_run({})).keys() == dense
     assert drawn(tmp_path, a_run({"1": [1, 1]})).keys() == dense | {"load_1", "balance_1"}
-    assert drawn(tmp_path, a_run({"1": [1, 1]}, **sent)).keys() == dense | {"load_1", "balance_1", "exchange"}
+    assert drawn(tmp_path, a_run({"1": [1, 1]}, **sent)).keys() == dense | {
+        "load_1",
+        "balance_1",
+        "exchange",
+    }
     assert drawn(tmp_path, a_run({}, **{"exchange/site2/dispatch_bytes": 0.0})).keys() == dense
     assert drawn(tmp_path, [{"step": 1, "moe/1/load": [0.0, 0.0]}]).keys() == {"load_1"}
     assert drawn(tmp_path, [{"step": 1, "test/loss": 4.0}]).keys() == {"loss"}
@@ -107,20 +129,27 @@ def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
 
 
 def test_axes_have_names_and_units(tmp_path):
-    lines = a_run({"1": [2, 0, 1, 1]}, **{"exchange/site2/dispatch_bytes": 2e6, "train/skipped_steps": 1})
+    lines = a_run(
+        {"1": [2, 0, 1, 1]}, **{"exchange/site2/dispatch_bytes": 2e6, "train/skipped_steps": 1}
+    )
     found = drawn(tmp_path, lines)
-    assert {stem: [axes.get_ylabel().replace("\n", " ") for axes in figure.axes] for stem, figure in found.items()} == {
+    assert {
+        stem: [axes.get_ylabel().replace("\n", " ") for axes in figure.axes]
+        for stem, figure in found.items()
+    } == {
         "loss": ["loss (nats per word)"],
         "perplexity": ["perplexity (log scale)"],
         "load_1": ["expert", "load relative to the mean (1.0 = balanced)"],
         "balance_1": [
-            "CV over experts (std / mean)", "load of an expert (/ mean load)", "dead experts (of 4)",
+            "CV over experts (std / mean)",
+            "load of an expert (/ mean load)",
+            "dead experts (of 4)",
             "drop rate (of assignments)",
         ],
         "speed": ["words per second (all ranks)", "TFLOPS per device (10¹² operations / s)"],
         "optimizer": ["learning rate", "gradient norm (before clipping)", "skipped steps (so far)"],
         "exchange": ["sent by all ranks (MB per step)"],
-    }  # fmt: skip
+    }
     for stem, figure in found.items():
         lowest = figure.axes[0 if stem == "load_1" else -1]
         assert lowest.get_xlabel() == "training step"
@@ -129,12 +158,27 @@ def test_axes_have_names_and_units(tmp_path):
 
 def test_a_run_of_images_has_its_own(tmp_path):
     lines = [
-        {"step": step, "train/loss": 1.0, "train/accuracy": 0.5 + step / 100, "images_per_second": 90.0}
+        {
+            "step": step,
+            "train/loss": 1.0,
+            "train/accuracy": 0.5 + step / 100,
+            "images_per_second": 90.0,
+        }
         for step in range(1, 5)
     ]
-    lines.append({"step": 4, "valid/loss": 2.0, "valid/accuracy": 0.5, "norms/ffn.gain": 3e-4, "norms/ffn.bias": 0.0})
+    lines.append(
+        {
+            "step": 4,
+            "valid/loss": 2.0,
+            "valid/accuracy": 0.5,
+            "norms/ffn.gain": 3e-4,
+            "norms/ffn.bias": 0.0,
+        }
+    )
     found = drawn(tmp_path, lines)
-    assert {stem: figure.axes[0].get_ylabel().replace("\n", " ") for stem, figure in found.items()} == {
+    assert {
+        stem: figure.axes[0].get_ylabel().replace("\n", " ") for stem, figure in found.items()
+    } == {
         "loss": "loss (nats per image)",
         "accuracy": "accuracy (part of all that are right)",
         "norms": "divergence y over blocks",
@@ -142,7 +186,9 @@ def test_a_run_of_images_has_its_own(tmp_path):
     }
     np.testing.assert_array_equal(line_of(found["norms"].axes[0], "ffn norm, gain"), [[4], [3e-4]])
     (accuracy,) = found["accuracy"].axes
-    np.testing.assert_allclose(line_of(accuracy, "train (last 54.00 %)")[1], [0.51, 0.52, 0.53, 0.54])
+    np.testing.assert_allclose(
+        line_of(accuracy, "train (last 54.00 %)")[1], [0.51, 0.52, 0.53, 0.54]
+    )
 
 
 def test_lines_show_the_numbers_of_the_file(tmp_path):
@@ -150,7 +196,9 @@ def test_lines_show_the_numbers_of_the_file(tmp_path):
     found = drawn(tmp_path, lines)
     cv, load, dead, dropped = found["balance_1"].axes
     lr, norm, skipped = found["optimizer"].axes
-    (loss,), (perplexity,), (words, tflops) = (found[stem].axes for stem in ("loss", "perplexity", "speed"))
+    (loss,), (perplexity,), (words, tflops) = (
+        found[stem].axes for stem in ("loss", "perplexity", "speed")
+    )
     shown = {
         "train/loss": line_of(loss, "train (last 0.9)"),
         "valid/loss": line_of(loss, "valid (last 1)"),
@@ -169,28 +217,48 @@ def test_lines_show_the_numbers_of_the_file(tmp_path):
     }
     for key, data in shown.items():
         having = [line for line in lines if key in line]
-        np.testing.assert_array_equal(data, [[line["step"] for line in having], [line[key] for line in having]])
-    for axes in (dead, dropped, words, skipped):  # a line of zeros is seen, and so is the top of the curve
+        np.testing.assert_array_equal(
+            data, [[line["step"] for line in having], [line[key] for line in having]]
+        )
+    for axes in (
+        dead,
+        dropped,
+        words,
+        skipped,
+    ):  # a line of zeros is seen, and so is the top of the curve
         assert axes.get_ylim()[0] < 0 and axes.get_ylim()[1] > max(axes.lines[0].get_ydata())
 
 
 def test_a_scale_is_logarithmic_where_that_helps(tmp_path):
-    wide, narrow = ([train_line(1) | {"train/grad_norm": norm} for norm in pair] for pair in ((0.1, 5.0), (1.0, 5.0)))
+    wide, narrow = (
+        [train_line(1) | {"train/grad_norm": norm} for norm in pair]
+        for pair in ((0.1, 5.0), (1.0, 5.0))
+    )
     for lines, scale in ((wide, "log"), (narrow, "linear")):
         axes = drawn(tmp_path, lines)["optimizer"].axes[1]
-        assert axes.get_yscale() == scale and ("(log scale)" in axes.get_ylabel()) == (scale == "log")
+        assert axes.get_yscale() == scale and ("(log scale)" in axes.get_ylabel()) == (
+            scale == "log"
+        )
 
 
 def test_bytes_are_stacked_by_direction_and_by_site(tmp_path):
     sent = {"site2/dispatch": 3e3, "site2/dispatch:grad": 2e3, "site5/dispatch": 1e3}
-    lines = [{"step": step} | {f"exchange/{k}_bytes": n * step for k, n in sent.items()} for step in (10, 20)]
+    lines = [
+        {"step": step} | {f"exchange/{k}_bytes": n * step for k, n in sent.items()}
+        for step in (10, 20)
+    ]
     figure = drawn(tmp_path, lines)["exchange"]
     tops = [{patch.get_label(): patch.get_data() for patch in axes.patches} for axes in figure.axes]
-    assert [list(each) for each in tops] == [["dispatch", "dispatch (backward)"], ["site2", "site5"]]
+    assert [list(each) for each in tops] == [
+        ["dispatch", "dispatch (backward)"],
+        ["site2", "site5"],
+    ]
     for each, lowest in zip(tops, ([40, 80], [50, 100]), strict=True):  # kB
         first, second = each.values()
         np.testing.assert_array_equal(first.edges, [0, 10, 20])
-        np.testing.assert_allclose([first.values, second.values, second.baseline], [lowest, [60, 120], lowest])
+        np.testing.assert_allclose(
+            [first.values, second.values, second.baseline], [lowest, [60, 120], lowest]
+        )
     assert {axes.get_ylabel() for axes in figure.axes} == {"sent by all ranks\n(kB per step)"}
 
 
@@ -199,7 +267,9 @@ def test_the_map_of_few_experts_has_a_row_for_each(tmp_path):
     lines = [{"step": step, "moe/1/load": pair[step % 2]} for step in range(1, 601)]
     axes = drawn(tmp_path, lines)["load_1"].axes[0]
     shown = np.asarray(axes.collections[0].get_array())
-    np.testing.assert_allclose(shown, np.repeat([[3.0], [1.0], [0.25], [0.25]], 300, axis=1))  # 300 sums of 2 lines
+    np.testing.assert_allclose(
+        shown, np.repeat([[3.0], [1.0], [0.25], [0.25]], 300, axis=1)
+    )  # 300 sums of 2 lines
     assert axes.get_xlim() == (0, 600) and axes.get_ylim() == (-0.5, 3.5)
 
 
@@ -209,7 +279,10 @@ def test_the_map_of_many_experts_shows_the_busiest_of_each_block(tmp_path):
     load[996:999] = 0.0
     figure = drawn(tmp_path, [{"step": 1, "moe/1/load": load.tolist()}])["load_1"]
     axes = figure.axes[0]
-    assert axes.get_ylabel() == "expert (a row: the busiest of 4)" and axes.get_ylim() == (-0.5, 1000.5)
+    assert axes.get_ylabel() == "expert (a row: the busiest of 4)" and axes.get_ylim() == (
+        -0.5,
+        1000.5,
+    )
     shown = np.asarray(axes.collections[0].get_array())[:, 0]
     assert shown.shape == (251,)  # the last row is expert 1000 alone
     expected = np.ones(251)
@@ -223,10 +296,14 @@ def test_the_map_of_many_experts_shows_the_busiest_of_each_block(tmp_path):
 @pytest.mark.parametrize("number", [None, -math.inf, 0])
 def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
     whole = (
-        train_line(1) | layer("1", [1.0, 3.0]) | {"exchange/site2/counts_bytes": 8.0, "memory/peak_bytes": [1e9, 2e9]}
+        train_line(1)
+        | layer("1", [1.0, 3.0])
+        | {"exchange/site2/counts_bytes": 8.0, "memory/peak_bytes": [1e9, 2e9]}
     )
     whole |= {f"time/{part}_ms": 1.0 for part in PARTS}
-    spoilt = {key: [number, 3.0] if isinstance(value, list) else number for key, value in whole.items()} | {"step": 1}
+    spoilt = {
+        key: [number, 3.0] if isinstance(value, list) else number for key, value in whole.items()
+    } | {"step": 1}
     for lines in ([spoilt], [whole, spoilt | {"step": 2}, whole | {"step": 3}]):
         found = {path.stem: path for path in report_files.write_report(write(tmp_path, lines))}
         assert {
@@ -283,9 +360,11 @@ def test_two_threads_never_draw_at_once(tmp_path, monkeypatch):
         figure.subplots().plot([1, 2])
         return {"loss": figure}
 
-    monkeypatch.setattr(plots, "all_pictures", all_pictures)
+    monkeypatch.setattr(plots, "all_plots", all_pictures)
     runs = [write(tmp_path / name, [train_line(1)]) for name in ("a", "b")]
-    threads = [threading.Thread(target=report_files.write_all, args=(run,)) for run in (*runs, runs[0])]
+    threads = [
+        threading.Thread(target=report_files.write_all, args=(run,)) for run in (*runs, runs[0])
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -293,8 +372,10 @@ def test_two_threads_never_draw_at_once(tmp_path, monkeypatch):
     assert most == [1] * 6 and matplotlib.image.imread(runs[0] / "report" / "loss.png").size
 
 
-def test_the_files_that_were_drawn_are_returned_and_none_after_an_error(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(plots, "all_pictures", lambda lines, name: {})
+def test_the_files_that_were_drawn_are_returned_and_none_after_an_error(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(plots, "all_plots", lambda lines, name: {})
     run = write(tmp_path / "run", [train_line(1)])
     assert report_files.try_to_write_all(run) == [run / "report.html"]
     assert report_files.try_to_write_all(tmp_path / "nowhere") == []

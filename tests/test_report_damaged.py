@@ -17,15 +17,34 @@ from moe_dist.report import files as report_files
 from moe_dist.report import plots
 
 STRANGE: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, 10**400, -(10**400), 2**63, "x", "\ud800", "a\nb", [], [1], [[1]], [None], {}, {"a": 1},
-    float("nan"), float("inf"), 1e308, "x" * 5000,
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**400,
+    -(10**400),
+    2**63,
+    "x",
+    "\ud800",
+    "a\nb",
+    [],
+    [1],
+    [[1]],
+    [None],
+    {},
+    {"a": 1},
+    float("nan"),
+    float("inf"),
+    1e308,
+    "x" * 5000,
+)
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that has drawn nothing yet; most tests here draw nothing, for a page takes two seconds."""
-    monkeypatch.setattr(plots, "all_pictures", lambda lines, name: {})
+    monkeypatch.setattr(plots, "all_plots", lambda lines, name: {})
     return a_run(tmp_path / "run")
 
 
@@ -81,22 +100,43 @@ def test_every_field_of_a_layout_may_hold_anything(
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("layout.json", "[" * 100_000), ("layout.json", "{" * 50), ("layout.json", '{"world": 2}'),
-        ("layout.json", "[1, 2]"), ("layout.json", "9" * 5000), ("layout.json", "\x00\x01"), ("layout.json", None),
-        ("layout.json", ""), ("metrics.jsonl", "[" * 100_000 + "\n"), ("metrics.jsonl", '{"a":' * 99_999 + "\n"),
-        ("metrics.jsonl", '{"step": 1, "train/loss": ' + "9" * 400 + "}\n"), ("metrics.jsonl", "\n"),
+        ("layout.json", "[" * 100_000),
+        ("layout.json", "{" * 50),
+        ("layout.json", '{"world": 2}'),
+        ("layout.json", "[1, 2]"),
+        ("layout.json", "9" * 5000),
+        ("layout.json", "\x00\x01"),
+        ("layout.json", None),
+        ("layout.json", ""),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+        ("metrics.jsonl", '{"a":' * 99_999 + "\n"),
+        ("metrics.jsonl", '{"step": 1, "train/loss": ' + "9" * 400 + "}\n"),
+        ("metrics.jsonl", "\n"),
         ("metrics.jsonl", '{"step": ' + "9" * 5000 + "}\n"),
         ("metrics.jsonl", '{"step": 1, "moe/\\ud800/load": [1]}\n'),
-        ("metrics.jsonl", '{"step": 1, "moe/a/load": [1, 2]}\n{"step": 2, "moe/a/load": [1, 2, 3]}\n'),
-        ("metrics.jsonl", '{"step": 1, "moe/a/importance": [1]}\n{"step": 2, "moe/a/importance": [1, 2]}\n'),
-        ("metrics.jsonl", '{"step": 1, "moe/a\\u0000/load": [1]}\n'), ("metrics.jsonl", "\ufeff{}\n"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "moe/a/load": [1, 2]}\n{"step": 2, "moe/a/load": [1, 2, 3]}\n',
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "moe/a/importance": [1]}\n{"step": 2, "moe/a/importance": [1, 2]}\n',
+        ),
+        ("metrics.jsonl", '{"step": 1, "moe/a\\u0000/load": [1]}\n'),
+        ("metrics.jsonl", "\ufeff{}\n"),
         ("metrics.jsonl", '{"step": 1, "moe/' + "a" * 3000 + '/load": [1]}\n'),
-        ("metrics.jsonl", '{"step": 1, "train/not_finite": "a\\nb"}\n'), ("metrics.jsonl", None),
-        ("metrics.jsonl", '{"step": 1, "memory/peak_bytes": [' + "9" * 400 + "]}\n"), ("metrics.jsonl", ""),
+        ("metrics.jsonl", '{"step": 1, "train/not_finite": "a\\nb"}\n'),
+        ("metrics.jsonl", None),
+        ("metrics.jsonl", '{"step": 1, "memory/peak_bytes": [' + "9" * 400 + "]}\n"),
+        ("metrics.jsonl", ""),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_no_run_writes_is_named(
-    run: Path, file: str, content: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Path,
+    file: str,
+    content: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Without content the file is a pipe, which nobody ever writes to."""
     (run / file).unlink()
@@ -114,17 +154,28 @@ def test_a_config_that_cannot_be_read_is_left_out(
     whole = json.loads((run / "config.json").read_text())
     for content in ("[" * 100_000, "{", '"x"', json.dumps(whole | {"steps": 10**400}), None):
         (run / "config.json").unlink()
-        os.mkfifo(run / "config.json") if content is None else (run / "config.json").write_text(content)
+        os.mkfifo(run / "config.json") if content is None else (run / "config.json").write_text(
+            content
+        )
         assert told(run, monkeypatch, capfd) == ""
-        assert "no config.json of this version" in (run / "report.html").read_text() or "steps" in content
+        assert (
+            "no config.json of this version" in (run / "report.html").read_text()
+            or "steps" in content
+        )
     (run / "config.json").unlink()
     (run / "config.json").write_text(json.dumps(whole | {"name": "half a \ud800 character"}))
-    assert told(run, monkeypatch, capfd) == "" and "half a ? character" in (run / "report.html").read_text()
+    assert (
+        told(run, monkeypatch, capfd) == ""
+        and "half a ? character" in (run / "report.html").read_text()
+    )
 
 
 def test_names_that_are_no_text_are_shown_as_far_as_they_are(run: Path) -> None:
     odd = run.rename(Path(os.fsdecode(os.fsencode(run.parent) + b"/odd\xff")))
-    assert report_files.write_all(odd) == [odd / "report.html"] and "<h1>odd?</h1>" in (odd / "report.html").read_text()
+    assert (
+        report_files.write_all(odd) == [odd / "report.html"]
+        and "<h1>odd?</h1>" in (odd / "report.html").read_text()
+    )
 
 
 def test_a_run_that_is_not_there_is_status_2(
@@ -175,7 +226,12 @@ def a_repetition(content: bytes, rng: random.Random) -> bytes:
     return content[:second] + content[first:]
 
 
-DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (another_value, another_bit, a_cut, a_repetition)
+DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
+    another_value,
+    another_bit,
+    a_cut,
+    a_repetition,
+)
 
 
 @pytest.mark.timeout(120)
@@ -188,7 +244,9 @@ def test_numbers_of_any_size_are_drawn(tmp_path: Path) -> None:
         values = line(1) | {"step": step}
         for key, value in values.items():
             if key != "step":
-                numbers = [rng.choice((0, -1, 1e300, -1e300, 1e-300, None, 2**63 - 1)) for _ in range(8)]
+                numbers = [
+                    rng.choice((0, -1, 1e300, -1e300, 1e-300, None, 2**63 - 1)) for _ in range(8)
+                ]
                 values[key] = numbers if isinstance(value, list) else numbers[0]
         lines.append(json.dumps(values) + "\n")
     (run / "metrics.jsonl").write_text("".join(lines))

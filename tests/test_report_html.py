@@ -14,41 +14,70 @@ from runs import tiny
 from wandb_file import wandb_records
 
 from moe_dist.config.overrides import to_json
-from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import __main__ as report_command
 from moe_dist.report import files as report_files
 from moe_dist.report import plots
-from moe_dist.report.html import page
-from moe_dist.report.run_summary import read_run, size
+from moe_dist.report.html import render_html
+from moe_dist.report.run_summary import format_bytes, read_run
 
 LAYOUT = {
-    "config": "tiny", "world": 4, "nodes": 2, "ep": 2, "edp": 2, "zero": 1, "dtype": "bf16", "samples": 8,
-    "accumulation": 2, "samples_per_rank": 1, "parameters": 12345, "num_experts": 8, "experts_per_rank": 4,
-    "experts_per_token": 2, "num_groups": None,
-    "per_rank": {"parameters": 9876, "memory_bytes": {"dense parameters": 3_000_000, "activations": 500_000}},
-}  # fmt: skip
+    "config": "tiny",
+    "world": 4,
+    "nodes": 2,
+    "ep": 2,
+    "edp": 2,
+    "zero_stage": 1,
+    "dtype": "bf16",
+    "global_batch_size": 8,
+    "grad_accum_steps": 2,
+    "samples_per_rank": 1,
+    "parameters": 12345,
+    "num_experts": 8,
+    "experts_per_rank": 4,
+    "experts_per_token": 2,
+    "num_groups": None,
+    "per_rank": {
+        "parameters": 9876,
+        "memory_bytes": {"dense parameters": 3_000_000, "activations": 500_000},
+    },
+}
 
 
 def line(step: int, slow: float = 1.0) -> dict[str, Any]:
     """Of a run on two nodes of two ranks, whose steps take 40 ms times `slow`."""
     parts = {"gate": 4.0, "exchange": 8.0, "experts": 12.0, "optimizer": 6.0, "rest": 10.0}
     return {
-        "step": step, "train/loss": 9 / step, "train/lr": 1e-3, "train/grad_norm": 1.5, "train/skipped_steps": 3,
-        "words_per_second": 1000.0 * step / slow, "tflops_per_device": 0.25,
+        "step": step,
+        "train/loss": 9 / step,
+        "train/lr": 1e-3,
+        "train/grad_norm": 1.5,
+        "train/skipped_steps": 3,
+        "words_per_second": 1000.0 * step / slow,
+        "tflops_per_device": 0.25,
         **{f"time/{part}_ms": ms * slow for part, ms in parts.items()},
-        "memory/peak_bytes": [1e9, 3e9, 2e9, 1.5e9], "memory/largest_peak_bytes": 3e9,
-        "exchange/site2/dispatch_bytes": 1e6 * step, "exchange/site2/dispatch_between_nodes_bytes": 3e6 * step,
+        "memory/peak_bytes": [1e9, 3e9, 2e9, 1.5e9],
+        "memory/largest_peak_bytes": 3e9,
+        "exchange/site2/dispatch_bytes": 1e6 * step,
+        "exchange/site2/dispatch_between_nodes_bytes": 3e6 * step,
         "exchange/experts/gradients_bytes": 0.5e6,
-        "moe/middle/load": [4.0 * step, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0], "moe/middle/importance": [1.0] * 8,
-        "moe/middle/max_over_mean_load": 2.5, "moe/middle/dead_experts": 1, "moe/middle/drop_rate": 0.125,
-        "moe/middle/cv_load": 0.4, "moe/middle/cv_importance": 0.1,
+        "moe/middle/load": [4.0 * step, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0],
+        "moe/middle/importance": [1.0] * 8,
+        "moe/middle/max_over_mean_load": 2.5,
+        "moe/middle/dead_experts": 1,
+        "moe/middle/drop_rate": 0.125,
+        "moe/middle/cv_load": 0.4,
+        "moe/middle/cv_importance": 0.1,
         **{f"moe/middle/p{p}_over_mean_load": p / 50 for p in (10, 50, 90)},
-    }  # fmt: skip
+    }
 
 
 def a_run(run: Path, slow: float = 1.0, config: str = to_json(tiny())) -> Path:
     lines = [line(step, slow) for step in range(1, 6)]
-    lines += [{"step": 5, "valid/loss": 2.5, "valid/perplexity": 12.1825}, {"step": 5, "test/loss": 2.75}]
+    lines += [
+        {"step": 5, "valid/loss": 2.5, "valid/perplexity": 12.1825},
+        {"step": 5, "test/loss": 2.75},
+    ]
     run.mkdir()
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     (run / "config.json").write_text(config)
@@ -66,18 +95,20 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def of_one(both: list[Path]) -> str:
-    return page([read_run(both[0])])
+    return render_html([read_run(both[0])])
 
 
 @pytest.fixture(scope="module")
 def of_both(both: list[Path]) -> str:
-    return page([read_run(run) for run in both])
+    return render_html([read_run(run) for run in both])
 
 
 def cells(text: str) -> dict[str, list[str]]:
     """Rows of the page's tables by their first cell; of several the first."""
     rows = re.findall(r"<tr><th>([^<]+)</th>((?:<td>[^<]*</td>)+)</tr>", text)
-    return {html.unescape(name): re.findall(r"<td>([^<]*)</td>", told) for name, told in reversed(rows)}
+    return {
+        html.unescape(name): re.findall(r"<td>([^<]*)</td>", told) for name, told in reversed(rows)
+    }
 
 
 def test_the_page_of_a_run_has_the_numbers_of_its_metrics(of_one: str) -> None:
@@ -120,12 +151,21 @@ def test_the_page_of_a_run_has_the_numbers_of_its_metrics(of_one: str) -> None:
 def test_each_picture_is_on_the_page_and_the_layout_says_where_ranks_are(of_one: str) -> None:
     titles = re.findall(r'<svg role="img" aria-label="one: ([^"]+)"', of_one)
     assert titles == [
-        "loss", "perplexity", "optimizer", "balance of MoE layer middle", "time of a training step by part",
-        "speed of training steps", "sent to other ranks", "memory of a rank",
-    ]  # fmt: skip
+        "loss",
+        "perplexity",
+        "optimizer",
+        "balance of MoE layer middle",
+        "time of a training step by part",
+        "speed of training steps",
+        "sent to other ranks",
+        "memory of a rank",
+    ]
     assert '<img alt="one: load of MoE layer middle" src="data:image/png;base64,' in of_one
     # experts 0 to 3 on even ranks, of which rank 2 is on the second node
-    assert "<b>rank 2</b>, node 1<br>experts 0 to 3" in of_one and "<b>rank 3</b>, node 1<br>experts 4 to 7" in of_one
+    assert (
+        "<b>rank 2</b>, node 1<br>experts 0 to 3" in of_one
+        and "<b>rank 3</b>, node 1<br>experts 4 to 7" in of_one
+    )
 
 
 def test_several_runs_have_a_column_each_and_what_differs_is_told(of_both: str) -> None:
@@ -134,7 +174,12 @@ def test_several_runs_have_a_column_each_and_what_differs_is_told(of_both: str) 
     assert found["gate, median"] == ["4.00 ms  (10.0 %)", "8.00 ms  (10.0 %)"]
     differs = text[text.index('<h2 id="what-differs">') : text.index('<h2 id="side-by-side">')]
     assert cells(differs) == {"seed": ["0", "7"]}
-    for title in ("loss: train thin, valid thick", "time of a training step", "drop rate", "words per second"):
+    for title in (
+        "loss: train thin, valid thick",
+        "time of a training step",
+        "drop rate",
+        "words per second",
+    ):
         assert f'aria-label="{title}"' in text
     for picture in ("loss", "time of a training step by part", "memory of a rank"):
         assert f'aria-label="one: {picture}"' in text and f'aria-label="two: {picture}"' in text
@@ -153,32 +198,48 @@ def outside(text: str) -> list[str]:
 
 
 def test_nothing_on_the_page_is_elsewhere(of_one: str, of_both: str) -> None:
-    for bad in ('<img src="x.png">', "<script>", '<a href="https://a.b">', "url(font.woff)", "@import 'a.css'"):
+    for bad in (
+        '<img src="x.png">',
+        "<script>",
+        '<a href="https://a.b">',
+        "url(font.woff)",
+        "@import 'a.css'",
+    ):
         assert outside(bad), bad
     assert outside(of_one) == [] and outside(of_both) == []
 
 
-def test_no_token_of_a_config_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_of_a_config_is_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "e" * 40)
-    monkeypatch.setattr(plots, "all_pictures", lambda *_: {})  # which take a while, and know no config
+    monkeypatch.setattr(plots, "all_plots", lambda *_: {})  # which take a while, and know no config
     text = to_json(
-        tiny("data.text=https://user:pa55word@host/a.txt", "init=hf_abcdefghijklmnop", "compare=" + "0f" * 20)
+        tiny(
+            "data.text=https://user:pa55word@host/a.txt",
+            "init_from=hf_abcdefghijklmnop",
+            "baseline=" + "0f" * 20,
+        )
     )
-    shown = page([read_run(a_run(tmp_path / "odd", config=text))])
+    shown = render_html([read_run(a_run(tmp_path / "odd", config=text))])
     added = json.loads(text) | {"api_key": "s3cret-of-an-added-field"}
     added["wandb"] |= {"api_key": "s3cret-of-an-added-field"}
-    hidden = page([read_run(a_run(tmp_path / "added", config=json.dumps(added)))])
+    hidden = render_html([read_run(a_run(tmp_path / "added", config=json.dumps(added)))])
     for secret in ("pa55word", "hf_abc", "0f" * 20, "s3cret", "e" * 40):
         assert secret not in shown + hidden
-    assert cells(shown)["data.text"] == ["https://(hidden)@host/a.txt"] and cells(shown)["init"] == ["(hidden)"]
+    assert cells(shown)["data.text"] == ["https://(hidden)@host/a.txt"] and cells(shown)[
+        "init_from"
+    ] == ["(hidden)"]
     assert "no config.json of this version" in hidden
 
 
 def test_names_are_text_and_a_run_may_lack_anything(tmp_path: Path) -> None:
     run = tmp_path / "<b>&amp;"
     run.mkdir()
-    (run / "metrics.jsonl").write_text('{"step": 1, "test/loss": 4.0}\n{"step": 2, "train/loss": null}\n')
-    text = page([read_run(run)])
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "test/loss": 4.0}\n{"step": 2, "train/loss": null}\n'
+    )
+    text = render_html([read_run(run)])
     assert "<b>&amp;" not in text and "&lt;b&gt;&amp;amp;" in text
     assert cells(text)["test loss, last"] == ["4"] and cells(text)["train loss, last"] == ["nan"]
     assert "gate" not in text and "it is of an earlier version" in text
@@ -190,16 +251,19 @@ def test_a_run_that_goes_on_with_other_ranks_has_a_page(tmp_path: Path) -> None:
     peaks = [1e9, 3e9, 2e9, 1.5e9], [4e9, 5e9]
     lines = [{"step": step, "memory/peak_bytes": peak} for step, peak in enumerate(peaks, start=1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    assert cells(page([read_run(run)]))["measured, largest rank"] == ["5.00 GB"]
+    assert cells(render_html([read_run(run)]))["measured, largest rank"] == ["5.00 GB"]
 
 
 def test_the_command_line_writes_one_page(
-    both: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    both: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     one, two = map(str, both)
-    drawn = plots.all_pictures
-    monkeypatch.setattr(plots, "all_pictures", lambda *args: dict(list(drawn(*args).items())[:1]))
-    monkeypatch.setattr(plots, "together", lambda runs: {})
+    drawn = plots.all_plots
+    monkeypatch.setattr(plots, "all_plots", lambda *args: dict(list(drawn(*args).items())[:1]))
+    monkeypatch.setattr(plots, "overlay_runs", lambda runs: {})
 
     def run(*args: str) -> list[str]:
         monkeypatch.setattr(report_files.sys, "argv", ["report", *args])
@@ -223,17 +287,20 @@ def test_the_command_line_writes_one_page(
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "told"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.50 kB"), (2.5e12, "2,500.00 GB")]
+    ("num_bytes", "told"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.50 kB"), (2.5e12, "2,500.00 GB")],
 )
 def test_sizes(num_bytes: float, told: str) -> None:
-    assert size(num_bytes) == told
+    assert format_bytes(num_bytes) == told
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 @pytest.mark.timeout(200)
-def test_a_browser_shows_the_page_without_an_error_or_a_request(of_one: str, of_both: str, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_without_an_error_or_a_request(
+    of_one: str, of_both: str, tmp_path: Path
+) -> None:
     """What a page asks for has an initiator in the browser's record of its network; what the browser asks for itself
     (its own updates, say) has none. A proxy that is not there keeps both from the network."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -244,15 +311,29 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request(of_one: str, of_
         """The page as the browser has it, what its console says, and the addresses that it asked for."""
         file, log = tmp_path / "page.html", tmp_path / "net.json"
         file.write_text(text)
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--dump-dom",
+        ]
         options += ["--no-first-run", "--proxy-server=127.0.0.1:9"]
         options += [f"--user-data-dir={tmp_path / 'user'}", f"--log-net-log={log}", file.as_uri()]
         done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=90)
         assert done.returncode == 0, done.stderr
         console = "\n".join(row for row in done.stderr.splitlines() if "CONSOLE" in row)
         asked = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-        of_page = {each["url"] for each in asked if each.get("initiator", "not an origin") != "not an origin"}
-        return done.stdout, console, {url for url in of_page if not url.startswith(("file:", "data:"))}
+        of_page = {
+            each["url"]
+            for each in asked
+            if each.get("initiator", "not an origin") != "not an origin"
+        }
+        return (
+            done.stdout,
+            console,
+            {url for url in of_page if not url.startswith(("file:", "data:"))},
+        )
 
     bad = '<html><img src="http://outside.example/a.png"><script>console.error("loud"); nothing()</script></html>'
     _, console, asked = opened(bad)  # what is looked for can be found
@@ -265,23 +346,38 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request(of_one: str, of_
 
 
 @pytest.mark.timeout(120)
-def test_wandb_has_the_same_in_panels_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_has_the_same_in_panels_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path / name))
     run = tmp_path / "run"
-    with Metrics(run, {}, enabled=True, wandb_mode="offline", total_steps=5) as log:
+    with MetricsLogger(run, {}, enabled=True, wandb_mode="offline", total_steps=5) as log:
         for step in range(1, 4):
             log.log(step, {key: value for key, value in line(step).items() if key != "step"})
-        log.pictures(3, lambda: [report_files.write_page([run], run / "report.html")])
+        log.log_images(3, lambda: [report_files.write_page([run], run / "report.html")])
     (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
     records = wandb_records(path)
-    hidden = {record.metric.name for record in records if record.HasField("metric") and record.metric.options.hidden}
+    hidden = {
+        record.metric.name
+        for record in records
+        if record.HasField("metric") and record.metric.options.hidden
+    }
     assert hidden == {
-        *(f"moe/middle/p{p}_over_mean_load" for p in (10, 50, 90)), "exchange/experts/gradients_bytes",
-        "exchange/site2/dispatch_bytes", "exchange/site2/dispatch_between_nodes_bytes",
-    }  # fmt: skip
-    updates = [update for record in records for update in record.config.update if len(update.nested_key) == 3]
-    panels = {update.nested_key[2]: json.loads(update.value_json)["panel_config"] for update in updates}
+        *(f"moe/middle/p{p}_over_mean_load" for p in (10, 50, 90)),
+        "exchange/experts/gradients_bytes",
+        "exchange/site2/dispatch_bytes",
+        "exchange/site2/dispatch_between_nodes_bytes",
+    }
+    updates = [
+        update
+        for record in records
+        for update in record.config.update
+        if len(update.nested_key) == 3
+    ]
+    panels = {
+        update.nested_key[2]: json.loads(update.value_json)["panel_config"] for update in updates
+    }
     assert {key: panel["stringSettings"]["title"] for key, panel in panels.items()} == {
         "charts/step_time": "milliseconds of a training step by part",
         "charts/bytes_by_link": "bytes sent per step by all ranks",
@@ -291,7 +387,9 @@ def test_wandb_has_the_same_in_panels_of_its_own(tmp_path: Path, monkeypatch: py
         path.name.partition("_table")[0]: json.loads(path.read_text())["data"]
         for path in (run / "wandb").glob("offline-run-*/files/media/table/charts/*.json")
     }
-    assert [3, "experts", 12.0] in rows["step_time"] and len(rows["step_time"]) == 3 * 5  # steps and parts
+    assert [3, "experts", 12.0] in rows["step_time"] and len(
+        rows["step_time"]
+    ) == 3 * 5  # steps and parts
     assert [2, "dispatch, between nodes", 6e6] in rows["bytes_by_link"]
     assert [1, "max", 2.5] in rows["load_middle"] and [1, "p10", 0.2] in rows["load_middle"]
     (sent,) = (run / "wandb").glob("offline-run-*/files/media/html/report/*.html")

@@ -26,19 +26,29 @@ STAGES = [(ds, zero) for ds in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
 
 
 @pytest.mark.timeout(240)
-def test_every_stage_and_precision_goes_on_bit_identically(small_text: Path, tmp_path: Path) -> None:
+def test_every_stage_and_precision_goes_on_bit_identically(
+    small_text: Path, tmp_path: Path
+) -> None:
     for same in run_distributed(interrupt, 2, str(small_text), tmp_path, timeout=220):
-        assert same == {stage: {"losses": True, "norms": True, "weights": True, "stepped": True} for stage in STAGES}
+        assert same == {
+            stage: {"losses": True, "norms": True, "weights": True, "stepped": True}
+            for stage in STAGES
+        }
 
 
 def interrupt(text: str, folder: Path) -> dict[tuple[str, int], dict[str, bool]]:
     """Six steps without a break, and three, a checkpoint, and three more in a run made anew."""
-    meshes.join()
+    meshes.init_process_group()
     same = {}
     for ds, zero in STAGES:
         # an odd vocabulary: two ranks do not divide the elements of the softmax's bias
-        sets = ["mesh.ep=2", f"data.text={text}", "batch.accumulation=2", "data.vocabulary_size=301"]
-        config = tiny(*sets, f"ds_config={ds}", f"zero={zero}")
+        sets = [
+            "mesh.ep=2",
+            f"data.text={text}",
+            "batch.grad_accum_steps=2",
+            "data.vocabulary_size=301",
+        ]
+        config = tiny(*sets, f"ds_config={ds}", f"zero_stage={zero}")
         whole = Run(config).steps(0, 6)
         first = Run(config).steps(0, 3)
         path = folder / f"{ds}{zero}"
@@ -53,7 +63,7 @@ def interrupt(text: str, folder: Path) -> dict[tuple[str, int], dict[str, bool]]
             "weights": all(torch.equal(expected[k], got[k]) for k in expected),
             "stepped": goes_back(whole, path, 3, 6),
         }
-    meshes.stop()
+    meshes.shutdown()
     return same
 
 
@@ -69,21 +79,30 @@ def goes_back(run: Run, folder: Path, first: int, last: int) -> bool:
 
 
 @pytest.mark.timeout(200)
-def test_an_engine_that_has_stepped_goes_back_with_every_kind_of_state(small_text: Path, tmp_path: Path) -> None:
+def test_an_engine_that_has_stepped_goes_back_with_every_kind_of_state(
+    small_text: Path, tmp_path: Path
+) -> None:
     for same in run_distributed(step_and_go_back, 2, str(small_text), tmp_path, timeout=180):
         assert same == dict.fromkeys((0, 1, 2, 3), True)
 
 
 def step_and_go_back(text: str, folder: Path) -> dict[int, bool]:
     """Adam for experts, gates of groups and rows, with the masters of bf16, by ZeRO stage."""
-    meshes.join()
+    meshes.init_process_group()
     same = {}
     for zero in (0, 1, 2, 3):
-        sets = ["model.moe.num_groups=4", "optim.expert_form=adam", "model.softmax_samples=40", "ds_config=bf16"]
-        run = Run(tiny(*sets, "mesh.ep=2", f"zero={zero}", f"data.text={text}", "optim.lr=1e-2")).steps(0, 2)
+        sets = [
+            "model.moe.num_groups=4",
+            "optim.expert_optimizer=adam",
+            "model.softmax_samples=40",
+            "ds_config=bf16",
+        ]
+        run = Run(
+            tiny(*sets, "mesh.ep=2", f"zero_stage={zero}", f"data.text={text}", "optim.lr=1e-2")
+        ).steps(0, 2)
         run.save(folder / str(zero), 2)
         same[zero] = goes_back(run.steps(2, 5), folder / str(zero), 2, 5)
-    meshes.stop()
+    meshes.shutdown()
     return same
 
 
@@ -95,10 +114,10 @@ def test_a_skipped_step_is_not_counted_after_resume(small_text: Path, tmp_path: 
 
 def skip_and_resume(text: str, folder: Path) -> list[bool]:
     """At each stage: a step with an infinite gradient, a checkpoint, and two more steps in a run made anew."""
-    meshes.join()
+    meshes.init_process_group()
     same = []
     for zero in (0, 1, 2, 3):
-        config = tiny("mesh.ep=2", f"zero={zero}", f"data.text={text}")
+        config = tiny("mesh.ep=2", f"zero_stage={zero}", f"data.text={text}")
         whole = Run(config).steps(0, 2)
         handle = next(iter(whole.model.experts.values())).register_hook(lambda g: g * math.inf)
         whole.steps(2, 3)
@@ -109,7 +128,7 @@ def skip_and_resume(text: str, folder: Path) -> list[bool]:
         assert again.optimizer.updates == 2
         expected, got = whole.steps(3, 5).weights(), again.steps(3, 5).weights()
         same.append(all(torch.equal(expected[k], got[k]) for k in expected))
-    meshes.stop()
+    meshes.shutdown()
     return same
 
 
@@ -122,7 +141,9 @@ def test_any_other_layout_goes_on_and_back(small_text: Path, tmp_path: Path) -> 
     text = str(small_text)
     whole = run_distributed(save_and_go_on, 4, text, tmp_path / "first", timeout=100)[0]
     for world in (1, 2, 4):
-        for layout, losses in run_distributed(go_on_from, world, text, tmp_path, timeout=100)[0].items():
+        for layout, losses in run_distributed(go_on_from, world, text, tmp_path, timeout=100)[
+            0
+        ].items():
             assert losses == pytest.approx(whole, rel=1e-5), layout
     back = run_distributed(go_back, 4, text, tmp_path, timeout=100)[0]
     assert back == {layout: pytest.approx(whole[10:], rel=1e-5) for layout in LAYOUTS}
@@ -130,21 +151,21 @@ def test_any_other_layout_goes_on_and_back(small_text: Path, tmp_path: Path) -> 
 
 def on(layout: tuple[int, int, int], text: str) -> Run:
     _, ep, zero = layout
-    return Run(tiny(f"mesh.ep={ep}", f"zero={zero}", f"data.text={text}"))
+    return Run(tiny(f"mesh.ep={ep}", f"zero_stage={zero}", f"data.text={text}"))
 
 
 def save_and_go_on(text: str, folder: Path) -> list[float]:
-    meshes.join()
+    meshes.init_process_group()
     run = on((4, 4, 2), text).steps(0, 5)
     run.save(folder, 5)
     run.steps(5, 25)
-    meshes.stop()
+    meshes.shutdown()
     return run.losses[5:]
 
 
 def go_on_from(text: str, folder: Path) -> dict[tuple[int, int, int], list[float]]:
     """On every layout of as many ranks as have joined."""
-    meshes.join()
+    meshes.init_process_group()
     losses = {}
     for layout in (each for each in LAYOUTS if each[0] == world_size()):
         run = on(layout, text)
@@ -152,23 +173,30 @@ def go_on_from(text: str, folder: Path) -> dict[tuple[int, int, int], list[float
         run.steps(5, 15)
         run.save(folder / str(layout), 15)
         losses[layout] = run.steps(15, 25).losses
-    meshes.stop()
+    meshes.shutdown()
     return losses
 
 
 def go_back(text: str, folder: Path) -> dict[tuple[int, int, int], list[float]]:
-    meshes.join()
+    meshes.init_process_group()
     losses = {}
     for layout in LAYOUTS:
         run = on((4, 4, 2), text)
         run.load(folder / str(layout))
         losses[layout] = run.steps(15, 25).losses
-    meshes.stop()
+    meshes.shutdown()
     return losses
 
 
 def command(*args: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     return [*launcher, str(ROOT / "train.py"), *args]
 
 
@@ -178,17 +206,32 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.timeout(240)
 def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_path: Path) -> None:
-    sets = [*TINY, "steps=90", "save_every=30", "eval_every=30", "log_every=1", f"data.text={small_text}", "mesh.ep=2"]
+    sets = [
+        *TINY,
+        "steps=90",
+        "save_every=30",
+        "eval_every=30",
+        "log_every=1",
+        f"data.text={small_text}",
+        "mesh.ep=2",
+    ]
     options = [part for s in sets for part in ("--set", s)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(
-        command("lstm_moe_demo", "--folder", str(whole), *options), env=environment(), check=True, timeout=100
+        command("lstm_moe_demo", "--folder", str(whole), *options),
+        env=environment(),
+        check=True,
+        timeout=100,
     )
-    process = psutil.Popen(command("lstm_moe_demo", "--folder", str(killed), *options), env=environment())
+    process = psutil.Popen(
+        command("lstm_moe_demo", "--folder", str(killed), *options), env=environment()
+    )
     try:
         deadline = time.monotonic() + 100
         while not manifest.folder(killed, 30).exists():
-            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint of step 30"
+            assert time.monotonic() < deadline and process.poll() is None, (
+                "no checkpoint of step 30"
+            )
             time.sleep(0.01)
     finally:
         for each in [*process.children(recursive=True), process]:  # ranks outlive a killed launcher
@@ -201,7 +244,10 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_pat
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         clock = {"words_per_second", "tflops_per_device"}
         measured = ("time/", "memory/")  # of this machine, as is the clock
-        return [{k: v for k, v in line.items() if k not in clock and not k.startswith(measured)} for line in lines]
+        return [
+            {k: v for k, v in line.items() if k not in clock and not k.startswith(measured)}
+            for line in lines
+        ]
 
     assert curves(killed) == curves(whole)
     for shard in sorted(manifest.folder(whole, 90).glob("*.safetensors")):
@@ -221,4 +267,8 @@ def test_resume_from_nothing_is_one_clear_line(tmp_path: Path) -> None:
             timeout=60,
         )
         assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and str(folder) in done.stderr and done.stderr.count("\n") == 1
+        assert (
+            done.stderr.startswith("error: ")
+            and str(folder) in done.stderr
+            and done.stderr.count("\n") == 1
+        )

@@ -19,9 +19,13 @@ def outside(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["config.json", "partial_config.json", "report/loss.png", "report/partial_loss.png"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "partial_config.json", "report/loss.png", "report/partial_loss.png"]
+)
 @pytest.mark.parametrize("leads_to", ["victim", "missing"])
-def test_a_link_in_place_of_a_file_is_replaced(name: str, leads_to: str, outside: Path, tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_file_is_replaced(
+    name: str, leads_to: str, outside: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     (run / "report").mkdir(parents=True)
     (run / name).symlink_to(outside / leads_to)
@@ -34,7 +38,9 @@ def test_a_link_in_place_of_a_file_is_replaced(name: str, leads_to: str, outside
 
 
 @pytest.mark.parametrize("link", ["report", "report/deep"])
-def test_a_link_in_place_of_a_folder_is_refused_by_name(link: str, outside: Path, tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_folder_is_refused_by_name(
+    link: str, outside: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     (run / link).parent.mkdir(parents=True)
     (run / link).symlink_to(outside)
@@ -58,7 +64,9 @@ def test_the_run_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "a" / "report" / "x").read_text() == "ours"
 
 
-def test_a_folder_is_removed_with_its_links_and_not_what_they_lead_to(outside: Path, tmp_path: Path) -> None:
+def test_a_folder_is_removed_with_its_links_and_not_what_they_lead_to(
+    outside: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     inner = run_folder.make_folder(run, "checkpoints/partial_x")
     (inner / "link").symlink_to(outside)
@@ -68,10 +76,13 @@ def test_a_folder_is_removed_with_its_links_and_not_what_they_lead_to(outside: P
 
 def test_what_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     run_folder.write(tmp_path, "x", "whole")
-    with pytest.raises(KeyError), run_folder.replacing(tmp_path, "x") as file:
+    with pytest.raises(KeyError), run_folder.atomic_write(tmp_path, "x") as file:
         file.write(b"half")
         raise KeyError
-    with pytest.raises(OSError, match="written by another process"), run_folder.replacing(tmp_path, "x"):
+    with (
+        pytest.raises(OSError, match="written by another process"),
+        run_folder.atomic_write(tmp_path, "x"),
+    ):
         run_folder.write(tmp_path, "x", "theirs")
     assert (tmp_path / "x").read_text() == "theirs" and os.listdir(tmp_path) == ["x"]
 

@@ -60,17 +60,26 @@ def test_movie_reviews() -> None:
     labels, splits = open_sentences("movie-reviews")
     assert labels == ("negative", "positive")
     # 8,530 sentences, of which two have another one's letters: 8,528 // 10 = 852
-    assert {split: len(some) for split, some in splits.items()} == {"train": 6824, "valid": 852, "test": 852}
+    assert {split: len(some) for split, some in splits.items()} == {
+        "train": 6824,
+        "valid": 852,
+        "test": 852,
+    }
     every = [sentence for some in splits.values() for sentence in some]
     letters = [re.sub(r"\W", "", sentence.text.lower()) for sentence in every]
     assert len(set(letters)) == 8528 and all(sentence.text2 is None for sentence in every)
     # one of each label had another one's letters
     assert Counter(sentence.label for sentence in every) == {0: 4264, 1: 4264}
-    for word, share in (("dull", 0.1), ("touching", 0.9)):  # positive ones among those with the word, nearly
+    for word, share in (
+        ("dull", 0.1),
+        ("touching", 0.9),
+    ):  # positive ones among those with the word, nearly
         labels_of_word = [sentence.label for sentence in every if word in sentence.text.split()]
         assert len(labels_of_word) > 30 and abs(np.mean(labels_of_word) - share) < 0.1
     for some in splits.values():
-        assert abs(np.mean([sentence.label for sentence in some]) - 0.5) < 4 * 0.5 / len(some) ** 0.5
+        assert (
+            abs(np.mean([sentence.label for sentence in some]) - 0.5) < 4 * 0.5 / len(some) ** 0.5
+        )
     test = "".join(f"{sentence.text} {sentence.label} " for sentence in splits["test"])
     told = "the split has changed: figures of before do not compare"
     assert hashlib.md5(test.encode()).hexdigest() == "1ac3232574a0f485ce44afb373530f38", told
@@ -78,26 +87,44 @@ def test_movie_reviews() -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_file_holds_a_tenth_of_its_texts_out(tmp_path: Path, kind: str) -> None:
-    rows = [{"text": f"text {i % 50}", "text2": f"other {i}", "label": "ab"[i % 2]} for i in range(100)]
+    rows = [
+        {"text": f"text {i % 50}", "text2": f"other {i}", "label": "ab"[i % 2]} for i in range(100)
+    ]
     write(tmp_path / f"x.{kind}", rows)
     check_sentences(str(tmp_path / f"x.{kind}"))
     labels, splits = open_sentences(str(tmp_path / f"x.{kind}"))
     assert labels == ("a", "b")
     # 50 texts, each there twice: 5 are held out for either split
-    assert {split: len(some) for split, some in splits.items()} == {"train": 80, "valid": 10, "test": 10}
+    assert {split: len(some) for split, some in splits.items()} == {
+        "train": 80,
+        "valid": 10,
+        "test": 10,
+    }
     texts = [{sentence.text for sentence in some} for some in splits.values()]
     assert [len(some) for some in texts] == [40, 5, 5] and len(set.union(*texts)) == 50
-    every = sorted((s for some in splits.values() for s in some), key=lambda s: int((s.text2 or "").split()[1]))
+    every = sorted(
+        (s for some in splits.values() for s in some), key=lambda s: int((s.text2 or "").split()[1])
+    )
     assert every == [Sentence(row["text"], row["text2"], i % 2) for i, row in enumerate(rows)]
 
 
 def test_what_is_held_out_follows_from_the_texts_alone() -> None:
     texts = [f"text {i}" for i in range(100)]
     one, other = (hold_out(some, ("valid", "test"), str) for some in (texts, texts[::-1]))
-    assert {split: len(some) for split, some in one.items()} == {"train": 80, "valid": 10, "test": 10}
-    assert {split: sorted(some) for split, some in one.items()} == {s: sorted(some) for s, some in other.items()}
-    assert one["test"] != texts[-10:] and one["train"] == [text for text in texts if text in one["train"]]
-    assert set(hold_out([*texts, *texts[:1] * 500], ["valid", "test"], str)["test"]) == set(one["test"])
+    assert {split: len(some) for split, some in one.items()} == {
+        "train": 80,
+        "valid": 10,
+        "test": 10,
+    }
+    assert {split: sorted(some) for split, some in one.items()} == {
+        s: sorted(some) for s, some in other.items()
+    }
+    assert one["test"] != texts[-10:] and one["train"] == [
+        text for text in texts if text in one["train"]
+    ]
+    assert set(hold_out([*texts, *texts[:1] * 500], ["valid", "test"], str)["test"]) == set(
+        one["test"]
+    )
     many = hold_out([str(i) for i in range(60_000)], ["test"], str)
     assert len(many["test"]) == 5000, "no more than that"
     assert hold_out(texts, [], str) == {"train": texts}
@@ -106,17 +133,27 @@ def test_what_is_held_out_follows_from_the_texts_alone() -> None:
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_folder_with_files_named_by_split(tmp_path: Path, kind: str) -> None:
     for split, (first, last) in {"train": (0, 6), "validation": (6, 8), "test": (8, 11)}.items():
-        write(tmp_path / f"{split}.{kind}", numbered(first, last), ["no", "yes"] if kind == "parquet" else None)
+        write(
+            tmp_path / f"{split}.{kind}",
+            numbered(first, last),
+            ["no", "yes"] if kind == "parquet" else None,
+        )
     (tmp_path / "README.md").write_text("# Sentences\n")
     labels, splits = open_sentences(str(tmp_path))
     assert labels == (("no", "yes") if kind == "parquet" else ("0", "1"))
-    assert [s.label for s in splits["valid"]] == [0, 1] and [len(some) for some in splits.values()] == [6, 2, 3]
+    assert [s.label for s in splits["valid"]] == [0, 1] and [
+        len(some) for some in splits.values()
+    ] == [6, 2, 3]
     assert splits["test"][0] == Sentence("text 8", None, 0)
 
 
 @pytest.mark.parametrize(
     ("given", "names"),
-    [([10, 9, -2], ("-2", "9", "10")), (["b", "B", "10"], ("10", "B", "b")), ([True, False, True], ("False", "True"))],
+    [
+        ([10, 9, -2], ("-2", "9", "10")),
+        (["b", "B", "10"], ("10", "B", "b")),
+        ([True, False, True], ("False", "True")),
+    ],
 )
 def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str, ...]) -> None:
     write(tmp_path / "x.jsonl", [{"text": f"{i}.", "label": given[i % 3]} for i in range(30)])
@@ -134,12 +171,32 @@ def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str,
         (".csv", ["true", "True", "FALSE", "false"], ["False", "True"]),
         (".jsonl", [1, "1", 0.0, "0"], ["0", "1"]),
         (".jsonl", [True, "true", False, " False "], ["False", "True"]),
-        (".jsonl", ["caf\u00e9", "cafe\u0301", "th\u00e9\u00a0", "the\u0301"], ["caf\u00e9", "th\u00e9"]),
+        (
+            ".jsonl",
+            ["caf\u00e9", "cafe\u0301", "th\u00e9\u00a0", "the\u0301"],
+            ["caf\u00e9", "th\u00e9"],
+        ),
         (".jsonl", ["very good", "very  good\n", "-0", "0"], ["0", "very good"]),
-        (".jsonl", ["Pos", "pos", "1a", "01a"], ["01a", "1a", "Pos", "pos"]),  # which are not the same
-        (".jsonl", ["ham\u200b", "ham", "\ufeffspam", "sp\u00adam"], ["ham", "spam"]),  # what no font shows
-        (".csv", ["pos", "pos\u200e", "\u200fneg", "neg\u200c"], ["neg", "pos"]),  # as right-to-left tables have them
-        (".jsonl", ["\u2764", "\u2764\ufe0f", "\u2066\u05d8\u2069", "\u05d8"], ["\u05d8", "\u2764"]),
+        (
+            ".jsonl",
+            ["Pos", "pos", "1a", "01a"],
+            ["01a", "1a", "Pos", "pos"],
+        ),  # which are not the same
+        (
+            ".jsonl",
+            ["ham\u200b", "ham", "\ufeffspam", "sp\u00adam"],
+            ["ham", "spam"],
+        ),  # what no font shows
+        (
+            ".csv",
+            ["pos", "pos\u200e", "\u200fneg", "neg\u200c"],
+            ["neg", "pos"],
+        ),  # as right-to-left tables have them
+        (
+            ".jsonl",
+            ["\u2764", "\u2764\ufe0f", "\u2066\u05d8\u2069", "\u05d8"],
+            ["\u05d8", "\u2764"],
+        ),
         (".parquet", [1.0, 2.0, 1.0, 2.0], ["1", "2"]),
     ],
 )
@@ -150,7 +207,9 @@ def test_labels_that_are_written_in_several_ways_are_one(
     for split in ("train", "test"):
         texts = [{"text": f"{split} {i}", "label": written[i % 4]} for i in range(40)]
         if ending == ".jsonl":
-            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+            (tmp_path / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in texts)
+            )
         else:
             write(tmp_path / f"{split}{ending}", texts)
         written = written[::-1]
@@ -163,7 +222,11 @@ def test_labels_that_are_written_in_several_ways_are_one(
 
 @pytest.mark.parametrize(
     ("names", "similar"),
-    [(("Pos", "neg", "pos"), ["Pos", "pos"]), (("STRASSE", "straße"), ["STRASSE", "straße"]), (("a", "b"), [])],
+    [
+        (("Pos", "neg", "pos"), ["Pos", "pos"]),
+        (("STRASSE", "straße"), ["STRASSE", "straße"]),
+        (("a", "b"), []),
+    ],
 )
 def test_labels_that_differ_by_case_are_found(names: tuple[str, ...], similar: list[str]) -> None:
     assert alike(names) == similar
@@ -171,7 +234,9 @@ def test_labels_that_differ_by_case_are_found(names: tuple[str, ...], similar: l
 
 def test_class_names_of_a_dataset_stand_for_numbers_and_for_themselves(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", numbered(0, 20), ["no", "yes"])
-    (tmp_path / "test.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": "no "}\n')
+    (tmp_path / "test.jsonl").write_text(
+        '{"text": "a", "label": 1}\n{"text": "b", "label": "no "}\n'
+    )
     labels, splits = open_sentences(str(tmp_path))
     assert labels == ("no", "yes") and [sentence.label for sentence in splits["test"]] == [1, 0]
 
@@ -206,37 +271,59 @@ def test_numbers_of_labels_that_stand_for_other_names_in_another_file(
     source = str(tmp_path / pattern)
     first, other = [name for name, some in names.items() if some]
     for act in (check_sentences, open_sentences):
-        with pytest.raises(ValueError, match=r"numbers of labels stand for .*: give both the same names") as error:
+        with pytest.raises(
+            ValueError, match=r"numbers of labels stand for .*: give both the same names"
+        ) as error:
             act(source)
         said = str(error.value)
-        assert said.startswith(f"data.sentences={source!r}: ") and first in said and other in said, said
+        assert (
+            said.startswith(f"data.sentences={source!r}: ") and first in said and other in said
+        ), said
 
 
-def test_a_dataset_of_the_hub_whose_splits_name_labels_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_the_hub_whose_splits_name_labels_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def loaded(test: list[str]) -> dict[str, Any]:
         table = datasets.Dataset.from_list(numbered(0, 20))
-        kinds = {"train": datasets.ClassLabel(names=NO_YES), "test": datasets.ClassLabel(names=test)}
-        return {split: table.cast_column("label", kind).to_iterable_dataset() for split, kind in kinds.items()}
+        kinds = {
+            "train": datasets.ClassLabel(names=NO_YES),
+            "test": datasets.ClassLabel(names=test),
+        }
+        return {
+            split: table.cast_column("label", kind).to_iterable_dataset()
+            for split, kind in kinds.items()
+        }
 
     monkeypatch.setattr(sources, "load", lambda *_: loaded(NO_YES))
     assert open_sentences("owner/name")[0] == ("no", "yes")
     monkeypatch.setattr(sources, "load", lambda *_: loaded(YES_NO))
-    with pytest.raises(ValueError, match="no, yes in split 'train', and for yes, no in split 'test'"):
+    with pytest.raises(
+        ValueError, match="no, yes in split 'train', and for yes, no in split 'test'"
+    ):
         open_sentences("owner/name")
 
 
-@pytest.mark.parametrize(("names", "labels"), [(["1", "2", "3"], [1, 2]), (["-1", "+1"], ["1", "-1"])])
-def test_numbers_that_may_be_names_as_well(tmp_path: Path, names: list[str], labels: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("names", "labels"), [(["1", "2", "3"], [1, 2]), (["-1", "+1"], ["1", "-1"])]
+)
+def test_numbers_that_may_be_names_as_well(
+    tmp_path: Path, names: list[str], labels: list[Any]
+) -> None:
     write(tmp_path / "train.parquet", numbered(0, 20), names)
     write(tmp_path / "test.jsonl", [{"text": "a", "label": label} for label in labels])
-    with pytest.raises(ValueError, match=r"train.parquet has the names .*test.jsonl has no names, so that a number"):
+    with pytest.raises(
+        ValueError, match=r"train.parquet has the names .*test.jsonl has no names, so that a number"
+    ):
         open_sentences(str(tmp_path))
     (tmp_path / "test.jsonl").unlink()
     assert open_sentences(f"{tmp_path}/train.parquet")[0] == tuple(names)
 
 
 @pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"]])
-def test_names_that_are_their_own_numbers_stand_beside_numbers(tmp_path: Path, names: list[str]) -> None:
+def test_names_that_are_their_own_numbers_stand_beside_numbers(
+    tmp_path: Path, names: list[str]
+) -> None:
     write(tmp_path / "train.parquet", numbered(0, 20), names)
     write(tmp_path / "test.csv", numbered(20, 22))
     labels, splits = open_sentences(str(tmp_path))
@@ -258,7 +345,11 @@ def test_files_without_names_beside_some_with_names(tmp_path: Path, kind: str) -
 @pytest.mark.parametrize(
     ("first", "other", "says"),
     [
-        ({"text": "a"}, {"text": "b", "text2": "c"}, "row 4 of 'train' has columns text and text2, and row 1 has text"),
+        (
+            {"text": "a"},
+            {"text": "b", "text2": "c"},
+            "row 4 of 'train' has columns text and text2, and row 1 has text",
+        ),
         (
             {"sentence": "a"},
             {"sentence": "b", "question": "c"},
@@ -287,13 +378,17 @@ def test_columns_that_change_from_row_to_row(
 
 
 @pytest.mark.parametrize("of_train", [{}, {"text2": "more"}])
-def test_pairs_in_one_split_and_single_texts_in_another(tmp_path: Path, of_train: dict[str, str]) -> None:
+def test_pairs_in_one_split_and_single_texts_in_another(
+    tmp_path: Path, of_train: dict[str, str]
+) -> None:
     of_test = {} if of_train else {"text2": "more"}
     write(tmp_path / "train.csv", numbered(0, 20, **of_train))
     write(tmp_path / "test.csv", numbered(20, 30, **of_test))
     kinds = ["pairs of texts", "single texts"][:: 1 if of_train else -1]
     for act in (check_sentences, open_sentences):
-        with pytest.raises(ValueError, match=f"{kinds[0]} in 'train' and {kinds[1]} in 'test': give both the same"):
+        with pytest.raises(
+            ValueError, match=f"{kinds[0]} in 'train' and {kinds[1]} in 'test': give both the same"
+        ):
             act(str(tmp_path))
 
 
@@ -304,7 +399,9 @@ def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
     )
     for split in ("train", "validation"):
         write(tmp_path / f"{split}.csv", numbered(0, 4))
-    assert [sentence.text for sentence in open_sentences(str(tmp_path))[1]["test"]] == [text.strip() for text in odd]
+    assert [sentence.text for sentence in open_sentences(str(tmp_path))[1]["test"]] == [
+        text.strip() for text in odd
+    ]
 
 
 GLUE_COLUMNS = {
@@ -323,13 +420,20 @@ def test_glue_has_its_validation_for_a_test(hub: tuple[Path, list[Any]], task: s
     first, second = GLUE_COLUMNS[task]
     names = ["entailment", "neutral", "contradiction"] if task == "mnli" else ["no", "yes"]
     validation = "validation_matched" if task == "mnli" else "validation"
-    sizes = {"train": 40, validation: 6, "test": 4} | ({"validation_mismatched": 5} if task == "mnli" else {})
+    sizes = {"train": 40, validation: 6, "test": 4} | (
+        {"validation_mismatched": 5} if task == "mnli" else {}
+    )
     for split, size in sizes.items():
-        rows = [{first: f"{split} {i}", "label": -1 if split == "test" else i % 2, "idx": i} for i in range(size)]
+        rows = [
+            {first: f"{split} {i}", "label": -1 if split == "test" else i % 2, "idx": i}
+            for i in range(size)
+        ]
         for row in rows:
             row |= {second: "more"} if second else {}
         # a file in a folder of its own, for a name such as validation_matched is not one that the library splits by
-        write(folder / "nyu-mll/glue" / task / "data" / f"{split}-00000-of-00001.parquet", rows, names)
+        write(
+            folder / "nyu-mll/glue" / task / "data" / f"{split}-00000-of-00001.parquet", rows, names
+        )
     labels, splits = open_sentences(f"glue:{task}")
     assert asked == [("nyu-mll/glue", task, None)]
     assert labels == tuple(names)
@@ -349,7 +453,8 @@ def test_another_dataset_of_the_hub_by_its_own_splits(hub: tuple[Path, list[Any]
 
 def sentences(*texts: str) -> list[Sentence]:
     return [
-        Sentence(*text.split("|"), label=i) if "|" in text else Sentence(text, None, i) for i, text in enumerate(texts)
+        Sentence(*text.split("|"), label=i) if "|" in text else Sentence(text, None, i)
+        for i, text in enumerate(texts)
     ]
 
 
@@ -358,13 +463,23 @@ def test_samples_of_sentences_and_pairs() -> None:
     assert data.num_cut == 1 and data.num_batches == 2
     token_bS, kind_bS, valid_bS, label_b = batch = data.batch(0, range(3))
     assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int64]
-    assert token_bS.tolist() == [[CLS, 5, 6, 7, SEP, PAD], [CLS, 8, SEP, 0, 0, 0], [CLS, 9, 10, 11, 12, SEP]]
-    assert valid_bS.sum(dim=1).tolist() == [5, 3, 6] and not kind_bS.any() and label_b.tolist() == [0, 1, 2]
+    assert token_bS.tolist() == [
+        [CLS, 5, 6, 7, SEP, PAD],
+        [CLS, 8, SEP, 0, 0, 0],
+        [CLS, 9, 10, 11, 12, SEP],
+    ]
+    assert (
+        valid_bS.sum(dim=1).tolist() == [5, 3, 6]
+        and not kind_bS.any()
+        and label_b.tolist() == [0, 1, 2]
+    )
     token_bS, _, valid_bS, label_b = data.batch(1, range(3))
     assert token_bS.tolist() == [[CLS, 14, 14, SEP], [PAD] * 4, [PAD] * 4]
     assert valid_bS.sum(dim=1).tolist() == [4, 0, 0] and label_b.tolist() == [3, -100, -100]
 
-    data = Sentences(sentences("a|b", "a b c d|e", "a b c|d e f g", "|a"), TOKENS, max_tokens=7, samples=4)
+    data = Sentences(
+        sentences("a|b", "a b c d|e", "a b c|d e f g", "|a"), TOKENS, max_tokens=7, samples=4
+    )
     token_bS, kind_bS, _, _ = data.batch(0, range(4))
     assert data.num_cut == 2  # 4 + 1 and 3 + 4 tokens have to fit into 7 - 3
     assert token_bS.tolist() == [
@@ -373,7 +488,12 @@ def test_samples_of_sentences_and_pairs() -> None:
         [CLS, 5, 6, SEP, 8, 9, SEP],
         [CLS, SEP, 5, SEP, PAD, PAD, PAD],
     ]
-    assert kind_bS.tolist() == [[0, 0, 0, 1, 1, 0, 0], [0] * 5 + [1] * 2, [0] * 4 + [1] * 3, [0, 0, 1, 1, 0, 0, 0]]
+    assert kind_bS.tolist() == [
+        [0, 0, 0, 1, 1, 0, 0],
+        [0] * 5 + [1] * 2,
+        [0] * 4 + [1] * 3,
+        [0, 0, 1, 1, 0, 0, 0],
+    ]
 
 
 def test_the_longer_text_gives_way() -> None:
@@ -382,7 +502,9 @@ def test_the_longer_text_gives_way() -> None:
             for b in range(12):
                 slow_a, slow_b = a, b
                 while slow_a + slow_b > room:
-                    slow_a, slow_b = (slow_a - 1, slow_b) if slow_a > slow_b else (slow_a, slow_b - 1)
+                    slow_a, slow_b = (
+                        (slow_a - 1, slow_b) if slow_a > slow_b else (slow_a, slow_b - 1)
+                    )
                 assert _kept(a, b, room) == (slow_a, slow_b), (a, b, room)
 
 
@@ -398,7 +520,9 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
         for part, batch in zip(again.batch(4, asked), whole[4], strict=True):
             assert part.equal(batch[asked.start : asked.stop])
     smaller = Sentences(every, TOKENS, max_tokens=3, samples=2, seed=5)
-    assert smaller.batch(13, range(2))[0].equal(whole[6][0][2:]), "sample b of step s is number s B + b"
+    assert smaller.batch(13, range(2))[0].equal(whole[6][0][2:]), (
+        "sample b of step s is number s B + b"
+    )
     other = Sentences(every, TOKENS, max_tokens=3, samples=4, seed=6)
     assert not torch.cat([other.batch(step, range(4))[3] for step in range(7)]).equal(words)
 
@@ -429,21 +553,61 @@ def rows(*rows: str, heading: str = "text,label") -> str:
             r"no column 'text' of strings for 'train', only 'words' \(",
             True,
         ),
-        ({"x.csv": rows("a,1", heading="text,class")}, "no column 'label' of names or whole numbers for 'train'", True),
-        ({"x.csv": rows("a,0.5")}, "row 1 of 'train' has label 0.5: a label is a name or a whole number", True),
-        ({"x.jsonl": '{"text": 1, "label": 0}\n'}, r"no column 'text' of strings .*'text' \(int\)", True),
-        ({"x.jsonl": '{"text": "a", "text2": 1, "label": 0}\n'}, "no column 'text' and 'text2' of strings", True),
-        ({"x.jsonl": '{"text": "a", "label": [1]}\n'}, r"no column 'label' .*'label' \(list\)", True),
-        ({"x.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}\n'}, "row 2 of 'train' has no label", False),
-        ({"x.jsonl": '{"text": "a", "label": 1e40}\n'}, "row 1 of 'train' has a label of 41 digits", True),
-        ({"x.jsonl": '{"text": "a", "label": ' + "7" * 400 + "}\n"}, "has a label of 400 digits, 777", True),
+        (
+            {"x.csv": rows("a,1", heading="text,class")},
+            "no column 'label' of names or whole numbers for 'train'",
+            True,
+        ),
+        (
+            {"x.csv": rows("a,0.5")},
+            "row 1 of 'train' has label 0.5: a label is a name or a whole number",
+            True,
+        ),
+        (
+            {"x.jsonl": '{"text": 1, "label": 0}\n'},
+            r"no column 'text' of strings .*'text' \(int\)",
+            True,
+        ),
+        (
+            {"x.jsonl": '{"text": "a", "text2": 1, "label": 0}\n'},
+            "no column 'text' and 'text2' of strings",
+            True,
+        ),
+        (
+            {"x.jsonl": '{"text": "a", "label": [1]}\n'},
+            r"no column 'label' .*'label' \(list\)",
+            True,
+        ),
+        (
+            {"x.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}\n'},
+            "row 2 of 'train' has no label",
+            False,
+        ),
+        (
+            {"x.jsonl": '{"text": "a", "label": 1e40}\n'},
+            "row 1 of 'train' has a label of 41 digits",
+            True,
+        ),
+        (
+            {"x.jsonl": '{"text": "a", "label": ' + "7" * 400 + "}\n"},
+            "has a label of 400 digits, 777",
+            True,
+        ),
         ({"x.jsonl": '{"text": "a", "label": ' + "7" * 5000 + "}\n"}, "x.jsonl: .*digits", True),
         ({"x.csv": rows(f"a,{10**30}")}, "has a label of 31 digits", True),
         ({"x.tsv": "text\tlabel\na\t" + "9" * 19 + "\n"}, "has a label of 19 digits", True),
         ({"x.jsonl": '{"text": "a", "label": NaN}\n'}, "row 1 of 'train' has no label", True),
         ({"x.jsonl": '{"text": "a", "label": Infinity}\n'}, "row 1 of 'train' has label inf", True),
-        ({"x.jsonl": '{"text": "a\\ud800", "label": 1}\n'}, "x.jsonl: .*surrogates not allowed", True),
-        ({"x.jsonl": '{"text": "a", "label": "\\udfff"}\n'}, "x.jsonl: .*surrogates not allowed", True),
+        (
+            {"x.jsonl": '{"text": "a\\ud800", "label": 1}\n'},
+            "x.jsonl: .*surrogates not allowed",
+            True,
+        ),
+        (
+            {"x.jsonl": '{"text": "a", "label": "\\udfff"}\n'},
+            "x.jsonl: .*surrogates not allowed",
+            True,
+        ),
         ({"x.jsonl": '{"text": "a\\u0000", "label": 1}\n'}, "x.jsonl: .*NUL", True),
         ({"x.csv": "text,label\na\0,1\n"}, "x.csv: .*NUL", True),
         ({"x.jsonl": '{"text": ' + "[" * 100_000}, "x.jsonl: ", True),
@@ -452,19 +616,51 @@ def rows(*rows: str, heading: str = "text,label") -> str:
         ({"x.csv": b"text,label\n\xe9,1\n"}, "no UTF-8 .*give UTF-8", True),
         ({"x.csv": ""}, "has no row for 'train'", True),
         ({"x.jsonl": "{nonsense\n"}, "no JSON", True),
-        ({"x.jsonl": '{"text": null, "label": 1}\n{"text": "a", "label": 1}\n'}, "row 1 of 'train' has no text", True),
+        (
+            {"x.jsonl": '{"text": null, "label": 1}\n{"text": "a", "label": 1}\n'},
+            "row 1 of 'train' has no text",
+            True,
+        ),
         ({"x.csv": rows("a,x", "b,")}, "row 2 of 'train' has no label", False),
         ({"x.csv": rows("a,x", "b,  ")}, "row 2 of 'train' has no label", False),
         ({"x.csv": rows()}, "has no row for 'train'", True),
-        ({"x.csv": rows("a,1", '" ",0', "b,1")}, "row 2 of 'train' has an empty text: leave the row out", False),
-        ({"x.tsv": "text\ttext2\tlabel\na\t\t1\n\t\u2003\t0\n"}, "row 2 of 'train' has an empty text", False),
+        (
+            {"x.csv": rows("a,1", '" ",0', "b,1")},
+            "row 2 of 'train' has an empty text: leave the row out",
+            False,
+        ),
+        (
+            {"x.tsv": "text\ttext2\tlabel\na\t\t1\n\t\u2003\t0\n"},
+            "row 2 of 'train' has an empty text",
+            False,
+        ),
         ({"x.csv": rows("a,1", "b,1")}, "has one label, '1': at least 2", False),
-        ({"x.csv": rows("a,1", "b,0")}, "2 different texts, too few .*at least 10, or files for", False),
-        ({"x.txt": "a\n"}, r"no column 'label' of names or whole numbers for 'train', only 'text' \(str\)", True),
-        ({"d/train.csv": rows("a,good", "b,bad"), "d/test.csv": rows("a,goood")}, "'goood' .* mean 'good'", False),
-        ({"d/train.csv": rows("a,0", "b,1"), "d/test.csv": rows("a,-1")}, "'-1' .*none of train's; known: 0, 1", False),
+        (
+            {"x.csv": rows("a,1", "b,0")},
+            "2 different texts, too few .*at least 10, or files for",
+            False,
+        ),
+        (
+            {"x.txt": "a\n"},
+            r"no column 'label' of names or whole numbers for 'train', only 'text' \(str\)",
+            True,
+        ),
+        (
+            {"d/train.csv": rows("a,good", "b,bad"), "d/test.csv": rows("a,goood")},
+            "'goood' .* mean 'good'",
+            False,
+        ),
+        (
+            {"d/train.csv": rows("a,0", "b,1"), "d/test.csv": rows("a,-1")},
+            "'-1' .*none of train's; known: 0, 1",
+            False,
+        ),
         ({"d/train.csv": rows("a,0", "b,1"), "d/dev.csv": rows()}, "no row for 'valid'", True),
-        ({"d/train.csv": rows("a,0"), "d/dev.csv": rows("a,1", heading="text,klass")}, "for 'valid', only", True),
+        (
+            {"d/train.csv": rows("a,0"), "d/dev.csv": rows("a,1", heading="text,klass")},
+            "for 'valid', only",
+            True,
+        ),
         ({"d/test.csv": rows("a,1")}, "has no split 'train', only test", True),
         ({"d/notes.odd": "a"}, "files that end with .odd are not read", True),
     ],
@@ -477,7 +673,9 @@ def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: b
     source = str(tmp_path / "d" if path.parent.name == "d" else path)
     for act in (open_sentences, check_sentences):
         if act is open_sentences or early:
-            with pytest.raises(ValueError, match=f"data.sentences={re.escape(repr(source))}:? .*{message}") as error:
+            with pytest.raises(
+                ValueError, match=f"data.sentences={re.escape(repr(source))}:? .*{message}"
+            ) as error:
                 act(source)
             assert "\n" not in str(error.value)
         else:
@@ -494,7 +692,10 @@ def test_labels_outside_of_those_that_have_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("movie_reviews", "no file matches and no set is called so; did you mean 'movie-reviews'?, or give"),
+        (
+            "movie_reviews",
+            "no file matches and no set is called so; did you mean 'movie-reviews'?, or give",
+        ),
         ("glue:sst", "did you mean 'glue:sst2'"),
         ("glue", "no set is called so"),
         ("sst2", "did you mean 'glue:sst2'"),
@@ -515,5 +716,7 @@ def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     check_sentences("glue:sst2")
     monkeypatch.setattr(sources, "_ask_for", refused)
-    with pytest.raises(ValueError, match=r"data.sentences='glue:sst2' does not load: no route to it; give 'movie"):
+    with pytest.raises(
+        ValueError, match=r"data.sentences='glue:sst2' does not load: no route to it; give 'movie"
+    ):
         open_sentences("glue:sst2")

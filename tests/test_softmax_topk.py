@@ -19,7 +19,7 @@ from moe_dist.moe.gating.softmax_topk import SoftmaxTopK
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import Routing
 from moe_dist.nn import prng, token_noise
-from moe_dist.nn.init import bounds_of, initialize
+from moe_dist.nn.init import init_bounds, init_parameter
 
 FLOAT64 = torch.float64
 DIM, HIDDEN, NUM_EXPERTS, NUM_SAMPLES, TOKENS = 6, 10, 5, 6, 4
@@ -33,7 +33,9 @@ def make_gate(w_DE: torch.Tensor, k: int, **options: Any) -> SoftmaxTopK:
 
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
-    return torch.empty(*shape, dtype=FLOAT64).normal_(generator=prng.generator("test_softmax_topk", key))
+    return torch.empty(*shape, dtype=FLOAT64).normal_(
+        generator=prng.generator("test_softmax_topk", key)
+    )
 
 
 # numbers worked out by hand
@@ -44,13 +46,15 @@ def test_weights_are_probabilities_over_all_experts() -> None:
     # Token 0: e^logit = 1, 3, 6, 2, sum 12. The best two are experts 2 and 1: weights 6/12 and 3/12, not 2/3 and 1/3.
     # Token 1: e^logit = 4, 1, 3, 12, sum 20. The best two are experts 3 and 0: weights 12/20 and 4/20.
     w_DE = torch.tensor([[1, 3, 6, 2], [4, 1, 3, 12]], dtype=FLOAT64).log()
-    gate = make_gate(w_DE, k=2, noise=False, w_balance=0.5)
+    gate = make_gate(w_DE, k=2, noise=False, balance_loss_weight=0.5)
     routing, told = gate(torch.eye(2, dtype=FLOAT64), context(2))
     assert routing.count_E.tolist() == [1, 1, 1, 1]
     assert routing.token_N.tolist() == [1, 0, 0, 1]
     close(routing.gate_N, [4 / 20, 3 / 12, 6 / 12, 12 / 20])
     close(told.load_GE, [[1, 1, 1, 1]])
-    close(told.importance_GE, [[1 / 12 + 4 / 20, 3 / 12 + 1 / 20, 6 / 12 + 3 / 20, 2 / 12 + 12 / 20]])
+    close(
+        told.importance_GE, [[1 / 12 + 4 / 20, 3 / 12 + 1 / 20, 6 / 12 + 3 / 20, 2 / 12 + 12 / 20]]
+    )
     # all m are 1/4, and the P add up to 1: 0.5 x 4 x 1/4
     close(gate.balance_loss(told.importance_GE, told.load_GE), 0.5)
 
@@ -58,7 +62,9 @@ def test_weights_are_probabilities_over_all_experts() -> None:
 def test_balance_loss() -> None:
     # Group 0, 4 tokens with one choice each: m = 3/4, 1/4, 0; P = 2/4, 1/4, 1/4; 3 (3/4 2/4 + 1/4 1/4) = 3 x 7/16.
     # Group 1 has no token. Group 2, 2 tokens with two choices each, is even in m: 3 x 1/3 = 1 whatever P is.
-    probability_GE = torch.tensor([[2, 1, 1], [0, 0, 0], [1.5, 0.25, 0.25]], dtype=FLOAT64, requires_grad=True)
+    probability_GE = torch.tensor(
+        [[2, 1, 1], [0, 0, 0], [1.5, 0.25, 0.25]], dtype=FLOAT64, requires_grad=True
+    )
     chosen_GE = torch.tensor([[3, 1, 0], [0, 0, 0], [4 / 3, 4 / 3, 4 / 3]], dtype=FLOAT64)
     loss_G = switch_balance(probability_GE, chosen_GE)
     close(loss_G, [21 / 16, 0, 1])
@@ -79,7 +85,7 @@ def test_noise_has_deviation_one_by_the_number_of_experts() -> None:
     assert (p_ET[0] / p_ET[1]).log().var().item() == pytest.approx(1 / 8, rel=0.1)
     still, _ = gate(x_TD, context(4000, train=False))
     close(still.gate_N, [1 / 4] * 16000)
-    elsewhere, _ = gate(x_TD, context(4000).at(2))
+    elsewhere, _ = gate(x_TD, context(4000).at_layer(2))
     assert not torch.equal(elsewhere.gate_N, routing.gate_N), "another use, other noise"
 
 
@@ -93,14 +99,16 @@ def test_capacity_of_the_paper() -> None:
 
 def test_k_outside_the_number_of_experts_is_refused() -> None:
     for k in (0, 5):
-        with pytest.raises(ValueError, match=f"k={k} experts per token: must be 1 to num_experts=4"):
+        with pytest.raises(
+            ValueError, match=f"k={k} experts per token: must be 1 to num_experts=4"
+        ):
             SoftmaxTopK(3, 4, k)
 
 
 def test_router_starts_with_logits_of_the_variance_named() -> None:
     gate = SoftmaxTopK(256, 64, 2)
-    for name, bound in bounds_of(gate).items():
-        initialize(gate.get_parameter(name), name, bound, seed=0)
+    for name, bound in init_bounds(gate).items():
+        init_parameter(gate.get_parameter(name), name, bound, seed=0)
     x_TD = torch.empty(200, 256).normal_(generator=prng.generator("variance"))
     assert gate.router(x_TD).var().item() == pytest.approx(0.1, rel=0.1)
 
@@ -110,7 +118,11 @@ def test_router_computes_in_float32_or_wider() -> None:
     with torch.no_grad():
         gate.router.w_DE.copy_(drawn(8, 4, key="wide"))
     x_TD = drawn(20, 8, key="x")
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (FLOAT64, FLOAT64)):
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (FLOAT64, FLOAT64),
+    ):
         routing, told = gate.to(dtype)(x_TD.to(dtype), context(20))
         assert routing.gate_N.dtype == wide and told.importance_GE.dtype == FLOAT64
 
@@ -137,12 +149,13 @@ def test_layer_equals_loops(name: str) -> None:
         TOKENS,
         train=case["train"],
         valid_T=torch.arange(num_tokens) % 7 != 3,
-        samples_per_balance_group=NUM_SAMPLES // 2,
-        samples_per_token_group=2,
+        balance_loss_group_size=NUM_SAMPLES // 2,
+        capacity_group_size=2,
     )
     options = {key: case[key] for key in ("noise", "capacity_factor")}
     layer = MoE(
-        SoftmaxTopK(DIM, NUM_EXPERTS, case["k"], w_balance=0.7, **options), GeluExperts(NUM_EXPERTS, DIM, HIDDEN)
+        SoftmaxTopK(DIM, NUM_EXPERTS, case["k"], balance_loss_weight=0.7, **options),
+        GeluExperts(NUM_EXPERTS, DIM, HIDDEN),
     ).double()
     with torch.no_grad():
         for key, p in layer.named_parameters():
@@ -157,7 +170,7 @@ def test_layer_equals_loops(name: str) -> None:
         theirs["gate.router.w_DE"],
         torch.empty(0),
         case["k"],
-        token_noise.normal(ctx, "gate", torch.arange(NUM_EXPERTS), FLOAT64)
+        token_noise.token_normal(ctx, "gate", torch.arange(NUM_EXPERTS), FLOAT64)
         if case["noise"] and case["train"]
         else None,
         valid_T=ctx.valid_T.tolist(),
@@ -179,7 +192,9 @@ def test_layer_equals_loops(name: str) -> None:
         *((p.grad, theirs[key].grad) for key, p in layer.named_parameters()),
     ]
     for i, (actual, wanted) in enumerate(pairs):
-        torch.testing.assert_close(actual, wanted, atol=1e-10, rtol=0, msg=lambda m, i=i: f"{name}, pair {i}: {m}")
+        torch.testing.assert_close(
+            actual, wanted, atol=1e-10, rtol=0, msg=lambda m, i=i: f"{name}, pair {i}: {m}"
+        )
     assert stats.load_E.tolist() == expected.rows_E and stats.dropped == expected.dropped
     assert (expected.dropped > 0) == (case["capacity_factor"] is not None)
 
@@ -189,7 +204,9 @@ def test_gelu_experts_by_hand() -> None:
     experts = GeluExperts(2, 1, 1).double()
     with torch.no_grad():
         for p, value in zip(
-            (experts.w1_eDF, experts.b1_e1F, experts.w2_eFD, experts.b2_e1D), (2, 1, 4, 5), strict=True
+            (experts.w1_eDF, experts.b1_e1F, experts.w2_eFD, experts.b2_e1D),
+            (2, 1, 4, 5),
+            strict=True,
         ):
             p.copy_(torch.tensor([0.0, value]).view(2, 1, 1))
     routing = Routing(torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0, 1]))

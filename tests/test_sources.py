@@ -20,7 +20,7 @@ from moe_dist.config.schema import PretrainingDataConfig, TextDataConfig
 from moe_dist.data.table_files import read_rows
 from moe_dist.data.text import corpus as sources
 from moe_dist.data.text.corpus import check_text, is_local, open_text
-from moe_dist.training.run import plan
+from moe_dist.training.run import parse_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any
 def test_files_without_splits_are_cut_in_order(tmp_path: Path, streamed: bool) -> None:
     # 39 + 1 lines: int(40 * 0.9) = 36 and int(40 * 0.95) = 38. b.txt sorts behind a.txt, so its line comes last.
     (tmp_path / "b.txt").write_text("\n  last \n", encoding="utf-8")
-    (tmp_path / "a.txt").write_bytes(("\ufeff" + "".join(f" {i}\r\n\n" for i in range(39))).encode())
+    (tmp_path / "a.txt").write_bytes(
+        ("\ufeff" + "".join(f" {i}\r\n\n" for i in range(39))).encode()
+    )
     expected = {"train": [str(i) for i in range(36)], "valid": ["36", "37"], "test": ["38", "last"]}
     assert read(tmp_path / "*.txt", streamed) == expected
     assert read(tmp_path, streamed) == expected, "a folder is all of its files"
@@ -111,7 +113,11 @@ def test_a_folder_with_files_named_by_split(tmp_path: Path, kind: str, valid: st
             rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
     splits = read(tmp_path)
     assert [len(splits[split]) for split in ("train", "valid", "test")] == [30, 3, 2]
-    assert (splits["train"][29], splits["valid"][0], splits["test"][1]) == ("train 29", f"{valid} 0", "test 1")
+    assert (splits["train"][29], splits["valid"][0], splits["test"][1]) == (
+        "train 29",
+        f"{valid} 0",
+        "test 1",
+    )
 
 
 def test_a_dataset_without_valid_holds_examples_out_by_their_index(tmp_path: Path) -> None:
@@ -123,7 +129,9 @@ def test_a_dataset_without_valid_holds_examples_out_by_their_index(tmp_path: Pat
     assert splits["train"] == [f"line {i}" for i in range(450) if i not in (199, 399)]
 
 
-def test_names_go_to_the_library_with_configuration_and_revision(hub: tuple[Path, list[Any]]) -> None:
+def test_names_go_to_the_library_with_configuration_and_revision(
+    hub: tuple[Path, list[Any]],
+) -> None:
     folder, asked = hub
     for repository in ("Salesforce/wikitext", "billion-word-benchmark/lm1b", "owner/name"):
         (folder / repository).mkdir(parents=True)
@@ -149,11 +157,18 @@ def test_held_out_examples_come_from_the_first_million(
     (folder / "name").mkdir()
     (folder / "name" / "train.txt").write_text(numbered(0, 700))
     splits = {split: list(lines) for split, lines in open_text("name", streamed=True).items()}
-    assert splits["valid"] == ["line 199", "line 399"] and splits["test"] == ["line 198", "line 398"]
-    assert len(splits["train"]) == 696 and splits["train"][-102:] == [f"line {i}" for i in range(598, 700)]
+    assert splits["valid"] == ["line 199", "line 399"] and splits["test"] == [
+        "line 198",
+        "line 398",
+    ]
+    assert len(splits["train"]) == 696 and splits["train"][-102:] == [
+        f"line {i}" for i in range(598, 700)
+    ]
 
 
-def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reads_no_whole_file_and_asks_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "big.txt").write_text(numbered(0, 50_000))
     read_ = []
 
@@ -173,17 +188,23 @@ def test_check_reads_no_whole_file_and_asks_no_network(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("pattern", ["*", "", "?.*", "**"])
-def test_each_file_is_read_by_its_own_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_each_file_is_read_by_its_own_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
     monkeypatch.setattr(sources, "_library", None)  # which would want a cache
     lines = {name: numbered(0, 12, name).splitlines() for name in "abcdef"}
     rows = [{"meta": {f"page{i % 2}": i}, "text": line} for i, line in enumerate(lines["b"])]
     (tmp_path / "a.txt").write_text("\n".join(lines["a"]))
     (tmp_path / "b.ndjson").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "c.csv").write_text("id,text\n" + "".join(f'{i},"{line}"\n' for i, line in enumerate(lines["c"])))
+    (tmp_path / "c.csv").write_text(
+        "id,text\n" + "".join(f'{i},"{line}"\n' for i, line in enumerate(lines["c"]))
+    )
     (tmp_path / "d.tsv.gz").write_bytes(
         gzip.compress("\n".join(["text\turl", *(f"{x}\tu" for x in lines["d"])]).encode())
     )
-    datasets.Dataset.from_dict({"n": range(12), "text": lines["e"]}).to_parquet(tmp_path / "e.parquet")
+    datasets.Dataset.from_dict({"n": range(12), "text": lines["e"]}).to_parquet(
+        tmp_path / "e.parquet"
+    )
     (tmp_path / "f").write_text("\n".join(lines["f"]))
     (tmp_path / ".hidden.jsonl").write_text("{broken")
     expected = [line for name in "abcdef"[: 5 if pattern == "?.*" else 6] for line in lines[name]]
@@ -197,7 +218,9 @@ def test_rows_without_a_text(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     assert sum(map(len, read(path).values())) == 30
     path.write_text("\n".join(map(json.dumps, [*rows, {"body": "b"}])))
-    with pytest.raises(ValueError, match=r"x.jsonl: row 61 has no column 'text' .*'body' \(str\): name it so"):
+    with pytest.raises(
+        ValueError, match=r"x.jsonl: row 61 has no column 'text' .*'body' \(str\): name it so"
+    ):
         read(path)
 
 
@@ -209,7 +232,10 @@ def test_a_cache_that_cannot_be_written_is_told(
         raise OSError(number, os.strerror(number), "/nonexistent")
 
     monkeypatch.setattr(datasets, "load_dataset", refused)
-    with pytest.raises(ValueError, match=r"data.text='owner/name' does not load: .*; set HF_HOME to a folder that can"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.text='owner/name' does not load: .*; set HF_HOME to a folder that can",
+    ):
         open_text("owner/name", streamed=True)
 
 
@@ -229,11 +255,15 @@ def test_bad_files_are_told_before_any_layout(
     path = tmp_path / "corpus.txt"
     if content is not None:
         path.write_bytes(content)
-    for act in (check_text, lambda source: open_text(source, True), lambda source: open_text(source, False)):
+    for act in (
+        check_text,
+        lambda source: open_text(source, True),
+        lambda source: open_text(source, False),
+    ):
         with pytest.raises(ValueError, match=f"data.text={re.escape(repr(str(path)))}.*{message}"):
             act(str(path))
     with pytest.raises(SystemExit) as exit_:
-        plan(["lstm_moe_demo", "--set", f"data.text={path}"], None)
+        parse_run(["lstm_moe_demo", "--set", f"data.text={path}"], None)
     said = capsys.readouterr()
     assert exit_.value.code == 2 and not said.out
     assert said.err.startswith("error: data.text=") and said.err.count("\n") == 1
@@ -248,12 +278,14 @@ def test_what_is_found_late_is_told_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["a b", "no/such/*.txt", "lm1b.txt", "/no/such", "./corpus", "one/two/three", "", "x:y:z"]
+    "source",
+    ["a b", "no/such/*.txt", "lm1b.txt", "/no/such", "./corpus", "one/two/three", "", "x:y:z"],
 )
 def test_what_is_neither_a_file_nor_a_name(source: str) -> None:
     assert not is_local(source)
     with pytest.raises(
-        ValueError, match=f"data.text={re.escape(repr(source))}: no file matches; give 'bundled', a file"
+        ValueError,
+        match=f"data.text={re.escape(repr(source))}: no file matches; give 'bundled', a file",
     ):
         check_text(source)
 
@@ -262,18 +294,32 @@ def test_bad_folders(tmp_path: Path) -> None:
     for name, files, message in [
         ("none", {}, "the folder has no data files"),
         ("odd", {"part.xml": "x\n" * 30}, "files that end with .xml are not read"),
-        ("odd one", {"a.txt": "x\n" * 30, "b.odd": "x\n" * 30}, "files that end with .odd are not read"),
+        (
+            "odd one",
+            {"a.txt": "x\n" * 30, "b.odd": "x\n" * 30},
+            "files that end with .odd are not read",
+        ),
         ("test", {"test.txt": "x\n" * 30}, "no split 'train', only test"),
-        ("columns", {"train.jsonl": '{"words": "a", "n": 1}\n' * 30}, r"only 'words' \(str\), 'n' \(int\)"),
-        ("numbers", {"train.jsonl": '{"text": 1}\n' * 30}, r"no column 'text' of strings, only 'text' \(int\)"),
+        (
+            "columns",
+            {"train.jsonl": '{"words": "a", "n": 1}\n' * 30},
+            r"only 'words' \(str\), 'n' \(int\)",
+        ),
+        (
+            "numbers",
+            {"train.jsonl": '{"text": 1}\n' * 30},
+            r"no column 'text' of strings, only 'text' \(int\)",
+        ),
         ("broken", {"train.jsonl": "{nonsense\n" * 30}, "train.jsonl: no JSON"),
         ("blank", {"train.txt": "\n", "test.txt": "x\n"}, "has 0 lines"),
-    ]:  # fmt: skip
+    ]:
         folder = tmp_path / name
         folder.mkdir()
         for file, content in files.items():
             (folder / file).write_text(content)
-        with pytest.raises(ValueError, match=f"data.text={re.escape(repr(str(folder)))}.*{message}"):
+        with pytest.raises(
+            ValueError, match=f"data.text={re.escape(repr(str(folder)))}.*{message}"
+        ):
             check_text(str(folder))
     (tmp_path / "short").mkdir()
     for file, size in (("train.txt", 199), ("test.txt", 3)):
@@ -296,7 +342,10 @@ def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path)
             timeout=60,
         )
         assert time.monotonic() - start < 15
-        assert done.stdout.startswith("data.text='owner/name' does not load: ") and done.stdout.count("\n") == 1
+        assert (
+            done.stdout.startswith("data.text='owner/name' does not load: ")
+            and done.stdout.count("\n") == 1
+        )
         assert "cannot be reached" in done.stdout and "give the folder" in done.stdout
         assert done.stderr == ""
 
@@ -304,4 +353,9 @@ def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path)
 def test_bundled_text_does_not_import_the_library() -> None:
     code = "import sys; from moe_dist.data.text.corpus import *; check_text('bundled'); open_text('bundled', False)"
     code += "; assert not {'datasets', 'pyarrow'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=60,
+    )

@@ -25,7 +25,9 @@ else:
 
 def imported(*command: str) -> tuple[int, str, set[str]]:
     """Exit status, output and the packages that a command has imported at its end."""
-    done = subprocess.run([sys.executable, "-c", RUN, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     out, _, names = done.stdout.rpartition("IMPORTED ")
     assert names, done.stderr
     return done.returncode, out + done.stderr, set(names.split())
@@ -44,7 +46,18 @@ def imported(*command: str) -> tuple[int, str, set[str]]:
 def test_what_needs_no_torch_imports_none(command: str, status: int, says: str) -> None:
     code, out, names = imported(*command.split())
     assert code == status and says in out, out
-    heavy = {"torch", "deepspeed", "numba", "matplotlib", "wandb", "datasets", "PIL", "tokenizers", "scipy", "sympy"}
+    heavy = {
+        "torch",
+        "deepspeed",
+        "numba",
+        "matplotlib",
+        "wandb",
+        "datasets",
+        "PIL",
+        "tokenizers",
+        "scipy",
+        "sympy",
+    }
     assert not names & (heavy | (set() if "report" in command else {"numpy"}))
 
 
@@ -60,12 +73,12 @@ from moe_dist.data.text import corpus
 whole = corpus._bundled
 corpus._bundled = lambda split: islice(whole(split), 500)  # read in a moment
 config = override(get("lstm_moe_demo"), ["data.vocabulary_size=300"])
-mesh = train.meshes.start(1)
+mesh = train.meshes.init_distributed(1)
 training = train.set_up(config, read_ds_config(config), mesh)
 for _ in train.train_step(training, 1):
     pass
 assert training.engine.optimizer.updates == 1
-train.meshes.stop()
+train.meshes.shutdown()
 print("IMPORTED", *sys.modules)
 """
 
@@ -79,9 +92,17 @@ def test_a_step_of_training_imports_nothing_that_it_does_not_use() -> None:
     names = set(done.stdout.rpartition("IMPORTED ")[2].split())
     assert {"torch", "deepspeed", "numba"} <= names
     unused = {
-        "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "torch.distributed.tensor", "sympy",
-        "matplotlib", "wandb", "datasets", "torchvision", "pandas",
-    }  # fmt: skip
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.checkpoint",
+        "torch.distributed.tensor",
+        "sympy",
+        "matplotlib",
+        "wandb",
+        "datasets",
+        "torchvision",
+        "pandas",
+    }
     assert not names & unused
 
 
@@ -92,6 +113,9 @@ def imported_before() -> list[str]:
 def test_ranks_of_tests_are_forked_with_what_they_need() -> None:
     """A forkserver is silent about a module that it cannot import, and every rank then takes five seconds longer."""
     (names,) = run_distributed(imported_before, 1)
-    assert {"deepspeed", "torch.distributed.checkpoint", "moe_dist.optim.compiled_loops", "tests.preloaded"} <= set(
-        names
-    )
+    assert {
+        "deepspeed",
+        "torch.distributed.checkpoint",
+        "moe_dist.optim.compiled_loops",
+        "tests.preloaded",
+    } <= set(names)

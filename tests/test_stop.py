@@ -14,12 +14,12 @@ import pytest
 from processes import set_
 from runs import TINY
 
-from moe_dist.distributed.preemption import LEAVE_SECONDS, Stop
+from moe_dist.distributed.preemption import GRACE_S, PreemptionHandler
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring import metrics_logger, wandb_logger
-from moe_dist.monitoring.metrics_logger import Metrics
+from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import files as report_files
-from moe_dist.training.run import plan
+from moe_dist.training.run import parse_run
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +51,8 @@ def test_what_a_run_can_do_without_is_ended(when: float) -> None:
         time.sleep(30)
         done.append(1)
 
-    with Stop(None) as stop:  # type: ignore[arg-type]
-        assert not stop.try_to_end(work) and stop.here
+    with PreemptionHandler(None) as stop:  # type: ignore[arg-type]
+        assert not stop.run_unless_preempted(work) and stop.received
         sigterm()
     sigterm()
     assert time.monotonic() - began < 10 and not done
@@ -60,44 +60,46 @@ def test_what_a_run_can_do_without_is_ended(when: float) -> None:
 
 def test_what_a_run_can_do_without_is_left_out_after_a_sigterm_and_else_done() -> None:
     done = []
-    with Stop(None) as stop:  # type: ignore[arg-type]
-        assert stop.try_to_end(lambda: done.append(1)) and done == [1]
+    with PreemptionHandler(None) as stop:  # type: ignore[arg-type]
+        assert stop.run_unless_preempted(lambda: done.append(1)) and done == [1]
         sigterm()  # too late to matter
-    with Stop(None) as stop:  # type: ignore[arg-type]
+    with PreemptionHandler(None) as stop:  # type: ignore[arg-type]
         sigterm()
-        assert not stop.try_to_end(lambda: done.append(2)) and done == [1]
+        assert not stop.run_unless_preempted(lambda: done.append(2)) and done == [1]
 
 
 def test_an_error_in_it_is_none_of_sigterms() -> None:
-    with pytest.raises(RuntimeError, match="no ink"), Stop(None) as stop:  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="no ink"), PreemptionHandler(None) as stop:  # type: ignore[arg-type]
 
         def work() -> None:
             raise RuntimeError("no ink")
 
-        stop.try_to_end(work)
+        stop.run_unless_preempted(work)
 
 
 def stuck(self: Any) -> None:
     threading.Event().wait(60)
 
 
-def test_a_wandb_that_does_not_finish_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wandb_that_does_not_finish_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a SIGTERM at once; after one, and where the run fails, in the time that launchers give."""
-    monkeypatch.setattr(wandb_logger._WandbThread, "run", stuck)
+    monkeypatch.setattr(wandb_logger.WandbLogger, "run", stuck)
     monkeypatch.setattr(metrics_logger, "_FAILED_SECONDS", 0.3)
 
-    def log() -> Metrics:
-        return Metrics(tmp_path, {}, enabled=True, wandb_mode="offline", total_steps=1)
+    def log() -> MetricsLogger:
+        return MetricsLogger(tmp_path, {}, enabled=True, wandb_mode="offline", total_steps=1)
 
     def seconds(work: Callable[[], Any]) -> float:
         began = time.monotonic()
         work()
         return time.monotonic() - began
 
-    with Stop(None) as stop:  # type: ignore[arg-type]
+    with PreemptionHandler(None) as stop:  # type: ignore[arg-type]
         each = log()
         after(0.3)
-        assert seconds(lambda: stop.try_to_end(each.close)) < 8 and stop.here
+        assert seconds(lambda: stop.run_unless_preempted(each.close)) < 8 and stop.received
         assert seconds(each.close) < 0.1, "it is closed"
     each = log()
     assert 0.3 < seconds(lambda: each.close(0, 0.3)) < 8
@@ -107,14 +109,16 @@ def test_a_wandb_that_does_not_finish_is_left(tmp_path: Path, monkeypatch: pytes
             raise FloatingPointError
 
     assert seconds(fail) < 8
-    assert LEAVE_SECONDS < 10
+    assert GRACE_S < 10
 
 
 @pytest.mark.timeout(200)
 def test_a_finished_run_ends_with_0(small_text: Path, tmp_path: Path) -> None:
     """It gets a SIGTERM while it draws, and wandb hangs."""
-    ((status, out, seconds),) = run_distributed(finishes, 1, str(small_text), tmp_path / "run", timeout=180)
-    assert status == 0 and seconds < 2 * LEAVE_SECONDS + 5
+    ((status, out, seconds),) = run_distributed(
+        finishes, 1, str(small_text), tmp_path / "run", timeout=180
+    )
+    assert status == 0 and seconds < 2 * GRACE_S + 5
     assert out.count("test perplexity") == 1 and f"run folder: {tmp_path}/run" in out
     assert "note: ended by SIGTERM; python -m moe_dist.report" in out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
@@ -132,12 +136,19 @@ def finishes(text: str, folder: Path) -> tuple[int, str, float]:
         time.sleep(60)
 
     report_files.try_to_write_all = draws
-    wandb_logger._WandbThread.run = stuck  # type: ignore[method-assign]
-    sets = (*TINY, "steps=2", f"data.text={text}", "report=true", "wandb.mode=offline", "compare=none")
+    wandb_logger.WandbLogger.run = stuck  # type: ignore[method-assign]
+    sets = (
+        *TINY,
+        "steps=2",
+        f"data.text={text}",
+        "write_report=true",
+        "wandb.mode=offline",
+        "baseline=none",
+    )
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            train.main(plan(["lstm_moe_demo", "--folder", str(folder), *set_(*sets)], None))
+            train.main(parse_run(["lstm_moe_demo", "--folder", str(folder), *set_(*sets)], None))
         except SystemExit as end:
             status = end.code
     return int(status or 0), out.getvalue(), time.monotonic() - began[0]

@@ -22,7 +22,7 @@ from moe_dist.data.text.lanes import Vocabulary
 from moe_dist.data.text.stream import Stream, _shared, check_lanes
 from moe_dist.distributed import batch_layout, rendezvous_port
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.collectives import from_main
+from moe_dist.distributed.collectives import run_on_main
 from moe_dist.distributed.spawn import run_distributed
 
 WORDS = tuple("abcdefgh")
@@ -41,7 +41,11 @@ def test_windows_and_places_by_hand() -> None:
     input_BS, target_BS, valid_BS = stream.window(3, np.arange(2))
     assert (said(input_BS), said(target_BS)) == (["a b .", "c . a"], ["b . d", ". a b"])
     assert valid_BS.all() and valid_BS.shape == (2, 3)
-    assert (input_BS.dtype, target_BS.dtype, valid_BS.dtype) == (torch.int64, torch.int64, torch.bool)
+    assert (input_BS.dtype, target_BS.dtype, valid_BS.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.bool,
+    )
     # lane 0 goes on with "d", the first word of line 2; lane 1 with "b", word 1 of line 3
     assert stream.places().tolist() == [[2, 0], [3, 1]]
     input_BS, target_BS, _ = stream.window(3, np.arange(2))
@@ -62,14 +66,28 @@ def test_fewer_lines_than_lanes_and_windows_of_many_lines() -> None:
 @pytest.mark.parametrize(
     ("num_lines", "words", "lanes", "steps", "streamed", "message"),
     [
-        (7, 30, 8, 4, True, r"7 lines for batch.samples=8 lanes.*; use data.streamed=false or .* at most 7"),
-        (1, 500, 2, 1, True, "1 lines for batch.samples=2 lanes"),
+        (
+            7,
+            30,
+            8,
+            4,
+            True,
+            r"7 lines for batch.global_batch_size=8 lanes.*; use data.streamed=false or .* at most 7",
+        ),
+        (1, 500, 2, 1, True, "1 lines for batch.global_batch_size=2 lanes"),
         (8, 30, 8, 4, True, None),
         (7, 30, 8, 4, False, None),  # one long row of words
-        (9, 2, 8, 4, True, r"batch.samples=8 x batch.timesteps=4 words, the training text has 27"),
+        (
+            9,
+            2,
+            8,
+            4,
+            True,
+            r"batch.global_batch_size=8 x batch.seq_len=4 words, the training text has 27",
+        ),
         (9, 2, 9, 3, True, None),  # 9 lines of 2 words and <eos>
         (9, 2, 9, 3, False, None),
-        (9, 2, 4, 7, False, "x batch.timesteps=7 words, the training text has 27: give more text"),
+        (9, 2, 4, 7, False, "x batch.seq_len=7 words, the training text has 27: give more text"),
     ],
 )
 def test_a_text_that_is_too_short_for_a_step(
@@ -84,7 +102,8 @@ def test_a_text_that_is_too_short_for_a_step(
 
 
 @pytest.mark.parametrize(
-    ("lanes", "steps", "streamed", "read"), [(2, 3, True, 128), (1, 90, True, 90), (3, 4, False, 12)]
+    ("lanes", "steps", "streamed", "read"),
+    [(2, 3, True, 128), (1, 90, True, 90), (3, 4, False, 12)],
 )
 def test_no_more_is_read_than_tells_it(lanes: int, steps: int, streamed: bool, read: int) -> None:
     """64 lines a lane, and one word and its end a line."""
@@ -125,7 +144,8 @@ def test_lanes_that_read_the_same_words_are_refused(name: str) -> None:
     assert _shared(np.array(lengths) + 1, lanes, steps) == pytest.approx(share, abs=1e-9)
     if share > 0.1:
         with pytest.raises(
-            ValueError, match=f"data.streamed=true: {share:.0%} of the words .* use data.streamed=false"
+            ValueError,
+            match=f"data.streamed=true: {share:.0%} of the words .* use data.streamed=false",
         ):
             check_lanes(lines, lanes, steps, streamed=True)
     else:
@@ -137,7 +157,10 @@ def test_lanes_of_a_text_that_passes_have_no_word_in_common() -> None:
     """Every (lines, lanes) up to 9: each position of the text is in a step once, where the text is long enough."""
     for num_lines, num_lanes in itertools.product(range(1, 10), range(1, 10)):
         rng = random.Random(10 * num_lines + num_lanes)
-        lines = [" ".join(f"{line}.{i}" for i in range(rng.choice([1, 4, 9]))) for line in range(num_lines)]
+        lines = [
+            " ".join(f"{line}.{i}" for i in range(rng.choice([1, 4, 9])))
+            for line in range(num_lines)
+        ]
         names = [name for line in lines for name in line.split()]
         vocabulary = Spaced(("<unk>", "<eos>", *names), (0,) * (2 + len(names)))
         try:
@@ -178,7 +201,9 @@ def broken_after(lines: list[str], error: Exception | None, passes: int) -> Line
 @pytest.mark.parametrize("passes", [0, 2])
 def test_a_text_that_breaks_while_it_is_trained_on(error: Exception | None, passes: int) -> None:
     """It is what train.py ends with in one line: an error of the system, on the ranks that find it."""
-    stream = Stream(broken_after(["a b", "c", "d e f"], error, passes), VOCABULARY, num_lanes=2, lane_b=range(2))
+    stream = Stream(
+        broken_after(["a b", "c", "d e f"], error, passes), VOCABULARY, num_lanes=2, lane_b=range(2)
+    )
     with pytest.raises(OSError, match=str(error) if error else "has no line any more"):
         for _ in range(20):
             stream.window(3, np.arange(2))
@@ -195,11 +220,27 @@ def test_every_rank_ends_with_one_line_where_a_file_breaks(where: str, tmp_path:
         folder.mkdir()
         (folder / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     run = tmp_path / "run"
-    sets = [*TINY, "data.vocabulary_size=10", "steps=1000000", "eval_every=1000000", "save_every=1000000"]
-    args = ["lstm_moe_demo", "--folder", str(run), *set_(*sets, "data.text=x.jsonl.gz", "data.streamed=true")]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rendezvous_port.free())}
+    sets = [
+        *TINY,
+        "data.vocabulary_size=10",
+        "steps=1000000",
+        "eval_every=1000000",
+        "save_every=1000000",
+    ]
+    args = [
+        "lstm_moe_demo",
+        "--folder",
+        str(run),
+        *set_(*sets, "data.text=x.jsonl.gz", "data.streamed=true"),
+    ]
+    world = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(rendezvous_port.find_free_port()),
+    }
     ranks = [
-        start(*args, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank, folder in enumerate(folders)
+        start(*args, cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        for rank, folder in enumerate(folders)
     ]
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -208,7 +249,9 @@ def test_every_rank_ends_with_one_line_where_a_file_breaks(where: str, tmp_path:
         os.truncate(folder / "x.jsonl.gz", (folder / "x.jsonl.gz").stat().st_size // 2)
     ended = [end(process) for process in ranks]
     says = (
-        ["x.jsonl.gz, behind row ", "x.jsonl.gz, behind row "] if where == "both" else ["rank 1 ended first", "x.jsonl"]
+        ["x.jsonl.gz, behind row ", "x.jsonl.gz, behind row "]
+        if where == "both"
+        else ["rank 1 ended first", "x.jsonl"]
     )
     for (status, stderr), text in zip(ended, says, strict=True):
         errors = [line for line in stderr.splitlines() if line.startswith("error")]
@@ -231,13 +274,23 @@ class Reference:
 
     def window(self, start: int, steps: int, lane_B: Any) -> list[list[int]]:
         """Inputs and the last target."""
-        return [[token for token, _, _ in self.lanes[lane][start : start + steps + 1]] for lane in lane_B]
+        return [
+            [token for token, _, _ in self.lanes[lane][start : start + steps + 1]]
+            for lane in lane_B
+        ]
 
     def places(self, start: int) -> list[list[int]]:
         return [list(tokens[start][1:]) for tokens in self.lanes]
 
 
-CASES = [(1, 1, 4), (7, 4, 5), (8, 4, 5), (9, 4, 1), (5, 12, 7), (30, 12, 3)]  # lines, lanes, timesteps
+CASES = [
+    (1, 1, 4),
+    (7, 4, 5),
+    (8, 4, 5),
+    (9, 4, 1),
+    (5, 12, 7),
+    (30, 12, 3),
+]  # lines, lanes, timesteps
 STEPS = 40
 
 
@@ -275,9 +328,13 @@ def test_a_window_is_the_same_however_lanes_lie_on_ranks_and_micro_batches(
     lines = text(num_lines)
     reference = Reference(lines, num_lanes, STEPS * steps + 1)
     for world, accumulation in ((2, 1), (1, 2), (2, 2), (4, 1)):
-        layout = batch_layout.Layout(world, num_lanes, accumulation, 1, 1)
-        micros = [[layout.my_samples(m, rank) for m in range(accumulation)] for rank in range(world)]
-        streams = [Stream(lines, VOCABULARY, num_lanes, [b for m in mine for b in m]) for mine in micros]
+        layout = batch_layout.BatchLayout(world, num_lanes, accumulation, 1, 1)
+        micros = [
+            [layout.local_samples(m, rank) for m in range(accumulation)] for rank in range(world)
+        ]
+        streams = [
+            Stream(lines, VOCABULARY, num_lanes, [b for m in mine for b in m]) for mine in micros
+        ]
         for step in range(STEPS):
             for stream, mine in zip(streams, micros, strict=True):
                 for lane_B in mine:
@@ -343,15 +400,24 @@ def streamed(path: str, *more: str) -> Any:
     return tiny(f"data.text={path}", "data.streamed=true", "data.vocabulary_size=100", *more)
 
 
-LAYOUTS = {1: "batch.accumulation=1", 2: "batch.accumulation=2", 4: "batch.accumulation=1"}
+LAYOUTS = {
+    1: "batch.grad_accum_steps=1",
+    2: "batch.grad_accum_steps=2",
+    4: "batch.grad_accum_steps=1",
+}
 
 
 @pytest.mark.timeout(300)
-def test_a_streamed_run_is_the_same_on_every_layout_and_goes_on_on_any(small_text: Path, tmp_path: Path) -> None:
+def test_a_streamed_run_is_the_same_on_every_layout_and_goes_on_on_any(
+    small_text: Path, tmp_path: Path
+) -> None:
     """18 lines of about 28 tokens on 8 lanes of 6 timesteps: 16 steps are more than a pass."""
     path = tmp_path / "twenty.txt"
     path.write_text("\n".join(small_text.read_text().splitlines()[:20]))
-    told = {w: run_distributed(train_streamed, w, str(path), tmp_path / "run", w, timeout=120) for w in (2, 1, 4)}
+    told = {
+        w: run_distributed(train_streamed, w, str(path), tmp_path / "run", w, timeout=120)
+        for w in (2, 1, 4)
+    }
     losses, resumed, places = told[2][0]
     assert resumed == losses[8:], "bit for bit on the same layout"
     assert max(line for line, _ in places) > 18 and len(set(losses)) == 16
@@ -362,14 +428,18 @@ def test_a_streamed_run_is_the_same_on_every_layout_and_goes_on_on_any(small_tex
             assert each_places == places
 
 
-def train_streamed(path: str, folder: Path, world: int) -> tuple[list[float], list[float], list[list[int]]]:
+def train_streamed(
+    path: str, folder: Path, world: int
+) -> tuple[list[float], list[float], list[list[int]]]:
     """Losses of 16 steps, and of the last 8 from the checkpoint that two ranks wrote; where lanes are then.
     Every rank hears of a text that is too short, which the main rank alone finds out."""
-    meshes.join()
-    with pytest.raises(ValueError, match=r"18 lines for batch.samples=64 lanes"):
-        Run(streamed(path, "batch.samples=64"))
-    with pytest.raises(ValueError, match=r"a step reads batch.samples=8 x batch.timesteps=600 words"):
-        Run(streamed(path, "data.streamed=false", "batch.timesteps=600"))
+    meshes.init_process_group()
+    with pytest.raises(ValueError, match=r"18 lines for batch.global_batch_size=64 lanes"):
+        Run(streamed(path, "batch.global_batch_size=64"))
+    with pytest.raises(
+        ValueError, match=r"a step reads batch.global_batch_size=8 x batch.seq_len=600 words"
+    ):
+        Run(streamed(path, "data.streamed=false", "batch.seq_len=600"))
     config = streamed(path, LAYOUTS[world], f"mesh.ep={world}")
     whole = Run(config).steps(0, 8)
     if world == 2:
@@ -380,7 +450,7 @@ def train_streamed(path: str, folder: Path, world: int) -> tuple[list[float], li
     again.steps(8, 16)
     places = again.task.save_state()["stream"]
     assert places.equal(whole.task.save_state()["stream"])
-    meshes.stop()
+    meshes.shutdown()
     return whole.losses, again.losses, places.tolist()
 
 
@@ -393,8 +463,8 @@ def test_the_main_rank_makes_it_alone_and_its_error_is_everyones(tmp_path: Path)
 
 def from_main_thrice(folder: Path) -> tuple[str, str, str]:
     """A value, a mistake, and a value that takes longer than the mesh waits."""
-    meshes.join(timeout=timedelta(seconds=10))
-    mesh = meshes.arrange(1)
+    meshes.init_process_group(timeout=timedelta(seconds=10))
+    mesh = meshes.build_mesh(1)
 
     def make() -> str:
         (folder / str(mesh.dp.index)).touch()
@@ -408,7 +478,7 @@ def from_main_thrice(folder: Path) -> tuple[str, str, str]:
         return "in time"
 
     with pytest.raises(ValueError) as error:
-        from_main(fail)
-    result = from_main(make), str(error.value), from_main(slow)
-    meshes.stop()
+        run_on_main(fail)
+    result = run_on_main(make), str(error.value), run_on_main(slow)
+    meshes.shutdown()
     return result

@@ -8,49 +8,68 @@ import torch
 from runs import Run, tiny
 
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.models.lstm_lm import LSTMLanguageModel
-from moe_dist.models.sampled_softmax import inclusion
-from moe_dist.training.model_stats import counts, kinds, per_rank
-from moe_dist.training.run import plan
+from moe_dist.models.sampled_softmax import inclusion_probability
+from moe_dist.training.model_stats import count_params_and_flops, param_kinds, per_rank
+from moe_dist.training.run import parse_run
 
 CASES = {
     "flat": [],
     "recompute": ["model.moe.recompute=true"],
     "hierarchical": ["model.moe.num_experts=64", "model.moe.num_groups=8"],
-    "Adam": ["optim.expert_form=adam"],
-    "dense": ["model.middle=ffn", "model.ffn_hidden=64"],
+    "Adam": ["optim.expert_optimizer=adam"],
+    "dense": ["model.middle_layer=ffn", "model.ffn_hidden_dim=64"],
     "rows": ["model.softmax_samples=50"],
 }
-SIZES = ["model.dim=64", "model.moe.num_experts=32", "model.moe.hidden=128", "batch.samples=32", "batch.timesteps=16"]
+SIZES = [
+    "model.dim=64",
+    "model.moe.num_experts=32",
+    "model.moe.expert_hidden_dim=128",
+    "batch.global_batch_size=32",
+    "batch.seq_len=16",
+]
 
 
 def planned(ds: str, zero: int, *sets: str) -> tuple[Any, dict[str, Any]]:
     """The config on two ranks, and what is told of it."""
-    config = tiny(*SIZES, "mesh.ep=2", f"ds_config={ds}", f"zero={zero}", "data.vocabulary_size=2000", *sets)
+    config = tiny(
+        *SIZES,
+        "mesh.ep=2",
+        f"ds_config={ds}",
+        f"zero_stage={zero}",
+        "data.vocabulary_size=2000",
+        *sets,
+    )
     with torch.device("meta"):
         model = LSTMLanguageModel(config.model, config.data.vocabulary_size)
-    return config, per_rank(model, config, lay_out(config, 2), read_ds_config(config))
+    return config, per_rank(model, config, make_batch_layout(config, 2), read_ds_config(config))
 
 
 def held() -> dict[tuple[str, str, int], dict[str, int]]:
     """Bytes by kind of this rank after a step of each case."""
-    meshes.join()
+    meshes.init_process_group()
     told = {}
     for case, sets in CASES.items():
-        for ds, zero in (("bf16", 1), ("fp32", 0), ("fp32", 2), ("bf16", 3))[: 1 if case != "flat" else 4]:
+        for ds, zero in (("bf16", 1), ("fp32", 0), ("fp32", 2), ("bf16", 3))[
+            : 1 if case != "flat" else 4
+        ]:
             told[case, ds, zero] = held_by(planned(ds, zero, *sets)[0])
-    meshes.stop()
+    meshes.shutdown()
     return told
 
 
 def held_by(config: Any) -> dict[str, int]:
     run = Run(config)
-    run.optimizer.begin(1e-3)
+    run.optimizer.start_step(1e-3)
     (batch,) = run.task.batches(0)
-    parameters = [*run.model.dense.parameters(), *run.model.experts.values(), *run.model.gates.values()]
+    parameters = [
+        *run.model.dense.parameters(),
+        *run.model.experts.values(),
+        *run.model.gates.values(),
+    ]
     known, saved = {p.untyped_storage().data_ptr() for p in parameters}, {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -59,16 +78,25 @@ def held_by(config: Any) -> dict[str, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss, *_ = run.task.loss(run.engine, batch, run.task.total([batch]))
+        loss, *_ = run.task.loss(run.engine, batch, run.task.loss_denominator([batch]))
     run.engine.backward(loss)
     opt = run.optimizer
     dense = [getattr(p, "ds_tensor", p) for p in run.engine.names.values()]
-    moments = [opt.state[p][m] for p in run.engine.flat() for m in ("exp_avg", "exp_avg_sq")]
-    masters = [p for p in run.engine.flat() if p.data_ptr() not in {d.data_ptr() for d in dense}]
+    moments = [
+        opt.state[p][m] for p in run.engine.flat_masters() for m in ("exp_avg", "exp_avg_sq")
+    ]
+    masters = [
+        p for p in run.engine.flat_masters() if p.data_ptr() not in {d.data_ptr() for d in dense}
+    ]
     state = [t for e in opt.experts.values() for end, t in e.tensors(1).items() if end]
     gates = [t for g in opt.gates.values() for t in g.tensors(1).values()]
-    rows = [t for table in opt.rows.values() for name, t in table.tensors().items() if not name.endswith(".updates")]
-    narrow = [m.p for table in opt.rows.values() for m in table.named.values() if m.narrow]
+    rows = [
+        t
+        for table in opt.row_tables.values()
+        for name, t in table.tensors().items()
+        if not name.endswith(".updates")
+    ]
+    narrow = [m.p for table in opt.row_tables.values() for m in table.named.values() if m.narrow]
     expert_masters = [e.master for e in opt.experts.values() if e.narrow]
     return {
         "dense parameters": size(dense),
@@ -84,7 +112,7 @@ def held_by(config: Any) -> dict[str, int]:
 
 def columns(case: str) -> int:
     """Words whose logits are taken."""
-    return 2000 if case != "rows" else 1 + round(inclusion(2000, 50).sum().item())
+    return 2000 if case != "rows" else 1 + round(inclusion_probability(2000, 50).sum().item())
 
 
 def size(tensors: list[torch.Tensor]) -> int:
@@ -101,10 +129,14 @@ def test_estimates_are_what_a_rank_holds() -> None:
                 if kind == "activations":
                     if zero == 3:  # parameters fetched for a moment are among what is saved
                         continue
-                    logits = 4 * columns(case) * 2 * max(64, 2**21 // columns(case))  # of a chunk: never saved
+                    logits = (
+                        4 * columns(case) * 2 * max(64, 2**21 // columns(case))
+                    )  # of a chunk: never saved
                     estimate = memory[kind] - logits
                     if ds == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                        assert num_bytes < 1.3 * estimate, where  # a CPU without bf16 has an LSTM that keeps less
+                        assert num_bytes < 1.3 * estimate, (
+                            where
+                        )  # a CPU without bf16 has an LSTM that keeps less
                     else:
                         assert num_bytes == pytest.approx(estimate, rel=0.3), where
                 else:  # padding of ZeRO's partitions aside
@@ -115,7 +147,7 @@ def test_kinds_and_active_parameters_by_hand() -> None:
     config = tiny("model.moe.num_experts=8", "model.moe.num_groups=4", "model.softmax_samples=5")
     with torch.device("meta"):
         model = LSTMLanguageModel(config.model, 300)
-    assert {name: kind for name, kind in kinds(model).items() if kind != "dense"} == {
+    assert {name: kind for name, kind in param_kinds(model).items() if kind != "dense"} == {
         "embedding.weight": "rows",
         "softmax.w_VD": "rows",
         "softmax.b_V": "rows",
@@ -128,10 +160,12 @@ def test_kinds_and_active_parameters_by_hand() -> None:
     # distinct on average; two LSTMs of 8 x 16 x 16 + 8 x 16; primary gate 2 x 16 x 4;
     # in 2 of 4 groups gates of 2 x 16 x 2, and 4 of 8 experts of 2 x 16 x 24
     active = 16 + 6 * 17 + 2 * (2048 + 128) + 128 + 2 * 64 + 4 * 768
-    assert counts(model, config)["active_parameters_per_word"] == active
+    assert count_params_and_flops(model, config)["active_parameters_per_word"] == active
 
 
-def test_nodes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nodes_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     launch = {
         "WORLD_SIZE": "8",
         "RANK": "0",
@@ -142,7 +176,7 @@ def test_nodes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     for key, value in launch.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(SystemExit) as end:
-        plan(["lstm_moe_demo", "--dry-run", "--set", "mesh.ep=4"], None)
+        parse_run(["lstm_moe_demo", "--dry-run", "--set", "mesh.ep=4"], None)
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert "8 on 2 nodes = 2 expert-data (edp) x 4 expert parallel (ep)" in said
@@ -152,22 +186,37 @@ def test_nodes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_nodes_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     """Experts over both of them, or, where nothing is said, over the ranks of each."""
     for sets, ep, exchange, experts in (
-        (["--set", "mesh.ep=4", "--set", "mesh.exchange=node"], 4, "node", [[0, 31], [32, 63]]),
-        ([], 2, "once", [[0, 63]]),
+        (
+            ["--set", "mesh.ep=4", "--set", "mesh.dispatcher=dedup_node"],
+            4,
+            "dedup_node",
+            [[0, 31], [32, 63]],
+        ),
+        ([], 2, "dedup_rank", [[0, 63]]),
     ):
         with pytest.raises(SystemExit) as end:
-            plan(["lstm_moe_demo", "--dry-run", "--json", "--ranks", "4", "--nodes", "2", *sets], None)
+            parse_run(
+                ["lstm_moe_demo", "--dry-run", "--json", "--ranks", "4", "--nodes", "2", *sets],
+                None,
+            )
         assert end.value.code == 0
         told = json.loads(capsys.readouterr().out)
-        assert (told["world"], told["nodes"], told["ep"], told["exchange"]) == (4, 2, ep, exchange)
+        assert (told["world"], told["nodes"], told["ep"], told["dispatcher"]) == (
+            4,
+            2,
+            ep,
+            exchange,
+        )
         assert told["experts_by_node"] == experts
 
 
 def test_replicas_share_the_state_and_freed_gradients_are_one_stack() -> None:
     # two matrices of 33 experts of 64 x 128 on both ranks, of which the first updates 17
-    sets = ["mesh.ep=1", "model.moe.num_experts=33", "optim.clip_norm=none"]
+    sets = ["mesh.ep=1", "model.moe.num_experts=33", "optim.max_grad_norm=none"]
     memory = planned("bf16", 1, *sets)[1]["memory_bytes"]
     assert memory["expert gradients"] == 2 * 33 * 64 * 128 * 4
     assert memory["expert optimizer"] == 2 * 17 * (64 + 128 + 64 * 128) * 4
-    freed = planned("bf16", 1, *sets, "optim.free_gradients=true")[1]["memory_bytes"]
+    freed = planned("bf16", 1, *sets, "optim.fuse_expert_update_in_backward=true")[1][
+        "memory_bytes"
+    ]
     assert freed == memory | {"expert gradients": 33 * 64 * 128 * 4}

@@ -16,7 +16,7 @@ import torch
 from moe_dist.data.text import lanes as text
 from moe_dist.data.text.corpus import SPLITS, Lines, open_text
 from moe_dist.data.text.lanes import Lanes, Vocabulary, tokenize, unigram_perplexity
-from moe_dist.monitoring.progress_bar import told
+from moe_dist.monitoring.progress_bar import with_progress
 
 ALL_LANES_3 = np.arange(3)
 
@@ -25,7 +25,14 @@ def test_tokenize_separates_punctuation_and_keeps_inner_apostrophes() -> None:
     assert tokenize("Don't go o'er--'tis star-cross'd, <unk>!") == [
         *("Don't", "go", "o'er", "--", "'", "tis", "star", "-", "cross'd", ",", "<unk>", "!")
     ]
-    assert tokenize("It\u2019s 1,5 \u00e9t\u00e9.") == ["It\u2019s", "1", ",", "5", "\u00e9t\u00e9", "."]
+    assert tokenize("It\u2019s 1,5 \u00e9t\u00e9.") == [
+        "It\u2019s",
+        "1",
+        ",",
+        "5",
+        "\u00e9t\u00e9",
+        ".",
+    ]
     assert tokenize("  ") == []
 
 
@@ -51,12 +58,17 @@ def test_a_word_with_marks_is_one_word(line: str, form: Any) -> None:
     found = tokenize(unicodedata.normalize(form, line))
     assert found == unicodedata.normalize("NFC", line).split()
     vocabulary = Vocabulary.build([line], len(found) + 2)
-    assert vocabulary.encode([unicodedata.normalize(form, line)])[:-1].min() > 1, "no word is unknown in either form"
+    assert vocabulary.encode([unicodedata.normalize(form, line)])[:-1].min() > 1, (
+        "no word is unknown in either form"
+    )
 
 
 def test_what_is_seen_nowhere_is_left_out_and_divides_nothing() -> None:
     assert tokenize("auto\u00admo\u00adbil\ufeff un\u2060known") == ["automobil", "unknown"]
-    assert tokenize("\u200f\u05e9\u05dc\u200e\u05d5\u05dd\u202c!") == ["\u05e9\u05dc\u05d5\u05dd", "!"]
+    assert tokenize("\u200f\u05e9\u05dc\u200e\u05d5\u05dd\u202c!") == [
+        "\u05e9\u05dc\u05d5\u05dd",
+        "!",
+    ]
     assert tokenize("\u0e01\u0e32\u200b\u0e02\u0e32") == ["\u0e01\u0e32", "\u0e02\u0e32"], (
         "but a space of no width does"
     )
@@ -66,7 +78,9 @@ def test_what_is_seen_nowhere_is_left_out_and_divides_nothing() -> None:
 def test_other_text_is_cut_as_it_was() -> None:
     before = re.compile(r"<unk>|\w+(?:['\u2019]\w+)*|--|[^\w\s]")
     letters = "abZ019_ \t\n'\u2019\"-\u2014.,;:!?()[]<unk>&%$"
-    letters += "\u00e9\u00e8\u00fc\u00df\u0142\u0434\u03b1\u4e2d\u3042\ud55c\u20ac\u00a0\u2026\U0001f600"
+    letters += (
+        "\u00e9\u00e8\u00fc\u00df\u0142\u0434\u03b1\u4e2d\u3042\ud55c\u20ac\u00a0\u2026\U0001f600"
+    )
     rng = random.Random(0)
     for line in ("".join(rng.choices(letters, k=50)) for _ in range(2000)):
         assert tokenize(line) == before.findall(line)
@@ -127,7 +141,9 @@ def test_a_long_pass_says_so_and_a_short_one_is_silent(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("size", [2, 7])
 def test_vocabulary_size_that_does_not_fit_says_what_would(size: int) -> None:
-    with pytest.raises(ValueError, match=rf"vocabulary_size={size} .* 4 different words: at least 3 and at most 6"):
+    with pytest.raises(
+        ValueError, match=rf"vocabulary_size={size} .* 4 different words: at least 3 and at most 6"
+    ):
         Vocabulary.build(["c b a b", "a c b d"], size)
 
 
@@ -138,7 +154,11 @@ def test_cyclic_lanes_flow_on_into_the_next_lane_and_around() -> None:
     input_BS, target_BS, valid_BS = lanes.window(0, 3, np.arange(2))
     assert input_BS.tolist() == [[10, 11, 12], [13, 14, 15]]
     assert target_BS.tolist() == [[11, 12, 13], [14, 15, 16]]
-    assert (input_BS.dtype, target_BS.dtype, valid_BS.dtype) == (torch.int64, torch.int64, torch.bool)
+    assert (input_BS.dtype, target_BS.dtype, valid_BS.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.bool,
+    )
     # Next pass: lane 0 reads lane 1's text; lane 1 reads index 6 (the remainder), then 7 mod 7 = 0 and 8 mod 7 = 1.
     input_BS, target_BS, valid_BS = lanes.window(3, 3, np.arange(2))
     assert input_BS.tolist() == [[13, 14, 15], [16, 10, 11]]
@@ -170,7 +190,9 @@ def test_lane_length_of_streams_that_divide_evenly() -> None:
 @pytest.mark.parametrize("num_tokens", [2, 8, 23])
 @pytest.mark.parametrize("num_lanes", [1, 3, 5, 9])
 @pytest.mark.parametrize("steps", [1, 4, 30])
-def test_evaluation_scores_every_token_but_the_first_once(num_tokens: int, num_lanes: int, steps: int) -> None:
+def test_evaluation_scores_every_token_but_the_first_once(
+    num_tokens: int, num_lanes: int, steps: int
+) -> None:
     lanes = Lanes(np.arange(num_tokens), num_lanes, cyclic=False)
     pairs = []
     for window in range(lanes.num_windows(steps)):
@@ -186,7 +208,9 @@ def test_a_lane_is_the_same_whichever_lanes_are_asked_for(cyclic: bool) -> None:
     lanes = Lanes(np.arange(100, 150), num_lanes=6, cyclic=cyclic)
     every = lanes.window(5, 4, np.arange(6))
     for asked in ([4], [5, 0, 2], [1, 1], []):
-        for part, whole in zip(lanes.window(5, 4, np.array(asked, dtype=np.int64)), every, strict=True):
+        for part, whole in zip(
+            lanes.window(5, 4, np.array(asked, dtype=np.int64)), every, strict=True
+        ):
             assert part.equal(whole[asked])
 
 
@@ -221,11 +245,17 @@ def test_unigram_perplexity_refuses() -> None:
 
 def test_bundled_sizes_are_those_of_its_readme() -> None:
     folder = Path(text.__file__).parents[1] / "bundled"
-    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$",
+        (folder / "README.md").read_text(),
+        re.MULTILINE,
+    )
     for split, *sizes in rows:
         lines = list(open_text("bundled", streamed=True)[split])
         tokens = sum(len(tokenize(line)) + 1 for line in lines)
-        assert [len(lines), tokens, (folder / f"{split}.txt.xz").stat().st_size] == [int(size) for size in sizes]
+        assert [len(lines), tokens, (folder / f"{split}.txt.xz").stat().st_size] == [
+            int(size) for size in sizes
+        ]
     assert [row[0] for row in rows] == list(SPLITS)
     assert sum(int(row[3]) for row in rows) < 3_000_000
 
@@ -237,7 +267,10 @@ def test_bundled_text_is_clean_and_its_splits_are_disjoint() -> None:
     assert not re.search(r"gutenberg|copyright|\betexts?\b|[@_{}*]", joined, re.IGNORECASE)
     assert lines["train"][0] == "In the beginning God created the heaven and the earth."
     # Short lines ("[Exeunt.]", "Jesus wept.") recur; of longer ones a single verse does.
-    long = {split: {line for line in lines[split] if len(re.findall(r"[\w']+", line)) > 8} for split in SPLITS}
+    long = {
+        split: {line for line in lines[split] if len(re.findall(r"[\w']+", line)) > 8}
+        for split in SPLITS
+    }
     assert not long["test"] & (long["train"] | long["valid"])
     joshua_15_16 = "He that smiteth Kirjathsepher, and taketh it, to him will I give Achsah my daughter to wife."
     assert long["valid"] & long["train"] == {f"And Caleb said, {joshua_15_16}"}
@@ -248,11 +281,18 @@ def test_bundled_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
     vocabulary = Vocabulary.build(lines["train"], 8000)
     ids = {split: vocabulary.encode(lines[split]) for split in SPLITS}
     assert [round(100 * (ids[split] == 0).mean(), 1) for split in SPLITS] == [3.6, 5.5, 6.0]
-    assert [round(unigram_perplexity(vocabulary.counts, ids[split])) for split in SPLITS[1:]] == [343, 361]
+    assert [round(unigram_perplexity(vocabulary.counts, ids[split])) for split in SPLITS[1:]] == [
+        343,
+        361,
+    ]
 
 
 def test_a_long_pass_is_told_and_ends_its_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(told((time.sleep(1.2) or i for i in range(3)), "lines of a text")) == [0, 1, 2]
+    assert list(with_progress((time.sleep(1.2) or i for i in range(3)), "lines of a text")) == [
+        0,
+        1,
+        2,
+    ]
     assert (said := capsys.readouterr().err).endswith("\n") and "lines of a text: 3it" in said
-    assert list(told([1, 2], "lines of a text")) == [1, 2]
+    assert list(with_progress([1, 2], "lines of a text")) == [1, 2]
     assert capsys.readouterr().err == ""

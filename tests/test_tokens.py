@@ -14,7 +14,19 @@ import torch
 from tokenizers.normalizers import BertNormalizer
 
 from moe_dist.data.text.corpus import Lines, open_text
-from moe_dist.data.text.wordpiece import CLS, MASK, NOTHING, PAD, SEP, SPECIAL, UNK, Tokens, _tokenizer, joined, stacked
+from moe_dist.data.text.wordpiece import (
+    CLS,
+    MASK,
+    NOTHING,
+    PAD,
+    SEP,
+    SPECIAL,
+    UNK,
+    Tokens,
+    _tokenizer,
+    joined,
+    stacked,
+)
 
 LINES = ["ab ab abc", "abc"]
 
@@ -33,7 +45,9 @@ def test_pieces_by_hand() -> None:
     # Words: ab twice, abc twice. The pair a ##b is there 4 times, ##b ##c twice; after ab, ab ##c twice.
     tokens = Tokens.build(LINES, 13)
     assert tokens.words == (*SPECIAL, "##a", "##b", "##c", "a", "b", "c", "ab", "abc")
-    assert len(tokens) == 13 and tokens.is_inside_V.tolist() == [False] * 5 + [True] * 3 + [False] * 5
+    assert (
+        len(tokens) == 13 and tokens.is_inside_V.tolist() == [False] * 5 + [True] * 3 + [False] * 5
+    )
     # abc whole; ab; a and what goes on with it; c, then no ##ab: letter by letter; x is no character of the text
     assert tokens.encode("abc ab ac cab x") == [12, 11, 8, 7, 10, 5, 6, UNK]
     assert tokens.decode([12, 11, 8, 7, 10, 5, 6, UNK]) == "abc ab ac cab [UNK]"
@@ -86,12 +100,16 @@ def test_encoding_is_that_of_a_slow_reference(verses: list[str]) -> None:
     def pieces(word: str) -> Iterator[str]:
         rest, before = word, ""
         while rest:
-            piece = next(before + rest[:n] for n in range(len(rest), 0, -1) if before + rest[:n] in known)
+            piece = next(
+                before + rest[:n] for n in range(len(rest), 0, -1) if before + rest[:n] in known
+            )
             yield piece
             rest, before = rest[len(piece) - len(before) :], "##"
 
     for line, ids in zip(verses, tokens.encode_all(verses), strict=True):
-        slow = [piece for word in re.findall(r"\w+|[^\w\s]", line.lower()) for piece in pieces(word)]
+        slow = [
+            piece for word in re.findall(r"\w+|[^\w\s]", line.lower()) for piece in pieces(word)
+        ]
         assert [tokens.words[i] for i in ids] == slow
         assert ids.tolist() == tokens.encode(line)
 
@@ -99,7 +117,9 @@ def test_encoding_is_that_of_a_slow_reference(verses: list[str]) -> None:
 def test_rare_characters_are_left_out() -> None:
     # 0.99995 of 40,001 characters that are no spaces are 39,998.99: a and b are enough, the one ß is not needed
     tokens = Tokens.build(["ab" * 20] * 1000 + ["ß"], 12)
-    assert {word.removeprefix("##") for word in tokens.words[5:]} <= {"a", "b"} | {"ab" * n for n in range(21)}
+    assert {word.removeprefix("##") for word in tokens.words[5:]} <= {"a", "b"} | {
+        "ab" * n for n in range(21)
+    }
     assert tokens.encode("ß") == [UNK]
 
 
@@ -111,9 +131,13 @@ def test_offsets_are_those_of_the_text_as_it_was() -> None:
     words: dict[str, str] = {}
     for i, (start, stop) in zip(ids, offsets, strict=True):
         words[text[start:stop]] = tokens.words[i]
-    assert [text[a:b] for a, b in offsets if text[a:b] in ("中", ",")] == [",", "中"] and words["中"] == "[UNK]"
+    assert [text[a:b] for a, b in offsets if text[a:b] in ("中", ",")] == [",", "中"] and words[
+        "中"
+    ] == "[UNK]"
     # "LÓRD" is characters 4 to 8, "ńame" with its two code points 10 to 15
-    pieces = [(tokens.words[i].removeprefix("##"), a, b) for i, (a, b) in zip(ids, offsets, strict=True)]
+    pieces = [
+        (tokens.words[i].removeprefix("##"), a, b) for i, (a, b) in zip(ids, offsets, strict=True)
+    ]
     for first, stop, word in ((4, 8, "lord"), (10, 15, "name")):
         assert "".join(piece for piece, a, b in pieces if first <= a and b <= stop) == word
     assert tokens.encode_with_offsets("\u200b \x00") == ([], [])
@@ -122,8 +146,16 @@ def test_offsets_are_those_of_the_text_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("lines", "size", "message"),
     [
-        (LINES, 10, "vocabulary_size=10 is too small for the 3 characters of this text: at least 11 would do"),
-        (LINES, 14, "vocabulary_size=14 is more than this text fills: at most 13 would do, or more text"),
+        (
+            LINES,
+            10,
+            "vocabulary_size=10 is too small for the 3 characters of this text: at least 11 would do",
+        ),
+        (
+            LINES,
+            14,
+            "vocabulary_size=14 is more than this text fills: at most 13 would do, or more text",
+        ),
         ([], 10, "vocabulary_size=10 is more than this text fills: at most 5"),
         (LINES, 0, "vocabulary_size=0 is too small .* at least 11 would do"),
     ],
@@ -165,7 +197,11 @@ def test_samples_are_joined_and_stacked() -> None:
     a, b = np.array([7, 8]), np.array([9])
     rows = [joined(a, b), joined(b), NOTHING]
     token_bS, kind_bS, valid_bS = stacked(rows, 7)
-    assert token_bS.tolist() == [[CLS, 7, 8, SEP, 9, SEP, PAD], [CLS, 9, SEP, 0, 0, 0, 0], [PAD] * 7]
+    assert token_bS.tolist() == [
+        [CLS, 7, 8, SEP, 9, SEP, PAD],
+        [CLS, 9, SEP, 0, 0, 0, 0],
+        [PAD] * 7,
+    ]
     assert kind_bS.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0] * 7, [0] * 7]
     assert valid_bS.tolist() == [[True] * 6 + [False], [True] * 3 + [False] * 4, [False] * 7]
     assert (token_bS.dtype, kind_bS.dtype, valid_bS.dtype) == (torch.int64, torch.int64, torch.bool)
@@ -181,7 +217,10 @@ def letters_of(line: str) -> Tokens:
     ("line", "words"),
     [
         ("\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e", 2),  # hindi
-        ("\u0e17\u0e35\u0e48\u200b\u0e19\u0e31\u0e49\u0e19", 2),  # thai, a space of no width between
+        (
+            "\u0e17\u0e35\u0e48\u200b\u0e19\u0e31\u0e49\u0e19",
+            2,
+        ),  # thai, a space of no width between
         ("\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd", 1),  # hebrew with its points
         ("auto\u00admobil", 1),
     ],
@@ -199,7 +238,13 @@ def test_latin_greek_and_cyrillic_text_is_as_in_uncased_bert() -> None:
     tokenizer, bert = _tokenizer({}), BertNormalizer(lowercase=True)
     rng = random.Random(0)
     letters = [
-        chr(c) for c in (*range(1, 0x530), *range(0x1E00, 0x2000), *range(0x2010, 0x20D0), *range(0xAC00, 0xAC40))
+        chr(c)
+        for c in (
+            *range(1, 0x530),
+            *range(0x1E00, 0x2000),
+            *range(0x2010, 0x20D0),
+            *range(0xAC00, 0xAC40),
+        )
     ]
     letters += "\u4e2d\u3042\u00ad\u200c\u200d\ufeff"
     for line in ("".join(rng.choices(letters, k=50)) for _ in range(2000)):
@@ -212,11 +257,22 @@ def test_offsets_are_those_of_the_text_as_it_was_written() -> None:
     for form in ("NFC", "NFD"):
         words = [
             unicodedata.normalize(form, w)
-            for w in ("\u00e9t\u00e9", "\u00ad", "No\u00ebl", "\u0928\u092e\u0938\u094d\u0924\u0947")
+            for w in (
+                "\u00e9t\u00e9",
+                "\u00ad",
+                "No\u00ebl",
+                "\u0928\u092e\u0938\u094d\u0924\u0947",
+            )
         ]
         line = "  ".join(words)
         ids, offsets = tokens.encode_with_offsets(line)
         first = [at for i, at in zip(ids, offsets, strict=True) if not tokens.is_inside_V[i]]
-        last = [*(b for a, b in zip(ids[1:], offsets, strict=False) if not tokens.is_inside_V[a]), offsets[-1]]
-        spans = [unicodedata.normalize("NFC", line[a:b]) for (a, _), (_, b) in zip(first, last, strict=True)]
+        last = [
+            *(b for a, b in zip(ids[1:], offsets, strict=False) if not tokens.is_inside_V[a]),
+            offsets[-1],
+        ]
+        spans = [
+            unicodedata.normalize("NFC", line[a:b])
+            for (a, _), (_, b) in zip(first, last, strict=True)
+        ]
         assert spans == ["\u00e9t\u00e9", "No\u00ebl", hindi]

@@ -15,8 +15,8 @@ from moe_dist.checkpoint import __main__ as checkpoint
 from moe_dist.config import papers
 from moe_dist.config.overrides import dotted_keys, from_json, override, to_json
 from moe_dist.config.schema import Config
-from moe_dist.config.validate import RANGES, check
-from moe_dist.distributed.batch_layout import lay_out
+from moe_dist.config.validate import RANGES, check_config
+from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.inference import classify, generate
 from moe_dist.optim.lr_schedule import learning_rate
 from moe_dist.planner import __main__ as planner
@@ -25,22 +25,66 @@ from moe_dist.tasks.registry import task_of
 from moe_dist.verify import __main__ as verify_command
 
 # of each kind of data and of model one config
-NAMES = ("lstm_moe_demo", "widenet_demo", "widenet_pretraining_demo", "widenet_text_demo", "widenet_squad")
+NAMES = (
+    "lstm_moe_demo",
+    "widenet_demo",
+    "widenet_pretraining_demo",
+    "widenet_text_demo",
+    "widenet_squad",
+)
 WORDS = (
-    "", " ", "nan", "inf", "-inf", "-1", "0", "1e308", "-1e308", "1e-320", "1e400", "9" * 400, "9" * 5000, "0x10",
-    "true", "none", "x" * 5000, "a\nb", "a\0b", "\ud800", "\x1b[2J", "٣", "../x", "[]",
-)  # fmt: skip
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "1e308",
+    "-1e308",
+    "1e-320",
+    "1e400",
+    "9" * 400,
+    "9" * 5000,
+    "0x10",
+    "true",
+    "none",
+    "x" * 5000,
+    "a\nb",
+    "a\0b",
+    "\ud800",
+    "\x1b[2J",
+    "٣",
+    "../x",
+    "[]",
+)
 VALUES: tuple[Any, ...] = (
-    *WORDS, float("nan"), float("inf"), -float("inf"), -1, 0, 1, -0.5, 1e308, 10**400, -(10**400), True, False, None,
-    [], {}, [1], {"x": 1},
-)  # fmt: skip
+    *WORDS,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    -1,
+    0,
+    1,
+    -0.5,
+    1e308,
+    10**400,
+    -(10**400),
+    True,
+    False,
+    None,
+    [],
+    {},
+    [1],
+    {"x": 1},
+)
 
 
 def try_it(config: Config) -> None:
     """What a start does with a config before any work, as far as one process can."""
-    check(config)
-    lay_out(config, 1)
-    task_of(config).plain_model(config)
+    check_config(config)
+    make_batch_layout(config, 1)
+    task_of(config).build_model(config)
     for step in (1, config.steps):
         assert 0 <= learning_rate(config.optim, step, config.steps) <= RANGES["lr"][1]
     assert from_json(to_json(config)) == config
@@ -77,7 +121,10 @@ def test_a_hostile_value_of_any_field_is_a_value_error_or_a_config() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    sections = [Config, *(type(getattr(papers.get(name), part)) for name in NAMES for part in ("data", "model"))]
+    sections = [
+        Config,
+        *(type(getattr(papers.get(name), part)) for name in NAMES for part in ("data", "model")),
+    ]
     numbers: set[str] = set()
     while sections:
         for field, hint in typing.get_type_hints(sections.pop()).items():
@@ -90,39 +137,53 @@ def test_every_number_has_a_range() -> None:
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("mesh.patience=1e300", "mesh.patience=1e+300: from 0.001 to 604800"),
-        ("mesh.patience=604801", "mesh.patience=604801.0: from 0.001 to 604800"),
+        ("mesh.timeout_s=1e300", "mesh.timeout_s=1e+300: from 0.001 to 604800"),
+        ("mesh.timeout_s=604801", "mesh.timeout_s=604801.0: from 0.001 to 604800"),
         ("optim.lr=1e308", "optim.lr=1e+308: from 1e-12 to 1e+06"),
         ("optim.weight_decay=1e200", "optim.weight_decay=1e+200: from 0 to 1e+06"),
         ("mesh.ep=0", "mesh.ep=0: from 1 to 2147483647"),
         (
             "steps=" + "9" * 5000,
-            "--set steps=" + "9" * 40 + "[...]" + "9" * 20 + ": expected a whole number such as 100",
+            "--set steps="
+            + "9" * 40
+            + "[...]"
+            + "9" * 20
+            + ": expected a whole number such as 100",
         ),
         ("steps=" + "9" * 400, "steps=" + "9" * 40 + "[...]" + "9" * 20 + ": from 1 to 99999999"),
         ("name=a\nb", r"name='a\nb' has a character that no name can have, '\n'"),
         ("name=" + "n" * 101, "a word of at most 100 characters"),
-        ("init=", "init='' is empty"),
-        ("compare=", "compare='' is empty"),
+        ("init_from=", "init_from='' is empty"),
+        ("baseline=", "baseline='' is empty"),
         ("data.text=", "data.text='' is empty"),
         ("data.text=" + "t/" * 501, "has 1002 characters; at most 1000"),
     ],
 )
-def test_a_value_out_of_range_is_named(assignment: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_value_out_of_range_is_named(
+    assignment: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     check_plan(["lstm_moe_demo", "--set", assignment], says, capsys)
 
 
 @pytest.mark.parametrize("path", ["", "  ", "y" * 5000, "a/" * 2000, "run\0", "run\n2", "\udcff"])
 @pytest.mark.parametrize("argument", ["--folder", "--resume", "--evaluate"])
 def test_a_path_that_names_nothing(
-    argument: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    argument: str,
+    path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")  # which must not be read
     check_plan(
-        [*(["lstm_moe_demo"] if argument == "--folder" else []), argument, path], f"argument {argument}: ", capsys
+        [*(["lstm_moe_demo"] if argument == "--folder" else []), argument, path],
+        f"argument {argument}: ",
+        capsys,
     )
-    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"], "nothing is written to the current folder"
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"], (
+        "nothing is written to the current folder"
+    )
 
 
 @pytest.mark.parametrize("path", ["", "y" * 300])
@@ -141,14 +202,20 @@ def test_a_path_that_names_nothing(
     ],
 )
 def test_the_other_commands_refuse_it_too(
-    main: Any, args: list[str], path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    main: Any,
+    args: list[str],
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [path if arg == "PATH" else arg for arg in args]
     monkeypatch.setattr("sys.argv", ["report", *given])  # report.main reads it
     with pytest.raises(SystemExit) as exit_:
         main() if main is report_command.main else main(given)
     assert exit_.value.code == 2
-    check_one_line(capsys.readouterr().err, "is empty" if not path else "has a name of 300 bytes; at most 255")
+    check_one_line(
+        capsys.readouterr().err, "is empty" if not path else "has a name of 300 bytes; at most 255"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +223,11 @@ def test_the_other_commands_refuse_it_too(
     [
         (planner.main, ["--nodes", "9" * 400, "--gpu", "h100"], "from 1 to 1048576"),
         (planner.main, ["--nodes", "9" * 5000, "--gpu", "h100"], "invalid int value"),
-        (planner.main, ["--gpu", "h100", "--memory", "nan"], "--memory nan: a positive number of GB"),
+        (
+            planner.main,
+            ["--gpu", "h100", "--memory", "nan"],
+            "--memory nan: a positive number of GB",
+        ),
         (planner.main, ["--gpu", "h100", "--set", "optim.lr=1e308"], "optim.lr=1e+308"),
         (verify_command.main, ["--worlds", "1000000007"], "--worlds 1000000007: from 1 to 1024"),
         (verify_command.main, ["--steps", "9" * 400], "from 1 to 99999999"),
@@ -173,21 +244,37 @@ def test_numbers_of_the_other_commands(
     check_one_line(capsys.readouterr().err, says)
 
 
-LAUNCHED = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"}  # fmt: skip
+LAUNCHED = {
+    "RANK": "0",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "0",
+    "GROUP_WORLD_SIZE": "2",
+}
 
 
-@pytest.mark.parametrize("text", ["abc", "-1", "1.5", "1e3", "9" * 30, "²", "٣", " 1", "1\n", "0x1", "007"])
+@pytest.mark.parametrize(
+    "text", ["abc", "-1", "1.5", "1e3", "9" * 30, "²", "٣", " 1", "1\n", "0x1", "007"]
+)
 @pytest.mark.parametrize("key", sorted(LAUNCHED.keys() - {"MASTER_ADDR"}))
 def test_a_number_of_the_environment_that_is_none(
     key: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether a launcher has set the others, or nobody."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of ranks that let the main one speak first
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: None
+    )  # of ranks that let the main one speak first
     for others in (LAUNCHED, dict.fromkeys(LAUNCHED, "")):
         for name, value in (others | {key: text}).items():
             monkeypatch.setenv(name, value)
-        check_plan(["lstm_moe_demo"], f"{key}={ascii(text)[1:-1]} in the environment: a whole number from ", capsys)
+        check_plan(
+            ["lstm_moe_demo"],
+            f"{key}={ascii(text)[1:-1]} in the environment: a whole number from ",
+            capsys,
+        )
 
 
 @pytest.mark.parametrize(
@@ -198,11 +285,17 @@ def test_a_number_of_the_environment_that_is_none(
         ({"GROUP_RANK": "7"}, "GROUP_RANK=7 in the environment: a whole number from 0 to 1"),
         ({"LOCAL_WORLD_SIZE": "3"}, "4 ranks on 2 nodes, 3 of them here"),
         ({"GROUP_WORLD_SIZE": "3"}, "4 ranks on 3 nodes, 2 of them here"),
-        (dict.fromkeys(LAUNCHED, "") | {"LOCAL_WORLD_SIZE": "2"}, "1 ranks on 1 nodes, 2 of them here"),
+        (
+            dict.fromkeys(LAUNCHED, "") | {"LOCAL_WORLD_SIZE": "2"},
+            "1 ranks on 1 nodes, 2 of them here",
+        ),
     ],
 )
 def test_numbers_of_the_environment_that_contradict_each_other(
-    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    environment: dict[str, str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for key, value in (LAUNCHED | environment).items():

@@ -22,20 +22,27 @@ from moe_dist.moe.gating.noisy_topk import NoisyTopK
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import Routing
 from moe_dist.nn import token_noise
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 from moe_dist.optim import expert_state
 from moe_dist.optim import optimizer as optimizer_module
 from moe_dist.verify import __main__ as verify_command
 from moe_dist.verify import certificate, choice_replay
-from moe_dist.verify.certificate import REFERENCE, Layout, run_layouts
-from moe_dist.verify.choice_replay import Choices
+from moe_dist.verify.certificate import REFERENCE, ParallelConfig, run_layouts
+from moe_dist.verify.choice_replay import RecordedChoices
 
 # the demo, its widths, batch and vocabulary divided so that 1, 2, 3 and 4 ranks can have it
 SMALL = [
-    "data.vocabulary_size=300", "model.dim=64", "model.moe.hidden=32", "model.moe.num_experts=48", "batch.samples=24",
-    "batch.timesteps=8", "batch.samples_per_balance_group=6", "optim.warmup_steps=5", "optim.clip_norm=0.1",
+    "data.vocabulary_size=300",
+    "model.dim=64",
+    "model.moe.expert_hidden_dim=32",
+    "model.moe.num_experts=48",
+    "batch.global_batch_size=24",
+    "batch.seq_len=8",
+    "batch.balance_loss_group_size=6",
+    "optim.warmup_steps=5",
+    "optim.max_grad_norm=0.1",
     "model.moe.k=6",
-]  # fmt: skip
+]
 HIERARCHICAL = ["model.moe.num_groups=6", "model.moe.k=3"]
 
 
@@ -58,18 +65,26 @@ def small(text: Path, *sets: str) -> Config:
 def test_the_demo_is_certified_and_the_run_is_live(
     sets: list[str], layouts: list[tuple[int, int, int, int]], small_text: Path
 ) -> None:
-    told = certificate.verify(small(small_text, *sets), [Layout(*place) for place in layouts], steps=20, replay=True)
+    told = certificate.verify(
+        small(small_text, *sets),
+        [ParallelConfig(*place) for place in layouts],
+        steps=20,
+        replay=True,
+    )
     live = told["live"]
     assert live["routing changed"] >= 0.2 and live["steps clipped"] >= 15
     assert live["noise"] and live["dropout"] > 0
-    assert [tuple(t[k] for k in ("world", "ep", "zero", "accumulation")) for t in told["layouts"]] == layouts
+    assert [
+        tuple(t[k] for k in ("world", "ep", "zero_stage", "grad_accum_steps"))
+        for t in told["layouts"]
+    ] == layouts
     for t in told["layouts"]:
         assert max(t["loss"], t["norm"], t["weights"]) < 1e-5, t
-        assert t["widest_gap"] <= certificate.GAP, t
+        assert t["widest_gap"] <= certificate.MAX_ROUNDING_GAP, t
         assert t["idle"] >= (t["world"] > 1), f"a rank of two or more sent no row in a step: {t}"
 
 
-WHOLE = "batch.samples_per_balance_group=24"  # a group of which each rank has a part
+WHOLE = "batch.balance_loss_group_size=24"  # a group of which each rank has a part
 FAULTS: dict[str, Callable[[], None]] = {}
 
 
@@ -81,13 +96,13 @@ def fault(plant: Callable[[], None]) -> Callable[[], None]:
 @fault
 def expert_gradients_divided_by_the_expert_data_group() -> None:
     """Two ranks at ep 2: by 1 instead of 2."""
-    honest = expert_state.Factored.square
+    honest = expert_state.FactoredAdamParam.square
 
-    def square(self: expert_state.Factored) -> torch.Tensor:
+    def square(self: expert_state.FactoredAdamParam) -> torch.Tensor:
         self.gradient().mul_(2)
         return honest(self)
 
-    expert_state.Factored.square = square  # type: ignore[method-assign]
+    expert_state.FactoredAdamParam.square = square  # type: ignore[method-assign]
 
 
 @fault
@@ -96,7 +111,7 @@ def a_norm_that_counts_replicas_twice() -> None:
     honest = optimizer_module.Optimizer.step
 
     def step(self: optimizer_module.Optimizer, closure: Any = None) -> None:
-        self.zero = 1
+        self.zero_stage = 1
         honest(self)
 
     optimizer_module.Optimizer.step = step  # type: ignore[method-assign]
@@ -104,17 +119,17 @@ def a_norm_that_counts_replicas_twice() -> None:
 
 @fault
 def local_balance() -> None:
-    collectives.Sums.everyone = lambda self, x: x  # type: ignore[method-assign]
+    collectives.StatReducer.over_data = lambda self, x: x  # type: ignore[method-assign]
 
 
 @fault
 def noise_by_rank() -> None:
-    honest = token_noise.normal
+    honest = token_noise.token_normal
 
-    def normal(ctx: Context, *rest: Any) -> torch.Tensor:
+    def normal(ctx: TokenContext, *rest: Any) -> torch.Tensor:
         return honest(dataclasses.replace(ctx, seed=ctx.seed + torch.distributed.get_rank()), *rest)
 
-    token_noise.normal = normal
+    token_noise.token_normal = normal
 
 
 @fault
@@ -129,28 +144,30 @@ def a_sampler_that_depends_on_the_world() -> None:
 
 @fault
 def statistics_from_the_wrong_group() -> None:
-    honest = expert_state.Factored.square
+    honest = expert_state.FactoredAdamParam.square
 
-    def square(self: expert_state.Factored) -> torch.Tensor:
+    def square(self: expert_state.FactoredAdamParam) -> torch.Tensor:
         told = honest(self)
         torch.distributed.all_reduce(self.row_square_eD)  # with the other rank's, of other experts
         return told
 
-    expert_state.Factored.square = square  # type: ignore[method-assign]
+    expert_state.FactoredAdamParam.square = square  # type: ignore[method-assign]
 
 
 @fault
 def a_rank_that_would_choose_other_experts() -> None:
     """The second of two; only the gap shows it, for the recorded choice wins."""
-    honest = choice_replay.highest
+    honest = choice_replay.top_k_plus_one
 
     def highest(score_TE: torch.Tensor, *rest: Any) -> Any:
         return honest(-score_TE if torch.distributed.get_rank() == 1 else score_TE, *rest)
 
-    choice_replay.highest = highest
+    choice_replay.top_k_plus_one = highest
 
 
-def run_faulty(fault: str | None, config: Config, layout: Layout, reference: Path) -> list[dict[str, Any]]:
+def run_faulty(
+    fault: str | None, config: Config, layout: ParallelConfig, reference: Path
+) -> list[dict[str, Any]]:
     if fault:
         FAULTS[fault]()
     return run_layouts(config, [layout], 6, reference, True, ())
@@ -167,40 +184,59 @@ def reference(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_a_planted_fault_is_reported(fault: str | None, small_text: Path, reference: Path) -> None:
     (told,), _ = run_distributed(
-        run_faulty, 2, fault, small(small_text, WHOLE), Layout(2, 2, 0, 1), reference, timeout=90
+        run_faulty,
+        2,
+        fault,
+        small(small_text, WHOLE),
+        ParallelConfig(2, 2, 0, 1),
+        reference,
+        timeout=90,
     )
     off = max(told["loss"], told["norm"], told["weights"])
-    assert (off > 1e-4 or told["widest_gap"] > certificate.GAP) if fault else off < 1e-5, json.dumps(told)
+    assert (
+        (off > 1e-4 or told["widest_gap"] > certificate.MAX_ROUNDING_GAP) if fault else off < 1e-5
+    ), json.dumps(told)
 
 
 def test_a_flip_within_rounding_is_counted_and_the_recorded_ranking_wins() -> None:
     word_T = torch.arange(3)
-    ctx = Context(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 3, 3, 1)
-    recorder = Choices()
-    recorder.pick(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 1.0 + 4e-6, 0.0]]), 1, torch.arange(3), ctx)
-    replayer = Choices(recorder.recorded)
+    ctx = TokenContext(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 3, 3, 1)
+    recorder = RecordedChoices()
+    recorder.select(
+        torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0, 1.0 + 4e-6, 0.0]]),
+        1,
+        torch.arange(3),
+        ctx,
+    )
+    replayer = RecordedChoices(recorder.recorded)
     # word 2 ranks experts 0 and 1 the other way, 4e-6 of its largest score apart; words lie elsewhere on this layout
     after = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0 + 4e-6, 1.0, 0.0]])
     order = torch.tensor([2, 0, 1])
-    top, column = replayer.pick(after[order], 1, torch.arange(3), ctx.rows(order))
+    top, column = replayer.select(after[order], 1, torch.arange(3), ctx.select(order))
     assert column.tolist() == [[1, 0], [2, 1], [0, 1]]
     torch.testing.assert_close(top[0], torch.tensor([1.0, 1.0 + 4e-6]), rtol=0, atol=0)
-    assert replayer.flips == 1 and 3e-6 < replayer.widest_gap < 5e-6
+    assert replayer.rank_flips == 1 and 3e-6 < replayer.max_gap < 5e-6
     # word 0 ranks them 3, 2, 1 where 1, 2, 3 is recorded: its first is 2 / 3 of the largest score off
-    replayer.pick(torch.tensor([[3.0, 2.0, 1.0]]), 1, torch.arange(3), ctx.rows(torch.tensor([0])))
-    assert replayer.flips == 2 and replayer.widest_gap == pytest.approx(2 / 3)
+    replayer.select(
+        torch.tensor([[3.0, 2.0, 1.0]]), 1, torch.arange(3), ctx.select(torch.tensor([0]))
+    )
+    assert replayer.rank_flips == 2 and replayer.max_gap == pytest.approx(2 / 3)
     # a word that the recorded run did not have there
-    elsewhere = dataclasses.replace(ctx.rows(torch.tensor([0])), position_T=torch.tensor([7]))
-    replayer.pick(torch.tensor([[1.0, 2.0, 3.0]]), 1, torch.arange(3), elsewhere)
-    assert replayer.widest_gap == torch.inf
+    elsewhere = dataclasses.replace(ctx.select(torch.tensor([0])), position_T=torch.tensor([7]))
+    replayer.select(torch.tensor([[1.0, 2.0, 3.0]]), 1, torch.arange(3), elsewhere)
+    assert replayer.max_gap == torch.inf
 
 
-def hidden(experts: Experts, choices: Choices, x_RD: list[list[float]], ctx_R: Context) -> tuple[Any, Any]:
+def hidden(
+    experts: Experts, choices: RecordedChoices, x_RD: list[list[float]], ctx_R: TokenContext
+) -> tuple[Any, Any]:
     """The sum of each row's hidden units that are on, and which are, as the gradient says: all rows are expert 7's, the
     second of a rank whose first is 6."""
-    choices.watch(MoE(NoisyTopK(3, 2, 1), experts), Mock(my_experts=lambda n: range(6, 6 + n)))
+    choices.attach(MoE(NoisyTopK(3, 2, 1), experts), Mock(local_experts=lambda n: range(6, 6 + n)))
     x = torch.tensor(x_RD, requires_grad=True)
-    y_R = experts(x, Routing(torch.arange(len(x)), torch.ones(len(x)), torch.tensor([0, len(x)])), ctx_R)[0][:, 0]
+    y_R = experts(
+        x, Routing(torch.arange(len(x)), torch.ones(len(x)), torch.tensor([0, len(x)])), ctx_R
+    )[0][:, 0]
     y_R.sum().backward()
     assert x.grad is not None
     return y_R.tolist(), x.grad.tolist()
@@ -213,22 +249,24 @@ def test_a_sign_within_rounding_is_counted_once_and_the_recorded_one_wins(recomp
         experts.w1_eDF.copy_(torch.eye(3).expand(2, 3, 3))  # hidden units are the row itself
         experts.w2_eFD.fill_(1.0)
     word_T = torch.arange(2)
-    ctx = Context(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 2, 2, 1)
-    recorder = Choices()
+    ctx = TokenContext(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 2, 2, 1)
+    recorder = RecordedChoices()
     sums, on = hidden(experts, recorder, [[1.0, 0.0, -2.0], [2.0, 4e-6, -1.0]], ctx)
     assert sums == pytest.approx([1, 2 + 4e-6]) and on == [[1, 0, 0], [1, 1, 0]]
-    (keys, _), *others = recorder.on.values()
+    (keys, _), *others = recorder.relu_masks.values()
     assert keys.tolist() == [7, (1 << 42) + 7] and not others
     # word 1's second unit is off here, 2e-6 of the row's largest from zero; words lie elsewhere on this layout
-    replayer = Choices(recorder.recorded)
-    sums, on = hidden(experts, replayer, [[2.0, -4e-6, -1.0], [1.0, 0.0, -2.0]], ctx.rows(torch.tensor([1, 0])))
+    replayer = RecordedChoices(recorder.recorded)
+    sums, on = hidden(
+        experts, replayer, [[2.0, -4e-6, -1.0], [1.0, 0.0, -2.0]], ctx.select(torch.tensor([1, 0]))
+    )
     assert sums == pytest.approx([2 - 4e-6, 1]) and on == [[1, 1, 0], [1, 0, 0]]
-    assert replayer.signs == 1 and replayer.widest_gap == pytest.approx(2e-6)
+    assert replayer.relu_sign_flips == 1 and replayer.max_gap == pytest.approx(2e-6)
     # word 0's first unit was on and is off, a quarter of the row's largest from zero
-    replayer = Choices(recorder.recorded)
-    sums, on = hidden(experts, replayer, [[-0.5, 0.0, -2.0]], ctx.rows(torch.tensor([0])))
+    replayer = RecordedChoices(recorder.recorded)
+    sums, on = hidden(experts, replayer, [[-0.5, 0.0, -2.0]], ctx.select(torch.tensor([0])))
     assert sums == [-0.5] and on == [[1, 0, 0]]
-    assert replayer.signs == 1 and replayer.widest_gap == 0.25
+    assert replayer.relu_sign_flips == 1 and replayer.max_gap == 0.25
 
 
 def test_signs_of_a_dense_network_are_replayed_layer_by_layer() -> None:
@@ -237,15 +275,17 @@ def test_signs_of_a_dense_network_are_replayed_layer_by_layer() -> None:
         for w in (network.w1_DF, *network.inner_FF):
             w.copy_(torch.eye(2))
         network.w2_FD.fill_(1.0)
-    ctx = Context(torch.tensor([5]), torch.tensor([0]), torch.tensor([True]), 0, 0, True, 0, 8, 8, 1)
-    recorder = Choices()
-    recorder.watch(network, Mock())
+    ctx = TokenContext(
+        torch.tensor([5]), torch.tensor([0]), torch.tensor([True]), 0, 0, True, 0, 8, 8, 1
+    )
+    recorder = RecordedChoices()
+    recorder.attach(network, Mock())
     assert network(torch.tensor([[2.0, 4e-6]]), ctx)[0][0, 0].item() == pytest.approx(2 + 4e-6)
-    replayer = Choices(recorder.recorded)
-    replayer.watch(network, Mock())
+    replayer = RecordedChoices(recorder.recorded)
+    replayer.attach(network, Mock())
     # the second unit of either layer was on
     assert network(torch.tensor([[2.0, -4e-6]]), ctx)[0][0, 0].item() == pytest.approx(2 - 4e-6)
-    assert replayer.signs == 2 and replayer.widest_gap == pytest.approx(2e-6)
+    assert replayer.relu_sign_flips == 2 and replayer.max_gap == pytest.approx(2e-6)
 
 
 def test_command_line(small_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -253,15 +293,32 @@ def test_command_line(small_text: Path, tmp_path: Path, capfd: pytest.CaptureFix
     file = tmp_path / "told.json"
     assert (
         verify_command.main(
-            ["lstm_moe_demo", *sets, "--worlds", "1", "5", "--zero", "1", "--steps", "3", "--json", str(file)]
+            [
+                "lstm_moe_demo",
+                *sets,
+                "--worlds",
+                "1",
+                "5",
+                "--zero",
+                "1",
+                "--steps",
+                "3",
+                "--json",
+                str(file),
+            ]
         )
         == 0
     )
     said = capfd.readouterr().out
     assert "2 of 2 layouts within 1e-05 of one rank" in said
-    assert "not a layout of this config: 5 ranks, ep 1, accumulation 1: batch.samples=24 is not a multiple" in said
+    assert (
+        "not a layout of this config: 5 ranks, ep 1, accumulation 1: batch.global_batch_size=24 is not a multiple"
+        in said
+    )
     told = json.loads(file.read_text())
-    assert [(t["world"], t["ep"], t["zero"], t["accumulation"]) for t in told["layouts"]] == [
+    assert [
+        (t["world"], t["ep"], t["zero_stage"], t["grad_accum_steps"]) for t in told["layouts"]
+    ] == [
         (1, 1, 1, 1),
         (1, 1, 1, 2),
     ]

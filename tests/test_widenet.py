@@ -32,42 +32,71 @@ from test_parity import (
 
 from moe_dist.config import papers
 from moe_dist.config.papers import xue2021
-from moe_dist.config.schema import EncoderConfig, OptimConfig, SoftmaxMoEConfig, TextConfig, VisionConfig
+from moe_dist.config.schema import (
+    EncoderConfig,
+    OptimConfig,
+    SoftmaxMoEConfig,
+    TextConfig,
+    VisionConfig,
+)
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.parallelize import ParallelModel, parallelize
 from moe_dist.models.text_encoder import PretrainingModel
-from moe_dist.models.transformer import Block, blocks_of, norm_divergence
+from moe_dist.models.transformer import Block, build_blocks, norm_divergence
 from moe_dist.models.vision_transformer import VisionTransformer
 from moe_dist.nn import prng, token_noise
-from moe_dist.nn.init import bounds_of, initialize
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.init import init_bounds, init_parameter
+from moe_dist.nn.token_context import TokenContext
 from moe_dist.optim.optimizer import Optimizer
 
 pytestmark = pytest.mark.timeout(300)
 
 DIM, NUM_EXPERTS, VOCABULARY_SIZE = 8, 4, 11
-MOE = SoftmaxMoEConfig(num_experts=NUM_EXPERTS, k=2, hidden=10, capacity_factor=1.0, w_balance=0.5)
-WIDENET = EncoderConfig(depth=3, dim=DIM, num_heads=2, ffn_hidden=12, dropout=0.25, moe=MOE)
+MOE = SoftmaxMoEConfig(
+    num_experts=NUM_EXPERTS, k=2, expert_hidden_dim=10, capacity_factor=1.0, balance_loss_weight=0.5
+)
+WIDENET = EncoderConfig(depth=3, dim=DIM, num_heads=2, ffn_hidden_dim=12, dropout=0.25, moe=MOE)
 # 5 blocks: attention of 0-1, 2-3, 4; ffn of 0-2 and of 3-4; norms of 0-1, 2-3, 4; assignments of 0-2 and of 3-4
 GROUPED = dataclasses.replace(
-    WIDENET, depth=5, moe_blocks="1,2,4", blocks_per_attention=2, blocks_per_ffn=3, blocks_per_norm=2,
+    WIDENET,
+    depth=5,
+    moe_blocks="1,2,4",
+    blocks_per_attention=2,
+    blocks_per_ffn=3,
+    blocks_per_norm=2,
     blocks_per_routing=3,
-)  # fmt: skip
+)
 POST_LN = dataclasses.replace(WIDENET, depth=2, norm_first=False, blocks_per_norm=None)
 CASES: dict[str, tuple[VisionConfig | TextConfig, list[int]]] = {  # and which blocks have experts
-    "vision": (VisionConfig(image_size=4, channels=3, patch_size=2, num_classes=5, encoder=WIDENET), [0, 1, 2]),
-    "text": (TextConfig(VOCABULARY_SIZE, embedding_dim=6, max_tokens=5, encoder=WIDENET), [0, 1, 2]),
-    "text_grouped": (TextConfig(VOCABULARY_SIZE, embedding_dim=6, max_tokens=5, encoder=GROUPED), [1, 2, 4]),
-    "text_post_ln": (TextConfig(VOCABULARY_SIZE, embedding_dim=6, max_tokens=5, encoder=POST_LN), [0, 1]),
+    "vision": (
+        VisionConfig(image_size=4, channels=3, patch_size=2, num_classes=5, encoder=WIDENET),
+        [0, 1, 2],
+    ),
+    "text": (
+        TextConfig(VOCABULARY_SIZE, embedding_dim=6, max_tokens=5, encoder=WIDENET),
+        [0, 1, 2],
+    ),
+    "text_grouped": (
+        TextConfig(VOCABULARY_SIZE, embedding_dim=6, max_tokens=5, encoder=GROUPED),
+        [1, 2, 4],
+    ),
+    "text_post_ln": (
+        TextConfig(VOCABULARY_SIZE, embedding_dim=6, max_tokens=5, encoder=POST_LN),
+        [0, 1],
+    ),
 }
-MASKED = [(b, s) for b, length in enumerate(LENGTHS) for s in range(length) if (b + s) % 2]  # samples and places
-GROUPS = Case(samples_per_balance_group=4, samples_per_token_group=2)
+MASKED = [
+    (b, s) for b, length in enumerate(LENGTHS) for s in range(length) if (b + s) % 2
+]  # samples and places
+GROUPS = Case(balance_loss_group_size=4, capacity_group_size=2)
 EXCHANGES = {"counts", "dispatch", "combine", "dispatch:grad", "combine:grad"}
 
 
 def make(config: VisionConfig | TextConfig) -> VisionTransformer | PretrainingModel:
-    return VisionTransformer(config) if isinstance(config, VisionConfig) else PretrainingModel(config)
+    return (
+        VisionTransformer(config) if isinstance(config, VisionConfig) else PretrainingModel(config)
+    )
 
 
 def parameters_of(config: VisionConfig | TextConfig) -> dict[str, torch.Size]:
@@ -115,7 +144,10 @@ def test_parameters_of_widenet_b_by_hand() -> None:
     # router 4 x 768; 12 blocks x 2 norms x 2 x 768; patches 768 x 768 + 768, places 196 x 768, last norm 2 x 768,
     # representation 768 x 768 + 768, classes 768 x 1000 + 1000
     encoder = 2_361_600 + 4 * 6_296_320 + 3_072 + 36_864
-    assert num_parameters(xue2021.widenet_b().model) == encoder + 590_592 + 150_528 + 1_536 + 590_592 + 769_000
+    assert (
+        num_parameters(xue2021.widenet_b().model)
+        == encoder + 590_592 + 150_528 + 1_536 + 590_592 + 769_000
+    )
 
 
 def test_every_named_model_is_tested() -> None:
@@ -137,7 +169,9 @@ def test_initial_weights() -> None:
         elif part == "weight" and name != "head.weight":
             assert bound == (3 / p.shape[1]) ** 0.5, name
         else:
-            assert bound == 0 and (name == "head.weight" or part[:2] in ("bi", "b1", "b2", "ga")), name
+            assert bound == 0 and (name == "head.weight" or part[:2] in ("bi", "b1", "b2", "ga")), (
+                name
+            )
 
 
 def test_a_sharing_changes_the_parameters_that_it_names() -> None:
@@ -154,7 +188,10 @@ def test_a_sharing_changes_the_parameters_that_it_names() -> None:
     assert more(blocks_per_ffn=1) == {"ffn": 2 * 5}
     assert more(blocks_per_routing=None) == {}
     fewer = names - parameters_of(changed(tiny, blocks_per_norm=None)).keys()
-    assert Counter(name.split(".")[1] for name in fewer) == {"norm_attention": 2 * 2, "norm_ffn": 2 * 2}
+    assert Counter(name.split(".")[1] for name in fewer) == {
+        "norm_attention": 2 * 2,
+        "norm_ffn": 2 * 2,
+    }
     assert more(moe_blocks="none") == {"ffn": 4}, "one dense ffn"
     assert more(moe_blocks="1") == {"ffn": 4}, "one dense ffn beside the experts"
     # LayerNorms of two blocks, gain and bias, twice each
@@ -166,14 +203,14 @@ def test_a_sharing_changes_the_parameters_that_it_names() -> None:
 
 
 def test_blocks_by_hand() -> None:
-    assert blocks_of(GROUPED) == [
+    assert build_blocks(GROUPED) == [
         Block(0, 0, "ffn0", False),
         Block(0, 0, "moe0", True),
         Block(1, 1, "moe0", False),
         Block(1, 1, "ffn1", False),
         Block(2, 2, "moe1", True),
     ]
-    assert blocks_of(WIDENET) == [Block(0, i, "moe0", True) for i in range(3)]
+    assert build_blocks(WIDENET) == [Block(0, i, "moe0", True) for i in range(3)]
 
 
 @pytest.mark.parametrize("per_routing", [1, 2, 3, 6, None])
@@ -182,7 +219,7 @@ def test_a_group_of_blocks_asks_its_router_once(per_routing: int | None) -> None
     model = filled(changed(CASES["vision"][0], depth=depth, blocks_per_routing=per_routing))
     asked: list[int] = []
     gate = model.encoder.ffn["moe0"].gate
-    gate.register_forward_pre_hook(lambda module, args: asked.append(args[1].site))
+    gate.register_forward_pre_hook(lambda module, args: asked.append(args[1].layer_call))
     first = list(range(0, depth, per_routing or depth))
     _, stats = model(images(), image_context(0, NUM_SAMPLES))
     assert asked == [2 * i + 2 for i in first]
@@ -193,13 +230,19 @@ def test_a_group_of_blocks_asks_its_router_once(per_routing: int | None) -> None
     ("changes", "says"),
     [
         ({"num_heads": 3}, "encoder.dim=8 is not a multiple of model.encoder.num_heads=3"),
-        ({"moe_blocks": "0,3"}, "encoder.moe_blocks='0,3': all, none, or numbers from 0 to 2 with commas"),
+        (
+            {"moe_blocks": "0,3"},
+            "encoder.moe_blocks='0,3': all, none, or numbers from 0 to 2 with commas",
+        ),
         ({"moe_blocks": "some"}, "encoder.moe_blocks='some': all, none"),
         (
             {"blocks_per_ffn": 1, "blocks_per_routing": 2},
             "encoder.blocks_per_routing=2, but block 1 has experts of its",
         ),
-        ({"moe": SoftmaxMoEConfig(num_experts=2, k=3)}, "k=3 experts per token: must be 1 to num_experts=2"),
+        (
+            {"moe": SoftmaxMoEConfig(num_experts=2, k=3)},
+            "k=3 experts per token: must be 1 to num_experts=2",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], says: str) -> None:
@@ -209,10 +252,14 @@ def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], says: str)
 
 
 def test_images_and_texts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.image_size=225 is not a multiple of model\.patch_size=16"):
+    with pytest.raises(
+        ValueError, match=r"model\.image_size=225 is not a multiple of model\.patch_size=16"
+    ):
         VisionTransformer(VisionConfig(image_size=225))
     with pytest.raises(ValueError, match=r"6 tokens in a sample: at most model\.max_tokens=5"):
-        filled(CASES["text"][0])(*(torch.zeros(1, 6, dtype=torch.int64),) * 2, torch.tensor([0]), context(0, 1, Case()))
+        filled(CASES["text"][0])(
+            *(torch.zeros(1, 6, dtype=torch.int64),) * 2, torch.tensor([0]), context(0, 1, Case())
+        )
 
 
 def test_padding_of_a_text_changes_nothing_else() -> None:
@@ -241,7 +288,12 @@ def test_divergence_of_norms_by_hand() -> None:
         "encoder.norm_ffn.1.gain_D": torch.tensor([0.1, 0.2, 0.3]),
         "encoder.norm_ffn.0.bias_D": torch.tensor([7.0, 0.0, 0.0]),
     }
-    expected = {"attention.gain": 28 / 12, "attention.bias": 0.5 / 12, "ffn.gain": 0.0, "ffn.bias": 0.0}
+    expected = {
+        "attention.gain": 28 / 12,
+        "attention.bias": 0.5 / 12,
+        "ffn.gain": 0.0,
+        "ffn.bias": 0.0,
+    }
     assert norm_divergence(named) == pytest.approx(expected)
     others = {"norm.gain_D": torch.ones(2), "encoder.norm_ffn.0.gain_D.exp_avg": torch.ones(3)}
     kept = {f"dense/{name}": p for name, p in named.items()}
@@ -268,14 +320,14 @@ def test_divergence_of_norms_equals_loops() -> None:
 # what the ranks do
 
 
-def image_context(first: int, last: int) -> Context:
+def image_context(first: int, last: int) -> TokenContext:
     """Every patch is valid, but sample 3 is padding."""
     ctx = context(first, last, GROUPS)
-    return dataclasses.replace(ctx, valid_T=ctx.sample_T != ctx.first_sample + 3, site=0)
+    return dataclasses.replace(ctx, valid_T=ctx.sample_T != ctx.first_sample + 3, layer_call=0)
 
 
-def text_context(first: int, last: int) -> Context:
-    return dataclasses.replace(context(first, last, GROUPS), site=0)
+def text_context(first: int, last: int) -> TokenContext:
+    return dataclasses.replace(context(first, last, GROUPS), layer_call=0)
 
 
 def images() -> torch.Tensor:
@@ -291,7 +343,9 @@ def words() -> tuple[torch.Tensor, torch.Tensor]:
 
 def places(first: int, last: int) -> torch.Tensor:
     """Of the masked among the tokens of samples `first` to `last`."""
-    return torch.tensor([(b - first) * TIMESTEPS + s for b, s in MASKED if first <= b < last], dtype=torch.int64)
+    return torch.tensor(
+        [(b - first) * TIMESTEPS + s for b, s in MASKED if first <= b < last], dtype=torch.int64
+    )
 
 
 def weights(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,47 +357,55 @@ def weights(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
     """This rank's values and gradients for each layout (all of one world): {case name: {quantity: tensor}}."""
-    meshes.join()
+    meshes.init_process_group()
     results = []
     for layout in layouts:
-        mesh = meshes.arrange(layout.ep)
+        mesh = meshes.build_mesh(layout.ep)
         results.append({name: run_case(name, layout, mesh) for name in CASES})
         results[-1]["step"] = run_step(layout, mesh)
-    meshes.stop()
+    meshes.shutdown()
     return results
 
 
 def run_case(name: str, layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     model = on_mesh(name, mesh)
-    mesh.ep.sent.clear()
+    mesh.ep.bytes_sent.clear()
     values = forward_backward(name, model, *layout.cut[mesh.dp.index : mesh.dp.index + 2])
-    return gradients(model) | values | {"labels": set(mesh.ep.sent)}
+    return gradients(model) | values | {"labels": set(mesh.ep.bytes_sent)}
 
 
 def run_step(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     """A whole step that updates experts within backward, where a second gradient of one would be an error: how often
     ranks talk, bytes of gradients of experts, and the experts that changed."""
     model = on_mesh("vision", mesh)
-    config = OptimConfig(clip_norm=None, free_gradients=True)
-    optimizer = Optimizer(model.dense.parameters(), model.experts, {}, {}, config, mesh, zero=0)
+    config = OptimConfig(max_grad_norm=None, fuse_expert_update_in_backward=True)
+    optimizer = Optimizer(
+        model.dense.parameters(), model.experts, {}, {}, config, mesh, zero_stage=0
+    )
     before = {key: p.detach().clone() for key, p in model.experts.items()}
-    optimizer.begin(1e-3)
+    optimizer.start_step(1e-3)
     with pytest.MonkeyPatch.context() as patch:
         calls: Counter[str] = Counter()
         for name in ("all_to_all_single", "reduce"):
             call = getattr(dist, name)
-            patch.setattr(dist, name, lambda *a, n=name, c=call, **k: (calls.update([n]), c(*a, **k))[1])
+            patch.setattr(
+                dist, name, lambda *a, n=name, c=call, **k: (calls.update([n]), c(*a, **k))[1]
+            )
         forward_backward("vision", model, *layout.cut[mesh.dp.index : mesh.dp.index + 2])
         optimizer.step()
     changed_ = [key for key, p in model.experts.items() if not torch.equal(p, before[key])]
-    return {"calls": dict(calls), "bytes": mesh.edp.sent["experts", "gradients"], "changed": changed_}
+    return {
+        "calls": dict(calls),
+        "bytes": mesh.expert_dp.bytes_sent["experts", "gradients"],
+        "changed": changed_,
+    }
 
 
 def on_mesh(name: str, mesh: meshes.Mesh) -> ParallelModel:
     with torch.device("meta"):
         plain = make(CASES[name][0])
     model = parallelize(plain, mesh, SEED, torch.float64)
-    mine = mesh.my_experts(NUM_EXPERTS)
+    mine = mesh.local_experts(NUM_EXPERTS)
     fill_zeros([*model.dense.named_parameters()])
     fill_zeros([*model.experts.items()], slice(mine.start, mine.stop))
     return model
@@ -358,7 +420,9 @@ def fill_zeros(named: list[tuple[str, torch.nn.Parameter]], mine: slice = slice(
             p.copy_(drawn(*shape, key=name)[mine])
 
 
-def forward_backward(name: str, model: ParallelModel, first: int, last: int) -> dict[str, torch.Tensor]:
+def forward_backward(
+    name: str, model: ParallelModel, first: int, last: int
+) -> dict[str, torch.Tensor]:
     weight, weight_order = weights(name)
     if name == "vision":
         y, stats = model.dense(images()[first:last], image_context(first, last))
@@ -366,7 +430,10 @@ def forward_backward(name: str, model: ParallelModel, first: int, last: int) -> 
     else:
         token_BS, kind_BS = words()
         y, order_B2, stats = model.dense(
-            token_BS[first:last], kind_BS[first:last], places(first, last), text_context(first, last)
+            token_BS[first:last],
+            kind_BS[first:last],
+            places(first, last),
+            text_context(first, last),
         )
         mine = torch.tensor([first <= b < last for b, _ in MASKED])
         loss = (weight[mine] * y).sum() + (weight_order[first:last] * order_B2).sum()
@@ -387,8 +454,14 @@ def forward_backward(name: str, model: ParallelModel, first: int, last: int) -> 
 def filled(config: VisionConfig | TextConfig) -> Any:
     """The whole model on one rank, with the weights that `parallelize` and `on_mesh` give."""
     model = make(config).double()
-    for name, bound in bounds_of(model).items():
-        initialize(model.get_parameter(name), name, bound, SEED, range(NUM_EXPERTS) if ".experts." in name else None)
+    for name, bound in init_bounds(model).items():
+        init_parameter(
+            model.get_parameter(name),
+            name,
+            bound,
+            SEED,
+            range(NUM_EXPERTS) if ".experts." in name else None,
+        )
     fill_zeros([*model.named_parameters()])
     return model
 
@@ -405,8 +478,12 @@ def expected_case(name: str) -> dict[str, torch.Tensor]:
         seen_T=[name == "vision" or valid for valid in ctx.valid_T.tolist()],
         balance_group_T=[t // (4 * TIMESTEPS) for t in range(len(ones_TD))],
         token_group_T=[t // (2 * TIMESTEPS) for t in range(len(ones_TD))],
-        noise=lambda site: token_noise.normal(ctx.at(site), "gate", torch.arange(NUM_EXPERTS), torch.float64),
-        mask=lambda site: token_noise.dropout(ones_TD, config.encoder.dropout, ctx.at(site)),
+        noise=lambda site: token_noise.token_normal(
+            ctx.at_layer(site), "gate", torch.arange(NUM_EXPERTS), torch.float64
+        ),
+        mask=lambda site: token_noise.token_dropout(
+            ones_TD, config.encoder.dropout, ctx.at_layer(site)
+        ),
     )
     weight, weight_order = weights(name)
     if name == "vision":
@@ -432,10 +509,14 @@ def expected_case(name: str) -> dict[str, torch.Tensor]:
 @functools.cache
 def _spawned(world: int) -> list[list[dict[str, Any]]]:
     """One start of processes serves all layouts of a world."""
-    return run_distributed(ranks, world, [layout for layout in LAYOUTS if layout.world == world], timeout=240)
+    return run_distributed(
+        ranks, world, [layout for layout in LAYOUTS if layout.world == world], timeout=240
+    )
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}")
+@pytest.fixture(
+    scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}"
+)
 def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
     """A layout and what its ranks returned."""
     layout = request.param
@@ -446,27 +527,42 @@ def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
 @pytest.mark.parametrize("name", CASES)
 def test_models_equal_the_reference(ran: tuple[Layout, list[dict[str, Any]]], name: str) -> None:
     layout, by_rank = ran
-    tensors = [{key: value for key, value in rank[name].items() if key != "labels"} for rank in by_rank]
+    tensors = [
+        {key: value for key, value in rank[name].items() if key != "labels"} for rank in by_rank
+    ]
     assert_equal(gathered(tensors, layout.ep), expected_case(name))
 
 
-def test_shared_experts_exchange_at_every_depth_and_are_reduced_once(ran: tuple[Layout, list[dict[str, Any]]]) -> None:
+def test_shared_experts_exchange_at_every_depth_and_are_reduced_once(
+    ran: tuple[Layout, list[dict[str, Any]]],
+) -> None:
     """T blocks are T exchanges each way under labels of their own, also where blocks share a routing; a gradient is
     reduced once."""
     layout, by_rank = ran
     away, replicas = layout.ep > 1, layout.world // layout.ep
     for name, (_, moe_blocks) in CASES.items():
-        labels = {(2 * i + 2, direction) for i in moe_blocks for direction in EXCHANGES} if away else set()
+        labels = (
+            {(2 * i + 2, direction) for i in moe_blocks for direction in EXCHANGES}
+            if away
+            else set()
+        )
         assert all(rank[name]["labels"] == labels for rank in by_rank)
     calls = {}
     if away:  # each use: counts, rows and weights there, rows back; and all but the counts again in backward
         calls["all_to_all_single"] = WIDENET.depth * (4 + 3)
     if replicas > 1:  # 4 stacks, each in a part for every replica
         calls["reduce"] = 4 * replicas
-    bytes_of_experts = 8 * NUM_EXPERTS // layout.ep * (2 * DIM * MOE.hidden + MOE.hidden + DIM)
+    bytes_of_experts = (
+        8
+        * NUM_EXPERTS
+        // layout.ep
+        * (2 * DIM * MOE.expert_hidden_dim + MOE.expert_hidden_dim + DIM)
+    )
     for rank in by_rank:
         assert rank["step"]["calls"] == calls
-        assert rank["step"]["bytes"] == bytes_of_experts * (replicas - 1) // replicas, "the mean share of a ring"
+        assert rank["step"]["bytes"] == bytes_of_experts * (replicas - 1) // replicas, (
+            "the mean share of a ring"
+        )
         assert len(rank["step"]["changed"]) == 4
 
 
@@ -475,7 +571,9 @@ def test_cases_are_what_they_say() -> None:
         expected = expected_case(name)
         assert (expected["dropped"] > 0).all() and (expected["rows"].sum(1) > 0).all()
         assert expected["balance_loss"] > 0
-        assert len({tuple(rows.tolist()) for rows in expected["rows"]}) > 1, "routes differ by depth"
+        assert len({tuple(rows.tolist()) for rows in expected["rows"]}) > 1, (
+            "routes differ by depth"
+        )
         still = [key for key, value in expected.items() if key.startswith("d ") and not value.any()]
         assert not still, f"{name}: no gradient of {still}"
         assert config.encoder.dropout > 0 and config.encoder.moe.noise

@@ -37,7 +37,10 @@ def wandb_log(run: pathlib.Path) -> tuple[str, dict, list[dict]]:
     (first,) = [record.run for record in records if record.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in first.config.update}
     history = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
         for record in records
         if record.HasField("history")
     ]

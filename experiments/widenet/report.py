@@ -15,20 +15,35 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import ARMS, KEPT, kept
 
 FOLDER = KEPT.parent
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95 % interval of a mean, by the number of seeds
-Table = tuple[str, dict[str, str]]  # what it asks and which way the paper went; arms with what they are called
+T95 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+}  # Student's t for a 95 % interval of a mean, by the number of seeds
+Table = tuple[
+    str, dict[str, str]
+]  # what it asks and which way the paper went; arms with what they are called
 TABLES: dict[str, Table] = {
     "WideNet and its baselines, images": (
         "Paper (ImageNet-1K): WideNet-L above ViT-L and ViT-MoE-L with a tenth of the parameters; a shared ViT below, "
         "and a wider one no better.",
         {
-            "widenet": "WideNet, 4 experts", "shared_vit": "shared ViT, FFN 1x", "shared_vit_2x": "shared ViT, FFN 2x",
-            "vit": "ViT, nothing shared", "vit_moe": "ViT-MoE, nothing shared",
+            "widenet": "WideNet, 4 experts",
+            "shared_vit": "shared ViT, FFN 1x",
+            "shared_vit_2x": "shared ViT, FFN 2x",
+            "vit": "ViT, nothing shared",
+            "vit_moe": "ViT-MoE, nothing shared",
         },
     ),
     "Routing shared by groups of blocks, images": (
         "Paper: fewer routings are clearly worse.",
-        {"routing_1": "1 routing", "routing_2": "2 routings", "routing_3": "3 routings", "widenet": "6, one a block"},
+        {
+            "routing_1": "1 routing",
+            "routing_2": "2 routings",
+            "routing_3": "3 routings",
+            "widenet": "6, one a block",
+        },
     ),
     "LayerNorms, images": (
         "Paper: shared ones are worse by a point and more.",
@@ -41,7 +56,10 @@ TABLES: dict[str, Table] = {
     "Number of experts, texts": (
         "Paper: the more the better, and all above ALBERT.",
         {
-            "text_albert": "ALBERT-style, dense", "text_experts_2": "2", "text_experts_4": "4", "text_experts_8": "8",
+            "text_albert": "ALBERT-style, dense",
+            "text_experts_2": "2",
+            "text_experts_4": "4",
+            "text_experts_8": "8",
             "text_experts_16": "16",
         },
     ),
@@ -49,7 +67,7 @@ TABLES: dict[str, Table] = {
         "Paper: WideNet-L with 12 blocks is 1.3 points below that with 24.",
         {"widenet": "6 blocks", "half_depth": "3 blocks"},
     ),
-}  # fmt: skip
+}
 
 
 def runs_of(name: str) -> list[dict[str, Any]]:
@@ -146,7 +164,10 @@ def curves(figure: Figure, arms: dict[str, str], quantity: str) -> None:
     for axes, split in ((train, "train"), (valid, "valid")):
         for name, called in arms.items():
             if runs := runs_of(name):
-                values = [[run[f"{split}_{quantity}"][i] for run in runs] for i in range(len(runs[0]["steps"]))]
+                values = [
+                    [run[f"{split}_{quantity}"][i] for run in runs]
+                    for i in range(len(runs[0]["steps"]))
+                ]
                 axes.plot(runs[0]["steps"], [mean(v) for v in values], marker=".", label=called)
         axes.set_title("in training" if split == "train" else "held out")
         axes.set_xlabel("training step")

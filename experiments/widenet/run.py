@@ -29,7 +29,7 @@ from moe_dist.config.papers import get
 from moe_dist.config.schema import Config
 from moe_dist.monitoring.metrics_file import read_metrics
 from moe_dist.tasks.registry import task_of
-from moe_dist.training.model_stats import counts
+from moe_dist.training.model_stats import count_params_and_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "experiments" / "results" / "widenet" / "kept"
@@ -49,8 +49,20 @@ class Arm:
 
 
 SETS = {
-    "widenet_demo": ("steps=600", "eval_every=100", "save_every=600", "wandb.mode=off", "compare=none"),
-    "widenet_text_demo": ("steps=300", "eval_every=50", "save_every=300", "wandb.mode=off", "compare=none"),
+    "widenet_demo": (
+        "steps=600",
+        "eval_every=100",
+        "save_every=600",
+        "wandb.mode=off",
+        "baseline=none",
+    ),
+    "widenet_text_demo": (
+        "steps=300",
+        "eval_every=50",
+        "save_every=300",
+        "wandb.mode=off",
+        "baseline=none",
+    ),
 }
 ALONE, DENSE = ("blocks_per_attention=1", "blocks_per_ffn=1"), ("moe_blocks=none", "ffn_hidden=384")
 IMAGES, TEXTS = SETS
@@ -95,24 +107,51 @@ def train(name: str, seed: int, commit: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     sets = [*SETS[arm.base], *(f"model.encoder.{text}" for text in arm.sets), f"seed={seed}"]
-    command = [sys.executable, "train.py", arm.base, "--folder", str(folder), *(p for s in sets for p in ("--set", s))]
+    command = [
+        sys.executable,
+        "train.py",
+        arm.base,
+        "--folder",
+        str(folder),
+        *(p for s in sets for p in ("--set", s)),
+    ]
     start = time.monotonic()
     with open(folder / "log.txt", "w") as log:
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
-    told = summary(name, folder) | {"seed": seed, "minutes": round((time.monotonic() - start) / 60, 2)}
-    told |= {"commit": commit, "machine": f"{os.cpu_count()} cores, {platform.machine()}, one process, float32"}
+        subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            check=True,
+        )
+    told = summary(name, folder) | {
+        "seed": seed,
+        "minutes": round((time.monotonic() - start) / 60, 2),
+    }
+    told |= {
+        "commit": commit,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, one process, float32",
+    }
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / f"{name}-{seed}.json").write_text(json.dumps(told, indent=1) + "\n")
-    print(f"{name} seed {seed}: test accuracy {told['test_accuracy']:.4f}, {told['minutes']} minutes", flush=True)
+    print(
+        f"{name} seed {seed}: test accuracy {told['test_accuracy']:.4f}, {told['minutes']} minutes",
+        flush=True,
+    )
     shutil.rmtree(folder)
 
 
 def summary(name: str, folder: Path) -> dict[str, Any]:
     """What is kept of a run's metrics."""
     config, lines = ARMS[name].config(), read_metrics(folder)
-    count = counts(task_of(config).plain_model(config), config)
+    count = count_params_and_flops(task_of(config).build_model(config), config)
     task = task_of(config)
-    rate = sorted(line[f"{task.unit}_per_second"] for line in lines if f"{task.unit}_per_second" in line)
+    rate = sorted(
+        line[f"{task.throughput_unit}_per_second"]
+        for line in lines
+        if f"{task.throughput_unit}_per_second" in line
+    )
     (test,) = (line for line in lines if "test/accuracy" in line)
     evaluated = [line for line in lines if "valid/accuracy" in line]
     dropped = [value for line in lines for key, value in line.items() if key.endswith("/drop_rate")]
@@ -127,7 +166,9 @@ def summary(name: str, folder: Path) -> dict[str, Any]:
         "sets": sets_of(name),
         "parameters": count["parameters"],
         "multiply_adds": count["multiply_adds_per_sample"],
-        "milliseconds_per_step": round(1000 * config.batch.samples / rate[len(rate) // 2], 1),
+        "milliseconds_per_step": round(
+            1000 * config.batch.global_batch_size / rate[len(rate) // 2], 1
+        ),
         "drop_rate": sum(dropped) / len(dropped) if dropped else 0.0,
         "test_accuracy": test["test/accuracy"],
         "test_loss": test["test/loss"],
@@ -136,15 +177,25 @@ def summary(name: str, folder: Path) -> dict[str, Any]:
         "valid_loss": [line["valid/loss"] for line in evaluated],
         "train_accuracy": [train_at(line["step"], "train/accuracy") for line in evaluated],
         "train_loss": [train_at(line["step"], "train/loss") for line in evaluated],
-        "norms": {key: [line[key] for line in evaluated] for key in evaluated[0] if key.startswith("norms/")},
+        "norms": {
+            key: [line[key] for line in evaluated]
+            for key in evaluated[0]
+            if key.startswith("norms/")
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=120, help="no run is begun after so many (120)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=120, help="no run is begun after so many (120)"
+    )
     deadline = time.monotonic() + 60 * parser.parse_args().minutes
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     every = [(name, seed) for seed in range(5) for name, arm in ARMS.items() if seed < arm.seeds]
     missing = [(name, seed) for name, seed in every if kept(name, seed) is None]
     print(f"{len(every) - len(missing)} of {len(every)} runs are kept", flush=True)

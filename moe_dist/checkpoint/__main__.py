@@ -20,9 +20,17 @@ def _table(told: dict[str, Any]) -> str:
     lines = [f"{told['checkpoint']}: whole, step {told['step']}, {told['updates']} updates"]
     lines += [f"  {'weights':<42} {'kind':<8} {'shape':<22} {'numbers':>15} {'optimizer':>15}"]
     for name, each in told["weights"].items():
-        shape, state = " x ".join(map(str, each["shape"])), sum(math.prod(s) for s in each["optimizer"].values())
-        lines += [f"  {name:<42} {each['kind']:<8} {shape:<22} {math.prod(each['shape']):>15,} {state:>15,}"]
-    lines += [f"  {name:<42} {'task':<8} {' x '.join(map(str, each['shape']))}" for name, each in told["task"].items()]
+        shape, state = (
+            " x ".join(map(str, each["shape"])),
+            sum(math.prod(s) for s in each["optimizer"].values()),
+        )
+        lines += [
+            f"  {name:<42} {each['kind']:<8} {shape:<22} {math.prod(each['shape']):>15,} {state:>15,}"
+        ]
+    lines += [
+        f"  {name:<42} {'task':<8} {' x '.join(map(str, each['shape']))}"
+        for name, each in told["task"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -34,15 +42,19 @@ def main(argv: list[str]) -> int:
             "path", type=path_argument, help="a run folder, or one of its checkpoints"
         )
     commands.choices["inspect"].add_argument("--json", action="store_true", help="one JSON object")
-    commands.choices["export"].add_argument("file", type=path_argument, help="the safetensors file to be written")
+    commands.choices["export"].add_argument(
+        "file", type=path_argument, help="the safetensors file to be written"
+    )
     args = parser.parse_args(argv)
-    from moe_dist.checkpoint import manifest  # here, for they import torch, which --help does not need
+    from moe_dist.checkpoint import (
+        manifest,
+    )  # here, for they import torch, which --help does not need
     from moe_dist.checkpoint.sealed_config import read_config
     from moe_dist.checkpoint.single_process import export, inspect
 
     try:
         in_run = (args.path / "checkpoints").is_dir()
-        checkpoint = manifest.checkpoints(args.path)[-1] if in_run else args.path
+        checkpoint = manifest.require_checkpoints(args.path)[-1] if in_run else args.path
         if not (checkpoint / manifest.NAME).is_file() and not any(checkpoint.glob("*.safetensors")):
             raise ValueError(f"{checkpoint}: neither a run folder nor a checkpoint")
         if args.command == "inspect":

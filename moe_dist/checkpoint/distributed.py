@@ -18,19 +18,28 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.format import ENDINGS, check_shape, check_values, is_finite, kept_tensors, read_state
-from moe_dist.checkpoint.upcycle import Growth
+from moe_dist.checkpoint.format import (
+    STATE_SUFFIXES,
+    check_shape,
+    check_values,
+    is_finite,
+    read_state,
+    tensor_index,
+)
+from moe_dist.checkpoint.upcycle import Upcycling
 from moe_dist.config.run_folder import PARTIAL, make_folder, remove, write
-from moe_dist.distributed.collectives import Group, from_all, from_main
+from moe_dist.distributed.collectives import Group, all_gather_objects, run_on_main
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed import Engine
-from moe_dist.optim.expert_state import Spread
+from moe_dist.optim.expert_state import ShardedExpertParam
 from moe_dist.optim.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-LEAVE_SECONDS = 60  # that an end by Ctrl-C or an exception waits for a checkpoint in the background
+EXIT_TIMEOUT_S = (
+    60  # that an end by Ctrl-C or an exception waits for a checkpoint in the background
+)
 
 
 class Saver:
@@ -70,15 +79,22 @@ class Saver:
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         if mesh.is_main:
-            manifest.sweep(run)
+            manifest.remove_partial(run)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint after `step` steps, with `state` (JSON). A collective."""
         self.finish()
         tensors = self._tensors()
         optimizer = self.engine.optimizer
-        state = {"step": step, "updates": optimizer.updates, "previous_norm": optimizer.previous_norm, **state}
-        self._writing = self._thread.submit(self._write, manifest.folder(self.run, step), tensors, state)
+        state = {
+            "step": step,
+            "updates": optimizer.updates,
+            "previous_norm": optimizer.previous_norm,
+            **state,
+        }
+        self._writing = self._thread.submit(
+            self._write, manifest.folder(self.run, step), tensors, state
+        )
         if not self.in_background:
             self.finish()
 
@@ -97,9 +113,11 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
         if self._writing is not None:
-            wait([self._writing], LEAVE_SECONDS)
+            wait([self._writing], EXIT_TIMEOUT_S)
 
     def _tensors(self) -> dict[str, Any]:
         """This rank's part, on CPU."""
@@ -109,12 +127,14 @@ class Saver:
             return t.detach().to("cpu", copy=self.in_background)
 
         spread = _spread_tensors(optimizer)
-        tensors: dict[str, Any] = {key: _as_shard(kept(t), of, mesh) for key, (t, of) in spread.items()}
+        tensors: dict[str, Any] = {
+            key: _as_shard(kept(t), of, mesh) for key, (t, of) in spread.items()
+        }
         for i, (key, t) in enumerate(self.engine.dense_state()):
-            if mesh.owns(i):  # each rank keeps and writes a share of the whole tensors
+            if mesh.owns_item(i):  # each rank keeps and writes a share of the whole tensors
                 tensors[f"dense/{key}"] = kept(t)
         for i, (key, t) in enumerate(_row_tensors(optimizer).items()):
-            if mesh.owns(i):
+            if mesh.owns_item(i):
                 tensors[key] = kept(t)
         for key, t in self.task.save_state().items():
             if mesh.is_main:
@@ -125,9 +145,11 @@ class Saver:
         """A collective, in a thread and a group of ranks of its own. Raises OSError on every rank."""
         import torch.distributed.checkpoint as dcp  # here: see the package's docstring
 
-        group, partial = self.mesh.files, final.with_name(f"{PARTIAL}{final.name}")
+        group, partial = self.mesh.checkpoint_group, final.with_name(f"{PARTIAL}{final.name}")
         name = f"{manifest.FOLDER}/{partial.name}"
-        texts = {manifest.STATE: json.dumps(state)} | ({manifest.CONFIG: self.config} if self.config else {})
+        texts = {manifest.STATE: json.dumps(state)} | (
+            {manifest.CONFIG: self.config} if self.config else {}
+        )
 
         def begin() -> None:
             self.restore()
@@ -138,25 +160,34 @@ class Saver:
 
         try:
             _check_finite(tensors, group)
-            from_main(begin, group)
+            run_on_main(begin, group)
             writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group)
-            self.mesh.record.enter("save")
+            self.mesh.flight_recorder.enter_phase("save")
             mine = sorted(partial.glob(f"shard-{self.mesh.dp.index + 1:05d}-*"))
             mine += [partial / file for file in texts] if self.mesh.is_main else []
             manifest.seal(partial, mine, final, group)
-        except (OSError, dcp.CheckpointException) as error:  # of every rank, though one alone may have failed
-            from_main(lambda: _try_to_remove(self.run, name), group)
-            reasons = [f[0] for f in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
+        except (
+            OSError,
+            dcp.CheckpointException,
+        ) as error:  # of every rank, though one alone may have failed
+            run_on_main(lambda: _try_to_remove(self.run, name), group)
+            reasons = (
+                [f[0] for f in error.failures.values()]
+                if isinstance(error, dcp.CheckpointException)
+                else [error]
+            )
             if not all(isinstance(reason, OSError | SafetensorError) for reason in reasons):
                 raise  # no fault of a disk
             raise OSError(f"{final} cannot be written ({reasons[0]})") from None
         self.refused.discard(final)
         # together, for others wait in a step for one that deletes as long as for any other
-        from_main(lambda: manifest.prune(self.run, self.keep, self.refused), group)
+        run_on_main(lambda: manifest.prune(self.run, self.keep, self.refused), group)
 
 
-def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth | None = None) -> None:
+def load(
+    checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Upcycling | None = None
+) -> None:
     """Fills parameters, masters, optimizer state and the task's state, on any layout. A collective.
 
     The engine may have made steps: nothing of them is left.
@@ -170,12 +201,18 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
     optimizer, state = engine.optimizer, read_state(checkpoint)
     spread = _spread_tensors(optimizer)
     outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
-    on_cpu = {key: t.cpu() for key, t in outside.items()}  # the tensor itself where it is there already
+    on_cpu = {
+        key: t.cpu() for key, t in outside.items()
+    }  # the tensor itself where it is there already
     dense = engine.empty_dense_state()
     task_state = {key: torch.empty_like(t, device="cpu") for key, t in task.save_state().items()}
-    tensors: dict[str, Any] = on_cpu | {key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()}
-    tensors |= {f"dense/{k}": t for k, t in dense.items()} | {f"task/{k}": t for k, t in task_state.items()}
-    kept = kept_tensors(checkpoint)
+    tensors: dict[str, Any] = on_cpu | {
+        key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()
+    }
+    tensors |= {f"dense/{k}": t for k, t in dense.items()} | {
+        f"task/{k}": t for k, t in task_state.items()
+    }
+    kept = tensor_index(checkpoint)
     made = {
         key: growth.smaller(t, kept[key].size, mesh)
         for key, t in tensors.items()
@@ -184,13 +221,13 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
     smaller = {key: t for key, t in made.items() if t is not None}
     for key, tensor in (tensors | smaller).items():
         check_shape(checkpoint, kept, key, tensor)
-    check_values(checkpoint, tensors, mesh.files)
+    check_values(checkpoint, tensors, mesh.checkpoint_group)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-    dcp.load(tensors | smaller, storage_reader=reader, process_group=mesh.files)
+    dcp.load(tensors | smaller, storage_reader=reader, process_group=mesh.checkpoint_group)
     for key, t in smaller.items():
         mine = _global_rows(spread[key][1], mesh) if key in spread else range(0)
         assert growth
-        growth.fill(tensors[key], t, mine, key, perturb=not key.endswith(ENDINGS))
+        growth.fill(tensors[key], t, mine, key, perturb=not key.endswith(STATE_SUFFIXES))
     for key, t in outside.items():
         t.copy_(on_cpu[key])
     optimizer.updates = state["updates"]
@@ -200,7 +237,9 @@ def load(checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Growth
     task.load_state(task_state)
 
 
-def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()) -> tuple[int, list[str]]:
+def load_matching_weights(
+    checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()
+) -> tuple[int, list[str]]:
     """Takes the weights that a checkpoint has by name and in the whole shape, on any layout. A collective.
 
     Args:
@@ -225,20 +264,28 @@ def begin_from(checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...
     dense = {f"dense/{key}": t.to("cpu", copy=True) for key, t in engine.dense_state()}
     tensors: dict[str, Any] = on_cpu | dense
     tensors |= {key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()}
-    shapes = {key: tuple(each.size) for key, each in kept_tensors(checkpoint).items()}
-    weights = {key: t for key, t in tensors.items() if not key.endswith(ENDINGS)}
+    shapes = {key: tuple(each.size) for key, each in tensor_index(checkpoint).items()}
+    weights = {key: t for key, t in tensors.items() if not key.endswith(STATE_SUFFIXES)}
     taken = {
         key: t
         for key, t in weights.items()
         if shapes.get(key) == tuple(t.shape) and not key.partition("/")[2].startswith(new)
     }
     if not taken:
-        raise ValueError(f"{checkpoint}: no weight has the name and the shape of one of this model's")
-    check_values(checkpoint, taken, mesh.files)
-    dcp.load(taken, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), process_group=mesh.files)
+        raise ValueError(
+            f"{checkpoint}: no weight has the name and the shape of one of this model's"
+        )
+    check_values(checkpoint, taken, mesh.checkpoint_group)
+    dcp.load(
+        taken,
+        storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)),
+        process_group=mesh.checkpoint_group,
+    )
     for key, t in outside.items():
         t.copy_(on_cpu[key])
-    engine.load_dense_state({key.removeprefix("dense/"): t for key, t in dense.items()}, optimizer.updates)
+    engine.load_dense_state(
+        {key.removeprefix("dense/"): t for key, t in dense.items()}, optimizer.updates
+    )
     optimizer.round_masters()
     return len(taken), [key.partition("/")[2] for key in weights if key not in taken]
 
@@ -247,8 +294,12 @@ def _check_finite(tensors: dict[str, Any], group: Group) -> None:
     """Raises OSError, on every rank, for a tensor that is not finite: nothing could go on from it. A collective."""
     from torch.distributed.tensor import DTensor  # here: see the package's docstring
 
-    mine = [key for key, t in tensors.items() if not is_finite(t.to_local() if isinstance(t, DTensor) else t)]
-    if wrong := sorted({key for of_rank in from_all(mine, group) for key in of_rank}):
+    mine = [
+        key
+        for key, t in tensors.items()
+        if not is_finite(t.to_local() if isinstance(t, DTensor) else t)
+    ]
+    if wrong := sorted({key for of_rank in all_gather_objects(mine, group) for key in of_rank}):
         more = f", as do {len(wrong) - 1} more" if wrong[1:] else ""
         raise OSError(f"{wrong[0]!r} holds NaN or infinity{more}")
 
@@ -258,7 +309,7 @@ def _try_to_remove(run: Path, name: str) -> None:
         remove(run, name)
 
 
-def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, Spread]]:
+def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, ShardedExpertParam]]:
     """What belongs to experts and groups: of each global stack the rows that this rank owns, and whose they are."""
     return {
         f"{kind}/{name}{ending}": (t, state)
@@ -268,23 +319,32 @@ def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, Sprea
     }
 
 
-def _global_rows(of: Spread, mesh: Mesh) -> range:
+def _global_rows(of: ShardedExpertParam, mesh: Mesh) -> range:
     """Ids of the experts or groups that this rank owns."""
     first = mesh.ep.index * len(of.p)
-    return range(first + of.mine.start, first + of.mine.stop)
+    return range(first + of.owned.start, first + of.owned.stop)
 
 
-def _as_shard(t: torch.Tensor, of: Spread, mesh: Mesh) -> "DTensor":
+def _as_shard(t: torch.Tensor, of: ShardedExpertParam, mesh: Mesh) -> "DTensor":
     """Returns the part of the global stack that `t` is: a stack is cut over ep and then, maybe into uneven parts, over
     its owners."""
     from torch.distributed.tensor import DTensor, Shard  # here: see the package's docstring
 
     whole = t.new_empty(len(of.p) * mesh.ep.size, *t.shape[1:], device="meta")
     return DTensor.from_local(
-        t, mesh.device_mesh, [Shard(0), Shard(0)], shape=whole.shape, stride=whole.stride(), run_check=False
+        t,
+        mesh.device_mesh,
+        [Shard(0), Shard(0)],
+        shape=whole.shape,
+        stride=whole.stride(),
+        run_check=False,
     )
 
 
 def _row_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """What belongs to words, whole on every rank."""
-    return {f"rows/{key}": t for table in optimizer.rows.values() for key, t in table.tensors().items()}
+    return {
+        f"rows/{key}": t
+        for table in optimizer.row_tables.values()
+        for key, t in table.tensors().items()
+    }

@@ -23,21 +23,39 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from moe_dist.checkpoint.manifest import STATE, STEPS
+from moe_dist.checkpoint.manifest import STATE, STEP_GLOB
 from moe_dist.config.run_folder import read_json
 from moe_dist.data.text.lanes import EOS, UNK
-from moe_dist.distributed.collectives import Group, from_all
+from moe_dist.distributed.collectives import Group, all_gather_objects
 
-KINDS = ("dense", "experts", "gates", "rows")  # of a parameter; its name is in a checkpoint once
-MOST = 2**53  # of a count in state.json, and of all counts of words together: what a float holds
-ENDINGS = (".exp_avg", ".exp_avg_sq", ".row", ".column", ".updates")  # of what is an optimizer's, not a weight
-NOT_NEGATIVE = (".exp_avg_sq", ".row", ".column", ".updates")  # means of squares, and a count
+PARAM_KINDS = (
+    "dense",
+    "experts",
+    "gates",
+    "rows",
+)  # of a parameter; its name is in a checkpoint once
+MAX_COUNT = (
+    2**53
+)  # of a count in state.json, and of all counts of words together: what a float holds
+STATE_SUFFIXES = (
+    ".exp_avg",
+    ".exp_avg_sq",
+    ".row",
+    ".column",
+    ".updates",
+)  # of what is an optimizer's, not a weight
+NON_NEGATIVE_SUFFIXES = (
+    ".exp_avg_sq",
+    ".row",
+    ".column",
+    ".updates",
+)  # means of squares, and a count
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Reads the state of a checkpoint and checks the type of each value.
 
-    The values of tasks (`OF_TASKS`) may be missing. They are not compared with the config.
+    The values of tasks (`TASK_METADATA_CHECKS`) may be missing. They are not compared with the config.
 
     Args:
         checkpoint: The folder of the checkpoint.
@@ -53,13 +71,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not _is_progress(state):
         told = "step, updates or previous_norm is missing or out of its range"
         raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
-    for key, is_whole in (OF_TASKS | {"wandb_id": _is_wandb_id}).items():
+    for key, is_whole in (TASK_METADATA_CHECKS | {"wandb_id": _is_wandb_id}).items():
         if key in state and not is_whole(state[key]):
             told = f"{key}={reprlib.repr(state[key])} is not a value that this version writes"
             raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
     name = checkpoint.name
-    if fnmatchcase(name, STEPS) and name != f"step_{state['step']:08d}":
-        raise ValueError(f"{path}: of step {state['step']}, in a folder that is named {name}; rename the right one")
+    if fnmatchcase(name, STEP_GLOB) and name != f"step_{state['step']:08d}":
+        raise ValueError(
+            f"{path}: of step {state['step']}, in a folder that is named {name}; rename the right one"
+        )
     return state
 
 
@@ -72,7 +92,7 @@ def _is_progress(state: dict[str, Any]) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MOST
+    return type(value) is int and 0 <= value <= MAX_COUNT
 
 
 def _are_texts(values: Any) -> bool:
@@ -98,13 +118,15 @@ def _is_vocabulary(value: Any) -> bool:
         and isinstance(counts, list)
         and len(counts) == len(words)
         and all(map(_is_count, counts))
-        and sum(counts) <= MOST
+        and sum(counts) <= MAX_COUNT
     )
 
 
 def _are_tokens(value: Any) -> bool:
     """Returns whether this is what `Tokens.to_json` writes."""
-    from moe_dist.data.text.wordpiece import Tokens  # here, for its library takes a moment to import
+    from moe_dist.data.text.wordpiece import (
+        Tokens,
+    )  # here, for its library takes a moment to import
 
     try:
         return isinstance(value, str) and _are_texts(list(Tokens.from_json(value).words))
@@ -117,7 +139,7 @@ def _is_wandb_id(value: Any) -> bool:
 
 
 # what tasks keep in state.json, and whether a value could be theirs
-OF_TASKS: dict[str, Callable[[Any], bool]] = {
+TASK_METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
     "vocabulary": _is_vocabulary,
     "tokens": _are_tokens,
     "classes": _are_texts,
@@ -125,7 +147,7 @@ OF_TASKS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def kept_tensors(checkpoint: Path) -> dict[str, Any]:
+def tensor_index(checkpoint: Path) -> dict[str, Any]:
     """Returns the metadata of all tensors by name, for which only the heads of files are read.
 
     Raises:
@@ -134,12 +156,14 @@ def kept_tensors(checkpoint: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp  # here: see the package's docstring
 
     try:
-        kept: Any = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+        kept: Any = (
+            dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+        )
     except Exception as error:  # whatever a foreign file leads torch's reader to
         raise ValueError(f"{checkpoint}: a shard is broken or foreign ({error!r})") from None
     for key, tensor in kept.items():
-        if key.partition("/")[0] not in (*KINDS, "task"):
-            raise ValueError(f"{checkpoint}: {key!r} is none of {', '.join(KINDS)} or task")
+        if key.partition("/")[0] not in (*PARAM_KINDS, "task"):
+            raise ValueError(f"{checkpoint}: {key!r} is none of {', '.join(PARAM_KINDS)} or task")
         if not _is_whole(tensor):
             raise ValueError(f"{checkpoint}: {key!r} has not all of its parts, or some twice")
     return kept
@@ -161,13 +185,19 @@ def _is_whole(tensor: Any) -> bool:
 def check_shape(checkpoint: Path, kept: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
     """Raises ValueError for a tensor that the checkpoint does not have, or has in another shape."""
     if key not in kept:
-        raise ValueError(f"{checkpoint}: no tensor {key!r}; is config.json that of this run, and every shard there?")
+        raise ValueError(
+            f"{checkpoint}: no tensor {key!r}; is config.json that of this run, and every shard there?"
+        )
     shape, expected = tuple(kept[key].size), tuple(tensor.shape)
     if shape != expected:
-        raise ValueError(f"{checkpoint}: {key!r} is {shape} and {expected} by config.json; is it that of this run?")
+        raise ValueError(
+            f"{checkpoint}: {key!r} is {shape} and {expected} by config.json; is it that of this run?"
+        )
 
 
-def check_values(checkpoint: Path, wanted: dict[str, torch.Tensor], group: Group | None = None) -> None:
+def check_values(
+    checkpoint: Path, wanted: dict[str, torch.Tensor], group: Group | None = None
+) -> None:
     """Reads all parts of some tensors once, before anything is filled with them.
 
     Args:
@@ -186,11 +216,13 @@ def check_values(checkpoint: Path, wanted: dict[str, torch.Tensor], group: Group
         try:
             with safe_open(path, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (it is no dict)
-                    if key in wanted and (reason := _unfit(opened.get_tensor(key), key, wanted[key].dtype)):
+                    if key in wanted and (
+                        reason := _unfit(opened.get_tensor(key), key, wanted[key].dtype)
+                    ):
                         wrong.append(f"{key!r} {reason}")
         except Exception as error:  # whatever a foreign file leads the library to
             wrong.append(f"{path.name} is broken or foreign ({error!r})")
-    found = from_all(wrong, group) if group else [wrong]
+    found = all_gather_objects(wrong, group) if group else [wrong]
     if all_wrong := [each for of_rank in found for each in of_rank]:
         more = f", and {len(all_wrong) - 1} more are unfit" if all_wrong[1:] else ""
         raise ValueError(f"{checkpoint}: {all_wrong[0]}{more}; go on from another checkpoint")
@@ -203,7 +235,11 @@ def _unfit(tensor: torch.Tensor, key: str, dtype: torch.dtype) -> str:
         return f"is {tensor.dtype} and must be {dtype}"
     if not is_finite(tensor):
         return "holds NaN or infinity"
-    return "holds negative numbers" if key.endswith(NOT_NEGATIVE) and (tensor < 0).any() else ""
+    return (
+        "holds negative numbers"
+        if key.endswith(NON_NEGATIVE_SUFFIXES) and (tensor < 0).any()
+        else ""
+    )
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

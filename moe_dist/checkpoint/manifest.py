@@ -15,13 +15,13 @@ from pathlib import Path
 
 from moe_dist.config import run_folder
 from moe_dist.config.run_folder import PARTIAL, open_existing, read, write
-from moe_dist.distributed.collectives import Group, from_all, from_main
+from moe_dist.distributed.collectives import Group, all_gather_objects, run_on_main
 
 NAME = "manifest.sha256"
 STATE = "state.json"
 CONFIG = "config.json"  # a copy of the run's; older versions saved none
-LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
-STEPS = "step_" + "[0-9]" * 8
+LINE_PATTERN = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+STEP_GLOB = "step_" + "[0-9]" * 8
 FOLDER = "checkpoints"
 
 
@@ -29,55 +29,67 @@ def folder(run: Path, step: int) -> Path:
     return run / FOLDER / f"step_{step:08d}"
 
 
-def found(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, the oldest first, whole or not."""
-    return sorted((run / FOLDER).glob(STEPS))
+    return sorted((run / FOLDER).glob(STEP_GLOB))
 
 
-def checkpoints(run: Path) -> list[Path]:
+def require_checkpoints(run: Path) -> list[Path]:
     """As `found`. Raises ValueError where there is none."""
-    if not found(run):
+    if not list_checkpoints(run):
         raise ValueError(
             f"{run}: no checkpoint to go on from; is it a run folder, and did the run reach its first save? If not, "
             f"start it again with --folder {run}"
         )
-    return found(run)
+    return list_checkpoints(run)
 
 
-def newest_whole(run: Path, group: Group | None = None) -> tuple[Path, dict[Path, str]]:
+def newest_complete(run: Path, group: Group | None = None) -> tuple[Path, dict[Path, str]]:
     """The newest whole checkpoint of a run, and newer ones that were refused, with the reason. With `group` a
     collective, which shares the reading. Raises ValueError, on every rank, where there is none."""
     refused: dict[Path, str] = {}
-    there = from_main(lambda: checkpoints(run), group) if group else checkpoints(run)
+    there = (
+        run_on_main(lambda: require_checkpoints(run), group) if group else require_checkpoints(run)
+    )
     for checkpoint in reversed(there):
-        wrong = damage(checkpoint, group)
+        wrong = find_damage(checkpoint, group)
         if not wrong:
             return checkpoint, refused
         refused[checkpoint] = f"{checkpoint} is not whole: {'; '.join(wrong)}"
     raise ValueError(f"{run}: no whole checkpoint to go on from. {'. '.join(refused.values())}")
 
 
-def check_whole(checkpoint: Path) -> None:
+def check_complete(checkpoint: Path) -> None:
     """Raises ValueError for a checkpoint that is not whole, naming what is wrong and the run's newest whole one."""
-    if not (wrong := damage(checkpoint)):
+    if not (wrong := find_damage(checkpoint)):
         return
     try:
-        instead = f"the newest whole one is {newest_whole(checkpoint.resolve().parent.parent)[0]}"
+        instead = (
+            f"the newest whole one is {newest_complete(checkpoint.resolve().parent.parent)[0]}"
+        )
     except ValueError:
         instead = "its run has no whole one"
     raise ValueError(f"{checkpoint} is not whole: {'; '.join(wrong)}. Refused; {instead}")
 
 
-def damage(checkpoint: Path, group: Group | None = None) -> list[str]:
+def find_damage(checkpoint: Path, group: Group | None = None) -> list[str]:
     """What is wrong with a checkpoint's files, by name; empty for a whole one. With `group` a collective."""
     size, index = (group.size(), group.rank()) if group else (1, 0)
     wrong: list[str] = []
     try:
         listed = _read(checkpoint)
         # file systems leave hidden files; but one that ends like a shard would be read
-        seen = [path for path in checkpoint.iterdir() if path.name[0] != "." or path.suffix == ".safetensors"]
+        seen = [
+            path
+            for path in checkpoint.iterdir()
+            if path.name[0] != "." or path.suffix == ".safetensors"
+        ]
         there = {path.name for path in seen if path.is_file()} - {NAME}
-        wrong += [f"{path.name} is not in {NAME}" for path in sorted(seen) if path.name not in {*listed, NAME}]
+        wrong += [
+            f"{path.name} is not in {NAME}"
+            for path in sorted(seen)
+            if path.name not in {*listed, NAME}
+        ]
         wrong += [f"{NAME} has no {STATE}"] if STATE not in listed else []
         for name in sorted(listed)[index::size]:
             if name not in there:
@@ -86,7 +98,7 @@ def damage(checkpoint: Path, group: Group | None = None) -> list[str]:
                 wrong.append(f"{name} is altered or torn (another checksum in {NAME})")
     except (OSError, ValueError) as error:
         wrong.append(str(error))
-    told = from_all(wrong, group) if group else [wrong]
+    told = all_gather_objects(wrong, group) if group else [wrong]
     return list(dict.fromkeys(each for of_rank in told for each in of_rank))
 
 
@@ -95,7 +107,7 @@ def _read(checkpoint: Path) -> dict[str, str]:
     if not (checkpoint / NAME).is_file():
         raise ValueError(f"{NAME} is missing")
     *lines, rest = read(checkpoint / NAME).decode(errors="replace").split("\n")
-    matches = [LINE.fullmatch(line) for line in lines]
+    matches = [LINE_PATTERN.fullmatch(line) for line in lines]
     if rest or not all(matches):
         raise ValueError(f"{NAME} is altered or torn")
     return {match[2]: match[1] for match in matches if match}
@@ -122,7 +134,7 @@ def seal(partial: Path, mine: list[Path], final: Path, group: Group) -> None:
         sums = {path.name: checksum(path) for path in mine}
     except OSError as error:
         sums = error
-    told = from_all(sums, group)
+    told = all_gather_objects(sums, group)
 
     def end() -> None:
         for of_rank in told:
@@ -130,18 +142,20 @@ def seal(partial: Path, mine: list[Path], final: Path, group: Group) -> None:
                 raise of_rank
         lines = [f"{sum_}  {name}\n" for of_rank in told for name, sum_ in of_rank.items()]  # type: ignore[union-attr]
         write(partial, NAME, "".join(lines))
-        small = [path for path in mine if path.suffix == ".json"]  # shards have been written through
+        small = [
+            path for path in mine if path.suffix == ".json"
+        ]  # shards have been written through
         for path in (*small, partial / NAME, partial):
             _write_through(path)
         remove(final)  # refused, where there is one, since the run went on from an earlier one
         partial.rename(final)
 
-    from_main(end, group)
+    run_on_main(end, group)
 
 
 def prune(run: Path, keep: int, refused: Container[Path]) -> None:
     """Removes all checkpoints but the newest `keep`, not counting those `refused`, which stay."""
-    for old in [path for path in found(run) if path not in refused][:-keep]:
+    for old in [path for path in list_checkpoints(run) if path not in refused][:-keep]:
         with contextlib.suppress(OSError):  # a file that is in use; the next time will do
             remove(old)
 
@@ -156,7 +170,7 @@ def remove(checkpoint: Path) -> None:
             run_folder.remove(run, gone)
 
 
-def sweep(run: Path) -> None:
+def remove_partial(run: Path) -> None:
     """Removes what killed runs left half written or half removed."""
     for partial in (run / FOLDER).glob(f"{PARTIAL}*"):
         with contextlib.suppress(OSError):

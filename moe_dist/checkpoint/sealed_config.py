@@ -12,7 +12,7 @@ from moe_dist.checkpoint import manifest
 from moe_dist.config.overrides import dotted_keys, from_json, value_of
 from moe_dist.config.run_folder import read
 from moe_dist.config.schema import Config
-from moe_dist.config.validate import check
+from moe_dist.config.validate import check_config
 
 
 def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:
@@ -30,18 +30,25 @@ def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:
     Raises:
         ValueError: The two differ, or there is no config that can be read.
     """
-    file, found = run / "config.json", manifest.found(run)
-    checkpoint = next((each for each in reversed(found) if manifest.is_intact(each, manifest.CONFIG)), None)
+    file, found = run / "config.json", manifest.list_checkpoints(run)
+    checkpoint = next(
+        (each for each in reversed(found) if manifest.is_intact(each, manifest.CONFIG)), None
+    )
     try:
         shown = _parse(file)
     except ValueError as error:
         if checkpoint:
-            return _parse(checkpoint / manifest.CONFIG), f"{error}; using the copy in {checkpoint.name}"
+            return _parse(
+                checkpoint / manifest.CONFIG
+            ), f"{error}; using the copy in {checkpoint.name}"
         if not file.exists():
             raise ValueError(f"{run}: not a run folder (no config.json)") from None
         raise
     if not checkpoint:
-        return shown, f"{run}: no checkpoint has a copy of config.json to compare it with" if found else ""
+        return (
+            shown,
+            f"{run}: no checkpoint has a copy of config.json to compare it with" if found else "",
+        )
     sealed = _parse(checkpoint / manifest.CONFIG)
     if differ := [text for key, text in differences(shown, sealed).items() if key not in given]:
         raise ValueError(
@@ -55,7 +62,7 @@ def _parse(path: Path) -> Config:
     """Raises ValueError, naming the file, where it cannot be read."""
     try:
         config = from_json(read(path).decode())
-        check(config)
+        check_config(config)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     return config

@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.format import ENDINGS, KINDS, OF_TASKS, check_shape, check_values, kept_tensors, read_state
+from moe_dist.checkpoint.format import (
+    PARAM_KINDS,
+    STATE_SUFFIXES,
+    TASK_METADATA_CHECKS,
+    check_shape,
+    check_values,
+    read_state,
+    tensor_index,
+)
 from moe_dist.config.run_folder import PARTIAL, read
 
 
@@ -25,9 +33,9 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
         ValueError: A file is broken, or a parameter, which is named, is missing, overlaps, is not finite or has another
             shape or dtype.
     """
-    kept, tensors = kept_tensors(checkpoint), {}
+    kept, tensors = tensor_index(checkpoint), {}
     for name, p in model.named_parameters():
-        key = next((key for kind in KINDS if (key := f"{kind}/{name}") in kept), name)
+        key = next((key for kind in PARAM_KINDS if (key := f"{kind}/{name}") in kept), name)
         check_shape(checkpoint, kept, key, p)
         tensors[key] = p.detach()  # shares storage with the parameter
     _read(checkpoint, tensors)
@@ -40,7 +48,9 @@ def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
     check_values(checkpoint, tensors)
     with warnings.catch_warnings():  # torch warns that one process is all, which was asked for
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+        dcp.load(
+            tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True
+        )
 
 
 def inspect(checkpoint: Path) -> dict[str, Any]:
@@ -48,18 +58,23 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
 
     Raises ValueError for one that is not whole.
     """
-    manifest.check_whole(checkpoint)
+    manifest.check_complete(checkpoint)
     state, weights, task = read_state(checkpoint), {}, {}
-    kept = {key: tuple(each.size) for key, each in kept_tensors(checkpoint).items()}
+    kept = {key: tuple(each.size) for key, each in tensor_index(checkpoint).items()}
     for key, shape in sorted(kept.items()):
         kind, _, name = key.partition("/")
         if kind == "task":
             task[name] = {"shape": shape}
-        elif not name.endswith(ENDINGS):
-            optimizer = {end: kept[key + end] for end in ENDINGS if key + end in kept}
+        elif not name.endswith(STATE_SUFFIXES):
+            optimizer = {end: kept[key + end] for end in STATE_SUFFIXES if key + end in kept}
             weights[name] = {"kind": kind, "shape": shape, "optimizer": optimizer}
-    return {"checkpoint": str(checkpoint), "step": state["step"], "updates": state["updates"], "weights": weights,
-            "task": task}  # fmt: skip
+    return {
+        "checkpoint": str(checkpoint),
+        "step": state["step"],
+        "updates": state["updates"],
+        "weights": weights,
+        "task": task,
+    }
 
 
 def export(checkpoint: Path, file: Path) -> int:
@@ -73,10 +88,15 @@ def export(checkpoint: Path, file: Path) -> int:
     if not file.absolute().parent.is_dir():
         raise ValueError(f"{file} cannot be written: {file.parent} is no folder")
     told = inspect(checkpoint)
-    tensors = {f"{each['kind']}/{name}": torch.empty(each["shape"]) for name, each in told["weights"].items()}
+    tensors = {
+        f"{each['kind']}/{name}": torch.empty(each["shape"])
+        for name, each in told["weights"].items()
+    }
     _read(checkpoint, tensors)
     state = read_state(checkpoint)
-    metadata = {"step": str(told["step"])} | {key: json.dumps(state[key]) for key in OF_TASKS if key in state}
+    metadata = {"step": str(told["step"])} | {
+        key: json.dumps(state[key]) for key in TASK_METADATA_CHECKS if key in state
+    }
     copy = checkpoint / manifest.CONFIG  # of older versions that of the run
     config = copy if copy.is_file() else checkpoint.resolve().parent.parent / manifest.CONFIG
     metadata |= {"config": read(config).decode(errors="replace")} if config.is_file() else {}

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from moe_dist.config.overrides import override
-from moe_dist.config.schema import Config, mixture
+from moe_dist.config.schema import Config, moe_section
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.nn import prng
 
 
 @dataclass(frozen=True)
-class Growth:
+class Upcycling:
     """How a checkpoint's experts become more."""
 
     times: int
@@ -28,7 +28,7 @@ class Growth:
 
     def of(self, config: Config) -> Config:
         """The grown model's."""
-        experts = mixture(config)
+        experts = moe_section(config)
         assert experts
         section, moe = experts
         return override(config, [f"{section}.num_experts={moe.num_experts * self.times}"])
@@ -39,22 +39,34 @@ class Growth:
         if len(saved) != len(wanted):
             return None
         other = [i for i, (a, b) in enumerate(zip(saved, wanted, strict=True)) if a != b]
-        return other[0] if len(other) == 1 and saved[other[0]] * self.times == wanted[other[0]] else None
+        return (
+            other[0]
+            if len(other) == 1 and saved[other[0]] * self.times == wanted[other[0]]
+            else None
+        )
 
     def smaller(self, wanted: Any, saved: torch.Size, mesh: Mesh) -> Any:
         """Returns memory for the saved tensor from which `fill` makes `wanted`; None where it has not grown."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard  # here: see the package's docstring
+        from torch.distributed.tensor import (
+            DTensor,
+            Replicate,
+            Shard,
+        )  # here: see the package's docstring
 
         dim = self.dim(saved, wanted.shape)
         if dim is None or not isinstance(wanted, DTensor):
             return None if dim is None else wanted.new_empty(saved)
         local, cut = list(wanted.to_local().shape), wanted.placements
         local[dim] //= self.times
-        if dim == 0:  # experts of all replicas: an owner's part of the grown ones may begin within one
+        if (
+            dim == 0
+        ):  # experts of all replicas: an owner's part of the grown ones may begin within one
             local[0], cut = saved[0] // mesh.ep.size, (Shard(0), Replicate())
         whole = torch.empty(saved, dtype=wanted.dtype, device="meta")
         part = torch.empty(local, dtype=wanted.dtype)
-        return DTensor.from_local(part, mesh.device_mesh, cut, shape=saved, stride=whole.stride(), run_check=False)
+        return DTensor.from_local(
+            part, mesh.device_mesh, cut, shape=saved, stride=whole.stride(), run_check=False
+        )
 
     def fill(self, wanted: Any, smaller: Any, mine: range, key: str, *, perturb: bool) -> None:
         """Makes the experts of `wanted` from those that were read. `mine`: global ids of this rank's first dimension,
@@ -70,7 +82,10 @@ class Growth:
             start = mine.start % max(1, len(grown))
             grown = grown[start : start + len(mine)]
         target.copy_(grown)
-        name = (key, wanted.shape[dim])  # the number of experts: else a second growth would draw the same again
+        name = (
+            key,
+            wanted.shape[dim],
+        )  # the number of experts: else a second growth would draw the same again
         if perturb and spread and dim > 0:  # gates: a row for each group of experts
             for group, part in zip(mine, target, strict=True):
                 self._perturb(part, dim - 1, *name, group)
@@ -81,5 +96,7 @@ class Growth:
         """Changes copies in place, keyed by `key` and their place along `dim`, which is `first` for the first one."""
         for expert, weights in enumerate(experts.unbind(dim), first):
             if expert % self.times:
-                drawn = prng.uniform(weights.numel(), self.seed, "grow", *key, expert).view(weights.shape)
+                drawn = prng.uniform(weights.numel(), self.seed, "grow", *key, expert).view(
+                    weights.shape
+                )
                 weights.mul_(1 + self.noise * (2 * drawn - 1))

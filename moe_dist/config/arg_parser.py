@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_dist.config.messages import one_line, wrong_text
+from moe_dist.config.messages import one_line, text_problem
 
 LONGEST_NAME = 255  # bytes of one name in a path that file systems take
 LONGEST_PATH = 3900  # bytes of a path, so that 4,096 hold the names of files below it
@@ -29,7 +29,7 @@ def path_argument(text: str) -> Path:
     Raises:
         ArgumentTypeError: The text is empty, which would be the current folder, or can name nothing.
     """
-    wrong = wrong_text(text)
+    wrong = text_problem(text)
     longest = max(len(name.encode(errors="replace")) for name in text.split("/"))
     if wrong is None and longest > LONGEST_NAME:
         wrong = f"has a name of {longest} bytes; at most {LONGEST_NAME}"

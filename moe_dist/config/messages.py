@@ -5,7 +5,7 @@ import re
 import typing
 from typing import Any
 
-LONGEST_MESSAGE = 1000  # characters
+MAX_MESSAGE_LENGTH = 1000  # characters
 
 
 def one_line(message: str) -> str:
@@ -13,30 +13,30 @@ def one_line(message: str) -> str:
     characters that cannot be printed are escaped, and a long message has its middle left out."""
     joined = " ".join(map(str.strip, message.splitlines()))
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
-    half = LONGEST_MESSAGE // 2
-    return shown if len(shown) <= LONGEST_MESSAGE else f"{shown[:half]} [...] {shown[-half:]}"
+    half = MAX_MESSAGE_LENGTH // 2
+    return shown if len(shown) <= MAX_MESSAGE_LENGTH else f"{shown[:half]} [...] {shown[-half:]}"
 
 
-LONGEST_TEXT = 1000  # characters of a field
+MAX_TEXT_LENGTH = 1000  # characters of a field
 
 
 # characters that end a line or a path, or are half of one
-NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+FORBIDDEN_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def wrong_text(text: str) -> str | None:
+def text_problem(text: str) -> str | None:
     """Returns how an error about a text goes on that a user gave as a name, a path or a mode: what is
     wrong with it. None where nothing is."""
     if not text.strip():
         return "is empty"
-    if len(text) > LONGEST_TEXT:
-        return f"has {len(text)} characters; at most {LONGEST_TEXT}"
-    if found := NO_TEXT.search(text):
+    if len(text) > MAX_TEXT_LENGTH:
+        return f"has {len(text)} characters; at most {MAX_TEXT_LENGTH}"
+    if found := FORBIDDEN_CHARACTERS.search(text):
         return f"has a character that no name can have, {found[0]!a}"
     return None
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Returns a value for an error about it, whose middle is left out where it is long."""
     text = str(value)
     return text if len(text) <= 80 else f"{text[:40]}[...]{text[-20:]}"

@@ -8,15 +8,18 @@ import types
 import typing
 from typing import Any
 
-from moe_dist.config.messages import nearest, shown
-from moe_dist.config.redact import redacted
+from moe_dist.config.messages import nearest, shorten
+from moe_dist.config.redact import redact
 from moe_dist.config.schema import Config
 
 # how a value of each type is written, for messages
 EXAMPLES = {
-    int: "a whole number such as 100", float: "a number such as 0.5", bool: "true or false", str: "text",
+    int: "a whole number such as 100",
+    float: "a number such as 0.5",
+    bool: "true or false",
+    str: "text",
     types.NoneType: "none",
-}  # fmt: skip
+}
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -31,23 +34,79 @@ def _hints(section: type) -> dict[str, Any]:
 
 
 SYNONYMS = {  # names that other programs have for a field -> the last part of its key here
-    "learning_rate": "lr", "rate": "lr", "max_lr": "lr", "batch_size": "samples", "global_batch_size": "samples",
-    "train_batch_size": "samples", "epochs": "steps", "num_epochs": "steps", "max_steps": "steps", "num_steps": "steps",
-    "iterations": "steps", "max_iters": "steps", "warmup": "warmup_steps", "warmup_ratio": "warmup_steps",
-    "scheduler": "decay", "schedule": "decay", "lr_schedule": "decay", "lr_scheduler": "decay", "momentum": "beta1",
-    "max_grad_norm": "clip_norm", "grad_clip": "clip_norm", "gradient_clipping": "clip_norm", "wd": "weight_decay",
-    "gradient_accumulation_steps": "accumulation", "grad_accum": "accumulation", "experts": "num_experts",
-    "n_experts": "num_experts", "top_k": "k", "topk": "k", "num_experts_per_tok": "k", "expert_parallel": "ep",
-    "expert_parallel_size": "ep", "ep_size": "ep", "hidden_size": "dim", "d_model": "dim", "width": "dim",
-    "d_ff": "hidden", "ffn_dim": "hidden", "num_layers": "depth", "layers": "depth", "n_layers": "depth",
-    "heads": "num_heads", "n_heads": "num_heads", "seq_len": "timesteps", "sequence_length": "timesteps",
-    "bptt": "timesteps", "max_length": "max_tokens", "max_seq_length": "max_tokens", "vocab_size": "vocabulary_size",
-    "vocab": "vocabulary_size", "classes": "num_classes", "num_labels": "num_classes", "resolution": "image_size",
-    "in_channels": "channels", "num_workers": "workers", "precision": "ds_config", "dtype": "ds_config",
-    "bf16": "ds_config", "zero_stage": "zero", "eval_steps": "eval_every", "eval_interval": "eval_every",
-    "save_steps": "save_every", "save_interval": "save_every", "logging_steps": "log_every",
-    "log_interval": "log_every", "random_seed": "seed", "pretrained": "init",
-}  # fmt: skip
+    "learning_rate": "lr",
+    "rate": "lr",
+    "max_lr": "lr",
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "epochs": "steps",
+    "num_epochs": "steps",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "iterations": "steps",
+    "max_iters": "steps",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "scheduler": "schedule",
+    "lr_schedule": "schedule",
+    "lr_scheduler": "schedule",
+    "momentum": "beta1",
+    "grad_clip": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    "wd": "weight_decay",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "grad_accum": "grad_accum_steps",
+    "experts": "num_experts",
+    "n_experts": "num_experts",
+    "top_k": "k",
+    "topk": "k",
+    "num_experts_per_tok": "k",
+    "expert_parallel": "ep",
+    "expert_parallel_size": "ep",
+    "ep_size": "ep",
+    "hidden_size": "dim",
+    "d_model": "dim",
+    "width": "dim",
+    "d_ff": "expert_hidden_dim",
+    "ffn_dim": "expert_hidden_dim",
+    "num_layers": "depth",
+    "layers": "depth",
+    "n_layers": "depth",
+    "heads": "num_heads",
+    "n_heads": "num_heads",
+    "sequence_length": "seq_len",
+    "bptt": "seq_len",
+    "max_length": "max_tokens",
+    "max_seq_length": "max_tokens",
+    "vocab_size": "vocabulary_size",
+    "vocab": "vocabulary_size",
+    "classes": "num_classes",
+    "num_labels": "num_classes",
+    "resolution": "image_size",
+    "in_channels": "channels",
+    "num_workers": "workers",
+    "precision": "ds_config",
+    "dtype": "ds_config",
+    "bf16": "ds_config",
+    "eval_steps": "eval_every",
+    "eval_interval": "eval_every",
+    "save_steps": "save_every",
+    "save_interval": "save_every",
+    "logging_steps": "log_every",
+    "log_interval": "log_every",
+    "random_seed": "seed",
+    "pretrained": "init_from",
+    "samples": "global_batch_size",
+    "micro_batch_size": "global_batch_size",
+    "clip_norm": "max_grad_norm",
+    "zero": "zero_stage",
+    "hidden": "expert_hidden_dim",
+    "timesteps": "seq_len",
+    "accumulation": "grad_accum_steps",
+    "gradient_accumulation": "grad_accum_steps",
+    "load_from": "init_from",
+    "checkpoint": "init_from",
+}
 
 
 def nearest_key(key: str, known: typing.Iterable[str]) -> str:
@@ -68,7 +127,11 @@ def nearest_key(key: str, known: typing.Iterable[str]) -> str:
     best = max(known, key=likeness)
     if likeness(best) >= 0.6:
         return f"did you mean {best!r}?"
-    siblings = [each for each in known if each.startswith((f"{key}.", f"{section}." if section else f"{key}."))]
+    siblings = [
+        each
+        for each in known
+        if each.startswith((f"{key}.", f"{section}." if section else f"{key}."))
+    ]
     return f"known: {', '.join(siblings or known)}"
 
 
@@ -89,9 +152,11 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {shown(redacted(text))!r}: expected KEY=VALUE, for example --set mesh.ep=2")
+            raise ValueError(
+                f"--set {shorten(redact(text))!r}: expected KEY=VALUE, for example --set mesh.ep=2"
+            )
         if key not in known:  # whose value is not repeated, for it may be a password
-            raise ValueError(f"--set: no field {shown(redacted(key))!r}; {nearest_key(key, known)}")
+            raise ValueError(f"--set: no field {shorten(redact(key))!r}; {nearest_key(key, known)}")
         config = _replace(config, key.split("."), _parse(key, value, known[key]))
     return config
 
@@ -104,7 +169,7 @@ def keys_of(assignments: typing.Iterable[str]) -> frozenset[str]:
 def fit_groups(config: Config, explicit: typing.Collection[str]) -> tuple[Config, list[str]]:
     """Makes groups of samples that do not divide the batch smaller, except for those that the user has set.
 
-    The layout has no part in it: the groups follow from `batch.samples` alone.
+    The layout has no part in it: the groups follow from `batch.global_batch_size` alone.
 
     Args:
         config: A config.
@@ -113,13 +178,15 @@ def fit_groups(config: Config, explicit: typing.Collection[str]) -> tuple[Config
     Returns:
         The config, and a note about each field that was changed.
     """
-    samples, notes = config.batch.samples, []
-    for key in ("batch.samples_per_balance_group", "batch.samples_per_token_group"):
+    samples, notes = config.batch.global_batch_size, []
+    for key in ("batch.balance_loss_group_size", "batch.capacity_group_size"):
         group = value_of(config, key)
         if key not in explicit and group and samples > 0 and samples % group:
             fits = max(size for size in range(1, group) if samples % size == 0)
             config = override(config, [f"{key}={fits}"])
-            notes.append(f"{key}={fits}, for it divides batch.samples={samples} (the config has {group})")
+            notes.append(
+                f"{key}={fits}, for it divides batch.global_batch_size={samples} (the config has {group})"
+            )
     return config, notes
 
 
@@ -137,12 +204,16 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     try:
         return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
     except (KeyError, ValueError):
-        raise ValueError(f"--set {key}={shown(redacted(text))}: expected {_expected(kind)}") from None
+        raise ValueError(
+            f"--set {key}={shorten(redact(text))}: expected {_expected(kind)}"
+        ) from None
 
 
 def _expected(kind: Any) -> str:
     """Returns what a value of type `kind` looks like, for use in a message."""
-    return " or ".join(EXAMPLES.get(option, str(option)) for option in typing.get_args(kind) or (kind,))
+    return " or ".join(
+        EXAMPLES.get(option, str(option)) for option in typing.get_args(kind) or (kind,)
+    )
 
 
 def to_json(config: Config) -> str:
@@ -164,7 +235,9 @@ def from_json(text: str) -> Config:
 
 def _build(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"config: {prefix.rstrip('.') or 'the whole'} is {shown(repr(values))}, expected an object")
+        raise ValueError(
+            f"config: {prefix.rstrip('.') or 'the whole'} is {shorten(repr(values))}, expected an object"
+        )
     hints, fields = _hints(cls), {}
     for name, value in values.items():
         if name not in hints:
@@ -174,7 +247,9 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         if sections:
             value = _build(_section(sections, value), value, f"{prefix}{name}.")
         elif not _is_of(value, kind):
-            raise ValueError(f"config: {prefix}{name}={shown(repr(value))}, expected {_expected(kind)}")
+            raise ValueError(
+                f"config: {prefix}{name}={shorten(repr(value))}, expected {_expected(kind)}"
+            )
         fields[name] = value
     try:
         return cls(**fields)

@@ -30,25 +30,46 @@ _NOT_SECRET = (
 _PARTITION = r"(?<=/)(?![\w.-]+=(?:\d{1,8}(?:/|$)|[a-z]{1,12}/))"
 _IN_QUERY = r"[\w.-]*(?:token|key|keyid|sig|signature|pass|pw|code)|x-(?:amz|goog|ms)-[\w-]+|sas"
 _PREFIXES = (  # of what services give out, and what follows
-    r"hf_[A-Za-z0-9]{16,}", r"api_org_[A-Za-z0-9]{16,}", r"gh[a-z]_[A-Za-z0-9]{16,}", r"github_pat_\w{16,}",
+    r"hf_[A-Za-z0-9]{16,}",
+    r"api_org_[A-Za-z0-9]{16,}",
+    r"gh[a-z]_[A-Za-z0-9]{16,}",
+    r"github_pat_\w{16,}",
     r"gl(?:agent|cbt|dt|ft|imt|oas|pat|ptt|rt|soat)-[\w-]{16,}",
     r"sk-(?:proj|ant|or|svcacct|admin|lf|live|test)-[\w-]{16,}",
     r"sk-(?![\w-]*(?<=[_-])[a-z]{4,12}(?![A-Za-z0-9]))[\w-]{16,}",  # words between hyphens name a file
-    r"[rs]k_(?:live|test)_\w{10,}", r"whsec_[A-Za-z0-9+/=]{16,}", r"tskey-[a-z]+-[\w-]{10,}",
-    r"sbp_[a-f0-9]{32,}", r"sb_secret_[\w-]{16,}", r"glsa_\w{20,}", r"key-(?=[a-z]*\d)[a-z0-9]{32}(?![\w-])",
-    r"wandb_v\d_\w{16,}", r"xox[a-z]-[\w-]{10,}", r"xapp-[\w-]{10,}", r"AIza[\w-]{30,}",
-    r"ya29\.[\w-]{16,}", r"GOCSPX-[\w-]{16,}",
-    r"(?:AKIA|ABIA|ACCA)[A-Z0-9]{16,}", r"ASIA(?=[A-Z]*\d)[A-Z0-9]{16,}",
+    r"[rs]k_(?:live|test)_\w{10,}",
+    r"whsec_[A-Za-z0-9+/=]{16,}",
+    r"tskey-[a-z]+-[\w-]{10,}",
+    r"sbp_[a-f0-9]{32,}",
+    r"sb_secret_[\w-]{16,}",
+    r"glsa_\w{20,}",
+    r"key-(?=[a-z]*\d)[a-z0-9]{32}(?![\w-])",
+    r"wandb_v\d_\w{16,}",
+    r"xox[a-z]-[\w-]{10,}",
+    r"xapp-[\w-]{10,}",
+    r"AIza[\w-]{30,}",
+    r"ya29\.[\w-]{16,}",
+    r"GOCSPX-[\w-]{16,}",
+    r"(?:AKIA|ABIA|ACCA)[A-Z0-9]{16,}",
+    r"ASIA(?=[A-Z]*\d)[A-Z0-9]{16,}",
     r"(?<!/)ASIA[A-Z]{16}(?![\w/.*])",  # a folder may be named in capitals
     r"npm_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{20,}",
-    r"pypi-(?:AgE[\w-]{16,}|[\w-]{40,})", r"do[opr]_v1_[a-f0-9]{32,}", r"dckr_(?:pat|oat)_[\w-]{16,}",
+    r"pypi-(?:AgE[\w-]{16,}|[\w-]{40,})",
+    r"do[opr]_v1_[a-f0-9]{32,}",
+    r"dckr_(?:pat|oat)_[\w-]{16,}",
     r"dapi[a-f0-9]{32}",
-    r"hv[bs]\.[\w-]{16,}", r"SG\.[\w-]{16,}\.[\w-]{16,}", r"shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}", r"nvapi-[\w-]{16,}",
-    r"gsk_[A-Za-z0-9]{20,}", r"(?:xai|pplx)-[A-Za-z0-9]{20,}",
-    r"r8_[A-Za-z0-9]{20,}", r"ATATT3[\w=-]{16,}", r"lin_api_[A-Za-z0-9]{16,}",
+    r"hv[bs]\.[\w-]{16,}",
+    r"SG\.[\w-]{16,}\.[\w-]{16,}",
+    r"shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}",
+    r"nvapi-[\w-]{16,}",
+    r"gsk_[A-Za-z0-9]{20,}",
+    r"(?:xai|pplx)-[A-Za-z0-9]{20,}",
+    r"r8_[A-Za-z0-9]{20,}",
+    r"ATATT3[\w=-]{16,}",
+    r"lin_api_[A-Za-z0-9]{16,}",
     r"eyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?",  # a JSON web token
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*",
-)  # fmt: skip
+)
 # 40 random characters of base64 have about 26 runs of one kind, all of them short; a path as long has fewer, or words
 _RUNS = r"(?=(?:[a-z]+(?![a-z])|[A-Z]+(?![A-Z])|[0-9]+(?![0-9])|[+/]+(?![+/])){%d})(?![A-Za-z0-9+/]*[a-z]{%d})"
 _ENDS = r"(?=\s*(?:$|[,;&\"'})\]]))"
@@ -57,15 +78,27 @@ _SECRETS = [
     re.compile(pattern, flags)
     for pattern, flags in (
         # user:password@ of a URL, whatever is in the password; and a token alone, as web servers take it
-        (r"(://)[^\s/@?#:]*:(?!\s|\d+(?:[/?#\s]|$))(?:[^\s@]{1,1000}(?:@[^\s/@]*)*|[^/@]{1,100})(?=@)", 0),
+        (
+            r"(://)[^\s/@?#:]*:(?!\s|\d+(?:[/?#\s]|$))(?:[^\s@]{1,1000}(?:@[^\s/@]*)*|[^/@]{1,100})(?=@)",
+            0,
+        ),
         (r"(\bhttps?://)[^\s/@?#:]+(?=@)", re.IGNORECASE),
-        (rf"((?:(?<![\w./-])|{_PARTITION})(?:{_NAME}|{_WORD})(?:\s*=\s*|[\"']\s*:\s*))[^&]+", re.IGNORECASE),
+        (
+            rf"((?:(?<![\w./-])|{_PARTITION})(?:{_NAME}|{_WORD})(?:\s*=\s*|[\"']\s*:\s*))[^&]+",
+            re.IGNORECASE,
+        ),
         (rf"((?<![\w./-]){_NAME}\s*:\s+)[^&]+", re.IGNORECASE),
         (rf"((?<![\w.-])(?i:{_PERHAPS})\s*=\s*)(?i:(?!{_NOT_SECRET}))[^\s&]{{4,}}", 0),
-        (r"((?<![\w./-])(?:deploy|job|private)-token\s*:\s*)\S{6,}", re.IGNORECASE),  # headers of HTTP
+        (
+            r"((?<![\w./-])(?:deploy|job|private)-token\s*:\s*)\S{6,}",
+            re.IGNORECASE,
+        ),  # headers of HTTP
         (rf"((?<![\w./-]){_KINDS}\s*:\s*)(?=\S*\d)(?=\S*[a-z])\S{{8,}}", re.IGNORECASE),
         # behind a colon a word with a digit, or the last one; "auth: the first gate" and "auth:v1" are none
-        (rf"((?<![\w./-])(?![\w.-]*auth\s*:)(?:{_NAME}|{_WORD})\s*:\s*)(?=\S*\d|\S+{_ENDS})[^\s&]+", re.IGNORECASE),
+        (
+            rf"((?<![\w./-])(?![\w.-]*auth\s*:)(?:{_NAME}|{_WORD})\s*:\s*)(?=\S*\d|\S+{_ENDS})[^\s&]+",
+            re.IGNORECASE,
+        ),
         (
             r"((?<![\w./-])[\w.-]*auth(?:orization)?\s*:\s+)"
             r"(?=(?:Bearer|Basic|Digest|Token)\s|(?=\S*\d)\S{8}|\S+:\S)[^&]+",
@@ -81,12 +114,15 @@ _SECRETS = [
             r"((?:^|[\s=:,\"'])(?:local-)?)(?<!commit.)(?<!head.)(?<!rev.)(?<!sha.)(?<!git.)(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{40}(?=$|[\s,\"'&])",
             0,
         ),
-        (rf"((?<![\w+/.-])){_RUNS % (16, 6)}[A-Za-z0-9+/]{{40}}(?![\w+/=.-])", 0),  # the secret half of AWS's
+        (
+            rf"((?<![\w+/.-])){_RUNS % (16, 6)}[A-Za-z0-9+/]{{40}}(?![\w+/=.-])",
+            0,
+        ),  # the secret half of AWS's
     )
 ]
 
 
-def redacted(text: str, shown: str = "***") -> str:
+def redact(text: str, shown: str = "***") -> str:
     """Returns the text with `shown` in place of every password and key."""
     for secret in _SECRETS:
         text = secret.sub(rf"\g<1>{shown}", text)
@@ -95,10 +131,10 @@ def redacted(text: str, shown: str = "***") -> str:
 
 def has_secret(text: str) -> bool:
     """Returns whether the text has what looks like a password or a key."""
-    return redacted(text) != text
+    return redact(text) != text
 
 
 if __name__ == "__main__":
     sys.stdout.buffer.write(
-        b"".join(redacted(word).encode("utf-8", "surrogateescape") + b"\0" for word in sys.argv[1:])
+        b"".join(redact(word).encode("utf-8", "surrogateescape") + b"\0" for word in sys.argv[1:])
     )

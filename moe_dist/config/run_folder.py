@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 PARTIAL = "partial_"  # begins the name of what is being written, or removed
-FOLDERS = ("checkpoints", "report", "profile", "wandb", "calls")  # of a run folder
+SUBFOLDERS = ("checkpoints", "report", "profile", "wandb", "calls")  # of a run folder
 
 
 def check_folder(run: Path, name: str) -> Path:
@@ -30,7 +30,9 @@ def check_folder(run: Path, name: str) -> Path:
         path = path / part
         if path.is_symlink():
             reason = f"{path} is a link, and nothing is written through a link inside a run folder"
-            advice = "move what it leads to into its place, or let the run folder itself be the link"
+            advice = (
+                "move what it leads to into its place, or let the run folder itself be the link"
+            )
             raise OSError(errno.ELOOP, f"{reason}; {advice}", str(path))
     return path
 
@@ -48,7 +50,7 @@ def make_folder(run: Path, name: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def replacing(run: Path, name: str) -> Iterator[IO[bytes]]:
+def atomic_write(run: Path, name: str) -> Iterator[IO[bytes]]:
     """Opens a new file for writing, which takes the name `name` when the block is left without an exception.
 
     A reader finds the old file or the whole new one. A link with this name is replaced, and not followed.
@@ -67,18 +69,20 @@ def replacing(run: Path, name: str) -> Iterator[IO[bytes]]:
         try:
             yield file
             file.flush()
-            if not is_same(file.fileno(), beside):
-                raise OSError(errno.EBUSY, f"{folder / last} is being written by another process", str(beside))
+            if not is_same_file(file.fileno(), beside):
+                raise OSError(
+                    errno.EBUSY, f"{folder / last} is being written by another process", str(beside)
+                )
             beside.rename(folder / last)
         except BaseException:
-            if is_same(file.fileno(), beside):
+            if is_same_file(file.fileno(), beside):
                 beside.unlink()
             raise
 
 
 def write(run: Path, name: str, content: str | bytes) -> Path:
-    """Writes a whole file (see `replacing`; text in UTF-8), and returns its path."""
-    with replacing(run, name) as file:
+    """Writes a whole file (see `atomic_write`; text in UTF-8), and returns its path."""
+    with atomic_write(run, name) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return run / name
 
@@ -94,7 +98,11 @@ def open_existing(path: Path, flags: int = os.O_RDONLY) -> int:
         OSError: It cannot be opened, or is a folder, a pipe or a device, or a link where it is to be written.
     """
     if flags & os.O_ACCMODE != os.O_RDONLY and path.is_symlink():
-        raise OSError(errno.ELOOP, f"{path} is a link, and nothing is written through one; remove it", str(path))
+        raise OSError(
+            errno.ELOOP,
+            f"{path} is a link, and nothing is written through one; remove it",
+            str(path),
+        )
     follow = 0 if flags & os.O_ACCMODE == os.O_RDONLY else os.O_NOFOLLOW
     descriptor = os.open(path, flags | follow | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -120,10 +128,14 @@ def read_json(path: Path) -> Any:
 def reason(error: OSError) -> str:
     """Returns what is wrong, with the path that the error is about."""
     text = error.strerror or str(error)
-    return text if error.filename is None or str(error.filename) in text else f"{error.filename}: {text}"
+    return (
+        text
+        if error.filename is None or str(error.filename) in text
+        else f"{error.filename}: {text}"
+    )
 
 
-def is_same(descriptor: int, path: Path) -> bool:
+def is_same_file(descriptor: int, path: Path) -> bool:
     """Whether the file that is open as `descriptor` still is the one that has this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))

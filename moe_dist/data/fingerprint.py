@@ -35,7 +35,7 @@ import numpy as np
 
 from moe_dist.data.table_files import UNPACK, find_files, kind_of, open_file
 from moe_dist.data.text.corpus import BUNDLED, SHORT_NAMES, SPLITS, is_local
-from moe_dist.monitoring.progress_bar import told
+from moe_dist.monitoring.progress_bar import with_progress
 
 BUDGET = 2**26  # bytes that are read in all
 BLOCK = 2**16  # bytes
@@ -63,7 +63,9 @@ class Fingerprint:
 
     given: str
     levels: int  # parts that names of entries have lost at their end; 0: entries are files
-    entries: dict[str, list[Any]]  # name -> number of files, their bytes, hash of their names and sizes
+    entries: dict[
+        str, list[Any]
+    ]  # name -> number of files, their bytes, hash of their names and sizes
     share: int  # bytes of a file that may be read
     contents: dict[str, str]  # name of a file that was read -> hash
 
@@ -76,9 +78,15 @@ class Fingerprint:
         """
         try:
             found = cls(**kept)
-            numbers = [found.levels, found.share, *(x for e in found.entries.values() for x in e[:2])]
+            numbers = [
+                found.levels,
+                found.share,
+                *(x for e in found.entries.values() for x in e[:2]),
+            ]
             texts = [found.given, *(e[2] for e in found.entries.values()), *found.contents.values()]
-            whole = all(type(x) is int and 0 <= x < 2**63 for x in numbers) and found.share <= BUDGET
+            whole = (
+                all(type(x) is int and 0 <= x < 2**63 for x in numbers) and found.share <= BUDGET
+            )
         except (TypeError, AttributeError, LookupError):
             whole = False
         if not whole or not all(isinstance(text, str) for text in texts):
@@ -93,7 +101,13 @@ class Fingerprint:
         levels = 0
         while len(entries := _entries(source, levels)) > MOST_NAMED:
             levels += 1
-        return cls(source.given, levels, entries, share, {name: source.digest(name, share) for name in read})
+        return cls(
+            source.given,
+            levels,
+            entries,
+            share,
+            {name: source.digest(name, share) for name in read},
+        )
 
     def changes(self, source: Source) -> list[str]:
         """Returns what of a source is not as it was, a phrase for each change, sorted by name."""
@@ -146,7 +160,9 @@ def of_local(place: str) -> Source:
     if len(files) != 1:
         return of_files("files", files, Path(*fixed))
     kind = kind_of(files[0].name)
-    return of_files("files", files, files[0], only=THE_FILE if kind == ".txt" else f"the {kind} file")
+    return of_files(
+        "files", files, files[0], only=THE_FILE if kind == ".txt" else f"the {kind} file"
+    )
 
 
 def of_named(place: str, repositories: Mapping[str, tuple[str, str | None, str | None]]) -> Source:
@@ -172,7 +188,11 @@ def of_text(place: str) -> Source:
 
 
 def of_files(
-    given: str, files: Iterable[Path | bytes], root: str | Path, unpack: bool = True, only: str = THE_FILE
+    given: str,
+    files: Iterable[Path | bytes],
+    root: str | Path,
+    unpack: bool = True,
+    only: str = THE_FILE,
 ) -> Source:
     """Returns the source of files.
 
@@ -189,14 +209,22 @@ def of_files(
     above = os.path.join(os.path.normpath(root), "")
     paths = {}
     for path in map(os.path.normpath, map(os.fsdecode, files)):
-        paths[only if path == os.path.normpath(root) else _printable(path.removeprefix(above))] = path
-    sizes = {name: os.stat(path).st_size for name, path in told(paths.items(), "sizes of files")}
+        paths[only if path == os.path.normpath(root) else _printable(path.removeprefix(above))] = (
+            path
+        )
+    sizes = {
+        name: os.stat(path).st_size for name, path in with_progress(paths.items(), "sizes of files")
+    }
     packed: dict[str, str] = {}  # name -> its name without the ending, where no other file has that
     taken = set(paths)
     for name, path in paths.items() if unpack else ():
         ending = os.path.splitext(path)[1]
         plain = name.removesuffix(ending)
-        if ending in SEEKABLE and sizes[name] <= MOST_PACKED and (plain == name or plain not in taken):
+        if (
+            ending in SEEKABLE
+            and sizes[name] <= MOST_PACKED
+            and (plain == name or plain not in taken)
+        ):
             packed[name] = plain
             taken.add(plain)
     unpacked = _unpacked_sizes({name: paths[name] for name in packed})
@@ -218,7 +246,7 @@ def _unpacked_sizes(paths: dict[str, str]) -> dict[str, int]:
     left = MOST_UNPACKED
     if len(paths) > MOST_NAMED or sum(map(os.path.getsize, paths.values())) > left:
         return {}
-    for name, path in told(sorted(paths.items()), "packed files"):
+    for name, path in with_progress(sorted(paths.items()), "packed files"):
         try:
             with _opened(path, unpack=True) as file:
                 sizes[name] = 0
@@ -248,7 +276,9 @@ def of_arrays(given: str, arrays: Mapping[str, Iterable[np.ndarray]]) -> Source:
             found.update(np.ascontiguousarray(array).data.cast("B"))
         return found.hexdigest()
 
-    return Source(given, {name: sum(array.nbytes for array in some) for name, some in arrays.items()}, digest)
+    return Source(
+        given, {name: sum(array.nbytes for array in some) for name, some in arrays.items()}, digest
+    )
 
 
 def of_hub(repository: str, configuration: str | None, revision: str | None) -> Source:
@@ -265,9 +295,13 @@ def of_hub(repository: str, configuration: str | None, revision: str | None) -> 
         raise ValueError(f"{repository}: the Hub does not tell its files ({error})") from error
     files = {file.rfilename: file for file in info.siblings or () if file.rfilename[0] != "."}
     files.pop("README.md", None)
-    hashes = {name: file.lfs.sha256 if file.lfs else file.blob_id or "" for name, file in files.items()}
+    hashes = {
+        name: file.lfs.sha256 if file.lfs else file.blob_id or "" for name, file in files.items()
+    }
     given = f"{repository}:{configuration}" if configuration else repository
-    return Source(given, {name: file.size or 0 for name, file in files.items()}, lambda name, _: hashes[name])
+    return Source(
+        given, {name: file.size or 0 for name, file in files.items()}, lambda name, _: hashes[name]
+    )
 
 
 def _digest(file: Any, size: int, share: int) -> str:

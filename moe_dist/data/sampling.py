@@ -16,7 +16,9 @@ T = TypeVar("T")
 ONE_OF, AT_MOST = 10, 5000  # texts: a tenth is held out for a split, but no more
 
 
-def hold_out(examples: list[T], missing: Iterable[str], text_of: Callable[[T], str]) -> dict[str, list[T]]:
+def hold_out(
+    examples: list[T], missing: Iterable[str], text_of: Callable[[T], str]
+) -> dict[str, list[T]]:
     """`missing` splits out of `examples`, each a tenth of the different texts but at most 5,000, and "train", what is
     left. A text is in one split, whichever order the examples come in.
 
@@ -26,7 +28,9 @@ def hold_out(examples: list[T], missing: Iterable[str], text_of: Callable[[T], s
     texts = sorted({text_of(example) for example in examples}, key=_shuffled)
     size = min(len(texts) // ONE_OF, AT_MOST)
     if missing and not size:
-        raise ValueError(f"{len(texts)} different texts, too few to hold some out: give at least {ONE_OF}")
+        raise ValueError(
+            f"{len(texts)} different texts, too few to hold some out: give at least {ONE_OF}"
+        )
     split_of = {text: missing[i // size] for i, text in enumerate(texts[: size * len(missing)])}
     splits: dict[str, list[T]] = {split: [] for split in ("train", *missing)}
     for example in examples:
@@ -48,8 +52,14 @@ class Order:
 
     def __init__(self, length_N: Iterable[int], samples: int, seed: int | None) -> None:
         """`length_N`: tokens of each example, there is at least one. `samples`: B. `seed`: None for evaluation."""
-        self.length_N, self.samples, self.seed = np.fromiter(length_N, dtype=np.int64), samples, seed
-        self.num_steps = -(-len(self.length_N) // samples)  # of one epoch, the last one perhaps not whole
+        self.length_N, self.samples, self.seed = (
+            np.fromiter(length_N, dtype=np.int64),
+            samples,
+            seed,
+        )
+        self.num_steps = -(
+            -len(self.length_N) // samples
+        )  # of one epoch, the last one perhaps not whole
 
     def step(self, step: int, samples: range) -> tuple[np.ndarray, np.ndarray, int]:
         """Epochs and indices of these samples (int64), index -1 for padding, and the tokens of the step's longest
@@ -61,12 +71,16 @@ class Order:
         else:
             for epoch in np.unique(epoch_B).tolist():
                 here_B = epoch_B == epoch
-                index_B[here_B] = _permutation(len(self.length_N), self.seed, epoch)[index_B[here_B]]
+                index_B[here_B] = _permutation(len(self.length_N), self.seed, epoch)[
+                    index_B[here_B]
+                ]
         width = int(self.length_N[index_B[index_B >= 0]].max(initial=1))
         mine_b = np.array(samples, dtype=np.int64)
         return epoch_B[mine_b], index_B[mine_b], width
 
 
-@lru_cache(maxsize=2)  # a step is in two epochs at most, unless there are fewer examples than samples
+@lru_cache(
+    maxsize=2
+)  # a step is in two epochs at most, unless there are fewer examples than samples
 def _permutation(num: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(uniform(num, seed, "order", epoch).numpy(), kind="stable")

@@ -39,23 +39,44 @@ NEAR = 1000  # rows before and after a doubtful one that it is compared with
 csv.field_size_limit(LONGEST)  # the library's own is 131,072, which documents exceed
 
 SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 SPLIT_NAME = re.compile(rf"(?<![^-._ 0-9])({'|'.join(SPLIT_NAMES)})(?![^-._ 0-9])", re.IGNORECASE)
 ENDING = re.compile(r"\.[a-zA-Z].*", re.DOTALL)  # of a name; one such as .00001 says nothing
-SHARD = re.compile(r"(\.[a-zA-Z]\w*)-[0-9]+-of-[0-9]+")  # likewise, as .en-00001-of-00100, but .csv-00001-of-00100
+SHARD = re.compile(
+    r"(\.[a-zA-Z]\w*)-[0-9]+-of-[0-9]+"
+)  # likewise, as .en-00001-of-00100, but .csv-00001-of-00100
 # found in folders of data without being data
-NO_DATA = re.compile(r"(readme|licen[cs]e)(\..*)?|(config|dataset_infos?|dataset_dict)\.json", re.IGNORECASE)
+NO_DATA = re.compile(
+    r"(readme|licen[cs]e)(\..*)?|(config|dataset_infos?|dataset_dict)\.json", re.IGNORECASE
+)
 # a first line that is no prose: JSON, markup, a table
 NO_PROSE = re.compile(r"\s*(\{|\[\s*[\[{\"]|<[?!]\w|<(doc|html)\b)|.*\t", re.IGNORECASE)
 TEXT_COLUMNS = (  # of one text, or of a pair
-    ("text", "text2"), ("text",), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
-    ("question", "sentence"), ("sentence",),
-)  # fmt: skip
+    ("text", "text2"),
+    ("text",),
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence",),
+)
 ALONE = {names[0] for names in TEXT_COLUMNS if len(names) == 1}
-NAMED = {name for names in TEXT_COLUMNS for name in names} | {"label", "id", "context", "answers"}  # in a heading
+NAMED = {name for names in TEXT_COLUMNS for name in names} | {
+    "label",
+    "id",
+    "context",
+    "answers",
+}  # in a heading
 
 
 def find_files(source: str) -> list[Path]:
@@ -65,14 +86,21 @@ def find_files(source: str) -> list[Path]:
     are README and LICENSE in folders. A folder is entered once, however many links lead to it.
     """
     if os.path.isdir(source):
-        found = (Path(here, name) for here, names in _walk(source) for name in names if not NO_DATA.fullmatch(name))
+        found = (
+            Path(here, name)
+            for here, names in _walk(source)
+            for name in names
+            if not NO_DATA.fullmatch(name)
+        )
         return sorted(found, key=str)
     # A path that exists is taken literally, so that names with [ or * need no escaping.
     names = [source] if os.path.lexists(source) else _matches(source)
     first_of: dict[tuple[str, str], Path] = {}
     for name in names:
         if not os.path.isdir(name):
-            first_of.setdefault((os.path.realpath(os.path.dirname(name)), os.path.basename(name)), Path(name))
+            first_of.setdefault(
+                (os.path.realpath(os.path.dirname(name)), os.path.basename(name)), Path(name)
+            )
     return list(first_of.values())
 
 
@@ -101,7 +129,11 @@ def find_splits(source: str) -> dict[str, list[Path]]:
             splits: dict[str, list[Path]] = {}
             for path, file, of in zip(relative, files, found, strict=True):
                 if len(of) != 1:
-                    several = f"is of {' and '.join(sorted(of))}" if of else "is of no split, unlike the others"
+                    several = (
+                        f"is of {' and '.join(sorted(of))}"
+                        if of
+                        else "is of no split, unlike the others"
+                    )
                     raise ValueError(f"{path} {several}, by its name: rename it or take it away")
                 splits.setdefault(of.pop(), []).append(file)
             return splits
@@ -157,7 +189,10 @@ def label_names(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
     Parquet files of the datasets library have such names in their metadata; other files have none. A file that cannot
     be read yields nothing here, and an error where its rows are read.
     """
-    with contextlib.suppress(Exception), open_file(path) as file:  # each library has kinds of its own
+    with (
+        contextlib.suppress(Exception),
+        open_file(path) as file,
+    ):  # each library has kinds of its own
         yield from _label_names(path.name, file)
 
 
@@ -179,7 +214,9 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
                 yield row
                 number += 1
     except Exception as error:  # each library has kinds of its own for what is damaged
-        has_line = str(error).startswith("line ")  # more exact than the number of rows, for tables are read ahead
+        has_line = str(error).startswith(
+            "line "
+        )  # more exact than the number of rows, for tables are read ahead
         where = f", behind row {number}" if number and not has_line else ""
         raise ValueError(f"{path}{where}: {_reason(error)}") from error
 
@@ -242,8 +279,14 @@ def _matches(pattern: str) -> list[str]:
     names = glob.glob(head) if head else ["."]
     for part in rest:
         folders = [here for name in names for here, _ in _walk(name)]
-        names = [name for here in folders for name in glob.glob(os.path.join(glob.escape(here), part or "*"))]
-    return sorted(os.path.normpath(name) for name in names if not _is_backup(os.path.basename(name)))
+        names = [
+            name
+            for here in folders
+            for name in glob.glob(os.path.join(glob.escape(here), part or "*"))
+        ]
+    return sorted(
+        os.path.normpath(name) for name in names if not _is_backup(os.path.basename(name))
+    )
 
 
 def _check_card(card: Path) -> None:
@@ -253,7 +296,9 @@ def _check_card(card: Path) -> None:
             head = file.read(2**20).decode(errors="replace").split("\n---")[0]
         names = re.findall(r"^\s*-?\s*config_name:\s*(\S+)", head, re.MULTILINE)
         if head.startswith("---") and len(set(names)) > 1:
-            raise ValueError(f"the folder has several datasets, {', '.join(names[:5])}: give the folder of one of them")
+            raise ValueError(
+                f"the folder has several datasets, {', '.join(names[:5])}: give the folder of one of them"
+            )
 
 
 def _rows(name: str, file: IO[bytes], columns: Sequence[str] | None) -> Iterator[Row]:
@@ -282,7 +327,9 @@ def _label_names(name: str, file: IO[bytes]) -> Iterator[tuple[str, tuple[str, .
     elif ending in UNPACK:
         yield from _label_names(stem, UNPACK[ending](file))
     elif ending == ".parquet":
-        info = json.loads((_open_parquet(file).schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        info = json.loads(
+            (_open_parquet(file).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        )
         features = info.get("info", {}).get("features", {})
         yield name, tuple(map(str, features.get("label", {}).get("names", ())))
     else:
@@ -301,10 +348,17 @@ def _members(stem: str, file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
             *folders, name = member.split("/")
             if name and not any(map(_is_hidden, [*folders, name])) and not NO_DATA.fullmatch(name):
                 members[member] = name
-        of_folders = {split for member in members for part in Path(member).parent.parts for split in _splits_of(part)}
+        of_folders = {
+            split
+            for member in members
+            for part in Path(member).parent.parts
+            for split in _splits_of(part)
+        }
         of_names = {split for name in members.values() for split in _splits_of(name)}
         if len(splits := of_folders or of_names) > 1:
-            raise ValueError(f"it has files of {' and '.join(sorted(splits))}, by their names: unpack it into a folder")
+            raise ValueError(
+                f"it has files of {' and '.join(sorted(splits))}, by their names: unpack it into a folder"
+            )
         for member, name in members.items():
             with archive.open(member) as part:
                 yield (name if "." in name else stem), part
@@ -321,8 +375,11 @@ def _unpack_zstandard(file: IO[bytes]) -> IO[bytes]:
 
 
 UNPACK: dict[str, Callable[[Any], Any]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _unpack_zstandard,
-}  # fmt: skip
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _unpack_zstandard,
+}
 
 
 def _lines(file: IO[bytes], newline: str | None = None) -> Iterator[str]:
@@ -344,7 +401,9 @@ def _plain(file: IO[bytes]) -> Iterator[Row]:
         head.append(line)
         if line.strip():
             if _is_row(line):
-                raise ValueError(f"its first line is a row, {shown(line, 40)!r}, and not text: name it .jsonl")
+                raise ValueError(
+                    f"its first line is a row, {shown(line, 40)!r}, and not text: name it .jsonl"
+                )
             if _is_heading_of_several(line):
                 raise ValueError(
                     f"its first line is a heading, {shown(line, 40)!r}, and not text: name it .csv or .tsv"
@@ -366,7 +425,11 @@ def _is_row(line: str) -> bool:
 
 def _is_heading_of_several(line: str) -> bool:
     names = [name.strip(" \"'\r\n") for name in re.split("[,;\t]", line)]
-    return len(names) > 1 and len(NAMED & {*names}) > 1 and all(re.fullmatch(r"\w*", name) for name in names)
+    return (
+        len(names) > 1
+        and len(NAMED & {*names}) > 1
+        and all(re.fullmatch(r"\w*", name) for name in names)
+    )
 
 
 def _without_ending(file: IO[bytes]) -> Iterator[Row]:
@@ -440,7 +503,9 @@ def _object(row: Any) -> Row:
 class _Record:
     number: int  # of its first line, from 1
     fields: list[str]
-    otherwise: list[list[str]]  # rows that its lines would be without the quotes, if they could be some
+    otherwise: list[
+        list[str]
+    ]  # rows that its lines would be without the quotes, if they could be some
     all_fit: bool = False  # whether each of its lines would be one
 
 
@@ -469,7 +534,9 @@ def _columns(records: Iterable[_Record]) -> list[_Column]:
 def _table(separator: str, file: IO[bytes]) -> Iterator[Row]:
     records = _records(_lines(file, newline=""), separator)
     names = [name.strip() for name in next((record.fields for record in records), [])]
-    other = next((mark for mark in (",", ";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
+    other = next(
+        (mark for mark in (",", ";", "\t", "|") if len(names) == 1 and mark in names[0]), None
+    )
     if other:
         raise ValueError(
             f"its heading {shown(names[0], 40)!r} is one column: it looks separated by {other!r}, and this file "
@@ -596,8 +663,16 @@ def _are_rows(doubtful: _Record, columns: Sequence[_Column]) -> bool:
     closes = min((i for i, cell in enumerate(rows[-1]) if '"' in cell), default=opens)
     at_once = [i for i, column in enumerate(columns) if i and 2 * column.begins > num_others]
     has_numbers = [2 * column.ends > num_others for column in columns]
-    alike = [all(_begins(row[i]) for i in at_once) and not any(map(_is_cut, row, row[1:], has_numbers)) for row in rows]
-    found = len(at_once) == len(columns) - 1 > 0 and len(rows) >= LEAST_FREE and doubtful.all_fit and all(alike[1:-1])
+    alike = [
+        all(_begins(row[i]) for i in at_once) and not any(map(_is_cut, row, row[1:], has_numbers))
+        for row in rows
+    ]
+    found = (
+        len(at_once) == len(columns) - 1 > 0
+        and len(rows) >= LEAST_FREE
+        and doubtful.all_fit
+        and all(alike[1:-1])
+    )
     for i, column in enumerate(columns):
         # a field of the row itself, ahead of the quotes or behind them, tells nothing
         part = slice(i <= opens, len(rows) - (i >= closes))
@@ -661,12 +736,20 @@ def _parquet(file: IO[bytes], columns: Sequence[str] | None) -> Iterator[Row]:
 def _open_parquet(file: IO[bytes]) -> Any:
     from pyarrow import parquet
 
-    return parquet.ParquetFile(file if isinstance(file, BufferedReader) else io.BytesIO(file.read()))
+    return parquet.ParquetFile(
+        file if isinstance(file, BufferedReader) else io.BytesIO(file.read())
+    )
 
 
 READERS: dict[str, Callable[[IO[bytes]], Iterator[Row]]] = {
-    ".txt": _plain, ".text": _plain, ".md": _plain, ".tokens": _plain,
-    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json,
-    ".csv": partial(_table, ","), ".tsv": partial(_table, "\t"),
-}  # fmt: skip
+    ".txt": _plain,
+    ".text": _plain,
+    ".md": _plain,
+    ".tokens": _plain,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": partial(_table, ","),
+    ".tsv": partial(_table, "\t"),
+}
 KNOWN = (*READERS, ".parquet", ".zip")

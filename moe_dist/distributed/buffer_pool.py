@@ -13,12 +13,14 @@ import torch
 LARGE = 2**20  # bytes
 SLACK = 1.5  # the largest block that a tensor takes, in its own size; the most of all, in what was lent at once
 
-_free: list[np.ndarray] = []  # oldest first; the end may grow at any time: a tensor may die within `empty`
+_free: list[
+    np.ndarray
+] = []  # oldest first; the end may grow at any time: a tensor may die within `empty`
 _total = _most = 0  # bytes of all blocks, free and lent; the most that were lent at once
 _taking = Lock()
 
 
-def empty(*size: int, like: torch.Tensor) -> torch.Tensor:
+def pooled_empty(*size: int, like: torch.Tensor) -> torch.Tensor:
     """A tensor of the dtype and on the device of `like`, its values undefined."""
     num_bytes = like.element_size() * int(np.prod(size))
     if like.device.type != "cpu" or num_bytes < LARGE:
@@ -35,7 +37,9 @@ def _take(num_bytes: int) -> np.ndarray:
     sizes which change from step to step do not pile up."""
     global _total, _most
     with _taking:
-        fitting = [(len(b), i) for i, b in enumerate(_free) if num_bytes <= len(b) <= SLACK * num_bytes]
+        fitting = [
+            (len(b), i) for i, b in enumerate(_free) if num_bytes <= len(b) <= SLACK * num_bytes
+        ]
         if fitting:
             block = _free.pop(min(fitting)[1])
         else:

@@ -27,66 +27,76 @@ T = TypeVar("T")
 def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Tensor:
     """Tells every rank how many rows it will get for each of its experts. Returns count_Pe (int64), by sender."""
     count_Pe = torch.empty_like(count_E)
-    axis.count((site, "counts"), [count_E.nbytes // axis.size] * axis.size)
-    _call(axis, (site, "counts"), lambda: dist.all_to_all_single(count_Pe, count_E.contiguous(), **_of(axis)))
+    axis.record_bytes((site, "counts"), [count_E.nbytes // axis.size] * axis.size)
+    _run_blocking(
+        axis,
+        (site, "counts"),
+        lambda: dist.all_to_all_single(count_Pe, count_E.contiguous(), **_call_options(axis)),
+    )
     return count_Pe.view(axis.size, -1)
 
 
-def _call(axis: Axis, label: Label, start: Callable[[], Any]) -> None:
+def _run_blocking(axis: Axis, label: Label, start: Callable[[], Any]) -> None:
     """One that is waited for at once."""
-    axis.record.wait(axis.record.begin(label, axis.ranks, start))
+    axis.flight_recorder.wait_for(axis.flight_recorder.start_call(label, axis.ranks, start))
 
 
-def _of(axis: Axis) -> dict[str, Any]:
+def _call_options(axis: Axis) -> dict[str, Any]:
     """What every call of torch gets."""
     return {"group": axis.group, "async_op": True}
 
 
-def sum_over(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
+def all_reduce_sum(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
     """In-place sum over the ranks of the axis; returns `x`. Not differentiable."""
     return _reduce(x, axis, label, dist.ReduceOp.SUM)
 
 
-def any_over(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
+def all_reduce_max(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
     """In place, the largest of each element over the ranks of the axis; returns `x`."""
     return _reduce(x, axis, label, dist.ReduceOp.MAX)
 
 
 def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.Tensor:
     if axis.size > 1:
-        _call(axis, label or ("all ranks", "sum"), lambda: dist.all_reduce(x, op, **_of(axis)))
+        _run_blocking(
+            axis,
+            label or ("all ranks", "sum"),
+            lambda: dist.all_reduce(x, op, **_call_options(axis)),
+        )
     if label:
-        axis.count_ring(label, 2 * x.nbytes * (axis.size - 1) // axis.size)
+        axis.record_ring_bytes(label, 2 * x.nbytes * (axis.size - 1) // axis.size)
     return x
 
 
-def sum_to(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
+def reduce_sum(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
     """In place on rank `owner` of the axis, the sum over its ranks; on the others `x` is of no use afterwards."""
     if axis.size > 1:
-        _call(axis, label, lambda: dist.reduce(x, group_dst=owner, **_of(axis)))
-        axis.count_ring(label, x.nbytes * (axis.size - 1) // axis.size)
+        _run_blocking(axis, label, lambda: dist.reduce(x, group_dst=owner, **_call_options(axis)))
+        axis.record_ring_bytes(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
-def from_owner(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
+def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
     """In place, the `x` of rank `owner` of the axis, on each of its ranks."""
     if axis.size > 1:
-        _call(axis, label, lambda: dist.broadcast(x, group_src=owner, **_of(axis)))
-        axis.count_ring(label, x.nbytes * (axis.size - 1) // axis.size)
+        _run_blocking(
+            axis, label, lambda: dist.broadcast(x, group_src=owner, **_call_options(axis))
+        )
+        axis.record_ring_bytes(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
-def shared_sum(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def all_reduce_shared(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Sum over ranks, from which every rank computes one and the same term of the loss.
 
     That term exists once, not once per rank, so its gradient goes back to each addend unchanged: backward is the
     identity, where a plain all-reduce would multiply it by the number of ranks.
     """
-    return _SharedSum.apply(x, axis)
+    return _AllReduceShared.apply(x, axis)
 
 
-class _SharedSum(torch.autograd.Function):
+class _AllReduceShared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        return sum_over(x.clone(), axis)
+        return all_reduce_sum(x.clone(), axis)
 
     @staticmethod
     @once_differentiable
@@ -94,19 +104,23 @@ class _SharedSum(torch.autograd.Function):
         return grad[0], None
 
 
-def gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The parts of all ranks of the axis, equal in shape, one after the other along the first dimension."""
     parts = [torch.empty_like(x) for _ in range(axis.size)]
-    _call(axis, ("all ranks", "gather"), lambda: dist.all_gather(parts, x.contiguous(), **_of(axis)))
+    _run_blocking(
+        axis,
+        ("all ranks", "gather"),
+        lambda: dist.all_gather(parts, x.contiguous(), **_call_options(axis)),
+    )
     return torch.cat(parts)
 
 
-def from_owners(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def copy_to_owners(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """A value that every rank of the axis has, of which each uses a part of its own: backward sums over the ranks."""
-    return _FromOwners.apply(x, axis)
+    return _CopyToOwners.apply(x, axis)
 
 
-class _FromOwners(torch.autograd.Function):
+class _CopyToOwners(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
         ctx.axis = axis
@@ -115,38 +129,38 @@ class _FromOwners(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad: torch.Tensor) -> tuple:
-        return sum_over(grad[0].clone(), ctx.axis), None
+        return all_reduce_sum(grad[0].clone(), ctx.axis), None
 
 
-class Sums:
+class StatReducer:
     """What balance losses need of other ranks, on a mesh."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
-    def everyone(self, x: torch.Tensor) -> torch.Tensor:
+    def over_data(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks: every rank has tokens of its own."""
-        return shared_sum(x, self.mesh.dp)
+        return all_reduce_shared(x, self.mesh.dp)
 
-    def replicas(self, x: torch.Tensor) -> torch.Tensor:
+    def over_replicas(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that hold the same experts: each got rows from an expert-parallel set of its own."""
-        return shared_sum(x, self.mesh.edp)
+        return all_reduce_shared(x, self.mesh.expert_dp)
 
-    def owners(self, x: torch.Tensor) -> torch.Tensor:
+    def over_expert_shards(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that together hold all experts."""
-        return shared_sum(x, self.mesh.ep)
+        return all_reduce_shared(x, self.mesh.ep)
 
-    def from_owners(self, x: torch.Tensor) -> torch.Tensor:
+    def to_expert_shards(self, x: torch.Tensor) -> torch.Tensor:
         """`x` itself, of which each owner uses the part of its own experts."""
-        return from_owners(x, self.mesh.ep)
+        return copy_to_owners(x, self.mesh.ep)
 
 
-def meet() -> None:
+def barrier_without_timeout() -> None:
     """Waits until all ranks are here, for as long as it takes."""
-    from_main(lambda: None)
+    run_on_main(lambda: None)
 
 
-def from_main(make: Callable[[], T], group: Group | None = None) -> T:
+def run_on_main(make: Callable[[], T], group: Group | None = None) -> T:
     """What `make` returns on the main rank, on every rank (any picklable object); no other rank calls it.
 
     Raises its ValueError or OSError on every rank. The others wait in `group`; without one, in a group of their own for
@@ -165,7 +179,7 @@ def from_main(make: Callable[[], T], group: Group | None = None) -> T:
     return told[0]
 
 
-def from_all(mine: T, group: Group) -> list[T]:
+def all_gather_objects(mine: T, group: Group) -> list[T]:
     """What each rank of the group has (any picklable object), in the order of ranks, on every rank."""
     told: list[Any] = [None] * group.size()
     dist.all_gather_object(told, mine, group=group)

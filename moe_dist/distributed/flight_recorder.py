@@ -26,40 +26,42 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from moe_dist.config.run_folder import make_folder, open_existing
 
 T = TypeVar("T")
-FOLDER = "calls"
-BEAT = 0.5  # seconds between two first lines
-LINES, WIDTH = 256, 160  # calls that a file holds, and characters of a line
+FOLDER_NAME = "calls"
+HEARTBEAT_S = 0.5  # seconds between two first lines
+NUM_RECORDS, RECORD_WIDTH = 256, 160  # calls that a file holds, and characters of a line
 _FIRST_LINE = re.compile(r"line (\d+), (\d+) calls begun(, ended)?, in (\w+)")
 
 
-class Line(NamedTuple):
+class Header(NamedTuple):
     """The first one of a rank's file."""
 
-    number: int
-    begun: int  # calls
+    heartbeat: int
+    num_started: int  # calls
     ended: bool
     phase: str
 
 
 @dataclass(eq=False)
-class Call:
+class CollectiveCall:
     """One that this rank has begun."""
 
     work: Any  # of torch
     number: int = 0
-    what: str = ""  # direction, layer and step
+    description: str = ""  # direction, layer and step
     peers: tuple[int, ...] = ()  # ranks, this one among them
-    send_P: list[int] | None = None  # rows to each of the peers, and from each; None where all get the same
+    send_P: list[int] | None = (
+        None  # rows to each of the peers, and from each; None where all get the same
+    )
     receive_P: list[int] | None = None
-    line: int = 0  # that was the first one's number when it began
-    began: float = 0.0
+    started_at_heartbeat: int = 0  # that was the first one's number when it began
+    start_time: float = 0.0
     waited: bool = False  # for it, which on CUDA is not to its end
     returned: bool = False  # that of a library, which is a work of its own
 
     def is_completed(self) -> bool:
         return self.returned
 
-    def rows(self, rank: int) -> str:
+    def describe_rows(self, rank: int) -> str:
         if self.send_P is None or self.receive_P is None or rank not in self.peers:
             return ""
         i = self.peers.index(rank)
@@ -67,36 +69,46 @@ class Call:
 
 
 @dataclass
-class Record:
+class FlightRecorder:
     """Of one rank. Outside of `kept` it costs nothing and knows nothing."""
 
     rank: int = 0
     size: int = 1  # ranks in all
-    layers: dict[int | str, str] = field(default_factory=dict)  # name of the layer at each site
+    layer_names: dict[int | str, str] = field(
+        default_factory=dict
+    )  # name of the layer at each site
     step: int = 0
     phase: str = "start"
-    meddle: Callable[[str], None] | None = None  # is told each phase, and the direction of a call to begin (`chaos`)
+    on_phase: Callable[[str], None] | None = (
+        None  # is told each phase, and the direction of a call to begin (`chaos`)
+    )
     file: int | None = None
 
     @contextlib.contextmanager
-    def kept(self, run: Path, patience: float, meet: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def recording(
+        self, run: Path, timeout_s: float, barrier: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
         """Records into the run folder until it is left, from when `meet` returns: for what some rank had to do before,
         others have all the patience that it takes. Where another rank's end is the cause of an exception, this one
         says whose, and ends at once: what else would end in an orderly way may wait for that rank, or for a network."""
-        self.folder, self.patience = run / FOLDER, patience
-        self.begun, self.line, self.moved = 0, 0, 0
-        self.open: dict[int, Call] = {}
-        self.stale = self._first_lines()  # from an earlier start
-        meet()
+        self.folder, self.timeout_s = run / FOLDER_NAME, timeout_s
+        self.num_started, self.heartbeat, self.last_progress = 0, 0, 0
+        self.open_calls: dict[int, CollectiveCall] = {}
+        self.stale_headers = self._first_lines()  # from an earlier start
+        barrier()
         self.started = time.perf_counter()
         try:
-            make_folder(run, FOLDER)
+            make_folder(run, FOLDER_NAME)
             path = self._path(self.rank)
             if os.path.lexists(path):  # from the last start
                 path.replace(path.with_suffix(".before"))
             self.file = self._new_file()
         except OSError as error:
-            print(f"warning: {self.folder}: {error.strerror}; calls are not recorded", file=sys.stderr, flush=True)
+            print(
+                f"warning: {self.folder}: {error.strerror}; calls are not recorded",
+                file=sys.stderr,
+                flush=True,
+            )
             self.file = None
             yield
             return
@@ -107,12 +119,14 @@ class Record:
         try:
             yield
         except RuntimeError as error:  # what gloo and NCCL raise
-            call = next(iter(self.open.values()), None)
+            call = next(iter(self.open_calls.values()), None)
             if silent := self._silent():
                 self._end(f"{self._told(silent, 'lost another rank', call)}: {_reason(error)}")
             ended = [str(rank) for rank, line in self._first_lines().items() if line and line.ended]
             if call and ended:
-                self._end(f"in {call.what}: rank {', '.join(ended[:4])} ended first, and says why")
+                self._end(
+                    f"in {call.description}: rank {', '.join(ended[:4])} ended first, and says why"
+                )
             raise
         finally:
             end.set()
@@ -121,74 +135,96 @@ class Record:
             os.close(self.file)
             self.file = None
 
-    def enter(self, phase: str) -> None:
+    def enter_phase(self, phase: str) -> None:
         """What this rank is at, for others that wait for it."""
         self.phase = phase
-        if self.meddle:
-            self.meddle(phase)
+        if self.on_phase:
+            self.on_phase(phase)
 
-    def begin(
-        self, label: tuple[int | str, str], peers: tuple[int, ...], start: Callable[[], Any],
-        send_P: list[int] | None = None, receive_P: list[int] | None = None,
-    ) -> Call:  # fmt: skip
+    def start_call(
+        self,
+        label: tuple[int | str, str],
+        peers: tuple[int, ...],
+        start: Callable[[], Any],
+        send_P: list[int] | None = None,
+        receive_P: list[int] | None = None,
+    ) -> CollectiveCall:
         """Starts a call: `start` gives torch's work."""
         if self.file is None:
-            return Call(start())
+            return CollectiveCall(start())
         call = self._begin(label, peers, send_P, receive_P)
         call.work = start()
-        self.open[call.number] = call
+        self.open_calls[call.number] = call
         return call
 
     def _begin(
-        self, label: tuple[int | str, str], peers: tuple[int, ...],
-        send_P: list[int] | None = None, receive_P: list[int] | None = None,
-    ) -> Call:  # fmt: skip
-        if self.meddle:
-            self.meddle(label[1])
-        self.begun += 1
-        self.moved = self.line
-        layer = self.layers.get(label[0], str(label[0]))
+        self,
+        label: tuple[int | str, str],
+        peers: tuple[int, ...],
+        send_P: list[int] | None = None,
+        receive_P: list[int] | None = None,
+    ) -> CollectiveCall:
+        if self.on_phase:
+            self.on_phase(label[1])
+        self.num_started += 1
+        self.last_progress = self.heartbeat
+        layer = self.layer_names.get(label[0], str(label[0]))
         site = f" (site {label[0]})" if isinstance(label[0], int) else ""
         what = f"{label[1].replace(':grad', ' (backward)')} of {layer}{site}, step {self.step}"
-        call = Call(None, self.begun, what, peers, send_P, receive_P, self.line, time.perf_counter())
+        call = CollectiveCall(
+            None,
+            self.num_started,
+            what,
+            peers,
+            send_P,
+            receive_P,
+            self.heartbeat,
+            time.perf_counter(),
+        )
         self._write(call, "begun")
         return call
 
-    def during(
-        self, label: tuple[int | str, str], peers: tuple[int, ...], run: Callable[[], T], work: Callable[[T], Any]
+    def record_blocking_call(
+        self,
+        label: tuple[int | str, str],
+        peers: tuple[int, ...],
+        run: Callable[[], T],
+        work: Callable[[T], Any],
     ) -> T:
         """What `run` returns, a call of a library's. It may wait for others itself; what it has left to wait for is the
         `work` of what it returns, as torch's (`is_completed`), None where that is nothing."""
         if self.file is None:
             return run()
         call = self._begin(label, peers)
-        call.work = self.open[call.number] = call  # under way until it returns
+        call.work = self.open_calls[call.number] = call  # under way until it returns
         result = run()
         call.work, call.waited = work(result) or call, True
         call.returned = call.work is call
         self._close(call)
         return result
 
-    def wait(self, call: Call) -> None:
+    def wait_for(self, call: CollectiveCall) -> None:
         """For its end; on CUDA the stream waits."""
         call.work.wait()
         if self.file is not None:
             call.waited = True
             self._close(call)
 
-    def _close(self, call: Call) -> None:
-        if call.waited and call.work.is_completed() and self.open.pop(call.number, None):
-            self.moved = self.line
-            self._write(call, f"done after {1e3 * (time.perf_counter() - call.began):.3f} ms")
+    def _close(self, call: CollectiveCall) -> None:
+        if call.waited and call.work.is_completed() and self.open_calls.pop(call.number, None):
+            self.last_progress = self.heartbeat
+            self._write(call, f"done after {1e3 * (time.perf_counter() - call.start_time):.3f} ms")
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank{rank:05d}.txt"
 
     def _new_file(self) -> int:
         """Makes this rank's file and returns its descriptor."""
-        make_folder(self.folder.parent, FOLDER)
+        make_folder(self.folder.parent, FOLDER_NAME)
         file = open_existing(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        os.write(file, (b" " * (WIDTH - 1) + b"\n") * (LINES + 1))  # room, before a disk may be full
+        os.write(
+            file, (b" " * (RECORD_WIDTH - 1) + b"\n") * (NUM_RECORDS + 1)
+        )  # room, before a disk may be full
         return file
 
     def _restore(self) -> None:
@@ -200,50 +236,70 @@ class Record:
                 os.dup2(file, self.file)  # in its place, for other threads write to it
                 os.close(file)
 
-    def _write(self, call: Call, state: str) -> None:
-        rows = "" if call.send_P is None or call.receive_P is None else (
-            f", {sum(call.send_P)} rows out, {sum(call.receive_P)} in"
-        )  # fmt: skip
-        text = f"{call.number:8d}  {call.began - self.started:12.4f} s  {call.what}{rows}: {state}"
-        self._put(1 + (call.number - 1) % LINES, text)
+    def _write(self, call: CollectiveCall, state: str) -> None:
+        rows = (
+            ""
+            if call.send_P is None or call.receive_P is None
+            else (f", {sum(call.send_P)} rows out, {sum(call.receive_P)} in")
+        )
+        text = f"{call.number:8d}  {call.start_time - self.started:12.4f} s  {call.description}{rows}: {state}"
+        self._put(1 + (call.number - 1) % NUM_RECORDS, text)
 
     def _write_first_line(self, state: str = "") -> None:
-        self.line += 1
+        self.heartbeat += 1
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         where = f"rank {self.rank} of {self.size} on {socket.gethostname()}, process {os.getpid()}"
-        self._put(0, f"line {self.line}, {self.begun} calls begun{state}, in {self.phase}, {now}; {where}")
+        self._put(
+            0,
+            f"line {self.heartbeat}, {self.num_started} calls begun{state}, in {self.phase}, {now}; {where}",
+        )
         assert self.file is not None
-        os.close(os.dup(self.file))  # a network's file system hands to others what is written before a close
+        os.close(
+            os.dup(self.file)
+        )  # a network's file system hands to others what is written before a close
 
     def _put(self, line: int, text: str) -> None:
         assert self.file is not None
         with contextlib.suppress(OSError):
-            os.pwrite(self.file, text[: WIDTH - 1].ljust(WIDTH - 1).encode("ascii", "replace") + b"\n", line * WIDTH)
+            os.pwrite(
+                self.file,
+                text[: RECORD_WIDTH - 1].ljust(RECORD_WIDTH - 1).encode("ascii", "replace") + b"\n",
+                line * RECORD_WIDTH,
+            )
 
     def _watch(self, end: threading.Event) -> None:
         warned: Any = None
-        seen: dict[int, Line | None] = {}  # when it warned
-        while not end.wait(BEAT):
+        seen: dict[int, Header | None] = {}  # when it warned
+        while not end.wait(HEARTBEAT_S):
             self._restore()
             self._write_first_line()
-            for call in list(self.open.values()):
+            for call in list(self.open_calls.values()):
                 self._close(call)
-            oldest = next((call for call in list(self.open.values()) if not call.work.is_completed()), None)
-            since = oldest.line if oldest else self.moved
-            waited = (self.line - since) * BEAT
-            if waited < self.patience / 2 or (waited < self.patience and warned == since):
+            oldest = next(
+                (call for call in list(self.open_calls.values()) if not call.work.is_completed()),
+                None,
+            )
+            since = oldest.started_at_heartbeat if oldest else self.last_progress
+            waited = (self.heartbeat - since) * HEARTBEAT_S
+            if waited < self.timeout_s / 2 or (waited < self.timeout_s and warned == since):
                 continue
             silent = self._silent()
-            if not oldest:  # nobody waits: one that a slow disk kept from writing for a moment is not dead
-                silent = [rank for rank in silent if waited < self.patience or self._first_line(rank) == seen.get(rank)]
-            warned, seen = since, self._first_lines() if waited < self.patience else seen
+            if (
+                not oldest
+            ):  # nobody waits: one that a slow disk kept from writing for a moment is not dead
+                silent = [
+                    rank
+                    for rank in silent
+                    if waited < self.timeout_s or self._first_line(rank) == seen.get(rank)
+                ]
+            warned, seen = since, self._first_lines() if waited < self.timeout_s else seen
             if oldest and oldest.work.is_completed():
                 continue
             if not (oldest or silent):  # all are at work, for as long as it takes
-                self.moved = self.line
+                self.last_progress = self.heartbeat
                 continue
             told = self._told(silent, f"has waited for {waited:.0f} s", oldest)
-            if waited < self.patience:
+            if waited < self.timeout_s:
                 print(f"warning: {told}", file=sys.stderr, flush=True)
             else:
                 self._end(told)
@@ -254,39 +310,52 @@ class Record:
         print(f"error on rank {self.rank}: {told}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def _first_lines(self) -> dict[int, Line | None]:
+    def _first_lines(self) -> dict[int, Header | None]:
         """Of every other rank; None for one that has none in this folder."""
         return {rank: self._first_line(rank) for rank in range(self.size) if rank != self.rank}
 
-    def _first_line(self, rank: int) -> Line | None:
+    def _first_line(self, rank: int) -> Header | None:
         try:
             with open(open_existing(self._path(rank)), errors="replace") as file:
-                match = _FIRST_LINE.match(file.readline(2 * WIDTH))
+                match = _FIRST_LINE.match(file.readline(2 * RECORD_WIDTH))
         except OSError:
             return None
-        return Line(int(match[1]), int(match[2]), bool(match[3]), match[4]) if match else None
+        return Header(int(match[1]), int(match[2]), bool(match[3]), match[4]) if match else None
 
     def _silent(self) -> list[int]:
         """Ranks that have come, and write nothing though they have not ended."""
         before = self._first_lines()
         for _ in range(4):  # meanwhile the others may ask the same
-            time.sleep(BEAT)
+            time.sleep(HEARTBEAT_S)
             self._write_first_line()
         after = self._first_lines()
         return [
-            rank for rank, line in after.items()
-            if line and line == before[rank] != self.stale[rank] and not line.ended
-        ]  # fmt: skip
+            rank
+            for rank, line in after.items()
+            if line and line == before[rank] != self.stale_headers[rank] and not line.ended
+        ]
 
-    def _told(self, silent: list[int], what: str, call: Call | None) -> str:
+    def _told(self, silent: list[int], what: str, call: CollectiveCall | None) -> str:
         """Whom this rank waits for, or has lost."""
-        where = f"in {call.what}" if call else f"in a call that is none of the exchange's, step {self.step}"
-        late = {} if silent or call is None else {
-            rank: f"late in {line.phase}" if not line.ended else "which has ended"
-            for rank, line in self._first_lines().items() if line and line.begun < call.number
-        }  # fmt: skip
-        whom = [f"rank {rank}{call.rows(rank) if call else ''}" for rank in silent]
-        whom += [f"rank {rank}{call.rows(rank) if call else ''}, {why}" for rank, why in late.items()]
+        where = (
+            f"in {call.description}"
+            if call
+            else f"in a call that is none of the exchange's, step {self.step}"
+        )
+        late = (
+            {}
+            if silent or call is None
+            else {
+                rank: f"late in {line.phase}" if not line.ended else "which has ended"
+                for rank, line in self._first_lines().items()
+                if line and line.num_started < call.number
+            }
+        )
+        whom = [f"rank {rank}{call.describe_rows(rank) if call else ''}" for rank in silent]
+        whom += [
+            f"rank {rank}{call.describe_rows(rank) if call else ''}, {why}"
+            for rank, why in late.items()
+        ]
         named = "; ".join(whom[:4]) + (f"; and {len(whom) - 4} more" if len(whom) > 4 else "")
         if silent:
             named += ": stopped or dead"
@@ -295,4 +364,6 @@ class Record:
 
 def _reason(error: BaseException) -> str:
     """Its first sentence, without the place in torch's code that it begins with."""
-    return re.sub(r"^\[[^]]*\] *|\. .*", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+    return re.sub(
+        r"^\[[^]]*\] *|\. .*", "", (str(error).strip() or type(error).__name__).splitlines()[0]
+    )

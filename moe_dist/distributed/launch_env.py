@@ -4,15 +4,22 @@ import os
 
 import torch
 
-from moe_dist.config.messages import shown
-from moe_dist.config.validate import MOST
+from moe_dist.config.messages import shorten
+from moe_dist.config.validate import MAX_COUNT
 
-LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # what torchrun tells every rank
+REQUIRED_VARIABLES = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+)  # what torchrun tells every rank
 # numbers that launchers tell: torchrun's names and those of DeepSpeed's launcher -> least, most
-SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE")
-NUMBERS = dict.fromkeys(SIZES, (1, MOST)) | {"MASTER_PORT": (1, 2**16 - 1)}
-NUMBERS |= dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK", "CROSS_RANK"), (0, MOST - 1))
-BELOW = {
+SIZE_VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE")
+NUMBER_RANGES = dict.fromkeys(SIZE_VARIABLES, (1, MAX_COUNT)) | {"MASTER_PORT": (1, 2**16 - 1)}
+NUMBER_RANGES |= dict.fromkeys(
+    ("RANK", "LOCAL_RANK", "GROUP_RANK", "CROSS_RANK"), (0, MAX_COUNT - 1)
+)
+UPPER_BOUNDS = {
     "RANK": "WORLD_SIZE",
     "LOCAL_RANK": "LOCAL_WORLD_SIZE",
     "GROUP_RANK": "GROUP_WORLD_SIZE",
@@ -20,26 +27,28 @@ BELOW = {
 }
 
 
-JOIN_SECONDS = "MOE_DIST_JOIN_SECONDS"  # of the environment: how long ranks wait for each other at the start
+JOIN_TIMEOUT_VARIABLE = (
+    "MOE_DIST_JOIN_SECONDS"  # of the environment: how long ranks wait for each other at the start
+)
 
 
-def check_launch() -> None:
+def check_launch_environment() -> None:
     """Checks what a launcher, or a user by hand, told of the ranks in the environment.
 
     Raises:
         ValueError: A variable is no number or out of its range, a part of LAUNCH alone is there, or
             the numbers do not fit together.
     """
-    there = {key for key in (*LAUNCH, *NUMBERS) if os.environ.get(key)}
-    for key, (least, most) in NUMBERS.items():
+    there = {key for key in (*REQUIRED_VARIABLES, *NUMBER_RANGES) if os.environ.get(key)}
+    for key, (least, most) in NUMBER_RANGES.items():
         if key in there:
             _check_number(key, least, most)
-    missing = [key for key in LAUNCH if key not in there]
-    if 0 < len(missing) < len(LAUNCH):
+    missing = [key for key in REQUIRED_VARIABLES if key not in there]
+    if 0 < len(missing) < len(REQUIRED_VARIABLES):
         raise ValueError(
-            f"the environment has no {', '.join(missing)}: set all of {', '.join(LAUNCH)}, or none of them"
+            f"the environment has no {', '.join(missing)}: set all of {', '.join(REQUIRED_VARIABLES)}, or none of them"
         )
-    for key, of in BELOW.items():
+    for key, of in UPPER_BOUNDS.items():
         if {key, of} <= there:
             _check_number(key, 0, int(os.environ[of]) - 1)
     if "LOCAL_WORLD_SIZE" in there and num_nodes() * ranks_per_node() != world_size():
@@ -53,7 +62,9 @@ def _check_number(key: str, least: int, most: int) -> None:
     text = os.environ[key]
     plain = text.isascii() and text.isdecimal() and len(text) < 20 and text == str(int(text))
     if not (plain and least <= int(text) <= most):
-        raise ValueError(f"{key}={shown(ascii(text)[1:-1])} in the environment: a whole number from {least} to {most}")
+        raise ValueError(
+            f"{key}={shorten(ascii(text)[1:-1])} in the environment: a whole number from {least} to {most}"
+        )
 
 
 def memory_per_rank(ranks: int | None = None) -> int:
@@ -68,7 +79,9 @@ def local_rank() -> int:
     """Of this node, which is the number of its GPU. Raises ValueError where CUDA has fewer."""
     rank, num_devices = int(os.environ.get("LOCAL_RANK") or "0"), torch.cuda.device_count()
     if rank >= num_devices:
-        raise ValueError(f"LOCAL_RANK={rank}, but this node has {num_devices} GPUs: start {num_devices} ranks on it")
+        raise ValueError(
+            f"LOCAL_RANK={rank}, but this node has {num_devices} GPUs: start {num_devices} ranks on it"
+        )
     return rank
 
 

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.distributed.mesh import Axis, Mesh
 
 
-def alone(mesh: Mesh, ep: int, index: int, waits: bool = False) -> Mesh:
+def loopback_mesh(mesh: Mesh, ep: int, index: int, waits: bool = False) -> Mesh:
     """`mesh` with this process as rank `index` of an `ep` axis whose other ranks do not exist. `waits`: in each call
     for the ranks of `mesh`."""
-    return dataclasses.replace(mesh, ep=Axis(ep, index, _Echo(index, ep, mesh.dp if waits else None)))
+    return dataclasses.replace(
+        mesh, ep=Axis(ep, index, LoopbackProcessGroup(index, ep, mesh.dp if waits else None))
+    )
 
 
-class _Echo(dist.ProcessGroup):
+class LoopbackProcessGroup(dist.ProcessGroup):
     """Of its own rank. `there`: ranks that make the same calls, which wait for each other."""
 
     def __init__(self, rank: int, size: int, there: Axis | None) -> None:
@@ -28,22 +30,27 @@ class _Echo(dist.ProcessGroup):
         self.index, self.number, self.there = rank, size, there
 
     def alltoall_base(  # type: ignore[override]
-        self, out: torch.Tensor, into: torch.Tensor, out_splits: list[int], in_splits: list[int], options: Any
+        self,
+        out: torch.Tensor,
+        into: torch.Tensor,
+        out_splits: list[int],
+        in_splits: list[int],
+        options: Any,
     ) -> dist.Work:
         """Every rank sends what this one sends itself, or as much of it as there is room for."""
         if self.there:
-            sum_over(torch.zeros(1, device=into.device), self.there)
+            all_reduce_sum(torch.zeros(1, device=into.device), self.there)
         here = into.split(in_splits or [len(into) // self.number] * self.number)[self.index]
         for part in out.split(out_splits or [len(out) // self.number] * self.number):
             n = min(len(part), len(here))
             part[:n] = here[:n]
             part[n:] = 0
-        return _Done()
+        return CompletedWork()
 
     def allreduce(self, tensors: Any, options: Any = None) -> dist.Work:  # type: ignore[override]
-        return _Done()
+        return CompletedWork()
 
 
-class _Done(dist.Work):
+class CompletedWork(dist.Work):
     def wait(self, timeout: Any = None) -> bool:
         return True

@@ -7,33 +7,37 @@ from typing import Any
 
 import torch
 
-from moe_dist.distributed.collectives import any_over
+from moe_dist.distributed.collectives import all_reduce_max
 from moe_dist.distributed.mesh import Mesh
 
-STATUS = 128 + signal.SIGTERM  # of a process that SIGTERM ended, as shells tell it
-LEAVE_SECONDS = 5.0  # that may be spent after a SIGTERM on what a run can do without; launchers kill after 30
+EXIT_STATUS = 128 + signal.SIGTERM  # of a process that SIGTERM ended, as shells tell it
+GRACE_S = (
+    5.0  # that may be spent after a SIGTERM on what a run can do without; launchers kill after 30
+)
 
 
 class _Interrupted(BaseException):
-    """Raised in the main thread by SIGTERM in `Stop.try_to_end`."""
+    """Raised in the main thread by SIGTERM in `Stop.run_unless_preempted`."""
 
 
-class Stop:
+class PreemptionHandler:
     """While it is entered SIGTERM ends nothing, and `asked` returns whether any rank has had one."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.before: Any = signal.SIG_DFL  # the handler when it is left
-        self.here = False  # this rank has had one, or when all were last asked, any
+        self.previous_handler: Any = signal.SIG_DFL  # the handler when it is left
+        self.received = False  # this rank has had one, or when all were last asked, any
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Returns the same answer on every rank. A collective."""
-        asked = bool(any_over(torch.tensor(int(self.here), device=self.mesh.device), self.mesh.dp))
+        asked = bool(
+            all_reduce_max(torch.tensor(int(self.received), device=self.mesh.device), self.mesh.dp)
+        )
         if asked:  # else a SIGTERM that has come meanwhile would be forgotten
-            self.here = True
+            self.received = True
         return asked
 
-    def try_to_end(self, work: Callable[[], None]) -> bool:
+    def run_unless_preempted(self, work: Callable[[], None]) -> bool:
         """Runs `work`, which the run can do without: it is left out after a SIGTERM, and ended by one.
 
         SIGTERM is ignored from then on, for good: the run has done what it is for, and its process is about to end.
@@ -44,25 +48,27 @@ class Stop:
 
         def interrupt(*_: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.here = True
+            self.received = True
             raise _Interrupted
 
-        self.before = signal.SIG_IGN
+        self.previous_handler = signal.SIG_IGN
         try:
             signal.signal(signal.SIGTERM, interrupt)
-            if not self.here:
+            if not self.received:
                 work()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         except _Interrupted:
             pass
-        return not self.here
+        return not self.received
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "PreemptionHandler":
         def note(*_: Any) -> None:
-            self.here = True
+            self.received = True
 
-        self.before = signal.signal(signal.SIGTERM, note)
+        self.previous_handler = signal.signal(signal.SIGTERM, note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGTERM, self.before)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self.previous_handler)

@@ -1,7 +1,7 @@
 """Functions run by several ranks on this machine, without a launcher.
 
 def ranks(x: int) -> int:                          # in a module: it is imported by name
-    mesh = meshes.start(ep=2)
+    mesh = meshes.init_distributed(ep=2)
     ...
     meshes.stop()
     return mesh.dp.index + x
@@ -25,7 +25,9 @@ class RankFailed(Exception):
     """A rank raised, or died without a word; the text is its traceback."""
 
 
-def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120
+) -> list[Any]:
     """Runs `function(*args)` in `world` new processes that can join a process group; returns the results by rank.
 
     `function`, arguments and results are pickled. Raises RankFailed for the first rank that fails, or the ValueError
@@ -45,7 +47,9 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    spawn = multiprocessing.get_context("forkserver")  # who starts many may have it import what they need once
+    spawn = multiprocessing.get_context(
+        "forkserver"
+    )  # who starts many may have it import what they need once
     processes: list[Any] = []
     running: dict[Connection, int] = {}  # where a rank's answer comes from -> the rank
     results: list[Any] = [None] * world
@@ -64,7 +68,9 @@ def run_distributed(function: Callable[..., Any], world: int, *args: Any, timeou
                     f"{_name(function)}: ranks {sorted(running.values())} of {world} not done after {timeout} s"
                 )
             answers = [_receive(answer, running.pop(answer)) for answer in ready]  # type: ignore[arg-type, call-overload]
-            failures = sorted((seconds, rank, value) for seconds, rank, failed, value in answers if failed)
+            failures = sorted(
+                (seconds, rank, value) for seconds, rank, failed, value in answers if failed
+            )
             if failures:  # the first: the others may only have lost their peer
                 _, rank, text = failures[0]
                 if not text:

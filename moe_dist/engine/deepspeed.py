@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moe_dist.config.schema import OptimConfig
-from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.ds_config import compute_dtype
 from moe_dist.engine.parallelize import ParallelModel
@@ -30,7 +30,9 @@ def import_deepspeed() -> Any:
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates, at every step
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning
+    )
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -43,10 +45,18 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-CALLS = (
-    "all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "barrier",
-    "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
-)  # fmt: skip
+RECORDED_COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "barrier",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
 
 
 def _record_calls(backend: Any, mesh: Mesh) -> None:
@@ -57,11 +67,13 @@ def _record_calls(backend: Any, mesh: Mesh) -> None:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             run = partial(method, backend, *args, **kwargs)
-            return mesh.record.during(("DeepSpeed", name), mesh.dp.ranks, run, _work)
+            return mesh.flight_recorder.record_blocking_call(
+                ("DeepSpeed", name), mesh.dp.ranks, run, _work
+            )
 
         return call
 
-    for name in CALLS:
+    for name in RECORDED_COLLECTIVES:
         setattr(backend, name, recorded(name))
 
 
@@ -87,43 +99,56 @@ class Engine:
     """Forward, backward and step of a model whose dense parameters DeepSpeed shards."""
 
     def __init__(
-        self, model: ParallelModel, config: OptimConfig, ds: dict[str, Any], layout: Layout, mesh: Mesh
+        self,
+        model: ParallelModel,
+        config: OptimConfig,
+        ds: dict[str, Any],
+        layout: BatchLayout,
+        mesh: Mesh,
     ) -> None:
         """Raises ValueError for an unknown `expert_form`."""
         self.deepspeed = import_deepspeed()
         self.stage: int = ds["zero_optimization"]["stage"]
         self.world = layout.world
-        outside = (model.experts, model.gates, model.rows)
+        outside = (model.experts, model.gates, model.row_tables)
         self.optimizer = Optimizer(model.dense.parameters(), *outside, config, mesh, self.stage)
         # one sub-group, so that ZeRO 3 calls step() once; nothing persistent, so that it shards small parameters too
-        zero = {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12} | ds["zero_optimization"]
+        zero = {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12} | ds[
+            "zero_optimization"
+        ]
         full = ds | {
             "train_micro_batch_size_per_gpu": layout.samples_per_rank,
-            "gradient_accumulation_steps": layout.accumulation,
+            "gradient_accumulation_steps": layout.grad_accum_steps,
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
             "zero_optimization": zero,
         }
-        if compute_dtype(ds) == torch.bfloat16 and self.stage >= 2:  # 0 and 1 add micro-batches up in float32 anyway
+        if (
+            compute_dtype(ds) == torch.bfloat16 and self.stage >= 2
+        ):  # 0 and 1 add micro-batches up in float32 anyway
             full |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         self.names = {name: p for name, p in model.dense.named_parameters()}
-        self.optimizer.parts = self._parts
-        self.engine, *_ = self.deepspeed.initialize(model=model.dense, optimizer=self.optimizer, config=full)
+        self.optimizer.local_matrix_shards = self._local_matrix_shards
+        self.engine, *_ = self.deepspeed.initialize(
+            model=model.dense, optimizer=self.optimizer, config=full
+        )
         _record_calls(self.deepspeed.comm.comm.cdb, mesh)
 
-    def _parts(self) -> list[torch.Tensor]:
+    def _local_matrix_shards(self) -> list[torch.Tensor]:
         """Of the float32 master of each dense matrix what this rank updates, maybe nothing; views."""
         matrices = [i for i, p in enumerate(self.names.values()) if len(self.shape(p)) > 1]
         if self.stage == 0:
-            return [self.flat()[i].detach() for i in matrices]
+            return [self.flat_masters()[i].detach() for i in matrices]
         parameters: list[Any] = list(self.names.values())
         if self.stage == 3:
             local = self.deepspeed.utils.safe_get_local_fp32_param
             return [local(parameters[i]) for i in matrices]
-        maps = [parameters[i]._hp_mapping for i in matrices]  # None where the rank's partition has none of it
-        return [self.flat()[0][:0] if m is None else m.get_hp_fragment() for m in maps]
+        maps = [
+            parameters[i]._hp_mapping for i in matrices
+        ]  # None where the rank's partition has none of it
+        return [self.flat_masters()[0][:0] if m is None else m.get_hp_fragment() for m in maps]
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
@@ -133,22 +158,28 @@ class Engine:
         after the last micro-batch of a step comes the update.
 
         Raises FloatingPointError, on every rank, for a step that could not be skipped."""
-        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # undoes the engine's averaging over ranks
-        with self.optimizer.mesh.clock.range("optimizer"):
+        self.engine.backward(
+            loss * self.world, scale_wrt_gas=False
+        )  # undoes the engine's averaging over ranks
+        with self.optimizer.mesh.step_timer.range("optimizer"):
             self.engine.step()
         self.optimizer.check_not_skipped()
 
-    def flat(self) -> list[torch.Tensor]:
+    def flat_masters(self) -> list[torch.Tensor]:
         """What the optimizer's state belongs to: whole parameters in order at ZeRO 0, this rank's partition above."""
         if self.stage == 0:
             return self.optimizer.param_groups[0]["params"]
         zero = self.engine.optimizer
-        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        return (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
 
     def dense_weight(self, name: str) -> torch.Tensor:
         """The whole float32 master of a parameter. A collective at stages 1 to 3."""
         if self.stage == 0:
-            return self.flat()[list(self.names).index(name)].detach()
+            return self.flat_masters()[list(self.names).index(name)].detach()
         p = self.names[name]
         return self.deepspeed.utils.safe_get_full_fp32_param(p).view(self.shape(p))
 
@@ -164,13 +195,20 @@ class Engine:
                 if self.optimizer.updates == 0:  # there are none yet
                     yield f"{name}.{moment}", torch.zeros(self.shape(p))
                 elif self.stage == 0:
-                    yield f"{name}.{moment}", self.optimizer.state[self.flat()[i]][moment]
+                    yield f"{name}.{moment}", self.optimizer.state[self.flat_masters()[i]][moment]
                 else:
-                    yield f"{name}.{moment}", fragment.safe_get_full_optimizer_state(p, moment).view(self.shape(p))
+                    yield (
+                        f"{name}.{moment}",
+                        fragment.safe_get_full_optimizer_state(p, moment).view(self.shape(p)),
+                    )
 
     def empty_dense_state(self) -> dict[str, torch.Tensor]:
         """Tensors to be filled by a checkpoint, with the keys and shapes of `dense_state`."""
-        keys = ((key, p) for name, p in self.names.items() for key in (name, *(f"{name}.{m}" for m in MOMENTS)))
+        keys = (
+            (key, p)
+            for name, p in self.names.items()
+            for key in (name, *(f"{name}.{m}" for m in MOMENTS))
+        )
         return {key: torch.empty(self.shape(p), dtype=torch.float32) for key, p in keys}
 
     def load_dense_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
@@ -180,27 +218,39 @@ class Engine:
             state: Whole tensors, with the keys of `dense_state`.
             updates: Number of updates after which they were saved.
         """
-        for flat in self.flat():
+        for flat in self.flat_masters():
             of_flat = self.optimizer.state[flat]
             for m in MOMENTS:  # as torch's fused Adam makes them; those that are there stay, for DeepSpeed keeps views
                 of_flat.setdefault(m, torch.zeros_like(flat))
             of_flat["step"] = torch.tensor(float(updates), device=flat.device)
         fragment = self.deepspeed.utils
-        if self.stage in (1, 2):  # lets the safe_* functions find the moments, as after a first step
+        if self.stage in (
+            1,
+            2,
+        ):  # lets the safe_* functions find the moments, as after a first step
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         for i, (name, p) in enumerate(self.names.items()):
-            with self.deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3), torch.no_grad():
+            with (
+                self.deepspeed.zero.GatheredParameters(
+                    [p], modifier_rank=0, enabled=self.stage == 3
+                ),
+                torch.no_grad(),
+            ):
                 p.copy_(state[name])
             if self.stage == 0:
-                master = self.flat()[i]
+                master = self.flat_masters()[i]
                 with torch.no_grad():
                     master.copy_(state[name])
                 for m in MOMENTS:
                     self.optimizer.state[master][m].copy_(state[f"{name}.{m}"])
-            elif self.stage == 3:  # its own way from a whole tensor fails where the ranks do not divide the elements
+            elif (
+                self.stage == 3
+            ):  # its own way from a whole tensor fails where the ranks do not divide the elements
                 fragment.safe_set_local_fp32_param(p, self._mine(p, state[name]))
                 for m in MOMENTS:
-                    fragment.safe_set_local_optimizer_state(p, self._mine(p, state[f"{name}.{m}"]), m)
+                    fragment.safe_set_local_optimizer_state(
+                        p, self._mine(p, state[f"{name}.{m}"]), m
+                    )
             else:
                 fragment.safe_set_full_fp32_param(p, state[name].to(p.device))
                 for m in MOMENTS:

@@ -18,17 +18,17 @@ import torch
 from torch import nn
 
 from moe_dist.config.schema import MeshConfig
-from moe_dist.distributed.collectives import Sums
-from moe_dist.distributed.flight_recorder import Record
+from moe_dist.distributed.collectives import StatReducer
+from moe_dist.distributed.flight_recorder import FlightRecorder
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.moe.dispatch.all_to_all import LocalExchange, RaggedExchange
-from moe_dist.moe.dispatch.deduplicated import once, once_per_node
-from moe_dist.moe.hierarchical import GroupProjection, Groups
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, LocalDispatcher
+from moe_dist.moe.dispatch.deduplicated import per_node, per_rank
+from moe_dist.moe.hierarchical import ExpertGroups, GroupProjection
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import Routing
-from moe_dist.monitoring.step_timer import Clock
-from moe_dist.nn.init import bounds_of, initialize
-from moe_dist.nn.token_context import Context
+from moe_dist.monitoring.step_timer import StepTimer
+from moe_dist.nn.init import init_bounds, init_parameter
+from moe_dist.nn.token_context import TokenContext
 
 DEFAULT = MeshConfig()
 
@@ -41,7 +41,7 @@ class ParallelModel:
     dense: nn.Module
     experts: dict[str, nn.Parameter]
     gates: dict[str, nn.Parameter]
-    rows: dict[str, dict[str, nn.Parameter]]
+    row_tables: dict[str, dict[str, nn.Parameter]]
 
 
 def parallelize(
@@ -51,15 +51,15 @@ def parallelize(
 
     Raises ValueError for an exchange that the mesh cannot have."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    bounds = bounds_of(model)
+    bounds = init_bounds(model)
     ids: dict[str, range] = {}
     for name, layer in layers.items():  # 1
         for prefix, module in layer.experts.named_modules(prefix=f"{name}.experts"):
             for key, p in module.named_parameters(recurse=False):
-                ids[f"{prefix}.{key}"] = mine = mesh.my_experts(p.shape[0])
+                ids[f"{prefix}.{key}"] = mine = mesh.local_experts(p.shape[0])
                 setattr(module, key, nn.Parameter(p[mine.start : mine.stop].contiguous()))
-            if isinstance(module, Groups):
-                module.first_group = mesh.my_experts(layer.gate.num_experts).start
+            if isinstance(module, ExpertGroups):
+                module.first_group = mesh.local_experts(layer.gate.num_experts).start
     # as `to_empty` does, whose empty_like of a meta tensor imports sympy: 0.6 CPU seconds (torch 2.13, test_startup.py)
     model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=mesh.device)).to(dtype)
     experts: dict[str, nn.Parameter] = {}
@@ -70,13 +70,15 @@ def parallelize(
                 module.to(torch.promote_types(dtype, torch.float32))
             kind = gates if isinstance(module, GroupProjection) else experts
             kind |= {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
-        layer.exchange = exchange_on(mesh, config, layer.gate.num_experts, layer.gate.k)  # 3
-        layer.sums = Sums(mesh)
-        time_layer(layer, name, mesh.clock)  # 4
-        layer.exchange = _named(layer.exchange, name, mesh.record)
-        layer.__dict__["experts"] = layer._modules.pop("experts")  # 5: an attribute, no longer a submodule
+        layer.dispatcher = build_dispatcher(mesh, config, layer.gate.num_experts, layer.gate.k)  # 3
+        layer.stat_reducer = StatReducer(mesh)
+        time_layer(layer, name, mesh.step_timer)  # 4
+        layer.dispatcher = _named(layer.dispatcher, name, mesh.flight_recorder)
+        layer.__dict__["experts"] = layer._modules.pop(
+            "experts"
+        )  # 5: an attribute, no longer a submodule
     for name, p in (experts | gates | dict(model.named_parameters())).items():
-        initialize(p, name, bounds[name], seed, ids.get(name))  # 2
+        init_parameter(p, name, bounds[name], seed, ids.get(name))  # 2
     rows: dict[str, dict[str, nn.Parameter]] = {}
     for name, module in model.named_modules():
         if getattr(module, "by_row", False):
@@ -86,64 +88,70 @@ def parallelize(
     return ParallelModel(model, experts, gates, rows)
 
 
-def time_layer(layer: MoE, name: str, clock: Clock) -> None:
+def time_layer(layer: MoE, name: str, clock: StepTimer) -> None:
     """Its gate, exchange and experts, and those inside of groups of experts, become ranges of the clock."""
-    layer.gate.forward = clock.around("gate", layer.gate.forward, f"gate {name}")
-    layer.exchange = clock.around("exchange", layer.exchange, f"exchange {name}")
+    layer.gate.forward = clock.timed("gate", layer.gate.forward, f"gate {name}")
+    layer.dispatcher = clock.timed("exchange", layer.dispatcher, f"exchange {name}")
     experts = layer.experts
-    if isinstance(experts, Groups):
-        experts.run = clock.around("gate", experts.run, f"gates of groups {name}")  # type: ignore[method-assign]
-        experts.exchange = clock.around("exchange", experts.exchange, f"exchange in groups {name}")  # type: ignore
+    if isinstance(experts, ExpertGroups):
+        experts.run_groups = clock.timed("gate", experts.run_groups, f"gates of groups {name}")  # type: ignore[method-assign]
+        experts.dispatcher = clock.timed(
+            "exchange", experts.dispatcher, f"exchange in groups {name}"
+        )  # type: ignore
         experts = experts.experts
-    each = "run" if hasattr(experts, "parts") else "forward"  # of a piece
-    setattr(experts, each, clock.around("experts", getattr(experts, each), f"experts {name}"))
+    each = "run_experts" if hasattr(experts, "split_experts") else "forward"  # of a piece
+    setattr(experts, each, clock.timed("experts", getattr(experts, each), f"experts {name}"))
 
 
-def _named(exchange: Any, name: str, record: Record) -> Any:
-    def named(x_TD: torch.Tensor, routing: Routing, experts: Any, ctx: Context) -> tuple[torch.Tensor, Any]:
-        record.layers[ctx.site] = name
+def _named(exchange: Any, name: str, record: FlightRecorder) -> Any:
+    def named(
+        x_TD: torch.Tensor, routing: Routing, experts: Any, ctx: TokenContext
+    ) -> tuple[torch.Tensor, Any]:
+        record.layer_names[ctx.layer_call] = name
         return exchange(x_TD, routing, experts, ctx)
 
     return named
 
 
-def exchange_on(mesh: Mesh, config: MeshConfig, num_experts: int, k: int) -> Any:
+def build_dispatcher(mesh: Mesh, config: MeshConfig, num_experts: int, k: int) -> Any:
     """The exchange that is configured, for k of `num_experts` experts, or groups, of a token. Raises ValueError where
     the mesh cannot have it."""
-    kind = kind_on(config.exchange, num_experts, k, mesh.ep.size, mesh.ranks_per_node)
-    wire = torch.bfloat16 if config.wire == "bf16" else None
-    pieces = config.pieces if config.pieces is not None else 4 if mesh.ep.node_P else 0
+    kind = dispatcher_kind(config.dispatcher, num_experts, k, mesh.ep.size, mesh.ranks_per_node)
+    wire = torch.bfloat16 if config.comm_dtype == "bf16" else None
+    pieces = (
+        config.overlap_chunks if config.overlap_chunks is not None else 4 if mesh.ep.node_P else 0
+    )
     if kind == "local":
-        return LocalExchange()
-    if kind == "ragged":
-        return RaggedExchange(mesh.ep, pieces, wire)
-    if kind == "once":
-        return once(mesh.ep, wire, pieces > 0)
-    assert mesh.inside
-    return once_per_node(mesh.ep, mesh.inside, wire, pieces > 0)
+        return LocalDispatcher()
+    if kind == "all_to_all":
+        return AllToAllDispatcher(mesh.ep, pieces, wire)
+    if kind == "dedup_rank":
+        return per_rank(mesh.ep, wire, pieces > 0)
+    assert mesh.intra_node
+    return per_node(mesh.ep, mesh.intra_node, wire, pieces > 0)
 
 
-def kind_on(asked: str, num_experts: int, k: int, ranks: int, per_node: int) -> str:
-    """ "local", or "ragged", "once" or "node" as was `asked` for (`mesh.exchange`). "auto" is what was the fastest
+def dispatcher_kind(asked: str, num_experts: int, k: int, ranks: int, per_node: int) -> str:
+    """ "local", or "all_to_all", "dedup_rank" or "dedup_node" as was `asked` for (`mesh.dispatcher`). "auto" is what was the fastest
     (docs/log.md, 2026-11-30): to each node once where the ranks span several nodes of several ranks evenly; else to
     each rank once, where that halves the rows at least; else plainly, for between nodes such rows may travel in pieces
-    while experts run, and in a node they are as fast. Raises ValueError for "node" without such nodes."""
+    while experts run, and in a node they are as fast. Raises ValueError for "dedup_node" without such nodes."""
     evenly = 1 < per_node < ranks and ranks % per_node == 0
     if ranks == 1:
         return "local"
-    if asked == "node" and not evenly:
+    if asked == "dedup_node" and not evenly:
         raise ValueError(
-            f"mesh.exchange='node': {ranks} expert-parallel ranks do not span several nodes of {per_node} ranks "
+            f"mesh.dispatcher='dedup_node': {ranks} expert-parallel ranks do not span several nodes of {per_node} ranks "
             "evenly; give 'auto', or as mesh.ep the ranks of two nodes or more"
         )
     if asked != "auto":
         return asked
     if evenly:
-        return "node"
-    return "once" if visited(num_experts, k, ranks) <= k / 2 else "ragged"
+        return "dedup_node"
+    return "dedup_rank" if expected_blocks_visited(num_experts, k, ranks) <= k / 2 else "all_to_all"
 
 
-def visited(num_experts: int, k: int, blocks: int) -> float:
+def expected_blocks_visited(num_experts: int, k: int, blocks: int) -> float:
     """Of B blocks of experts, how many have one of the k distinct experts that a token chooses, on average, experts
     being as popular as each other: B (1 - C(E - E/B, k) / C(E, k))."""
     elsewhere = num_experts - num_experts // blocks

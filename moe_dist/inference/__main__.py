@@ -17,7 +17,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("command", choices=("generate", "classify"), help="what to do with the run")
     command = parser.parse_args(argv[:1]).command
     if command == "generate":
-        from moe_dist.inference import generate  # here, for it imports torch, which --help does not need
+        from moe_dist.inference import (
+            generate,
+        )  # here, for it imports torch, which --help does not need
 
         generate.main(argv[1:])
     else:

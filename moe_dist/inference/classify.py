@@ -29,7 +29,7 @@ from moe_dist.data.text.sentences import Sentence, Sentences
 from moe_dist.data.text.wordpiece import Tokens
 from moe_dist.inference.load import open_run
 from moe_dist.monitoring import progress_bar
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 from moe_dist.training.errors import plain_errors
 
 AT_ONCE = 32
@@ -54,13 +54,17 @@ class Classifier:
     @torch.no_grad()
     def probabilities(self, items: list[Any]) -> torch.Tensor:
         """Of each class for image files (paths) or sentences: (B, C). Raises ValueError for one that cannot be read."""
-        logit_BC = (self._of_images(items) if self.of_images else self._of_sentences(items))[:, : len(self.names)]
+        logit_BC = (self._of_images(items) if self.of_images else self._of_sentences(items))[
+            :, : len(self.names)
+        ]
         return logit_BC.float().softmax(1)
 
     def _of_images(self, paths: list[Path]) -> torch.Tensor:
         data, model = self.config.data, self.config.model
         assert isinstance(data, ImageDataConfig) and isinstance(model, VisionConfig)
-        image_BQYX = torch.stack([read_image(path, data, model.image_size, model.channels) for path in paths])
+        image_BQYX = torch.stack(
+            [read_image(path, data, model.image_size, model.channels) for path in paths]
+        )
         valid_BS = torch.ones(len(paths), self.model.num_tokens, dtype=torch.bool)
         return self.model(image_BQYX, _context(valid_BS))[0]
 
@@ -75,18 +79,30 @@ class Classifier:
         """Raises ValueError where it is not what the run was trained on."""
         first, tab, second = sentence.partition("\t")
         if bool(tab) != self.pairs:
-            what = "pairs of sentences: put a tab between them" if self.pairs else "sentences, which have no tab"
+            what = (
+                "pairs of sentences: put a tab between them"
+                if self.pairs
+                else "sentences, which have no tab"
+            )
             raise ValueError(f"{sentence!r}: the run was trained on {what}")
         return first, second if self.pairs else None
 
 
-def _context(valid_BS: torch.Tensor) -> Context:
+def _context(valid_BS: torch.Tensor) -> TokenContext:
     num, tokens = valid_BS.shape
     sample_T = torch.arange(num).repeat_interleave(tokens)
-    return Context(
-        sample_T=sample_T, position_T=torch.arange(tokens).repeat(num), valid_T=valid_BS.flatten(), seed=0, step=0,
-        train=False, first_sample=0, num_samples=num, samples_per_balance_group=num, samples_per_token_group=1,
-    )  # fmt: skip
+    return TokenContext(
+        sample_T=sample_T,
+        position_T=torch.arange(tokens).repeat(num),
+        valid_T=valid_BS.flatten(),
+        seed=0,
+        step=0,
+        train=False,
+        first_sample=0,
+        num_samples=num,
+        balance_loss_group_size=num,
+        capacity_group_size=1,
+    )
 
 
 def images_of(paths: Iterable[Path]) -> list[Path]:
@@ -107,10 +123,12 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
         else:
             raise ValueError(f"{path}: no such file or folder")
     if not found:
-        raise ValueError(f"no image there ({told_left_out(left_out) or 'the folder is empty'}): give image files")
+        raise ValueError(
+            f"no image there ({told_left_out(left_out) or 'the folder is empty'}): give image files"
+        )
     if left_out:
         print(f"note: {told_left_out(left_out)}", file=sys.stderr)
-    check_heads(progress_bar.told(found, "image files"))
+    check_heads(progress_bar.with_progress(found, "image files"))
     return found
 
 
@@ -131,15 +149,23 @@ def _sentences_of(file: str | None, text: str | None) -> list[str]:
         except ValueError as error:
             raise ValueError(f"--sentences {error}") from None
         if rows and not isinstance(rows[0].get("text"), str):
-            raise ValueError(f"--sentences {file}: no column 'text', only {columns_of(rows[0])}: name it so")
-        found = ["\t".join(str(row[name]).strip() for name in ("text", "text2") if row.get(name)) for row in rows]
+            raise ValueError(
+                f"--sentences {file}: no column 'text', only {columns_of(rows[0])}: name it so"
+            )
+        found = [
+            "\t".join(str(row[name]).strip() for name in ("text", "text2") if row.get(name))
+            for row in rows
+        ]
     if any("\ud800" <= letter <= "\udfff" for sentence in found for letter in sentence):
         raise ValueError("a sentence is not text in this terminal's encoding; give UTF-8")
     if text is None and not any(found):
         raise ValueError(f"--sentences {file}: no line with a word")
     kept = [sentence for sentence in found if sentence or text is not None]
     if empty := len(found) - len(kept):
-        print(f"note: {empty} of {len(found)} lines or rows have no text and are left out", file=sys.stderr)
+        print(
+            f"note: {empty} of {len(found)} lines or rows have no text and are left out",
+            file=sys.stderr,
+        )
     return kept
 
 
@@ -148,10 +174,18 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dic
     with tqdm(total=len(items), unit=classifier.config.task[:5], disable=None, leave=False) as bar:
         for first in range(0, len(items), AT_ONCE):
             some = items[first : first + AT_ONCE]
-            value_Bk, class_Bk = classifier.probabilities(some).topk(min(top, len(classifier.names)))
-            for item, values, classes in zip(some, value_Bk.tolist(), class_Bk.tolist(), strict=True):
-                told = {classifier.names[i]: value for i, value in zip(classes, values, strict=True)}
-                name = str(item).encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
+            value_Bk, class_Bk = classifier.probabilities(some).topk(
+                min(top, len(classifier.names))
+            )
+            for item, values, classes in zip(
+                some, value_Bk.tolist(), class_Bk.tolist(), strict=True
+            ):
+                told = {
+                    classifier.names[i]: value for i, value in zip(classes, values, strict=True)
+                }
+                name = (
+                    str(item).encode("utf-8", "backslashreplace").decode()
+                )  # a file's name may be no UTF-8
                 yield {"item": name, "classes": told}
             bar.update(len(some))
 
@@ -160,9 +194,15 @@ def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("run", type=path_argument, metavar="RUN", help="folder of the run")
     parser.add_argument(
-        "images", type=path_argument, nargs="*", metavar="IMAGE", help="image files, and folders of them"
+        "images",
+        type=path_argument,
+        nargs="*",
+        metavar="IMAGE",
+        help="image files, and folders of them",
     )
-    parser.add_argument("--sentences", metavar="FILE", help="a sentence a line; - is standard input")
+    parser.add_argument(
+        "--sentences", metavar="FILE", help="a sentence a line; - is standard input"
+    )
     parser.add_argument("--text", help="one sentence")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="most probable classes (3)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
@@ -174,11 +214,20 @@ def main(argv: list[str]) -> None:
             raise ValueError("give one of: IMAGE ..., --sentences FILE, --text TEXT")
         classifier = Classifier(args.run)
         if classifier.of_images != bool(args.images):
-            raise ValueError(f"{args.run} classifies {'images' if classifier.of_images else 'sentences'}: give some")
-        items: list[Any] = images_of(args.images) if args.images else _sentences_of(args.sentences, args.text)
+            raise ValueError(
+                f"{args.run} classifies {'images' if classifier.of_images else 'sentences'}: give some"
+            )
+        items: list[Any] = (
+            images_of(args.images) if args.images else _sentences_of(args.sentences, args.text)
+        )
         for told in classify(classifier, items, args.top):
-            best = "  ".join(f"{100 * value:5.1f} % {name}" for name, value in told["classes"].items())
-            tqdm.write(json.dumps(told) if args.json else f"{best}    {shown(told['item'])}", file=sys.stdout)
+            best = "  ".join(
+                f"{100 * value:5.1f} % {name}" for name, value in told["classes"].items()
+            )
+            tqdm.write(
+                json.dumps(told) if args.json else f"{best}    {shown(told['item'])}",
+                file=sys.stdout,
+            )
 
 
 if __name__ == "__main__":

@@ -27,12 +27,15 @@ import torch
 from moe_dist.config.arg_parser import Parser, path_argument
 from moe_dist.data.text import corpus
 from moe_dist.data.text.lanes import EOS, EOS_ID, UNK, UNK_ID, Vocabulary, tokenize
-from moe_dist.inference.expert_usage import heaviest, shares
-from moe_dist.inference.load import Reader
+from moe_dist.inference.expert_usage import expert_shares, top_contexts
+from moe_dist.inference.load import TextModel
 from moe_dist.nn import prng
 from moe_dist.training.errors import plain_errors
 
-EXPERTS_SHOWN, CONTEXTS_SHOWN = 16, 4  # of a table of --specialisation: the busiest experts, lines of each
+EXPERTS_SHOWN, CONTEXTS_SHOWN = (
+    16,
+    4,
+)  # of a table of --specialisation: the busiest experts, lines of each
 SIDE, WORD = 32, 14  # characters of a context on either side of its word, and of a word
 PER_LINE = 8  # experts on a line of --experts
 
@@ -50,10 +53,15 @@ def as_text(lines: list[str], vocabulary: Vocabulary) -> Text:
     words = [word for line in lines for word in (*tokenize(line), EOS)][:-1]
     word_T = torch.tensor([EOS_ID, *vocabulary.encode(lines)[:-1]])
     text = Text([EOS, *words], word_T)
-    unknown = sorted({w for w, i in zip(text.words, word_T.tolist(), strict=True) if i == UNK_ID and w != UNK})
+    unknown = sorted(
+        {w for w, i in zip(text.words, word_T.tolist(), strict=True) if i == UNK_ID and w != UNK}
+    )
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        print(f"note: not in the vocabulary, read as {UNK}: {', '.join(unknown[:5])}{more}", file=sys.stderr)
+        print(
+            f"note: not in the vocabulary, read as {UNK}: {', '.join(unknown[:5])}{more}",
+            file=sys.stderr,
+        )
     return text
 
 
@@ -76,9 +84,9 @@ def written(before: str, word: str) -> str:
     return "\n" if word == EOS else space + word
 
 
-def show_continuation(reader: Reader, text: Text, args: argparse.Namespace) -> None:
+def show_continuation(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
     top = args.top or len(reader.vocabulary) - 1
-    after_prompt = reader.read(text.word_T, reader.start())
+    after_prompt = reader.read(text.word_T, reader.initial_state())
     for sample in range(args.samples):
         print("\n" * (sample > 0) + args.prompt, end="", flush=True)
         before, (log_probability_V, state) = text.words[-1], after_prompt
@@ -90,38 +98,48 @@ def show_continuation(reader: Reader, text: Text, args: argparse.Namespace) -> N
         print()
 
 
-def show_next(reader: Reader, text: Text, args: argparse.Namespace) -> None:
-    log_probability_V, _ = reader.read(text.word_T, reader.start())
+def show_next(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
+    log_probability_V, _ = reader.read(text.word_T, reader.initial_state())
     top_N = log_probability_V.topk(args.next)
     print("probability  next word")
     for log_p, index in zip(top_N.values.tolist(), top_N.indices.tolist(), strict=True):
         print(f"{math.exp(log_p):>11.4f}  {reader.vocabulary.words[index]}")
 
 
-def show_experts(reader: Reader, text: Text, args: argparse.Namespace) -> None:
-    for name, visits in reader.visits(text.word_T).items():
+def show_experts(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
+    for name, visits in reader.expert_assignments(text.word_T).items():
         print(f"layer {name}: the experts of each word, and their gate weights")
         rows = zip(text.words, visits.expert_TK.tolist(), visits.weight_TK.tolist(), strict=True)
         for word, expert_K, weight_K in list(rows)[1:]:  # the prompt has not the line end before it
-            cells = [f"{expert:>6} {weight:.3f}" for expert, weight in zip(expert_K, weight_K, strict=True)]
+            cells = [
+                f"{expert:>6} {weight:.3f}"
+                for expert, weight in zip(expert_K, weight_K, strict=True)
+            ]
             for i in range(0, len(cells), PER_LINE):
-                print(f"{_cut(word, WORD) if i == 0 else '':<{WORD}}" + "".join(cells[i : i + PER_LINE]))
+                print(
+                    f"{_cut(word, WORD) if i == 0 else '':<{WORD}}"
+                    + "".join(cells[i : i + PER_LINE])
+                )
 
 
-def show_specialisation(reader: Reader, text: Text, args: argparse.Namespace) -> None:
+def show_specialization(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
     """Shazeer et al. 2017, Table 9: words in order of falling gate weight, with the words around them."""
-    for name, visits in reader.visits(text.word_T).items():
-        share_E = shares(visits)
+    for name, visits in reader.expert_assignments(text.word_T).items():
+        share_E = expert_shares(visits)
         shown = (
             list(dict.fromkeys(args.only or []))
             or share_E.argsort(descending=True, stable=True)[:EXPERTS_SHOWN].tolist()
         )
-        print(f"layer {name}: {len(text.words):,} words, {int((share_E > 0).sum())} of {len(share_E)} experts visited")
+        print(
+            f"layer {name}: {len(text.words):,} words, {int((share_E > 0).sum())} of {len(share_E)} experts visited"
+        )
         print(f"expert   share  weight  {'context (/ is the end of a line)':^{2 * SIDE}}")
         for expert in shown:
             labels = [f"{expert:>6}{share_E[expert].item():>8.2%}"] + [""] * CONTEXTS_SHOWN
-            found = heaviest(visits, expert, CONTEXTS_SHOWN)
-            lines = [f"{weight:>6.3f}  {context(text.words, position)}" for weight, position in found] or ["no word"]
+            found = top_contexts(visits, expert, CONTEXTS_SHOWN)
+            lines = [
+                f"{weight:>6.3f}  {context(text.words, position)}" for weight, position in found
+            ] or ["no word"]
             for label, line in zip(labels, lines, strict=False):
                 print(f"{label:<14}  {line}")
         if len(shown) < len(share_E):
@@ -144,38 +162,84 @@ def _cut(text: str, width: int) -> str:
 
 # what is shown -> how, and the options that it takes
 MODES = {
-    "continuation": (show_continuation, ("prompt", "words", "temperature", "top", "seed", "samples")),
+    "continuation": (
+        show_continuation,
+        ("prompt", "words", "temperature", "top", "seed", "samples"),
+    ),
     "next": (show_next, ("prompt",)),
     "experts": (show_experts, ("prompt",)),
-    "specialisation": (show_specialisation, ("of", "read", "only")),
+    "specialisation": (show_specialization, ("of", "read", "only")),
 }
 DEFAULTS: dict[str, Any] = {
-    "prompt": "", "words": 50, "temperature": 1.0, "top": None, "seed": 0, "samples": 1, "of": None, "read": 10_000,
+    "prompt": "",
+    "words": 50,
+    "temperature": 1.0,
+    "top": None,
+    "seed": 0,
+    "samples": 1,
+    "of": None,
+    "read": 10_000,
     "only": None,
-}  # fmt: skip
+}
 
 
 def command_line(argv: list[str]) -> argparse.Namespace:
     """With `mode`, a key of MODES. Raises ValueError for numbers out of range, or options that do not go together."""
     parser = Parser(
-        prog="python -m moe_dist.inference generate", description=__doc__, argument_default=argparse.SUPPRESS
+        prog="python -m moe_dist.inference generate",
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("run", type=path_argument, metavar="RUN", help="a run folder")
-    add("--prompt", metavar="TEXT", help="what to read first (default: nothing, the start of a line)")
-    add = parser.add_argument_group("the prompt's continuation, if nothing else is asked for").add_argument
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="what to read first (default: nothing, the start of a line)",
+    )
+    add = parser.add_argument_group(
+        "the prompt's continuation, if nothing else is asked for"
+    ).add_argument
     add("--words", type=int, metavar="N", help="so many words (default 50)")
-    add("--temperature", type=float, metavar="X", help="below 1 likelier words, above 1 rarer ones (default 1)")
-    add("--top", type=int, metavar="N", help="draws from the N most probable words alone (default: from all)")
+    add(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="below 1 likelier words, above 1 rarer ones (default 1)",
+    )
+    add(
+        "--top",
+        type=int,
+        metavar="N",
+        help="draws from the N most probable words alone (default: from all)",
+    )
     add("--seed", type=int, metavar="N", help="another seed, another text (default 0)")
     add("--samples", type=int, metavar="N", help="so many continuations (default 1)")
     add = parser.add_argument_group("or one of").add_argument
     add("--next", type=int, metavar="N", help="the N most probable next words, with probabilities")
-    add("--experts", action="store_true", help="the experts that each word of the prompt visits, with gate weights")
-    add("--specialisation", action="store_true", help="for each expert the words in context with its highest weights")
+    add(
+        "--experts",
+        action="store_true",
+        help="the experts that each word of the prompt visits, with gate weights",
+    )
+    add(
+        "--specialisation",
+        action="store_true",
+        help="for each expert the words in context with its highest weights",
+    )
     add = parser.add_argument_group("with --specialisation").add_argument
-    add("--of", type=path_argument, metavar="FILE", help="over this text (default: the test split of the run)")
-    add("--read", type=int, metavar="N", help="over its first N words, to the end of a line (default 10000)")
+    add(
+        "--of",
+        type=path_argument,
+        metavar="FILE",
+        help="over this text (default: the test split of the run)",
+    )
+    add(
+        "--read",
+        type=int,
+        metavar="N",
+        help="over its first N words, to the end of a line (default 10000)",
+    )
     add("--only", type=int, nargs="+", metavar="I", help="these experts (default: the busiest)")
     given = vars(parser.parse_args(argv))
     modes = [mode for mode in MODES if mode in given] or ["continuation"]
@@ -196,24 +260,30 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def open_text(reader: Reader, args: argparse.Namespace) -> Text:
+def open_text(reader: TextModel, args: argparse.Namespace) -> Text:
     """What is to be read. Raises ValueError where it cannot be, or the run has not what is asked of it."""
     num_words, num_experts = len(reader.vocabulary), reader.layers.moe.num_experts
     if args.mode == "next" and args.next > num_words:
         raise ValueError(f"--next {args.next}: the vocabulary has {num_words} words")
     if args.top is not None and args.top >= num_words:
         raise ValueError(f"--top {args.top}: at most {num_words - 1}, the vocabulary without {UNK}")
-    if args.mode in ("experts", "specialisation") and not reader.watched:
-        raise ValueError(f"--{args.mode}: {args.run} has no experts (model.middle={reader.layers.middle!r})")
+    if args.mode in ("experts", "specialisation") and not reader.recorders:
+        raise ValueError(
+            f"--{args.mode}: {args.run} has no experts (model.middle_layer={reader.layers.middle_layer!r})"
+        )
     if args.only and not all(0 <= expert < num_experts for expert in args.only):
-        raise ValueError(f"--only {' '.join(map(str, args.only))}: experts are 0 to {num_experts - 1}")
+        raise ValueError(
+            f"--only {' '.join(map(str, args.only))}: experts are 0 to {num_experts - 1}"
+        )
     if args.mode != "specialisation":
         text = as_text(args.prompt.split("\n"), reader.vocabulary)
         if args.mode == "experts" and len(text.words) == 1:
             raise ValueError("--experts: give a --prompt of a word or more")
         return text
     of_run = reader.data.text
-    lines = corpus.open_text(of_run, streamed=True)["test"] if args.of is None else _lines_of(args.of)
+    lines = (
+        corpus.open_text(of_run, streamed=True)["test"] if args.of is None else _lines_of(args.of)
+    )
     return as_text(list(_first(args.read, lines)), reader.vocabulary)
 
 
@@ -237,7 +307,7 @@ def _first(num_words: int, lines: Iterable[str]) -> Iterator[str]:
 def main(argv: list[str]) -> None:
     with plain_errors():
         args = command_line(argv)
-        reader = Reader(args.run)
+        reader = TextModel(args.run)
         text = open_text(reader, args)
     show, _ = MODES[args.mode]
     show(reader, text, args)

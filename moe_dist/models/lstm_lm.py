@@ -17,13 +17,13 @@ from torch import nn
 from moe_dist.config.messages import nearest
 from moe_dist.config.schema import LSTMConfig
 from moe_dist.models.sampled_softmax import Softmax
-from moe_dist.moe.experts import Experts, On, relu
+from moe_dist.moe.experts import Experts, ReluMask, masked_relu
 from moe_dist.moe.gating.noisy_topk import NoisyTopK
-from moe_dist.moe.hierarchical import Groups, HierarchicalMoE
+from moe_dist.moe.hierarchical import ExpertGroups, HierarchicalMoE
 from moe_dist.moe.layer import LayerStats, MoE
-from moe_dist.nn.init import parameter, with_bound
-from moe_dist.nn.token_context import Context
-from moe_dist.nn.token_noise import dropout
+from moe_dist.nn.init import set_init_bound, uniform_parameter
+from moe_dist.nn.token_context import TokenContext
+from moe_dist.nn.token_noise import token_dropout
 
 # (h_1BD, c_1BU) of each LSTM in order; by lane
 State = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -35,8 +35,10 @@ class LSTMLanguageModel(nn.Module):
     def __init__(self, config: LSTMConfig, vocabulary_size: int) -> None:
         """Raises ValueError for an unknown `middle`, or numbers that do not fit together."""
         super().__init__()
-        if config.middle not in LAYERS:
-            raise ValueError(f"model.middle={config.middle!r}; {nearest(config.middle, LAYERS)}")
+        if config.middle_layer not in LAYERS:
+            raise ValueError(
+                f"model.middle_layer={config.middle_layer!r}; {nearest(config.middle_layer, LAYERS)}"
+            )
         self.p = config.dropout
         # from a tensor: nn.Embedding's own initialisation costs seconds on the meta device, and ours follows
         by_row = config.softmax_samples is not None
@@ -44,14 +46,18 @@ class LSTMLanguageModel(nn.Module):
             torch.empty(vocabulary_size, config.dim), freeze=False, sparse=by_row
         )
         self.embedding.by_row = by_row  # type: ignore[assignment]
-        with_bound(self.embedding.weight, EMBEDDING_BOUND)
-        self.layers = LAYERS[config.middle]
+        set_init_bound(self.embedding.weight, EMBEDDING_BOUND)
+        self.layers = LAYERS[config.middle_layer]
         for name in self.layers:
-            setattr(self, name, MIDDLE[config.middle](config) if name == "middle" else _lstm(config))
+            setattr(
+                self,
+                name,
+                MIDDLE[config.middle_layer](config) if name == "middle" else _lstm(config),
+            )
         self.softmax = Softmax(config.dim, vocabulary_size, config.softmax_samples)
 
     def forward(
-        self, input_BS: torch.Tensor, target_BS: torch.Tensor, state: State, ctx: Context
+        self, input_BS: torch.Tensor, target_BS: torch.Tensor, state: State, ctx: TokenContext
     ) -> tuple[torch.Tensor, State, dict[str, LayerStats]]:
         """Words and the words after them -> negative log likelihood summed over valid tokens (nats, a scalar), the
         state after the last timestep, and the statistics of each MoE layer by name."""
@@ -59,10 +65,10 @@ class LSTMLanguageModel(nn.Module):
         return self.softmax(x_TD, target_BS.flatten(), ctx), after, stats
 
     def read(
-        self, input_BS: torch.Tensor, state: State, ctx: Context
+        self, input_BS: torch.Tensor, state: State, ctx: TokenContext
     ) -> tuple[torch.Tensor, State, dict[str, LayerStats]]:
         """Words -> what the softmax sees (T, D), the state after the last timestep, statistics by layer."""
-        x_TD = dropout(self.embedding(input_BS).flatten(0, 1), self.p, ctx.at(0))
+        x_TD = token_dropout(self.embedding(input_BS).flatten(0, 1), self.p, ctx.at_layer(0))
         before, after = iter(state), []
         stats: dict[str, LayerStats] = {}
         for site, name in enumerate(self.layers, start=1):
@@ -72,16 +78,20 @@ class LSTMLanguageModel(nn.Module):
                 y_TD = y_BSD.flatten(0, 1)
                 after.append(lstm_state)
             else:
-                y_TD, told = layer(x_TD, ctx.at(site))
+                y_TD, told = layer(x_TD, ctx.at_layer(site))
                 y_TD = y_TD.sigmoid()
                 stats |= {} if told is None else {name: told}
-            x_TD = x_TD + dropout(y_TD, self.p, ctx.at(site))
+            x_TD = x_TD + token_dropout(y_TD, self.p, ctx.at_layer(site))
         return x_TD, tuple(after), stats
 
 
 def state_widths(config: LSTMConfig) -> list[tuple[int, int]]:
     """Widths of h and c of each LSTM in order."""
-    return [(config.dim, config.lstm_units or config.dim) for name in LAYERS[config.middle] if name != "middle"]
+    return [
+        (config.dim, config.lstm_units or config.dim)
+        for name in LAYERS[config.middle_layer]
+        if name != "middle"
+    ]
 
 
 class FeedForward(nn.Module):
@@ -90,24 +100,30 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, num_layers: int = 1) -> None:
         super().__init__()
-        self.w1_DF = parameter(dim, hidden, bound=(3 / dim) ** 0.5)
+        self.w1_DF = uniform_parameter(dim, hidden, bound=(3 / dim) ** 0.5)
         self.inner_FF = nn.ParameterList(
-            parameter(hidden, hidden, bound=(3 / hidden) ** 0.5) for _ in range(num_layers - 1)
+            uniform_parameter(hidden, hidden, bound=(3 / hidden) ** 0.5)
+            for _ in range(num_layers - 1)
         )
-        self.w2_FD = parameter(hidden, dim, bound=(3 / hidden) ** 0.5)
-        self.on: On | None = None
+        self.w2_FD = uniform_parameter(hidden, dim, bound=(3 / hidden) ** 0.5)
+        self.relu_mask_override: ReluMask | None = None
 
-    def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, None]:
+    def forward(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[torch.Tensor, None]:
         hidden_TF = x_TD
         for i, w in enumerate([self.w1_DF, *self.inner_FF]):
-            hidden_TF = relu(hidden_TF @ w, self.on and partial(self.on, which=i, ctx_R=ctx))
+            hidden_TF = masked_relu(
+                hidden_TF @ w,
+                self.relu_mask_override and partial(self.relu_mask_override, which=i, ctx_R=ctx),
+            )
         return hidden_TF @ self.w2_FD, None
 
 
 def _moe(config: LSTMConfig) -> MoE:
     moe = config.moe
     if moe.num_groups is not None and moe.num_experts % moe.num_groups:
-        raise ValueError(f"model.moe.num_experts={moe.num_experts} is not a multiple of num_groups={moe.num_groups}")
+        raise ValueError(
+            f"model.moe.num_experts={moe.num_experts} is not a multiple of num_groups={moe.num_groups}"
+        )
     if moe.num_groups is not None and moe.capacity_factor is not None:
         raise ValueError(
             f"model.moe.capacity_factor={moe.capacity_factor}: with num_groups nothing is dropped; unset it"
@@ -118,17 +134,23 @@ def _moe(config: LSTMConfig) -> MoE:
         moe.k,
         noise=moe.noise,
         capacity_factor=moe.capacity_factor,
-        w_importance=moe.w_importance,
-        w_load=moe.w_load,
+        importance_loss_weight=moe.importance_loss_weight,
+        load_loss_weight=moe.load_loss_weight,
     )
     if moe.num_groups is None:
-        return MoE(gate, Experts(moe.num_experts, config.dim, moe.hidden, moe.recompute))
-    sizes = (moe.num_groups, moe.num_experts // moe.num_groups, config.dim, moe.hidden, moe.k)
-    return HierarchicalMoE(gate, Groups(*sizes, noise=moe.noise, recompute=moe.recompute))
+        return MoE(gate, Experts(moe.num_experts, config.dim, moe.expert_hidden_dim, moe.recompute))
+    sizes = (
+        moe.num_groups,
+        moe.num_experts // moe.num_groups,
+        config.dim,
+        moe.expert_hidden_dim,
+        moe.k,
+    )
+    return HierarchicalMoE(gate, ExpertGroups(*sizes, noise=moe.noise, recompute=moe.recompute))
 
 
 def _ffn(config: LSTMConfig) -> FeedForward:
-    return FeedForward(config.dim, config.ffn_hidden, config.ffn_layers)
+    return FeedForward(config.dim, config.ffn_hidden_dim, config.ffn_layers)
 
 
 MIDDLE: dict[str, Any] = {"moe": _moe, "ffn": _ffn}
@@ -146,7 +168,9 @@ def _lstm(config: LSTMConfig) -> nn.LSTM:
     units = config.lstm_units or config.dim
     if units < config.dim:
         raise ValueError(f"model.lstm_units={units}: at least the model's width, dim={config.dim}")
-    lstm = nn.LSTM(config.dim, units, batch_first=True, proj_size=config.dim if units > config.dim else 0)
+    lstm = nn.LSTM(
+        config.dim, units, batch_first=True, proj_size=config.dim if units > config.dim else 0
+    )
     for p in lstm.parameters():
-        with_bound(p, units**-0.5)
+        set_init_bound(p, units**-0.5)
     return lstm

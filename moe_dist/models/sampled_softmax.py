@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_dist.nn import prng
-from moe_dist.nn.init import parameter
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.init import uniform_parameter
+from moe_dist.nn.token_context import TokenContext
 
 LOGITS_PER_CHUNK = 2**21  # 8 MB of float32: about what stays in cache
 TOKENS_PER_CHUNK = 64  # the fewest: below that reading the matrix takes longer than multiplying
@@ -45,18 +45,22 @@ class Softmax(nn.Module):
         super().__init__()
         self.samples = samples
         self.by_row = samples is not None  # a step touches few rows, and their gradients are sparse
-        self.w_VD = parameter(vocabulary_size, dim, bound=dim**-0.5)
-        self.b_V = parameter(vocabulary_size, bound=0.0)
+        self.w_VD = uniform_parameter(vocabulary_size, dim, bound=dim**-0.5)
+        self.b_V = uniform_parameter(vocabulary_size, bound=0.0)
 
-    def forward(self, x_TD: torch.Tensor, target_T: torch.Tensor, ctx: Context) -> torch.Tensor:
+    def forward(
+        self, x_TD: torch.Tensor, target_T: torch.Tensor, ctx: TokenContext
+    ) -> torch.Tensor:
         """Negative log likelihood of the targets (nats), summed over valid tokens: a scalar, float32 or wider."""
         train = torch.is_grad_enabled()
         if self.samples is None or not ctx.train:
-            return _NLL.apply(x_TD, self.w_VD, self.b_V, target_T, ctx.valid_T, None, None, None, train)
-        word_N, weight_N = draw(len(self.b_V), self.samples, ctx.seed, ctx.step)
+            return _NLL.apply(
+                x_TD, self.w_VD, self.b_V, target_T, ctx.valid_T, None, None, None, train
+            )
+        word_N, weight_N = draw_negatives(len(self.b_V), self.samples, ctx.seed, ctx.step)
         word_N, weight_N = word_N.to(x_TD.device), weight_N.to(x_TD.device)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        p_V = inclusion(len(self.b_V), self.samples, x_TD.device)
+        p_V = inclusion_probability(len(self.b_V), self.samples, x_TD.device)
         own_w_TD, own_b_T = self._rows(target_T)
         own_b_T = own_b_T.to(wide) - p_V[target_T].log().to(wide)
         w_ND, b_N = self._rows(word_N)
@@ -67,7 +71,9 @@ class Softmax(nn.Module):
         return _NLL.apply(x_TD, w_ND, b_N, column_T, ctx.valid_T, own_w_TD, own_b_T, more_N, train)
 
     def _rows(self, word_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return F.embedding(word_N, self.w_VD, sparse=True), torch.gather(self.b_V, 0, word_N, sparse_grad=True)
+        return F.embedding(word_N, self.w_VD, sparse=True), torch.gather(
+            self.b_V, 0, word_N, sparse_grad=True
+        )
 
     def log_probability(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Of every word after each token, in nats: (T, V), float32 or wider."""
@@ -76,7 +82,9 @@ class Softmax(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)  # in a large vocabulary it takes longer than a step's draws
-def inclusion(vocabulary_size: int, samples: int, device: torch.device | None = None) -> torch.Tensor:
+def inclusion_probability(
+    vocabulary_size: int, samples: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Returns the probability P_V of each word to be among `samples` draws with replacement from the
     log-uniform distribution q_j = log((j + 2) / (j + 1)) / log(V + 1).
 
@@ -87,13 +95,15 @@ def inclusion(vocabulary_size: int, samples: int, device: torch.device | None = 
     return -torch.expm1(samples * torch.log1p(-q_V)).to(device)
 
 
-def draw(vocabulary_size: int, samples: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_negatives(
+    vocabulary_size: int, samples: int, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the distinct words among `samples` draws (int64, ascending) and 1 / P of each (float64):
     the same for every rank and micro-batch of a step."""
     u_S = prng.uniform(samples, seed, step, "negatives")
     drawn_S = ((u_S * math.log(vocabulary_size + 1)).exp().long() - 1).clamp(0, vocabulary_size - 1)
     word_N = drawn_S.unique()
-    return word_N, 1 / inclusion(vocabulary_size, samples)[word_N]
+    return word_N, 1 / inclusion_probability(vocabulary_size, samples)[word_N]
 
 
 class _NLL(torch.autograd.Function):
@@ -107,14 +117,25 @@ class _NLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Any, w_ND: Any, b_N: Any, column_T: Any, valid_T: Any, own_w_TD: Any, own_b_T: Any,
-        more_N: Any, train: bool,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x_TD: Any,
+        w_ND: Any,
+        b_N: Any,
+        column_T: Any,
+        valid_T: Any,
+        own_w_TD: Any,
+        own_b_T: Any,
+        more_N: Any,
+        train: bool,
+    ) -> torch.Tensor:
         wide, own = torch.promote_types(x_TD.dtype, torch.float32), own_w_TD is not None
         nll = x_TD.new_zeros((), dtype=wide)
         if train:
             dx_TD, dw_ND = torch.empty_like(x_TD), torch.zeros_like(w_ND, dtype=wide)
-            db_N, d_own_T = b_N.new_zeros(b_N.shape, dtype=wide), x_TD.new_zeros(len(x_TD), dtype=wide)
+            db_N, d_own_T = (
+                b_N.new_zeros(b_N.shape, dtype=wide),
+                x_TD.new_zeros(len(x_TD), dtype=wide),
+            )
         per_chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // len(b_N))
         for i in range(0, len(x_TD), per_chunk):
             at = slice(i, i + per_chunk)
@@ -143,7 +164,9 @@ class _NLL(torch.autograd.Function):
                 db_N += d_CN.sum(0)
         if train and own:
             dx_TD += d_own_T.to(x_TD.dtype)[:, None] * own_w_TD
-            ctx.save_for_backward(dx_TD, dw_ND, db_N, d_own_T[:, None].to(x_TD.dtype) * x_TD, d_own_T)
+            ctx.save_for_backward(
+                dx_TD, dw_ND, db_N, d_own_T[:, None].to(x_TD.dtype) * x_TD, d_own_T
+            )
         elif train:
             ctx.save_for_backward(dx_TD, dw_ND, db_N)
         return nll

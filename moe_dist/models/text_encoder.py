@@ -20,9 +20,9 @@ from moe_dist.config.schema import TextConfig
 from moe_dist.data.text.masked_lm import TOLD
 from moe_dist.models.transformer import EMBEDDING_BOUND, Encoder, LayerNorm, Positions, linear
 from moe_dist.moe.layer import LayerStats
-from moe_dist.nn.init import parameter, with_bound
-from moe_dist.nn.token_context import Context
-from moe_dist.nn.token_noise import dropout
+from moe_dist.nn.init import set_init_bound, uniform_parameter
+from moe_dist.nn.token_context import TokenContext
+from moe_dist.nn.token_noise import token_dropout
 
 KINDS = 2  # of tokens: those of a first and of a second text
 POOLED = 2**20  # the site of a classifier's dropout, behind those of any encoder
@@ -44,22 +44,28 @@ class TextEncoder(nn.Module):
         self.encoder = Encoder(config.encoder)
 
     def read(
-        self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: Context
+        self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, dict[str, LayerStats]]:
         """Tokens -> what the heads see (T, D), statistics. Raises ValueError for samples that are too long."""
         num_samples, tokens = token_BS.shape
         if tokens > self.num_tokens:
-            raise ValueError(f"{tokens} tokens in a sample: at most model.max_tokens={self.num_tokens}")
+            raise ValueError(
+                f"{tokens} tokens in a sample: at most model.max_tokens={self.num_tokens}"
+            )
         x_BSE = self.norm(self.positions(self.words(token_BS) + self.kinds(kind_BS)))
-        x_TD = dropout(self.widen(x_BSE).flatten(0, 1), self.p, ctx.at(0))
+        x_TD = token_dropout(self.widen(x_BSE).flatten(0, 1), self.p, ctx.at_layer(0))
         # padding is not seen, but by itself: a token that saw nothing would be no number
         valid_BS = ctx.valid_T.view(num_samples, tokens)
-        mask_B1SS = (valid_BS[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=x_TD.device))[:, None]
+        mask_B1SS = (
+            valid_BS[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=x_TD.device)
+        )[:, None]
         return self.encoder(x_TD, (num_samples, tokens), mask_B1SS, ctx)
 
     def rows_per_sample(self) -> dict[str, int]:
         """How many rows each matrix meets in a sample of `max_tokens`, by the beginning of its name."""
-        of_encoder = {f"encoder.{name}": self.num_tokens * uses for name, uses in self.encoder.uses().items()}
+        of_encoder = {
+            f"encoder.{name}": self.num_tokens * uses for name, uses in self.encoder.uses().items()
+        }
         return of_encoder | {"widen.": self.num_tokens}
 
 
@@ -74,7 +80,11 @@ class PretrainingModel(TextEncoder):
         self.order = linear(dim, 2)
 
     def forward(
-        self, token_BS: torch.Tensor, kind_BS: torch.Tensor, masked_N: torch.Tensor, ctx: Context
+        self,
+        token_BS: torch.Tensor,
+        kind_BS: torch.Tensor,
+        masked_N: torch.Tensor,
+        ctx: TokenContext,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
         """Tokens, their kinds, and which of the T tokens are to be told -> logits of those words (N, V), of the order
         (B, 2), and the statistics of each routing."""
@@ -84,7 +94,12 @@ class PretrainingModel(TextEncoder):
 
     def rows_per_sample(self) -> dict[str, int]:
         told = round(TOLD * self.num_tokens)
-        return super().rows_per_sample() | {"words.": told, "masked.": told, "pooler.": 1, "order.": 1}
+        return super().rows_per_sample() | {
+            "words.": told,
+            "masked.": told,
+            "pooler.": 1,
+            "order.": 1,
+        }
 
 
 class TextClassifier(TextEncoder):
@@ -96,11 +111,13 @@ class TextClassifier(TextEncoder):
         self.head = linear(config.encoder.dim, config.num_classes)
 
     def forward(
-        self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: Context
+        self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, dict[str, LayerStats]]:
         """Tokens and their kinds -> logits of classes (B, C), and the statistics of each routing."""
         x_TD, stats = self.read(token_BS, kind_BS, ctx)
-        pooled_BD = dropout(_pooled(self.pooler, x_TD, token_BS.shape), self.p, _of_samples(ctx, token_BS.shape))
+        pooled_BD = token_dropout(
+            _pooled(self.pooler, x_TD, token_BS.shape), self.p, _of_samples(ctx, token_BS.shape)
+        )
         return self.head(pooled_BD), stats
 
     def rows_per_sample(self) -> dict[str, int]:
@@ -115,7 +132,7 @@ class AnswerFinder(TextEncoder):
         self.span = linear(config.encoder.dim, 2)
 
     def forward(
-        self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: Context
+        self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
         """Tokens and their kinds -> logits of the first token (B, S), of the last one, and the statistics of each
         routing."""
@@ -132,10 +149,10 @@ def _pooled(pooler: nn.Module, x_TD: torch.Tensor, shape: torch.Size) -> torch.T
     return pooler(x_TD.view(*shape, x_TD.shape[1])[:, 0]).tanh()
 
 
-def _of_samples(ctx: Context, shape: torch.Size) -> Context:
+def _of_samples(ctx: TokenContext, shape: torch.Size) -> TokenContext:
     """The context of each sample's first token, at a use of its own."""
     first_B = torch.arange(shape[0], device=ctx.sample_T.device) * shape[1]
-    return ctx.rows(first_B).at(POOLED)
+    return ctx.select(first_B).at_layer(POOLED)
 
 
 class MaskedWords(nn.Module):
@@ -145,7 +162,7 @@ class MaskedWords(nn.Module):
         super().__init__()
         self.narrow = linear(dim, width)
         self.norm = LayerNorm(width)
-        self.bias_V = parameter(vocabulary_size, bound=0.0)
+        self.bias_V = uniform_parameter(vocabulary_size, bound=0.0)
 
     def forward(self, x_ND: torch.Tensor, w_VE: torch.Tensor) -> torch.Tensor:
         return self.norm(F.gelu(self.narrow(x_ND))) @ w_VE.t() + self.bias_V
@@ -154,5 +171,5 @@ class MaskedWords(nn.Module):
 def _table(rows: int, width: int) -> nn.Embedding:
     # from a tensor: nn.Embedding's own initialisation costs seconds on the meta device, and ours follows
     table = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-    with_bound(table.weight, EMBEDDING_BOUND)
+    set_init_bound(table.weight, EMBEDDING_BOUND)
     return table

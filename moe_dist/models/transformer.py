@@ -26,9 +26,9 @@ from moe_dist.config.schema import EncoderConfig
 from moe_dist.moe.experts import GeluExperts
 from moe_dist.moe.gating.softmax_topk import SoftmaxTopK
 from moe_dist.moe.layer import LayerStats, MoE
-from moe_dist.nn.init import parameter, with_bound
-from moe_dist.nn.token_context import Context
-from moe_dist.nn.token_noise import dropout
+from moe_dist.nn.init import set_init_bound, uniform_parameter
+from moe_dist.nn.token_context import TokenContext
+from moe_dist.nn.token_noise import token_dropout
 
 EPS = 1e-6  # of LayerNorms
 EMBEDDING_BOUND = 0.02 * 3**0.5  # deviation 0.02
@@ -44,7 +44,7 @@ class Block:
     routes: bool  # else it takes the last assignment
 
 
-def blocks_of(config: EncoderConfig) -> list[Block]:
+def build_blocks(config: EncoderConfig) -> list[Block]:
     """The blocks in order. Raises ValueError for blocks with experts that are not there, or an assignment that would
     outlive the experts it is for."""
 
@@ -63,7 +63,11 @@ def blocks_of(config: EncoderConfig) -> list[Block]:
                 f"model.encoder.blocks_per_routing={config.blocks_per_routing}, but block {i} has experts of its own: "
                 f"an assignment is for one set of experts (blocks_per_ffn={config.blocks_per_ffn})"
             )
-        blocks.append(Block(group(i, config.blocks_per_attention), group(i, config.blocks_per_norm), ffn, routes))
+        blocks.append(
+            Block(
+                group(i, config.blocks_per_attention), group(i, config.blocks_per_norm), ffn, routes
+            )
+        )
     return blocks
 
 
@@ -71,7 +75,11 @@ def _moe_blocks(config: EncoderConfig) -> set[int]:
     every = range(config.depth)
     named: dict[str, Iterable[int]] = {"all": every, "none": ()}
     try:
-        moe = set(named[config.moe_blocks] if config.moe_blocks in named else map(int, config.moe_blocks.split(",")))
+        moe = set(
+            named[config.moe_blocks]
+            if config.moe_blocks in named
+            else map(int, config.moe_blocks.split(","))
+        )
     except ValueError:
         moe = {-1}
     if not moe <= set(every):
@@ -88,20 +96,27 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         """Raises ValueError for numbers that do not fit together."""
         super().__init__()
-        self.config, self.blocks = config, blocks_of(config)
+        self.config, self.blocks = config, build_blocks(config)
         self.attention = nn.ModuleList(
-            Attention(config.dim, config.num_heads) for _ in {block.attention for block in self.blocks}
+            Attention(config.dim, config.num_heads)
+            for _ in {block.attention for block in self.blocks}
         )
         norms = {block.norm for block in self.blocks}
         self.norm_attention = nn.ModuleList(LayerNorm(config.dim) for _ in norms)
         self.norm_ffn = nn.ModuleList(LayerNorm(config.dim) for _ in norms)
         # in order of first use; a set would be ordered otherwise on another rank
         names = dict.fromkeys(block.ffn for block in self.blocks)
-        self.ffn = nn.ModuleDict({name: _moe(config) if name.startswith("moe") else _ffn(config) for name in names})
+        self.ffn = nn.ModuleDict(
+            {name: _moe(config) if name.startswith("moe") else _ffn(config) for name in names}
+        )
         self.norm = LayerNorm(config.dim) if config.norm_first else nn.Identity()
 
     def forward(
-        self, x_TD: torch.Tensor, shape: tuple[int, int], mask_B1SS: torch.Tensor | None, ctx: Context
+        self,
+        x_TD: torch.Tensor,
+        shape: tuple[int, int],
+        mask_B1SS: torch.Tensor | None,
+        ctx: TokenContext,
     ) -> tuple[torch.Tensor, dict[str, LayerStats]]:
         """`shape`: (B, S). `mask_B1SS`: which tokens (the last S) a token may see, None for all of its sample."""
         stats: dict[str, LayerStats] = {}
@@ -111,19 +126,21 @@ class Encoder(nn.Module):
         for i, block in enumerate(self.blocks):
             before, after = self._around(self.norm_attention[block.norm])
             h_TD = self._call(self.attention[block.attention], before(x_TD), shape, mask_B1SS)
-            x_TD = after(x_TD + dropout(h_TD, p, ctx.at(2 * i + 1)))
-            layer, here = self.ffn[block.ffn], ctx.at(2 * i + 2)
+            x_TD = after(x_TD + token_dropout(h_TD, p, ctx.at_layer(2 * i + 1)))
+            layer, here = self.ffn[block.ffn], ctx.at_layer(2 * i + 2)
             before, after = self._around(self.norm_ffn[block.norm])
             h_TD = before(x_TD)
-            if isinstance(layer, MoE):  # as `MoE.forward`, but that several blocks may have one routing
+            if isinstance(
+                layer, MoE
+            ):  # as `MoE.forward`, but that several blocks may have one routing
                 if block.routes:
                     routing, told = layer.gate(h_TD, here)
-                h_TD, inner = layer.exchange(h_TD, routing, layer.experts, here)
+                h_TD, inner = layer.dispatcher(h_TD, routing, layer.experts, here)
                 if block.routes:  # a routing is balanced once, however often it is used
                     stats[f"block{i}"] = layer.stats(routing, told, inner)
             else:
                 h_TD = self._call(layer, h_TD)
-            x_TD = after(x_TD + dropout(h_TD, p, here))
+            x_TD = after(x_TD + token_dropout(h_TD, p, here))
         return self.norm(x_TD), stats
 
     def _around(self, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -150,11 +167,11 @@ class Encoder(nn.Module):
             count[f"ffn.{block.ffn}."] += 1
         return count
 
-    def multiply_adds_of_attention(self, tokens: int) -> int:
+    def attention_multiply_adds(self, tokens: int) -> int:
         """Of scores and of the values they weigh, in a sample of `tokens`; of no matrix of parameters."""
         return len(self.blocks) * 2 * tokens**2 * self.config.dim
 
-    def kept_per_token(self, seen: int = 0) -> int:
+    def activations_per_token(self, seen: int = 0) -> int:
         """Numbers kept for backward of a token, but for its rows: from what each operation saves. `seen`: tokens of the
         mask that attention is given."""
         config, kept = self.config, 2 * self.config.dim
@@ -165,11 +182,11 @@ class Encoder(nn.Module):
             if block.ffn.startswith("moe"):
                 kept += 4 * config.moe.num_experts + 2 * config.moe.k  # scores, sums in float64
             else:
-                kept += 0 if config.recompute else 2 * config.ffn_hidden
+                kept += 0 if config.recompute else 2 * config.ffn_hidden_dim
         return kept
 
     @property
-    def uses_of_mixtures(self) -> int:
+    def num_moe_uses(self) -> int:
         """How often a token goes to experts."""
         return sum(block.ffn.startswith("moe") for block in self.blocks)
 
@@ -185,12 +202,16 @@ class Attention(nn.Module):
         """Raises ValueError where `num_heads` does not divide `dim`."""
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"model.encoder.dim={dim} is not a multiple of model.encoder.num_heads={num_heads}")
+            raise ValueError(
+                f"model.encoder.dim={dim} is not a multiple of model.encoder.num_heads={num_heads}"
+            )
         self.num_heads = num_heads
         self.query, self.value, self.out = (linear(dim, dim) for _ in range(3))
         self.key = linear(dim, dim, bias=False)
 
-    def forward(self, x_TD: torch.Tensor, shape: tuple[int, int], mask_B1SS: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x_TD: torch.Tensor, shape: tuple[int, int], mask_B1SS: torch.Tensor | None
+    ) -> torch.Tensor:
         heads = (*shape, self.num_heads, x_TD.shape[1] // self.num_heads)
         q_BHSC, k_BHSC, v_BHSC = (
             layer(x_TD).view(heads).transpose(1, 2) for layer in (self.query, self.key, self.value)
@@ -204,8 +225,8 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.gain_D = parameter(dim, bound=0.0)
-        self.bias_D = parameter(dim, bound=0.0)
+        self.gain_D = uniform_parameter(dim, bound=0.0)
+        self.bias_D = uniform_parameter(dim, bound=0.0)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x_TD, x_TD.shape[-1:], 1 + self.gain_D, self.bias_D, EPS)
@@ -228,8 +249,13 @@ def norm_divergence(named: Mapping[str, torch.Tensor]) -> dict[str, float]:
         if found := re.search(r"\bnorm_(attention|ffn)\.\d+\.(gain|bias)_D$", name):
             parts[".".join(found.groups())].append(p_D.detach().double())
     if not parts:
-        raise ValueError(f"no norm_attention.0.gain_D or its like among {len(named)} names: LayerNorms of blocks")
-    return {part: 2 * torch.stack(p_ND).var(0, correction=0).mean().item() for part, p_ND in sorted(parts.items())}
+        raise ValueError(
+            f"no norm_attention.0.gain_D or its like among {len(named)} names: LayerNorms of blocks"
+        )
+    return {
+        part: 2 * torch.stack(p_ND).var(0, correction=0).mean().item()
+        for part, p_ND in sorted(parts.items())
+    }
 
 
 class Positions(nn.Module):
@@ -237,7 +263,7 @@ class Positions(nn.Module):
 
     def __init__(self, num_positions: int, dim: int) -> None:
         super().__init__()
-        self.w_SD = parameter(num_positions, dim, bound=EMBEDDING_BOUND)
+        self.w_SD = uniform_parameter(num_positions, dim, bound=EMBEDDING_BOUND)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         return x_BSD + self.w_SD[: x_BSD.shape[1]]
@@ -247,15 +273,19 @@ def linear(fan_in: int, fan_out: int, bound: float | None = None, bias: bool = T
     """With biases that start at zero, and weights of variance 1 / fan_in or drawn from U(-bound, bound). The paper does
     not say what it starts from."""
     layer = nn.Linear(fan_in, fan_out, bias)
-    with_bound(layer.weight, math.sqrt(3 / fan_in) if bound is None else bound)
+    set_init_bound(layer.weight, math.sqrt(3 / fan_in) if bound is None else bound)
     if bias:
-        with_bound(layer.bias, 0.0)
+        set_init_bound(layer.bias, 0.0)
     return layer
 
 
 def _ffn(config: EncoderConfig) -> nn.Module:
     # the paper does not say where its dropout is; ours is on what a block adds, not on hidden units too
-    return nn.Sequential(linear(config.dim, config.ffn_hidden), nn.GELU(), linear(config.ffn_hidden, config.dim))
+    return nn.Sequential(
+        linear(config.dim, config.ffn_hidden_dim),
+        nn.GELU(),
+        linear(config.ffn_hidden_dim, config.dim),
+    )
 
 
 def _moe(config: EncoderConfig) -> MoE:
@@ -266,6 +296,8 @@ def _moe(config: EncoderConfig) -> MoE:
         moe.k,
         noise=moe.noise,
         capacity_factor=moe.capacity_factor,
-        w_balance=moe.w_balance,
+        balance_loss_weight=moe.balance_loss_weight,
     )
-    return MoE(gate, GeluExperts(moe.num_experts, config.dim, moe.hidden, config.recompute))
+    return MoE(
+        gate, GeluExperts(moe.num_experts, config.dim, moe.expert_hidden_dim, config.recompute)
+    )

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from moe_dist.distributed.buffer_pool import empty
+from moe_dist.distributed.buffer_pool import pooled_empty
 
 # form(out) -> the gradient of one part of a stack, in `out` where that is given
-Form = Callable[[torch.Tensor | None], torch.Tensor]
-PutOff = Callable[[int, Form], None]  # put_off(s, form): of stack s
+GradFn = Callable[[torch.Tensor | None], torch.Tensor]
+DeferGrad = Callable[[int, GradFn], None]  # defer(s, form): of stack s
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertChunk:
     """Some experts of a module, called as the module is (`dispatch.exchange.ExpertModule`)."""
 
     run: Callable[..., tuple[torch.Tensor, Any]]
@@ -32,45 +32,59 @@ class Part:
         return self.run(x_TD, routing, ctx)
 
 
-class Later:
+class DelayedWeightGrads:
     """Stacks in consecutive parts, whose gradients may be put off."""
 
     def __init__(self, sizes: list[int], *stacks: torch.Tensor) -> None:
         """`sizes`: of the parts, in experts."""
-        self.sizes, self.number = sizes, len(stacks)
-        self.forms: dict[tuple[int, int], tuple[int, Form]] = {}  # part, stack -> of which backward, form
-        self.slices: tuple[torch.Tensor, ...] = _Slices.apply(self, *stacks)
+        self.sizes, self.num_stacks = sizes, len(stacks)
+        self.deferred: dict[
+            tuple[int, int], tuple[int, GradFn]
+        ] = {}  # part, stack -> of which backward, form
+        self.slices: tuple[torch.Tensor, ...] = _SplitStacks.apply(self, *stacks)
 
-    def part(self, i: int) -> tuple[torch.Tensor, ...]:
+    def chunk(self, i: int) -> tuple[torch.Tensor, ...]:
         """Of every stack."""
-        return self.slices[i * self.number : (i + 1) * self.number]
+        return self.slices[i * self.num_stacks : (i + 1) * self.num_stacks]
 
-    def put_off(self, i: int, s: int, form: Form) -> None:
+    def defer(self, i: int, s: int, form: GradFn) -> None:
         """To be called in backward in place of returning the gradient of `part(i)[s]`."""
-        self.forms[i, s] = _backward(), form
+        self.deferred[i, s] = _graph_task_id(), form
 
 
-def _backward() -> int:
+def _graph_task_id() -> int:
     """Which one is running: what an earlier one put off, that never came as far as the stacks, is not a later one's."""
     return torch._C._current_graph_task_id()
 
 
-class _Slices(torch.autograd.Function):
+class _SplitStacks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, later: Later, *stacks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, later: DelayedWeightGrads, *stacks: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         # not `later` itself: its slices hold this node, and Python does not see a cycle through C++
-        ctx.forms, ctx.sizes, ctx.number, ctx.stacks = later.forms, later.sizes, later.number, stacks
-        return tuple(t for part in zip(*(s.split(later.sizes) for s in stacks), strict=True) for t in part)
+        ctx.forms, ctx.sizes, ctx.number, ctx.stacks = (
+            later.deferred,
+            later.sizes,
+            later.num_stacks,
+            stacks,
+        )
+        return tuple(
+            t for part in zip(*(s.split(later.sizes) for s in stacks), strict=True) for t in part
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
         wholes = []
         for s, stack in enumerate(ctx.stacks):
-            whole = empty(*stack.shape, like=stack) if len(ctx.sizes) > 1 else None
+            whole = pooled_empty(*stack.shape, like=stack) if len(ctx.sizes) > 1 else None
             for i, part in enumerate([None] if whole is None else whole.split(ctx.sizes)):
-                grad, (backward, form) = grads[i * ctx.number + s], ctx.forms.pop((i, s), (None, None))
-                if backward == _backward():
+                grad, (backward, form) = (
+                    grads[i * ctx.number + s],
+                    ctx.forms.pop((i, s), (None, None)),
+                )
+                if backward == _graph_task_id():
                     grad = form(part)
                 elif grad is None:
                     grad = torch.zeros_like(stack) if part is None else part.zero_()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Measure:
+class MetricFormat:
     """Attributes:
     name: For people.
     axis: Of its curve.
@@ -26,34 +26,46 @@ class Measure:
     decimals: int | None = 2
 
 
-MEASURES = {
-    "perplexity": Measure("perplexity", "perplexity", is_share=False, decimals=None),
-    "accuracy": Measure("accuracy", "accuracy (part of all that are right)"),
-    "masked_accuracy": Measure("masked words", "accuracy (part of masked words that are right)"),
-    "order_accuracy": Measure("order of sentences", "accuracy (part of orders that are right)"),
-    "f1": Measure("F1", "F1"),
-    "exact": Measure("exact match", "exact matches (part of all answers)"),
-    "matthews": Measure("Matthews correlation", "Matthews correlation", is_share=False, decimals=4),
-    "pearson": Measure("Pearson correlation", "Pearson correlation", is_share=False, decimals=4),
-    "spearman": Measure("Spearman correlation", "Spearman correlation", is_share=False, decimals=4),
+METRIC_FORMATS = {
+    "perplexity": MetricFormat("perplexity", "perplexity", is_share=False, decimals=None),
+    "accuracy": MetricFormat("accuracy", "accuracy (part of all that are right)"),
+    "masked_accuracy": MetricFormat(
+        "masked words", "accuracy (part of masked words that are right)"
+    ),
+    "order_accuracy": MetricFormat(
+        "order of sentences", "accuracy (part of orders that are right)"
+    ),
+    "f1": MetricFormat("F1", "F1"),
+    "exact": MetricFormat("exact match", "exact matches (part of all answers)"),
+    "matthews": MetricFormat(
+        "Matthews correlation", "Matthews correlation", is_share=False, decimals=4
+    ),
+    "pearson": MetricFormat(
+        "Pearson correlation", "Pearson correlation", is_share=False, decimals=4
+    ),
+    "spearman": MetricFormat(
+        "Spearman correlation", "Spearman correlation", is_share=False, decimals=4
+    ),
 }
 # the measure that models are compared by is the first of these that a task has
-HEADLINES = ("matthews", "pearson", "f1", "accuracy", "perplexity")
+PRIMARY_METRICS = ("matthews", "pearson", "f1", "accuracy", "perplexity")
 
 
-def written(measure: str, value: float, other: str = ".4g") -> str:
+def format_metric(measure: str, value: float, other: str = ".4g") -> str:
     """Returns a value as text: a share in per cent, a correlation with four decimals, others in the format `other`."""
-    known = MEASURES.get(measure)
+    known = METRIC_FORMATS.get(measure)
     if not known or known.decimals is None:
         return format(value, other)
-    return f"{100 * value:.{known.decimals}f} %" if known.is_share else f"{value:.{known.decimals}f}"
+    return (
+        f"{100 * value:.{known.decimals}f} %" if known.is_share else f"{value:.{known.decimals}f}"
+    )
 
 
-def headline(keys: Iterable[str], split: str) -> str | None:
+def primary_metric(keys: Iterable[str], split: str) -> str | None:
     """Returns the measure of a split that models are compared by, of the keys of a line of metrics. None where there is
     none."""
     keys = set(keys)
-    return next((measure for measure in HEADLINES if f"{split}/{measure}" in keys), None)
+    return next((measure for measure in PRIMARY_METRICS if f"{split}/{measure}" in keys), None)
 
 
 def perplexity(loss: float) -> float:
@@ -61,6 +73,6 @@ def perplexity(loss: float) -> float:
     return math.inf if loss > 700 else math.exp(loss)
 
 
-def told_perplexity(value: float, loss: float) -> str:
+def format_perplexity(value: float, loss: float) -> str:
     """Returns a perplexity as text; where it is no number, with the loss that it is of."""
     return f"{value:.2f}" if math.isfinite(value) else f"{value} (loss {loss:.4g} nats)"

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_dist.monitoring.step_timer import PARTS
 
-LINKS = ("inside a node", "between nodes")  # over which bytes go
+LINK_KINDS = ("inside a node", "between nodes")  # over which bytes go
 _MOST_BYTES = 1e30  # of one direction in a step; a number above it is damage
 
 
@@ -19,7 +19,9 @@ def step_milliseconds(line: dict) -> float | None:
     return sum(line[key] for key in keys) if all(key in line for key in keys) else None
 
 
-def sent_bytes(lines: list[dict]) -> tuple[list[dict], dict[tuple[str, str, str], np.ndarray]]:
+def bytes_sent_series(
+    lines: list[dict],
+) -> tuple[list[dict], dict[tuple[str, str, str], np.ndarray]]:
     """The lines that tell of bytes sent, and by (direction, link, place) those of a step of each of them, over all
     ranks."""
     keys = {key: match for line in lines for key in line if (match := _BYTES_KEY.fullmatch(key))}
@@ -27,7 +29,7 @@ def sent_bytes(lines: list[dict]) -> tuple[list[dict], dict[tuple[str, str, str]
     sent: dict[tuple[str, str, str], np.ndarray] = {}
     for key, match in keys.items():
         direction, far, _ = match[2].partition("_between_nodes")
-        label = (direction.replace(":grad", " (backward)"), LINKS[bool(far)], match[1])
+        label = (direction.replace(":grad", " (backward)"), LINK_KINDS[bool(far)], match[1])
         values = np.array([line.get(key, 0.0) for line in having], dtype=float)
         values = np.where(np.abs(values) < _MOST_BYTES, values, 0.0)
         sent[label] = sent.get(label, 0) + values

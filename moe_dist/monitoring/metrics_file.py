@@ -14,8 +14,8 @@ import numpy as np
 from moe_dist.config import run_folder
 
 FILE_NAME = "metrics.jsonl"
-_BY_EXPERT = ("/importance", "/load")  # keys of lists end with one of these
-_LISTS = (*_BY_EXPERT, "memory/peak_bytes")
+_PER_EXPERT = ("/importance", "/load")  # keys of lists end with one of these
+_LISTS = (*_PER_EXPERT, "memory/peak_bytes")
 _TEXTS = ("train/not_finite",)
 _MOST_STEPS = 10**9
 _LONGEST_KEY = 200  # characters: pictures are named by layers
@@ -39,8 +39,10 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
             raise ValueError(f"{path} line {number} {values}: mend or remove it")
         for key, value in values.items():
             # of memory there is a number for each rank, and a run may go on with others
-            if key.endswith(_BY_EXPERT) and len(value) != experts.setdefault(key, len(value)):
-                told = f"has {len(value)} numbers in {key!r}, where an earlier line has {experts[key]}"
+            if key.endswith(_PER_EXPERT) and len(value) != experts.setdefault(key, len(value)):
+                told = (
+                    f"has {len(value)} numbers in {key!r}, where an earlier line has {experts[key]}"
+                )
                 raise ValueError(f"{path} line {number} {told}: mend or remove it")
         lines.append(values)
     return lines
@@ -60,18 +62,26 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:
                 if type(step) is not int or not 0 <= step <= _MOST_STEPS:
                     yield number, line, f"has no step ({line[:80]!r})"
                     continue
-                if strange := [key for key, value in values.items() if not _is_told(key, value)]:
-                    yield number, line, f"has a {strange[0]!r:.90} that is none of ours ({line[:80]!r})"
+                if strange := [
+                    key for key, value in values.items() if not _is_valid_entry(key, value)
+                ]:
+                    yield (
+                        number,
+                        line,
+                        f"has a {strange[0]!r:.90} that is none of ours ({line[:80]!r})",
+                    )
                     continue
-                yield number, line, {key: _as_number(value) for key, value in values.items()}
+                yield number, line, {key: as_number(value) for key, value in values.items()}
 
 
-def _is_told(key: str, value: Any) -> bool:
+def _is_valid_entry(key: str, value: Any) -> bool:
     """Returns whether a line may hold `value` as its `key`."""
     if not (key.isprintable() and len(key) <= _LONGEST_KEY):
         return False
     if key.endswith(_LISTS):
-        return isinstance(value, list) and len(value) > 0 and all(_is_number(each) for each in value)
+        return (
+            isinstance(value, list) and len(value) > 0 and all(_is_number(each) for each in value)
+        )
     return isinstance(value, str) and value.isprintable() if key in _TEXTS else _is_number(value)
 
 
@@ -80,34 +90,42 @@ def _is_number(value: Any) -> bool:
     return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
-def _open(run: pathlib.Path) -> io.FileIO:
+def open_for_append(run: pathlib.Path) -> io.FileIO:
     """Opens the metrics file of a run, which exists, to read it and to append to it."""
-    return open(run_folder.open_existing(run / FILE_NAME, os.O_RDWR | os.O_APPEND), "a+b", buffering=0)
+    return open(
+        run_folder.open_existing(run / FILE_NAME, os.O_RDWR | os.O_APPEND), "a+b", buffering=0
+    )
 
 
-def _keep_until(run: pathlib.Path, step: int) -> None:
+def truncate_after(run: pathlib.Path, step: int) -> None:
     """Drops the lines of a run's metrics after `step`, at step 0 all of them, for the run starts anew.
 
     The file is replaced as a whole. Lines that a crash of the machine has damaged are dropped with a warning, so that a
     run that is started again by itself goes on.
     """
     path = run / FILE_NAME
-    with run_folder.replacing(run, FILE_NAME) as file:
+    with run_folder.atomic_write(run, FILE_NAME) as file:
         for number, line, values in _lines(path) if step and path.is_file() else ():
             if isinstance(values, str):
-                print(f"warning: {path} line {number} {values}: it is dropped", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {path} line {number} {values}: it is dropped",
+                    file=sys.stderr,
+                    flush=True,
+                )
             elif values["step"] <= step:
                 file.write(line)
 
 
-def _or_null(value: float | list[float] | str) -> Any:
+def as_json(value: float | list[float] | str) -> Any:
     if isinstance(value, list):
-        return [_or_null(each) for each in value]
+        return [as_json(each) for each in value]
     return value if isinstance(value, str) or math.isfinite(value) else None
 
 
-def _as_number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     if isinstance(value, list):
         with np.errstate(over="ignore"):  # a number that a float32 cannot hold is infinite
-            return np.array(value, dtype=np.float32)  # an eighth of a list's memory: runs have thousands of experts
+            return np.array(
+                value, dtype=np.float32
+            )  # an eighth of a list's memory: runs have thousands of experts
     return math.nan if value is None else value

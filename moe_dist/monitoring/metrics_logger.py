@@ -14,9 +14,16 @@ from typing import Any
 from tqdm import tqdm
 
 from moe_dist.config import run_folder
-from moe_dist.monitoring.metric_format import headline, written
-from moe_dist.monitoring.metrics_file import FILE_NAME, _as_number, _keep_until, _open, _or_null, read_metrics
-from moe_dist.monitoring.wandb_logger import _WandbThread, wandb_mode_of
+from moe_dist.monitoring.metric_format import format_metric, primary_metric
+from moe_dist.monitoring.metrics_file import (
+    FILE_NAME,
+    as_json,
+    as_number,
+    open_for_append,
+    read_metrics,
+    truncate_after,
+)
+from moe_dist.monitoring.wandb_logger import WandbLogger, wandb_mode_of
 
 _LINE_SECONDS = 2.0  # least time between two progress lines
 
@@ -24,7 +31,7 @@ _LINE_SECONDS = 2.0  # least time between two progress lines
 _FAILED_SECONDS = 15.0  # that a run which fails waits for wandb: launchers kill after 30
 
 
-class Metrics:
+class MetricsLogger:
     """Writes the curves of one run to `run/metrics.jsonl`, the terminal and wandb.
 
     `enabled` is true on rank 0 only; elsewhere every method does nothing. A line with step s describes the state
@@ -61,20 +68,22 @@ class Metrics:
         self._restore = restore
         self._start_step, self._total_steps = start_step, total_steps
         self._run = run
-        _keep_until(run, start_step)
-        self._file = _open(run)
+        truncate_after(run, start_step)
+        self._file = open_for_append(run)
         self._waiting = b""  # lines that a full disk did not take
-        self._wandb: _WandbThread | None = None
+        self._wandb: WandbLogger | None = None
         if mode != "off":
             self.wandb_id = wandb_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-            self._wandb = _WandbThread(run, config, mode, self.wandb_id, wandb_labels)
+            self._wandb = WandbLogger(run, config, mode, self.wandb_id, wandb_labels)
         self._headline: dict[str, str] = {}
         self._shown = (start_step, "")
         self._start_time, self._line_time = time.monotonic(), -_LINE_SECONDS
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             bar_format = "step {n_fmt}/{total_fmt} |{bar}| {desc}  eta {remaining}"
-            self._bar = tqdm(initial=start_step, total=total_steps, bar_format=bar_format, dynamic_ncols=True)
+            self._bar = tqdm(
+                initial=start_step, total=total_steps, bar_format=bar_format, dynamic_ncols=True
+            )
 
     def log(self, step: int, values: Mapping[str, float | list[float] | str]) -> None:
         """Appends one line to the metrics file, and shows it: as curves in wandb, and its headline on the terminal.
@@ -84,22 +93,26 @@ class Metrics:
         """
         if not self._enabled:
             return
-        line = json.dumps({"step": step} | {key: _or_null(value) for key, value in values.items()})
+        line = json.dumps({"step": step} | {key: as_json(value) for key, value in values.items()})
         self._append(line.encode() + b"\n")
         if self._wandb:
-            compact = {key: _as_number(value) for key, value in values.items()}
+            compact = {key: as_number(value) for key, value in values.items()}
             self._wandb.put(step, lambda: compact)
         self._headline |= dict(_headline(values))
         self._show(step, "  ".join(f"{name} {text}" for name, text in self._headline.items()))
 
-    def pictures(self, step: int, draw: Callable[[], list[pathlib.Path]]) -> None:
+    def log_images(self, step: int, draw: Callable[[], list[pathlib.Path]]) -> None:
         """Gives wandb the PNG and HTML files that `draw` returns, and the charts of `panels`. It is called in wandb's
         thread; without wandb, never."""
 
         def make() -> dict[str, Any]:
-            from moe_dist.monitoring.wandb_charts import charts  # here, as matplotlib is by `draw`: for wandb alone
+            from moe_dist.monitoring.wandb_charts import (
+                charts,
+            )  # here, as matplotlib is by `draw`: for wandb alone
 
-            return {f"report/{path.stem}": path for path in draw()} | charts(read_metrics(self._run))
+            return {f"report/{path.stem}": path for path in draw()} | charts(
+                read_metrics(self._run)
+            )
 
         if self._enabled and self._wandb:
             self._wandb.put(step, make)
@@ -109,7 +122,7 @@ class Metrics:
         told, self._waiting = bool(self._waiting), self._waiting + line
         try:
             self._restore()
-            if not run_folder.is_same(self._file.fileno(), self._run / FILE_NAME):
+            if not run_folder.is_same_file(self._file.fileno(), self._run / FILE_NAME):
                 self._write_again()
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
@@ -121,10 +134,10 @@ class Metrics:
     def _write_again(self) -> None:
         """Writes to the run folder the lines of a file that was removed from it."""
         self._file.seek(0)
-        with run_folder.replacing(self._run, FILE_NAME) as file:
+        with run_folder.atomic_write(self._run, FILE_NAME) as file:
             shutil.copyfileobj(self._file, file)
         removed = self._file
-        self._file = _open(self._run)
+        self._file = open_for_append(self._run)
         removed.close()
 
     def _show(self, step: int, text: str) -> None:
@@ -132,12 +145,22 @@ class Metrics:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_description_str(text)  # drawn at once, for an evaluation is no step further
-        elif (step, text) != self._shown and (step >= self._total_steps or now - self._line_time >= _LINE_SECONDS):
+            self._bar.set_description_str(
+                text
+            )  # drawn at once, for an evaluation is no step further
+        elif (step, text) != self._shown and (
+            step >= self._total_steps or now - self._line_time >= _LINE_SECONDS
+        ):
             self._line_time, self._shown = now, (step, text)
-            seconds = (now - self._start_time) * (self._total_steps - step) / max(1, step - self._start_step)
+            seconds = (
+                (now - self._start_time)
+                * (self._total_steps - step)
+                / max(1, step - self._start_step)
+            )
             eta = tqdm.format_interval(seconds)
-            print(f"step {step}/{self._total_steps}  {text}  eta {eta}", file=sys.stderr, flush=True)
+            print(
+                f"step {step}/{self._total_steps}  {text}  eta {eta}", file=sys.stderr, flush=True
+            )
 
     def end_progress(self) -> None:
         """Ends the live bar, before other lines are printed."""
@@ -159,10 +182,12 @@ class Metrics:
         if self._wandb:
             self._wandb.close(exit_code, seconds)
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "MetricsLogger":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -173,14 +198,14 @@ def _headline(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields names and values for the terminal, short, for 80 columns. The last value of each is shown."""
     if "train/loss" in values:
         yield "loss", _number("loss", values["train/loss"])
-    if measure := headline(values, "train"):
+    if measure := primary_metric(values, "train"):
         yield measure, _number(measure, values[f"train/{measure}"])
     for unit in ("words", "images", "texts"):
         if (key := f"{unit}_per_second") in values:
             yield f"{unit}/s", _number(key, values[key])
-    if measure := headline(values, "valid"):
+    if measure := primary_metric(values, "valid"):
         yield "valid", _number(measure, values[f"valid/{measure}"])
 
 
 def _number(measure: str, value: float) -> str:
-    return written(measure, value, ".0f" if 1e3 <= abs(value) < 1e6 else "#.4g")
+    return format_metric(measure, value, ".0f" if 1e3 <= abs(value) < 1e6 else "#.4g")

@@ -31,17 +31,19 @@ from torch.profiler import record_function
 PARTS = ("gate", "exchange", "experts", "optimizer", "rest")
 
 
-class Clock:
+class StepTimer:
     """Of one rank. It runs within `step` alone: elsewhere ranges are the plain calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self.running = False
-        self.named = False  # ranges are told to torch's profiler
+        self.annotate_profile = False  # ranges are told to torch's profiler
         self._open: list[_Range] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._last = 0.0  # when the last range began or ended
-        self._events: list[tuple[str, torch.cuda.Event]] = []  # the part that ended there; "" where a step begins
+        self._events: list[
+            tuple[str, torch.cuda.Event]
+        ] = []  # the part that ended there; "" where a step begins
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -57,7 +59,7 @@ class Clock:
             self._tick()
             self.running = False
 
-    def read(self) -> dict[str, float]:
+    def read_and_reset(self) -> dict[str, float]:
         """Seconds of each of PARTS, of all steps since the last reading. Waits for the stream."""
         if self._events:
             self._events[-1][1].synchronize()
@@ -78,7 +80,7 @@ class Clock:
         finally:
             opened.end()
 
-    def around(self, part: str, call: Callable, name: str) -> Callable:
+    def timed(self, part: str, call: Callable, name: str) -> Callable:
         """`call` as a range, its backward too. `call(x, ...)` returns a tuple, whose first is a tensor or a Routing;
         `name` is its range's in a profile."""
 
@@ -123,7 +125,7 @@ class Clock:
 class _Range:
     """One passage through a range."""
 
-    def __init__(self, clock: Clock, part: str, name: str) -> None:
+    def __init__(self, clock: StepTimer, part: str, name: str) -> None:
         self.clock, self.part, self.name = clock, part, name
         self.told: record_function | None = None
 
@@ -131,7 +133,7 @@ class _Range:
         if self.clock.running:
             self.clock._tick()
             self.clock._open.append(self)
-            if self.clock.named:
+            if self.clock.annotate_profile:
                 self.told = record_function(self.name)
                 self.told.__enter__()
 

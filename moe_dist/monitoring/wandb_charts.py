@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.monitoring.metric_keys import sent_bytes, step_milliseconds
+from moe_dist.monitoring.metric_keys import bytes_sent_series, step_milliseconds
 from moe_dist.monitoring.step_timer import PARTS
 
 _POINTS = 500  # most of a series: a chart's table is uploaded whole
@@ -24,11 +24,15 @@ def charts(lines: list[dict]) -> dict[str, Any]:
         "charts/step_time": _chart("milliseconds of a training step by part", *_times(lines)),
         "charts/bytes_by_link": _chart("bytes sent per step by all ranks", *_links(lines)),
     }
-    for layer in dict.fromkeys(m[1] for line in lines for key in line if (m := re.fullmatch(r"moe/(.+)/load", key))):
+    for layer in dict.fromkeys(
+        m[1] for line in lines for key in line if (m := re.fullmatch(r"moe/(.+)/load", key))
+    ):
         keys = {what: f"moe/{layer}/{what}_over_mean_load" for what in _LOAD}
         having = [line for line in lines if all(key in line for key in keys.values())]
         series = {what: [line[key] for line in having] for what, key in keys.items()}
-        drawn[f"charts/load_{layer}"] = _chart(f"load of an expert / mean load, layer {layer}", having, series)
+        drawn[f"charts/load_{layer}"] = _chart(
+            f"load of an expert / mean load, layer {layer}", having, series
+        )
     return {key: chart for key, chart in drawn.items() if chart is not None}
 
 
@@ -39,7 +43,7 @@ def _times(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:
 
 def _links(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:
     """By direction and link."""
-    having, sent = sent_bytes(lines)
+    having, sent = bytes_sent_series(lines)
     series: dict[str, np.ndarray] = {}
     for (direction, link, _), values in sent.items():
         series[f"{direction}, {link}"] = series.get(f"{direction}, {link}", 0) + values
@@ -55,4 +59,6 @@ def _chart(title: str, having: list[dict], series: dict[str, Any]) -> Any:
     every = slice(None, None, -(-len(having) // _POINTS))
     steps = [line["step"] for line in having][every]
     values = [[float(value) for value in each[every]] for each in series.values()]
-    return wandb.plot.line_series(steps, values, keys=list(series), title=title, xname="training step")
+    return wandb.plot.line_series(
+        steps, values, keys=list(series), title=title, xname="training step"
+    )

@@ -16,13 +16,21 @@ from tqdm import tqdm
 from moe_dist.config import run_folder
 from moe_dist.config.validate import WANDB_MODES
 
-_WANDB_INIT_SECONDS = 15.0
+INIT_TIMEOUT_S = 15.0
 
 
-_WANDB_FINISH_SECONDS = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
-_WANDB_QUEUE = 10_000  # lines wandb may lie behind, which a fast run has logged while a server is waited for
-_WANDB_MODES = {"run": "online", "dryrun": "offline", "disabled": "off"}  # of WANDB_MODE, by other names than ours
-HIDDEN = re.compile(r"moe/.+/p\d+_over_mean_load|exchange/.+_bytes")  # in wandb: `panels` draws them together
+FINISH_TIMEOUT_S = 20.0  # what is not uploaded by then stays on disk for `wandb sync`
+_MAX_QUEUE = (
+    10_000  # lines wandb may lie behind, which a fast run has logged while a server is waited for
+)
+_MODE_ALIASES = {
+    "run": "online",
+    "dryrun": "offline",
+    "disabled": "off",
+}  # of WANDB_MODE, by other names than ours
+WANDB_HIDDEN = re.compile(
+    r"moe/.+/p\d+_over_mean_load|exchange/.+_bytes"
+)  # in wandb: `panels` draws them together
 
 
 def wandb_mode_of(mode: str) -> str:
@@ -34,21 +42,36 @@ def wandb_mode_of(mode: str) -> str:
     if mode not in WANDB_MODES:
         raise ValueError(f"wandb mode {mode!r} is unknown: use one of {', '.join(WANDB_MODES)}")
     asked = os.environ.get("WANDB_MODE") or mode
-    if (asked := _WANDB_MODES.get(asked, asked)) not in (*WANDB_MODES, "shared"):
-        known = ", ".join((*WANDB_MODES, "shared", *_WANDB_MODES))
-        raise ValueError(f"WANDB_MODE={asked!r:.80} in the environment is unknown: use one of {known}")
+    if (asked := _MODE_ALIASES.get(asked, asked)) not in (*WANDB_MODES, "shared"):
+        known = ", ".join((*WANDB_MODES, "shared", *_MODE_ALIASES))
+        raise ValueError(
+            f"WANDB_MODE={asked!r:.80} in the environment is unknown: use one of {known}"
+        )
     return asked if mode == "online" else mode
 
 
-class _WandbThread(threading.Thread):
+class WandbLogger(threading.Thread):
     """Feeds wandb from a thread of its own, for wandb's calls block while its service starts, hangs or uploads."""
 
     def __init__(
-        self, folder: pathlib.Path, config: dict, mode: str, run_id: str, labels: Mapping[str, str | None]
+        self,
+        folder: pathlib.Path,
+        config: dict,
+        mode: str,
+        run_id: str,
+        labels: Mapping[str, str | None],
     ) -> None:
         super().__init__(name="wandb-feed", daemon=True)
-        self._folder, self._config, self._mode, self._run_id, self._labels = folder, config, mode, run_id, labels
-        self._queue: queue.SimpleQueue[tuple[int, Callable[[], dict[str, Any]]] | None] = queue.SimpleQueue()
+        self._folder, self._config, self._mode, self._run_id, self._labels = (
+            folder,
+            config,
+            mode,
+            run_id,
+            labels,
+        )
+        self._queue: queue.SimpleQueue[tuple[int, Callable[[], dict[str, Any]]] | None] = (
+            queue.SimpleQueue()
+        )
         self._exit_code = 0
         self._failed = False
         self._kept = ""  # how to upload what wandb keeps on disk
@@ -56,15 +79,15 @@ class _WandbThread(threading.Thread):
 
     def put(self, step: int, make: Callable[[], dict[str, Any]]) -> None:
         """Queues what `make`, called in this thread, returns: numbers, arrays and paths of pictures by name."""
-        if self._queue.qsize() >= _WANDB_QUEUE:
-            self._fail(f"it lies {_WANDB_QUEUE} lines behind")
+        if self._queue.qsize() >= _MAX_QUEUE:
+            self._fail(f"it lies {_MAX_QUEUE} lines behind")
         if not self._failed:
             self._queue.put((step, make))
 
     def close(self, exit_code: int, seconds: float | None = None) -> None:
-        """Waits until wandb has finished, but no longer than `seconds`; None: the time to connect and to upload."""
+        """Waits until wandb has finished, but no longer than `step_seconds`; None: the time to connect and to upload."""
         if seconds is None:
-            seconds = _WANDB_INIT_SECONDS + _WANDB_FINISH_SECONDS
+            seconds = INIT_TIMEOUT_S + FINISH_TIMEOUT_S
         self._exit_code = exit_code
         self._queue.put(None)
         try:
@@ -88,11 +111,14 @@ class _WandbThread(threading.Thread):
             if not wandb.login(prompt=False, verify=False):
                 run = self._init("offline")
                 tqdm.write(
-                    f"note: nobody is logged in to wandb, so it is offline for this run{self._kept}", file=sys.stderr
+                    f"note: nobody is logged in to wandb, so it is offline for this run{self._kept}",
+                    file=sys.stderr,
                 )
                 return run
             return self._init(self._mode)
-        except Exception as error:  # no network, no such server, a key that it refuses: wandb has many for them
+        except (
+            Exception
+        ) as error:  # no network, no such server, a key that it refuses: wandb has many for them
             if self._mode == "offline":
                 raise
             reason = error
@@ -129,8 +155,8 @@ class _WandbThread(threading.Thread):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                init_timeout=_WANDB_INIT_SECONDS,
-                finish_timeout=_WANDB_FINISH_SECONDS,
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
                 finish_timeout_raises=True,
             ),
         )
@@ -138,7 +164,9 @@ class _WandbThread(threading.Thread):
         return run
 
     def run(self) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # even offline it calls home, and exit waits for it
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # even offline it calls home, and exit waits for it
         try:
             run = self._begin()
             known: set[str] = set()
@@ -147,11 +175,14 @@ class _WandbThread(threading.Thread):
                 try:
                     values = {key: _for_wandb(value) for key, value in make().items()}
                 except Exception as error:  # a picture may fail; curves go on
-                    tqdm.write(f"warning: not told to wandb at step {step}: {error!r:.300}", file=sys.stderr)
+                    tqdm.write(
+                        f"warning: not told to wandb at step {step}: {error!r:.300}",
+                        file=sys.stderr,
+                    )
                 else:
                     for key in sorted(values.keys() - known):
                         known.add(key)
-                        if HIDDEN.fullmatch(key):
+                        if WANDB_HIDDEN.fullmatch(key):
                             run.define_metric(key, hidden=True)
                     run.log(values, step=step)
             run.finish(self._exit_code)
@@ -172,7 +203,9 @@ def _for_wandb(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return wandb.Histogram(value[np.isfinite(value)].tolist())
     if isinstance(value, pathlib.Path):
-        return wandb.Html(value, inject=False) if value.suffix == ".html" else wandb.Image(str(value))
+        return (
+            wandb.Html(value, inject=False) if value.suffix == ".html" else wandb.Image(str(value))
+        )
     return value
 
 

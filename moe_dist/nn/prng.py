@@ -17,7 +17,7 @@ import torch
 
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by `key`."""
-    return torch.Generator().manual_seed(_words(*key)[0])
+    return torch.Generator().manual_seed(fold_in(*key)[0])
 
 
 def uniform(num: int, *key: int | str) -> torch.Tensor:
@@ -32,7 +32,7 @@ def default_generator() -> Iterator[Callable[..., None]]:
     before = torch.get_rng_state()
 
     def seed(*key: int | str) -> None:
-        torch.default_generator.manual_seed(_words(*key)[0])
+        torch.default_generator.manual_seed(fold_in(*key)[0])
 
     try:
         yield seed
@@ -40,7 +40,7 @@ def default_generator() -> Iterator[Callable[..., None]]:
         torch.set_rng_state(before)
 
 
-def _words(*key: int | str) -> tuple[int, int]:
+def fold_in(*key: int | str) -> tuple[int, int]:
     """Two independent 63-bit words from a key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "big") >> 1, int.from_bytes(digest[8:], "big") >> 1

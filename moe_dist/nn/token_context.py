@@ -7,7 +7,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Context:
+class TokenContext:
     """T tokens of one micro-batch. Samples are counted globally, so nothing here depends on the layout."""
 
     sample_T: torch.Tensor  # int64, global index within the step's batch (a language model's lane)
@@ -18,37 +18,41 @@ class Context:
     train: bool
     first_sample: int  # of the micro-batch over all ranks
     num_samples: int  # of the micro-batch over all ranks
-    samples_per_balance_group: int
-    samples_per_token_group: int
-    site: int = 0  # which use of a layer in the model
-    level: int = 0  # 0: gates of the model; 1: gates inside a group of experts
+    balance_loss_group_size: int
+    capacity_group_size: int
+    layer_call: int = 0  # which use of a layer in the model
+    gate_level: int = 0  # 0: gates of the model; 1: gates inside a group of experts
 
-    def at(self, site: int) -> "Context":
+    def at_layer(self, layer_call: int) -> "TokenContext":
         """The same tokens at another use of a layer."""
-        return dataclasses.replace(self, site=site)
+        return dataclasses.replace(self, layer_call=layer_call)
 
-    def rows(self, token_N: torch.Tensor) -> "Context":
+    def select(self, token_N: torch.Tensor) -> "TokenContext":
         """The context of N rows that are copies of tokens `token_N` (int64 indices)."""
-        return self.received(self.sample_T[token_N], self.position_T[token_N], self.valid_T[token_N])
+        return self.with_tokens(
+            self.sample_T[token_N], self.position_T[token_N], self.valid_T[token_N]
+        )
 
-    def received(self, sample_R: torch.Tensor, position_R: torch.Tensor, valid_R: torch.Tensor) -> "Context":
+    def with_tokens(
+        self, sample_R: torch.Tensor, position_R: torch.Tensor, valid_R: torch.Tensor
+    ) -> "TokenContext":
         """The context of R rows that came from anywhere in the micro-batch."""
         return dataclasses.replace(self, sample_T=sample_R, position_T=position_R, valid_T=valid_R)
 
     @property
     def num_balance_groups(self) -> int:
         """In the micro-batch over all ranks."""
-        return self.num_samples // self.samples_per_balance_group
+        return self.num_samples // self.balance_loss_group_size
 
     @property
     def balance_group_T(self) -> torch.Tensor:
-        return (self.sample_T - self.first_sample) // self.samples_per_balance_group
+        return (self.sample_T - self.first_sample) // self.balance_loss_group_size
 
     @property
-    def num_token_groups(self) -> int:
+    def num_capacity_groups(self) -> int:
         """In the micro-batch over all ranks."""
-        return -(-self.num_samples // self.samples_per_token_group)
+        return -(-self.num_samples // self.capacity_group_size)
 
     @property
-    def token_group_T(self) -> torch.Tensor:
-        return (self.sample_T - self.first_sample) // self.samples_per_token_group
+    def capacity_group_T(self) -> torch.Tensor:
+        return (self.sample_T - self.first_sample) // self.capacity_group_size

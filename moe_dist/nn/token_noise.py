@@ -10,16 +10,18 @@ Legend: T tokens, C channels.
 
 import torch
 
-from moe_dist.nn.prng import _words
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.prng import fold_in
+from moe_dist.nn.token_context import TokenContext
 
 
-def normal(ctx: Context, use: str, channel_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def token_normal(
+    ctx: TokenContext, use: str, channel_C: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """Standard normal numbers (T, C) for the channels named: int64 global ids, experts for example; (C,) or (T, C)."""
     return _normal_of(_bits(ctx, use, channel_C), dtype)
 
 
-def dropout(x_TD: torch.Tensor, p: float, ctx: Context) -> torch.Tensor:
+def token_dropout(x_TD: torch.Tensor, p: float, ctx: TokenContext) -> torch.Tensor:
     """Zeroes each element with probability `p` and scales the rest by 1 / (1 - p); the identity outside training."""
     if p == 0 or not ctx.train:
         return x_TD
@@ -28,9 +30,9 @@ def dropout(x_TD: torch.Tensor, p: float, ctx: Context) -> torch.Tensor:
     return x_TD * keep_TD.to(x_TD.dtype).mul_(1 / (1 - p))
 
 
-def _bits(ctx: Context, use: str, channel_C: torch.Tensor) -> torch.Tensor:
+def _bits(ctx: TokenContext, use: str, channel_C: torch.Tensor) -> torch.Tensor:
     """Uniform int32 words (T, C)."""
-    word_a, word_b = _words(ctx.seed, ctx.step, ctx.site, ctx.level, use)
+    word_a, word_b = fold_in(ctx.seed, ctx.step, ctx.layer_call, ctx.gate_level, use)
     low_T = _mix(_mix(_int32(ctx.sample_T + word_a)) ^ _int32(ctx.position_T))
     high_T = _mix(_mix(_int32(ctx.sample_T + (word_a >> 31))) + _int32(ctx.position_T + word_b))
     channel_C = _mix(_int32(channel_C + (word_b >> 31)))

@@ -27,7 +27,9 @@ from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-DIGEST = hashlib.sha256().digest_size  # bytes at the head of a file: the checksum of its name and the rest
+DIGEST = (
+    hashlib.sha256().digest_size
+)  # bytes at the head of a file: the checksum of its name and the rest
 UNUSED_DAYS = 30
 PARTIAL = "partial-"  # begins the name of a file that is being written
 OURS = re.compile(rf"\w+-[0-9a-f]{{64}}|{PARTIAL}\w+")
@@ -40,9 +42,13 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
     are. The function releases the GIL. It compiles in under a second as long as it has plain loops over elements: an
     expression of whole arrays costs several.
     """
-    compile_: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+    compile_: Any = numba.njit(
+        nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
+    )
     dispatcher = compile_(function)
-    dispatcher._cache = _Files(function)  # as numba's `enable_caching` does (0.63 to 0.68; test_jit.py)
+    dispatcher._cache = _Files(
+        function
+    )  # as numba's `enable_caching` does (0.63 to 0.68; test_jit.py)
     return dispatcher
 
 
@@ -65,7 +71,9 @@ class _Files(NullCache):
     @functools.cached_property
     def source(self) -> bytes:
         """The text of the function's module, whose constants are compiled in, and of this one, with the options."""
-        return b"".join(Path(file).read_bytes() for file in (inspect.getfile(self.function), __file__))
+        return b"".join(
+            Path(file).read_bytes() for file in (inspect.getfile(self.function), __file__)
+        )
 
     def path(self, sig: Any, codegen: Any) -> Path:
         """Returns the file of a signature for this processor."""
@@ -83,7 +91,9 @@ class _Files(NullCache):
             with contextlib.suppress(OSError):
                 os.utime(path, follow_symlinks=False)  # it is in use
             return CompileResult._rebuild(target_context, *pickle.loads(data))
-        except Exception:  # no folder, no permission, or what unpickling raises: the function is compiled instead
+        except (
+            Exception
+        ):  # no folder, no permission, or what unpickling raises: the function is compiled instead
             return None
 
     def save_overload(self, sig: Any, cres: Any) -> None:

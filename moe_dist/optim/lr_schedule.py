@@ -11,6 +11,6 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     warmup = max(1, config.warmup_steps)
     if step < warmup:
         return config.lr * step / warmup
-    if config.decay == "rsqrt":
+    if config.schedule == "rsqrt":
         return config.lr * (warmup / step) ** 0.5
     return config.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2

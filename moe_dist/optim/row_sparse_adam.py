@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from moe_dist.config.schema import OptimConfig
-from moe_dist.distributed.collectives import any_over, sum_over
+from moe_dist.distributed.collectives import all_reduce_max, all_reduce_sum
 from moe_dist.distributed.mesh import Axis
-from moe_dist.optim.expert_state import Master, square_of
+from moe_dist.optim.expert_state import MasterParam, sum_of_squares
 
 
-class Rows:
+class RowSparseAdam:
     """Matrices (V, D) and vectors (V,) of one module whose backward touches the same rows of each (sparse gradients).
 
     Every row is under an Adam of its own, which counts the steps that touched it.
@@ -19,13 +19,15 @@ class Rows:
     def __init__(self, name: str, named: dict[str, nn.Parameter], axis: Axis) -> None:
         """`name`: of the module; `axis`: the ranks that touch rows of their own."""
         self.name, self.axis, self.label = name, axis, (name, "rows")
-        self.named = {name: Master(p) for name, p in named.items()}
+        self.named = {name: MasterParam(p) for name, p in named.items()}
         masters = {name: m.master for name, m in self.named.items()}
         self.exp_avg = {name: _untouched_zeros(t) for name, t in masters.items()}
         self.exp_avg_sq = {name: _untouched_zeros(t) for name, t in masters.items()}
         first = next(iter(masters.values()))
         self.updates_V = first.new_zeros(len(first), dtype=torch.int32)
-        self.touched_n = self.updates_V.new_zeros(0, dtype=torch.int64)  # of this step, on any rank, ascending
+        self.touched_n = self.updates_V.new_zeros(
+            0, dtype=torch.int64
+        )  # of this step, on any rank, ascending
         self.gradients: dict[str, torch.Tensor] = {}  # of those rows
 
     def clear(self) -> None:
@@ -35,20 +37,26 @@ class Rows:
     def reduce(self) -> None:
         """Sums the rows touched on any rank over all ranks: a byte per word, then those rows alone."""
         touched_V = torch.zeros_like(self.updates_V, dtype=torch.uint8)
-        mine = {name: m.summed.coalesce() for name, m in self.named.items() if m.summed is not None}
+        mine = {
+            name: m.accumulated_grad.coalesce()
+            for name, m in self.named.items()
+            if m.accumulated_grad is not None
+        }
         for sparse in mine.values():
             touched_V[sparse.indices()[0]] = 1
-        self.touched_n = any_over(touched_V, self.axis, self.label).nonzero().squeeze(1)
+        self.touched_n = all_reduce_max(touched_V, self.axis, self.label).nonzero().squeeze(1)
         for name, master in self.named.items():
             rows = master.master.new_zeros(len(self.touched_n), *master.master.shape[1:])
             if name in mine:
-                rows[torch.searchsorted(self.touched_n, mine[name].indices()[0])] = mine[name].values()
-            self.gradients[name] = sum_over(rows, self.axis, self.label)
+                rows[torch.searchsorted(self.touched_n, mine[name].indices()[0])] = mine[
+                    name
+                ].values()
+            self.gradients[name] = all_reduce_sum(rows, self.axis, self.label)
             master.clear()
 
     def square(self) -> torch.Tensor:
         """Of the gradient (float64 scalar), after `reduce`; the same on every rank."""
-        return square_of(self.gradients.values(), self.updates_V.device)
+        return sum_of_squares(self.gradients.values(), self.updates_V.device)
 
     def update(self, scale: float, lr: float, config: OptimConfig) -> None:
         """One step of the touched rows with gradient `scale` x the sum."""
@@ -73,7 +81,10 @@ class Rows:
         named = {f"{self.name}.updates": self.updates_V}
         for name, master in self.named.items():
             named |= {name: master.master}
-            named |= {f"{name}.exp_avg": self.exp_avg[name], f"{name}.exp_avg_sq": self.exp_avg_sq[name]}
+            named |= {
+                f"{name}.exp_avg": self.exp_avg[name],
+                f"{name}.exp_avg_sq": self.exp_avg_sq[name],
+            }
         return named
 
 

@@ -7,15 +7,20 @@ python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
 import sys
 
 from moe_dist.config.arg_parser import Parser, path_argument
-from moe_dist.report.files import PAGE, write_all, write_page
+from moe_dist.report.files import PAGE_NAME, write_all, write_page
 
 
 def main() -> None:
     """Runs the command line. A run that cannot be drawn is one line on stderr and exit status 2."""
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", metavar="RUN", type=path_argument, nargs="+", help="folder of a run")
     parser.add_argument(
-        "--html", metavar="FILE", type=path_argument, help=f"the page (default, of one run: RUN/{PAGE})"
+        "runs", metavar="RUN", type=path_argument, nargs="+", help="folder of a run"
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        type=path_argument,
+        help=f"the page (default, of one run: RUN/{PAGE_NAME})",
     )
     args = parser.parse_args()
     try:

@@ -10,11 +10,18 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from moe_dist.monitoring.metric_format import MEASURES
+from moe_dist.monitoring.metric_format import METRIC_FORMATS
 from moe_dist.report import plots
-from moe_dist.report.run_summary import Run, links, memory, ranks_of, short, times
+from moe_dist.report.run_summary import (
+    RunSummary,
+    describe_ranks,
+    headline_rows,
+    memory_rows,
+    step_time_rows,
+    traffic_rows,
+)
 
-_HEAVY = 300_000  # characters of SVG beyond which a picture is a PNG
+_MAX_SVG_CHARS = 300_000  # characters of SVG beyond which a picture is a PNG
 _GRID_RANKS = 64  # most that the layout is drawn for
 _STYLE = """
 :root { color-scheme: light; }
@@ -40,19 +47,21 @@ summary { cursor: pointer; }
 """
 
 
-def page(runs: list[Run]) -> str:
+def render_html(runs: list[RunSummary]) -> str:
     """The HTML of one run, or of several: what they come to in one table, a column each, then their curves on the same
     axes, then the pictures of each beside those of the others."""
     title = ", ".join(run.name for run in runs)
-    drawn = [plots.all_pictures(run.lines, run.name) for run in runs]
-    together = plots.together({run.name: run.lines for run in runs}) if len(runs) > 1 else {}
-    parts: list[tuple[str, str]] = [("In short", _table(runs, short))]
+    drawn = [plots.all_plots(run.lines, run.name) for run in runs]
+    together = plots.overlay_runs({run.name: run.lines for run in runs}) if len(runs) > 1 else {}
+    parts: list[tuple[str, str]] = [("In short", _table(runs, headline_rows))]
     if differing := _differing(runs):
         parts.append(("What differs", differing))
     if together:
         parts.append(("Side by side", f'<div class="one">{_figures(together)}</div>'))
     for section, (stems, note, rows_of) in _SECTIONS.items():
-        figures = [{s: figure for s, figure in each.items() if s.startswith(stems)} for each in drawn]
+        figures = [
+            {s: figure for s, figure in each.items() if s.startswith(stems)} for each in drawn
+        ]
         if any(figures):
             head, table = f"<p>{note}</p>" if note else "", _table(runs, rows_of) if rows_of else ""
             columns = [_figures(each) for each in figures]
@@ -94,9 +103,16 @@ def _inline(stem: str, figure: Figure) -> str:
         # a salt of its own, for all of them share the page's names
         with matplotlib.rc_context({"svg.hashsalt": title + stem, "svg.fonttype": "path"}):
             figure.savefig(file, format="svg", metadata={"Date": None})
-        svg = re.sub(r"<metadata>.*?</metadata>|\sxmlns(:\w+)?=\"[^\"]*\"", "", file.getvalue().decode(), flags=re.S)
-        svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-        if len(svg) <= _HEAVY:
+        svg = re.sub(
+            r"<metadata>.*?</metadata>|\sxmlns(:\w+)?=\"[^\"]*\"",
+            "",
+            file.getvalue().decode(),
+            flags=re.S,
+        )
+        svg = svg[svg.index("<svg") :].replace(
+            "<svg", f'<svg role="img" aria-label="{escape(title)}"', 1
+        )
+        if len(svg) <= _MAX_SVG_CHARS:
             return svg
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
@@ -104,7 +120,7 @@ def _inline(stem: str, figure: Figure) -> str:
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
 
 
-def _columns(htmls: list[str], runs: list[Run]) -> str:
+def _columns(htmls: list[str], runs: list[RunSummary]) -> str:
     """One run has the width of the page, several have a column each."""
     if len(runs) == 1:
         return f'<div class="one">{htmls[0]}</div>'
@@ -113,35 +129,50 @@ def _columns(htmls: list[str], runs: list[Run]) -> str:
     return f'<div class="runs">{"".join(columns)}</div>'
 
 
-def _table(runs: list[Run], rows_of: Callable[[Run], Iterator[tuple[str, str]]]) -> str:
+def _table(
+    runs: list[RunSummary], rows_of: Callable[[RunSummary], Iterator[tuple[str, str]]]
+) -> str:
     """A column for each run, a row for each thing that some run tells."""
     told = [dict(rows_of(run)) for run in runs]
     names = dict.fromkeys(name for each in told for name in each)
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     rows = [
-        f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(each.get(name, ''))}</td>" for each in told) + "</tr>"
+        f"<tr><th>{escape(name)}</th>"
+        + "".join(f"<td>{escape(each.get(name, ''))}</td>" for each in told)
+        + "</tr>"
         for name in names
     ]
-    return f'<div class="card wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>' if rows else ""
+    return (
+        f'<div class="card wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+        if rows
+        else ""
+    )
 
 
-def _layout_of(run: Run) -> str:
+def _layout_of(run: RunSummary) -> str:
     """Which rank lies where and holds what."""
     layout = run.layout
     if not layout:
         return "<p>The run folder has no layout.json: it is of an earlier version.</p>"
     rows = [
-        ("ranks", ranks_of(layout)),
-        ("samples of a step", f"{layout['samples']}, micro-batches: {layout['accumulation']}"),
+        ("ranks", describe_ranks(layout)),
+        (
+            "samples of a step",
+            f"{layout['global_batch_size']}, micro-batches: {layout['grad_accum_steps']}",
+        ),
         ("samples of a rank", f"{layout['samples_per_rank']} in each micro-batch"),
         ("parameters of a rank", f"{layout.get('per_rank', {}).get('parameters', 0):,}"),
     ]
-    told = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    told = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows
+    )
     num_ranks, in_row = layout["world"], layout["ep"]
     holds = ""
     if num_ranks <= _GRID_RANKS:
         cells = [f"<td>{_rank(rank, layout)}</td>" for rank in range(num_ranks)]
-        grid = "".join(f"<tr>{''.join(cells[i : i + in_row])}</tr>" for i in range(0, num_ranks, in_row))
+        grid = "".join(
+            f"<tr>{''.join(cells[i : i + in_row])}</tr>" for i in range(0, num_ranks, in_row)
+        )
         holds = (
             "<h3>Who holds what</h3><p>Ranks of a row share one set of experts; those of a column hold the same.</p>"
             f'<table class="ranks">{grid}</table>'
@@ -159,44 +190,49 @@ def _rank(rank: int, layout: dict[str, Any]) -> str:
     return "<br>".join(lines)
 
 
-def _differing(runs: list[Run]) -> str:
+def _differing(runs: list[RunSummary]) -> str:
     keys = dict.fromkeys(key for run in runs for key in run.config)
     differing = [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]
 
-    def rows(run: Run) -> Iterator[tuple[str, str]]:
+    def rows(run: RunSummary) -> Iterator[tuple[str, str]]:
         yield from ((key, str(run.config[key])) for key in differing if key in run.config)
 
     return _table(runs, rows) if differing else ""
 
 
-def _config_of(run: Run) -> str:
+def _config_of(run: RunSummary) -> str:
     if not run.config:
         return "<p>The run folder has no config.json of this version.</p>"
-    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in run.config.items())
+    rows = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>"
+        for key, value in run.config.items()
+    )
     return f'<details class="card wide"><summary>{len(run.config)} fields</summary><table>{rows}</table></details>'
 
 
 # sections of pictures: the beginnings of their names, a note, and the rows of a table
-_SECTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[Run], Iterator[tuple[str, str]]] | None]] = {
-    "Curves": (("loss", *MEASURES, "optimizer", "norms"), "", None),
+_SECTIONS: dict[
+    str, tuple[tuple[str, ...], str, Callable[[RunSummary], Iterator[tuple[str, str]]] | None]
+] = {
+    "Curves": (("loss", *METRIC_FORMATS, "optimizer", "norms"), "", None),
     "Load of experts": (("load_", "balance_"), "", None),
     "Time of a step": (
         ("step_time", "speed"),
         "Each part with its forward and its backward. Exchange: rows on their way to the experts and back, and "
         "the wait for slower ranks there. Optimizer: gradients of experts summed over ranks, norm, update, and "
         "what ZeRO does around it. Rest: data, other layers, loss, and dense gradients summed over ranks.",
-        times,
+        step_time_rows,
     ),
     "Bytes by link": (
         ("exchange",),
         "Rows of the exchange, and of experts and vocabularies the gradients and weights; dense gradients, which "
         "DeepSpeed sends, are not counted.",
-        links,
+        traffic_rows,
     ),
     "Memory": (
         ("memory",),
         "The most that a rank has held so far: on CUDA tensors on the device; on CPU the whole process with its "
         "libraries, of which the estimate counts what the model and its training take alone.",
-        memory,
+        memory_rows,
     ),
 }

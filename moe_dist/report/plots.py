@@ -17,17 +17,20 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from moe_dist.monitoring.metric_format import MEASURES, written
-from moe_dist.monitoring.metric_keys import sent_bytes, step_milliseconds
+from moe_dist.monitoring.metric_format import METRIC_FORMATS, format_metric
+from moe_dist.monitoring.metric_keys import bytes_sent_series, step_milliseconds
 from moe_dist.monitoring.step_timer import PARTS
-from moe_dist.report.run_summary import byte_unit, unit_of
+from moe_dist.report.run_summary import byte_unit, throughput_unit
 
 matplotlib.rcParams["text.parse_math"] = False  # a run may be named with a $
 
 _LOAD_KEY = re.compile(r"moe/(.+)/load")
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
 _MOST = 1e30  # of what is drawn
-_COLUMNS, _ROWS = 300, 256  # most of a heat map, near what its pixels can show: more are drawn in groups
+_COLUMNS, _ROWS = (
+    300,
+    256,
+)  # most of a heat map, near what its pixels can show: more are drawn in groups
 _STYLES: dict[str, dict[str, Any]] = {
     "train": dict(color="tab:blue"),
     "valid": dict(color="tab:orange", linewidth=2, markersize=8),
@@ -35,14 +38,24 @@ _STYLES: dict[str, dict[str, Any]] = {
     "mismatched": dict(color="tab:purple", linestyle="none", marker="*", markersize=14),
 }
 _PERCENTILES = {90: "tab:orange", 50: "black", 10: "tab:blue"}
-_OUTSIDE: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # a legend beside its lines
+_OUTSIDE: dict[str, Any] = dict(
+    loc="upper left", bbox_to_anchor=(1, 1), frameon=False
+)  # a legend beside its lines
 
 
-def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:
+def all_plots(lines: list[dict], name: str) -> dict[str, Figure]:
     """Every picture of the run `name`, by file name without ending; `lines` as `metrics.read_metrics` has them."""
     drawn = {
-        "loss": _curves(lines, "loss", f"{name}: loss", f"loss (nats per {unit_of(lines).removesuffix('s')})"),
-        **{key: _curves(lines, key, f"{name}: {known.name}", known.axis) for key, known in MEASURES.items()},
+        "loss": _curves(
+            lines,
+            "loss",
+            f"{name}: loss",
+            f"loss (nats per {throughput_unit(lines).removesuffix('s')})",
+        ),
+        **{
+            key: _curves(lines, key, f"{name}: {known.name}", known.axis)
+            for key, known in METRIC_FORMATS.items()
+        },
         **load_maps(lines, name),
         **{f"balance_{_stem(layer)}": _balance(lines, layer, name) for layer in _layers(lines)},
         "norms": _norms(lines, name),
@@ -55,18 +68,25 @@ def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:
     return {stem: figure for stem, figure in drawn.items() if figure}
 
 
-def together(runs: dict[str, list[dict]]) -> dict[str, Figure]:
+def overlay_runs(runs: dict[str, list[dict]]) -> dict[str, Figure]:
     """Curves of several runs, their lines by name, on the same axes in a colour for each, by file name."""
-    unit = unit_of([line for lines in runs.values() for line in lines])
-    splits: dict[str, dict[str, Any]] = {"train": dict(alpha=0.5), "valid": dict(linewidth=2, markersize=8)}
+    unit = throughput_unit([line for lines in runs.values() for line in lines])
+    splits: dict[str, dict[str, Any]] = {
+        "train": dict(alpha=0.5),
+        "valid": dict(linewidth=2, markersize=8),
+    }
     drawn: dict[str, Figure] = {}
     for quantity, (what, ylabel) in {
         "loss": ("loss", "loss (nats)"),
-        **{key: (known.name, known.axis) for key, known in MEASURES.items()},
+        **{key: (known.name, known.axis) for key, known in METRIC_FORMATS.items()},
     }.items():
         figure, (axes,) = _panels(f"{what}: train thin, valid thick", ylabel)
         for i, (name, lines) in enumerate(runs.items()):
-            told = [(split, style) for split, style in splits.items() if _has(lines, f"{split}/{quantity}")]
+            told = [
+                (split, style)
+                for split, style in splits.items()
+                if _has(lines, f"{split}/{quantity}")
+            ]
             for split, style in told:
                 label = name if split == told[-1][0] else None
                 _plot(axes, lines, f"{split}/{quantity}", color=_color(i), label=label, **style)
@@ -74,21 +94,32 @@ def together(runs: dict[str, list[dict]]) -> dict[str, Figure]:
     of_line: dict[str, tuple[str, Callable[[dict], float | None]]] = {
         f"{unit} per second": ("of all ranks", lambda line: line.get(f"{unit}_per_second")),
         "time of a training step": ("milliseconds", step_milliseconds),
-        "largest load of an expert": ("/ mean load, worst layer", lambda line: _worst(line, "max_over_mean_load")),
+        "largest load of an expert": (
+            "/ mean load, worst layer",
+            lambda line: _worst(line, "max_over_mean_load"),
+        ),
         "drop rate": ("of assignments, worst layer", lambda line: _worst(line, "drop_rate")),
     }
     for title, (ylabel, of) in of_line.items():
         figure, (axes,) = _panels(title, ylabel)
         for i, (name, lines) in enumerate(runs.items()):
-            of_run = [{"step": line["step"], title: value} for line in lines if (value := of(line)) is not None]
+            of_run = [
+                {"step": line["step"], title: value}
+                for line in lines
+                if (value := of(line)) is not None
+            ]
             if of_run:
                 _plot(axes, of_run, title, color=_color(i), label=name)
         drawn[title.replace(" ", "_")] = figure
-    drawn = {stem: figure for stem, figure in drawn.items() if any(np.any(x.get_ydata()) for x in figure.axes[0].lines)}
+    drawn = {
+        stem: figure
+        for stem, figure in drawn.items()
+        if any(np.any(x.get_ydata()) for x in figure.axes[0].lines)
+    }
     for stem, figure in drawn.items():
         (axes,) = figure.axes
         axes.legend()
-        if stem in ("loss", *MEASURES, "largest_load_of_an_expert"):
+        if stem in ("loss", *METRIC_FORMATS, "largest_load_of_an_expert"):
             _scale(axes, stem)
         else:
             _from_zero(axes)
@@ -104,7 +135,9 @@ def _color(i: int) -> Any:
 
 
 def _worst(line: dict, what: str) -> float | None:
-    return max((value for key, value in line.items() if re.fullmatch(rf"moe/.+/{what}", key)), default=None)
+    return max(
+        (value for key, value in line.items() if re.fullmatch(rf"moe/.+/{what}", key)), default=None
+    )
 
 
 def _cut_start(axes: Axes, values: np.ndarray) -> None:
@@ -120,7 +153,11 @@ def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
 
 
 def _layers(lines: list[dict]) -> list[str]:
-    return list(dict.fromkeys(match[1] for line in lines for key in line if (match := _LOAD_KEY.fullmatch(key))))
+    return list(
+        dict.fromkeys(
+            match[1] for line in lines for key in line if (match := _LOAD_KEY.fullmatch(key))
+        )
+    )
 
 
 def _stem(layer: str) -> str:
@@ -132,7 +169,9 @@ def _series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     is infinite or too large for an axis."""
     having = [line for line in lines if key in line]
     values = np.array([line[key] for line in having], dtype=float)
-    return np.array([line["step"] for line in having]), np.where(np.abs(values) < _MOST, values, np.nan)
+    return np.array([line["step"] for line in having]), np.where(
+        np.abs(values) < _MOST, values, np.nan
+    )
 
 
 def _edges(ends: np.ndarray) -> np.ndarray:
@@ -160,7 +199,9 @@ def _integers() -> MaxNLocator:
 
 def _plot(axes: Axes, lines: list[dict], key: str, **style: Any) -> None:
     steps, values = _series(lines, key)
-    marks: dict[str, Any] = dict(marker=".", markersize=7 if len(steps) <= 50 else 2)  # one between gaps has no line
+    marks: dict[str, Any] = dict(
+        marker=".", markersize=7 if len(steps) <= 50 else 2
+    )  # one between gaps has no line
     axes.plot(steps, values, **dict(linewidth=1) | marks | style)
 
 
@@ -181,7 +222,7 @@ def _count_from_zero(axes: Axes) -> None:
 
 def _scale(axes: Axes, quantity: str) -> None:
     """Per cent for a share; a log scale where it helps, for what is never below zero."""
-    if quantity in MEASURES and MEASURES[quantity].is_share:
+    if quantity in METRIC_FORMATS and METRIC_FORMATS[quantity].is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif quantity not in ("matthews", "pearson", "spearman"):
         _log_where_it_helps(axes)
@@ -205,7 +246,7 @@ def _curves(lines: list[dict], quantity: str, title: str, ylabel: str) -> Figure
     figure, (axes,) = _panels(title, ylabel)
     for split, style in _STYLES.items():
         if _has(lines, key := f"{split}/{quantity}"):
-            last = written(quantity, _series(lines, key)[1][-1])
+            last = format_metric(quantity, _series(lines, key)[1][-1])
             _plot(axes, lines, key, label=f"{split} (last {last})", **style)
     if not axes.lines:
         return None
@@ -227,7 +268,8 @@ def _load_map(lines: list[dict], layer: str, name: str) -> Figure:
     blocks = np.arange(0, num_experts, block)
 
     figure, (axes,) = _panels(
-        f"{name}: load of MoE layer {layer}", "expert" if block == 1 else f"expert (a row: the busiest of {block})"
+        f"{name}: load of MoE layer {layer}",
+        "expert" if block == 1 else f"expert (a row: the busiest of {block})",
     )
     axes.grid(False)
     axes.yaxis.set_major_locator(_integers())
@@ -257,13 +299,29 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
         f"dead experts\n(of {num_experts})",
         "drop rate\n(of assignments)",
     )
-    _plot(cv, lines, f"moe/{layer}/cv_importance", color="tab:green", linewidth=4, alpha=0.4, label="importance")
+    _plot(
+        cv,
+        lines,
+        f"moe/{layer}/cv_importance",
+        color="tab:green",
+        linewidth=4,
+        alpha=0.4,
+        label="importance",
+    )
     _plot(cv, lines, f"moe/{layer}/cv_load", color="tab:blue", label="load")
     _plot(load, lines, f"moe/{layer}/max_over_mean_load", color="tab:red", label="largest")
     for percent, color in _PERCENTILES.items():
-        _plot(load, lines, f"moe/{layer}/p{percent}_over_mean_load", color=color, label=f"{percent}th percentile")
+        _plot(
+            load,
+            lines,
+            f"moe/{layer}/p{percent}_over_mean_load",
+            color=color,
+            label=f"{percent}th percentile",
+        )
     steps, low = _series(lines, f"moe/{layer}/p10_over_mean_load")
-    load.fill_between(steps, low, _series(lines, f"moe/{layer}/p90_over_mean_load")[1], color="gray", alpha=0.2)
+    load.fill_between(
+        steps, low, _series(lines, f"moe/{layer}/p90_over_mean_load")[1], color="gray", alpha=0.2
+    )
     _plot(dead, lines, f"moe/{layer}/dead_experts", color="tab:purple")
     _plot(dropped, lines, f"moe/{layer}/drop_rate", color="tab:brown")
     for axes in (cv, load):
@@ -290,7 +348,7 @@ def _norms(lines: list[dict], name: str) -> Figure | None:
 
 
 def _speed(lines: list[dict], name: str) -> Figure | None:
-    unit = unit_of(lines)
+    unit = throughput_unit(lines)
     if not _has(lines, f"{unit}_per_second"):
         return None
     figure, (speed, flops) = _panels(
@@ -309,7 +367,11 @@ def _speed(lines: list[dict], name: str) -> Figure | None:
 def _optimizer(lines: list[dict], name: str) -> Figure | None:
     if not _has(lines, "train/lr"):
         return None
-    skipped = ["skipped steps\n(so far)"] if any(line.get("train/skipped_steps", 0) > 0 for line in lines) else []
+    skipped = (
+        ["skipped steps\n(so far)"]
+        if any(line.get("train/skipped_steps", 0) > 0 for line in lines)
+        else []
+    )
     figure, (lr, norm, *rest) = _panels(
         f"{name}: optimizer", "learning rate", "gradient norm\n(before clipping)", *skipped
     )
@@ -327,7 +389,7 @@ def _optimizer(lines: list[dict], name: str) -> Figure | None:
 def _exchange(lines: list[dict], name: str) -> Figure | None:
     """Bytes sent to other ranks, stacked by direction, by link where there are several, and by place likewise: the use
     of a layer, or a matrix of the vocabulary."""
-    having, sent = sent_bytes(lines)
+    having, sent = bytes_sent_series(lines)
     if not any(values.any() for values in sent.values()):
         return None
     stacks: list[dict[str, np.ndarray]] = [{}, {}, {}]
@@ -336,7 +398,9 @@ def _exchange(lines: list[dict], name: str) -> Figure | None:
             stack[label] = stack.get(label, 0) + values
     stacks = stacks[:1] + [stack for stack in stacks[1:] if len(stack) > 1]
     size, unit = byte_unit(np.sum(list(sent.values()), axis=0).max())
-    figure, panels = _panels(f"{name}: sent to other ranks", *[f"sent by all ranks\n({unit} per step)"] * len(stacks))
+    figure, panels = _panels(
+        f"{name}: sent to other ranks", *[f"sent by all ranks\n({unit} per step)"] * len(stacks)
+    )
     edges = _edges(np.array([line["step"] for line in having]))
     for axes, stack in zip(panels, stacks, strict=True):
         _stack(axes, edges, {label: values / size for label, values in stack.items()})
@@ -349,22 +413,36 @@ def _step_time(lines: list[dict], name: str) -> Figure | None:
     if not having:
         return None
     keys = [f"time/{part}_ms" for part in PARTS]
-    figure, (axes,) = _panels(f"{name}: time of a training step by part", "milliseconds per step\n(mean of the ranks)")
+    figure, (axes,) = _panels(
+        f"{name}: time of a training step by part", "milliseconds per step\n(mean of the ranks)"
+    )
     times = {key: np.nan_to_num(_series(having, key)[1]) for key in keys}
-    _stack(axes, _edges(np.array([line["step"] for line in having])), dict(zip(PARTS, times.values(), strict=True)))
+    _stack(
+        axes,
+        _edges(np.array([line["step"] for line in having])),
+        dict(zip(PARTS, times.values(), strict=True)),
+    )
     _cut_start(axes, sum(times.values(), np.zeros(len(having))))
     return figure
 
 
 def _memory(lines: list[dict], name: str) -> Figure | None:
     """The most that each rank has held."""
-    peaks = [(line["step"], line["memory/peak_bytes"]) for line in lines if "memory/peak_bytes" in line]
+    peaks = [
+        (line["step"], line["memory/peak_bytes"]) for line in lines if "memory/peak_bytes" in line
+    ]
     if not peaks:
         return None
     size, unit = byte_unit(max(float(peak_P.max()) for _, peak_P in peaks))
     figure, (axes,) = _panels(f"{name}: memory of a rank", f"most held so far\n({unit})")
-    for label, color in (("largest", "tab:red"), ("smallest", "tab:blue")):  # ranks may be others after a resumption
-        held = [{"step": step, label: (max if label == "largest" else min)(peak_P) / size} for step, peak_P in peaks]
+    for label, color in (
+        ("largest", "tab:red"),
+        ("smallest", "tab:blue"),
+    ):  # ranks may be others after a resumption
+        held = [
+            {"step": step, label: (max if label == "largest" else min)(peak_P) / size}
+            for step, peak_P in peaks
+        ]
         _plot(axes, held, label, color=color, label=f"{label} rank")
     axes.legend(**_OUTSIDE)
     _from_zero(axes)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from moe_dist.config.overrides import dotted_keys, from_json, value_of
-from moe_dist.config.redact import redacted
+from moe_dist.config.redact import redact
 from moe_dist.config.run_folder import read, read_json
-from moe_dist.monitoring.metric_format import MEASURES, written
-from moe_dist.monitoring.metric_keys import LINKS, sent_bytes
+from moe_dist.monitoring.metric_format import METRIC_FORMATS, format_metric
+from moe_dist.monitoring.metric_keys import LINK_KINDS, bytes_sent_series
 from moe_dist.monitoring.metrics_file import FILE_NAME, read_metrics
 from moe_dist.monitoring.step_timer import PARTS
 
@@ -28,12 +28,21 @@ _BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
 
 _SPEED_KEY = re.compile(r"(.+)_per_second")
 # whole numbers of a layout.json, from 1
-_COUNTS = ("world", "nodes", "ep", "edp", "samples", "accumulation", "samples_per_rank", "parameters")
+_COUNTS = (
+    "world",
+    "nodes",
+    "ep",
+    "edp",
+    "global_batch_size",
+    "grad_accum_steps",
+    "samples_per_rank",
+    "parameters",
+)
 _HEX = re.compile(r"\b[0-9a-fA-F]{32,}\b")  # may be a key, or name a folder
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSummary:
     """What a run folder tells."""
 
     name: str
@@ -53,11 +62,13 @@ class Run:
 
     def layers(self, what: str) -> list[float]:
         """The newest `what` of each MoE layer."""
-        keys = dict.fromkeys(key for line in self.lines for key in line if re.fullmatch(rf"moe/.+/{what}", key))
+        keys = dict.fromkeys(
+            key for line in self.lines for key in line if re.fullmatch(rf"moe/.+/{what}", key)
+        )
         return [self.last(key) for key in keys]
 
 
-def read_run(folder: Path, name: str | None = None) -> Run:
+def read_run(folder: Path, name: str | None = None) -> RunSummary:
     """Reads what a run folder has of a run.
 
     Args:
@@ -69,8 +80,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     """
     lines = read_metrics(folder)
     if not lines:
-        raise ValueError(f"metrics file {folder / FILE_NAME} is empty: wait until the run has logged a step")
-    return Run(
+        raise ValueError(
+            f"metrics file {folder / FILE_NAME} is empty: wait until the run has logged a step"
+        )
+    return RunSummary(
         _text(name) if name else name_of(folder),
         lines,
         _config(folder / "config.json"),
@@ -95,12 +108,14 @@ def _config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     fields = {key: value_of(config, key) for key in dotted_keys(config)}
-    return {key: _shown(value) if isinstance(value, str) else value for key, value in fields.items()}
+    return {
+        key: _shown(value) if isinstance(value, str) else value for key, value in fields.items()
+    }
 
 
 def _shown(value: str) -> str:
     """Returns the text without keys, as text that can be written."""
-    return _HEX.sub("(hidden)", redacted(_text(value), "(hidden)"))
+    return _HEX.sub("(hidden)", redact(_text(value), "(hidden)"))
 
 
 def _layout(path: Path) -> dict[str, Any]:
@@ -113,8 +128,10 @@ def _layout(path: Path) -> dict[str, Any]:
         return {}
     layout = read_json(path)
     if not isinstance(layout, dict):
-        raise ValueError(f"{path}: {layout!r:.80} is no layout; remove it, and the report does without")
-    expected = dict.fromkeys(_COUNTS, 1) | {"zero": 0}
+        raise ValueError(
+            f"{path}: {layout!r:.80} is no layout; remove it, and the report does without"
+        )
+    expected = dict.fromkeys(_COUNTS, 1) | {"zero_stage": 0}
     if "num_experts" in layout:
         expected |= {"num_experts": 1, "experts_per_token": 1}
     for key, least in expected.items():
@@ -124,7 +141,9 @@ def _layout(path: Path) -> dict[str, Any]:
     per_rank: Any = layout.get("per_rank")
     sizes: Any = per_rank.get("memory_bytes") if isinstance(per_rank, dict) else None
     whole = isinstance(sizes, dict) and all(kind.isprintable() for kind in sizes)
-    whole = whole and all(_is_count(size, 0) for size in (per_rank.get("parameters"), *sizes.values()))
+    whole = whole and all(
+        _is_count(size, 0) for size in (per_rank.get("parameters"), *sizes.values())
+    )
     whole = whole and layout["ep"] * layout["edp"] == layout["world"]
     if not whole or layout.get("dtype") not in ("fp32", "bf16"):
         raise ValueError(f"{path} is no layout of a run; remove it, and the report does without")
@@ -135,32 +154,37 @@ def _is_count(value: Any, least: int) -> bool:
     return type(value) is int and least <= value < 2**63
 
 
-def unit_of(lines: list[dict]) -> str:
+def throughput_unit(lines: list[dict]) -> str:
     """What speed counts: "words", "images"."""
-    return next((match[1] for line in lines for key in line if (match := _SPEED_KEY.fullmatch(key))), "words")
+    return next(
+        (match[1] for line in lines for key in line if (match := _SPEED_KEY.fullmatch(key))),
+        "words",
+    )
 
 
 def byte_unit(number: float) -> tuple[float, str]:
     """The unit that a number of bytes is best told in, and its size."""
-    return next(((size, unit) for size, unit in _BYTE_UNITS.items() if number >= size), (1.0, "bytes"))
+    return next(
+        ((size, unit) for size, unit in _BYTE_UNITS.items() if number >= size), (1.0, "bytes")
+    )
 
 
-def short(run: Run) -> Iterator[tuple[str, str]]:
+def headline_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     """What it comes to: names and numbers for people, as have the three below."""
     layout = run.layout
     steps = run.config.get("steps")
     yield "steps", f"{run.lines[-1]['step']}" + (f" of {steps}" if steps else "")
     for split in ("train", "valid", "test", "mismatched"):
-        for what in ("loss", *MEASURES):
+        for what in ("loss", *METRIC_FORMATS):
             if (value := run.last(f"{split}/{what}")) is not None:
-                yield f"{split} {what.replace('_', ' ')}, last", written(what, value)
+                yield f"{split} {what.replace('_', ' ')}, last", format_metric(what, value)
     if layout:
-        yield "ranks", ranks_of(layout)
-        yield "ZeRO stage, precision", f"{layout.get('zero')}, {layout.get('dtype')}"
+        yield "ranks", describe_ranks(layout)
+        yield "ZeRO stage, precision", f"{layout.get('zero_stage')}, {layout.get('dtype')}"
         yield "parameters", f"{layout.get('parameters', 0):,}"
     if "num_experts" in layout:
         yield "experts", f"{layout['num_experts']:,}, {layout['experts_per_token']} for each token"
-    unit = unit_of(run.lines)
+    unit = throughput_unit(run.lines)
     if (speed := run.median(f"{unit}_per_second")) is not None:
         yield f"{unit} per second, median", f"{speed:,.0f}"
     if (flops := run.median("tflops_per_device")) is not None:
@@ -169,9 +193,9 @@ def short(run: Run) -> Iterator[tuple[str, str]]:
         yield "milliseconds per step, median", f"{sum(parts.values()):,.1f}"
     by_link = _by_link(run)
     if by_link:
-        yield "sent per step by all ranks", size(sum(by_link.values()))
+        yield "sent per step by all ranks", format_bytes(sum(by_link.values()))
     if (peak := run.last("memory/largest_peak_bytes")) is not None:
-        yield "memory of the largest rank", size(peak)
+        yield "memory of the largest rank", format_bytes(peak)
     if loads := run.layers("max_over_mean_load"):
         yield "largest load over the mean, last", f"{max(loads):.3g}"
         yield "dead experts, last", f"{sum(run.layers('dead_experts')):.0f}"
@@ -181,19 +205,19 @@ def short(run: Run) -> Iterator[tuple[str, str]]:
         yield "skipped steps", f"{skipped:.0f}" + (f" (last: {where})" if where else "")
 
 
-def ranks_of(layout: dict[str, Any]) -> str:
+def describe_ranks(layout: dict[str, Any]) -> str:
     """How many, where, and on which axes."""
     nodes = layout.get("nodes", 1)
     of = f"edp {layout.get('edp')} x ep {layout.get('ep')}"
     return f"{layout.get('world')} on {nodes} node{'s' if nodes != 1 else ''}: {of}"
 
 
-def _medians(run: Run) -> dict[str, float]:
+def _medians(run: RunSummary) -> dict[str, float]:
     """Milliseconds a step by part."""
     return {part: value for part in PARTS if (value := run.median(f"time/{part}_ms")) is not None}
 
 
-def times(run: Run) -> Iterator[tuple[str, str]]:
+def step_time_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     """Of the parts of a step."""
     parts = _medians(run)
     total = sum(parts.values())
@@ -201,41 +225,43 @@ def times(run: Run) -> Iterator[tuple[str, str]]:
         yield f"{part}, median", f"{value:,.2f} ms  ({100 * value / max(total, 1e-9):.1f} %)"
 
 
-def _by_link(run: Run) -> dict[str, float]:
+def _by_link(run: RunSummary) -> dict[str, float]:
     """Bytes a step of all ranks, the mean of the lines."""
-    totals = dict.fromkeys(LINKS, 0.0)
-    _, sent = sent_bytes(run.lines)
+    totals = dict.fromkeys(LINK_KINDS, 0.0)
+    _, sent = bytes_sent_series(run.lines)
     for (_, link, _), values in sent.items():
         totals[link] += float(values.mean())
     return totals if sent else {}
 
 
-def links(run: Run) -> Iterator[tuple[str, str]]:
+def traffic_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     """Bytes of a step, by link, and by direction and link."""
     for link, total in _by_link(run).items():
-        yield f"{link}, per step", size(total)
+        yield f"{link}, per step", format_bytes(total)
     totals: defaultdict[str, float] = defaultdict(float)
-    _, sent = sent_bytes(run.lines)
+    _, sent = bytes_sent_series(run.lines)
     for (direction, link, place), values in sent.items():
-        what = direction if place.startswith("site") else f"{place}: {direction}"  # a site is one use of a layer
+        what = (
+            direction if place.startswith("site") else f"{place}: {direction}"
+        )  # a site is one use of a layer
         totals[f"{what}, {link}"] += float(values.mean())
-    yield from ((what, size(total)) for what, total in totals.items() if total)
+    yield from ((what, format_bytes(total)) for what, total in totals.items() if total)
 
 
-def memory(run: Run) -> Iterator[tuple[str, str]]:
+def memory_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     """Of a rank."""
     peak_P = run.last("memory/peak_bytes")
     if peak_P is not None:
-        yield "measured, largest rank", size(float(max(peak_P)))
-        yield "measured, smallest rank", size(float(min(peak_P)))
+        yield "measured, largest rank", format_bytes(float(max(peak_P)))
+        yield "measured, smallest rank", format_bytes(float(min(peak_P)))
     estimate = run.layout.get("per_rank", {}).get("memory_bytes", {})
     if estimate:
-        yield "estimated", size(sum(estimate.values()))
+        yield "estimated", format_bytes(sum(estimate.values()))
     for kind, num_bytes in estimate.items():
-        yield f"estimated: {kind}", size(num_bytes)
+        yield f"estimated: {kind}", format_bytes(num_bytes)
 
 
-def size(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """For people: "1.50 MB"."""
     unit, name = byte_unit(num_bytes)
     return f"{num_bytes / unit:,.2f} {name}" if unit > 1 else f"{num_bytes:.0f} bytes"

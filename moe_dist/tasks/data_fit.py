@@ -9,7 +9,7 @@ from moe_dist.data.class_names import some
 
 
 @dataclass
-class Fit:
+class DataFit:
     """A config that takes over what its data determines, except for the fields that the user has set.
 
     Attributes:
@@ -19,7 +19,7 @@ class Fit:
     """
 
     config: Config
-    explicit: Collection[str] = ()
+    explicit_keys: Collection[str] = ()
     notes: list[str] = field(default_factory=list)
 
     def take(self, key: str, value: int, why: str) -> None:
@@ -36,7 +36,7 @@ class Fit:
         configured = value_of(self.config, key)
         if configured == value:
             return
-        if key in self.explicit:
+        if key in self.explicit_keys:
             raise ValueError(f"{key}={configured}, but {why}: leave it out, or set it to {value}")
         self.config = override(self.config, [f"{key}={value}"])
         self.notes.append(f"{key}={value}, for {why} (the config has {configured})")
@@ -53,11 +53,15 @@ class Fit:
         """
         num_classes = len(classes)
         configured = value_of(self.config, "model.num_classes")
-        if "model.num_classes" in self.explicit and configured > num_classes:
+        if "model.num_classes" in self.explicit_keys and configured > num_classes:
             unused = configured - num_classes
             self.notes.append(f"{unused} of model.num_classes={configured} are not in the data")
         else:
-            self.take("model.num_classes", num_classes, f"{source} has {num_classes} classes ({some(classes)})")
+            self.take(
+                "model.num_classes",
+                num_classes,
+                f"{source} has {num_classes} classes ({some(classes)})",
+            )
 
     def take_channels(self, channels: int, source: str) -> None:
         """Sets `model.channels`. The user may have set it to another number, which is noted.
@@ -68,11 +72,13 @@ class Fit:
         """
         configured = value_of(self.config, "model.channels")
         has = f"{source} has {'colors' if channels == 3 else 'no colors'}"
-        if "model.channels" not in self.explicit:
+        if "model.channels" not in self.explicit_keys:
             self.take("model.channels", channels, has)
         elif configured != channels:
             loses = "makes them gray" if channels == 3 else "repeats each value"
-            self.notes.append(f"{has}, and model.channels={configured} {loses}; model.channels={channels} fits")
+            self.notes.append(
+                f"{has}, and model.channels={configured} {loses}; model.channels={channels} fits"
+            )
 
     def note_repeats(self, num_examples: int, unit: str) -> None:
         """Adds a note where a step reads some training examples more than once.
@@ -81,9 +87,9 @@ class Fit:
             num_examples: Number of training examples.
             unit: The name of several of them, such as "images".
         """
-        samples = self.config.batch.samples
+        samples = self.config.batch.global_batch_size
         if num_examples < samples:
             self.notes.append(
                 f"each of the {num_examples} training {unit} is {samples / num_examples:.1f} times in a step of "
-                f"batch.samples={samples}; set batch.samples to {num_examples} or less"
+                f"batch.global_batch_size={samples}; set batch.global_batch_size to {num_examples} or less"
             )

@@ -9,19 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.models.transformer import norm_divergence
 from moe_dist.moe.layer import LayerStats
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 
-def context(
-    layout: Layout, mesh: Mesh, micro: int, sample_T: torch.Tensor, position_T: torch.Tensor, valid_T: torch.Tensor,
-    seed: int, step: int, train: bool,
-) -> Context:  # fmt: skip
+def token_context(
+    layout: BatchLayout,
+    mesh: Mesh,
+    micro: int,
+    sample_T: torch.Tensor,
+    position_T: torch.Tensor,
+    valid_T: torch.Tensor,
+    seed: int,
+    step: int,
+    train: bool,
+) -> TokenContext:
     """Of this rank's tokens in micro-batch `micro` of step `step` (from 0). `sample_T`: within the step's batch."""
-    return Context(
+    return TokenContext(
         sample_T=sample_T.to(mesh.device),
         position_T=position_T.to(mesh.device),
         valid_T=valid_T.to(mesh.device),
@@ -30,27 +37,29 @@ def context(
         train=train,
         first_sample=layout.first_sample(micro),
         num_samples=layout.samples_per_micro_batch,
-        samples_per_balance_group=layout.samples_per_balance_group,
-        samples_per_token_group=layout.samples_per_token_group,
+        balance_loss_group_size=layout.balance_loss_group_size,
+        capacity_group_size=layout.capacity_group_size,
     )
 
 
-def balance(layout: Layout, stats: dict[str, LayerStats]) -> Any:
+def balance_loss(layout: BatchLayout, stats: dict[str, LayerStats]) -> Any:
     """Of one micro-batch's layers, its part of the mean over the step's balance groups."""
     return sum(s.balance_loss for s in stats.values()) / layout.num_balance_groups
 
 
-class OfEncoders:
+class EncoderTask:
     """What the tasks of encoders have in common: nothing is carried from step to step. See `tasks.Task`."""
 
     test_splits: tuple[str, ...] = ("test",)
 
-    def finish(self, split: str) -> dict[str, float]:
+    def finalize_eval(self, split: str) -> dict[str, float]:
         return {}
 
-    def of_weights(self, engine: Any) -> dict[str, float]:
+    def weight_metrics(self, engine: Any) -> dict[str, float]:
         """How far LayerNorms of blocks are from each other (Xue et al. 2021), by what they are before."""
-        norms = {name: engine.dense_weight(name) for name in engine.names if "encoder.norm_" in name}
+        norms = {
+            name: engine.dense_weight(name) for name in engine.names if "encoder.norm_" in name
+        }
         return {f"norms/{name}": value for name, value in norm_divergence(norms).items()}
 
     def save_state(self) -> dict[str, torch.Tensor]:
@@ -60,7 +69,7 @@ class OfEncoders:
         """There is none."""
 
 
-def meta(model: Callable[..., nn.Module], *args: Any) -> nn.Module:
+def build_on_meta(model: Callable[..., nn.Module], *args: Any) -> nn.Module:
     """On the meta device: shapes alone, no memory. Raises ValueError for a model that cannot be."""
     try:
         with torch.device("meta"):

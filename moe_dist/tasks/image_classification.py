@@ -13,44 +13,44 @@ import torch
 from torch import nn
 
 from moe_dist.config.schema import Config, ImageDataConfig, VisionConfig
-from moe_dist.config.validate import MOST
+from moe_dist.config.validate import MAX_COUNT
 from moe_dist.data.fingerprint import Source, of_arrays, of_files
 from moe_dist.data.images.pipeline import ImageBatch, check_images, open_images
-from moe_dist.distributed.batch_layout import Layout
-from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.batch_layout import BatchLayout
+from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.models.vision_transformer import VisionTransformer
 from moe_dist.moe.layer import LayerStats
-from moe_dist.monitoring.metric_format import written
-from moe_dist.nn.token_context import Context
-from moe_dist.tasks.data_fit import Fit
-from moe_dist.tasks.encoder_base import OfEncoders, balance, context, meta
+from moe_dist.monitoring.metric_format import format_metric
+from moe_dist.nn.token_context import TokenContext
+from moe_dist.tasks.data_fit import DataFit
+from moe_dist.tasks.encoder_base import EncoderTask, balance_loss, build_on_meta, token_context
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageTaskBatch:
     """This rank's share of one micro-batch."""
 
     image_BQYX: torch.Tensor
     target_BN: torch.Tensor  # probabilities, smoothed and mixed in training
-    ctx: Context
+    ctx: TokenContext
 
 
-class ImageClassification(OfEncoders):
+class ImageClassification(EncoderTask):
     """What a batch holds follows from the step alone."""
 
     model_config: type = VisionConfig
     data_config: type = ImageDataConfig
-    unit: str = "images"
-    headline: str = "accuracy"
+    throughput_unit: str = "images"
+    primary_metric: str = "accuracy"
 
-    keeps: tuple[str, ...] = ("classes",)
-    from_data: tuple[str, ...] = ("model.num_classes", "model.channels")
+    required_metadata: tuple[str, ...] = ("classes",)
+    fields_from_data: tuple[str, ...] = ("model.num_classes", "model.channels")
 
     def __init__(
         self,
         config: Config,
-        layout: Layout,
+        layout: BatchLayout,
         mesh: Mesh,
         saved: dict[str, Any] | None,
         explicit: Collection[str] = (),
@@ -58,12 +58,14 @@ class ImageClassification(OfEncoders):
         """See `tasks.Task`."""
         assert isinstance(config.data, ImageDataConfig)
         self.layout, self.mesh = layout, mesh
-        splits = open_images(config.data, _of_any_classes(config), layout.samples, config.seed)
+        splits = open_images(
+            config.data, _of_any_classes(config), layout.global_batch_size, config.seed
+        )
         images, source = splits["train"].images, f"data.images={config.data.images!r}"
-        fit = Fit(config, explicit)
+        fit = DataFit(config, explicit)
         fit.take_classes(images.classes, source)
         fit.take_channels(images.channels(), source)
-        fit.note_repeats(len(images), self.unit)
+        fit.note_repeats(len(images), self.throughput_unit)
         # the notes of a "valid" that is held out are those of "train"
         fit.notes += filter(None, dict.fromkeys(split.images.note for split in splits.values()))
         self.config, self.notes = fit.config, fit.notes
@@ -75,9 +77,9 @@ class ImageClassification(OfEncoders):
         self.reading: Iterator[ImageBatch]
 
     @staticmethod
-    def plain_model(config: Config) -> nn.Module:
+    def build_model(config: Config) -> nn.Module:
         assert isinstance(config.model, VisionConfig)
-        return meta(VisionTransformer, config.model)
+        return build_on_meta(VisionTransformer, config.model)
 
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
@@ -88,15 +90,21 @@ class ImageClassification(OfEncoders):
         check_images(config.data, model, files=main)
 
     @staticmethod
-    def given(config: Config) -> dict[str, Any]:
-        data = {key: value for key, value in asdict(config.data).items() if key not in ("image_root", "workers")}
-        return {"steps": config.steps, "data": data, "images": config.batch.samples}
+    def comparison_key(config: Config) -> dict[str, Any]:
+        data = {
+            key: value
+            for key, value in asdict(config.data).items()
+            if key not in ("image_root", "workers")
+        }
+        return {"steps": config.steps, "data": data, "images": config.batch.global_batch_size}
 
-    def source(self) -> Source:
+    def data_source(self) -> Source:
         splits = {name: split.images for name, split in self.splits.items()}
         given = self.config.data.images  # type: ignore[union-attr]
         if splits["train"].item_I.ndim > 1:
-            return of_arrays(given, {name: (images.item_I, images.label_I) for name, images in splits.items()})
+            return of_arrays(
+                given, {name: (images.item_I, images.label_I) for name, images in splits.items()}
+            )
         files = itertools.chain.from_iterable(images.item_I for images in splits.values())
         return of_files("folder", files, given)
 
@@ -105,15 +113,17 @@ class ImageClassification(OfEncoders):
         assert isinstance(self.config.model, VisionConfig)
         return math.log(max(2, self.config.model.num_classes))
 
-    def known(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         return {"classes": list(self.splits["train"].images.classes)}
 
-    def start(self, dtype: torch.dtype) -> None:
+    def reset_state(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
+    def batches(self, step: int, split: str = "train") -> Iterator[ImageTaskBatch]:
         reading = self.splits[split].batches(step, self._parts)
-        if split == "train":  # goes on from step to step, for there may be processes that read ahead
+        if (
+            split == "train"
+        ):  # goes on from step to step, for there may be processes that read ahead
             if self.next_step != step:
                 self.reading = reading
             self.next_step, reading = step + 1, self.reading
@@ -122,60 +132,68 @@ class ImageClassification(OfEncoders):
     @property
     def _parts(self) -> list[range]:
         """This rank's samples of each micro-batch."""
-        return [self.layout.my_samples(micro, self.mesh.dp.index) for micro in range(self.layout.accumulation)]
+        return [
+            self.layout.local_samples(micro, self.mesh.dp.index)
+            for micro in range(self.layout.grad_accum_steps)
+        ]
 
-    def _step(self, reading: Iterator[ImageBatch], step: int, train: bool) -> Iterator[Batch]:
+    def _step(
+        self, reading: Iterator[ImageBatch], step: int, train: bool
+    ) -> Iterator[ImageTaskBatch]:
         for micro, mine in enumerate(self._parts):
             try:
                 read = next(reading)
-            except ValueError as error:  # a file that broke, or whose head alone is whole: no mistake of ours
+            except (
+                ValueError
+            ) as error:  # a file that broke, or whose head alone is whole: no mistake of ours
                 raise OSError(str(error)) from None
             sample_T = torch.arange(mine.start, mine.stop).repeat_interleave(self.num_patches)
             position_T = torch.arange(self.num_patches).repeat(len(mine))
             valid_T = read.valid_B.repeat_interleave(self.num_patches)
             key = (self.config.seed, step, train)
-            ctx = context(self.layout, self.mesh, micro, sample_T, position_T, valid_T, *key)
+            ctx = token_context(self.layout, self.mesh, micro, sample_T, position_T, valid_T, *key)
             image_BQYX = read.image_BQYX.to(self.mesh.device, self.dtype)
-            yield Batch(image_BQYX, read.target_BN.to(self.mesh.device), ctx)
+            yield ImageTaskBatch(image_BQYX, read.target_BN.to(self.mesh.device), ctx)
 
-    def total(self, batches: list[Batch]) -> torch.Tensor:
+    def loss_denominator(self, batches: list[ImageTaskBatch]) -> torch.Tensor:
         """Images of the whole step."""
-        return sum_over(sum(self._valid_B(b).sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
+        return all_reduce_sum(sum(self._valid_B(b).sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
 
     def loss(
-        self, engine: Any, batch: Batch, total: torch.Tensor
+        self, engine: Any, batch: ImageTaskBatch, total: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
         """The step's loss is cross-entropy per image."""
         logit_BN, stats = engine(batch.image_BQYX, batch.ctx)
         valid_B = self._valid_B(batch)
-        nll_B = -(batch.target_BN * logit_BN.to(torch.promote_types(logit_BN.dtype, torch.float32)).log_softmax(1)).sum(
-            1
-        )
+        nll_B = -(
+            batch.target_BN
+            * logit_BN.to(torch.promote_types(logit_BN.dtype, torch.float32)).log_softmax(1)
+        ).sum(1)
         nll = torch.where(valid_B, nll_B, 0).sum()
         correct = (
             (logit_BN.argmax(1) == batch.target_BN.argmax(1)) & valid_B
         ).sum()  # of two that are mixed the main one
         sums = {"nll": nll, "images": valid_B.sum(), "correct": correct}
-        return (nll / total + balance(self.layout, stats)).to(nll.dtype), sums, stats
+        return (nll / total + balance_loss(self.layout, stats)).to(nll.dtype), sums, stats
 
-    def _valid_B(self, batch: Batch) -> torch.Tensor:
+    def _valid_B(self, batch: ImageTaskBatch) -> torch.Tensor:
         return batch.ctx.valid_T.view(-1, self.num_patches)[:, 0]
 
-    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+    def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["nll"] / sums["images"], "accuracy": sums["correct"] / sums["images"]}
 
-    def evaluation(self, split: str) -> Iterator[list[Batch]]:
+    def eval_batches(self, split: str) -> Iterator[list[ImageTaskBatch]]:
         """What is behind the last image is padding."""
         reading = self.splits[split].batches(0, self._parts)
         for step in range(self.splits[split].num_steps):
             yield list(self._step(reading, step, train=False))
 
-    def told(self, result: dict[str, float]) -> str:
-        accuracy = written("accuracy", result["test/accuracy"])
+    def format_result(self, result: dict[str, float]) -> str:
+        accuracy = format_metric("accuracy", result["test/accuracy"])
         return f"test accuracy {accuracy}    loss {result['test/loss']:.4f} nats per image"
 
 
 def _of_any_classes(config: Config) -> VisionConfig:
     """Returns the section of the model, which the classes of any data fit."""
     assert isinstance(config.model, VisionConfig)
-    return replace(config.model, num_classes=MOST)
+    return replace(config.model, num_classes=MAX_COUNT)

@@ -17,27 +17,27 @@ from moe_dist.data.fingerprint import Source, of_text
 from moe_dist.data.text.corpus import check_text, open_text
 from moe_dist.data.text.lanes import Lanes, Vocabulary, unigram_perplexity
 from moe_dist.data.text.stream import Stream, check_lanes
-from moe_dist.distributed.batch_layout import Layout
-from moe_dist.distributed.collectives import from_main, sum_over
+from moe_dist.distributed.batch_layout import BatchLayout
+from moe_dist.distributed.collectives import all_reduce_sum, run_on_main
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.models.lstm_lm import LSTMLanguageModel, State, state_widths
 from moe_dist.moe.layer import LayerStats
-from moe_dist.monitoring.metric_format import perplexity, told_perplexity
-from moe_dist.nn.token_context import Context
-from moe_dist.tasks.data_fit import Fit
-from moe_dist.tasks.encoder_base import balance, context, meta
+from moe_dist.monitoring.metric_format import format_perplexity, perplexity
+from moe_dist.nn.token_context import TokenContext
+from moe_dist.tasks.data_fit import DataFit
+from moe_dist.tasks.encoder_base import balance_loss, build_on_meta, token_context
 
 VOCABULARY_SIZE = "data.vocabulary_size"
 
 
 @dataclass(frozen=True)
-class Batch:
+class LMBatch:
     """This rank's share of one micro-batch."""
 
     micro: int
     input_BS: torch.Tensor
     target_BS: torch.Tensor
-    ctx: Context
+    ctx: TokenContext
 
 
 class LanguageModel:
@@ -45,16 +45,16 @@ class LanguageModel:
 
     model_config: type = LSTMConfig
     data_config: type = TextDataConfig
-    unit: str = "words"
-    headline: str = "perplexity"
+    throughput_unit: str = "words"
+    primary_metric: str = "perplexity"
     test_splits: tuple[str, ...] = ("test",)
-    keeps: tuple[str, ...] = ("vocabulary",)
-    from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
+    required_metadata: tuple[str, ...] = ("vocabulary",)
+    fields_from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
 
     def __init__(
         self,
         config: Config,
-        layout: Layout,
+        layout: BatchLayout,
         mesh: Mesh,
         saved: dict[str, Any] | None,
         explicit: Collection[str] = (),
@@ -72,26 +72,43 @@ class LanguageModel:
         lines = open_text(data.text, data.streamed)
         if saved:
             self.vocabulary = saved_vocabulary(saved)
-            why = f"the run to go on from, or to begin with (init), has {len(self.vocabulary)} words"
+            why = (
+                f"the run to go on from, or to begin with (init), has {len(self.vocabulary)} words"
+            )
         else:
             exact = VOCABULARY_SIZE in explicit
-            self.vocabulary = from_main(lambda: Vocabulary.build(lines["train"], data.vocabulary_size, exact))
+            self.vocabulary = run_on_main(
+                lambda: Vocabulary.build(lines["train"], data.vocabulary_size, exact)
+            )
             why = f"data.text={data.text!r} has no more words"
-        fit = Fit(config, explicit)
+        fit = DataFit(config, explicit)
         fit.take(VOCABULARY_SIZE, len(self.vocabulary), why)
         self.config, self.notes = fit.config, fit.notes
-        timesteps = config.batch.timesteps
-        from_main(lambda: check_lanes(lines["train"], layout.samples, timesteps, data.streamed))
+        timesteps = config.batch.seq_len
+        run_on_main(
+            lambda: check_lanes(lines["train"], layout.global_batch_size, timesteps, data.streamed)
+        )
         in_memory = ("valid", "test") if data.streamed else ("train", "valid", "test")
-        self.lanes = {s: Lanes(self.vocabulary.encode(lines[s]), layout.samples, s == "train") for s in in_memory}
-        mine = [lane for micro in range(layout.accumulation) for lane in layout.my_samples(micro, mesh.dp.index)]
-        self.stream = Stream(lines["train"], self.vocabulary, layout.samples, mine) if data.streamed else None
+        self.lanes = {
+            s: Lanes(self.vocabulary.encode(lines[s]), layout.global_batch_size, s == "train")
+            for s in in_memory
+        }
+        mine = [
+            lane
+            for micro in range(layout.grad_accum_steps)
+            for lane in layout.local_samples(micro, mesh.dp.index)
+        ]
+        self.stream = (
+            Stream(lines["train"], self.vocabulary, layout.global_batch_size, mine)
+            if data.streamed
+            else None
+        )
         self.state: list[Any] = []  # of this rank's lanes after the last window, by micro-batch
 
     @staticmethod
-    def plain_model(config: Config) -> nn.Module:
+    def build_model(config: Config) -> nn.Module:
         assert isinstance(config.model, LSTMConfig) and isinstance(config.data, TextDataConfig)
-        return meta(LSTMLanguageModel, config.model, config.data.vocabulary_size)
+        return build_on_meta(LSTMLanguageModel, config.model, config.data.vocabulary_size)
 
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
@@ -99,11 +116,11 @@ class LanguageModel:
         check_text(config.data.text)
 
     @staticmethod
-    def given(config: Config) -> dict[str, Any]:
-        words = config.batch.samples * config.batch.timesteps
+    def comparison_key(config: Config) -> dict[str, Any]:
+        words = config.batch.global_batch_size * config.batch.seq_len
         return {"steps": config.steps, "data": asdict(config.data), "words": words}
 
-    def source(self) -> Source:
+    def data_source(self) -> Source:
         assert isinstance(self.config.data, TextDataConfig)
         return of_text(self.config.data.text)
 
@@ -112,22 +129,24 @@ class LanguageModel:
         assert isinstance(self.config.data, TextDataConfig)
         return math.log(self.config.data.vocabulary_size)
 
-    def known(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         return {"vocabulary": asdict(self.vocabulary)}
 
-    def start(self, dtype: torch.dtype) -> None:
+    def reset_state(self, dtype: torch.dtype) -> None:
         """The state before a text's first words: zeros, of the model's `dtype`."""
         assert isinstance(self.config.model, LSTMConfig)
-        lanes = torch.zeros(1, self.layout.samples_per_rank, 1, dtype=dtype, device=self.mesh.device)
+        lanes = torch.zeros(
+            1, self.layout.samples_per_rank, 1, dtype=dtype, device=self.mesh.device
+        )
         widths = state_widths(self.config.model)
         zeros = tuple(tuple(lanes.repeat(1, 1, width) for width in pair) for pair in widths)
-        self.state = [zeros] * self.layout.accumulation
+        self.state = [zeros] * self.layout.grad_accum_steps
 
-    def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
+    def batches(self, step: int, split: str = "train") -> Iterator[LMBatch]:
         """This rank's micro-batches of window `step` (from 0) of a split; of a stream, whatever comes next."""
-        timesteps = self.config.batch.timesteps
-        for micro in range(self.layout.accumulation):
-            lane_B = np.array(self.layout.my_samples(micro, self.mesh.dp.index))
+        timesteps = self.config.batch.seq_len
+        for micro in range(self.layout.grad_accum_steps):
+            lane_B = np.array(self.layout.local_samples(micro, self.mesh.dp.index))
             if self.stream and split == "train":
                 window = self.stream.window(timesteps, lane_B)
             else:
@@ -136,38 +155,42 @@ class LanguageModel:
             position_T = torch.arange(timesteps).repeat(len(lane_B))
             sample_T = torch.from_numpy(lane_B.repeat(timesteps))
             key = (self.config.seed, step, split == "train")
-            ctx = context(self.layout, self.mesh, micro, sample_T, position_T, valid_BS.flatten(), *key)
-            yield Batch(micro, input_BS, target_BS, ctx)
+            ctx = token_context(
+                self.layout, self.mesh, micro, sample_T, position_T, valid_BS.flatten(), *key
+            )
+            yield LMBatch(micro, input_BS, target_BS, ctx)
 
-    def total(self, batches: list[Batch]) -> torch.Tensor:
+    def loss_denominator(self, batches: list[LMBatch]) -> torch.Tensor:
         """Valid words of the whole step."""
-        return sum_over(sum(b.ctx.valid_T.sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
+        return all_reduce_sum(sum(b.ctx.valid_T.sum() for b in batches).double(), self.mesh.dp)  # type: ignore[union-attr]
 
     def loss(
-        self, engine: Any, batch: Batch, total: torch.Tensor
+        self, engine: Any, batch: LMBatch, total: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
         """The step's loss is nll per valid word."""
-        nll, state, stats = engine(batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx)
+        nll, state, stats = engine(
+            batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx
+        )
         self.state[batch.micro] = _anew_where_not_finite(state)
         sums = {"nll": nll, "words": batch.ctx.valid_T.sum()}
-        return (nll / total + balance(self.layout, stats)).to(nll.dtype), sums, stats
+        return (nll / total + balance_loss(self.layout, stats)).to(nll.dtype), sums, stats
 
-    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+    def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["nll"] / sums["words"]
         return {"loss": loss, "perplexity": perplexity(loss)}
 
-    def evaluation(self, split: str) -> Iterator[list[Batch]]:
+    def eval_batches(self, split: str) -> Iterator[list[LMBatch]]:
         """Who has no words left sends padding. State begins at zero, and training's comes back afterwards."""
         training = self.state
-        self.start(training[0][0][0].dtype)
-        for window in range(self.lanes[split].num_windows(self.config.batch.timesteps)):
+        self.reset_state(training[0][0][0].dtype)
+        for window in range(self.lanes[split].num_windows(self.config.batch.seq_len)):
             yield list(self.batches(window, split))
         self.state = training
 
-    def finish(self, split: str) -> dict[str, float]:
+    def finalize_eval(self, split: str) -> dict[str, float]:
         return {}
 
-    def of_weights(self, engine: Any) -> dict[str, float]:
+    def weight_metrics(self, engine: Any) -> dict[str, float]:
         return {}
 
     def save_state(self) -> dict[str, torch.Tensor]:
@@ -175,12 +198,14 @@ class LanguageModel:
         whole = {}
         for i, pair in enumerate(self.state[0]):
             for kind, like in zip("hc", pair, strict=True):
-                rows_BD = like.new_zeros(self.layout.samples, like.shape[2])
+                rows_BD = like.new_zeros(self.layout.global_batch_size, like.shape[2])
                 for micro, state in enumerate(self.state):
                     rows_BD[self._mine(micro)] = state[i]["hc".index(kind)][0]
-                whole[f"lstm{i}.{kind}"] = sum_over(rows_BD, self.mesh.dp)
+                whole[f"lstm{i}.{kind}"] = all_reduce_sum(rows_BD, self.mesh.dp)
         if self.stream:
-            whole["stream"] = sum_over(self.stream.places().to(self.mesh.device), self.mesh.dp)
+            whole["stream"] = all_reduce_sum(
+                self.stream.places().to(self.mesh.device), self.mesh.dp
+            )
         return whole
 
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
@@ -188,26 +213,31 @@ class LanguageModel:
         for micro, state in enumerate(self.state):
             mine = self._mine(micro)
             self.state[micro] = tuple(
-                tuple(saved[f"lstm{i}.{kind}"][None, mine].to(like) for kind, like in zip("hc", pair, strict=True))
+                tuple(
+                    saved[f"lstm{i}.{kind}"][None, mine].to(like)
+                    for kind, like in zip("hc", pair, strict=True)
+                )
                 for i, pair in enumerate(state)
             )
         if self.stream:
             self.stream.load(saved["stream"])
 
     def _mine(self, micro: int) -> slice:
-        mine = self.layout.my_samples(micro, self.mesh.dp.index)
+        mine = self.layout.local_samples(micro, self.mesh.dp.index)
         return slice(mine.start, mine.stop)
 
-    def told(self, result: dict[str, float]) -> str:
+    def format_result(self, result: dict[str, float]) -> str:
         """Beside what knowing only word frequencies gives."""
         unigram = unigram_perplexity(self.vocabulary.counts, self.lanes["test"].token_N)
-        perplexity = told_perplexity(result["test/perplexity"], result["test/loss"])
+        perplexity = format_perplexity(result["test/perplexity"], result["test/loss"])
         return f"test perplexity {perplexity}    unigram model {unigram:.1f}"
 
 
 def _anew_where_not_finite(state: State) -> State:
     """Zeros for lanes that would give nothing but NaN from now on (`finite`); without their past."""
-    ok_1B1 = torch.stack([t.detach().isfinite().all(-1) for pair in state for t in pair]).all(0)[..., None]
+    ok_1B1 = torch.stack([t.detach().isfinite().all(-1) for pair in state for t in pair]).all(0)[
+        ..., None
+    ]
     return tuple(tuple(torch.where(ok_1B1, t.detach(), 0) for t in pair) for pair in state)  # type: ignore[misc]
 
 

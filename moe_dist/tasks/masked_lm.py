@@ -13,16 +13,16 @@ from moe_dist.data.text.masked_lm import Pretraining
 from moe_dist.data.text.wordpiece import IGNORED
 from moe_dist.models.text_encoder import PretrainingModel
 from moe_dist.moe.layer import LayerStats
-from moe_dist.monitoring.metric_format import perplexity, told_perplexity, written
-from moe_dist.tasks.encoder_base import balance
-from moe_dist.tasks.text_base import SPLITS, Batch, Texts, _correct, _nll, _shown
+from moe_dist.monitoring.metric_format import format_metric, format_perplexity, perplexity
+from moe_dist.tasks.encoder_base import balance_loss
+from moe_dist.tasks.text_base import SPLITS, TextBatch, TextTask, _correct, _nll, _shown
 
 
-class PretrainingTask(Texts):
+class MaskedLM(TextTask):
     """Masked words, and whether two runs of lines are in order (Lan et al. 2020, Section 3.1)."""
 
     data_config: type = PretrainingDataConfig
-    headline: str = "perplexity"
+    primary_metric: str = "perplexity"
     model_class = PretrainingModel
 
     @property
@@ -34,10 +34,10 @@ class PretrainingTask(Texts):
         assert isinstance(data, PretrainingDataConfig)
         lines = open_text(data.text, False)
         self.tokens = self.tokens_for(lines["train"], f"data.text={data.text!r}")
-        sizes = (self.model.max_tokens, self.layout.samples)
+        sizes = (self.model.max_tokens, self.layout.global_batch_size)
         self.splits = {s: Pretraining(lines[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
 
-    def source(self) -> Source:
+    def data_source(self) -> Source:
         assert isinstance(self.config.data, PretrainingDataConfig)
         return of_text(self.config.data.text)
 
@@ -47,7 +47,7 @@ class PretrainingTask(Texts):
         check_text(config.data.text)
 
     def loss(
-        self, engine: Any, batch: Batch, total: torch.Tensor
+        self, engine: Any, batch: TextBatch, total: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
         """The step's loss is nll per masked word, and per text that of its order."""
         word_T, order_B = (_shown(target, batch).flatten() for target in batch.targets)
@@ -55,7 +55,7 @@ class PretrainingTask(Texts):
         word_N = word_T[masked_N]
         logit_NV, order_B2, stats = engine(batch.token_BS, batch.kind_BS, masked_N, batch.ctx)
         nll, order_nll = _nll(logit_NV, word_N), _nll(order_B2, order_B)
-        loss = nll / total[0] + order_nll / total[1] + balance(self.layout, stats)
+        loss = nll / total[0] + order_nll / total[1] + balance_loss(self.layout, stats)
         sums = {
             "nll": nll,
             "masked": word_N.new_tensor(len(word_N)),
@@ -67,7 +67,7 @@ class PretrainingTask(Texts):
         }
         return loss.to(nll.dtype), sums, stats
 
-    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+    def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         masked, texts = max(1, sums["masked"]), max(1, sums["texts"])
         loss = sums["nll"] / masked
         return {
@@ -77,7 +77,7 @@ class PretrainingTask(Texts):
             "order_accuracy": sums["order_correct"] / texts,
         }
 
-    def told(self, result: dict[str, float]) -> str:
-        perplexity = told_perplexity(result["test/perplexity"], result["test/loss"])
+    def format_result(self, result: dict[str, float]) -> str:
+        perplexity = format_perplexity(result["test/perplexity"], result["test/loss"])
         told = f"test perplexity of masked words {perplexity}"
-        return f"{told}    order of sentences right {written('order_accuracy', result['test/order_accuracy'])}"
+        return f"{told}    order of sentences right {format_metric('order_accuracy', result['test/order_accuracy'])}"

@@ -11,21 +11,21 @@ from moe_dist.data.fingerprint import Source, of_named
 from moe_dist.data.text.squad import SQUAD, check_questions, open_questions
 from moe_dist.data.text.squad_windows import Answers, best_spans, scores
 from moe_dist.data.text.wordpiece import IGNORED
-from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.models.text_encoder import AnswerFinder
 from moe_dist.moe.layer import LayerStats
-from moe_dist.monitoring.metric_format import written
-from moe_dist.tasks.encoder_base import balance
-from moe_dist.tasks.text_base import SPLITS, Batch, Texts, _nll, _shown
+from moe_dist.monitoring.metric_format import format_metric
+from moe_dist.tasks.encoder_base import balance_loss
+from moe_dist.tasks.text_base import SPLITS, TextBatch, TextTask, _nll, _shown
 
 NUM_SPANS = 20  # of a window that are looked at for the best answers
 
 
-class QuestionAnswering(Texts):
+class QuestionAnswering(TextTask):
     """Answers that are a piece of a text, or none (SQuAD)."""
 
     data_config: type = QuestionDataConfig
-    headline: str = "f1"
+    primary_metric: str = "f1"
     model_class = AnswerFinder
 
     @property
@@ -39,14 +39,21 @@ class QuestionAnswering(Texts):
         questions = open_questions(data.questions)
         texts = [text for each in questions["train"] for text in (each.question, each.context)]
         self.tokens = self.tokens_for(texts, f"data.questions={data.questions!r}")
-        sizes = (self.model.max_tokens, data.stride, self.layout.samples)
+        sizes = (self.model.max_tokens, data.doc_stride, self.layout.global_batch_size)
         self.splits = {s: Answers(questions[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
         if lost := self.splits["train"].num_lost:
-            self.notes.append(f"{lost} training questions have an answer that is not where they say, and are left out")
-        self.found: list[tuple[int, torch.Tensor]] = []  # window, and (score, start, end) of its best spans
+            self.notes.append(
+                f"{lost} training questions have an answer that is not where they say, and are left out"
+            )
+        self.found: list[
+            tuple[int, torch.Tensor]
+        ] = []  # window, and (score, start, end) of its best spans
 
-    def source(self) -> Source:
-        return of_named(self.data.questions, {name: (repository, None, None) for name, repository in SQUAD.items()})
+    def data_source(self) -> Source:
+        return of_named(
+            self.data.questions,
+            {name: (repository, None, None) for name, repository in SQUAD.items()},
+        )
 
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
@@ -54,27 +61,40 @@ class QuestionAnswering(Texts):
         check_questions(config.data.questions)
 
     def loss(
-        self, engine: Any, batch: Batch, total: torch.Tensor
+        self, engine: Any, batch: TextBatch, total: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
         """The step's loss is the mean of the nll of first and of last tokens, per window."""
         first_B, last_B = (_shown(target, batch) for target in batch.targets)
         start_BS, end_BS, stats = engine(batch.token_BS, batch.kind_BS, batch.ctx)
         valid_BS = batch.ctx.valid_T.view(batch.token_BS.shape)
-        valid_BS = valid_BS | ~valid_BS[:, :1]  # a window that is padding has some logit, but no target
-        start_BS, end_BS = (logits.masked_fill(~valid_BS, -torch.inf) for logits in (start_BS, end_BS))
+        valid_BS = (
+            valid_BS | ~valid_BS[:, :1]
+        )  # a window that is padding has some logit, but no target
+        start_BS, end_BS = (
+            logits.masked_fill(~valid_BS, -torch.inf) for logits in (start_BS, end_BS)
+        )
         nll = (_nll(start_BS, first_B) + _nll(end_BS, last_B)) / 2
         if not batch.ctx.train:
-            spans = best_spans(start_BS, end_BS, batch.token_BS, batch.kind_BS, self.data.longest_answer, NUM_SPANS)
+            spans = best_spans(
+                start_BS,
+                end_BS,
+                batch.token_BS,
+                batch.kind_BS,
+                self.data.max_answer_tokens,
+                NUM_SPANS,
+            )
             score_Bn, start_Bn, end_Bn, null_B = (t.double() for t in spans)
-            told_B4n = torch.stack([score_Bn, start_Bn, end_Bn, null_B[:, None].expand_as(score_Bn)], 1)
+            told_B4n = torch.stack(
+                [score_Bn, start_Bn, end_Bn, null_B[:, None].expand_as(score_Bn)], 1
+            )
             self.found.append((batch.first, told_B4n))
         sums = {"nll": nll, "texts": (first_B != IGNORED).sum(), "work": self.work(batch)}
-        return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
+        return (nll / total[0] + balance_loss(self.layout, stats)).to(nll.dtype), sums, stats
 
-    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+    def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return {"loss": sums["nll"] / max(1, sums["texts"])}
 
-    def finish(self, split: str) -> dict[str, float]:
+    def finalize_eval(self, split: str) -> dict[str, float]:
         """Returns exact match and F1 of the best answers, as fractions. A collective."""
         answers = self.splits[split]
         windows = len(answers.window_W5)
@@ -83,10 +103,12 @@ class QuestionAnswering(Texts):
             kept = told_B4n[: max(0, windows - first)]
             told_W4n[first : first + len(kept)] = kept
         self.found.clear()
-        score_Wn, start_Wn, end_Wn, null_Wn = sum_over(told_W4n, self.mesh.dp).cpu().unbind(1)
-        best = answers.decode(score_Wn, start_Wn.long(), end_Wn.long(), null_Wn[:, 0], self.data.null_threshold)
+        score_Wn, start_Wn, end_Wn, null_Wn = all_reduce_sum(told_W4n, self.mesh.dp).cpu().unbind(1)
+        best = answers.decode(
+            score_Wn, start_Wn.long(), end_Wn.long(), null_Wn[:, 0], self.data.no_answer_threshold
+        )
         found = {question: texts[0][0] if texts else "" for question, texts in best.items()}
         return {name: per_cent / 100 for name, per_cent in scores(answers.questions, found).items()}
 
-    def told(self, result: dict[str, float]) -> str:
-        return f"test F1 {written('f1', result['test/f1'])}    exact match {written('exact', result['test/exact'])}"
+    def format_result(self, result: dict[str, float]) -> str:
+        return f"test F1 {format_metric('f1', result['test/f1'])}    exact match {format_metric('exact', result['test/exact'])}"

@@ -8,13 +8,17 @@ import math
 import numpy as np
 
 
-def matthews(true_positive: float, false_positive: float, false_negative: float, true_negative: float) -> float:
+def matthews(
+    true_positive: float, false_positive: float, false_negative: float, true_negative: float
+) -> float:
     """Returns the correlation of predicted and true class, of two (Matthews 1975); 0 where one of them is constant."""
     predicted = (true_positive + false_positive) * (true_negative + false_negative)
     actual = (true_positive + false_negative) * (true_negative + false_positive)
     if not predicted or not actual:
         return 0.0
-    return (true_positive * true_negative - false_positive * false_negative) / math.sqrt(predicted * actual)
+    return (true_positive * true_negative - false_positive * false_negative) / math.sqrt(
+        predicted * actual
+    )
 
 
 def f1(true_positive: float, false_positive: float, false_negative: float) -> float:

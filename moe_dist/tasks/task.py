@@ -8,17 +8,17 @@ from torch import nn
 
 from moe_dist.config.schema import Config
 from moe_dist.data.fingerprint import Source
-from moe_dist.distributed.batch_layout import Layout
+from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import LayerStats
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 
 class Batch(Protocol):
     """This rank's share of one micro-batch; what else is in it is the task's own matter."""
 
     @property
-    def ctx(self) -> Context: ...
+    def ctx(self) -> TokenContext: ...
 
 
 class Task(Protocol):
@@ -26,17 +26,21 @@ class Task(Protocol):
 
     model_config: type  # of Config.model
     data_config: type  # of Config.data
-    unit: str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
-    headline: str  # the measure that models are compared by, of data of one's own
+    throughput_unit: (
+        str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
+    )
+    primary_metric: str  # the measure that models are compared by, of data of one's own
     test_splits: tuple[str, ...]  # what is evaluated at the end
-    keeps: tuple[str, ...]  # keys of `known` that its model cannot be used without
-    from_data: tuple[str, ...]  # dotted keys of the config that follow from the data where the user has not set them
-    layout: Layout
+    required_metadata: tuple[str, ...]  # keys of `known` that its model cannot be used without
+    fields_from_data: tuple[
+        str, ...
+    ]  # dotted keys of the config that follow from the data where the user has not set them
+    layout: BatchLayout
 
     def __init__(
         self,
         config: Config,
-        layout: Layout,
+        layout: BatchLayout,
         mesh: Mesh,
         saved: dict[str, Any] | None,
         explicit: Collection[str] = (),
@@ -63,7 +67,7 @@ class Task(Protocol):
         """About the data, one line each."""
 
     @staticmethod
-    def plain_model(config: Config) -> nn.Module:
+    def build_model(config: Config) -> nn.Module:
         """On the meta device. Raises ValueError for a model that cannot be."""
 
     @staticmethod
@@ -80,26 +84,26 @@ class Task(Protocol):
         """
 
     @staticmethod
-    def given(config: Config) -> dict[str, Any]:
+    def comparison_key(config: Config) -> dict[str, Any]:
         """What two models must share for their results to be compared: data, batch and steps, not the layout."""
 
-    def source(self) -> Source:
+    def data_source(self) -> Source:
         """Returns the files or arrays that were read, for a fingerprint. Called on the main rank alone."""
 
     @property
     def uniform_loss(self) -> float:
         """The loss of a model that gives every word, class or place the same probability, in nats (`finite`)."""
 
-    def known(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """What a checkpoint keeps so that the run finds its data as it was (`contents.OF_TASKS`); goes into JSON."""
 
-    def start(self, dtype: torch.dtype) -> None:
+    def reset_state(self, dtype: torch.dtype) -> None:
         """The state before the first step, of the model's `dtype`."""
 
     def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
         """This rank's micro-batches of step `step` (from 0) of a split."""
 
-    def total(self, batches: list[Any]) -> torch.Tensor:
+    def loss_denominator(self, batches: list[Any]) -> torch.Tensor:
         """What the step's loss is a mean over: of all ranks and micro-batches, float64. A collective."""
 
     def loss(
@@ -108,19 +112,19 @@ class Task(Protocol):
         """This micro-batch's part of the step's loss, sums over its samples by name, and its layers' statistics.
 
         Every rank and micro-batch has a part of the loss proper; the mean over the step's balance groups of the balance
-        losses every rank has whole and differentiates for its own rows (`shared_sum`).
+        losses every rank has whole and differentiates for its own rows (`all_reduce_shared`).
         """
 
-    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+    def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Returns "loss" and the other measures of a line of metrics, from sums over many micro-batches."""
 
-    def evaluation(self, split: str) -> Iterator[list[Any]]:
+    def eval_batches(self, split: str) -> Iterator[list[Any]]:
         """Every sample of a split once, in the same number of micro-batches on every rank."""
 
-    def finish(self, split: str) -> dict[str, float]:
+    def finalize_eval(self, split: str) -> dict[str, float]:
         """What can only be measured when all of a split has been evaluated. A collective."""
 
-    def of_weights(self, engine: Any) -> dict[str, float]:
+    def weight_metrics(self, engine: Any) -> dict[str, float]:
         """What a line of metrics tells of the model's weights. A collective."""
 
     def save_state(self) -> dict[str, torch.Tensor]:
@@ -129,5 +133,5 @@ class Task(Protocol):
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
         """Inverse of `save_state`, on any layout."""
 
-    def told(self, result: dict[str, float]) -> str:
+    def format_result(self, result: dict[str, float]) -> str:
         """The test metrics, in a line for people."""

@@ -18,27 +18,27 @@ from moe_dist.data.text.sentences import (
     open_sentences,
 )
 from moe_dist.data.text.wordpiece import IGNORED
-from moe_dist.distributed.collectives import sum_over
+from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.models.text_encoder import TextClassifier
 from moe_dist.moe.layer import LayerStats
-from moe_dist.monitoring.metric_format import MEASURES, headline, written
-from moe_dist.tasks.encoder_base import balance
+from moe_dist.monitoring.metric_format import METRIC_FORMATS, format_metric, primary_metric
+from moe_dist.tasks.encoder_base import balance_loss
 from moe_dist.tasks.scores import f1, matthews, pearson, spearman
-from moe_dist.tasks.text_base import VOCABULARY_SIZE, Batch, Texts, _correct, _nll, _shown
+from moe_dist.tasks.text_base import VOCABULARY_SIZE, TextBatch, TextTask, _correct, _nll, _shown
 
 GLUE_MEASURES = {"glue:cola": "matthews", "glue:mrpc": "f1", "glue:qqp": "f1"}  # beside accuracy
 
 
-class TextClassification(Texts):
+class TextClassification(TextTask):
     """Texts, or pairs of them, to classes; or to scores, where the data has these (`sentences.SCORES`).
 
     Measures are those of GLUE (Wang et al. 2018, Table 1), whose positive class is the second.
     """
 
     data_config: type = SentenceDataConfig
-    headline: str = "accuracy"
-    keeps: tuple[str, ...] = ("tokens", "classes")
-    from_data: tuple[str, ...] = ("model.num_classes", VOCABULARY_SIZE)
+    primary_metric: str = "accuracy"
+    required_metadata: tuple[str, ...] = ("tokens", "classes")
+    fields_from_data: tuple[str, ...] = ("model.num_classes", VOCABULARY_SIZE)
     has_scores = False
     model_class = TextClassifier
 
@@ -64,14 +64,20 @@ class TextClassification(Texts):
                 self.notes.append(f"{source} has labels that differ by case alone: {some(similar)}")
         texts = [text for each in sentences["train"] for text in (each.text, each.text2) if text]
         self.tokens = self.tokens_for(texts, source)
-        sizes = (self.model.max_tokens, self.layout.samples)
-        self.splits = {s: Sentences(some, self.tokens, *sizes, self.seed(s)) for s, some in sentences.items()}
+        sizes = (self.model.max_tokens, self.layout.global_batch_size)
+        self.splits = {
+            s: Sentences(some, self.tokens, *sizes, self.seed(s)) for s, some in sentences.items()
+        }
         self.test_splits = tuple(split for split in sentences if split not in ("train", "valid"))
         if cut := self.splits["train"].num_cut:
-            self.notes.append(f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}")
-        self.found: list[tuple[int, torch.Tensor]] = []  # in evaluation: first sample, and scores from there on
+            self.notes.append(
+                f"{cut} training texts lose their end, for model.max_tokens={sizes[0]}"
+            )
+        self.found: list[
+            tuple[int, torch.Tensor]
+        ] = []  # in evaluation: first sample, and scores from there on
 
-    def source(self) -> Source:
+    def data_source(self) -> Source:
         assert isinstance(self.config.data, SentenceDataConfig)
         place = self.config.data.sentences
         if place == MOVIE_REVIEWS:
@@ -83,11 +89,11 @@ class TextClassification(Texts):
         assert isinstance(config.data, SentenceDataConfig)
         check_sentences(config.data.sentences)
 
-    def known(self) -> dict[str, Any]:
-        return super().known() | {"classes": list(self.classes), "pairs": self.pairs}
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        return super().checkpoint_metadata() | {"classes": list(self.classes), "pairs": self.pairs}
 
     def loss(
-        self, engine: Any, batch: Batch, total: torch.Tensor
+        self, engine: Any, batch: TextBatch, total: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
         """The step's loss is nll per text; with scores the squared error."""
         label_B = _shown(batch.targets[0], batch)
@@ -109,21 +115,25 @@ class TextClassification(Texts):
             sums["false_positive"] = (said_B & ~is_B).sum()
             sums["false_negative"] = (~said_B & is_B).sum()
         sums["nll"] = nll
-        return (nll / total[0] + balance(self.layout, stats)).to(nll.dtype), sums, stats
+        return (nll / total[0] + balance_loss(self.layout, stats)).to(nll.dtype), sums, stats
 
-    def measures(self, sums: dict[str, float]) -> dict[str, float]:
+    def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         loss = {"loss": sums["nll"] / sums["texts"]}
         if self.has_scores:
             return loss
         told = loss | {"accuracy": sums["correct"] / sums["texts"]}
-        right, extra, missed = (sums.get(kind, 0) for kind in ("true_positive", "false_positive", "false_negative"))
+        right, extra, missed = (
+            sums.get(kind, 0) for kind in ("true_positive", "false_positive", "false_negative")
+        )
         if self.glue_measure == "matthews":
-            told["matthews"] = matthews(right, extra, missed, sums["texts"] - right - extra - missed)
+            told["matthews"] = matthews(
+                right, extra, missed, sums["texts"] - right - extra - missed
+            )
         if self.glue_measure == "f1":
             told["f1"] = f1(right, extra, missed)
         return told
 
-    def finish(self, split: str) -> dict[str, float]:
+    def finalize_eval(self, split: str) -> dict[str, float]:
         """Returns the correlations of scores, which need all of them at once. A collective."""
         if not self.has_scores:
             return {}
@@ -133,14 +143,20 @@ class TextClassification(Texts):
             kept_b = score_B[: max(0, len(label_N) - first)]
             score_N[first : first + len(kept_b)] = kept_b
         self.found.clear()
-        both = sum_over(score_N, self.mesh.dp).cpu().numpy(), label_N
+        both = all_reduce_sum(score_N, self.mesh.dp).cpu().numpy(), label_N
         return {"pearson": pearson(*both), "spearman": spearman(*both)}
 
-    def told(self, result: dict[str, float]) -> str:
-        first = headline(result, "test")
-        names = sorted((name for name in MEASURES if f"test/{name}" in result), key=lambda name: name != first)
-        told = [f"{MEASURES[name].name} {written(name, result[f'test/{name}'])}" for name in names]
+    def format_result(self, result: dict[str, float]) -> str:
+        first = primary_metric(result, "test")
+        names = sorted(
+            (name for name in METRIC_FORMATS if f"test/{name}" in result),
+            key=lambda name: name != first,
+        )
+        told = [
+            f"{METRIC_FORMATS[name].name} {format_metric(name, result[f'test/{name}'])}"
+            for name in names
+        ]
         if "mismatched/accuracy" in result:
-            told.append(f"mismatched {written('accuracy', result['mismatched/accuracy'])}")
+            told.append(f"mismatched {format_metric('accuracy', result['mismatched/accuracy'])}")
         unit = "squared error" if self.has_scores else "nats"
         return f"test {'    '.join(told)}    loss {result['test/loss']:.4f} {unit} per text"

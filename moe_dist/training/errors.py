@@ -9,8 +9,8 @@ from pathlib import Path
 
 from moe_dist.checkpoint import manifest
 from moe_dist.config.messages import one_line
-from moe_dist.distributed.mesh import end
-from moe_dist.monitoring.console import is_main
+from moe_dist.distributed.mesh import exit_process
+from moe_dist.monitoring.console import is_main_rank
 
 
 @contextlib.contextmanager
@@ -27,17 +27,17 @@ def plain_errors(*kinds: type[Exception], run: Path | None = None) -> Iterator[N
     try:
         yield
     except caught as error:
-        if not is_main():
+        if not is_main_rank():
             time.sleep(3)
-        where = "error" if is_main() else f"error on rank {os.environ['RANK']}"
+        where = "error" if is_main_rank() else f"error on rank {os.environ['RANK']}"
         print(one_line(f"{where}: {error}"), file=sys.stderr, flush=True)
-        end(2)
+        exit_process(2)
     except KeyboardInterrupt:
-        if is_main():
+        if is_main_rank():
             told = "interrupted"
             if run:
-                kept = manifest.found(run)
+                kept = manifest.list_checkpoints(run)
                 goes_on = f"; train.py --resume {run} goes on from {kept[-1].name}" if kept else ""
                 told += goes_on or " before its first checkpoint"
             print(told, file=sys.stderr, flush=True)
-        end(130)
+        exit_process(130)

@@ -5,20 +5,22 @@ from typing import Any
 import torch
 
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.metric_accumulator import MetricAccumulator
 
 
 @torch.no_grad()
 def evaluate(engine: Any, task: Any, split: str, mesh: Mesh) -> dict[str, Any]:
     """{"SPLIT/loss", "SPLIT/MEASURE"}, what the task measures. A collective: all ranks must call it."""
-    mesh.record.enter("evaluation")
-    meter = Meter(mesh, task)
-    for batches in task.evaluation(split):
-        total = task.total(batches)
+    mesh.flight_recorder.enter_phase("evaluation")
+    meter = MetricAccumulator(mesh, task)
+    for batches in task.eval_batches(split):
+        total = task.loss_denominator(batches)
         for batch in batches:
             _, sums, stats = task.loss(engine, batch, total)
             meter.add(sums, stats)
-    return meter.read(split) | {f"{split}/{name}": value for name, value in task.finish(split).items()}
+    return meter.reduce_and_reset(split) | {
+        f"{split}/{name}": value for name, value in task.finalize_eval(split).items()
+    }
 
 
 def evaluate_test(engine: Any, task: Any, mesh: Mesh) -> dict[str, Any]:

@@ -20,17 +20,22 @@ from typing import Any
 
 import torch
 
-from moe_dist.distributed.collectives import Label, sum_over
+from moe_dist.distributed.collectives import Label, all_reduce_sum
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import LayerStats
 
 SUMS = "sums/"  # before the names of a task's
 MOST_PENDING = 2**23  # numbers of steps that are not summed over ranks yet (64 MiB)
 PERCENTILES = (10, 50, 90)
-RATIOS = ("cv_importance", "cv_load", "max_over_mean_load", *(f"p{p}_over_mean_load" for p in PERCENTILES))
+RATIOS = (
+    "cv_importance",
+    "cv_load",
+    "max_over_mean_load",
+    *(f"p{p}_over_mean_load" for p in PERCENTILES),
+)
 
 
-class Meter:
+class MetricAccumulator:
     """Adds up what micro-batches tell; `read` gives the means over all ranks since the last reading."""
 
     def __init__(self, mesh: Mesh, task: Any, flops_per_unit: int = 0) -> None:
@@ -40,9 +45,15 @@ class Meter:
 
     def _clear(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.used: dict[str, torch.Tensor] = {}  # importance and load (2, E) of the step so far, by layer
-        self.pending: list[dict[str, torch.Tensor]] = []  # `used` of steps that are not summed over ranks yet
-        self.layers: dict[str, torch.Tensor] = {}  # importance and load (2, E), summed over ranks and steps
+        self.used: dict[
+            str, torch.Tensor
+        ] = {}  # importance and load (2, E) of the step so far, by layer
+        self.pending: list[
+            dict[str, torch.Tensor]
+        ] = []  # `used` of steps that are not summed over ranks yet
+        self.layers: dict[
+            str, torch.Tensor
+        ] = {}  # importance and load (2, E), summed over ranks and steps
         self.ratios: dict[str, torch.Tensor] = {}  # RATIOS of each layer, summed over steps
         self.steps = 0
         self.seconds, self.sent = 0.0, Counter[Label]()
@@ -51,24 +62,31 @@ class Meter:
     def step(self) -> Iterator[None]:
         """Around one training step: counts it, its seconds and those of its parts, and the bytes that it sends, by
         (site, direction)."""
-        start, sent = time.perf_counter(), self.mesh.sent
-        with self.mesh.clock.step():
+        start, sent = time.perf_counter(), self.mesh.bytes_sent
+        with self.mesh.step_timer.step():
             yield
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        for label, total in self.mesh.sent.items():
+        for label, total in self.mesh.bytes_sent.items():
             self.sent[label] += total - sent[label]
         self.pending.append(self.used)
         self.used = {}
-        if len(self.pending) * sum(used.numel() for used in self.pending[0].values()) > MOST_PENDING:
+        if (
+            len(self.pending) * sum(used.numel() for used in self.pending[0].values())
+            > MOST_PENDING
+        ):
             self._sum_pending()
 
     def _sum_pending(self) -> None:
         """Sums the pending steps over all ranks, then adds them up and their ratios. A collective."""
         if not self.pending or not self.pending[0]:
             return
-        stacks = {name: torch.stack([used[name] for used in self.pending]) for name in self.pending[0]}
-        flat = sum_over(torch.cat([stack.flatten() for stack in stacks.values()]), self.mesh.dp)
+        stacks = {
+            name: torch.stack([used[name] for used in self.pending]) for name in self.pending[0]
+        }
+        flat = all_reduce_sum(
+            torch.cat([stack.flatten() for stack in stacks.values()]), self.mesh.dp
+        )
         summed = flat.split([stack.numel() for stack in stacks.values()])
         for (name, stack), part in zip(stacks.items(), summed, strict=True):
             used_S2E = part.view_as(stack)
@@ -91,37 +109,51 @@ class Meter:
             used = torch.stack([layer.importance_E.double(), layer.load_E.double()])
             self.used[name] = used + self.used.get(name, 0)
 
-    def read(self, prefix: str = "train") -> dict[str, float | list[float]]:
+    def reduce_and_reset(self, prefix: str = "train") -> dict[str, float | list[float]]:
         """The task's measures, speed, and the load of each layer; then starts anew. A collective: all ranks must call
         it.
 
         Of steps also "time/PART_ms", milliseconds a step, the mean of the ranks, for each of `clock.PARTS`, and
         "memory/peak_bytes", a list by rank (`peak_memory`), with the largest as "memory/largest_peak_bytes".
         """
-        by_name = {f"exchange/{_place(site)}/{direction}_bytes": n for (site, direction), n in self.sent.items()}
+        by_name = {
+            f"exchange/{_place(site)}/{direction}_bytes": n
+            for (site, direction), n in self.sent.items()
+        }
         sent = dict(sorted(by_name.items()))  # one order on every rank
         self._sum_pending()
         sums = self.sums | {
-            k: torch.tensor(float(n), dtype=torch.float64, device=self.mesh.device) for k, n in sent.items()
+            k: torch.tensor(float(n), dtype=torch.float64, device=self.mesh.device)
+            for k, n in sent.items()
         }
         parts: dict[str, float] = {}
         if self.steps:
-            parts = {f"time/{part}_ms": 1e3 * seconds for part, seconds in self.mesh.clock.read().items()}
-            sums |= {key: torch.tensor(ms, dtype=torch.float64, device=self.mesh.device) for key, ms in parts.items()}
+            parts = {
+                f"time/{part}_ms": 1e3 * seconds
+                for part, seconds in self.mesh.step_timer.read_and_reset().items()
+            }
+            sums |= {
+                key: torch.tensor(ms, dtype=torch.float64, device=self.mesh.device)
+                for key, ms in parts.items()
+            }
             memory = torch.zeros(self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
             memory[self.mesh.dp.index] = peak_memory(self.mesh.device)
             sums["memory/peak_bytes"] = memory  # a place for each rank
-        flat = sum_over(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
+        flat = all_reduce_sum(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
         total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
-        of_task = {key.removeprefix(SUMS): total[key].item() for key in total if key.startswith(SUMS)}
+        of_task = {
+            key.removeprefix(SUMS): total[key].item() for key in total if key.startswith(SUMS)
+        }
         values: dict[str, float | list[float]] = {
-            f"{prefix}/{name}": value for name, value in self.task.measures(of_task).items()
+            f"{prefix}/{name}": value for name, value in self.task.compute_metrics(of_task).items()
         }
         if self.steps:
-            unit = self.task.unit
+            unit = self.task.throughput_unit
             per_second = of_task[unit] / self.seconds
             values[f"{unit}_per_second"] = per_second
-            work = of_task.get("work", of_task[unit]) / self.seconds  # units of the size that flops are counted for
+            work = (
+                of_task.get("work", of_task[unit]) / self.seconds
+            )  # units of the size that flops are counted for
             values["tflops_per_device"] = self.flops_per_unit * work / self.mesh.dp.size / 1e12
             values |= {key: total[key].item() / self.steps for key in sent}
             values |= {key: total[key].item() / self.steps / self.mesh.dp.size for key in parts}
@@ -141,7 +173,8 @@ class Meter:
         kept = sum(load_E)
         prefix = f"moe/{name}"
         values: dict[str, float | list[float]] = {
-            f"{prefix}/{key}": value / self.steps for key, value in zip(RATIOS, self.ratios[name].tolist(), strict=True)
+            f"{prefix}/{key}": value / self.steps
+            for key, value in zip(RATIOS, self.ratios[name].tolist(), strict=True)
         }
         return values | {
             f"{prefix}/dead_experts": load_E.count(0),

@@ -19,7 +19,7 @@ BEFORE, STEPS = 2, 3  # steps that are not traced, for the first ones differ, an
 
 
 @contextlib.contextmanager
-def profiled(folder: Path, mesh: Mesh, wanted: bool) -> Iterator[Callable[[], None]]:
+def profile_steps(folder: Path, mesh: Mesh, wanted: bool) -> Iterator[Callable[[], None]]:
     """Gives what is to be called after each step. The third to fifth step of this process are traced, where they are
     `wanted`, to folder/profile/rank*.json.gz, which the main rank says; a run that ends before has a shorter trace, or
     none."""
@@ -29,19 +29,26 @@ def profiled(folder: Path, mesh: Mesh, wanted: bool) -> Iterator[Callable[[], No
     name = f"profile/rank{mesh.dp.index}.json.gz"
 
     def write(trace: profile) -> None:
-        mesh.clock.named = False
+        mesh.step_timer.annotate_profile = False
         try:
-            with run_folder.replacing(folder, name) as file:
+            with run_folder.atomic_write(folder, name) as file:
                 trace.export_chrome_trace(file.name)
         except OSError as error:  # a full disk costs the trace, not the run
-            print(f"warning: {folder / name} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+            print(
+                f"warning: {folder / name} cannot be written ({error.strerror})",
+                file=sys.stderr,
+                flush=True,
+            )
             return
         if mesh.is_main:
             files = f"{folder}/profile/rank*.json.gz"
             print(f"profile: {files} (open one in ui.perfetto.dev or chrome://tracing)", flush=True)
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    activities = [
+        ProfilerActivity.CPU,
+        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
     plan = schedule(wait=BEFORE - 1, warmup=1, active=STEPS, repeat=1)
-    mesh.clock.named = True
+    mesh.step_timer.annotate_profile = True
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as trace:
         yield trace.step

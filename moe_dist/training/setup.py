@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from moe_dist.checkpoint.distributed import begin_from
+from moe_dist.checkpoint.distributed import load_matching_weights
 from moe_dist.checkpoint.format import read_state
-from moe_dist.checkpoint.manifest import newest_whole
+from moe_dist.checkpoint.manifest import newest_complete
 from moe_dist.config.overrides import dotted_keys
 from moe_dist.config.schema import Config
 from moe_dist.data import fingerprint
 from moe_dist.data.class_names import some
-from moe_dist.distributed.batch_layout import Layout, lay_out
-from moe_dist.distributed.collectives import from_main
+from moe_dist.distributed.batch_layout import BatchLayout, make_batch_layout
+from moe_dist.distributed.collectives import run_on_main
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed import Engine
 from moe_dist.engine.ds_config import compute_dtype
@@ -27,7 +27,7 @@ from moe_dist.moe.layer import LayerStats
 from moe_dist.optim.lr_schedule import learning_rate
 from moe_dist.tasks.registry import task_of
 from moe_dist.tasks.task import Batch, Task
-from moe_dist.training.nan_detector import Finite
+from moe_dist.training.nan_detector import NonFiniteDetector
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,24 @@ class Training:
 
     config: Config
     mesh: Mesh
-    layout: Layout
+    layout: BatchLayout
     task: Task
     model: ParallelModel
     engine: Engine
-    finite: Finite
-    known: dict[str, Any]  # of the task and its data; checkpoints keep it
+    nan_detector: NonFiniteDetector
+    metadata: dict[str, Any]  # of the task and its data; checkpoints keep it
 
 
 def set_up(
     config: Config,
     ds: dict[str, Any],
     mesh: Mesh,
-    known: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
     *,
     resumed: bool = False,
     explicit: Collection[str] = (),
     allow_changed_data: bool = False,
-    settle: Callable[[Config], None] = lambda config: None,
+    on_config: Callable[[Config], None] = lambda config: None,
 ) -> Training:
     """Opens the data, and builds the model and the engine. A collective.
 
@@ -61,7 +61,7 @@ def set_up(
         config: The config of the run.
         ds: The DeepSpeed config of `engine.read_ds_config`.
         mesh: The ranks.
-        known: `Training.known` of an earlier call with the same config.
+        known: `Training.metadata` of an earlier call with the same config.
         resumed: Whether `known` is that of an earlier run, whose weights will be loaded, whose config is kept as it is,
             and whose data must be the same. Otherwise weights begin as `config.init` says.
         explicit: Dotted keys of the config that are not taken from the data.
@@ -74,31 +74,46 @@ def set_up(
     Raises:
         ValueError: On every rank, parts do not fit together, or the data is not that of the earlier run.
     """
-    layout, dtype = lay_out(config, mesh.dp.size), compute_dtype(ds)
-    first = None if resumed or config.init is None else _initial(config.init, mesh)
-    before = known or (read_state(first) if first else None)
-    task = task_of(config)(config, layout, mesh, before, dotted_keys(config) if resumed else explicit)
+    layout, dtype = make_batch_layout(config, mesh.dp.size), compute_dtype(ds)
+    first = None if resumed or config.init_from is None else _initial(config.init_from, mesh)
+    before = metadata or (read_state(first) if first else None)
+    task = task_of(config)(
+        config, layout, mesh, before, dotted_keys(config) if resumed else explicit
+    )
     config = task.config
-    if known is None and mesh.is_main:
+    if metadata is None and mesh.is_main:
         for note in task.notes:
             print(f"note: {note}", flush=True)
-    settle(config)
-    data = _fingerprint(task, config, mesh, known, resumed, allow_changed_data)
-    was, classes = ((each or {}).get("classes") for each in (before, task.known()))
+    on_config(config)
+    data = _fingerprint(task, config, mesh, metadata, resumed, allow_changed_data)
+    was, classes = ((each or {}).get("classes") for each in (before, task.checkpoint_metadata()))
     if resumed:
         check_classes(was, classes)
-    model = parallelize(task.plain_model(config), mesh, config.seed, dtype, config.mesh)
-    finite = Finite(model.dense, mesh)
+    model = parallelize(task.build_model(config), mesh, config.seed, dtype, config.mesh)
+    finite = NonFiniteDetector(model.dense, mesh)
     engine = Engine(model, config.optim, ds, layout, mesh)
     if first:
-        num_taken, new = begin_from(
+        num_taken, new = load_matching_weights(
             first, engine, mesh, ("head.",) if read_state(first).get("classes") != classes else ()
         )
-        if mesh.is_main and known is None:
-            print(f"note: {num_taken} of {num_taken + len(new)} weights are those of {first}", end="", flush=True)
+        if mesh.is_main and metadata is None:
+            print(
+                f"note: {num_taken} of {num_taken + len(new)} weights are those of {first}",
+                end="",
+                flush=True,
+            )
             print(f"; not there, or of another shape: {_told(new)}" if new else "", flush=True)
-    task.start(dtype)
-    return Training(config, mesh, layout, task, model, engine, finite, task.known() | {"data": data})
+    task.reset_state(dtype)
+    return Training(
+        config,
+        mesh,
+        layout,
+        task,
+        model,
+        engine,
+        finite,
+        task.checkpoint_metadata() | {"data": data},
+    )
 
 
 def _fingerprint(
@@ -110,7 +125,9 @@ def _fingerprint(
         return kept
     field = dataclasses.fields(config.data)[0].name  # names the place of the data
     place = f"data.{field}={getattr(config.data, field)!r}"
-    data, note = from_main(lambda: fingerprint.checked(task.source(), kept, place, allow), mesh.files)
+    data, note = run_on_main(
+        lambda: fingerprint.checked(task.data_source(), kept, place, allow), mesh.checkpoint_group
+    )
     if resumed and kept is None:
         note = f"the checkpoint has no fingerprint of its data: whether {place} is the same cannot be told"
     if note and mesh.is_main:
@@ -121,43 +138,53 @@ def _fingerprint(
 def _initial(run: str, mesh: Mesh) -> Path:
     """The checkpoint of `config.init`; says which were refused."""
     try:
-        checkpoint, refused = newest_whole(Path(run), mesh.files)
+        checkpoint, refused = newest_complete(Path(run), mesh.checkpoint_group)
     except ValueError as error:
-        raise ValueError(f"init={run}: {error}") from None
+        raise ValueError(f"init_from={run}: {error}") from None
     for reason in refused.values() if mesh.is_main else ():
-        print(f"warning: {reason}. Refused; beginning with {checkpoint.name}", file=sys.stderr, flush=True)
+        print(
+            f"warning: {reason}. Refused; beginning with {checkpoint.name}",
+            file=sys.stderr,
+            flush=True,
+        )
     return checkpoint
 
 
 def check_classes(was: list[str] | None, now: list[str] | None) -> None:
     """Raises ValueError where a run that goes on was trained on other classes. `was`: None where it kept none."""
     if was not in (None, now):
-        raise ValueError(f"the run was trained on classes {_told(was)}, and its data has {_told(now or [])} now")
+        raise ValueError(
+            f"the run was trained on classes {_told(was)}, and its data has {_told(now or [])} now"
+        )
 
 
 def _told(classes: Any) -> str:
     return f"{some(classes)} ({len(classes)})"
 
 
-def train_step(training: Training, step: int) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:
+def train_step(
+    training: Training, step: int
+) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:
     """Optimizer step `step` (from 1): yields each micro-batch of this rank after its backward, with its sums and its
     layers' statistics. The update comes with the last one's backward.
 
     Raises FloatingPointError, on every rank, where too many steps in a row have been skipped (`finite`)."""
     config, task, engine = training.config, training.task, training.engine
-    training.mesh.record.step = step
-    training.finite.begin()
-    engine.optimizer.begin(learning_rate(config.optim, step, config.steps))
+    training.mesh.flight_recorder.step = step
+    training.nan_detector.start_step()
+    engine.optimizer.start_step(learning_rate(config.optim, step, config.steps))
     with record_function("data"):
         batches = list(task.batches(step - 1))
-        total = task.total(batches)
+        total = task.loss_denominator(batches)
     for batch in batches:
-        training.mesh.record.enter("forward")
+        training.mesh.flight_recorder.enter_phase("forward")
         with record_function("forward"):
             loss, sums, stats = task.loss(engine, batch, total)
-            training.finite.note("the loss", loss)
-        training.mesh.record.enter("backward")
+            training.nan_detector.watch("the loss", loss)
+        training.mesh.flight_recorder.enter_phase("backward")
         with record_function("backward and update"):
             engine.backward(loss)
         yield batch, sums, stats
-    training.finite.end(step, engine.optimizer, config.optim.max_skipped)
+    training.nan_detector.end_step(
+        step, engine.optimizer, config.optim.max_consecutive_skipped_steps
+    )

@@ -27,39 +27,72 @@ import sys
 import torch
 
 from moe_dist.config.arg_parser import Parser, path_argument
-from moe_dist.config.messages import shown
+from moe_dist.config.messages import shorten
 from moe_dist.config.overrides import keys_of
-from moe_dist.config.schema import mixture
-from moe_dist.config.validate import MOST_STEPS
+from moe_dist.config.schema import moe_section
+from moe_dist.config.validate import MAX_STEPS
 from moe_dist.distributed import batch_layout
 from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.errors import plain_errors
 from moe_dist.training.run import named_config
-from moe_dist.verify.certificate import ACCUMULATIONS, GAP, HEAD, LIVE, MOST_PROCESSES, REFERENCE, Layout, legal, verify
+from moe_dist.verify.certificate import (
+    ACCUMULATIONS,
+    MAX_PROCESSES,
+    MAX_ROUNDING_GAP,
+    MIN_ROUTING_CHANGE,
+    REFERENCE,
+    TABLE_HEADER,
+    ParallelConfig,
+    legal_layouts,
+    verify,
+)
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("name", help="a named config (train.py --list)")
-    add("--set", action="append", default=[], metavar="A.B=C", help="overrides a field of the config")
-    add("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, all on this machine (1 2 4)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="overrides a field of the config",
+    )
+    add(
+        "--worlds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        help="numbers of ranks, all on this machine (1 2 4)",
+    )
     add("--zero", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages (0 1 2 3)")
-    add("--accumulation", type=int, nargs="+", default=list(ACCUMULATIONS), help="micro-batches a step (1 2)")
+    add(
+        "--accumulation",
+        type=int,
+        nargs="+",
+        default=list(ACCUMULATIONS),
+        help="micro-batches a step (1 2)",
+    )
     add("--steps", type=int, default=20, help="optimizer steps (20)")
-    add("--tolerance", type=float, default=1e-5, help="largest relative deviation that is rounding (1e-5)")
+    add(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest relative deviation that is rounding (1e-5)",
+    )
     add("--free", action="store_true", help="no replay: every layout chooses for itself")
     add("--json", type=path_argument, metavar="FILE", help="writes the figures there")
     args = parser.parse_args(argv)
     with plain_errors():
         for key, numbers, most in (
-            ("steps", [args.steps], MOST_STEPS),
-            ("worlds", args.worlds, MOST_PROCESSES),
-            ("accumulation", args.accumulation, MOST_STEPS),
+            ("steps", [args.steps], MAX_STEPS),
+            ("worlds", args.worlds, MAX_PROCESSES),
+            ("accumulation", args.accumulation, MAX_STEPS),
         ):
             if wrong := [number for number in numbers if not 1 <= number <= most]:
-                raise ValueError(f"--{key} {shown(wrong[0])}: from 1 to {most}")
+                raise ValueError(f"--{key} {shorten(wrong[0])}: from 1 to {most}")
         if not 0 <= args.tolerance < math.inf:
             raise ValueError(f"--tolerance {args.tolerance:g}: a number from 0 on")
         if args.json and not args.json.absolute().parent.is_dir():
@@ -68,38 +101,54 @@ def main(argv: list[str]) -> int:
         explicit = keys_of(args.set)
         task = task_of(config)
         task.check_data(config, True, explicit)
-        task.plain_model(config)
+        task.build_model(config)
         asked = [
-            Layout(world, ep, zero, accumulation)
-            for world, zero, accumulation in itertools.product(args.worlds, args.zero, args.accumulation)
-            for ep in range(1, world + 1) if world % ep == 0
-        ]  # fmt: skip
-        layouts, refused = legal(config, [layout for layout in asked if layout != REFERENCE])
+            ParallelConfig(world, ep, zero, accumulation)
+            for world, zero, accumulation in itertools.product(
+                args.worlds, args.zero, args.accumulation
+            )
+            for ep in range(1, world + 1)
+            if world % ep == 0
+        ]
+        layouts, refused = legal_layouts(
+            config, [layout for layout in asked if layout != REFERENCE]
+        )
         for layout in layouts:
-            read_ds_config(layout.of(config))
-        batch_layout.lay_out(REFERENCE.of(config), 1)
+            read_ds_config(layout.apply_to(config))
+        batch_layout.make_batch_layout(REFERENCE.apply_to(config), 1)
         if not layouts:
             raise ValueError(f"no layout to verify: {'; '.join(dict.fromkeys(refused))}")
         if torch.cuda.is_available() and max(args.worlds) > torch.cuda.device_count():
-            raise ValueError(f"--worlds {max(args.worlds)}: this machine has {torch.cuda.device_count()} GPUs")
+            raise ValueError(
+                f"--worlds {max(args.worlds)}: this machine has {torch.cuda.device_count()} GPUs"
+            )
     for note in notes:
         print(f"note: {note}")
-    print("largest relative deviations from one rank; flips, signs, gap: choices replayed; idle: steps without a row")
-    print(f"{HEAD}  tensor that is farthest off", flush=True)
+    print(
+        "largest relative deviations from one rank; flips, signs, gap: choices replayed; idle: steps without a row"
+    )
+    print(f"{TABLE_HEADER}  tensor that is farthest off", flush=True)
     with plain_errors():
         told = verify(config, layouts, args.steps, replay=not args.free, explicit=explicit)
     bad = [
         t
         for t in told["layouts"]
-        if not max(t["loss"], t["norm"], t["weights"]) <= args.tolerance or t["widest_gap"] > GAP
+        if not max(t["loss"], t["norm"], t["weights"]) <= args.tolerance
+        or t["widest_gap"] > MAX_ROUNDING_GAP
     ]
     for reason in dict.fromkeys(refused):
         print(f"not a layout of this config: {reason}")
     live = told["live"]
-    if (mixture(config) and live["routing changed"] < LIVE) or not live["steps clipped"]:
-        print("note: a quiet run proves less: more --steps, a higher optim.lr or a lower optim.clip_norm would stir it")
+    if (moe_section(config) and live["routing changed"] < MIN_ROUTING_CHANGE) or not live[
+        "steps clipped"
+    ]:
+        print(
+            "note: a quiet run proves less: more --steps, a higher optim.lr or a lower optim.max_grad_norm would stir it"
+        )
     print("the reference: " + ", ".join(f"{name} {value}" for name, value in live.items()))
-    print(f"{len(told['layouts']) - len(bad)} of {len(told['layouts'])} layouts within {args.tolerance:g} of one rank")
+    print(
+        f"{len(told['layouts']) - len(bad)} of {len(told['layouts'])} layouts within {args.tolerance:g} of one rank"
+    )
     if args.json:
         args.json.write_text(json.dumps(told, indent=2) + "\n")
     return 1 if bad else 0

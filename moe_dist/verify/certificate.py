@@ -29,66 +29,86 @@ from typing import Any
 import torch
 
 from moe_dist.config.overrides import override
-from moe_dist.config.schema import Config, dropout, mixture
+from moe_dist.config.schema import Config, model_dropout, moe_section
 from moe_dist.distributed import batch_layout
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.collectives import gather, sum_over
+from moe_dist.distributed.collectives import all_gather, all_reduce_sum
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.ds_config import compute_dtype, read_ds_config
 from moe_dist.tasks.task import Batch
-from moe_dist.training.metric_accumulator import Meter
+from moe_dist.training.metric_accumulator import MetricAccumulator
 from moe_dist.training.setup import Training, set_up, train_step
-from moe_dist.verify.choice_replay import Choices
+from moe_dist.verify.choice_replay import RecordedChoices
 
-GAP = 1e-5  # of their size: two scores this near, or a hidden unit and zero, may fall either way by rounding
+MAX_ROUNDING_GAP = 1e-5  # of their size: two scores this near, or a hidden unit and zero, may fall either way by rounding
 ACCUMULATIONS = (1, 2)
 FIRST_PADDED_STEP = 3
-LIVE = 0.2  # of the first step's words change their experts
-MOST_PROCESSES = 1024  # of one machine
-HOURS = 24  # that one world may take
+MIN_ROUTING_CHANGE = 0.2  # of the first step's words change their experts
+MAX_PROCESSES = 1024  # of one machine
+MAX_HOURS = 24  # that one world may take
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ParallelConfig:
     """One way to lay out a run."""
 
     world: int
     ep: int
-    zero: int
-    accumulation: int
+    zero_stage: int
+    grad_accum_steps: int
 
-    def of(self, config: Config) -> Config:
-        sets = [f"mesh.ep={self.ep}", f"zero={self.zero}", f"batch.accumulation={self.accumulation}"]
+    def apply_to(self, config: Config) -> Config:
+        sets = [
+            f"mesh.ep={self.ep}",
+            f"zero_stage={self.zero_stage}",
+            f"batch.grad_accum_steps={self.grad_accum_steps}",
+        ]
         return override(config, sets)
 
 
-REFERENCE = Layout(1, 1, 0, 1)
+REFERENCE = ParallelConfig(1, 1, 0, 1)
 
 
 def run_layouts(
-    config: Config, layouts: list[Layout], steps: int, reference: Path, replay: bool, explicit: Collection[str]
+    config: Config,
+    layouts: list[ParallelConfig],
+    steps: int,
+    reference: Path,
+    replay: bool,
+    explicit: Collection[str],
 ) -> list[dict[str, Any]]:
     """Run by every rank of one world: trains on each layout in turn, and tells how far it ends from the reference, a
     file that the first layout of all writes."""
-    meshes.join()
+    meshes.init_process_group()
     told, known = [], None
     for layout in layouts:
         kept = torch.load(reference, weights_only=True) if reference.exists() else None
-        choices = Choices(kept["choices"] if kept else None)
-        on_layout = layout.of(config)
-        training = set_up(on_layout, read_ds_config(on_layout), meshes.arrange(layout.ep), known, explicit=explicit)
-        known = training.known  # counted once
+        choices = RecordedChoices(kept["choices"] if kept else None)
+        on_layout = layout.apply_to(config)
+        training = set_up(
+            on_layout,
+            read_ds_config(on_layout),
+            meshes.build_mesh(layout.ep),
+            known,
+            explicit=explicit,
+        )
+        known = training.metadata  # counted once
         if kept is None or replay:
-            choices.watch(training.model.dense, training.mesh)
+            choices.attach(training.model.dense, training.mesh)
         run = train(training, steps)
         if kept is None:
-            told.append({**run["live"], "routing changed": routing_changed(training, run.pop("first"), choices)})
+            told.append(
+                {
+                    **run["live"],
+                    "routing changed": routing_changed(training, run.pop("first"), choices),
+                }
+            )
             torch.save({"choices": choices.recorded, **run}, reference)
         else:
             told.append(dataclasses.asdict(layout) | compare(run, kept, choices, training.mesh))
             if training.mesh.is_main:
-                print(row(told[-1]), flush=True)
-    meshes.stop()
+                print(format_row(told[-1]), flush=True)
+    meshes.shutdown()
     return told
 
 
@@ -102,32 +122,40 @@ def train(training: Training, steps: int) -> dict[str, Any]:
     first: list[Batch] = []
     idle, dropped = torch.zeros(2, dtype=torch.int64, device=mesh.device)
     batches_of = task.batches
-    task.batches = lambda step: (padded(batch, step + 1, training.layout.samples) for batch in batches_of(step))
+    task.batches = lambda step: (
+        pad_half(batch, step + 1, training.layout.global_batch_size) for batch in batches_of(step)
+    )
     for step in range(1, steps + 1):
-        meter, rows = Meter(mesh, task), torch.zeros_like(idle)
+        meter, rows = MetricAccumulator(mesh, task), torch.zeros_like(idle)
         for batch, sums, stats in train_step(training, step):
             meter.add(sums, stats)
             dropped += sum(layer.dropped for layer in stats.values())
             rows += batch.ctx.valid_T.sum()
             first += [batch] if step == 1 else []
         idle += rows == 0
-        losses.append(float(meter.read()["train/loss"]))  # type: ignore[arg-type]
+        losses.append(float(meter.reduce_and_reset()["train/loss"]))  # type: ignore[arg-type]
         norms.append(training.engine.optimizer.norm)
-    clip = config.optim.clip_norm
-    by = norms[:-1] if config.optim.clip_by == "previous" else norms
-    experts = mixture(config)
+    clip = config.optim.max_grad_norm
+    by = norms[:-1] if config.optim.clip_norm_source == "previous" else norms
+    experts = moe_section(config)
     live = {
         "steps clipped": sum(norm > clip for norm in by) if clip else 0,
         "noise": bool(experts and experts[1].noise),
-        "dropout": dropout(config),
-        "dropped": sum_over(dropped, mesh.dp).item(),
+        "dropout": model_dropout(config),
+        "dropped": all_reduce_sum(dropped, mesh.dp).item(),
     }
     weights = {name: t.cpu() for name, t in whole_weights(training).items()}
-    return {"loss": losses, "norm": norms, "weights": weights, "idle": sum_over(idle, mesh.dp).item(), "live": live,
-            "first": first}  # fmt: skip
+    return {
+        "loss": losses,
+        "norm": norms,
+        "weights": weights,
+        "idle": all_reduce_sum(idle, mesh.dp).item(),
+        "live": live,
+        "first": first,
+    }
 
 
-def padded(batch: Any, step: int, samples: int) -> Any:
+def pad_half(batch: Any, step: int, samples: int) -> Any:
     """In one step for each accumulation a the second half of each of a parts of the batch's samples is padding: then
     with a micro-batches at least one rank of two or more has nothing else."""
     accumulation = step - FIRST_PADDED_STEP + 1
@@ -142,25 +170,39 @@ def whole_weights(training: Training) -> dict[str, torch.Tensor]:
     """Masters by name, stacks of experts and groups put together. A collective."""
     optimizer = training.engine.optimizer
     whole = {
-        name: t.clone() for name, t in training.engine.dense_state() if not name.endswith(("exp_avg", "exp_avg_sq"))
+        name: t.clone()
+        for name, t in training.engine.dense_state()
+        if not name.endswith(("exp_avg", "exp_avg_sq"))
     }
-    whole |= {name: m.master for table in optimizer.rows.values() for name, m in table.named.items()}
+    whole |= {
+        name: m.master for table in optimizer.row_tables.values() for name, m in table.named.items()
+    }
     spread = optimizer.experts | optimizer.gates
-    return whole | {name: gather(state.whole_master(), training.mesh.ep) for name, state in spread.items()}
+    return whole | {
+        name: all_gather(state.whole_master(), training.mesh.ep) for name, state in spread.items()
+    }
 
 
-def compare(run: dict[str, Any], kept: dict[str, Any], choices: Choices, mesh: meshes.Mesh) -> dict[str, Any]:
+def compare(
+    run: dict[str, Any], kept: dict[str, Any], choices: RecordedChoices, mesh: meshes.Mesh
+) -> dict[str, Any]:
     """Largest relative deviations of any rank from the reference, the tensor whose is the largest, and all that ranks
     would have chosen otherwise. A collective."""
 
     def largest(x: list[float]) -> list[float]:
-        return gather(torch.tensor([x], dtype=torch.float64, device=mesh.device), mesh.dp).amax(0).tolist()
+        return (
+            all_gather(torch.tensor([x], dtype=torch.float64, device=mesh.device), mesh.dp)
+            .amax(0)
+            .tolist()
+        )
 
     weights = kept["weights"]
     off = largest([_deviation(run["weights"][name], w) for name, w in weights.items()])
     farthest = [_farthest(run[figure], kept[figure]) for figure in ("loss", "norm")]
-    loss, norm, widest_gap = largest([*farthest, choices.widest_gap])
-    flips, signs = sum_over(torch.tensor([choices.flips, choices.signs], device=mesh.device), mesh.dp).tolist()
+    loss, norm, widest_gap = largest([*farthest, choices.max_gap])
+    flips, signs = all_reduce_sum(
+        torch.tensor([choices.rank_flips, choices.relu_sign_flips], device=mesh.device), mesh.dp
+    ).tolist()
     return {
         "loss": loss,
         "norm": norm,
@@ -189,56 +231,68 @@ def _finite(x: float) -> float:
 
 
 @torch.no_grad()
-def routing_changed(training: Training, first: list[Batch], before: Choices) -> float:
+def routing_changed(training: Training, first: list[Batch], before: RecordedChoices) -> float:
     """The part of the first step's words that the final weights, with the same noise, send to other experts."""
-    after = Choices()
-    after.watch(training.model.dense, training.mesh)
+    after = RecordedChoices()
+    after.attach(training.model.dense, training.mesh)
     task = training.task
-    task.start(compute_dtype(read_ds_config(training.config)))
-    total = task.total(first)
+    task.reset_state(compute_dtype(read_ds_config(training.config)))
+    total = task.loss_denominator(first)
     for batch in first:
         task.loss(training.engine, batch, total)
     changed: list[bool] = []
     for place in after.places():
-        old, new = before.visits(place), after.visits(place)
+        old, new = before.visited_experts(place), after.visited_experts(place)
         changed += [new[word] != experts for word, experts in old.items()]
     return sum(changed) / len(changed) if changed else 0.0
 
 
-HEAD = (
+TABLE_HEADER = (
     f"{'ranks':>5} {'ep':>4} {'ZeRO':>5} {'micro':>6}  {'loss':>8} {'norm':>8} {'weights':>8} "
     f"{'flips':>6} {'signs':>6} {'gap':>8} {'idle':>5}"
 )
 
 
-def row(told: dict[str, Any]) -> str:
+def format_row(told: dict[str, Any]) -> str:
     """A line of the table."""
-    place = f"{told['world']:>5} {told['ep']:>4} {told['zero']:>5} {told['accumulation']:>6}"
+    place = (
+        f"{told['world']:>5} {told['ep']:>4} {told['zero_stage']:>5} {told['grad_accum_steps']:>6}"
+    )
     figures = f"{told['loss']:>8.1e} {told['norm']:>8.1e} {told['weights']:>8.1e}"
     choices = f"{told['flips']:>6} {told['signs']:>6} {told['widest_gap']:>8.1e}"
     return f"{place}  {figures} {choices} {told['idle']:>5}  {told['tensor']}"
 
 
-def legal(config: Config, asked: list[Layout]) -> tuple[list[Layout], list[str]]:
+def legal_layouts(
+    config: Config, asked: list[ParallelConfig]
+) -> tuple[list[ParallelConfig], list[str]]:
     """The layouts that the config can have, and why it cannot have the others."""
     possible, refused = [], []
     for layout in asked:
         try:
-            batch_layout.lay_out(layout.of(config), layout.world)
+            batch_layout.make_batch_layout(layout.apply_to(config), layout.world)
             possible.append(layout)
         except ValueError as error:
-            refused.append(f"{layout.world} ranks, ep {layout.ep}, accumulation {layout.accumulation}: {error}")
+            refused.append(
+                f"{layout.world} ranks, ep {layout.ep}, accumulation {layout.grad_accum_steps}: {error}"
+            )
     return possible, refused
 
 
 def verify(
-    config: Config, layouts: list[Layout], steps: int, replay: bool, explicit: Collection[str] = ()
+    config: Config,
+    layouts: list[ParallelConfig],
+    steps: int,
+    replay: bool,
+    explicit: Collection[str] = (),
 ) -> dict[str, Any]:
     """Returns {"live": figures of the reference, "layouts": deviations of each}. `explicit`: as in `set_up`."""
     told: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for world in sorted({1} | {layout.world for layout in layouts}):
-            here = [REFERENCE] * (world == 1) + [layout for layout in layouts if layout.world == world]
+            here = [REFERENCE] * (world == 1) + [
+                layout for layout in layouts if layout.world == world
+            ]
             arguments = (config, here, steps, Path(folder) / "reference.pt", replay, explicit)
-            told += run_distributed(run_layouts, world, *arguments, timeout=HOURS * 3600)[0]
+            told += run_distributed(run_layouts, world, *arguments, timeout=MAX_HOURS * 3600)[0]
     return {"live": told[0], "layouts": told[1:]}

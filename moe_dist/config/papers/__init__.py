@@ -6,7 +6,9 @@ from moe_dist.config.messages import nearest
 from moe_dist.config.papers import shazeer2017, xue2021
 from moe_dist.config.schema import Config
 
-CONFIGS: dict[str, Callable[[], Config]] = {f.__name__: f for f in (*shazeer2017.CONFIGS, *xue2021.CONFIGS)}
+CONFIGS: dict[str, Callable[[], Config]] = {
+    f.__name__: f for f in (*shazeer2017.CONFIGS, *xue2021.CONFIGS)
+}
 
 
 def get(name: str) -> Config:

@@ -9,7 +9,14 @@ rate; 15,000 lanes of 20 words are its batch here, and 1e-3 is ours.
 import dataclasses
 
 from moe_dist.config.overrides import override
-from moe_dist.config.schema import BatchConfig, Config, LSTMConfig, MoEConfig, OptimConfig, TextDataConfig
+from moe_dist.config.schema import (
+    BatchConfig,
+    Config,
+    LSTMConfig,
+    MoEConfig,
+    OptimConfig,
+    TextDataConfig,
+)
 
 
 def lstm_moe_demo() -> Config:
@@ -22,16 +29,23 @@ def lstm_moe_demo() -> Config:
         steps=1000,
         eval_every=250,
         save_every=250,
-        compare="experiments/results/lstm_moe_demo.json",
-        model=LSTMConfig(dim=128, dropout=0.1, moe=MoEConfig(num_experts=64, k=4, hidden=256)),
-        batch=BatchConfig(samples=64, timesteps=32, samples_per_balance_group=32),
+        baseline="experiments/results/lstm_moe_demo.json",
+        model=LSTMConfig(
+            dim=128, dropout=0.1, moe=MoEConfig(num_experts=64, k=4, expert_hidden_dim=256)
+        ),
+        batch=BatchConfig(global_batch_size=64, seq_len=32, balance_loss_group_size=32),
         optim=OptimConfig(lr=8e-3, warmup_steps=200),
     )
 
 
 def lstm_wide_demo() -> Config:
     """The dense baseline of `lstm_moe_demo`: one always-on layer of 4 x 256 ReLU units, equal ops per timestep."""
-    wide = ["name=lstm_wide_demo", "model.middle=ffn", "model.ffn_hidden=1024", "compare=none"]
+    wide = [
+        "name=lstm_wide_demo",
+        "model.middle_layer=ffn",
+        "model.ffn_hidden_dim=1024",
+        "baseline=none",
+    ]
     return override(lstm_moe_demo(), wide)
 
 
@@ -43,7 +57,7 @@ def _billion_words(name: str, model: LSTMConfig) -> Config:
         steps=27_000,
         data=TextDataConfig(text="lm1b", streamed=True, vocabulary_size=793_471),
         model=model,
-        batch=BatchConfig(samples=15_000, timesteps=20),
+        batch=BatchConfig(global_batch_size=15_000, seq_len=20),
         optim=OptimConfig(lr=1e-3, warmup_steps=1000),
     )
 
@@ -86,33 +100,35 @@ def moe_4096_h() -> Config:
 
 def moe_1_wide() -> Config:
     """MoE-1-Wide of Table 7: one expert of 4,096 units. 8.4M ops per timestep, 8.4M parameters."""
-    return _billion_words("moe_1_wide", LSTMConfig(middle="ffn", ffn_hidden=4096))
+    return _billion_words("moe_1_wide", LSTMConfig(middle_layer="ffn", ffn_hidden_dim=4096))
 
 
 def moe_1_deep() -> Config:
     """MoE-1-Deep of Table 7: one expert of four layers of 1,024 units. 8.4M ops per timestep, 8.4M parameters."""
-    return _billion_words("moe_1_deep", LSTMConfig(middle="ffn", ffn_hidden=1024, ffn_layers=4))
+    return _billion_words(
+        "moe_1_deep", LSTMConfig(middle_layer="ffn", ffn_hidden_dim=1024, ffn_layers=4)
+    )
 
 
 def lstm_4x512() -> Config:
     """4xLSTM-512 of Table 7: two more LSTMs in place of the MoE. 8.4M ops per timestep, 8.4M parameters."""
-    return _billion_words("lstm_4x512", LSTMConfig(middle="lstm"))
+    return _billion_words("lstm_4x512", LSTMConfig(middle_layer="lstm"))
 
 
 def lstm_2048_512() -> Config:
     """LSTM-2048-512 of Table 7: one LSTM of 2,048 units projected to 512. 9.4M ops per timestep, 9.4M parameters."""
-    return _billion_words("lstm_2048_512", LSTMConfig(middle="none", lstm_units=2048))
+    return _billion_words("lstm_2048_512", LSTMConfig(middle_layer="none", lstm_units=2048))
 
 
 def moe_34m() -> Config:
     """MoE-34M of Table 7 (Appendix C.2): width 1,024, 1,024 experts. 33.8M ops, 4,313.9M parameters."""
-    moe = MoEConfig(num_experts=1024, num_groups=16, k=2, hidden=2048)
+    moe = MoEConfig(num_experts=1024, num_groups=16, k=2, expert_hidden_dim=2048)
     return _billion_words("moe_34m", LSTMConfig(dim=1024, dropout=0.3, moe=moe))
 
 
 def moe_143m() -> Config:
     """MoE-143M of Table 7 (Appendix C.2): LSTMs of 4,096 units, projected. 142.7M ops, 4,371.1M parameters."""
-    moe = MoEConfig(num_experts=256, num_groups=16, k=2, hidden=8192)
+    moe = MoEConfig(num_experts=256, num_groups=16, k=2, expert_hidden_dim=8192)
     return _billion_words("moe_143m", LSTMConfig(dim=1024, lstm_units=4096, dropout=0.4, moe=moe))
 
 
@@ -122,7 +138,11 @@ def _hundred_billion_words(name: str, num_experts: int, num_groups: int) -> Conf
     Its news corpus is not public; this is as much text of the web.
     """
     base = _billion_words(name, _moe(num_experts, num_groups))
-    more = ["steps=40000", "data.text=HuggingFaceFW/fineweb:sample-100BT", "batch.samples=125000"]
+    more = [
+        "steps=40000",
+        "data.text=HuggingFaceFW/fineweb:sample-100BT",
+        "batch.global_batch_size=125000",
+    ]
     return override(base, more)
 
 
@@ -157,7 +177,24 @@ def moe_131072_h() -> Config:
 
 
 CONFIGS = (
-    lstm_moe_demo, lstm_wide_demo, moe_4, moe_32, moe_256, moe_256_h, moe_1024_h, moe_4096_h, moe_34m, moe_143m,
-    moe_1_wide, moe_1_deep, lstm_4x512, lstm_2048_512, moe_256_h_100b, moe_1024_h_100b, moe_4096_h_100b, moe_16384_h,
-    moe_65536_h, moe_131072_h,
-)  # fmt: skip
+    lstm_moe_demo,
+    lstm_wide_demo,
+    moe_4,
+    moe_32,
+    moe_256,
+    moe_256_h,
+    moe_1024_h,
+    moe_4096_h,
+    moe_34m,
+    moe_143m,
+    moe_1_wide,
+    moe_1_deep,
+    lstm_4x512,
+    lstm_2048_512,
+    moe_256_h_100b,
+    moe_1024_h_100b,
+    moe_4096_h_100b,
+    moe_16384_h,
+    moe_65536_h,
+    moe_131072_h,
+)

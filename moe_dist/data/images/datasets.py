@@ -19,20 +19,32 @@ from PIL import Image
 from moe_dist.config.messages import nearest
 from moe_dist.config.schema import ImageDataConfig
 from moe_dist.data.class_names import alike, class_name, some
-from moe_dist.data.images.image_files import check_heads, entries, list_images, open_image, told_left_out
+from moe_dist.data.images.image_files import (
+    check_heads,
+    entries,
+    list_images,
+    open_image,
+    told_left_out,
+)
 from moe_dist.data.images.torchvision_import import import_torchvision
 from moe_dist.data.table_files import open_file
-from moe_dist.monitoring.progress_bar import told
+from moe_dist.monitoring.progress_bar import with_progress
 from moe_dist.nn import prng
 
 BUNDLED = "bundled"
 # name -> (torchvision's class, what it looks for below its root)
 SETS = {
-    "fashion_mnist": ("FashionMNIST", "train-images-idx3-ubyte.gz and three more, or FashionMNIST/raw"),
+    "fashion_mnist": (
+        "FashionMNIST",
+        "train-images-idx3-ubyte.gz and three more, or FashionMNIST/raw",
+    ),
     "cifar10": ("CIFAR10", "cifar-10-batches-py"),
     "cifar100": ("CIFAR100", "cifar-100-python"),
 }
-DEBIAN_NAMES = {"train": "train", "test": "t10k"}  # as the files of Debian's dataset-fashion-mnist begin
+DEBIAN_NAMES = {
+    "train": "train",
+    "test": "t10k",
+}  # as the files of Debian's dataset-fashion-mnist begin
 FOLDERS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 GIVE = (
     f"give {BUNDLED!r}, {', '.join(map(repr, SETS))} with data.image_root, or a folder that holds train/CLASS/IMAGE "
@@ -64,7 +76,11 @@ class Images:
     def open(self, i: int, mode: str) -> Image.Image:
         """Image `i`, in PIL's `mode`. Raises ValueError for a file that cannot be read, naming it."""
         item = self.item_I[i]
-        return Image.fromarray(item).convert(mode) if isinstance(item, np.ndarray) else open_image(item, mode)
+        return (
+            Image.fromarray(item).convert(mode)
+            if isinstance(item, np.ndarray)
+            else open_image(item, mode)
+        )
 
     def channels(self) -> int:
         """Returns 1 where all images, or `LOOKED_AT` of all classes alike where they are more, are gray, else 3.
@@ -95,8 +111,10 @@ class Images:
             ValueError: for files that hold no image, with their number, naming the first ones.
         """
         files: Iterable[bytes] = self.item_I if self.item_I.ndim == 1 else ()
-        check_heads(told(files, "image files"))
-        return np.array([_digest_of(file) for file in told(files, "image contents")], np.int64)
+        check_heads(with_progress(files, "image files"))
+        return np.array(
+            [_digest_of(file) for file in with_progress(files, "image contents")], np.int64
+        )
 
 
 def _digest_of(file: bytes) -> int:
@@ -118,7 +136,9 @@ def open_splits(data: ImageDataConfig) -> dict[str, Images]:
     own = _own_splits(data)
     if "test" not in own:
         if "valid" not in own:
-            raise ValueError(f"data.images={data.images!r} has neither test/ nor valid/ beside train/: give one")
+            raise ValueError(
+                f"data.images={data.images!r} has neither test/ nor valid/ beside train/: give one"
+            )
         own["test"] = own.pop("valid")
     splits = own if "valid" in own else own | _hold_out(own["train"])
     for split, images in splits.items():
@@ -146,7 +166,10 @@ def _hold_out(train: Images) -> dict[str, Images]:
     """A "valid" out of "train", and "train" without it."""
     order_I = prng.uniform(len(train), "valid").argsort(stable=True).numpy()
     num_held_out = min(len(train) // 10, MOST_HELD_OUT)
-    return {"train": train.take(order_I[num_held_out:]), "valid": train.take(order_I[:num_held_out])}
+    return {
+        "train": train.take(order_I[num_held_out:]),
+        "valid": train.take(order_I[:num_held_out]),
+    }
 
 
 def _own_splits(data: ImageDataConfig) -> dict[str, Images]:
@@ -188,11 +211,16 @@ def _known_set(name: str, root: str | None) -> dict[str, Images]:
         )
     datasets = import_torchvision().datasets
     try:
-        if name == "fashion_mnist" and (Path(root) / f"{DEBIAN_NAMES['train']}-images-idx3-ubyte.gz").is_file():
+        if (
+            name == "fashion_mnist"
+            and (Path(root) / f"{DEBIAN_NAMES['train']}-images-idx3-ubyte.gz").is_file()
+        ):
             return {split: _debian(Path(root), first) for split, first in DEBIAN_NAMES.items()}
         return {split: _stored(getattr(datasets, kind), root, split) for split in DEBIAN_NAMES}
     except Exception as error:  # of many kinds: files that are missing, damaged or cut short
-        reason = " ".join(str(error).split()).removesuffix(" You can use download=True to download it")
+        reason = " ".join(str(error).split()).removesuffix(
+            " You can use download=True to download it"
+        )
         raise ValueError(
             f"data.image_root={root!r} has no whole {name} ({reason}): give the folder that holds {below}, as "
             f"torchvision stores it"
@@ -207,7 +235,9 @@ def _stored(kind: Any, root: str, split: str) -> Images:
 
 
 def _debian(root: Path, first: str) -> Images:
-    image_I, label_I = (read_idx(root / f"{first}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
+    image_I, label_I = (
+        read_idx(root / f"{first}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1")
+    )
     return _in_memory(image_I, label_I, _fashion_classes())
 
 

@@ -20,7 +20,9 @@ from moe_dist.data.table_files import open_file
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 # formats that PIL recognises and cannot decode, and EPS, for which it starts Ghostscript
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-LONGEST_SIDE = 100  # times the other: resized to a short side of 384 pixels, such an image has 15 million
+LONGEST_SIDE = (
+    100  # times the other: resized to a short side of 384 pixels, such an image has 15 million
+)
 AGAIN = "a link to a folder that is listed already"
 MOST_NAMED = 5  # files of a message
 NO_ENDING = "without an ending"
@@ -44,7 +46,9 @@ def list_images(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[list[st
     """
     found: list[list[str]] = [[] for _ in folders]
     left_out: Counter[str] = Counter()
-    listed = {_identity(parent) for folder in folders for parent in Path(os.path.realpath(folder)).parents}
+    listed = {
+        _identity(parent) for folder in folders for parent in Path(os.path.realpath(folder)).parents
+    }
     places = deque((i, os.fspath(folder)) for i, folder in enumerate(folders))
     links: deque[tuple[int, str]] = deque()
     while places or links:
@@ -71,7 +75,11 @@ def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """
     try:
         with os.scandir(folder) as scan:
-            shown = [entry for entry in scan if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS]
+            shown = [
+                entry
+                for entry in scan
+                if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS
+            ]
         for entry in shown:
             if not entry.is_dir() and not entry.is_file():
                 raise ValueError(
@@ -93,7 +101,9 @@ def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _unreadable(folder: str | os.PathLike[str], error: OSError) -> ValueError:
-    return ValueError(f"{error.filename or os.fspath(folder)!r} cannot be read ({error.strerror}): mend or remove it")
+    return ValueError(
+        f"{error.filename or os.fspath(folder)!r} cannot be read ({error.strerror}): mend or remove it"
+    )
 
 
 def _is_image(path: str) -> bool:
@@ -122,8 +132,12 @@ def _formats() -> dict[str, list[str]]:
     Image.init()
     decoded = Image.OPEN.keys() - NOT_DECODED
     signed = [kind for kind, (_, accept) in Image.OPEN.items() if kind in decoded and accept]
-    endings = {ending: kind for ending, kind in Image.registered_extensions().items() if kind in decoded}
-    return {"": signed} | {ending: signed if kind in signed else [*signed, kind] for ending, kind in endings.items()}
+    endings = {
+        ending: kind for ending, kind in Image.registered_extensions().items() if kind in decoded
+    }
+    return {"": signed} | {
+        ending: signed if kind in signed else [*signed, kind] for ending, kind in endings.items()
+    }
 
 
 def told_left_out(left_out: Counter[str]) -> str:
@@ -134,7 +148,9 @@ def told_left_out(left_out: Counter[str]) -> str:
     return f"{left_out.total()} left out: {', '.join(kinds[:5] + ['...'] * (len(kinds) > 5))}"
 
 
-def open_image(path: str | bytes | os.PathLike[str], mode: str | None, side: int | None = None) -> Image.Image:
+def open_image(
+    path: str | bytes | os.PathLike[str], mode: str | None, side: int | None = None
+) -> Image.Image:
     """Opens an image file as a viewer shows it.
 
     Args:
@@ -150,10 +166,14 @@ def open_image(path: str | bytes | os.PathLike[str], mode: str | None, side: int
         formats = _formats().get(_ending(path), _formats()[""])
         with open_file(path) as file, Image.open(file, formats=formats) as image:
             if image.mode[0] in "IF":  # which `convert` would cut off at 255
-                raise ValueError(f"its numbers are of PIL's mode {image.mode}, more than 8 bits: make them bytes")
+                raise ValueError(
+                    f"its numbers are of PIL's mode {image.mode}, more than 8 bits: make them bytes"
+                )
             short, long = sorted(image.size)
             if long > LONGEST_SIDE * short:
-                raise ValueError(f"it has {short} x {long} pixels, and no side may be {LONGEST_SIDE} times the other")
+                raise ValueError(
+                    f"it has {short} x {long} pixels, and no side may be {LONGEST_SIDE} times the other"
+                )
             if side:
                 image.draft(None, (side, side))
             return _shown(image, mode) if mode else image
@@ -177,7 +197,9 @@ def check_heads(paths: Iterable[str | bytes | os.PathLike[str]]) -> None:
         except ValueError as error:
             refused.append(str(error))
     if len(refused) > 1:
-        raise ValueError(f"{len(refused)} files are no images that can be read: {'; '.join(refused[:MOST_NAMED])}")
+        raise ValueError(
+            f"{len(refused)} files are no images that can be read: {'; '.join(refused[:MOST_NAMED])}"
+        )
     if refused:
         raise ValueError(refused[0])
 

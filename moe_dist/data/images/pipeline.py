@@ -38,7 +38,9 @@ class ImageBatch:
 
     image_BQYX: torch.Tensor  # float32 in [-1, 1]
     label_B: torch.Tensor  # int64, each image's own; 0 for padding
-    target_BN: torch.Tensor  # float32, what is learned: classes smoothed and mixed; rows of padding are 0
+    target_BN: (
+        torch.Tensor
+    )  # float32, what is learned: classes smoothed and mixed; rows of padding are 0
     valid_B: torch.Tensor  # bool, False for padding, which ends an evaluation
 
 
@@ -102,7 +104,9 @@ class ImageSplit(Dataset):
 
     def _read(self, step: int, samples: range) -> _Read:
         drawn = [*samples]
-        if self._mixes:  # a partner is the next sample, so that of all partners only the last one's is missing
+        if (
+            self._mixes
+        ):  # a partner is the next sample, so that of all partners only the last one's is missing
             drawn.append((samples[-1] + 1) % self.samples)
         size, channels = self.model.image_size, self.model.channels
         transform = _transform(self.data, size, self.train)
@@ -115,7 +119,9 @@ class ImageSplit(Dataset):
                     reseed(self.seed, "augment", step, sample)
                     pixel_BYXQ[b] = _pixels(transform(self.images.open(i, MODES[channels])))
                     label_B[b] = self.images.label_I[i]
-        return _Read(step, samples, torch.from_numpy(_colours_first(pixel_BYXQ)), torch.from_numpy(label_B))
+        return _Read(
+            step, samples, torch.from_numpy(_colours_first(pixel_BYXQ)), torch.from_numpy(label_B)
+        )
 
     def _index(self, number: int) -> int:
         """Which image the sample of this number is; in evaluation, one of padding is beyond the last."""
@@ -136,7 +142,9 @@ class ImageSplit(Dataset):
         target_BN = (1 - smoothing) * target_BN + smoothing / self.model.num_classes
         if self._mixes:
             weight = self.mixup_weight(read.step)
-            image_BQYX, target_BN = (weight * t[:-1] + (1 - weight) * t[1:] for t in (image_BQYX, target_BN))
+            image_BQYX, target_BN = (
+                weight * t[:-1] + (1 - weight) * t[1:] for t in (image_BQYX, target_BN)
+            )
         return ImageBatch(image_BQYX, label_B[:num], target_BN, torch.ones(num, dtype=torch.bool))
 
     @property
@@ -152,7 +160,9 @@ class ImageSplit(Dataset):
             return torch.distributions.Beta(alpha, alpha).sample().item()
 
 
-def open_images(data: ImageDataConfig, model: VisionConfig, samples: int, seed: int) -> dict[str, ImageSplit]:
+def open_images(
+    data: ImageDataConfig, model: VisionConfig, samples: int, seed: int
+) -> dict[str, ImageSplit]:
     """Splits "train", "valid" and "test" (`image_sources.open_splits` tells which images they are) for steps of
     `samples` images over all ranks. Test images are never trained on.
 
@@ -168,7 +178,10 @@ def open_images(data: ImageDataConfig, model: VisionConfig, samples: int, seed: 
             f"model.num_classes={model.num_classes}, but data.images={data.images!r} has {num_classes} classes: give "
             f"at least as many"
         )
-    return {name: ImageSplit(images, data, model, samples, seed, name == "train") for name, images in splits.items()}
+    return {
+        name: ImageSplit(images, data, model, samples, seed, name == "train")
+        for name, images in splits.items()
+    }
 
 
 def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True) -> None:
@@ -192,7 +205,9 @@ def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True)
             )
 
 
-def read_image(path: str | PathLike[str], data: ImageDataConfig, image_size: int, channels: int) -> torch.Tensor:
+def read_image(
+    path: str | PathLike[str], data: ImageDataConfig, image_size: int, channels: int
+) -> torch.Tensor:
     """An image file as evaluation sees it: (Q, Y, X), float32 in [-1, 1]. Raises ValueError naming a broken file."""
     image = open_image(path, MODES[channels])
     pixel_YXQ = _pixels(_transform(data, image_size, train=False)(image))
@@ -206,7 +221,9 @@ def _order(num: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @cache
-def _transform(data: ImageDataConfig, size: int, train: bool) -> Callable[[Image.Image], Image.Image]:
+def _transform(
+    data: ImageDataConfig, size: int, train: bool
+) -> Callable[[Image.Image], Image.Image]:
     """PIL image -> PIL image of `size` x `size` pixels, by torchvision. No split keeps it: a worker process that is
     given the split may not have imported torchvision yet."""
     v2 = import_torchvision().transforms.v2
@@ -214,7 +231,9 @@ def _transform(data: ImageDataConfig, size: int, train: bool) -> Callable[[Image
     def middle(short_side: int) -> Callable[[Image.Image], Image.Image]:
         resized = v2.Compose([v2.Resize(short_side), v2.CenterCrop(size)])
         # many a small set has the size already, and torchvision takes longer to find that out
-        return lambda image: image if image.height == image.width == short_side == size else resized(image)
+        return lambda image: (
+            image if image.height == image.width == short_side == size else resized(image)
+        )
 
     crops = {  # in training, in evaluation
         "none": ([middle(size)], middle(size)),
@@ -228,7 +247,9 @@ def _transform(data: ImageDataConfig, size: int, train: bool) -> Callable[[Image
         return in_evaluation
     flip = [v2.RandomHorizontalFlip()] if data.flip else []
     layers, magnitude = data.randaugment_layers, data.randaugment_magnitude
-    return v2.Compose([*in_training, *flip, *([v2.RandAugment(layers, magnitude)] if layers else [])])
+    return v2.Compose(
+        [*in_training, *flip, *([v2.RandAugment(layers, magnitude)] if layers else [])]
+    )
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

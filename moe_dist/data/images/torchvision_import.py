@@ -25,7 +25,9 @@ def import_torchvision() -> Any:
     _SCHEMAS.append(torch.library.Library("torchvision", "FRAGMENT"))
     for name in ("nms", "qnms"):
         _SCHEMAS[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:  # half imported
+    for name in [
+        name for name in sys.modules if name.split(".")[0] == "torchvision"
+    ]:  # half imported
         del sys.modules[name]
     return _import()
 

@@ -45,7 +45,9 @@ GIVE = f"give {BUNDLED!r}, a file, a glob such as 'corpus/*.txt', a folder, or a
 
 # examples of train, by their index modulo PERIOD, where a dataset has no such split
 HELD_OUT, PERIOD = {"test": 198, "valid": 199}, 200
-HELD_OUT_UP_TO = 1_000_000  # examples: at most 5,000 of each are held out, and found without a pass over all
+HELD_OUT_UP_TO = (
+    1_000_000  # examples: at most 5,000 of each are held out, and found without a pass over all
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def _stripped(key: str, source: str, texts: Iterable[str | None]) -> Iterator[st
         if text is None:
             continue
         if "\0" in text:  # valid UTF-8, yet text holds no NUL
-            raise ValueError(f"{key}={source!r} is not text, it holds a NUL byte: give plain text files")
+            raise ValueError(
+                f"{key}={source!r} is not text, it holds a NUL byte: give plain text files"
+            )
         if stripped := text.removeprefix("\ufeff").strip():  # a byte order mark opens some files
             yield stripped
 
@@ -152,7 +156,9 @@ def _cut(source: str, lines: Iterable[str]) -> dict[str, Iterable[str]]:
     num_lines = sum(1 for _ in lines)
     _check_length(source, num_lines)
     cuts = [num_lines * percent // 100 for percent in (0, 90, 95, 100)]
-    return {split: Lines(partial(islice, lines, cuts[i], cuts[i + 1])) for i, split in enumerate(SPLITS)}
+    return {
+        split: Lines(partial(islice, lines, cuts[i], cuts[i + 1])) for i, split in enumerate(SPLITS)
+    }
 
 
 def _hold_out(lines: Iterable[str], missing: list[str]) -> dict[str, Iterable[str]]:
@@ -172,10 +178,20 @@ def _own_splits(source: str) -> dict[str, Lines]:
     """What the source has of SPLITS, "train" at least."""
     if source == BUNDLED:
         return {split: Lines(partial(_bundled, split)) for split in SPLITS}
-    found, read = (_found("data.text", source), read_lines) if is_local(source) else (_load(source), _read_dataset)
+    found, read = (
+        (_found("data.text", source), read_lines)
+        if is_local(source)
+        else (_load(source), _read_dataset)
+    )
     if "train" not in found:
-        raise ValueError(f"data.text={source!r} has no split 'train', only {', '.join(found)}: give one that has")
-    return {split: Lines(partial(read, "data.text", source, found[split])) for split in SPLITS if split in found}
+        raise ValueError(
+            f"data.text={source!r} has no split 'train', only {', '.join(found)}: give one that has"
+        )
+    return {
+        split: Lines(partial(read, "data.text", source, found[split]))
+        for split in SPLITS
+        if split in found
+    }
 
 
 def _found(key: str, source: str) -> dict[str, list[Path]]:
@@ -194,13 +210,17 @@ class Rows:
     """The rows of one split as dicts by column, read anew by whoever iterates over them."""
 
     read: Callable[[], Iterator[dict[str, Any]]]
-    label_names: tuple[str, ...]  # names that the numbers of column "label" stand for, where the source has some
+    label_names: tuple[
+        str, ...
+    ]  # names that the numbers of column "label" stand for, where the source has some
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.read()
 
 
-def open_rows(key: str, source: str, named: tuple[str, str | None, str | None], give: str) -> dict[str, Rows]:
+def open_rows(
+    key: str, source: str, named: tuple[str, str | None, str | None], give: str
+) -> dict[str, Rows]:
     """Opens local files or a dataset of the Hub that has columns.
 
     Args:
@@ -232,7 +252,10 @@ def open_rows(key: str, source: str, named: tuple[str, str | None, str | None], 
             read[split] = partial(_rows_of_dataset, key, source, dataset)
             names[split] = [(f"split {split!r}", tuple(getattr(label, "names", ())))]
     _check_label_names(key, source, list(chain.from_iterable(names.values())))
-    return {split: Rows(read[split], next((some for _, some in names[split] if some), ())) for split in read}
+    return {
+        split: Rows(read[split], next((some for _, some in names[split] if some), ()))
+        for split in read
+    }
 
 
 def _rows_of_files(key: str, source: str, files: list[Path]) -> Iterator[dict[str, Any]]:
@@ -259,7 +282,9 @@ def _check_label_names(key: str, source: str, found: list[tuple[str, tuple[str, 
                 f"{place}: give both the same names in the same order, or names instead of numbers"
             )
     unnamed = [place for place, names in found if not names]
-    numbers = [name for i, name in enumerate(named[0][1]) if name != str(i)] if named else []  # of other places
+    numbers = (
+        [name for i, name in enumerate(named[0][1]) if name != str(i)] if named else []
+    )  # of other places
     if unnamed and numbers and all(name.lstrip("+-").isdecimal() for name in named[0][1]):
         raise ValueError(
             f"{key}={source!r}: {named[0][0]} has the names {_told(named[0][1])} for numbers of labels, and "
@@ -273,7 +298,9 @@ def _told(names: Sequence[str]) -> str:
 
 def _bundled(split: str) -> Iterator[str]:
     """King James Bible and Shakespeare, split by whole books and plays."""
-    with lzma.open(Path(__file__).parents[1] / "bundled" / f"{split}.txt.xz", "rt", encoding="utf-8") as file:
+    with lzma.open(
+        Path(__file__).parents[1] / "bundled" / f"{split}.txt.xz", "rt", encoding="utf-8"
+    ) as file:
         yield from (stripped for line in file if (stripped := line.strip()))
 
 
@@ -283,9 +310,14 @@ def _read_dataset(key: str, source: str, dataset: Any) -> Iterator[str]:
 
 def _texts_of(key: str, source: str, dataset: Any) -> Iterator[str | None]:
     for table in tables(key, source, dataset, "give another dataset"):
-        if "text" not in table.column_names or str(table.schema.field("text").type) not in ("string", "large_string"):
+        if "text" not in table.column_names or str(table.schema.field("text").type) not in (
+            "string",
+            "large_string",
+        ):
             columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-            raise ValueError(f"{key}={source!r} has no column 'text' of strings, only {columns}: give one that has")
+            raise ValueError(
+                f"{key}={source!r} has no column 'text' of strings, only {columns}: give one that has"
+            )
         yield from table["text"].to_pylist()
 
 
@@ -302,11 +334,15 @@ def tables(key: str, source: str, dataset: Any, give: str) -> Iterator[Any]:
     what cannot be read."""
     try:
         yield from dataset.with_format("arrow").iter(batch_size=1000)
-    except Exception as error:  # of many kinds: no UTF-8, JSON, parquet or archive, and columns that change
+    except (
+        Exception
+    ) as error:  # of many kinds: no UTF-8, JSON, parquet or archive, and columns that change
         raise ValueError(f"{key}={source!r} is not text ({_one_line(error)}): {give}") from error
 
 
-def load(key: str, source: str, named: tuple[str, str | None, str | None], give: str) -> dict[str, Any]:
+def load(
+    key: str, source: str, named: tuple[str, str | None, str | None], give: str
+) -> dict[str, Any]:
     """Returns the splits of a dataset of the Hub, streamed, by the library's names. The arguments are those of
     `open_rows`.
 
@@ -318,7 +354,9 @@ def load(key: str, source: str, named: tuple[str, str | None, str | None], give:
         repository, configuration, revision = named
         _ask_for(repository, revision)
         return datasets.load_dataset(repository, configuration, revision=revision, streaming=True)
-    except Exception as error:  # of many kinds: the library's own, its network client's, its file readers'
+    except (
+        Exception
+    ) as error:  # of many kinds: the library's own, its network client's, its file readers'
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             give = "set HF_HOME to a folder that can be written, for datasets are kept there"
         raise ValueError(f"{key}={source!r} does not load: {_one_line(error)}; {give}") from error

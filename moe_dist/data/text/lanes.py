@@ -13,14 +13,22 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
-from moe_dist.monitoring.progress_bar import told
+from moe_dist.monitoring.progress_bar import with_progress
 
 UNK, EOS = "<unk>", "<eos>"
 UNK_ID, EOS_ID = 0, 1
 ASCII_TOKEN = re.compile(r"<unk>|\w+(?:'\w+)*|--|[^\w\s]")
 # Characters that are seen nowhere: soft hyphen, word joiner and the like, and marks of direction.
 UNSEEN = dict.fromkeys(
-    [0xAD, 0x61C, 0x180E, *range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
+    [
+        0xAD,
+        0x61C,
+        0x180E,
+        *range(0x200E, 0x2010),
+        *range(0x202A, 0x202F),
+        *range(0x2060, 0x2070),
+        0xFEFF,
+    ]
 )
 UNSEEN[0x200B] = " "  # zero width space: Thai, Khmer and others divide words with it
 JOINERS = "\u200c\u200d"  # within a word they tell how its letters join
@@ -29,7 +37,10 @@ JOINERS = "\u200c\u200d"  # within a word they tell how its letters join
 def _ranges(category: str) -> str:
     """Characters of a Unicode category as ranges for a class of a regular expression."""
     parts: list[list[int]] = []
-    for code in (*range(0x20000), *range(0xE0100, 0xE01F0)):  # behind these are none but variation selectors
+    for code in (
+        *range(0x20000),
+        *range(0xE0100, 0xE01F0),
+    ):  # behind these are none but variation selectors
         if unicodedata.category(chr(code)).startswith(category):
             if parts and parts[-1][1] == code - 1:
                 parts[-1][1] = code
@@ -59,7 +70,7 @@ def tokenize(line: str) -> list[str]:
 class Vocabulary:
     """Words by index: 0 is `<unk>`, 1 is `<eos>` (end of a line), then the most frequent words first.
 
-    `counts` are theirs in the lines that it was built from: `<unk>`'s is that of all other words, `<eos>`'s that of
+    `count_params_and_flops` are theirs in the lines that it was built from: `<unk>`'s is that of all other words, `<eos>`'s that of
     lines.
     """
 
@@ -81,7 +92,7 @@ class Vocabulary:
         """
         counts: Counter[str] = Counter()
         num_lines = 0
-        for line in told(lines, "vocabulary", " lines"):
+        for line in with_progress(lines, "vocabulary", " lines"):
             counts.update(tokenize(line))
             num_lines += 1
         num_words = counts.total()
@@ -137,7 +148,7 @@ class Lanes:
         if len(token_N) < needed:
             raise ValueError(
                 f"a split of data.text has {len(token_N)} tokens, too few for {num_lanes} lanes: at least {needed} "
-                f"would do, or a smaller batch.samples"
+                f"would do, or a smaller batch.global_batch_size"
             )
         self.token_N, self.num_lanes, self.cyclic = token_N, num_lanes, cyclic
         self.lane_len = len(token_N) // num_lanes if cyclic else -(-(len(token_N) - 1) // num_lanes)
@@ -146,14 +157,18 @@ class Lanes:
         """Windows of `steps` timesteps in one pass: whole ones only if cyclic, else enough to score every token."""
         return self.lane_len // steps if self.cyclic else -(-self.lane_len // steps)
 
-    def window(self, start: int, steps: int, lane_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def window(
+        self, start: int, steps: int, lane_B: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """input_BS and target_BS (int64), valid_BS (bool) at positions start .. start + steps - 1 of lanes `lane_B`.
 
         Padding has valid False and input and target 0. Raises ValueError for a lane outside 0 .. num_lanes - 1.
         """
         lane_B = np.asarray(lane_B, dtype=np.int64)
         if ((lane_B < 0) | (lane_B >= self.num_lanes)).any():
-            raise ValueError(f"lanes {lane_B.tolist()} are not all within 0 .. {self.num_lanes - 1}")
+            raise ValueError(
+                f"lanes {lane_B.tolist()} are not all within 0 .. {self.num_lanes - 1}"
+            )
         position_S = np.arange(start, start + steps)
         index_BS = lane_B[:, None] * self.lane_len + position_S
         num_tokens = len(self.token_N)
@@ -174,7 +189,9 @@ def unigram_perplexity(count_V: Sequence[int], test_N: np.ndarray) -> float:
     if len(test_N) < 2:
         raise ValueError(f"the test stream has {len(test_N)} tokens: at least 2 would do")
     if test_N.max() >= len(count_V):
-        raise ValueError(f"token {test_N.max()} is outside a vocabulary of {len(count_V)}: {test_N.max() + 1} would do")
+        raise ValueError(
+            f"token {test_N.max()} is outside a vocabulary of {len(count_V)}: {test_N.max() + 1} would do"
+        )
     smoothed_V = np.array(count_V) + 1
     log_probability_V = np.log(smoothed_V / smoothed_V.sum())
     return float(np.exp(-log_probability_V[test_N[1:]].mean()))

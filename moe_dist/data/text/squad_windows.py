@@ -46,10 +46,12 @@ class Answers:
         that could be trained on.
         """
         if stride < 1:
-            raise ValueError(f"data.stride={stride}: at least 1")
+            raise ValueError(f"data.doc_stride={stride}: at least 1")
         self.questions, self.num_lost = questions, 0
         self.ids = list(tokens.encode_all(question.question for question in questions))
-        self.contexts = {text: _context(tokens, text) for text in {question.context for question in questions}}
+        self.contexts = {
+            text: _context(tokens, text) for text in {question.context for question in questions}
+        }
         longest = max(map(len, self.ids))
         if longest > max_tokens - 4:
             raise ValueError(
@@ -60,7 +62,9 @@ class Answers:
         for i, (question, ids) in enumerate(zip(questions, self.ids, strict=True)):
             token_C, offset_C2 = self.contexts[question.context]
             if not len(ids) or not len(token_C):
-                raise ValueError(f"data.questions: question {question.id!r} or its context has no token: leave it out")
+                raise ValueError(
+                    f"data.questions: question {question.id!r} or its context has no token: leave it out"
+                )
             answer = _locate(question, offset_C2)
             if answer == LOST:
                 self.num_lost += 1
@@ -96,7 +100,9 @@ class Answers:
             rows.append(joined(self.ids[question], token_C[begin:end]))
             if (first, last) != LOST:
                 shift = len(self.ids[question]) + 2 - begin
-                target_b2[i] = (first + shift, last + shift) if begin <= first and last < end else (0, 0)
+                target_b2[i] = (
+                    (first + shift, last + shift) if begin <= first and last < end else (0, 0)
+                )
         start_b, end_b = torch.from_numpy(target_b2.T.copy())
         return *stacked(rows, width), start_b, end_b
 
@@ -116,8 +122,12 @@ class Answers:
         """
         found: list[dict[str, float]] = [{} for _ in self.questions]
         null_Q = np.full(len(self.questions), np.inf)
-        spans = zip(score_Wn.tolist(), start_Wn.tolist(), end_Wn.tolist(), null_W.tolist(), strict=True)
-        for (i, begin, *_), (score_n, start_n, end_n, null) in zip(self.window_W5.tolist(), spans, strict=True):
+        spans = zip(
+            score_Wn.tolist(), start_Wn.tolist(), end_Wn.tolist(), null_W.tolist(), strict=True
+        )
+        for (i, begin, *_), (score_n, start_n, end_n, null) in zip(
+            self.window_W5.tolist(), spans, strict=True
+        ):
             context = self.questions[i].context
             _, offset_C2 = self.contexts[context]
             shift = begin - len(self.ids[i]) - 2
@@ -134,7 +144,12 @@ class Answers:
 
 
 def best_spans(
-    start_bS: torch.Tensor, end_bS: torch.Tensor, token_bS: torch.Tensor, kind_bS: torch.Tensor, longest: int, num: int
+    start_bS: torch.Tensor,
+    end_bS: torch.Tensor,
+    token_bS: torch.Tensor,
+    kind_bS: torch.Tensor,
+    longest: int,
+    num: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of first and last tokens -> the `num` best spans of each window's context: score_bn, start_bn, end_bn; and
     the score of [CLS], null_b.
@@ -162,7 +177,10 @@ def scores(questions: Iterable[Question], answer: Mapping[str, str]) -> dict[str
     rows = []
     for question in questions:
         right = [text for text, _ in question.answers if _words(text)] or [""]
-        pairs = [(exact_match(answer[question.id], text), f1(answer[question.id], text)) for text in right]
+        pairs = [
+            (exact_match(answer[question.id], text), f1(answer[question.id], text))
+            for text in right
+        ]
         rows.append((bool(question.answers), *(max(column) for column in zip(*pairs, strict=True))))
     row_Q3 = np.array(rows, dtype=np.float64)
     has_Q = row_Q3[:, 0] == 1
@@ -177,7 +195,7 @@ def scores(questions: Iterable[Question], answer: Mapping[str, str]) -> dict[str
 
 
 def exact_match(answer: str, right: str) -> bool:
-    """Whether they have the same words (`_words`)."""
+    """Whether they have the same words (`fold_in`)."""
     return _words(answer) == _words(right)
 
 

@@ -41,21 +41,21 @@ def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool
             return
     if streamed and len(length_L) < num_lanes:
         raise ValueError(
-            f"data.streamed=true: the training text has {len(length_L)} lines for batch.samples={num_lanes} lanes, "
-            f"each of which begins at one of its own; use data.streamed=false or batch.samples of at most "
+            f"data.streamed=true: the training text has {len(length_L)} lines for batch.global_batch_size={num_lanes} lanes, "
+            f"each of which begins at one of its own; use data.streamed=false or batch.global_batch_size of at most "
             f"{len(length_L)}"
         )
     if num_words < num_lanes * steps:
         raise ValueError(
-            f"a step reads batch.samples={num_lanes} x batch.timesteps={steps} words, the training text has "
-            f"{num_words}: give more text, or make batch.samples or batch.timesteps smaller"
+            f"a step reads batch.global_batch_size={num_lanes} x batch.seq_len={steps} words, the training text has "
+            f"{num_words}: give more text, or make batch.global_batch_size or batch.seq_len smaller"
         )
     if streamed and (share := _shared(np.array(length_L), num_lanes, steps)) > MOST_SHARED:
         raise ValueError(
-            f"data.streamed=true: {share:.0%} of the words that batch.samples={num_lanes} lanes read in a step of "
-            f"batch.timesteps={steps} are the same words of the training text, which has {len(length_L)} lines, the "
+            f"data.streamed=true: {share:.0%} of the words that batch.global_batch_size={num_lanes} lanes read in a step of "
+            f"batch.seq_len={steps} are the same words of the training text, which has {len(length_L)} lines, the "
             f"longest of {max(length_L)} of its {num_words} words; use data.streamed=false, give more lines, or make "
-            f"batch.samples or batch.timesteps smaller"
+            f"batch.global_batch_size or batch.seq_len smaller"
         )
 
 
@@ -74,7 +74,9 @@ def _shared(length_L: np.ndarray, num_lanes: int, steps: int) -> float:
     most_steps = min(most_steps, max(1, most_words // (num_lanes * steps)))
     num_steps = min(most_steps, max(1, 2 * int(end_L[-1]) // (num_lanes * steps)))
     num_words = num_steps * steps
-    word_BT = np.empty((num_lanes, num_words), dtype=np.int64)  # the place in the text of the word that a lane reads
+    word_BT = np.empty(
+        (num_lanes, num_words), dtype=np.int64
+    )  # the place in the text of the word that a lane reads
     for lane in range(num_lanes):
         filled, line = 0, lane
         while filled < num_words:
@@ -99,11 +101,15 @@ class Stream:
     a text fits in memory, and `data.streamed=false` reads it.
     """
 
-    def __init__(self, lines: Iterable[str], vocabulary: Vocabulary, num_lanes: int, lane_b: Iterable[int]) -> None:
+    def __init__(
+        self, lines: Iterable[str], vocabulary: Vocabulary, num_lanes: int, lane_b: Iterable[int]
+    ) -> None:
         """`lines` can be iterated over again and again; there is at least one. `lane_b`: global lanes of this rank."""
         self.lines, self.vocabulary, self.num_lanes = lines, vocabulary, num_lanes
         self.mine = list(lane_b)
-        self.load(torch.stack([torch.arange(num_lanes), torch.zeros(num_lanes, dtype=torch.int64)], dim=1))
+        self.load(
+            torch.stack([torch.arange(num_lanes), torch.zeros(num_lanes, dtype=torch.int64)], dim=1)
+        )
 
     def load(self, place_B2: torch.Tensor) -> None:
         """Goes on from the places of all lanes: (line, offset) that the next input token of each lane is at."""
@@ -117,7 +123,9 @@ class Stream:
         place_B2[self.mine] = torch.from_numpy(self.place_B2[self.mine])
         return place_B2
 
-    def window(self, steps: int, lane_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def window(
+        self, steps: int, lane_B: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The next input_BS and target_BS (int64) of lanes `lane_B`, all of this rank, and valid_BS (all True).
 
         Raises:
@@ -126,18 +134,26 @@ class Stream:
         token_BS1 = np.empty((len(lane_B), steps + 1), dtype=np.int64)
         for row, lane in zip(token_BS1, lane_B.tolist(), strict=True):
             ahead = self.ahead[lane]
-            while len(ahead) <= steps:  # the last target is the next window's first input, so it stays
+            while (
+                len(ahead) <= steps
+            ):  # the last target is the next window's first input, so it stays
                 self._read_line()
             row[:] = ahead[: steps + 1]
             del ahead[:steps]
         input_BS, target_BS = token_BS1[:, :-1], token_BS1[:, 1:]
         self._move_on(input_BS, lane_B)
-        return torch.from_numpy(input_BS), torch.from_numpy(target_BS), torch.ones(input_BS.shape, dtype=torch.bool)
+        return (
+            torch.from_numpy(input_BS),
+            torch.from_numpy(target_BS),
+            torch.ones(input_BS.shape, dtype=torch.bool),
+        )
 
     def _move_on(self, input_BS: np.ndarray, lane_B: np.ndarray) -> None:
         """Places behind these tokens. No word of a line is `<eos>`, so each one is a line's end."""
         steps, end_BS = input_BS.shape[1], input_BS == EOS_ID
-        since_end_B = end_BS[:, ::-1].argmax(axis=1)  # tokens behind the last <eos>, where there is one
+        since_end_B = end_BS[:, ::-1].argmax(
+            axis=1
+        )  # tokens behind the last <eos>, where there is one
         line_B, offset_B = self.place_B2[lane_B].T
         self.place_B2[lane_B, 0] = line_B + self.num_lanes * end_BS.sum(axis=1)
         self.place_B2[lane_B, 1] = np.where(end_BS.any(axis=1), since_end_B, offset_B + steps)
@@ -162,5 +178,7 @@ class Stream:
                 if first + length > start:
                     yield first + length - 1, line
             if not length:
-                raise OSError("the training text has no line any more: give the one that the run began with")
+                raise OSError(
+                    "the training text has no line any more: give the one that the run began with"
+                )
             first += length * max(1, (start - first) // length)

@@ -26,7 +26,7 @@ from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
-from moe_dist.monitoring.progress_bar import told
+from moe_dist.monitoring.progress_bar import with_progress
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL))
@@ -59,12 +59,16 @@ class Tokens:
             ValueError: `exact`, and the text does not allow this size.
         """
         tokenizer, count = _tokenizer({}), Counter[str]()
-        for line in told(lines, "characters", " lines"):
+        for line in with_progress(lines, "characters", " lines"):
             count.update(tokenizer.normalizer.normalize_str(line))
         alphabet = _alphabet(count)
         # The trainer numbers pieces inside a word as it meets them in a hash table, which is in another order in every
         # process, and ties between pairs go by number. Those that it is given first keep their number.
-        inside = [INSIDE + c for c in alphabet if len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + c)) == 1]
+        inside = [
+            INSIDE + c
+            for c in alphabet
+            if len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + c)) == 1
+        ]
         least = len(SPECIAL) + len(alphabet) + len(inside)
         if not exact:
             size = max(size, least)
@@ -82,7 +86,7 @@ class Tokens:
             continuing_subword_prefix=INSIDE,
             show_progress=False,
         )
-        tokenizer.train_from_iterator(told(lines, "pieces", " lines"), trainer)
+        tokenizer.train_from_iterator(with_progress(lines, "pieces", " lines"), trainer)
         index = tokenizer.get_vocab(with_added_tokens=False)
         if exact and len(index) < size:
             raise ValueError(
@@ -101,7 +105,9 @@ class Tokens:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError("tokens: not a list of words, as Tokens.to_json writes")
         if tuple(words[: len(SPECIAL)]) != SPECIAL or len(set(words)) < len(words):
-            raise ValueError(f"tokens: the first are not {', '.join(SPECIAL)}, or some word is there twice")
+            raise ValueError(
+                f"tokens: the first are not {', '.join(SPECIAL)}, or some word is there twice"
+            )
         return cls(tuple(words))
 
     def to_json(self) -> str:
@@ -138,7 +144,9 @@ class Tokens:
         """The tokens of each text (int32), a thousand texts at a time, by as many threads as there are."""
         rest = iter(texts)
         while some := list(islice(rest, 1000)):
-            encodings: list[Encoding] = self._whole.encode_batch_fast(some, add_special_tokens=False)
+            encodings: list[Encoding] = self._whole.encode_batch_fast(
+                some, add_special_tokens=False
+            )
             for encoding in encodings:
                 yield np.array(encoding.ids, dtype=np.int32)
 
@@ -156,23 +164,37 @@ def joined(a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarray, np.n
     return token_S, kind_S
 
 
-def stacked(samples: Iterable[tuple[np.ndarray, np.ndarray]], width: int) -> tuple[torch.Tensor, ...]:
+def stacked(
+    samples: Iterable[tuple[np.ndarray, np.ndarray]], width: int
+) -> tuple[torch.Tensor, ...]:
     """Tokens and kinds of each sample, at most `width` -> token_bS, kind_bS (int64), valid_bS (bool). Behind a sample's
     end are [PAD], kind 0 and False."""
     rows = list(samples)
-    token_bS, kind_bS = np.full((len(rows), width), PAD), np.zeros((len(rows), width), dtype=np.int64)
+    token_bS, kind_bS = (
+        np.full((len(rows), width), PAD),
+        np.zeros((len(rows), width), dtype=np.int64),
+    )
     valid_bS = np.zeros((len(rows), width), dtype=bool)
     for i, (token_s, kind_s) in enumerate(rows):
-        token_bS[i, : len(token_s)], kind_bS[i, : len(token_s)], valid_bS[i, : len(token_s)] = token_s, kind_s, True
+        token_bS[i, : len(token_s)], kind_bS[i, : len(token_s)], valid_bS[i, : len(token_s)] = (
+            token_s,
+            kind_s,
+            True,
+        )
     return torch.from_numpy(token_bS), torch.from_numpy(kind_bS), torch.from_numpy(valid_bS)
 
 
-NOTHING = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))  # the tokens and kinds of a sample of padding
+NOTHING = (
+    np.empty(0, dtype=np.int64),
+    np.empty(0, dtype=np.int64),
+)  # the tokens and kinds of a sample of padding
 
 
 def _tokenizer(index: dict[str, int]) -> Tokenizer:
     # Special tokens are left out of its list of added ones, which it would look for in every text.
-    tokenizer = Tokenizer(WordPiece(index, unk_token=SPECIAL[UNK], continuing_subword_prefix=INSIDE))
+    tokenizer = Tokenizer(
+        WordPiece(index, unk_token=SPECIAL[UNK], continuing_subword_prefix=INSIDE)
+    )
     tokenizer.normalizer = Normalizers(
         [
             Replace("\u200b", " "),  # zero width space: Thai, Khmer and others divide words with it

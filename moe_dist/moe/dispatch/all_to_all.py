@@ -25,12 +25,12 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_dist.distributed.chunked_all_to_all import Crossing
+from moe_dist.distributed.chunked_all_to_all import ChunkedAllToAll
 from moe_dist.distributed.collectives import all_to_all_counts
 from moe_dist.distributed.mesh import Axis
-from moe_dist.moe.permutation import Copies
+from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 
 class ExpertModule(Protocol):
@@ -43,61 +43,79 @@ class ExpertModule(Protocol):
 
     needs_context: bool
 
-    def __call__(self, x_TD: torch.Tensor, routing: Routing, ctx: Context) -> tuple[torch.Tensor, Any]: ...
+    def __call__(
+        self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
+    ) -> tuple[torch.Tensor, Any]: ...
 
 
-class LocalExchange:
+class LocalDispatcher:
     """All experts are on this rank."""
 
     def __call__(
-        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
+        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
         return experts(x_TD, routing, ctx)
 
 
 @dataclass(frozen=True)
-class RaggedExchange:
+class AllToAllDispatcher:
     """Experts are spread over the ranks of an axis, in consecutive blocks of equal size.
 
-    `pieces`: that rows travel in, at most one for each of a rank's experts; 0: in one, and nothing else is done
+    `chunks`: that rows travel in, at most one for each of a rank's experts; 0: in one, and nothing else is done
     meanwhile. `wire`: a dtype to travel in."""
 
     axis: Axis
-    pieces: int = 0
-    wire: torch.dtype | None = None
+    num_chunks: int = 0
+    comm_dtype: torch.dtype | None = None
 
     def __call__(
-        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
+        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        count_Pe = all_to_all_counts(routing.count_E, self.axis, ctx.site)  # 1
-        most_parts = getattr(experts, "most_parts", 0) if self.pieces else 0
-        sizes_C = [len(c) for c in torch.arange(count_Pe.shape[1]).chunk(max(1, min(self.pieces, most_parts)))]
-        send_PC, get_PC = (_by_piece(count.view_as(count_Pe), sizes_C) for count in (routing.count_E, count_Pe))
+        count_Pe = all_to_all_counts(routing.count_E, self.axis, ctx.layer_call)  # 1
+        most_parts = getattr(experts, "max_chunks", 0) if self.num_chunks else 0
+        sizes_C = [
+            len(c)
+            for c in torch.arange(count_Pe.shape[1]).chunk(max(1, min(self.num_chunks, most_parts)))
+        ]
+        send_PC, get_PC = (
+            _by_piece(count.view_as(count_Pe), sizes_C) for count in (routing.count_E, count_Pe)
+        )
         send_CP, get_CP = torch.stack([send_PC.t(), get_PC.t()]).tolist()
-        there, back = list(zip(send_CP, get_CP, strict=True)), list(zip(get_CP, send_CP, strict=True))
+        there, back = (
+            list(zip(send_CP, get_CP, strict=True)),
+            list(zip(get_CP, send_CP, strict=True)),
+        )
 
-        def dispatch(x_N: torch.Tensor, wire: torch.dtype | None = None) -> list[Callable[[], torch.Tensor]]:
-            return Crossing(there, self.axis, (ctx.site, "dispatch"), wire).out(x_N)
+        def dispatch(
+            x_N: torch.Tensor, wire: torch.dtype | None = None
+        ) -> list[Callable[[], torch.Tensor]]:
+            return ChunkedAllToAll(there, self.axis, (ctx.layer_call, "dispatch"), wire).scatter(
+                x_N
+            )
 
         order_N = _by_expert(send_PC, len(routing.token_N))
-        copies = Copies(routing.token_N, len(x_TD)).reordered(order_N)
-        x_arrives_C = dispatch(copies.take(x_TD), self.wire)  # 2
+        copies = TokenPermutation(routing.token_N, len(x_TD)).reordered(order_N)
+        x_arrives_C = dispatch(copies.permute(x_TD), self.comm_dtype)  # 2
         gate_arrives_C = dispatch(routing.gate_N[order_N])
         if experts.needs_context:
-            mine = ctx.rows(copies.token_N)
+            mine = ctx.select(copies.token_N)
             key_arrives_C = dispatch(torch.stack([mine.sample_T, mine.position_T], 1))
-        parts: list[Any] = experts.parts(sizes_C) if most_parts else [experts]  # type: ignore[attr-defined]
-        combine = Crossing(back, self.axis, (ctx.site, "combine"), self.wire)
+        parts: list[Any] = experts.split_experts(sizes_C) if most_parts else [experts]  # type: ignore[attr-defined]
+        combine = ChunkedAllToAll(back, self.axis, (ctx.layer_call, "combine"), self.comm_dtype)
         returning = []
         for c, (part, count_Pc) in enumerate(zip(parts, count_Pe.split(sizes_C, 1), strict=True)):
             if experts.needs_context:
                 key_R2 = key_arrives_C[c]()
-                ctx = ctx.received(key_R2[:, 0], key_R2[:, 1], torch.ones_like(key_R2[:, 0], dtype=torch.bool))
+                ctx = ctx.with_tokens(
+                    key_R2[:, 0], key_R2[:, 1], torch.ones_like(key_R2[:, 0], dtype=torch.bool)
+                )
             x_RD, gate_R = x_arrives_C[c](), gate_arrives_C[c]()
             order_R = _by_expert(count_Pc, len(x_RD))  # 3
-            y_RD, stats = part(x_RD, Routing(order_R, gate_R.index_select(0, order_R), count_Pc.sum(0)), ctx)  # 4
-            returning.append(combine.into(c, y_RD))  # 5
-        return copies.add_up(combine.whole(returning)), stats  # 6
+            y_RD, stats = part(
+                x_RD, Routing(order_R, gate_R.index_select(0, order_R), count_Pc.sum(0)), ctx
+            )  # 4
+            returning.append(combine.send_chunk(c, y_RD))  # 5
+        return copies.unpermute(combine.gather(returning)), stats  # 6
 
 
 def _by_piece(count_Pe: torch.Tensor, sizes_C: list[int]) -> torch.Tensor:

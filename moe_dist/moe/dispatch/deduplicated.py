@@ -2,7 +2,7 @@
 
 Rows travel in hops. A hop cuts the experts that it reaches into consecutive blocks (of nodes, or of ranks), and sends
 each row once to every block that an expert of it is in, with the list of its experts there. Behind it another exchange
-goes on with what has arrived (the next hop, or `LocalExchange` at the end of the way), and gives one sum of weighted
+goes on with what has arrived (the next hop, or `LocalDispatcher` at the end of the way), and gives one sum of weighted
 outputs for each row. These return, and each row adds up what comes back for it.
 
   once        a hop to the ranks
@@ -21,73 +21,87 @@ from typing import Any
 
 import torch
 
-from moe_dist.distributed.chunked_all_to_all import Crossing, all_to_all_rows
+from moe_dist.distributed.chunked_all_to_all import ChunkedAllToAll, all_to_all_rows
 from moe_dist.distributed.collectives import all_to_all_counts
 from moe_dist.distributed.mesh import Axis
-from moe_dist.moe.dispatch.all_to_all import ExpertModule, LocalExchange
-from moe_dist.moe.permutation import Copies
+from moe_dist.moe.dispatch.all_to_all import ExpertModule, LocalDispatcher
+from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.token_context import TokenContext
 
 
 @dataclass(frozen=True)
-class Hop:
+class DedupDispatcher:
     """To `blocks` blocks of experts; `then` is the exchange behind it."""
 
     axis: Axis
-    blocks: int
+    num_blocks: int
     ranks_per_block: int
-    then: Any
-    wire: torch.dtype | None = None  # to travel in
-    puts_off: bool = False  # gradients of weights, until those of the rows have left
+    next_dispatcher: Any
+    comm_dtype: torch.dtype | None = None  # to travel in
+    delay_wgrad: bool = False  # gradients of weights, until those of the rows have left
 
     def __call__(
-        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: Context
+        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
         num_rows, num_experts = len(x_TD), len(routing.count_E)
-        per_block = num_experts // self.blocks
+        per_block = num_experts // self.num_blocks
         expert_N = torch.arange(num_experts, device=x_TD.device).repeat_interleave(
             routing.count_E, output_size=len(routing.token_N)
         )
-        pair_U, of_N = (expert_N // per_block * num_rows + routing.token_N).unique(return_inverse=True)
+        pair_U, of_N = (expert_N // per_block * num_rows + routing.token_N).unique(
+            return_inverse=True
+        )
         block_U, row_U = pair_U // max(num_rows, 1), pair_U % max(num_rows, 1)
-        rank_U = self._land(block_U, row_U, of_N, expert_N % per_block * self.ranks_per_block // per_block)
+        rank_U = self._land(
+            block_U, row_U, of_N, expert_N % per_block * self.ranks_per_block // per_block
+        )
 
         order_U, order_N = rank_U.argsort(stable=True), rank_U[of_N].argsort(stable=True)
-        sent_P2 = torch.stack([torch.bincount(r, minlength=self.axis.size) for r in (rank_U, rank_U[of_N])], 1)
-        got_P2 = all_to_all_counts(sent_P2.flatten(), self.axis, ctx.site)
+        sent_P2 = torch.stack(
+            [torch.bincount(r, minlength=self.axis.size) for r in (rank_U, rank_U[of_N])], 1
+        )
+        got_P2 = all_to_all_counts(sent_P2.flatten(), self.axis, ctx.layer_call)
         (send_U, send_N), (get_V, get_M) = torch.stack([sent_P2.t(), got_P2.t()]).tolist()
         place_U = torch.empty_like(order_U)  # among the rows for its rank
         place_U[order_U] = torch.arange(len(order_U), device=x_TD.device)
         place_U -= (sent_P2[:, 0].cumsum(0) - sent_P2[:, 0])[rank_U]
 
         def dispatch(x_U: torch.Tensor, send: list[int], get: list[int], wire: Any = None) -> Any:
-            return Crossing([(send, get)], self.axis, (ctx.site, "dispatch"), wire).out(x_U)[0]
+            return ChunkedAllToAll(
+                [(send, get)], self.axis, (ctx.layer_call, "dispatch"), wire
+            ).scatter(x_U)[0]
 
         row_U = row_U[order_U]
-        copies = Copies(row_U, num_rows)
-        x_arrives = dispatch(copies.take(x_TD), send_U, get_V, self.wire)
+        copies = TokenPermutation(row_U, num_rows)
+        x_arrives = dispatch(copies.permute(x_TD), send_U, get_V, self.comm_dtype)
         about_N2 = torch.stack([place_U[of_N], expert_N % per_block], 1)[order_N].int()
         about_arrives = dispatch(about_N2, send_N, get_M)
         gate_arrives = dispatch(routing.gate_N[order_N], send_N, get_M)
         ctx_V, needs_context = ctx, experts.needs_context
         if needs_context:
-            mine = ctx.rows(row_U)
+            mine = ctx.select(row_U)
             key_arrives = dispatch(torch.stack([mine.sample_T, mine.position_T], 1), send_U, get_V)
-        if self.puts_off and hasattr(experts, "parts"):
-            (experts,) = experts.parts([num_experts // self.axis.size])
+        if self.delay_wgrad and hasattr(experts, "split_experts"):
+            (experts,) = experts.split_experts([num_experts // self.axis.size])
         if needs_context:
             key_V2 = key_arrives()
-            ctx_V = ctx.received(key_V2[:, 0], key_V2[:, 1], torch.ones_like(key_V2[:, 0], dtype=torch.bool))
+            ctx_V = ctx.with_tokens(
+                key_V2[:, 0], key_V2[:, 1], torch.ones_like(key_V2[:, 0], dtype=torch.bool)
+            )
         x_VD, about_M2, gate_M = x_arrives(), about_arrives().long(), gate_arrives()
 
         first_P = got_P2[:, 0].cumsum(0) - got_P2[:, 0]
         row_M = about_M2[:, 0] + first_P.repeat_interleave(got_P2[:, 1], output_size=len(about_M2))
         expert_M, by_expert_M = about_M2[:, 1].sort(stable=True)
-        there = Routing(row_M[by_expert_M], gate_M[by_expert_M], torch.bincount(expert_M, minlength=per_block))
-        y_VD, stats = self.then(x_VD, there, experts, ctx_V)
-        y_UD = all_to_all_rows(y_VD, get_V, send_U, self.axis, (ctx.site, "combine"), self.wire)
-        return copies.add_up(y_UD), stats
+        there = Routing(
+            row_M[by_expert_M], gate_M[by_expert_M], torch.bincount(expert_M, minlength=per_block)
+        )
+        y_VD, stats = self.next_dispatcher(x_VD, there, experts, ctx_V)
+        y_UD = all_to_all_rows(
+            y_VD, get_V, send_U, self.axis, (ctx.layer_call, "combine"), self.comm_dtype
+        )
+        return copies.unpermute(y_UD), stats
 
     def _land(
         self, block_U: torch.Tensor, row_U: torch.Tensor, of_N: torch.Tensor, rank_N: torch.Tensor
@@ -101,11 +115,22 @@ class Hop:
         return torch.where(block_U == mine // ranks, mine, rank_U) if ranks > 1 else block_U
 
 
-def once(axis: Axis, wire: torch.dtype | None = None, puts_off: bool = False) -> Hop:
+def per_rank(
+    axis: Axis, comm_dtype: torch.dtype | None = None, delay_wgrad: bool = False
+) -> DedupDispatcher:
     """To each rank of the axis once."""
-    return Hop(axis, axis.size, 1, LocalExchange(), wire, puts_off)
+    return DedupDispatcher(axis, axis.size, 1, LocalDispatcher(), comm_dtype, delay_wgrad)
 
 
-def once_per_node(axis: Axis, inside: Axis, wire: torch.dtype | None = None, puts_off: bool = False) -> Hop:
+def per_node(
+    axis: Axis, intra_node: Axis, comm_dtype: torch.dtype | None = None, delay_wgrad: bool = False
+) -> DedupDispatcher:
     """To each node once; `inside`: the ranks of the axis in this rank's node, consecutive and as many in every node."""
-    return Hop(axis, axis.size // inside.size, inside.size, once(inside, wire), wire, puts_off)
+    return DedupDispatcher(
+        axis,
+        axis.size // intra_node.size,
+        intra_node.size,
+        per_rank(intra_node, comm_dtype),
+        comm_dtype,
+        delay_wgrad,
+    )

@@ -8,12 +8,14 @@ from collections.abc import Callable
 import torch
 
 
-def _alone(x_G: torch.Tensor) -> torch.Tensor:
+def _identity(x_G: torch.Tensor) -> torch.Tensor:
     return x_G
 
 
 def cv_squared(
-    x_Ge: torch.Tensor, num_experts: int | None = None, owners: Callable[[torch.Tensor], torch.Tensor] = _alone
+    x_Ge: torch.Tensor,
+    num_experts: int | None = None,
+    owners: Callable[[torch.Tensor], torch.Tensor] = _identity,
 ) -> torch.Tensor:
     """Squared coefficient of variation over experts (G,): population variance / mean² (Shazeer et al. 2017, Eq. 7).
 
@@ -34,7 +36,9 @@ def switch_balance(probability_GE: torch.Tensor, chosen_GE: torch.Tensor) -> tor
     m_i, the part of all choices that expert i is, from how often each was chosen; P_i, its mean probability, from sums
     of probabilities over tokens. Only P carries a gradient. The value of a group without a token is 0.
     """
-    tokens_G1 = probability_GE.detach().sum(1, keepdim=True)  # every token's probabilities add up to 1
+    tokens_G1 = probability_GE.detach().sum(
+        1, keepdim=True
+    )  # every token's probabilities add up to 1
     choices_G1 = chosen_GE.sum(1, keepdim=True)
     m_GE = chosen_GE / torch.where(choices_G1 > 0, choices_G1, 1)
     p_GE = probability_GE / torch.where(tokens_G1 > 0, tokens_G1, 1)

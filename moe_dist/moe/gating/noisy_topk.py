@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_dist.moe.gating.balance_loss import cv_squared
-from moe_dist.moe.routing import GateStats, Routing, route, sum_by_group, sum_chosen_by_group, within_capacity
+from moe_dist.moe.routing import (
+    GateStats,
+    Routing,
+    build_routing,
+    capacity_mask,
+    sum_by_group,
+    sum_chosen_by_group,
+)
 from moe_dist.nn import token_noise
-from moe_dist.nn.init import parameter
-from moe_dist.nn.token_context import Context
+from moe_dist.nn.init import uniform_parameter
+from moe_dist.nn.token_context import TokenContext
 
 
 class Projection(nn.Module):
@@ -25,7 +32,7 @@ class Projection(nn.Module):
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
-        self.w_DE = parameter(dim, num_experts, bound=0.0)
+        self.w_DE = uniform_parameter(dim, num_experts, bound=0.0)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -48,37 +55,52 @@ class NoisyTopK(nn.Module):
         *,
         noise: bool = True,
         capacity_factor: float | None = None,
-        w_importance: float = 0.1,
-        w_load: float = 0.1,
+        importance_loss_weight: float = 0.1,
+        load_loss_weight: float = 0.1,
     ) -> None:
         """Raises ValueError where k is not in 1..num_experts."""
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ValueError(f"k={k} experts per token: must be 1 to num_experts={num_experts}")
-        self.num_experts, self.k, self.noise, self.capacity_factor = num_experts, k, noise, capacity_factor
-        self.w_importance, self.w_load = w_importance, w_load
+        self.num_experts, self.k, self.noise, self.capacity_factor = (
+            num_experts,
+            k,
+            noise,
+            capacity_factor,
+        )
+        self.importance_loss_weight, self.load_loss_weight = (
+            importance_loss_weight,
+            load_loss_weight,
+        )
         self.w_gate = Projection(dim, num_experts)
         self.w_noise = Projection(dim, num_experts)
-        self.pick: Pick = highest
+        self.select: SelectExperts = top_k_plus_one
 
-    def forward(self, x_TD: torch.Tensor, ctx: Context) -> tuple[Routing, GateStats]:
+    def forward(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[Routing, GateStats]:
         clean_TE = self.w_gate(x_TD)
         std_TE = noise_std(self.w_noise(x_TD)) if self.noise and ctx.train else None
         expert_E = torch.arange(self.num_experts, device=x_TD.device)
-        chosen_TK, gate_TK, load_TE = choose(clean_TE, std_TE, self.k, expert_E, ctx, self.pick)
-        keep_TK = within_capacity(chosen_TK, self.capacity_factor, ctx, self.num_experts)
+        chosen_TK, gate_TK, load_TE = route_noisy(
+            clean_TE, std_TE, self.k, expert_E, ctx, self.select
+        )
+        keep_TK = capacity_mask(chosen_TK, self.capacity_factor, ctx, self.num_experts)
         dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()
         importance_GE = sum_chosen_by_group(chosen_TK, gate_TK, self.num_experts, ctx)
         if load_TE is None:
-            load_GE = sum_chosen_by_group(chosen_TK, torch.ones_like(gate_TK), self.num_experts, ctx)
+            load_GE = sum_chosen_by_group(
+                chosen_TK, torch.ones_like(gate_TK), self.num_experts, ctx
+            )
         else:
             load_GE = sum_by_group(load_TE, ctx)
         stats = GateStats(importance_GE, load_GE, dropped)
-        return route(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
+        return build_routing(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """w_importance CV(Importance)² + w_load CV(Load)² (Eqs. 7 and 11) of sums over all ranks, then over groups."""
-        return (self.w_importance * cv_squared(importance_GE) + self.w_load * cv_squared(load_GE)).sum()
+        """importance_loss_weight CV(Importance)² + load_loss_weight CV(Load)² (Eqs. 7 and 11) of sums over all ranks, then over groups."""
+        return (
+            self.importance_loss_weight * cv_squared(importance_GE)
+            + self.load_loss_weight * cv_squared(load_GE)
+        ).sum()
 
 
 def noise_std(x_TE: torch.Tensor) -> torch.Tensor:
@@ -87,16 +109,25 @@ def noise_std(x_TE: torch.Tensor) -> torch.Tensor:
 
 
 # pick(score_TE, k, expert_E, ctx) -> the k scores that win and the best that does not (T, k + 1), and their columns
-Pick = Callable[[torch.Tensor, int, torch.Tensor, Context], tuple[torch.Tensor, torch.Tensor]]
+SelectExperts = Callable[
+    [torch.Tensor, int, torch.Tensor, TokenContext], tuple[torch.Tensor, torch.Tensor]
+]
 
 
-def highest(score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k_plus_one(
+    score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: TokenContext
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k + 1 highest scores (k where there are only k experts) and their columns."""
     return score_TE.topk(min(k + 1, score_TE.shape[1]), dim=1)
 
 
-def choose(
-    clean_TE: torch.Tensor, std_TE: torch.Tensor | None, k: int, expert_E: torch.Tensor, ctx: Context, pick: Pick
+def route_noisy(
+    clean_TE: torch.Tensor,
+    std_TE: torch.Tensor | None,
+    k: int,
+    expert_E: torch.Tensor,
+    ctx: TokenContext,
+    select: SelectExperts,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Choices (T, K), their weights (T, K) and each token's part of the load (T, E), from clean logits.
 
@@ -106,9 +137,11 @@ def choose(
     """
     # Eq. 4
     score_TE = (
-        clean_TE if std_TE is None else clean_TE + token_noise.normal(ctx, "gate", expert_E, clean_TE.dtype) * std_TE
+        clean_TE
+        if std_TE is None
+        else clean_TE + token_noise.token_normal(ctx, "gate", expert_E, clean_TE.dtype) * std_TE
     )
-    top_TK, expert_TK = pick(score_TE, k, expert_E, ctx)
+    top_TK, expert_TK = select(score_TE, k, expert_E, ctx)
     gate_TK = top_TK[:, :k].softmax(1)  # Eqs. 3 and 5: all others are -inf before the softmax
     chosen_TK = expert_TK[:, :k]
     load_TE = None if std_TE is None else probability_in_top_k(clean_TE, std_TE, chosen_TK, top_TK)

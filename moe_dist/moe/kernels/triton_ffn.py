@@ -22,15 +22,21 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.delayed_wgrad import PutOff
-from moe_dist.moe.permutation import Copies, added_up
+from moe_dist.moe.delayed_wgrad import DeferGrad
+from moe_dist.moe.permutation import TokenPermutation, unpermute_rows
 
 Tile = dict[str, int]
 
 
 def tile(rows: int, columns: int, step: int, stages: int, warps: int) -> Tile:
     """Of a result; how much is added up at a time, and how many of those are on their way; by how many warps."""
-    return {"ROWS": rows, "COLUMNS": columns, "STEP": step, "num_stages": stages, "num_warps": warps}
+    return {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "STEP": step,
+        "num_stages": stages,
+        "num_warps": warps,
+    }
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,27 @@ TILES = {
     24: Tiles(tile(64, 128, 64, 4, 4), tile(64, 128, 64, 4, 4), tile(128, 256, 64, 7, 8)),
     0: Tiles(tile(16, 256, 128, 3, 4), tile(16, 128, 128, 3, 4), tile(128, 256, 32, 7, 8)),
 }
-TILES_FLOAT32 = Tiles(tile(64, 64, 16, 4, 8), tile(64, 64, 16, 4, 8), tile(64, 64, 32, 5, 4))  # no tensor cores
+TILES_FLOAT32 = Tiles(
+    tile(64, 64, 16, 4, 8), tile(64, 64, 16, 4, 8), tile(64, 64, 32, 5, 4)
+)  # no tensor cores
 
 
 def feedforward(
-    x_TD: torch.Tensor, copies: Copies, gate_N: torch.Tensor, count_e: torch.Tensor, w1_eDF: torch.Tensor,
-    w2_eFD: torch.Tensor, recompute: bool = False, put_off: PutOff | None = None, tiles: Tiles | None = None,
-) -> torch.Tensor:  # fmt: skip
+    x_TD: torch.Tensor,
+    copies: TokenPermutation,
+    gate_N: torch.Tensor,
+    count_e: torch.Tensor,
+    w1_eDF: torch.Tensor,
+    w2_eFD: torch.Tensor,
+    recompute: bool = False,
+    defer: DeferGrad | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
     """y_t = sum over the copies n of token t of gate_n * relu(x_t @ w1[i]) @ w2[i]: (T, D). Copies lie sorted by
     expert, count_e[i] of them for expert i, and there is at least one.
 
     Tokens and weights are of one dtype, bfloat16, float16 or float32, gates of any. Products add up in float32 and are
-    rounded once. Equal inputs give equal bits. `recompute`: hidden units are not kept; `put_off` takes what forms the
+    rounded once. Equal inputs give equal bits. `recompute`: hidden units are not kept; `defer` takes what forms the
     gradients of w1 and w2, which then come later; `tiles` in place of those for this size. Where `supported` says no,
     it may fail.
 
@@ -70,12 +85,18 @@ def feedforward(
     """
     if tiles is None:
         mean = len(copies.token_N) / len(count_e)
-        tiles = TILES_FLOAT32 if x_TD.dtype == torch.float32 else next(t for n, t in TILES.items() if mean >= n)
+        tiles = (
+            TILES_FLOAT32
+            if x_TD.dtype == torch.float32
+            else next(t for n, t in TILES.items() if mean >= n)
+        )
     work = _Work.listed(copies.token_N, count_e, tiles)
-    return _Feedforward.apply(x_TD, gate_N, w1_eDF, w2_eFD, copies, work, recompute, put_off)
+    return _Feedforward.apply(x_TD, gate_N, w1_eDF, w2_eFD, copies, work, recompute, defer)
 
 
-def supported(num_rows: int, x_TD: torch.Tensor, w1_eDF: torch.Tensor, w2_eFD: torch.Tensor) -> bool:
+def supported(
+    num_rows: int, x_TD: torch.Tensor, w1_eDF: torch.Tensor, w2_eFD: torch.Tensor
+) -> bool:
     """Whether `feedforward` may be used: Triton is there (it wants a C compiler as well, and says so) and the device is
     of compute capability 9 (Hopper), for whose shared memory the tiles are made; one dtype; widths that descriptors and
     wide loads allow."""
@@ -100,14 +121,21 @@ def _has_triton() -> bool:
 class _Feedforward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: torch.Tensor, gate_N: torch.Tensor, w1_eDF: torch.Tensor, w2_eFD: torch.Tensor,
-        copies: Copies, work: "_Work", recompute: bool, put_off: PutOff | None,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x_TD: torch.Tensor,
+        gate_N: torch.Tensor,
+        w1_eDF: torch.Tensor,
+        w2_eFD: torch.Tensor,
+        copies: TokenPermutation,
+        work: "_Work",
+        recompute: bool,
+        defer: DeferGrad | None,
+    ) -> torch.Tensor:
         x_TD, gate_N = x_TD.contiguous(), gate_N.contiguous()
         h_NF = work.times(x_TD, w1_eDF, gathered=True, relu=True)
-        ctx.copies, ctx.work, ctx.put_off = copies, work, put_off
+        ctx.copies, ctx.work, ctx.defer = copies, work, defer
         ctx.save_for_backward(x_TD, gate_N, w1_eDF, w2_eFD, *([] if recompute else [h_NF]))
-        return added_up(work.times(h_NF, w2_eFD, gate_N=gate_N), copies)
+        return unpermute_rows(work.times(h_NF, w2_eFD, gate_N=gate_N), copies)
 
     @staticmethod
     @once_differentiable
@@ -116,7 +144,7 @@ class _Feedforward(torch.autograd.Function):
         work, dy_TD = ctx.work, dy_TD.contiguous()
         h_NF = kept[0] if kept else work.times(x_TD, w1_eDF, gathered=True, relu=True)
         dz_NF, weighted_NF, dgate_N = work.hidden_gradients(dy_TD, w2_eFD, gate_N, h_NF)
-        dx_TD = added_up(work.times(dz_NF, w1_eDF, transposed=True), ctx.copies)
+        dx_TD = unpermute_rows(work.times(dz_NF, w1_eDF, transposed=True), ctx.copies)
 
         def of_w1(out_eDF: torch.Tensor | None = None) -> torch.Tensor:
             out_eDF = torch.empty_like(w1_eDF) if out_eDF is None else out_eDF
@@ -126,9 +154,9 @@ class _Feedforward(torch.autograd.Function):
             out_eFD = torch.empty_like(w2_eFD) if out_eFD is None else out_eFD
             return work.weights_gradient(weighted_NF, dy_TD, out_eFD, left_is_gathered=False)
 
-        if ctx.put_off is not None:
-            ctx.put_off(0, of_w1)
-            ctx.put_off(1, of_w2)
+        if ctx.defer is not None:
+            ctx.defer(0, of_w1)
+            ctx.defer(1, of_w2)
             return dx_TD, dgate_N, *[None] * 6
         return dx_TD, dgate_N, of_w1(), of_w2(), *[None] * 4
 
@@ -156,18 +184,27 @@ class _Work:
         return cls(token_N, count_e, end_e, torch.stack([i_M, first_M, end_e[i_M]], 1).int(), tiles)
 
     def times(
-        self, x: torch.Tensor, w: torch.Tensor, gate_N: torch.Tensor | None = None,
-        gathered: bool = False, relu: bool = False, transposed: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        gate_N: torch.Tensor | None = None,
+        gathered: bool = False,
+        relu: bool = False,
+        transposed: bool = False,
+    ) -> torch.Tensor:
         """Of tokens (`gathered`) or rows (N, K), by w (e, K, C), `transposed` (e, C, K): (N, C)."""
         from moe_dist.moe.kernels.triton_kernels import times_matrix
 
         t, (k, c) = self.tiles.rows, (w.shape[:0:-1] if transposed else w.shape[1:])
         rows = (x, self.token_N) if gathered else (_in_order(x, t["ROWS"], t["STEP"]), None)
-        matrix = _in_order(w, 1, *((t["COLUMNS"], t["STEP"]) if transposed else (t["STEP"], t["COLUMNS"])))
+        matrix = _in_order(
+            w, 1, *((t["COLUMNS"], t["STEP"]) if transposed else (t["STEP"], t["COLUMNS"]))
+        )
         out_NC = x.new_empty(len(self.token_N), c)
         grid = -(-c // t["COLUMNS"]), len(self.tile_M3)
-        times_matrix[grid](*rows, matrix, gate_N, out_NC, self.tile_M3, k, c, RELU=relu, TRANSPOSED=transposed, **t)
+        times_matrix[grid](
+            *rows, matrix, gate_N, out_NC, self.tile_M3, k, c, RELU=relu, TRANSPOSED=transposed, **t
+        )
         return out_NC
 
     def hidden_gradients(
@@ -180,9 +217,14 @@ class _Work:
         grid = -(-f // t["COLUMNS"]), len(self.tile_M3)
         dz_NF, weighted_NF = torch.empty_like(h_NF), torch.empty_like(h_NF)
         dgate_NS = h_NF.new_empty(len(h_NF), grid[0], dtype=torch.float32)
-        matrix, hidden = _in_order(w2_eFD, 1, t["COLUMNS"], t["STEP"]), _in_order(h_NF, t["ROWS"], t["COLUMNS"])
+        matrix, hidden = (
+            _in_order(w2_eFD, 1, t["COLUMNS"], t["STEP"]),
+            _in_order(h_NF, t["ROWS"], t["COLUMNS"]),
+        )
         results = dz_NF, weighted_NF, dgate_NS
-        hidden_gradients[grid](dy_TD, self.token_N, matrix, gate_N, hidden, *results, self.tile_M3, d, f, **t)
+        hidden_gradients[grid](
+            dy_TD, self.token_N, matrix, gate_N, hidden, *results, self.tile_M3, d, f, **t
+        )
         return dz_NF, weighted_NF, dgate_NS.sum(1).to(gate_N.dtype)
 
     def weights_gradient(
@@ -198,7 +240,9 @@ class _Work:
             left = _in_order(left, t["STEP"], t["ROWS"])
         grid = -(-c // t["COLUMNS"]), -(-n // t["ROWS"]), e
         sides = left, right, self.token_N, out_eLC
-        of_weights[grid](*sides, self.count_e, self.end_e, n, c, LEFT_IS_GATHERED=left_is_gathered, **t)
+        of_weights[grid](
+            *sides, self.count_e, self.end_e, n, c, LEFT_IS_GATHERED=left_is_gathered, **t
+        )
         return out_eLC
 
 

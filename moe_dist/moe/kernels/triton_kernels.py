@@ -15,15 +15,32 @@ import triton.language as tl
 
 @triton.jit
 def times_matrix(
-    x, token_N, w_eKC, gate_N, out_NC, tile_M3, K, C,
-    RELU: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    x,
+    token_N,
+    w_eKC,
+    gate_N,
+    out_NC,
+    tile_M3,
+    K,
+    C,
+    RELU: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """out[n] = gate_N[n] relu(x[token_N[n]] @ w[i]). Without `token_N`, x is a descriptor of rows (N, K); without
     `gate_N` it is 1; TRANSPOSED: w is (e, C, K)."""
     m, c = _tile()
-    i, first, end = tl.load(tile_M3 + 3 * m), tl.load(tile_M3 + 3 * m + 1), tl.load(tile_M3 + 3 * m + 2)
+    i, first, end = (
+        tl.load(tile_M3 + 3 * m),
+        tl.load(tile_M3 + 3 * m + 1),
+        tl.load(tile_M3 + 3 * m + 2),
+    )
     if first < end:
-        out = _product(x, token_N, w_eKC, i, first, end, c * COLUMNS, K, TRANSPOSED, ROWS, COLUMNS, STEP)
+        out = _product(
+            x, token_N, w_eKC, i, first, end, c * COLUMNS, K, TRANSPOSED, ROWS, COLUMNS, STEP
+        )
         row, corner, place, inside = _places(first, end, c * COLUMNS, C, ROWS, COLUMNS)
         if RELU:
             out = tl.maximum(out, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -34,28 +51,62 @@ def times_matrix(
 
 @triton.jit
 def hidden_gradients(
-    dy_TD, token_N, w2_eFD, gate_N, h_NF, dz_NF, weighted_NF, dgate_NS, tile_M3, D, F,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    dy_TD,
+    token_N,
+    w2_eFD,
+    gate_N,
+    h_NF,
+    dz_NF,
+    weighted_NF,
+    dgate_NS,
+    tile_M3,
+    D,
+    F,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """From dh = dy[token_N[n]] @ w2[i]ᵀ, the gradient of hidden units before the gate: that of what ReLU got, this
     tile's part of the gate's, and beside them the hidden units times the gate, which w2's will want."""
     m, c = _tile()
-    i, first, end = tl.load(tile_M3 + 3 * m), tl.load(tile_M3 + 3 * m + 1), tl.load(tile_M3 + 3 * m + 2)
+    i, first, end = (
+        tl.load(tile_M3 + 3 * m),
+        tl.load(tile_M3 + 3 * m + 1),
+        tl.load(tile_M3 + 3 * m + 2),
+    )
     if first < end:
-        dh = _product(dy_TD, token_N, w2_eFD, i, first, end, c * COLUMNS, D, True, ROWS, COLUMNS, STEP)
+        dh = _product(
+            dy_TD, token_N, w2_eFD, i, first, end, c * COLUMNS, D, True, ROWS, COLUMNS, STEP
+        )
         row, corner, place, inside = _places(first, end, c * COLUMNS, F, ROWS, COLUMNS)
         h = h_NF.load([first, c * COLUMNS]).to(tl.float32)
         gate = tl.load(gate_N + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
         tl.store(dgate_NS + row * tl.num_programs(0) + c, tl.sum(dh * h, 1), mask=row < end)
-        tl.store(dz_NF + corner + place, tl.where(h <= 0, 0.0, dh * gate).to(dz_NF.dtype.element_ty), mask=inside)
-        tl.store(weighted_NF + corner + place, (h * gate).to(weighted_NF.dtype.element_ty), mask=inside)
+        tl.store(
+            dz_NF + corner + place,
+            tl.where(h <= 0, 0.0, dh * gate).to(dz_NF.dtype.element_ty),
+            mask=inside,
+        )
+        tl.store(
+            weighted_NF + corner + place, (h * gate).to(weighted_NF.dtype.element_ty), mask=inside
+        )
 
 
 @triton.jit
 def of_weights(
-    left, right, token_N, out_eLC, count_e, end_e, L, C,
-    LEFT_IS_GATHERED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    left,
+    right,
+    token_N,
+    out_eLC,
+    count_e,
+    end_e,
+    L,
+    C,
+    LEFT_IS_GATHERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """out[i] = the sum over the assignments n of expert i of left[n]ᵀ right[n], zeros where there are none. One side
     is of tokens and gathered, the other a descriptor of rows that lie in order."""
     l, c = _tile()  # noqa: E741
@@ -65,24 +116,44 @@ def of_weights(
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     for n in range(end - tl.load(count_e + i).to(tl.int32), end, STEP):
         row = n + tl.arange(0, STEP)
-        mine = (row < end)[:, None]  # on the gathered side alone: what the next expert has on the other is times 0
+        mine = (row < end)[
+            :, None
+        ]  # on the gathered side alone: what the next expert has on the other is times 0
         token = tl.load(token_N + row, mask=row < end, other=0).to(tl.int64)[:, None]
         if LEFT_IS_GATHERED:
-            a = tl.load(left + token * L + line[None, :], mask=mine & (line < L)[None, :], other=0.0)
+            a = tl.load(
+                left + token * L + line[None, :], mask=mine & (line < L)[None, :], other=0.0
+            )
             b = right.load([n, c * COLUMNS])
         else:
             a = left.load([n, l * ROWS])
-            b = tl.load(right + token * C + column[None, :], mask=mine & (column < C)[None, :], other=0.0)
+            b = tl.load(
+                right + token * C + column[None, :], mask=mine & (column < C)[None, :], other=0.0
+            )
         out = tl.dot(a.T, b, out, input_precision="ieee")
     place = (i.to(tl.int64) * L + line)[:, None] * C + column[None, :]
-    tl.store(out_eLC + place, out.to(out_eLC.dtype.element_ty), mask=(line < L)[:, None] & (column < C)[None, :])
+    tl.store(
+        out_eLC + place,
+        out.to(out_eLC.dtype.element_ty),
+        mask=(line < L)[:, None] & (column < C)[None, :],
+    )
 
 
 @triton.jit
 def _product(
-    x, token_N, w, i, first, end, column, K,
-    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    x,
+    token_N,
+    w,
+    i,
+    first,
+    end,
+    column,
+    K,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """ROWS of x from `first` on @ COLUMNS of w[i] from `column` on. Rows after `end` are another expert's, and not to
     be stored."""
     if token_N is not None:
@@ -108,7 +179,9 @@ def _product(
 def _tile():
     """Row and column of this program's tile. Programs start in order of their first number: eight rows of tiles have
     one column before they have the next, so that what they share stays in the L2 cache."""
-    return tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8)
+    return tl.swizzle2d(
+        tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8
+    )
 
 
 @triton.jit
@@ -117,4 +190,9 @@ def _places(first, end, column, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     do; and which of them are inside."""
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (first + r < end)[:, None] & (column + c < C)[None, :]
-    return (first + r).to(tl.int64), first.to(tl.int64) * C + column, r[:, None] * C + c[None, :], inside
+    return (
+        (first + r).to(tl.int64),
+        first.to(tl.int64) * C + column,
+        r[:, None] * C + c[None, :],
+        inside,
+    )
