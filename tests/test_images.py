@@ -31,7 +31,7 @@ from moe_dist.data.bundled import prepare_images
 from moe_dist.data.images import datasets as sources
 from moe_dist.data.images.datasets import Images, open_splits
 from moe_dist.data.images.pipeline import (
-    ImageBatch,
+    AugmentedImages,
     ImageSplit,
     check_images,
     open_images,
@@ -58,7 +58,7 @@ def numbered(num: int, samples: int, train: bool = True, **changes: Any) -> Imag
     return ImageSplit(images, ImageDataConfig(**changes), model, samples, 5, train)
 
 
-def numbers(batch: ImageBatch) -> list[int]:
+def numbers(batch: AugmentedImages) -> list[int]:
     """Which images of `numbered` these are."""
     return ((batch.image_BQYX[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
@@ -76,15 +76,19 @@ def picture(seed: int, *shape: int) -> np.ndarray:
     return (prng.uniform(int(np.prod(shape)), "picture", seed) * 256).byte().view(*shape).numpy()
 
 
-def same(a: ImageBatch, b: ImageBatch) -> bool:
+def same(a: AugmentedImages, b: AugmentedImages) -> bool:
     return all(
-        torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(ImageBatch)
+        torch.equal(getattr(a, f.name), getattr(b, f.name))
+        for f in dataclasses.fields(AugmentedImages)
     )
 
 
-def joined(batches: list[ImageBatch]) -> ImageBatch:
-    return ImageBatch(
-        *(torch.cat([getattr(b, f.name) for b in batches]) for f in dataclasses.fields(ImageBatch))
+def joined(batches: list[AugmentedImages]) -> AugmentedImages:
+    return AugmentedImages(
+        *(
+            torch.cat([getattr(b, f.name) for b in batches])
+            for f in dataclasses.fields(AugmentedImages)
+        )
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from moe_dist.config.schema import Config, ImageDataConfig, VisionConfig
 from moe_dist.config.validate import MAX_COUNT
 from moe_dist.data.fingerprint import Source, of_arrays, of_files
-from moe_dist.data.images.pipeline import ImageBatch, check_images, open_images
+from moe_dist.data.images.pipeline import AugmentedImages, check_images, open_images
 from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.distributed.mesh import Mesh
@@ -74,7 +74,7 @@ class ImageClassification(EncoderTask):
         self.splits = {name: replace(split, model=model) for name, split in splits.items()}
         self.num_patches = (model.image_size // model.patch_size) ** 2
         self.dtype, self.next_step = torch.float32, -1
-        self.reading: Iterator[ImageBatch]
+        self.reading: Iterator[AugmentedImages]
 
     @staticmethod
     def build_model(config: Config) -> nn.Module:
@@ -138,7 +138,7 @@ class ImageClassification(EncoderTask):
         ]
 
     def _step(
-        self, reading: Iterator[ImageBatch], step: int, train: bool
+        self, reading: Iterator[AugmentedImages], step: int, train: bool
     ) -> Iterator[ImageTaskBatch]:
         for micro, mine in enumerate(self._parts):
             try:

@@ -33,7 +33,7 @@ MODES = {1: "L", 3: "RGB"}  # PIL's, by the number of colours
 
 
 @dataclass(frozen=True)
-class ImageBatch:
+class AugmentedImages:
     """Some samples of one step."""
 
     image_BQYX: torch.Tensor  # float32 in [-1, 1]
@@ -73,14 +73,14 @@ class ImageSplit(Dataset):
         """In which every image is read once; the last may be padded."""
         return -(-len(self) // self.samples)
 
-    def batch(self, step: int, samples: range) -> ImageBatch:
+    def batch(self, step: int, samples: range) -> AugmentedImages:
         """The consecutive `samples` (global, at least one) of `step` (from 0), made in this process.
 
         Raises ValueError for a file that cannot be read, naming it.
         """
         return self._finish(self[step, samples])
 
-    def batches(self, step: int, parts: Sequence[range]) -> Iterator[ImageBatch]:
+    def batches(self, step: int, parts: Sequence[range]) -> Iterator[AugmentedImages]:
         """`batch` of each of `parts`, step by step from `step` on: in training without end, in evaluation to the end of
         the split. `data.workers` processes read ahead. Raises what `batch` does."""
         steps = itertools.count(step) if self.train else range(step, self.num_steps)
@@ -129,7 +129,7 @@ class ImageSplit(Dataset):
             return number
         return int(_order(len(self), self.seed, number // len(self))[number % len(self)])
 
-    def _finish(self, read: "_Read | ValueError") -> ImageBatch:
+    def _finish(self, read: "_Read | ValueError") -> AugmentedImages:
         if isinstance(read, ValueError):
             raise read
         image_BQYX, label_B, num = _normalised(read.pixel_BQYX), read.label_B, len(read.samples)
@@ -137,7 +137,7 @@ class ImageSplit(Dataset):
         if not self.train:
             first = read.step * self.samples + read.samples.start
             valid_B = torch.arange(first, first + num) < len(self)
-            return ImageBatch(image_BQYX, label_B, target_BN * valid_B[:, None], valid_B)
+            return AugmentedImages(image_BQYX, label_B, target_BN * valid_B[:, None], valid_B)
         smoothing = self.data.label_smoothing
         target_BN = (1 - smoothing) * target_BN + smoothing / self.model.num_classes
         if self._mixes:
@@ -145,7 +145,9 @@ class ImageSplit(Dataset):
             image_BQYX, target_BN = (
                 weight * t[:-1] + (1 - weight) * t[1:] for t in (image_BQYX, target_BN)
             )
-        return ImageBatch(image_BQYX, label_B[:num], target_BN, torch.ones(num, dtype=torch.bool))
+        return AugmentedImages(
+            image_BQYX, label_B[:num], target_BN, torch.ones(num, dtype=torch.bool)
+        )
 
     @property
     def _mixes(self) -> bool:
