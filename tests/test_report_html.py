@@ -14,12 +14,13 @@ from runs import tiny
 from wandb_file import wandb_records
 
 from moe_dist.config.overrides import to_json
+from moe_dist.monitoring.metric_format import format_bytes
 from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import __main__ as report_command
 from moe_dist.report import files as report_files
 from moe_dist.report import plots
 from moe_dist.report.html import render_html
-from moe_dist.report.run_summary import format_bytes, read_run
+from moe_dist.report.run_summary import read_run
 
 LAYOUT = {
     "config": "tiny",

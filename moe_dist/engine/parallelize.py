@@ -118,9 +118,7 @@ def build_dispatcher(mesh: Mesh, config: MeshConfig, num_experts: int, k: int) -
     the mesh cannot have it."""
     kind = dispatcher_kind(config.dispatcher, num_experts, k, mesh.ep.size, mesh.ranks_per_node)
     wire = torch.bfloat16 if config.comm_dtype == "bf16" else None
-    pieces = (
-        config.overlap_chunks if config.overlap_chunks is not None else 4 if mesh.ep.node_P else 0
-    )
+    pieces = num_overlap_chunks(config, crosses_nodes=bool(mesh.ep.node_P))
     if kind == "local":
         return LocalDispatcher()
     if kind == "all_to_all":
@@ -149,6 +147,20 @@ def dispatcher_kind(asked: str, num_experts: int, k: int, ranks: int, per_node: 
     if evenly:
         return "dedup_node"
     return "dedup_rank" if expected_blocks_visited(num_experts, k, ranks) <= k / 2 else "all_to_all"
+
+
+def num_overlap_chunks(config: MeshConfig, crosses_nodes: bool) -> int:
+    """Returns into how many chunks an all-to-all is cut so that experts run while rows travel, 0 for no overlap.
+
+    The default is 4 if the expert-parallel group has ranks on several nodes, else 0.
+
+    Args:
+        config: The section `mesh` of the config, with `overlap_chunks` if the user chose a number.
+        crosses_nodes: True if some expert-parallel group has ranks on more than one node.
+    """
+    if config.overlap_chunks is not None:
+        return config.overlap_chunks
+    return 4 if crosses_nodes else 0
 
 
 def expected_blocks_visited(num_experts: int, k: int, blocks: int) -> float:

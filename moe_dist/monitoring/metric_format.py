@@ -76,3 +76,20 @@ def perplexity(loss: float) -> float:
 def format_perplexity(value: float, loss: float) -> str:
     """Returns a perplexity as text; where it is no number, with the loss that it is of."""
     return f"{value:.2f}" if math.isfinite(value) else f"{value} (loss {loss:.4g} nats)"
+
+
+_BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
+
+
+def byte_unit(num_bytes: float) -> tuple[float, str]:
+    """Returns the size in bytes and the name of the largest unit that `num_bytes` fills."""
+    for size, unit in _BYTE_UNITS.items():
+        if num_bytes >= size:
+            return size, unit
+    return 1.0, "bytes"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Returns a number of bytes for people, for example "1.50 MB"."""
+    size, unit = byte_unit(num_bytes)
+    return f"{num_bytes / size:,.2f} {unit}" if size > 1 else f"{num_bytes:.0f} bytes"

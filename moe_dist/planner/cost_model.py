@@ -13,7 +13,7 @@ from torch import nn
 
 from moe_dist.config.schema import Config, LSTMConfig, moe_section
 from moe_dist.distributed.batch_layout import BatchLayout
-from moe_dist.engine.parallelize import expected_blocks_visited
+from moe_dist.engine.parallelize import expected_blocks_visited, num_overlap_chunks
 from moe_dist.monitoring.step_timer import PARTS
 from moe_dist.training.model_stats import (
     FLOAT,
@@ -385,11 +385,8 @@ def step_seconds(
     told = {part: own.seconds.get(part, 0.0) for part in PARTS}
     for each in sent:
         told[each.part] += each.seconds(machine, math.ceil(layout.world / per_node))
-    kind, pieces = dispatcher_of(config, per_node), config.mesh.overlap_chunks
-    if pieces is None:
-        pieces = (
-            0 if per_node % config.mesh.ep == 0 else 4
-        )  # as where nodes cut through a group, for whom others wait
+    kind = dispatcher_of(config, per_node)
+    pieces = num_overlap_chunks(config.mesh, crosses_nodes=per_node % config.mesh.ep != 0)
     if kind != "local" and pieces:
         rows, experts = told["exchange"], told["experts"]
         parts = (

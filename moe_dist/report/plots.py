@@ -17,10 +17,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from moe_dist.monitoring.metric_format import METRIC_FORMATS, format_metric
+from moe_dist.monitoring.metric_format import METRIC_FORMATS, byte_unit, format_metric
 from moe_dist.monitoring.metric_keys import bytes_sent_series, step_milliseconds
 from moe_dist.monitoring.step_timer import PARTS
-from moe_dist.report.run_summary import byte_unit, throughput_unit
+from moe_dist.report.run_summary import throughput_unit
 
 matplotlib.rcParams["text.parse_math"] = False  # a run may be named with a $
 

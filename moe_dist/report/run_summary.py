@@ -18,13 +18,10 @@ import numpy as np
 from moe_dist.config.overrides import dotted_keys, from_json, value_of
 from moe_dist.config.redact import redact
 from moe_dist.config.run_folder import read, read_json
-from moe_dist.monitoring.metric_format import METRIC_FORMATS, format_metric
+from moe_dist.monitoring.metric_format import METRIC_FORMATS, format_bytes, format_metric
 from moe_dist.monitoring.metric_keys import LINK_KINDS, bytes_sent_series
 from moe_dist.monitoring.metrics_file import FILE_NAME, read_metrics
 from moe_dist.monitoring.step_timer import PARTS
-
-_BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
-
 
 _SPEED_KEY = re.compile(r"(.+)_per_second")
 # whole numbers of a layout.json, from 1
@@ -162,13 +159,6 @@ def throughput_unit(lines: list[dict]) -> str:
     )
 
 
-def byte_unit(number: float) -> tuple[float, str]:
-    """The unit that a number of bytes is best told in, and its size."""
-    return next(
-        ((size, unit) for size, unit in _BYTE_UNITS.items() if number >= size), (1.0, "bytes")
-    )
-
-
 def headline_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     """What it comes to: names and numbers for people, as have the three below."""
     layout = run.layout
@@ -259,9 +249,3 @@ def memory_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
         yield "estimated", format_bytes(sum(estimate.values()))
     for kind, num_bytes in estimate.items():
         yield f"estimated: {kind}", format_bytes(num_bytes)
-
-
-def format_bytes(num_bytes: float) -> str:
-    """For people: "1.50 MB"."""
-    unit, name = byte_unit(num_bytes)
-    return f"{num_bytes / unit:,.2f} {name}" if unit > 1 else f"{num_bytes:.0f} bytes"
