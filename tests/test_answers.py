@@ -15,10 +15,16 @@ import torch
 
 from moe_dist.data.text import corpus as sources
 from moe_dist.data.text.squad import Question, check_questions, open_questions
-from moe_dist.data.text.squad_windows import Answers, best_spans, exact_match, f1, scores
-from moe_dist.data.text.wordpiece import CLS, IGNORED, PAD, SEP, SPECIAL, Tokens
+from moe_dist.data.text.squad_windows import (
+    QuestionWindows,
+    best_spans,
+    exact_match,
+    f1,
+    squad_scores,
+)
+from moe_dist.data.text.wordpiece import CLS, IGNORE_INDEX, PAD, SEP, SPECIAL, WordPieceTokenizer
 
-TOKENS = Tokens((*SPECIAL, *"abcdefghij"))  # a is 5
+TOKENS = WordPieceTokenizer((*SPECIAL, *"abcdefghij"))  # a is 5
 INF = float("inf")
 
 
@@ -303,7 +309,7 @@ def test_windows_by_hand() -> None:
         ask("a b c", "c d", "c", id_="r"),
         ask("a", "b c", id_="s"),
     ]
-    data = Answers(questions, TOKENS, max_tokens=9, stride=2, samples=3)
+    data = QuestionWindows(questions, TOKENS, max_tokens=9, stride=2, global_batch_size=3)
     assert data.window_W5[:, :3].tolist() == [[0, 0, 5], [0, 2, 7], [0, 4, 8], [1, 0, 2], [2, 0, 2]]
     token_bS, kind_bS, valid_bS, start_b, end_b = batch = data.batch(0, range(3))
     assert [t.dtype for t in batch] == [
@@ -328,17 +334,19 @@ def test_windows_by_hand() -> None:
         [CLS, 5, SEP, 6, 7, SEP, 0, 0],
         [PAD] * 8,
     ]
-    assert (start_b.tolist(), end_b.tolist()) == ([5, 0, IGNORED], [5, 0, IGNORED])
-    assert data.num_batches == 2 and data.num_lost == 0
+    assert (start_b.tolist(), end_b.tolist()) == ([5, 0, IGNORE_INDEX], [5, 0, IGNORE_INDEX])
+    assert data.num_batches == 2 and data.num_misplaced == 0
 
 
 def test_windows_leave_nothing_out_where_the_stride_is_longer() -> None:
-    data = Answers([ask("a b", "a b c d e f g")], TOKENS, max_tokens=8, stride=100, samples=1)
+    data = QuestionWindows(
+        [ask("a b", "a b c d e f g")], TOKENS, max_tokens=8, stride=100, global_batch_size=1
+    )
     assert data.window_W5[:, 1:3].tolist() == [[0, 3], [3, 6], [6, 7]]
 
 
 def test_an_answer_is_found_by_its_characters() -> None:
-    tokens = Tokens((*SPECIAL, "new", "##er", "york", ",", "l", "##on", "##d"))
+    tokens = WordPieceTokenizer((*SPECIAL, "new", "##er", "york", ",", "l", "##on", "##d"))
     # new ##er , new york l ##on ##d: "on" is inside one token, "New York" two, "w" in the first
     context = "Newer, New York Lond"
     for text, places in {
@@ -349,12 +357,12 @@ def test_an_answer_is_found_by_its_characters() -> None:
         " ": None,
     }.items():
         question = Question("q", "york", context, ((text, context.index(text)),))
-        data = Answers([question], tokens, max_tokens=20, stride=9, samples=1)
+        data = QuestionWindows([question], tokens, max_tokens=20, stride=9, global_batch_size=1)
         _, _, _, start_b, end_b = data.batch(0, range(1))
         assert (start_b.item(), end_b.item()) == (
-            (places[0] + 3, places[1] + 3) if places else (IGNORED, IGNORED)
+            (places[0] + 3, places[1] + 3) if places else (IGNORE_INDEX, IGNORE_INDEX)
         )
-        assert data.num_lost == (places is None)
+        assert data.num_misplaced == (places is None)
 
 
 def test_what_is_not_where_it_should_be_is_not_trained_on() -> None:
@@ -363,28 +371,28 @@ def test_what_is_not_where_it_should_be_is_not_trained_on() -> None:
         Question("behind", "a", "b c", (("d", 30),)),
         Question("before", "a", "b c", (("c", -1),)),
     )
-    data = Answers(
-        [wrong, right, behind, before], TOKENS, max_tokens=9, stride=1, samples=1, seed=0
+    data = QuestionWindows(
+        [wrong, right, behind, before], TOKENS, max_tokens=9, stride=1, global_batch_size=1, seed=0
     )
-    assert data.num_lost == 3 and data.window_W5[:, 0].tolist() == [1]
-    data = Answers([wrong, right], TOKENS, max_tokens=9, stride=1, samples=2)
-    assert data.num_lost == 1 and data.batch(0, range(2))[3].tolist() == [IGNORED, 4], (
+    assert data.num_misplaced == 3 and data.window_W5[:, 0].tolist() == [1]
+    data = QuestionWindows([wrong, right], TOKENS, max_tokens=9, stride=1, global_batch_size=2)
+    assert data.num_misplaced == 1 and data.batch(0, range(2))[3].tolist() == [IGNORE_INDEX, 4], (
         "it is asked all the same"
     )
     with pytest.raises(
         ValueError, match=r"data.questions: no answer of a split is in its context where it says"
     ):
-        Answers([wrong], TOKENS, max_tokens=9, stride=1, samples=1, seed=0)
+        QuestionWindows([wrong], TOKENS, max_tokens=9, stride=1, global_batch_size=1, seed=0)
 
 
 def test_training_goes_through_epochs_on_any_layout() -> None:
     questions = [ask("a", f"b {letter}", letter, id_=letter) for letter in "cdefghi"]
-    data = Answers(questions, TOKENS, max_tokens=9, stride=1, samples=4, seed=5)
+    data = QuestionWindows(questions, TOKENS, max_tokens=9, stride=1, global_batch_size=4, seed=5)
     whole = [data.batch(step, range(4)) for step in range(7)]
     words = torch.cat([batch[0][:, 4] for batch in whole]).tolist()
     assert [sorted(words[7 * e : 7 * e + 7]) for e in range(4)] == [list(range(7, 14))] * 4
     assert words[:7] != words[7:14]
-    again = Answers(questions, TOKENS, max_tokens=9, stride=1, samples=4, seed=5)
+    again = QuestionWindows(questions, TOKENS, max_tokens=9, stride=1, global_batch_size=4, seed=5)
     for part, batch in zip(again.batch(4, range(2, 4)), whole[4], strict=True):
         assert part.equal(batch[2:])
 
@@ -407,7 +415,7 @@ def test_what_makes_no_sample(
     question: Question, max_tokens: int, stride: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Answers([question], TOKENS, max_tokens, stride, samples=1)
+        QuestionWindows([question], TOKENS, max_tokens, stride, global_batch_size=1)
 
 
 # the best spans
@@ -466,8 +474,8 @@ def test_best_spans_are_those_of_a_slow_reference(longest: int) -> None:
 def decoded(threshold: float | None) -> dict[str, list[tuple[str, float]]]:
     # 9 tokens hold [CLS] a [SEP], five of the context and [SEP]: windows of q begin at 0 and 5
     questions = [ask("a", "a, b (C) d E f a"), ask("a", "b c", id_="r")]
-    tokens = Tokens((*SPECIAL, *"abcdefghij(),"))
-    data = Answers(questions, tokens, max_tokens=9, stride=5, samples=2)
+    tokens = WordPieceTokenizer((*SPECIAL, *"abcdefghij(),"))
+    data = QuestionWindows(questions, tokens, max_tokens=9, stride=5, global_batch_size=2)
     assert data.window_W5[:, :3].tolist() == [[0, 0, 5], [0, 5, 10], [1, 0, 2]]
     return data.decode(
         # of the context's tokens: q 2..4 and 0, an "a"; 5..6 and 9, another "a"; r 0..1 and nothing
@@ -542,7 +550,7 @@ def test_scores_by_hand() -> None:
     ]
     answer = {"1": "dog in snow", "2": "", "3": "", "4": "red", "5": "", "6": ""}
     # 1: dog in snow / red dog in snow 2 * 3 / 7, better than 2 * 1 / 5; 2: 0; 3: 1; 4: 0; 5: 1; 6: 0
-    assert scores(questions, answer) == pytest.approx(
+    assert squad_scores(questions, answer) == pytest.approx(
         {
             "exact": 200 / 6,
             "f1": 100 * (6 / 7 + 2) / 6,
@@ -552,8 +560,8 @@ def test_scores_by_hand() -> None:
             "f1_unanswerable": 50,
         }
     )
-    assert scores(questions[:2], answer) == pytest.approx({"exact": 0, "f1": 100 * 3 / 7})
-    assert scores(questions, answer | {"1": "Red dog!"})["exact"] == pytest.approx(50)
+    assert squad_scores(questions[:2], answer) == pytest.approx({"exact": 0, "f1": 100 * 3 / 7})
+    assert squad_scores(questions, answer | {"1": "Red dog!"})["exact"] == pytest.approx(50)
 
 
 def test_the_right_logits_answer_everything() -> None:
@@ -564,7 +572,7 @@ def test_the_right_logits_answer_everything() -> None:
         ask("c", "a b c d e f", id_="3"),
         ask("d e f", "j i h g f e d", "j", id_="4"),
     ]
-    data = Answers(questions, TOKENS, max_tokens=10, stride=3, samples=4)
+    data = QuestionWindows(questions, TOKENS, max_tokens=10, stride=3, global_batch_size=4)
     found: list[list[torch.Tensor]] = []
     for step in range(data.num_batches):
         token_bS, kind_bS, valid_bS, start_b, end_b = data.batch(step, range(4))
@@ -578,5 +586,5 @@ def test_the_right_logits_answer_everything() -> None:
     assert len(parts[3]) == len(data.window_W5) > 2 * len(questions)
     answer = {id_: best[0][0] for id_, best in data.decode(*parts, null_threshold=0.0).items()}
     assert answer == {"1": "g h", "2": "i j", "3": "", "4": "j"}
-    assert set(scores(questions, answer).values()) == {100.0}
+    assert set(squad_scores(questions, answer).values()) == {100.0}
     assert Counter(np.unique(data.window_W5[:, 0]).tolist()) == Counter(range(4))

@@ -114,7 +114,9 @@ def measured(folder: Path, ep: int) -> dict[str, Any]:
     for kind in ("matthews", "f1", "scores"):
         source = str(folder / ("scores" if kind == "scores" else "two"))
         text_classification.GLUE_MEASURES = {} if kind == "scores" else {source: kind}
-        sentences.SCORES = text_classification.SCORES = (source,) if kind == "scores" else ()
+        sentences.REGRESSION_TASKS = text_classification.REGRESSION_TASKS = (
+            (source,) if kind == "scores" else ()
+        )
         sets = [
             f"data.sentences={source}",
             "batch.global_batch_size=16",
@@ -161,7 +163,7 @@ def test_mnli_has_two_test_splits() -> None:
 @pytest.mark.parametrize("label", ['"high"', "true", "1e300", "NaN", "null"])
 def test_what_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str) -> None:
     source = str(tmp_path / "x.jsonl")
-    monkeypatch.setattr(sentences, "SCORES", (source,))
+    monkeypatch.setattr(sentences, "REGRESSION_TASKS", (source,))
     (tmp_path / "x.jsonl").write_text(
         '{"text": "a", "label": 1.5}\n' + f'{{"text": "b", "label": {label}}}\n'
     )

@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.sampling import Order
+from moe_dist.data.sampling import SampleOrder
 from moe_dist.data.text.corpus import open_text
 from moe_dist.data.text.masked_lm import Pretraining, _pieces, _segments
-from moe_dist.data.text.wordpiece import CLS, IGNORED, MASK, PAD, SEP, SPECIAL, UNK, Tokens
+from moe_dist.data.text.wordpiece import (
+    CLS,
+    IGNORE_INDEX,
+    MASK,
+    PAD,
+    SEP,
+    SPECIAL,
+    UNK,
+    WordPieceTokenizer,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TOKENS = Tokens((*SPECIAL, *LETTERS))  # a is 5: only words of one letter are known
+TOKENS = WordPieceTokenizer((*SPECIAL, *LETTERS))  # a is 5: only words of one letter are known
 
 
 def text(*sizes: int) -> list[str]:
@@ -24,14 +33,14 @@ def text(*sizes: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def verses() -> tuple[list[str], Tokens]:
+def verses() -> tuple[list[str], WordPieceTokenizer]:
     lines = list(islice(open_text("bundled", streamed=True)["train"], 600))
-    return lines, Tokens.build(lines, 800)
+    return lines, WordPieceTokenizer.build(lines, 800)
 
 
 def unmasked(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     token_bS, _, _, target_bS, _ = batch
-    return torch.where(target_bS == IGNORED, token_bS, target_bS)
+    return torch.where(target_bS == IGNORE_INDEX, token_bS, target_bS)
 
 
 def test_long_lines_are_cut_where_words_begin() -> None:
@@ -54,7 +63,7 @@ def test_segments_are_as_many_pieces_as_fit() -> None:
 
 def test_a_sample_is_two_neighbouring_runs_of_lines() -> None:
     # 2 + 2 + 2 fit into 9 - 3, and so do 3 + 1; the last line has no other
-    data = Pretraining(text(2, 2, 2, 3, 1, 3), TOKENS, max_tokens=9, samples=2)
+    data = Pretraining(text(2, 2, 2, 3, 1, 3), TOKENS, max_tokens=9, global_batch_size=2)
     assert data.num_batches == 1
     batch = data.batch(0, range(2))
     _, kind_bS, valid_bS, target_bS, order_b = batch
@@ -82,12 +91,15 @@ def test_a_sample_is_two_neighbouring_runs_of_lines() -> None:
         assert ((b, a) if order else (a, b)) in pairs
         assert kind[: len(row)] == [0] * (middle + 1) + [1] * (len(row) - middle - 1)
     assert valid_bS.tolist() == [[True] * 9, [True] * 7 + [False] * 2]
-    assert (target_bS != IGNORED).sum(dim=1).tolist() == [1, 1]  # round(0.15 * 6), round(0.15 * 4)
+    assert (target_bS != IGNORE_INDEX).sum(dim=1).tolist() == [
+        1,
+        1,
+    ]  # round(0.15 * 6), round(0.15 * 4)
 
 
 def test_every_epoch_has_every_segment_once_each_time_otherwise() -> None:
     data = Pretraining(
-        text(*[2] * 48), TOKENS, max_tokens=11, samples=4, seed=3
+        text(*[2] * 48), TOKENS, max_tokens=11, global_batch_size=4, seed=3
     )  # 4 lines of 2: 12 segments
     batches = [data.batch(step, range(4)) for step in range(12)]  # 48 samples are 4 epochs
     rows = [unmasked(batch) for batch in batches]
@@ -101,43 +113,45 @@ def test_every_epoch_has_every_segment_once_each_time_otherwise() -> None:
         masked |= {tuple(row) for row in batch[3].tolist()}
     assert parted.keys() == {2, 4, 6}, "behind any of the first three lines"
     assert len(masked) > 24, "of 48 samples of 12 segments: other words in each epoch"
-    other = Pretraining(text(*[2] * 48), TOKENS, max_tokens=11, samples=4, seed=4)
+    other = Pretraining(text(*[2] * 48), TOKENS, max_tokens=11, global_batch_size=4, seed=4)
     assert not other.batch(0, range(4))[0].equal(data.batch(0, range(4))[0])
 
 
 def test_another_seed_has_other_masks() -> None:
     seen = set()
     for seed in range(8):  # of the one segment of a text; in evaluation there is no seed
-        data = Pretraining(text(4, 4), TOKENS, max_tokens=11, samples=1, seed=seed)
+        data = Pretraining(text(4, 4), TOKENS, max_tokens=11, global_batch_size=1, seed=seed)
         seen.add(tuple(data.batch(0, range(1))[3][0].tolist()))
     assert len(seen) > 3
 
 
 def test_a_sample_is_the_same_on_any_layout_and_in_any_order(
-    verses: tuple[list[str], Tokens],
+    verses: tuple[list[str], WordPieceTokenizer],
 ) -> None:
     lines, tokens = verses
-    data = Pretraining(lines, tokens, max_tokens=64, samples=8, seed=1)
+    data = Pretraining(lines, tokens, max_tokens=64, global_batch_size=8, seed=1)
     whole = data.batch(5, range(8))
-    again = Pretraining(lines, tokens, max_tokens=64, samples=8, seed=1)
+    again = Pretraining(lines, tokens, max_tokens=64, global_batch_size=8, seed=1)
     for asked in (range(4, 8), range(0, 4), range(3, 4), range(0, 0)):
         for part, every in zip(again.batch(5, asked), whole, strict=True):
             assert part.equal(every[asked.start : asked.stop])
     # sample 3 of step 5 is number 43 = 4 * 9 + 7 of a batch of 9 in the same epoch: only the padding may differ
-    wider = Pretraining(lines, tokens, max_tokens=64, samples=9, seed=1).batch(4, range(7, 8))
+    wider = Pretraining(lines, tokens, max_tokens=64, global_batch_size=9, seed=1).batch(
+        4, range(7, 8)
+    )
     for one, other in zip(wider, whole, strict=True):
         width = min(one.shape[-1], other.shape[-1])
         assert one[0].equal(other[3]) if one.dim() == 1 else one[0, :width].equal(other[3, :width])
 
 
-def test_masks_are_what_they_should_be(verses: tuple[list[str], Tokens]) -> None:
+def test_masks_are_what_they_should_be(verses: tuple[list[str], WordPieceTokenizer]) -> None:
     lines, tokens = verses
-    data = Pretraining(lines, tokens, max_tokens=64, samples=16, seed=0)
+    data = Pretraining(lines, tokens, max_tokens=64, global_batch_size=16, seed=0)
     told = masked = same = swapped = samples = 0
     random: list[int] = []
     for step in range(150):
         token_bS, _, valid_bS, target_bS, order_b = batch = data.batch(step, range(16))
-        is_told = target_bS != IGNORED
+        is_told = target_bS != IGNORE_INDEX
         text_bS = unmasked(batch)
         assert not is_told[text_bS < len(SPECIAL)].any(), "no special token is told"
         assert not (token_bS[~is_told] == MASK).any() and (token_bS[~valid_bS] == PAD).all()
@@ -167,14 +181,14 @@ def test_masks_are_what_they_should_be(verses: tuple[list[str], Tokens]) -> None
 
 
 def test_evaluation_has_every_segment_once_and_the_same_masks(
-    verses: tuple[list[str], Tokens],
+    verses: tuple[list[str], WordPieceTokenizer],
 ) -> None:
     lines, tokens = verses
-    data = Pretraining(lines, tokens, max_tokens=64, samples=7)
+    data = Pretraining(lines, tokens, max_tokens=64, global_batch_size=7)
     segments = len(data.first_M1) - 1
     assert segments % 7 and data.num_batches == -(-segments // 7)
     batches = [data.batch(step, range(7)) for step in range(data.num_batches)]
-    again = Pretraining(lines, tokens, max_tokens=64, samples=7)
+    again = Pretraining(lines, tokens, max_tokens=64, global_batch_size=7)
     assert all(a.equal(b) for a, b in zip(batches[3], again.batch(3, range(7)), strict=True))
     seen = []
     for batch in batches:
@@ -197,38 +211,38 @@ def test_evaluation_has_every_segment_once_and_the_same_masks(
         and (token_bS[padding:] == PAD).all()
         and valid_bS[:padding].any(dim=1).all()
     )
-    assert (target_bS[padding:] == IGNORED).all() and order_b[padding:].tolist() == [
-        IGNORED
+    assert (target_bS[padding:] == IGNORE_INDEX).all() and order_b[padding:].tolist() == [
+        IGNORE_INDEX
     ] * -padding
     assert (order_b[:padding] >= 0).all()
 
 
-def test_no_sample_is_longer_than_allowed(verses: tuple[list[str], Tokens]) -> None:
+def test_no_sample_is_longer_than_allowed(verses: tuple[list[str], WordPieceTokenizer]) -> None:
     lines, tokens = verses
     for max_tokens in (5, 6, 17, 512):
-        data = Pretraining(lines, tokens, max_tokens, samples=8, seed=0)
+        data = Pretraining(lines, tokens, max_tokens, global_batch_size=8, seed=0)
         assert max(data.batch(step, range(8))[0].shape[1] for step in range(20)) <= max_tokens
 
 
 def test_a_step_is_as_wide_as_its_longest_sample() -> None:
     # 1 + 1 + 4 fit into 12 - 3, and then 4 + 2 + 2: with [CLS] and two [SEP] 9 and 11 tokens
     for samples, widths in ((1, [9, 11]), (2, [11])):
-        data = Pretraining(text(1, 1, 4, 4, 2, 2), TOKENS, max_tokens=12, samples=samples)
+        data = Pretraining(text(1, 1, 4, 4, 2, 2), TOKENS, max_tokens=12, global_batch_size=samples)
         assert [
             data.batch(step, range(1))[0].shape[1] for step in range(data.num_batches)
         ] == widths
 
 
 def test_unknown_words_are_not_told() -> None:
-    data = Pretraining(["? ?", "? ?", "a ?", "? ?"], TOKENS, max_tokens=7, samples=2)
+    data = Pretraining(["? ?", "? ?", "a ?", "? ?"], TOKENS, max_tokens=7, global_batch_size=2)
     token_bS, _, _, target_bS, _ = data.batch(0, range(2))
-    assert (target_bS[0] == IGNORED).all() and (token_bS[0] == UNK).sum() == 4
-    assert target_bS[1][target_bS[1] != IGNORED].tolist() == [5]
+    assert (target_bS[0] == IGNORE_INDEX).all() and (token_bS[0] == UNK).sum() == 4
+    assert target_bS[1][target_bS[1] != IGNORE_INDEX].tolist() == [5]
 
 
 def test_order_goes_through_epochs() -> None:
-    order = Order([1, 5, 3], samples=2, seed=7)
-    picked = [order.step(step, range(2)) for step in range(6)]  # 12 samples: 4 epochs of 3
+    order = SampleOrder([1, 5, 3], global_batch_size=2, seed=7)
+    picked = [order.select(step, range(2)) for step in range(6)]  # 12 samples: 4 epochs of 3
     epochs = np.concatenate([epoch for epoch, _, _ in picked])
     index = np.concatenate([index for _, index, _ in picked])
     assert epochs.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -236,9 +250,13 @@ def test_order_goes_through_epochs() -> None:
     assert len({tuple(index[3 * e : 3 * e + 3].tolist()) for e in range(4)}) > 1
     widths = [max((1, 5, 3)[i] for i in index.tolist()) for _, index, _ in picked]
     assert [width for *_, width in picked] == widths
-    few = Order([1, 5, 3], samples=7, seed=7).step(0, range(7))  # more samples than there are
+    few = SampleOrder([1, 5, 3], global_batch_size=7, seed=7).select(
+        0, range(7)
+    )  # more samples than there are
     assert few[1].tolist() == index[:7].tolist()
-    assert Order([1, 5, 3], samples=2, seed=None).step(1, range(2))[1].tolist() == [2, -1]
+    assert SampleOrder([1, 5, 3], global_batch_size=2, seed=None).select(1, range(2))[
+        1
+    ].tolist() == [2, -1]
 
 
 @pytest.mark.parametrize(
@@ -252,4 +270,4 @@ def test_order_goes_through_epochs() -> None:
 )
 def test_what_holds_no_sample(lines: list[str], max_tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Pretraining(lines, TOKENS, max_tokens, samples=1)
+        Pretraining(lines, TOKENS, max_tokens, global_batch_size=1)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.class_names import alike
-from moe_dist.data.sampling import hold_out
+from moe_dist.data.class_names import names_differing_by_case
+from moe_dist.data.sampling import hold_out_splits
 from moe_dist.data.text import corpus as sources
 from moe_dist.data.text.sentences import Sentence, Sentences, _kept, check_sentences, open_sentences
-from moe_dist.data.text.wordpiece import CLS, PAD, SEP, SPECIAL, Tokens
+from moe_dist.data.text.wordpiece import CLS, PAD, SEP, SPECIAL, WordPieceTokenizer
 
-TOKENS = Tokens((*SPECIAL, *"abcdefghij"))  # a is 5
+TOKENS = WordPieceTokenizer((*SPECIAL, *"abcdefghij"))  # a is 5
 
 
 def write(path: Path, rows: list[dict[str, Any]], names: list[str] | None = None) -> None:
@@ -110,7 +110,7 @@ def test_a_file_holds_a_tenth_of_its_texts_out(tmp_path: Path, kind: str) -> Non
 
 def test_what_is_held_out_follows_from_the_texts_alone() -> None:
     texts = [f"text {i}" for i in range(100)]
-    one, other = (hold_out(some, ("valid", "test"), str) for some in (texts, texts[::-1]))
+    one, other = (hold_out_splits(some, ("valid", "test"), str) for some in (texts, texts[::-1]))
     assert {split: len(some) for split, some in one.items()} == {
         "train": 80,
         "valid": 10,
@@ -122,12 +122,12 @@ def test_what_is_held_out_follows_from_the_texts_alone() -> None:
     assert one["test"] != texts[-10:] and one["train"] == [
         text for text in texts if text in one["train"]
     ]
-    assert set(hold_out([*texts, *texts[:1] * 500], ["valid", "test"], str)["test"]) == set(
+    assert set(hold_out_splits([*texts, *texts[:1] * 500], ["valid", "test"], str)["test"]) == set(
         one["test"]
     )
-    many = hold_out([str(i) for i in range(60_000)], ["test"], str)
+    many = hold_out_splits([str(i) for i in range(60_000)], ["test"], str)
     assert len(many["test"]) == 5000, "no more than that"
-    assert hold_out(texts, [], str) == {"train": texts}
+    assert hold_out_splits(texts, [], str) == {"train": texts}
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
@@ -229,7 +229,7 @@ def test_labels_that_are_written_in_several_ways_are_one(
     ],
 )
 def test_labels_that_differ_by_case_are_found(names: tuple[str, ...], similar: list[str]) -> None:
-    assert alike(names) == similar
+    assert names_differing_by_case(names) == similar
 
 
 def test_class_names_of_a_dataset_stand_for_numbers_and_for_themselves(tmp_path: Path) -> None:
@@ -459,7 +459,9 @@ def sentences(*texts: str) -> list[Sentence]:
 
 
 def test_samples_of_sentences_and_pairs() -> None:
-    data = Sentences(sentences("a b c", "d", "e f g h i", "j j"), TOKENS, max_tokens=6, samples=3)
+    data = Sentences(
+        sentences("a b c", "d", "e f g h i", "j j"), TOKENS, max_tokens=6, global_batch_size=3
+    )
     assert data.num_cut == 1 and data.num_batches == 2
     token_bS, kind_bS, valid_bS, label_b = batch = data.batch(0, range(3))
     assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.bool, torch.int64]
@@ -478,7 +480,10 @@ def test_samples_of_sentences_and_pairs() -> None:
     assert valid_bS.sum(dim=1).tolist() == [4, 0, 0] and label_b.tolist() == [3, -100, -100]
 
     data = Sentences(
-        sentences("a|b", "a b c d|e", "a b c|d e f g", "|a"), TOKENS, max_tokens=7, samples=4
+        sentences("a|b", "a b c d|e", "a b c|d e f g", "|a"),
+        TOKENS,
+        max_tokens=7,
+        global_batch_size=4,
     )
     token_bS, kind_bS, _, _ = data.batch(0, range(4))
     assert data.num_cut == 2  # 4 + 1 and 3 + 4 tokens have to fit into 7 - 3
@@ -510,20 +515,20 @@ def test_the_longer_text_gives_way() -> None:
 
 def test_training_goes_through_epochs_on_any_layout() -> None:
     every = sentences(*"abcdefg")
-    data = Sentences(every, TOKENS, max_tokens=3, samples=4, seed=5)
+    data = Sentences(every, TOKENS, max_tokens=3, global_batch_size=4, seed=5)
     whole = [data.batch(step, range(4)) for step in range(7)]  # 28 samples: 4 epochs
     words = torch.cat([batch[0][:, 1] for batch in whole]) - len(SPECIAL)
     assert [sorted(words[7 * e : 7 * e + 7].tolist()) for e in range(4)] == [list(range(7))] * 4
     assert torch.cat([batch[3] for batch in whole]).equal(words), "a label goes with its text"
-    again = Sentences(every, TOKENS, max_tokens=3, samples=4, seed=5)
+    again = Sentences(every, TOKENS, max_tokens=3, global_batch_size=4, seed=5)
     for asked in (range(2, 4), range(0, 2), range(1, 1)):
         for part, batch in zip(again.batch(4, asked), whole[4], strict=True):
             assert part.equal(batch[asked.start : asked.stop])
-    smaller = Sentences(every, TOKENS, max_tokens=3, samples=2, seed=5)
+    smaller = Sentences(every, TOKENS, max_tokens=3, global_batch_size=2, seed=5)
     assert smaller.batch(13, range(2))[0].equal(whole[6][0][2:]), (
         "sample b of step s is number s B + b"
     )
-    other = Sentences(every, TOKENS, max_tokens=3, samples=4, seed=6)
+    other = Sentences(every, TOKENS, max_tokens=3, global_batch_size=4, seed=6)
     assert not torch.cat([other.batch(step, range(4))[3] for step in range(7)]).equal(words)
 
 
@@ -538,7 +543,7 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
 )
 def test_what_makes_no_sample(texts: tuple[str, ...], max_tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sentences(sentences(*texts), TOKENS, max_tokens, samples=1)
+        Sentences(sentences(*texts), TOKENS, max_tokens, global_batch_size=1)
 
 
 def rows(*rows: str, heading: str = "text,label") -> str:

@@ -17,15 +17,15 @@ from moe_dist.data.text.corpus import Lines, open_text
 from moe_dist.data.text.wordpiece import (
     CLS,
     MASK,
-    NOTHING,
     PAD,
+    PADDING_SAMPLE,
     SEP,
     SPECIAL,
     UNK,
-    Tokens,
+    WordPieceTokenizer,
     _tokenizer,
-    joined,
-    stacked,
+    join_segments,
+    pad_and_stack,
 )
 
 LINES = ["ab ab abc", "abc"]
@@ -43,7 +43,7 @@ def test_special_tokens_have_fixed_numbers() -> None:
 
 def test_pieces_by_hand() -> None:
     # Words: ab twice, abc twice. The pair a ##b is there 4 times, ##b ##c twice; after ab, ab ##c twice.
-    tokens = Tokens.build(LINES, 13)
+    tokens = WordPieceTokenizer.build(LINES, 13)
     assert tokens.words == (*SPECIAL, "##a", "##b", "##c", "a", "b", "c", "ab", "abc")
     assert (
         len(tokens) == 13 and tokens.is_inside_V.tolist() == [False] * 5 + [True] * 3 + [False] * 5
@@ -56,7 +56,7 @@ def test_pieces_by_hand() -> None:
 
 
 def test_no_text_is_read_as_a_special_token() -> None:
-    tokens = Tokens.build([*LINES, "[MASK] [mask]"] * 2, 24)
+    tokens = WordPieceTokenizer.build([*LINES, "[MASK] [mask]"] * 2, 24)
     ids = tokens.encode("[SEP] [PAD] [CLS] [MASK] ab")
     assert not set(ids) & {PAD, CLS, SEP, MASK}
     assert tokens.decode(tokens.encode("[MASK]")) == "[ mask ]"
@@ -90,11 +90,11 @@ def slow_training(lines: list[str], size: int) -> list[str]:
 def test_training_is_that_of_a_slow_reference_and_always_the_same(verses: list[str]) -> None:
     expected = slow_training(verses[:100], 250)
     for _ in range(3):  # the library's own order of pieces inside words is another one each time
-        assert list(Tokens.build(verses[:100], 250).words) == expected
+        assert list(WordPieceTokenizer.build(verses[:100], 250).words) == expected
 
 
 def test_encoding_is_that_of_a_slow_reference(verses: list[str]) -> None:
-    tokens = Tokens.build(verses, 500)
+    tokens = WordPieceTokenizer.build(verses, 500)
     known = set(tokens.words)
 
     def pieces(word: str) -> Iterator[str]:
@@ -116,7 +116,7 @@ def test_encoding_is_that_of_a_slow_reference(verses: list[str]) -> None:
 
 def test_rare_characters_are_left_out() -> None:
     # 0.99995 of 40,001 characters that are no spaces are 39,998.99: a and b are enough, the one ß is not needed
-    tokens = Tokens.build(["ab" * 20] * 1000 + ["ß"], 12)
+    tokens = WordPieceTokenizer.build(["ab" * 20] * 1000 + ["ß"], 12)
     assert {word.removeprefix("##") for word in tokens.words[5:]} <= {"a", "b"} | {
         "ab" * n for n in range(21)
     }
@@ -124,7 +124,7 @@ def test_rare_characters_are_left_out() -> None:
 
 
 def test_offsets_are_those_of_the_text_as_it_was() -> None:
-    tokens = Tokens.build(["lord name in the beginning , n"] * 3, 40)
+    tokens = WordPieceTokenizer.build(["lord name in the beginning , n"] * 3, 40)
     text = "The LÓRD  n\u0301ame,\u200b in 中"
     ids, offsets = tokens.encode_with_offsets(text)
     assert ids == tokens.encode(text)
@@ -162,18 +162,20 @@ def test_offsets_are_those_of_the_text_as_it_was() -> None:
 )
 def test_sizes_that_do_not_fit(lines: list[str], size: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"model.{message}"):
-        Tokens.build(lines, size)
-    assert len(Tokens.build(LINES, 11)) == 11
+        WordPieceTokenizer.build(lines, size)
+    assert len(WordPieceTokenizer.build(LINES, 11)) == 11
 
 
 def test_lines_can_be_read_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Tokens.build(Lines(lambda: iter(LINES)), 13) == Tokens.build(LINES, 13)
+    assert WordPieceTokenizer.build(Lines(lambda: iter(LINES)), 13) == WordPieceTokenizer.build(
+        LINES, 13
+    )
     assert capsys.readouterr() == ("", "")
 
 
 def test_json_gives_the_same_tokens(verses: list[str]) -> None:
-    tokens = Tokens.build(verses, 500)
-    again = Tokens.from_json(json.loads(json.dumps(tokens.to_json())))
+    tokens = WordPieceTokenizer.build(verses, 500)
+    again = WordPieceTokenizer.from_json(json.loads(json.dumps(tokens.to_json())))
     assert again == tokens and again.encode(verses[0]) == tokens.encode(verses[0])
 
 
@@ -190,13 +192,13 @@ def test_json_gives_the_same_tokens(verses: list[str]) -> None:
 )
 def test_json_that_is_no_tokens(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"tokens: .*{message}"):
-        Tokens.from_json(text)
+        WordPieceTokenizer.from_json(text)
 
 
 def test_samples_are_joined_and_stacked() -> None:
     a, b = np.array([7, 8]), np.array([9])
-    rows = [joined(a, b), joined(b), NOTHING]
-    token_bS, kind_bS, valid_bS = stacked(rows, 7)
+    rows = [join_segments(a, b), join_segments(b), PADDING_SAMPLE]
+    token_bS, kind_bS, valid_bS = pad_and_stack(rows, 7)
     assert token_bS.tolist() == [
         [CLS, 7, 8, SEP, 9, SEP, PAD],
         [CLS, 9, SEP, 0, 0, 0, 0],
@@ -207,10 +209,10 @@ def test_samples_are_joined_and_stacked() -> None:
     assert (token_bS.dtype, kind_bS.dtype, valid_bS.dtype) == (torch.int64, torch.int64, torch.bool)
 
 
-def letters_of(line: str) -> Tokens:
+def letters_of(line: str) -> WordPieceTokenizer:
     """Tokens that are single letters of a text."""
     letters = sorted(set(_tokenizer({}).normalizer.normalize_str(line)) - {" "})
-    return Tokens((*SPECIAL, *letters, *(f"##{letter}" for letter in letters)))
+    return WordPieceTokenizer((*SPECIAL, *letters, *(f"##{letter}" for letter in letters)))
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,15 @@ def _is_vocabulary(value: Any) -> bool:
 
 
 def _are_tokens(value: Any) -> bool:
-    """Returns whether this is what `Tokens.to_json` writes."""
+    """Returns whether this is what `WordPieceTokenizer.to_json` writes."""
     from moe_dist.data.text.wordpiece import (
-        Tokens,
+        WordPieceTokenizer,
     )  # here, for its library takes a moment to import
 
     try:
-        return isinstance(value, str) and _are_texts(list(Tokens.from_json(value).words))
+        return isinstance(value, str) and _are_texts(
+            list(WordPieceTokenizer.from_json(value).words)
+        )
     except ValueError:
         return False
 

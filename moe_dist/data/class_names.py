@@ -27,13 +27,13 @@ def class_name(text: str) -> str:
     return " ".join(stripped for word in words if (stripped := word.strip(JOINERS)))
 
 
-def alike(names: Iterable[str]) -> list[str]:
+def names_differing_by_case(names: Iterable[str]) -> list[str]:
     """Returns the names that differ from another one by case alone."""
     kept = list(names)
     count = Counter(name.casefold() for name in kept)
     return [name for name in kept if count[name.casefold()] > 1]
 
 
-def some(names: Sequence[str]) -> str:
+def preview_names(names: Sequence[str]) -> str:
     """Returns the first five names for use in a message."""
     return shown(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")

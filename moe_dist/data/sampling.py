@@ -16,7 +16,7 @@ T = TypeVar("T")
 ONE_OF, AT_MOST = 10, 5000  # texts: a tenth is held out for a split, but no more
 
 
-def hold_out(
+def hold_out_splits(
     examples: list[T], missing: Iterable[str], text_of: Callable[[T], str]
 ) -> dict[str, list[T]]:
     """`missing` splits out of `examples`, each a tenth of the different texts but at most 5,000, and "train", what is
@@ -43,28 +43,28 @@ def _shuffled(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16, key=b"held out").digest()
 
 
-class Order:
+class SampleOrder:
     """Which example is sample b of step s, and how long the step's samples are, whoever has them.
 
     Training goes through epochs without end, each a permutation of its own: that sample is number s B + b of them all.
     Evaluation takes every example once, in order; behind the last one are samples of padding.
     """
 
-    def __init__(self, length_N: Iterable[int], samples: int, seed: int | None) -> None:
-        """`length_N`: tokens of each example, there is at least one. `samples`: B. `seed`: None for evaluation."""
-        self.length_N, self.samples, self.seed = (
+    def __init__(self, length_N: Iterable[int], global_batch_size: int, seed: int | None) -> None:
+        """`length_N`: tokens of each example, there is at least one. `global_batch_size`: B. `seed`: None for evaluation."""
+        self.length_N, self.global_batch_size, self.seed = (
             np.fromiter(length_N, dtype=np.int64),
-            samples,
+            global_batch_size,
             seed,
         )
         self.num_steps = -(
-            -len(self.length_N) // samples
+            -len(self.length_N) // global_batch_size
         )  # of one epoch, the last one perhaps not whole
 
-    def step(self, step: int, samples: range) -> tuple[np.ndarray, np.ndarray, int]:
+    def select(self, step: int, samples: range) -> tuple[np.ndarray, np.ndarray, int]:
         """Epochs and indices of these samples (int64), index -1 for padding, and the tokens of the step's longest
         example."""
-        number_B = step * self.samples + np.arange(self.samples)
+        number_B = step * self.global_batch_size + np.arange(self.global_batch_size)
         epoch_B, index_B = np.divmod(number_B, len(self.length_N))
         if self.seed is None:
             index_B = np.where(epoch_B == 0, index_B, -1)

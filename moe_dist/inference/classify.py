@@ -26,7 +26,7 @@ from moe_dist.data.images.image_files import check_heads, list_images, told_left
 from moe_dist.data.images.pipeline import read_image
 from moe_dist.data.table_files import columns_of, read_rows, shown
 from moe_dist.data.text.sentences import Sentence, Sentences
-from moe_dist.data.text.wordpiece import Tokens
+from moe_dist.data.text.wordpiece import WordPieceTokenizer
 from moe_dist.inference.load import open_run
 from moe_dist.monitoring import progress_bar
 from moe_dist.nn.token_context import TokenContext
@@ -49,7 +49,7 @@ class Classifier:
         if not self.names:
             raise ValueError(f"{folder}: a run that gives scores, and has no classes")
         self.pairs = bool(state.get("pairs"))
-        self.tokens = None if self.of_images else Tokens.from_json(state["tokens"])
+        self.tokens = None if self.of_images else WordPieceTokenizer.from_json(state["tokens"])
 
     @torch.no_grad()
     def probabilities(self, items: list[Any]) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_dist.config.schema import TextConfig
-from moe_dist.data.text.masked_lm import TOLD
+from moe_dist.data.text.masked_lm import MLM_FRACTION
 from moe_dist.models.transformer import EMBEDDING_BOUND, Encoder, LayerNorm, Positions, linear
 from moe_dist.moe.layer import LayerStats
 from moe_dist.nn.init import set_init_bound, uniform_parameter
@@ -93,7 +93,7 @@ class PretrainingModel(TextEncoder):
         return self.masked(x_TD[masked_N], self.words.weight), order_B2, stats
 
     def rows_per_sample(self) -> dict[str, int]:
-        told = round(TOLD * self.num_tokens)
+        told = round(MLM_FRACTION * self.num_tokens)
         return super().rows_per_sample() | {
             "words.": told,
             "masked.": told,

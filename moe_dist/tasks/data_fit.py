@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from moe_dist.config.overrides import override, value_of
 from moe_dist.config.schema import Config
-from moe_dist.data.class_names import some
+from moe_dist.data.class_names import preview_names
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DataFit:
             self.take(
                 "model.num_classes",
                 num_classes,
-                f"{source} has {num_classes} classes ({some(classes)})",
+                f"{source} has {num_classes} classes ({preview_names(classes)})",
             )
 
     def take_channels(self, channels: int, source: str) -> None:

@@ -10,7 +10,7 @@ from moe_dist.config.schema import Config, PretrainingDataConfig
 from moe_dist.data.fingerprint import Source, of_text
 from moe_dist.data.text.corpus import check_text, open_text
 from moe_dist.data.text.masked_lm import Pretraining
-from moe_dist.data.text.wordpiece import IGNORED
+from moe_dist.data.text.wordpiece import IGNORE_INDEX
 from moe_dist.models.text_encoder import PretrainingModel
 from moe_dist.moe.layer import LayerStats
 from moe_dist.monitoring.metric_format import format_metric, format_perplexity, perplexity
@@ -51,7 +51,7 @@ class MaskedLM(TextTask):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
         """The step's loss is nll per masked word, and per text that of its order."""
         word_T, order_B = (_shown(target, batch).flatten() for target in batch.targets)
-        masked_N = (word_T != IGNORED).nonzero().squeeze(1)
+        masked_N = (word_T != IGNORE_INDEX).nonzero().squeeze(1)
         word_N = word_T[masked_N]
         logit_NV, order_B2, stats = engine(batch.token_BS, batch.kind_BS, masked_N, batch.ctx)
         nll, order_nll = _nll(logit_NV, word_N), _nll(order_B2, order_B)
@@ -61,7 +61,7 @@ class MaskedLM(TextTask):
             "masked": word_N.new_tensor(len(word_N)),
             "masked_correct": _correct(logit_NV, word_N),
             "order_nll": order_nll,
-            "texts": (order_B != IGNORED).sum(),
+            "texts": (order_B != IGNORE_INDEX).sum(),
             "order_correct": _correct(order_B2, order_B),
             "work": self.work(batch),
         }

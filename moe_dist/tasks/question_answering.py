@@ -9,8 +9,8 @@ import torch
 from moe_dist.config.schema import Config, QuestionDataConfig
 from moe_dist.data.fingerprint import Source, of_named
 from moe_dist.data.text.squad import SQUAD, check_questions, open_questions
-from moe_dist.data.text.squad_windows import Answers, best_spans, scores
-from moe_dist.data.text.wordpiece import IGNORED
+from moe_dist.data.text.squad_windows import QuestionWindows, best_spans, squad_scores
+from moe_dist.data.text.wordpiece import IGNORE_INDEX
 from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.models.text_encoder import AnswerFinder
 from moe_dist.moe.layer import LayerStats
@@ -40,8 +40,10 @@ class QuestionAnswering(TextTask):
         texts = [text for each in questions["train"] for text in (each.question, each.context)]
         self.tokens = self.tokens_for(texts, f"data.questions={data.questions!r}")
         sizes = (self.model.max_tokens, data.doc_stride, self.layout.global_batch_size)
-        self.splits = {s: Answers(questions[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
-        if lost := self.splits["train"].num_lost:
+        self.splits = {
+            s: QuestionWindows(questions[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS
+        }
+        if lost := self.splits["train"].num_misplaced:
             self.notes.append(
                 f"{lost} training questions have an answer that is not where they say, and are left out"
             )
@@ -88,7 +90,7 @@ class QuestionAnswering(TextTask):
                 [score_Bn, start_Bn, end_Bn, null_B[:, None].expand_as(score_Bn)], 1
             )
             self.found.append((batch.first, told_B4n))
-        sums = {"nll": nll, "texts": (first_B != IGNORED).sum(), "work": self.work(batch)}
+        sums = {"nll": nll, "texts": (first_B != IGNORE_INDEX).sum(), "work": self.work(batch)}
         return (nll / total[0] + balance_loss(self.layout, stats)).to(nll.dtype), sums, stats
 
     def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -108,7 +110,10 @@ class QuestionAnswering(TextTask):
             score_Wn, start_Wn.long(), end_Wn.long(), null_Wn[:, 0], self.data.no_answer_threshold
         )
         found = {question: texts[0][0] if texts else "" for question, texts in best.items()}
-        return {name: per_cent / 100 for name, per_cent in scores(answers.questions, found).items()}
+        return {
+            name: per_cent / 100
+            for name, per_cent in squad_scores(answers.questions, found).items()
+        }
 
     def format_result(self, result: dict[str, float]) -> str:
         return f"test F1 {format_metric('f1', result['test/f1'])}    exact match {format_metric('exact', result['test/exact'])}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_dist.config.schema import Config, TextConfig
-from moe_dist.data.text.wordpiece import IGNORED, Tokens
+from moe_dist.data.text.wordpiece import IGNORE_INDEX, WordPieceTokenizer
 from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.collectives import all_reduce_sum, run_on_main
 from moe_dist.distributed.mesh import Mesh
@@ -44,7 +44,7 @@ class TextTask(EncoderTask):
     required_metadata: tuple[str, ...] = ("tokens",)
     fields_from_data: tuple[str, ...] = (VOCABULARY_SIZE,)
     model_class: type[nn.Module]
-    tokens: Tokens
+    tokens: WordPieceTokenizer
     splits: dict[str, Any]  # each with `batch` and `num_batches`
 
     def __init__(
@@ -79,7 +79,7 @@ class TextTask(EncoderTask):
         """Sets `tokens` and `splits`, and fits the config."""
         raise NotImplementedError
 
-    def tokens_for(self, lines: Iterable[str], source: str) -> Tokens:
+    def tokens_for(self, lines: Iterable[str], source: str) -> WordPieceTokenizer:
         """Returns the tokens of the run that goes on, or else builds them, and fits `model.vocabulary_size`.
 
         Args:
@@ -91,14 +91,16 @@ class TextTask(EncoderTask):
         """
         if self.saved is None:
             exact = VOCABULARY_SIZE in self.fit.explicit_keys
-            tokens = run_on_main(lambda: Tokens.build(lines, self.model.vocabulary_size, exact))
+            tokens = run_on_main(
+                lambda: WordPieceTokenizer.build(lines, self.model.vocabulary_size, exact)
+            )
             why = f"the text of {source} has pieces for {len(tokens)} tokens"
         elif "tokens" not in self.saved:
             raise ValueError(
                 "the run to go on from, or to begin with (init), has no tokens: it is no text encoder"
             )
         else:
-            tokens = Tokens.from_json(self.saved["tokens"])
+            tokens = WordPieceTokenizer.from_json(self.saved["tokens"])
             why = f"the run to go on from, or to begin with (init), has {len(tokens)} tokens"
         self.fit.take(VOCABULARY_SIZE, len(tokens), why)
         return tokens
@@ -164,7 +166,7 @@ class TextTask(EncoderTask):
     def loss_denominator(self, batches: list[TextBatch]) -> torch.Tensor:
         """How much there is to be learned of each of the targets."""
         counts = [
-            torch.stack([(_shown(t, b) != IGNORED).sum() for t in b.targets]) for b in batches
+            torch.stack([(_shown(t, b) != IGNORE_INDEX).sum() for t in b.targets]) for b in batches
         ]
         return all_reduce_sum(torch.stack(counts).sum(0).double(), self.mesh.dp).clamp(min=1)
 
@@ -172,13 +174,13 @@ class TextTask(EncoderTask):
 def _shown(target: torch.Tensor, batch: TextBatch) -> torch.Tensor:
     """Targets of a token or of a text; nothing is learned from what the context calls padding."""
     valid_BS = batch.ctx.valid_T.view(batch.token_BS.shape)
-    return torch.where(valid_BS if target.dim() == 2 else valid_BS[:, 0], target, IGNORED)
+    return torch.where(valid_BS if target.dim() == 2 else valid_BS[:, 0], target, IGNORE_INDEX)
 
 
 def _nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Summed over what is to be learned, nats, in float32 at least."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, target, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(wide, target, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _correct(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

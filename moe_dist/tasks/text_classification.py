@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 from moe_dist.config.schema import Config, SentenceDataConfig
-from moe_dist.data.class_names import alike, some
+from moe_dist.data.class_names import names_differing_by_case, preview_names
 from moe_dist.data.fingerprint import Source, of_files, of_named
 from moe_dist.data.text.sentences import (
     MOVIE_REVIEWS,
     MOVIE_REVIEWS_FILE,
-    SCORES,
+    REGRESSION_TASKS,
     Sentences,
     check_sentences,
     open_sentences,
 )
-from moe_dist.data.text.wordpiece import IGNORED
+from moe_dist.data.text.wordpiece import IGNORE_INDEX
 from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.models.text_encoder import TextClassifier
 from moe_dist.moe.layer import LayerStats
@@ -30,7 +30,7 @@ GLUE_MEASURES = {"glue:cola": "matthews", "glue:mrpc": "f1", "glue:qqp": "f1"}  
 
 
 class TextClassification(TextTask):
-    """Texts, or pairs of them, to classes; or to scores, where the data has these (`sentences.SCORES`).
+    """Texts, or pairs of them, to classes; or to scores, where the data has these (`sentences.REGRESSION_TASKS`).
 
     Measures are those of GLUE (Wang et al. 2018, Table 1), whose positive class is the second.
     """
@@ -52,7 +52,7 @@ class TextClassification(TextTask):
         data = self.config.data
         assert isinstance(data, SentenceDataConfig)
         self.glue_measure = GLUE_MEASURES.get(data.sentences)
-        self.has_scores = data.sentences in SCORES
+        self.has_scores = data.sentences in REGRESSION_TASKS
         self.classes, sentences = open_sentences(data.sentences)
         self.pairs = sentences["train"][0].text2 is not None
         source = f"data.sentences={data.sentences!r}"
@@ -60,8 +60,10 @@ class TextClassification(TextTask):
             self.fit.take("model.num_classes", 1, f"{source} has scores, and no classes")
         else:
             self.fit.take_classes(self.classes, source)
-            if similar := alike(self.classes):
-                self.notes.append(f"{source} has labels that differ by case alone: {some(similar)}")
+            if similar := names_differing_by_case(self.classes):
+                self.notes.append(
+                    f"{source} has labels that differ by case alone: {preview_names(similar)}"
+                )
         texts = [text for each in sentences["train"] for text in (each.text, each.text2) if text]
         self.tokens = self.tokens_for(texts, source)
         sizes = (self.model.max_tokens, self.layout.global_batch_size)
@@ -98,7 +100,7 @@ class TextClassification(TextTask):
         """The step's loss is nll per text; with scores the squared error."""
         label_B = _shown(batch.targets[0], batch)
         logit_BC, stats = engine(batch.token_BS, batch.kind_BS, batch.ctx)
-        valid_B = label_B != IGNORED
+        valid_B = label_B != IGNORE_INDEX
         sums = {"texts": valid_B.sum(), "work": self.work(batch)}
         if self.has_scores:
             score_B = logit_BC[:, 0].to(torch.promote_types(logit_BC.dtype, torch.float32))

@@ -16,7 +16,7 @@ from moe_dist.checkpoint.manifest import newest_complete
 from moe_dist.config.overrides import dotted_keys
 from moe_dist.config.schema import Config
 from moe_dist.data import fingerprint
-from moe_dist.data.class_names import some
+from moe_dist.data.class_names import preview_names
 from moe_dist.distributed.batch_layout import BatchLayout, make_batch_layout
 from moe_dist.distributed.collectives import run_on_main
 from moe_dist.distributed.mesh import Mesh
@@ -159,7 +159,7 @@ def check_classes(was: list[str] | None, now: list[str] | None) -> None:
 
 
 def _told(classes: Any) -> str:
-    return f"{some(classes)} ({len(classes)})"
+    return f"{preview_names(classes)} ({len(classes)})"
 
 
 def train_step(

