@@ -5,7 +5,7 @@
 
 A seed makes one file: a whole one of some kind, packed or not, with up to three damages. It is off where something
 other than a ValueError of one line is raised, where a text that was read holds a NUL or half of a character, or where
-it takes 10 seconds; where a library waits for ever, the program ends. `tests/test_damaged.py` runs some seeds.
+it takes 10 seconds; where a library waits for ever, the program ends. `tests/unit/data/test_damaged_files.py` runs some seeds.
 """
 
 import argparse

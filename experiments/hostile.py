@@ -8,7 +8,7 @@ a file or the reverse, or with damage to its texts, or to a checkpoint that is s
 task keeps there (vocabulary, tokens, classes, pairs), or to its tensors. It is planned to go on and to be evaluated,
 its task is built from what it kept, and it is claimed, written to, used, exported and drawn. It is off where an
 exception is raised that is not a user's mistake, where something outside the folder changes, or where it takes 60
-seconds. `tests/test_hostile.py` runs some seeds, `damaged_files.py` is for data.
+seconds. `tests/cli/test_hostile_runs.py` runs some seeds, `damaged_files.py` is for data.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from paths import ROOT
 from runs import TINY, Run, tiny
 from safetensors.torch import load_file
 
@@ -21,7 +22,6 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.launch_env import world_size
 from moe_dist.distributed.spawn import run_distributed
 
-ROOT = Path(__file__).parent.parent
 STAGES = [(ds, zero) for ds in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
 
 

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, set_, start
+from paths import ROOT
+from processes import set_, start
 from runs import TINY, tiny
 
 from moe_dist.config.redact import has_secret, redact

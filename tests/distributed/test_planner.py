@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runs import Run, tiny, tiny_images
-from test_summary import held_by
+from tests.distributed.test_model_stats import held_by
 
 from moe_dist.config.overrides import override
 from moe_dist.config.papers import get

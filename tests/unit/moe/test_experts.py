@@ -190,7 +190,7 @@ def test_threads_that_begin_later_have_what_torch_was_told() -> None:
 
 
 def test_torchs_own_grouped_matmul_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken on CUDA alone (tests/test_gpu.py); on CPU torch has it, too, slowly."""
+    """It is taken on CUDA alone (tests/distributed/test_gpu.py); on CPU torch has it, too, slowly."""
     count_e = torch.tensor([100, 0, 7, 193, 0])
     results: list[list[torch.Tensor]] = []
     for native in (False, True):

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
+from paths import ROOT
 
 from moe_dist.config.papers import CONFIGS, get
 from moe_dist.config.schema import PretrainingDataConfig, TextDataConfig
@@ -21,8 +22,6 @@ from moe_dist.data.table_files import read_rows
 from moe_dist.data.text import corpus as sources
 from moe_dist.data.text.corpus import check_text, is_local, open_text
 from moe_dist.training.run import parse_run
-
-ROOT = Path(__file__).parent.parent
 
 
 def numbered(first: int, last: int, word: str = "line") -> str:

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from moe_dist.training.run import parse_run
-
-ROOT = Path(__file__).parent.parent
 
 
 def check_one_line(stderr: str, says: str) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from runs import TINY, tiny
 from wandb_file import wandb_log
 
@@ -20,8 +21,6 @@ from moe_dist.config.schema import Config
 from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.tasks.registry import TASKS
 from moe_dist.training.model_stats import count_params_and_flops
-
-ROOT = Path(__file__).parent.parent
 
 
 def train(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moe_dist"
 
 # the floors of the package: an import leads to a lower floor, or stays inside its own package

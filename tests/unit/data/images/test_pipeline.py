@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 from moe_dist.config.overrides import override
@@ -43,7 +44,6 @@ from moe_dist.inference.classify import images_of
 from moe_dist.nn import prng
 from moe_dist.tasks.image_classification import ImageClassification
 
-ROOT = Path(__file__).parent.parent
 GRAY = VisionConfig(image_size=28, channels=1, patch_size=4, num_classes=10)
 PLAIN = ImageDataConfig()
 ALL = ImageDataConfig(crop="pad", flip=True, randaugment_layers=2, mixup=0.5, label_smoothing=0.1)

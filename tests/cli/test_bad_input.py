@@ -25,8 +25,6 @@ from moe_dist.tasks.language_model import saved_vocabulary
 from moe_dist.training import run as training_run
 from moe_dist.training.run import TrainingRun, result_lines
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.mark.parametrize(
     ("assignments", "says"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from runs import Run, tiny
 
 from moe_dist.config.overrides import to_json
@@ -27,7 +28,6 @@ from moe_dist.moe.gating import noisy_topk
 from moe_dist.nn import prng
 from moe_dist.nn.init import uniform_parameter
 
-ROOT = Path(__file__).parent.parent
 RUNS = {
     "flat": (),
     "hierarchical": ("model.moe.num_groups=4",),

@@ -3,14 +3,13 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from moe_dist.config.papers import get
 from moe_dist.tasks.registry import task_of
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 
 

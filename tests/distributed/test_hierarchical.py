@@ -17,8 +17,8 @@ import torch.distributed as dist
 from reference import relu_experts
 from reference_hierarchical import Gates, HierarchicalLayer, hierarchical_moe, load_h
 from runs import Run, tiny
-from test_layouts import deviation
-from test_parity import (
+from tests.distributed.test_layouts import deviation
+from tests.distributed.test_parity import (
     DIM,
     HIDDEN,
     LAYOUTS,
@@ -36,7 +36,7 @@ from test_parity import (
     gathered,
     gradients,
 )
-from test_parity import NUM_EXPERTS as NUM_GROUPS
+from tests.distributed.test_parity import NUM_EXPERTS as NUM_GROUPS
 from torch import nn
 
 from moe_dist.config.schema import MeshConfig, OptimConfig

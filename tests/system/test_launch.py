@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT, check_one_line, check_plan, end, set_, start
+from paths import ROOT
+from processes import check_one_line, check_plan, end, set_, start
 from runs import TINY
 
 from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses

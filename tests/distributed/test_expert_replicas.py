@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from runs import Run, tiny
 
 from moe_dist.config.overrides import override
@@ -324,7 +325,7 @@ def test_four_bytes_a_parameter_are_all() -> None:
     """Four layers of experts, 144 MB each: at the peak their weights, and one layer's gradient."""
     done = subprocess.run(
         [sys.executable, __file__, "optim.fuse_expert_update_in_backward=true"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"},
         capture_output=True,
         text=True,
         check=True,

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from paths import ROOT
 
 from moe_dist.distributed import mesh, rendezvous_port
 

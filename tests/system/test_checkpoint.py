@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from paths import ROOT
 from processes import check_one_line, end, set_, start
 from runs import TINY, Run, tiny
 from safetensors import safe_open
@@ -93,7 +94,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_pat
         ):  # a save takes milliseconds: on a busy machine kills may come too late for it
             break
         runs = [tmp_path / str(i) for i in (first, first + 1)]
-        code = f"import sys; sys.path[:0] = {sys.path!r}; import test_checkpoint, pathlib; "
+        code = f"import sys; sys.path[:0] = {sys.path!r}; from tests.system import test_checkpoint; import pathlib; "
         code += "test_checkpoint.save_for_ever(sys.argv[1], pathlib.Path(sys.argv[2]))"
         started = [
             subprocess.Popen([sys.executable, "-c", code, str(small_text), str(run)])
@@ -320,7 +321,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> 
     sets = set_("steps=5", "write_report=true", f"async_save={background}")
     command = [
         sys.executable,
-        str(Path(__file__).parent.parent / "train.py"),
+        str(ROOT / "train.py"),
         "--resume",
         str(run),
         *sets,

@@ -3,13 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from moe_dist.distributed.spawn import run_distributed
-
-ROOT = Path(__file__).parent.parent
 
 RUN = """
 import atexit, runpy, sys
@@ -117,5 +115,5 @@ def test_ranks_of_tests_are_forked_with_what_they_need() -> None:
         "deepspeed",
         "torch.distributed.checkpoint",
         "moe_dist.optim.compiled_loops",
-        "tests.preloaded",
+        "tests.helpers.preloaded",
     } <= set(names)
