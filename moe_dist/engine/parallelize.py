@@ -91,12 +91,12 @@ def parallelize(
 def time_layer(layer: MoE, name: str, clock: StepTimer) -> None:
     """Its gate, exchange and experts, and those inside of groups of experts, become ranges of the clock."""
     layer.gate.forward = clock.timed("gate", layer.gate.forward, f"gate {name}")
-    layer.dispatcher = clock.timed("exchange", layer.dispatcher, f"exchange {name}")
+    layer.dispatcher = clock.timed("dispatch", layer.dispatcher, f"dispatch {name}")
     experts = layer.experts
     if isinstance(experts, ExpertGroups):
         experts.run_groups = clock.timed("gate", experts.run_groups, f"gates of groups {name}")  # type: ignore[method-assign]
         experts.dispatcher = clock.timed(
-            "exchange", experts.dispatcher, f"exchange in groups {name}"
+            "dispatch", experts.dispatcher, f"dispatch in groups {name}"
         )  # type: ignore
         experts = experts.experts
     each = "run_experts" if hasattr(experts, "split_experts") else "forward"  # of a piece

@@ -154,7 +154,7 @@ def calibrate(
         own = _rank_cost(at, layout, _shrink_experts(fits[like], like), ran[like])
         calls = _calls_by_part(at, layout, per_node)
         waits = {part: each * calls[part] for part, each in added[stage].seconds.items()}
-        waits["exchange"] = waited - calls["exchange"] * rows.latency if calls["exchange"] else 0.0
+        waits["dispatch"] = waited - calls["dispatch"] * rows.latency if calls["dispatch"] else 0.0
         owns[ep, stage] = RankCost(
             _sum_by_key(own.seconds, waits), _sum_by_key(own.bytes, added[stage].bytes)
         )
@@ -178,7 +178,7 @@ def _wait_overhead(one: Config, echo: int, ran: Ran, ranks: int) -> float:
     """Seconds that a world of `ranks` waits in a step where each sends rows to itself when all are there."""
     many = override(one, [f"batch.global_batch_size={one.batch.global_batch_size * ranks}"])
     by_rank = run_distributed(run_short_training, ranks, many, echo, 0, True, timeout=600)
-    return max(each["seconds"]["exchange"] for each in by_rank) - ran["seconds"]["exchange"]
+    return max(each["seconds"]["dispatch"] for each in by_rank) - ran["seconds"]["dispatch"]
 
 
 def _zero_stage_overhead(

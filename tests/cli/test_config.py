@@ -206,13 +206,14 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(
     assert "<h1>run</h1>" in (run / "report.html").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # at most (importance_loss_weight + load_loss_weight) x CV² of one expert for all, which is num_experts - 1
-    assert lines[0]["tflops_per_device"] > 0
+    assert lines[0]["throughput/tflops_per_device"] > 0
     assert 0 < lines[0]["train/balance_loss"] < 0.2 * 7
-    assert lines[0]["moe/middle/dead_experts"] == lines[0]["moe/middle/load"].count(0)
+    assert lines[0]["moe/middle/dead_experts"] == lines[0]["moe/middle/tokens_per_expert"].count(0)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 20 and losses[-1] < losses[0]
     assert (
-        len(lines[0]["moe/middle/load"]) == 8 and sum(lines[0]["moe/middle/load"]) == 8 * 6 * 2
+        len(lines[0]["moe/middle/tokens_per_expert"]) == 8
+        and sum(lines[0]["moe/middle/tokens_per_expert"]) == 8 * 6 * 2
     )  # samples x words x k
     run_id, config, history = wandb_log(run)
     assert run_id == checkpoint_format.read_state(manifest.require_checkpoints(run)[-1])["wandb_id"]

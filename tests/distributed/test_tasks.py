@@ -272,7 +272,10 @@ def test_dropped_assignments_and_the_divergence_of_norms_are_told() -> None:
     }
     assert min(told.values()) > 0
     for block in range(3):
-        kept, dropped = sum(line[f"moe/block{block}/load"]), line[f"moe/block{block}/dropped"]
+        kept, dropped = (
+            sum(line[f"moe/block{block}/tokens_per_expert"]),
+            line[f"moe/block{block}/dropped"],
+        )
         # 32 images of 16 patches, 2 choices each
         assert kept + dropped == 32 * 16 * 2 and dropped > 0
         assert line[f"moe/block{block}/drop_rate"] == pytest.approx(dropped / (kept + dropped))

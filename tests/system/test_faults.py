@@ -214,7 +214,7 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     before = run.steps(0, 1).weights()
     run.steps(1, 2)
-    seen["input"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
+    seen["input"] = run.training.nan_detector.read_and_reset()["train/nonfinite_source"]
     seen["unchanged"] = all(torch.equal(before[key], t) for key, t in run.weights().items())
     run.steps(2, 3)
     assert run.training.nan_detector.read_and_reset() == {} and all(
@@ -230,11 +230,11 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
     )
     run.steps(3, 4)
     handle.remove()
-    seen["gradient"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
+    seen["gradient"] = run.training.nan_detector.read_and_reset()["train/nonfinite_source"]
     experts = next(iter(run.model.experts.values()))
     handle = experts.register_hook(lambda g: g * math.inf)
     run.steps(4, 5)
-    seen["weights"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
+    seen["weights"] = run.training.nan_detector.read_and_reset()["train/nonfinite_source"]
     seen["updates"] = run.optimizer.updates
     handle.remove()
     run.steps(5, 6)
@@ -356,7 +356,7 @@ def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
         run.steps(0, 2)
         sums: Any = 0
         for _, values, stats in train_step(run.training, 3):
-            sums = values["nll"] / values["words"] + sums
+            sums = values["nll"] / values["tokens"] + sums
             load_E = stats["middle"].load_E
         run.losses.append(sums.item())
         meshes.dist.all_reduce(load_E)
