@@ -1,6 +1,7 @@
 """Configs and the command line."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from wandb_file import wandb_log
 
 from moe_dist.checkpoint import format as checkpoint_format
 from moe_dist.checkpoint import manifest
-from moe_dist.config import papers
+from moe_dist.config import papers, schema
 from moe_dist.config.overrides import SYNONYMS, dotted_keys, from_json, override, to_json
 from moe_dist.config.schema import Config
 from moe_dist.distributed.batch_layout import BatchLayout
@@ -109,6 +110,16 @@ def test_every_field_can_be_set() -> None:
         "ds_config",
         "zero_stage",
     } <= set(dotted_keys(tiny()))
+
+
+def test_every_field_is_documented_in_order() -> None:
+    """The reference page of the config is made from the `Attributes:` sections."""
+    sections = [each for each in vars(schema).values() if dataclasses.is_dataclass(each)]
+    assert Config in sections and len(sections) == 17
+    for section in sections:
+        _, _, attributes = inspect.getdoc(section).partition("Attributes:\n")
+        documented = re.findall(r"^ {4}(\w+): ", attributes, re.MULTILINE)
+        assert documented == [field.name for field in dataclasses.fields(section)], section
 
 
 def test_layout_by_hand() -> None:

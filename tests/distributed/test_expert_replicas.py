@@ -269,7 +269,7 @@ def test_a_second_gradient_in_a_step_is_refused() -> None:
             ["optim.fuse_expert_update_in_backward=true"],
             "optim.clip_norm_source=previous or optim.max_grad_norm=none",
         ),
-        (["optim.clip_norm_source=last"], "optim.clip_norm_source='last'; did you mean"),
+        (["optim.clip_norm_source=last"], "optim.clip_norm_source='last' is unknown; did you mean"),
         (
             [*FREE, "batch.grad_accum_steps=2"],
             "batch.grad_accum_steps=2, but with optim.fuse_expert_update_in_backward",

@@ -588,7 +588,10 @@ def test_what_does_not_fit_is_refused_with_the_number(capsys: pytest.CaptureFixt
         ("lstm_moe_demo --gpu h100 --memory -1", "--memory -1.0: a positive number"),
         ("lstm_moe_demo --gpu h100 --nic nan", "--nic nan: a positive number"),
         ("lstm_moe_demo --gpu h100 --set mesh.eq=2", "'mesh.ep'"),
-        ("lstm_moe_demo --gpu h100 --set zero_stage=5", "zero_stage=5: from 0 to 3"),
+        (
+            "lstm_moe_demo --gpu h100 --set zero_stage=5",
+            "zero_stage=5 is out of range; use a value from 0 to 3",
+        ),
         (
             "lstm_moe_demo --gpu h100 --gpus-per-node 3",
             "batch.global_batch_size=64 is not a multiple",
