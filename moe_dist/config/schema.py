@@ -186,7 +186,8 @@ class LSTMConfig:
             two more LSTMs. "none": the model has one LSTM in all.
         ffn_hidden_dim: Number of ReLU units in each layer of "ffn".
         ffn_layers: Number of ReLU layers in "ffn".
-        dropout: Dropout probability of the layers' outputs, before the residual is added.
+        dropout: Probability that a value of a layer's output is dropped, before the residual is
+            added.
         softmax_samples: Number of words drawn per step to stand for the vocabulary in the training
             softmax (importance sampling, Appendix C.1). Rows of the embedding and the softmax that
             the step does not use are then neither reduced nor updated. None: the full softmax.
@@ -249,7 +250,8 @@ class EncoderConfig:
         blocks_per_norm: Number of consecutive blocks that share both of their LayerNorms.
         blocks_per_routing: Number of consecutive blocks that share one routing: the first computes
             it, the others reuse it.
-        dropout: Dropout probability of the embeddings and of each addition to a residual.
+        dropout: Probability that a value is dropped, for embeddings and for each addition to a
+            residual.
         recompute: Recomputes the activations of attention, FFN and experts in the backward pass
             instead of storing them. No row is sent twice.
         moe: The mixture-of-experts layer of the blocks in `moe_blocks`.
