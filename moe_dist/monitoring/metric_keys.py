@@ -107,19 +107,16 @@ def layers_with(lines: list[dict], statistic: str) -> list[str]:
     return list(layers)
 
 
-def bytes_key(label: tuple[int | str, str]) -> str:
-    """Returns the key of the bytes that a mesh axis counts under a communication label.
+def bytes_key(place: str, direction: str, inter_node: bool) -> str:
+    """Returns the key of the bytes that one kind of collective sends.
 
     Args:
-        label: (place, direction). The place is a name, or the index of a layer call. The direction
-            ends with ":grad" in backward and with "_between_nodes" for links between nodes.
+        place: Name of the layer, the module or the kind of parameter.
+        direction: Kind and direction of the data, as in "dispatch" or "dispatch_backward".
+        inter_node: True for bytes that leave the node.
     """
-    place, direction = label
-    if isinstance(place, int):
-        place = f"site{place}"
-    direction, inter_node, _ = direction.partition("_between_nodes")
     link = "inter" if inter_node else "intra"
-    return f"comm/{place}/{direction.replace(':grad', '_backward')}/{link}_node_bytes"
+    return f"comm/{place}/{direction}/{link}_node_bytes"
 
 
 def step_milliseconds(line: dict) -> float | None:

@@ -29,6 +29,7 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.batch_layout import BatchLayout, make_batch_layout
 from moe_dist.distributed.chunked_all_to_all import all_to_all_rows
 from moe_dist.distributed.collectives import all_reduce_sum
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.loopback import loopback_mesh
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.deepspeed import import_deepspeed
@@ -288,7 +289,7 @@ def benchmark_collectives(ranks: int) -> tuple[Link, Link]:
 
     def rows(x: torch.Tensor) -> Any:
         each = [len(x) // ranks] * ranks
-        return all_to_all_rows(x, each, each, axis, ("plan", "rows"))
+        return all_to_all_rows(x, each, each, axis, CommLabel("plan", "rows"))
 
     links = []
     for do, sent in (

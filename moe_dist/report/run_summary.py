@@ -236,9 +236,7 @@ def traffic_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     totals: defaultdict[str, float] = defaultdict(float)
     _, sent = bytes_sent_series(run.lines)
     for (direction, link, place), values in sent.items():
-        what = (
-            direction if direction in DISPATCH_DIRECTIONS else f"{place}: {direction}"
-        )  # a site is one use of a layer
+        what = direction if direction in DISPATCH_DIRECTIONS else f"{place}: {direction}"
         totals[f"{what}, {link}"] += float(values.mean())
     yield from ((what, format_bytes(total)) for what, total in totals.items() if total)
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from moe_dist.distributed.collectives import Label, all_reduce_sum
+from moe_dist.distributed.collectives import all_reduce_sum
+from moe_dist.distributed.labels import TrafficKey
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import LayerStats
 from moe_dist.monitoring.metric_keys import (
@@ -76,19 +77,18 @@ class MetricAccumulator:
         ] = {}  # importance and load (2, E), summed over ranks and steps
         self.ratios: dict[str, torch.Tensor] = {}  # RATIOS of each layer, summed over steps
         self.steps = 0
-        self.seconds, self.sent = 0.0, Counter[Label]()
+        self.seconds, self.sent = 0.0, Counter[TrafficKey]()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step: counts it, its seconds and those of its parts, and the bytes that it sends, by
-        (site, direction)."""
+        """Around one training step: counts it, its seconds and those of its parts, and the bytes that it sends."""
         start, sent = time.perf_counter(), self.mesh.bytes_sent
         with self.mesh.step_timer.step():
             yield
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        for label, total in self.mesh.bytes_sent.items():
-            self.sent[label] += total - sent[label]
+        for key, total in self.mesh.bytes_sent.items():
+            self.sent[key] += total - sent[key]
         self.pending.append(self.used)
         self.used = {}
         if (
@@ -136,7 +136,7 @@ class MetricAccumulator:
         Of steps also "time/PART_ms", milliseconds a step, the mean of the ranks, for each of `clock.PARTS`, and
         "memory/peak_bytes_by_rank", a list (`peak_memory`), with the largest as "memory/max_peak_bytes".
         """
-        by_name = {bytes_key(label): n for label, n in self.sent.items()}
+        by_name = {bytes_key(*key): num_bytes for key, num_bytes in self.sent.items()}
         sent = dict(sorted(by_name.items()))  # one order on every rank
         self._sum_pending()
         sums = self.sums | {

@@ -79,9 +79,9 @@ def own(text: str, folder: Path) -> dict[str, Any]:
         config = tiny(*UNEVEN, *sets)
         run = Run(config).steps(0, 1)
         sent = {
-            kind: n
-            for (site, kind), n in run.mesh.expert_dp.bytes_sent.items()
-            if site == "experts"
+            key.direction: num_bytes
+            for key, num_bytes in run.mesh.expert_dp.bytes_sent.items()
+            if key.place == "experts"
         }
         waiting = step_by_hand(run)
         run.steps(1, 2)

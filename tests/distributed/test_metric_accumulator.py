@@ -8,6 +8,7 @@ import torch
 from runs import Run, tiny
 
 from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.labels import CommLabel, TrafficKey
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring.step_timer import PARTS
 from moe_dist.training import metric_accumulator as meters
@@ -25,11 +26,11 @@ def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
         assert sum(line["moe/middle/tokens_per_expert"]) == 8 * 6 * 2
         # on average half of the rows go to the other rank: 48 of 96 rows of 16 float32, there and back, twice
         for direction in ("dispatch", "combine", "combine_backward"):
-            assert line[f"comm/site2/{direction}/intra_node_bytes"] == pytest.approx(
+            assert line[f"comm/middle/{direction}/intra_node_bytes"] == pytest.approx(
                 48 * 16 * 4, rel=0.4
             )
         assert (
-            line["comm/site2/counts/intra_node_bytes"] == 2 * 2 * 4 * 8
+            line["comm/middle/counts/intra_node_bytes"] == 2 * 2 * 4 * 8
         )  # 2 micro-batches, 2 ranks, 4 counts of 8 bytes
         # each part of the step takes some time, and each of two ranks more than 100 MB for Python and torch alone
         assert all(line[f"time/{part}_ms"] > 0 for part in PARTS)
@@ -127,11 +128,11 @@ def test_ratios_by_hand(load_SE: list[list[float]], expected: tuple[float, float
 
 def test_a_sum_goes_from_each_rank_to_the_next() -> None:
     """Of four ranks on two nodes the second sends to the third, on the other node, and the last to the first."""
-    for rank, ending in enumerate(("", "_between_nodes", "", "_between_nodes")):
+    for rank, inter_node in enumerate((False, True, False, True)):
         axis = meshes.Axis(4, rank, None, (0, 0, 1, 1))  # type: ignore[arg-type]
-        axis.record_ring_bytes(("experts", "gradients"), 100)
-        axis.record_ring_bytes(("experts", "gradients"), 20)
-        assert dict(axis.bytes_sent) == {("experts", f"gradients{ending}"): 120}
+        axis.record_ring_bytes(CommLabel("experts", "gradients"), 100)
+        axis.record_ring_bytes(CommLabel("experts", "gradients"), 20)
+        assert dict(axis.bytes_sent) == {TrafficKey("experts", "gradients", inter_node): 120}
 
 
 def one_line(text: str) -> tuple[float, dict]:

@@ -234,7 +234,7 @@ def live(text: str) -> tuple[dict[str, int], dict[str, float], dict[str, int]]:
     meshes.shutdown()
     return (
         held,
-        {f"{site}/{what}": n for (site, what), n in meter.sent.items()},
+        {"/".join(map(str, key)): num_bytes for key, num_bytes in meter.sent.items()},
         {"images": sum(saved.values())},
     )
 

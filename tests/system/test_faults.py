@@ -85,7 +85,7 @@ def test_a_stopped_rank_is_named_with_layer_direction_and_rows(
         stopped.communicate()
     assert status == 1
     named = re.compile(
-        r"(?:warning|error on rank 0): has waited for (\d+) s in dispatch of middle \(site 2\), step 3: "
+        r"(?:warning|error on rank 0): has waited for (\d+) s in dispatch of middle \(layer call 2\), step 3: "
         rf"rank 1 \((\d+) rows to it, (\d+) from it\): stopped or dead \(see {run}/calls\)"
     )
     (after, _, _), (waited, out, back) = (
@@ -99,15 +99,15 @@ def test_a_stopped_rank_is_named_with_layer_direction_and_rows(
     # 4 lanes x 6 words x 2 experts = 48 rows of each rank
     # rows and their weights are on their way, as many of each
     calls = re.findall(
-        r"dispatch of middle .site 2., step 3, (\d+) rows out, (\d+) in: begun", mine
+        r"dispatch of middle .layer call 2., step 3, (\d+) rows out, (\d+) in: begun", mine
     )
     ((mine_out, mine_in),) = set(calls)
     assert (
         mine_out == "48" and int(mine_in) == 48 - out + back
     )  # rows to itself, and from the stopped one
     assert (
-        "counts of middle (site 2), step 3" in theirs
-        and "dispatch of middle (site 2), step 3" not in theirs
+        "counts of middle (layer call 2), step 3" in theirs
+        and "dispatch of middle (layer call 2), step 3" not in theirs
     )
     assert read_metrics(run)[-1]["step"] == 2 and [path.name for path in list_checkpoints(run)] == [
         "step_00000002"
@@ -125,7 +125,7 @@ def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
     )
     status, (error,) = told(other)
     assert status == 1 and dead.wait() == -9 and dead.communicate()
-    where = r"lost another rank in counts of middle \(site 2\), step 3: rank 1: stopped or dead \(see .*/calls\): \w"
+    where = r"lost another rank in counts of middle \(layer call 2\), step 3: rank 1: stopped or dead \(see .*/calls\): \w"
     assert re.match(f"error on rank 0: {where}", error), error
 
 
@@ -143,7 +143,7 @@ def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path)
     )
     assert statuses == (0, 0)
     (warning,) = [line for line in warnings[0] if "waited" in line]
-    assert " in counts of middle (site 2), step 3: rank 1, late in forward (see" in warning
+    assert " in counts of middle (layer call 2), step 3: rank 1, late in forward (see" in warning
     (whole,) = run_distributed(unbroken, 1, "steps=6", f"data.text={small_text}")
     assert list(losses(tmp_path / "late").values()) == pytest.approx(whole, abs=1e-5)
 

@@ -59,8 +59,8 @@ def line(step: int, slow: float = 1.0) -> dict[str, Any]:
         **{f"time/{part}_ms": ms * slow for part, ms in parts.items()},
         "memory/peak_bytes_by_rank": [1e9, 3e9, 2e9, 1.5e9],
         "memory/max_peak_bytes": 3e9,
-        "comm/site2/dispatch/intra_node_bytes": 1e6 * step,
-        "comm/site2/dispatch/inter_node_bytes": 3e6 * step,
+        "comm/middle/dispatch/intra_node_bytes": 1e6 * step,
+        "comm/middle/dispatch/inter_node_bytes": 3e6 * step,
         "comm/experts/gradients/intra_node_bytes": 0.5e6,
         "moe/middle/tokens_per_expert": [4.0 * step, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0],
         "moe/middle/importance_per_expert": [1.0] * 8,
@@ -370,8 +370,8 @@ def test_wandb_has_the_same_in_panels_of_its_own(
     assert hidden == {
         *(f"moe/middle/load_p{p}_over_mean" for p in (10, 50, 90)),
         "comm/experts/gradients/intra_node_bytes",
-        "comm/site2/dispatch/intra_node_bytes",
-        "comm/site2/dispatch/inter_node_bytes",
+        "comm/middle/dispatch/intra_node_bytes",
+        "comm/middle/dispatch/inter_node_bytes",
     }
     updates = [
         update

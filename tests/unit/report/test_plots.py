@@ -117,7 +117,7 @@ def test_report_draws_every_curve(tmp_path):
 
 def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
     dense = {"loss", "perplexity", "speed", "optimizer"}
-    sent = {"comm/site2/dispatch/intra_node_bytes": 2e6}
+    sent = {"comm/middle/dispatch/intra_node_bytes": 2e6}
     assert drawn(tmp_path, a_run({})).keys() == dense
     assert drawn(tmp_path, a_run({"1": [1, 1]})).keys() == dense | {"load_1", "balance_1"}
     assert drawn(tmp_path, a_run({"1": [1, 1]}, **sent)).keys() == dense | {
@@ -126,7 +126,7 @@ def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
         "traffic",
     }
     assert (
-        drawn(tmp_path, a_run({}, **{"comm/site2/dispatch/intra_node_bytes": 0.0})).keys() == dense
+        drawn(tmp_path, a_run({}, **{"comm/middle/dispatch/intra_node_bytes": 0.0})).keys() == dense
     )
     assert drawn(tmp_path, [{"step": 1, "moe/1/tokens_per_expert": [0.0, 0.0]}]).keys() == {
         "load_1"
@@ -138,7 +138,7 @@ def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
 def test_axes_have_names_and_units(tmp_path):
     lines = a_run(
         {"1": [2, 0, 1, 1]},
-        **{"comm/site2/dispatch/intra_node_bytes": 2e6, "train/skipped_steps": 1},
+        **{"comm/middle/dispatch/intra_node_bytes": 2e6, "train/skipped_steps": 1},
     )
     found = drawn(tmp_path, lines)
     assert {
@@ -249,8 +249,8 @@ def test_a_scale_is_logarithmic_where_that_helps(tmp_path):
         )
 
 
-def test_bytes_are_stacked_by_direction_and_by_site(tmp_path):
-    sent = {"site2/dispatch": 3e3, "site2/dispatch_backward": 2e3, "site5/dispatch": 1e3}
+def test_bytes_are_stacked_by_direction_and_by_place(tmp_path):
+    sent = {"moe0/dispatch": 3e3, "moe0/dispatch_backward": 2e3, "moe1/dispatch": 1e3}
     lines = [
         {"step": step} | {f"comm/{k}/intra_node_bytes": n * step for k, n in sent.items()}
         for step in (10, 20)
@@ -259,7 +259,7 @@ def test_bytes_are_stacked_by_direction_and_by_site(tmp_path):
     tops = [{patch.get_label(): patch.get_data() for patch in axes.patches} for axes in figure.axes]
     assert [list(each) for each in tops] == [
         ["dispatch", "dispatch (backward)"],
-        ["site2", "site5"],
+        ["moe0", "moe1"],
     ]
     for each, lowest in zip(tops, ([40, 80], [50, 100]), strict=True):  # kB
         first, second = each.values()
@@ -306,7 +306,7 @@ def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
     whole = (
         train_line(1)
         | layer("1", [1.0, 3.0])
-        | {"comm/site2/counts/intra_node_bytes": 8.0, "memory/peak_bytes_by_rank": [1e9, 2e9]}
+        | {"comm/middle/counts/intra_node_bytes": 8.0, "memory/peak_bytes_by_rank": [1e9, 2e9]}
     )
     whole |= {f"time/{part}_ms": 1.0 for part in PARTS}
     spoilt = {
