@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from comparisons import deviation
 from reference import relu_experts
 from reference_hierarchical import Gates, HierarchicalLayer, hierarchical_moe, load_h
 from runs import Run, tiny
-from tests.distributed.test_layouts import deviation
-from tests.distributed.test_parity import (
+from torch import nn
+from uneven_batch import (
     DIM,
     HIDDEN,
     LAYOUTS,
@@ -36,8 +37,7 @@ from tests.distributed.test_parity import (
     gathered,
     gradients,
 )
-from tests.distributed.test_parity import NUM_EXPERTS as NUM_GROUPS
-from torch import nn
+from uneven_batch import NUM_EXPERTS as NUM_GROUPS
 
 from moe_dist.config.schema import MeshConfig, OptimConfig
 from moe_dist.distributed import mesh as meshes

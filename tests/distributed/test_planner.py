@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from rank_memory import held_by
 from runs import Run, tiny, tiny_images
-from tests.distributed.test_model_stats import held_by
 
 from moe_dist.config.overrides import override
 from moe_dist.config.papers import get

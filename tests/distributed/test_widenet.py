@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference_widenet import Uses, text, vision
-from tests.distributed.test_parity import (
+from uneven_batch import (
     LAYOUTS,
     LENGTHS,
     NUM_SAMPLES,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.report.test_html import LAYOUT, a_run, line
+from made_up_runs import LAYOUT, a_run, line
 
 from moe_dist.report import __main__ as report_command
 from moe_dist.report import files as report_files
