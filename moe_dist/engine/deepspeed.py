@@ -15,7 +15,6 @@ import torch
 
 from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed.batch_layout import BatchLayout
-from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.ds_config import compute_dtype
 from moe_dist.engine.parallelize import ParallelModel
@@ -69,7 +68,7 @@ def _record_calls(backend: Any, mesh: Mesh) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             run = partial(method, backend, *args, **kwargs)
             return mesh.flight_recorder.record_blocking_call(
-                CommLabel("DeepSpeed", name), mesh.dp.ranks, run, _work
+                ("DeepSpeed", name), mesh.dp.ranks, run, _work
             )
 
         return call

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from moe_dist.config import run_folder
 from moe_dist.monitoring.metric_format import format_metric, primary_metric
-from moe_dist.monitoring.metric_keys import throughput_key, throughput_unit
 from moe_dist.monitoring.metrics_file import (
     FILE_NAME,
     as_json,
@@ -201,10 +200,9 @@ def _headline(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "loss", _number("loss", values["train/loss"])
     if measure := primary_metric(values, "train"):
         yield measure, _number(measure, values[f"train/{measure}"])
-    unit = throughput_unit([dict(values)])
-    speed = values.get(throughput_key(unit))
-    if speed is not None:
-        yield f"{unit}/s", _number("", speed)
+    for unit in ("words", "images", "texts"):
+        if (key := f"{unit}_per_second") in values:
+            yield f"{unit}/s", _number(key, values[key])
     if measure := primary_metric(values, "valid"):
         yield "valid", _number(measure, values[f"valid/{measure}"])
 
