@@ -1,6 +1,8 @@
 # make train    sets up .venv and trains the demo on two ranks          make train CONFIG=moe_32 RANKS=4 ARGS='--set zero_stage=3'
-# make test     sets up .venv and runs the tests
-# make check    linter, type checker, tests
+# make test     sets up .venv and runs all tests but those marked slow
+# make test-fast  tests/unit alone: no processes, no torch.distributed
+# make test-all   every test that needs no GPU
+# make check    linter, formatter, type checker, docstring checker, tests
 # make bench    words per second beside the dense baseline and DeepSpeed's own MoE layer (19 GB of memory), and our
 #               optimizer beside torch's fused Adam
 # make gpu      tests marked gpu, benchmark and a short training run on CUDA -> benchmarks/results/; with an environment
@@ -17,7 +19,7 @@ PARALLEL = -n 2 --dist worksteal
 # more threads than cores make small matrices ten times slower; torchrun would set the same and warn
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test check bench gpu
+.PHONY: setup train test test-fast test-all lint check bench gpu
 
 setup: .venv/ready
 
@@ -30,13 +32,22 @@ train: setup
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) train.py $(CONFIG) --set mesh.ep=$(EP) $(ARGS)
 
 test: setup
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu and not slow' $(ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
+
+test-all: setup
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(PARALLEL)
+
+check: lint
+	$(BIN)/pydoclint moe_dist train.py
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu and not slow'
 
 bench: setup
 	$(BIN)/python benchmarks/lm.py $(ARGS)

@@ -36,6 +36,7 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.collectives import barrier_without_timeout
 from moe_dist.distributed.preemption import EXIT_STATUS, GRACE_S, PreemptionHandler
 from moe_dist.monitoring.console import print_on_main
+from moe_dist.monitoring.metric_keys import GRAD_NORM, LEARNING_RATE, SKIPPED_STEPS
 from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.optim.lr_schedule import learning_rate
 from moe_dist.report import files as report_files
@@ -140,9 +141,9 @@ def train(run: TrainingRun, folder: Path, training: Training) -> int:
                         step - optimizer.updates,
                     )
                     told = {
-                        "train/lr": lr,
-                        "train/grad_norm": optimizer.norm,
-                        "train/skipped_steps": skipped,
+                        LEARNING_RATE: lr,
+                        GRAD_NORM: optimizer.norm,
+                        SKIPPED_STEPS: skipped,
                     }
                     line = meter.reduce_and_reset() | told | training.nan_detector.read_and_reset()
                     metrics.log(step, line)

@@ -105,7 +105,7 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
     }
     exchanges["experts"] = Compute(mesh.ep.size)
     routing, dtype = routed(args, mesh.dp.index), getattr(torch, args.dtype)
-    ctx: Any = argparse.Namespace(layer_call=0)  # of a context only the site matters here
+    ctx: Any = argparse.Namespace(layer_call=0)  # the dispatchers read nothing else of a context
     x_TD = torch.randn(args.tokens, args.dim).to(dtype).requires_grad_()
     dy_TD = torch.randn(args.tokens, args.dim).to(dtype)
     experts: torch.nn.Module = Weigh()
@@ -120,13 +120,11 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
             dist.barrier()
             start, sent = time.perf_counter(), mesh.bytes_sent
             y_TD, _ = exchanges[kind](x_TD, routing, experts, ctx)
-            forward = Counter({label: n - sent[label] for label, n in mesh.bytes_sent.items()})
+            forward = Counter({key: n - sent[key] for key, n in mesh.bytes_sent.items()})
             gradients = torch.autograd.grad(y_TD, leaves, dy_TD)
             dist.barrier()
             taken[kind].append(time.perf_counter() - start)
-            far = sum(
-                n for (_, direction), n in forward.items() if direction.endswith("between_nodes")
-            )
+            far = sum(num_bytes for key, num_bytes in forward.items() if key.inter_node)
             told[kind] = (
                 torch.tensor([far, forward.total()], dtype=torch.float64),
                 y_TD.detach(),

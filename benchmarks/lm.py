@@ -129,7 +129,7 @@ def summary(
         version = (
             deepspeed_moe.import_deepspeed().__version__ if impl in DEEPSPEED else torch.__version__
         )
-        figures = {"words_per_second": statistics.median(rate), "low": low, "high": high}
+        figures = {"tokens_per_sec": statistics.median(rate), "low": low, "high": high}
         figures |= dict(zip(("of_dense", "of_deepspeed"), ratios, strict=True))
         rows.append({"impl": impl, "version": version} | common | figures)
     return rows
@@ -168,12 +168,12 @@ def main() -> None:
     common = {"device": device, "dtype": args.ds_config} | machine()
     rows = summary(steps, steppers[DENSE].words, common)
     print(
-        f"{'':<18}words/s  90 % of rounds  of dense  of DeepSpeed  experts/word  loss: first, last"
+        f"{'':<18}tokens/s 90 % of rounds  of dense  of DeepSpeed  experts/word  loss: first, last"
     )
     for row in rows:
         first, last = steps[row["impl"]][0], steps[row["impl"]][-1]
         print(
-            f"{row['impl']:<18}{row['words_per_second']:>7,.0f}{row['low']:>8,.0f}{row['high']:>8,.0f}"
+            f"{row['impl']:<18}{row['tokens_per_sec']:>7,.0f}{row['low']:>8,.0f}{row['high']:>8,.0f}"
             f"{row['of_dense']:>10.3f}{row['of_deepspeed']:>14.3f}{last.experts:>14.2f}{first.loss:>13.3f}{last.loss:>6.3f}"
         )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")

@@ -27,6 +27,7 @@ from typing import Any
 from moe_dist.config.overrides import override
 from moe_dist.config.papers import get
 from moe_dist.config.schema import Config
+from moe_dist.monitoring.metric_keys import throughput_key
 from moe_dist.monitoring.metrics_file import read_metrics
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.model_stats import count_params_and_flops
@@ -147,11 +148,8 @@ def summary(name: str, folder: Path) -> dict[str, Any]:
     config, lines = ARMS[name].config(), read_metrics(folder)
     count = count_params_and_flops(task_of(config).build_model(config), config)
     task = task_of(config)
-    rate = sorted(
-        line[f"{task.throughput_unit}_per_second"]
-        for line in lines
-        if f"{task.throughput_unit}_per_second" in line
-    )
+    speed_key = throughput_key(task.throughput_unit)
+    rate = sorted(line[speed_key] for line in lines if speed_key in line)
     (test,) = (line for line in lines if "test/accuracy" in line)
     evaluated = [line for line in lines if "valid/accuracy" in line]
     dropped = [value for line in lines for key, value in line.items() if key.endswith("/drop_rate")]

@@ -1,1 +1,1 @@
-"""What a run is: its config, the named configs of the papers, and its run folder. Imports no torch."""
+"""The config of a run, the named configs of the papers, and the run folder. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What the command lines of the package have in common. Imports no torch."""
+"""The argument parser that all command lines of the package share. Imports no torch."""
 
 import argparse
 from pathlib import Path
@@ -6,35 +6,47 @@ from typing import Any, NoReturn
 
 from moe_dist.config.messages import one_line, text_problem
 
-LONGEST_NAME = 255  # bytes of one name in a path that file systems take
-LONGEST_PATH = 3900  # bytes of a path, so that 4,096 hold the names of files below it
+MAX_NAME_BYTES = 255  # longest name of a file or folder that file systems accept
+MAX_PATH_BYTES = 3900  # of the 4,096 that Linux accepts, the rest is for names inside the folder
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line on stderr and exit status 2."""
+    """An argument parser whose errors are one line on stderr and exit status 2."""
 
     def __init__(self, prog: str | None = None, **options: Any) -> None:
-        """Takes the options of argparse's own parser."""
+        """Creates the parser.
+
+        Args:
+            prog: Name of the program in the help text.
+            **options: Further options of `argparse.ArgumentParser`.
+        """
         options["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process."""
+        """Prints the message on one line and ends the process with status 2."""
         self.exit(2, f"error: {one_line(message)}\n")
 
 
 def path_argument(text: str) -> Path:
-    """Returns an argument that names a file or a folder, for `type=` of an argument.
+    """Converts a command-line argument to a path, as `type=` of `add_argument`.
+
+    Args:
+        text: The argument.
+
+    Returns:
+        The path of a file or a folder, which may be missing.
 
     Raises:
-        ArgumentTypeError: The text is empty, which would be the current folder, or can name nothing.
+        argparse.ArgumentTypeError: The text is empty (as a path, it would be the current folder),
+            has a forbidden character, or is longer than file systems accept.
     """
-    wrong = text_problem(text)
-    longest = max(len(name.encode(errors="replace")) for name in text.split("/"))
-    if wrong is None and longest > LONGEST_NAME:
-        wrong = f"has a name of {longest} bytes; at most {LONGEST_NAME}"
-    if wrong is None and len(text.encode()) > LONGEST_PATH:
-        wrong = f"has {len(text.encode())} bytes; at most {LONGEST_PATH}"
-    if wrong is not None:
-        raise argparse.ArgumentTypeError(f"{text!r} {wrong}")
+    problem = text_problem(text)
+    name_bytes = max(len(name.encode(errors="replace")) for name in text.split("/"))
+    if problem is None and name_bytes > MAX_NAME_BYTES:
+        problem = f"has a name of {name_bytes} bytes; at most {MAX_NAME_BYTES}"
+    if problem is None and len(text.encode()) > MAX_PATH_BYTES:
+        problem = f"has {len(text.encode())} bytes; at most {MAX_PATH_BYTES}"
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} {problem}")
     return Path(text)

@@ -1,4 +1,4 @@
-"""Reads and changes configs by dotted key: `--set a.b=c`, JSON, and the groups that follow from a batch size."""
+"""Configs by dotted key: `--set a.b=c`, JSON, and group sizes that follow from the batch size."""
 
 import dataclasses
 import difflib
@@ -6,13 +6,14 @@ import functools
 import json
 import types
 import typing
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from moe_dist.config.messages import nearest, shorten
 from moe_dist.config.redact import redact
 from moe_dist.config.schema import Config
 
-# how a value of each type is written, for messages
+# How a value of each type is written, for error messages.
 EXAMPLES = {
     int: "a whole number such as 100",
     float: "a number such as 0.5",
@@ -21,133 +22,169 @@ EXAMPLES = {
     types.NoneType: "none",
 }
 
+# Names of a field in other programs -> the last part of its key here. They only improve the hint in
+# the error about an unknown key; `--set` does not accept them.
+SYNONYMS = {
+    # the run
+    "epochs": "steps",
+    "iterations": "steps",
+    "max_iters": "steps",
+    "max_steps": "steps",
+    "num_epochs": "steps",
+    "num_steps": "steps",
+    "random_seed": "seed",
+    # logging, evaluation and checkpoints
+    "log_interval": "log_every",
+    "logging_steps": "log_every",
+    "eval_interval": "eval_every",
+    "eval_steps": "eval_every",
+    "save_interval": "save_every",
+    "save_steps": "save_every",
+    "checkpoint": "init_from",
+    "load_from": "init_from",
+    "pretrained": "init_from",
+    # precision and ranks
+    "bf16": "ds_config",
+    "dtype": "ds_config",
+    "precision": "ds_config",
+    "zero": "zero_stage",
+    "ep_size": "ep",
+    "expert_parallel": "ep",
+    "expert_parallel_size": "ep",
+    "num_workers": "workers",
+    # the batch
+    "batch_size": "global_batch_size",
+    "micro_batch_size": "global_batch_size",
+    "samples": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "bptt": "seq_len",
+    "sequence_length": "seq_len",
+    "timesteps": "seq_len",
+    "accumulation": "grad_accum_steps",
+    "grad_accum": "grad_accum_steps",
+    "gradient_accumulation": "grad_accum_steps",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    # the optimizer
+    "learning_rate": "lr",
+    "max_lr": "lr",
+    "rate": "lr",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "lr_schedule": "schedule",
+    "lr_scheduler": "schedule",
+    "scheduler": "schedule",
+    "momentum": "beta1",
+    "wd": "weight_decay",
+    "clip_norm": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+    # experts
+    "experts": "num_experts",
+    "n_experts": "num_experts",
+    "num_experts_per_tok": "k",
+    "top_k": "k",
+    "topk": "k",
+    "d_ff": "expert_hidden_dim",
+    "ffn_dim": "expert_hidden_dim",
+    "hidden": "expert_hidden_dim",
+    # the model
+    "d_model": "dim",
+    "hidden_size": "dim",
+    "width": "dim",
+    "layers": "depth",
+    "n_layers": "depth",
+    "num_layers": "depth",
+    "heads": "num_heads",
+    "n_heads": "num_heads",
+    "max_length": "max_tokens",
+    "max_seq_length": "max_tokens",
+    "vocab": "vocabulary_size",
+    "vocab_size": "vocabulary_size",
+    "classes": "num_classes",
+    "num_labels": "num_classes",
+    "in_channels": "channels",
+    "resolution": "image_size",
+}
+
 
 def value_of(config: Config, key: str) -> Any:
-    """Of the field with this dotted key."""
+    """Returns the value of the field with this dotted key."""
     return functools.reduce(getattr, key.split("."), config)
 
 
 @functools.cache
 def _hints(section: type) -> dict[str, Any]:
-    """Returns the type of each field of a section. Python parses the annotations anew at each call."""
+    """Returns the type of each field of a section; cached, because parsing annotations is slow."""
     return typing.get_type_hints(section)
 
 
-SYNONYMS = {  # names that other programs have for a field -> the last part of its key here
-    "learning_rate": "lr",
-    "rate": "lr",
-    "max_lr": "lr",
-    "batch_size": "global_batch_size",
-    "train_batch_size": "global_batch_size",
-    "epochs": "steps",
-    "num_epochs": "steps",
-    "max_steps": "steps",
-    "num_steps": "steps",
-    "iterations": "steps",
-    "max_iters": "steps",
-    "warmup": "warmup_steps",
-    "warmup_ratio": "warmup_steps",
-    "scheduler": "schedule",
-    "lr_schedule": "schedule",
-    "lr_scheduler": "schedule",
-    "momentum": "beta1",
-    "grad_clip": "max_grad_norm",
-    "gradient_clipping": "max_grad_norm",
-    "wd": "weight_decay",
-    "gradient_accumulation_steps": "grad_accum_steps",
-    "grad_accum": "grad_accum_steps",
-    "experts": "num_experts",
-    "n_experts": "num_experts",
-    "top_k": "k",
-    "topk": "k",
-    "num_experts_per_tok": "k",
-    "expert_parallel": "ep",
-    "expert_parallel_size": "ep",
-    "ep_size": "ep",
-    "hidden_size": "dim",
-    "d_model": "dim",
-    "width": "dim",
-    "d_ff": "expert_hidden_dim",
-    "ffn_dim": "expert_hidden_dim",
-    "num_layers": "depth",
-    "layers": "depth",
-    "n_layers": "depth",
-    "heads": "num_heads",
-    "n_heads": "num_heads",
-    "sequence_length": "seq_len",
-    "bptt": "seq_len",
-    "max_length": "max_tokens",
-    "max_seq_length": "max_tokens",
-    "vocab_size": "vocabulary_size",
-    "vocab": "vocabulary_size",
-    "classes": "num_classes",
-    "num_labels": "num_classes",
-    "resolution": "image_size",
-    "in_channels": "channels",
-    "num_workers": "workers",
-    "precision": "ds_config",
-    "dtype": "ds_config",
-    "bf16": "ds_config",
-    "eval_steps": "eval_every",
-    "eval_interval": "eval_every",
-    "save_steps": "save_every",
-    "save_interval": "save_every",
-    "logging_steps": "log_every",
-    "log_interval": "log_every",
-    "random_seed": "seed",
-    "pretrained": "init_from",
-    "samples": "global_batch_size",
-    "micro_batch_size": "global_batch_size",
-    "clip_norm": "max_grad_norm",
-    "zero": "zero_stage",
-    "hidden": "expert_hidden_dim",
-    "timesteps": "seq_len",
-    "accumulation": "grad_accum_steps",
-    "gradient_accumulation": "grad_accum_steps",
-    "load_from": "init_from",
-    "checkpoint": "init_from",
-}
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """Returns the end of an error about an unknown dotted key.
 
+    Candidates are compared with the whole key and, with the same weight, with its last part or the
+    field for which that part is a synonym (`SYNONYMS`).
 
-def nearest_key(key: str, known: typing.Iterable[str]) -> str:
-    """Returns how an error about an unknown dotted key goes on: with the nearest known key, or all of its section.
+    Args:
+        key: The unknown key.
+        known: All dotted keys.
 
-    The last part of the key, or the field that it is a synonym of (`SYNONYMS`), counts as much as the whole key.
+    Returns:
+        A question with the nearest known key. If none is near: a list of the keys in the section of
+        `key`, or of all keys without such a section.
     """
-    known = sorted(known)
+    candidates = sorted(known)
     section, _, last = key.rpartition(".")
     last = SYNONYMS.get(last.lower().replace("-", "_"), last)
-    wanted = f"{section}.{last}".lstrip(".")
+    translated = f"{section}.{last}".lstrip(".")
 
-    def likeness(candidate: str) -> float:
+    def similarity(candidate: str) -> float:
         name = candidate.rpartition(".")[2]
-        part = difflib.SequenceMatcher(None, last, name).ratio() + (name == last)
-        return (part + difflib.SequenceMatcher(None, wanted, candidate).ratio()) / 2
+        of_last = difflib.SequenceMatcher(None, last, name).ratio() + (name == last)
+        return (of_last + difflib.SequenceMatcher(None, translated, candidate).ratio()) / 2
 
-    best = max(known, key=likeness)
-    if likeness(best) >= 0.6:
+    best = max(candidates, key=similarity)
+    if similarity(best) >= 0.6:
         return f"did you mean {best!r}?"
-    siblings = [
-        each
-        for each in known
-        if each.startswith((f"{key}.", f"{section}." if section else f"{key}."))
-    ]
-    return f"known: {', '.join(siblings or known)}"
+    prefixes = (f"{key}.", f"{section}." if section else f"{key}.")
+    siblings = [candidate for candidate in candidates if candidate.startswith(prefixes)]
+    return f"known: {', '.join(siblings or candidates)}"
 
 
 def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field of a config that `--set` may name, as {dotted key: type}."""
-    section: Any = type(config)
+    """Returns every field that `--set` can change.
+
+    Args:
+        config: A config, or one of its sections.
+        prefix: Start of the keys, with a dot at its end.
+
+    Returns:
+        The type of each field, by dotted key, in the order of the fields.
+    """
     keys: dict[str, Any] = {}
+    section: Any = type(config)
     for name, kind in _hints(section).items():
         value = getattr(config, name)
-        inner = dataclasses.is_dataclass(value)
-        keys |= dotted_keys(value, f"{prefix}{name}.") if inner else {prefix + name: kind}
+        if dataclasses.is_dataclass(value):
+            keys |= dotted_keys(value, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = kind
     return keys
 
 
-def override(config: Config, assignments: typing.Iterable[str]) -> Config:
-    """Applies `a.b=value` strings in order. Raises ValueError for a bad value or an unknown key, naming the nearest."""
+def override(config: Config, assignments: Iterable[str]) -> Config:
+    """Applies `a.b=value` assignments in order.
+
+    Args:
+        config: The config, which is not changed.
+        assignments: Values of `--set`.
+
+    Returns:
+        A new config.
+
+    Raises:
+        ValueError: An assignment has no "=", its key is unknown (the message has the nearest key),
+            or its value does not have the type of the field.
+    """
     known = dotted_keys(config)
     for text in assignments:
         key, equals, value = text.partition("=")
@@ -155,52 +192,58 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
             raise ValueError(
                 f"--set {shorten(redact(text))!r}: expected KEY=VALUE, for example --set mesh.ep=2"
             )
-        if key not in known:  # whose value is not repeated, for it may be a password
+        if key not in known:  # the message omits the value, which may be a password
             raise ValueError(f"--set: no field {shorten(redact(key))!r}; {nearest_key(key, known)}")
         config = _replace(config, key.split("."), _parse(key, value, known[key]))
     return config
 
 
-def keys_of(assignments: typing.Iterable[str]) -> frozenset[str]:
-    """Returns the dotted keys of `a.b=value` strings."""
+def keys_of(assignments: Iterable[str]) -> frozenset[str]:
+    """Returns the dotted keys of `a.b=value` assignments."""
     return frozenset(text.partition("=")[0] for text in assignments)
 
 
-def fit_groups(config: Config, explicit: typing.Collection[str]) -> tuple[Config, list[str]]:
-    """Makes groups of samples that do not divide the batch smaller, except for those that the user has set.
+def fit_groups(config: Config, explicit: Collection[str]) -> tuple[Config, list[str]]:
+    """Reduces group sizes that do not divide the batch, except those that the user has set.
 
-    The layout has no part in it: the groups follow from `batch.global_batch_size` alone.
+    The result depends on `batch.global_batch_size` alone, not on the layout.
 
     Args:
-        config: A config.
+        config: The config.
         explicit: Dotted keys that the user has set.
 
     Returns:
-        The config, and a note about each field that was changed.
+        The config, with each such group size reduced to the largest divisor of the batch size below
+        it, and a note about each changed field.
     """
-    samples, notes = config.batch.global_batch_size, []
+    batch_size = config.batch.global_batch_size
+    notes: list[str] = []
     for key in ("batch.balance_loss_group_size", "batch.capacity_group_size"):
-        group = value_of(config, key)
-        if key not in explicit and group and samples > 0 and samples % group:
-            fits = max(size for size in range(1, group) if samples % size == 0)
-            config = override(config, [f"{key}={fits}"])
+        size = value_of(config, key)
+        if key not in explicit and size and batch_size > 0 and batch_size % size:
+            divisor = max(d for d in range(1, size) if batch_size % d == 0)
+            config = override(config, [f"{key}={divisor}"])
             notes.append(
-                f"{key}={fits}, for it divides batch.global_batch_size={samples} (the config has {group})"
+                f"{key}={divisor}, a divisor of batch.global_batch_size={batch_size} "
+                f"(the config has {size})"
             )
     return config, notes
 
 
-def _replace(node: Any, path: list[str], value: Any) -> Any:
-    child = value if len(path) == 1 else _replace(getattr(node, path[0]), path[1:], value)
-    return dataclasses.replace(node, **{path[0]: child})
+def _replace(section: Any, path: list[str], value: Any) -> Any:
+    """Returns a copy of a section with one field, at `path`, replaced."""
+    name, *rest = path
+    if rest:
+        value = _replace(getattr(section, name), rest, value)
+    return dataclasses.replace(section, **{name: value})
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:
-    """`text` from a command line as a value of type `kind`."""
+    """Converts the text of an assignment to a field's type."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if types.NoneType in options and text.lower() in ("none", "null"):
         return None
-    (plain,) = [k for k in options if k is not types.NoneType]
+    (plain,) = [option for option in options if option is not types.NoneType]
     try:
         return {"true": True, "false": False}[text.lower()] if plain is bool else plain(text)
     except (KeyError, ValueError):
@@ -210,43 +253,54 @@ def _parse(key: str, text: str, kind: Any) -> Any:
 
 
 def _expected(kind: Any) -> str:
-    """Returns what a value of type `kind` looks like, for use in a message."""
-    return " or ".join(
-        EXAMPLES.get(option, str(option)) for option in typing.get_args(kind) or (kind,)
-    )
+    """Returns how a value of this type is written, for an error message."""
+    options = typing.get_args(kind) or (kind,)
+    return " or ".join(EXAMPLES.get(option, str(option)) for option in options)
 
 
 def to_json(config: Config) -> str:
+    """Returns a config as JSON text, one object per section."""
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def from_json(text: str) -> Config:
-    """Returns the config of a text that `to_json` made.
+    """Reads a config from the text of `to_json`.
+
+    Args:
+        text: A JSON object. Missing fields take their defaults.
+
+    Returns:
+        The config, not yet checked by `check_config`.
 
     Raises:
-        ValueError: The text is no config, or a value is not of its field's type; the error names the field.
+        ValueError: The text is no JSON object, a key is unknown, or a value does not have the type
+            of its field, whose dotted key is in the message.
     """
     try:
         values = json.loads(text)
     except RecursionError:
-        raise ValueError("config: JSON that is nested too deep") from None
+        raise ValueError("config: the JSON is nested too deep") from None
     return _build(Config, values, "")
 
 
 def _build(cls: Any, values: Any, prefix: str) -> Any:
+    """Creates a section from a JSON object; `prefix` is the section's key with a dot."""
     if not isinstance(values, dict):
         raise ValueError(
-            f"config: {prefix.rstrip('.') or 'the whole'} is {shorten(repr(values))}, expected an object"
+            f"config: {prefix.rstrip('.') or 'the file'} is {shorten(repr(values))}, "
+            f"expected an object"
         )
-    hints, fields = _hints(cls), {}
+    hints = _hints(cls)
+    fields: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"config: no field {prefix + name!r}; {nearest(name, hints)}")
         kind = hints[name]
-        sections = [k for k in typing.get_args(kind) or (kind,) if dataclasses.is_dataclass(k)]
+        options = typing.get_args(kind) or (kind,)
+        sections = [option for option in options if dataclasses.is_dataclass(option)]
         if sections:
-            value = _build(_section(sections, value), value, f"{prefix}{name}.")
-        elif not _is_of(value, kind):
+            value = _build(_matching_section(sections, value), value, f"{prefix}{name}.")
+        elif not _has_type(value, kind):
             raise ValueError(
                 f"config: {prefix}{name}={shorten(repr(value))}, expected {_expected(kind)}"
             )
@@ -257,19 +311,21 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         raise ValueError(f"config: {error}") from None
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    """Returns whether a value of JSON is of a field's type: a whole number is a float as well, and
-    true and false are no numbers."""
+def _has_type(value: Any, kind: Any) -> bool:
+    """Returns whether a JSON value has a field's type.
+
+    A whole number is also a float. Unlike in Python, true and false are no numbers.
+    """
     options = typing.get_args(kind) or (kind,)
     return type(value) in options or (type(value) is int and float in options)
 
 
-def _section(sections: list[Any], values: Any) -> Any:
-    """Of the kinds that a section may be, the one that has the fields of `values`, or else most of them."""
+def _matching_section(sections: list[Any], values: Any) -> Any:
+    """Returns the class that has most of a JSON object's keys; of equals, the smallest one."""
     names = set(values) if isinstance(values, dict) else set()
 
-    def fit(section: Any) -> tuple[int, int]:
+    def score(section: Any) -> tuple[int, int]:
         fields = _hints(section).keys()
         return len(names & fields), -len(fields)
 
-    return max(sections, key=fit)
+    return max(sections, key=score)

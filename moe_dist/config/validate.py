@@ -1,38 +1,50 @@
-"""Checks the fields of a config, each by itself, before any work."""
+"""Checks the fields of a config, each field by itself, before a run does any work."""
 
 from moe_dist.config.messages import nearest, shorten, text_problem
 from moe_dist.config.overrides import dotted_keys, value_of
 from moe_dist.config.redact import has_secret
-from moe_dist.config.schema import BatchConfig, Config, LSTMConfig, MoEConfig, moe_section
-
-EXCHANGES = ("auto", "all_to_all", "dedup_rank", "dedup_node")
-
-
-WIRES = ("same", "bf16")
-
+from moe_dist.config.schema import (
+    BatchConfig,
+    Config,
+    LSTMConfig,
+    MoEConfig,
+    WandbConfig,
+    moe_section,
+)
 
 WANDB_MODES = ("online", "offline", "off")
-CLIP_BY = ("step", "previous")
-DECAYS = ("rsqrt", "cosine")
-ROUTINGS = ("none", "one_expert", "empty_rank", "ragged")
-FAULTS = ("none", "kill", "kill_agent", "stop", "delay", "nan")
-PHASES = (
-    "forward",
-    "backward",
-    "step",
-    "evaluation",
-    "save",
-    "report",
-    "wandb",
-    "counts",
-    "dispatch",
-    "combine",
-)
-MAX_COUNT = 2**31 - 1  # of every number of things: products of a few still fit what counts them
+# The values of each mode, by dotted key. Modes that depend on the model, the task or the data are
+# checked in the module that reads them.
+MODES: dict[str, tuple[str, ...]] = {
+    "mesh.dispatcher": ("auto", "all_to_all", "dedup_rank", "dedup_node"),
+    "mesh.comm_dtype": ("same", "bf16"),
+    "optim.clip_norm_source": ("step", "previous"),
+    "optim.schedule": ("rsqrt", "cosine"),
+    "wandb.mode": WANDB_MODES,
+    "fault_injection.routing": ("none", "one_expert", "empty_rank", "ragged"),
+    "fault_injection.fault": ("none", "kill", "kill_agent", "stop", "delay", "nan"),
+    "fault_injection.phase": (
+        "forward",
+        "backward",
+        "step",
+        "evaluation",
+        "save",
+        "report",
+        "wandb",
+        "counts",
+        "dispatch",
+        "combine",
+    ),
+}
+
+MAX_NAME_LENGTH = 100  # characters of `Config.name`; names of folders begin with it
+MAX_WANDB_NAME_LENGTH = 128  # characters of a project or a group; the limit of wandb's server
+MAX_WANDB_TAG_LENGTH = 64  # characters
+MAX_COUNT = 2**31 - 1  # largest count; the product of a few counts still fits into 64 bits
 MAX_STEPS = 10**8 - 1  # the name of a checkpoint has eight digits
-WEEK = 7 * 24 * 3600  # seconds
-# the least and the most of each number, by the name of its field, which means the same in every
-# section; products of a few of a step's numbers are far from what float32 holds
+WEEK_S = 7 * 24 * 3600
+# Smallest and largest value of each number, by the last part of its key, which has the same meaning
+# in every section. The bounds keep the products of a step's numbers far from the limits of float32.
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**63 - 1),
     # steps
@@ -50,8 +62,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rank": (0, MAX_COUNT),
     "overlap_chunks": (0, 1024),
     "workers": (0, 1024),
-    "timeout_s": (1e-3, WEEK),
-    "seconds": (0, WEEK),
+    "timeout_s": (1e-3, WEEK_S),
+    "seconds": (0, WEEK_S),
     # sizes of the model
     "dim": (1, MAX_COUNT),
     "lstm_units": (1, MAX_COUNT),
@@ -104,106 +116,152 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-MAX_NAME_LENGTH = 100  # characters of `Config.name`, for the names of folders begin with it
-
-
 def check_config(config: Config) -> None:
-    """Checks each field of a config by itself. Whether the parts fit together (a layout, a gate, a
-    DeepSpeed config) is checked where they meet.
+    """Checks each field of a config by itself.
+
+    Combinations of sections (a batch layout, a gate's groups, a DeepSpeed config) are checked in
+    the modules that combine them.
+
+    Args:
+        config: The config.
 
     Raises:
-        ValueError: A number is out of its range (`RANGES`), a text is empty or cannot be a name, a
-            mode is unknown, or a value looks like a password or a key.
+        ValueError: The first field that fails: a number is out of its range (`RANGES`), a text is
+            empty or cannot be a name, a mode is unknown (`MODES`), or a text looks like a password
+            or a key. The message begins with the field's dotted key.
     """
-    if config.name in (".", "..") or "/" in config.name or len(config.name) > MAX_NAME_LENGTH:
-        raise ValueError(
-            f"name={shorten(config.name)!r}: a word of at most {MAX_NAME_LENGTH} characters that can name a "
-            f"folder, for the run folder begins with it"
-        )
+    _check_name(config.name)
     for key in dotted_keys(config):
-        name, value = key.rpartition(".")[2], value_of(config, key)
+        value = value_of(config, key)
         if isinstance(value, str):
-            if has_secret(value):
-                raise ValueError(
-                    f"{key} holds what looks like a password or a key, which would be kept in the run "
-                    f"folder; give it by the environment (HF_TOKEN, WANDB_API_KEY)"
-                )
-            if wrong := text_problem(value):
-                raise ValueError(
-                    f"{key}={shorten(value)!r} {wrong}; give a value, or leave {key} out"
-                )
+            _check_text(key, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            least, most = RANGES[name]
-            if not least <= value <= most:
-                raise ValueError(
-                    f"{key}={shorten(value)}: from {_number(least)} to {_number(most)}"
-                )
-    if (
-        config.save_every % config.log_every
-    ):  # else a resumed run's first line would hold fewer steps
+            _check_number(key, value)
+    _check_intervals(config)
+    _check_modes(config)
+    _check_wandb(config.wandb)
+    _check_seq_len(config)
+    _check_gate(config)
+    _check_optimizer(config)
+
+
+def _check_name(name: str) -> None:
+    """Checks that a folder's name can begin with the name of the run."""
+    if name in (".", "..") or "/" in name or len(name) > MAX_NAME_LENGTH:
         raise ValueError(
-            f"save_every={config.save_every} is not a multiple of log_every={config.log_every}"
-        )
-    for key, known in (
-        ("mesh.dispatcher", EXCHANGES),
-        ("mesh.comm_dtype", WIRES),
-        ("optim.clip_norm_source", CLIP_BY),
-        ("optim.schedule", DECAYS),
-        ("wandb.mode", WANDB_MODES),
-        ("fault_injection.routing", ROUTINGS),
-        ("fault_injection.fault", FAULTS),
-        ("fault_injection.phase", PHASES),
-    ):
-        if (value := value_of(config, key)) not in known:
-            raise ValueError(f"{key}={value!r}; {nearest(value, known)}")
-    labels = config.wandb
-    if labels.project is not None and (
-        not 1 <= len(labels.project) <= 128 or set(labels.project) & set("/\\#?%:")
-    ):
-        raise ValueError(
-            f"wandb.project={labels.project!r:.150}: 1 to 128 characters, none of them / \\ # ? % :"
-        )
-    if labels.group is not None and not 1 <= len(labels.group) <= 128:
-        raise ValueError(f"wandb.group={labels.group!r:.150}: 1 to 128 characters")
-    if labels.tags is not None and not all(
-        1 <= len(tag.strip()) <= 64 for tag in labels.tags.split(",")
-    ):
-        raise ValueError(
-            f"wandb.tags={labels.tags!r:.150}: tags of 1 to 64 characters, with commas between them"
-        )
-    if not isinstance(config.model, LSTMConfig) and config.batch.seq_len != BatchConfig().seq_len:
-        raise ValueError(
-            f"batch.seq_len={config.batch.seq_len}: only a language model has timesteps; leave it out"
-        )
-    experts = moe_section(config)
-    if (
-        experts
-        and isinstance(experts[1], MoEConfig)
-        and experts[1].k == 1
-        and experts[1].num_experts > 1
-    ):
-        raise ValueError(
-            "model.moe.k=1: noisy top-k weights one chosen expert by a softmax over one number, which is "
-            "1 whatever the gate computes, so that the task gives the gate no gradient; use 2 up to "
-            "num_experts (with num_groups: up to the groups, and to the experts of a group), or the "
-            "softmax-then-top-k gate of model.encoder.moe (as in widenet_demo), which learns at k=1"
-        )
-    by_row = isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None
-    if by_row and (config.optim.weight_decay or config.optim.lamb):
-        raise ValueError(
-            "optim.weight_decay and optim.lamb with model.softmax_samples: rows of the vocabulary are updated "
-            "where they are touched alone, and would not decay; do without one of them"
-        )
-    if (
-        config.optim.fuse_expert_update_in_backward
-        and config.optim.max_grad_norm is not None
-        and config.optim.clip_norm_source == "step"
-    ):
-        raise ValueError(
-            "optim.fuse_expert_update_in_backward updates experts before the step's norm is known: optim.clip_norm_source=previous or "
-            "optim.max_grad_norm=none"
+            f"name={shorten(name)!r} cannot begin the name of the run folder; use at most "
+            f'{MAX_NAME_LENGTH} characters without "/", and neither "." nor ".."'
         )
 
 
-def _number(x: float) -> str:
-    return str(x) if isinstance(x, int) else f"{x:g}"
+def _check_text(key: str, text: str) -> None:
+    """Checks that a text is no secret and can be a name or a path."""
+    if has_secret(text):
+        raise ValueError(
+            f"{key} contains something that looks like a password or a key, and the run folder "
+            f"would store it; pass it in the environment instead (HF_TOKEN, WANDB_API_KEY)"
+        )
+    problem = text_problem(text)
+    if problem is not None:
+        raise ValueError(f"{key}={shorten(text)!r} {problem}; give a value, or leave {key} out")
+
+
+def _check_number(key: str, value: float) -> None:
+    """Checks that a number is in its range; NaN is in no range."""
+    least, most = RANGES[key.rpartition(".")[2]]
+    if not least <= value <= most:
+        raise ValueError(
+            f"{key}={shorten(value)} is out of range; "
+            f"use a value from {_format_number(least)} to {_format_number(most)}"
+        )
+
+
+def _check_intervals(config: Config) -> None:
+    """Checks that every checkpoint ends a line of metrics.jsonl.
+
+    Otherwise the first line of a resumed run would be a mean over fewer steps.
+    """
+    if config.save_every % config.log_every:
+        raise ValueError(
+            f"save_every={config.save_every} is not a multiple of log_every={config.log_every}; "
+            f"use a multiple, or set log_every to a divisor of save_every"
+        )
+
+
+def _check_modes(config: Config) -> None:
+    """Checks each mode against its values in `MODES`."""
+    for key, known in MODES.items():
+        value = value_of(config, key)
+        if value not in known:
+            raise ValueError(f"{key}={value!r} is unknown; {nearest(value, known)}")
+
+
+def _check_wandb(labels: WandbConfig) -> None:
+    """Checks the names that wandb's server would refuse in the middle of a run."""
+    if labels.project is not None:
+        forbidden = set(labels.project) & set("/\\#?%:")
+        if forbidden or not 1 <= len(labels.project) <= MAX_WANDB_NAME_LENGTH:
+            raise ValueError(
+                f"wandb.project={labels.project!r:.150} cannot be a project; use 1 to "
+                f"{MAX_WANDB_NAME_LENGTH} characters, and none of / \\ # ? % :"
+            )
+    if labels.group is not None and not 1 <= len(labels.group) <= MAX_WANDB_NAME_LENGTH:
+        raise ValueError(
+            f"wandb.group={labels.group!r:.150} cannot be a group; use 1 to "
+            f"{MAX_WANDB_NAME_LENGTH} characters"
+        )
+    tags = [] if labels.tags is None else labels.tags.split(",")
+    for tag in tags:
+        if not 1 <= len(tag.strip()) <= MAX_WANDB_TAG_LENGTH:
+            raise ValueError(
+                f"wandb.tags={labels.tags!r:.150} has an empty or long tag; use tags of 1 to "
+                f"{MAX_WANDB_TAG_LENGTH} characters with commas between them"
+            )
+
+
+def _check_seq_len(config: Config) -> None:
+    """Checks that only a language model sets its sequence length."""
+    seq_len = config.batch.seq_len
+    if not isinstance(config.model, LSTMConfig) and seq_len != BatchConfig().seq_len:
+        raise ValueError(
+            f"batch.seq_len={seq_len} has no effect: only a language model has timesteps; "
+            f"leave it out"
+        )
+
+
+def _check_gate(config: Config) -> None:
+    """Checks that the task gives a noisy top-k gate a gradient."""
+    section = moe_section(config)
+    if section is None:
+        return
+    _, moe = section
+    if isinstance(moe, MoEConfig) and moe.k == 1 and moe.num_experts > 1:
+        raise ValueError(
+            "model.moe.k=1 gives the gate no gradient: noisy top-k weights one chosen expert by a "
+            "softmax over one number, which is always 1; use 2 to num_experts (with num_groups: 2 "
+            "to the number of groups, and of experts per group), or the softmax-then-top-k gate of "
+            "model.encoder.moe (as in widenet_demo), which learns with k=1"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    """Checks the options of the optimizer that exclude each other."""
+    optim = config.optim
+    sparse_rows = isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None
+    if sparse_rows and (optim.weight_decay or optim.lamb):
+        raise ValueError(
+            "optim.weight_decay and optim.lamb cannot be combined with model.softmax_samples: "
+            "vocabulary rows are updated only in steps that use them, and other rows would not "
+            "decay; leave one of them out"
+        )
+    clips_by_this_step = optim.max_grad_norm is not None and optim.clip_norm_source == "step"
+    if optim.fuse_expert_update_in_backward and clips_by_this_step:
+        raise ValueError(
+            "optim.fuse_expert_update_in_backward updates experts before the norm of the step is "
+            "known; set optim.clip_norm_source=previous or optim.max_grad_norm=none"
+        )
+
+
+def _format_number(value: float) -> str:
+    """Returns an integer in full and a float with six digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from moe_dist.distributed.buffer_pool import pooled_empty
-from moe_dist.distributed.collectives import Label, _call_options
+from moe_dist.distributed.collectives import _call_options
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
 
 
@@ -18,7 +19,7 @@ def all_to_all_rows(
     send_P: list[int],
     receive_P: list[int],
     axis: Axis,
-    label: Label,
+    label: CommLabel,
     comm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Sends `send_P[p]` consecutive rows to rank p and returns the rows received, by sender; differentiable.
@@ -41,7 +42,7 @@ class ChunkedAllToAll:
         self,
         chunks: list[tuple[list[int], list[int]]],
         axis: Axis,
-        label: Label,
+        label: CommLabel,
         comm_dtype: torch.dtype | None = None,
     ) -> None:
         """Of each piece the rows to each rank, and from each. `wire`: a dtype that floating-point rows travel in."""
@@ -49,7 +50,7 @@ class ChunkedAllToAll:
         back = [(receive, send) for send, receive in chunks]
         self.forward_direction, self.backward_direction = (
             _Direction(self),
-            _Direction(self, back, (label[0], f"{label[1]}:grad")),
+            _Direction(self, back, label.backward()),
         )
 
     def scatter(self, x_N: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
@@ -72,7 +73,7 @@ class _Direction:
     """One way across."""
 
     def __init__(
-        self, crossing: ChunkedAllToAll, pieces: Any = None, label: Label | None = None
+        self, crossing: ChunkedAllToAll, pieces: Any = None, label: CommLabel | None = None
     ) -> None:
         self.axis, self.comm_dtype = crossing.axis, crossing.comm_dtype
         self.chunks, self.label = pieces or crossing.chunks, label or crossing.label

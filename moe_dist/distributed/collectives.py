@@ -1,10 +1,7 @@
 """Everything ranks say to each other during a step; the only user of `all_to_all` in the package.
 
-Each exchange call carries a label (site, direction): `site` is the use of a layer, `direction` is "counts",
-"dispatch" or "combine", and ":grad" marks the way back in backward; (module, "rows") labels rows of a vocabulary,
-("experts", "gradients") and ("experts", "weights") what replicas of experts tell each other. Bytes sent to other ranks
-are counted under it, those of a reduction as a ring sends them, the mean of the ranks. Every call is in the `record`
-of the axis, under it or by its name.
+Each call carries a `CommLabel`. Bytes sent to other ranks are counted by its place and direction, those of a reduction
+as a ring sends them, the mean of the ranks. The flight recorder of the axis lists every call under its label.
 
 Legend: N rows sent by this rank, R rows received, E global experts, e experts of this rank, P ranks of the axis.
 """
@@ -17,26 +14,26 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis, Mesh
 
-Label = tuple[int | str, str]
 Group = dist.ProcessGroup
 T = TypeVar("T")
 
 
-def all_to_all_counts(count_E: torch.Tensor, axis: Axis, site: int) -> torch.Tensor:
+def all_to_all_counts(count_E: torch.Tensor, axis: Axis, label: CommLabel) -> torch.Tensor:
     """Tells every rank how many rows it will get for each of its experts. Returns count_Pe (int64), by sender."""
     count_Pe = torch.empty_like(count_E)
-    axis.record_bytes((site, "counts"), [count_E.nbytes // axis.size] * axis.size)
+    axis.record_bytes(label, [count_E.nbytes // axis.size] * axis.size)
     _run_blocking(
         axis,
-        (site, "counts"),
+        label,
         lambda: dist.all_to_all_single(count_Pe, count_E.contiguous(), **_call_options(axis)),
     )
     return count_Pe.view(axis.size, -1)
 
 
-def _run_blocking(axis: Axis, label: Label, start: Callable[[], Any]) -> None:
+def _run_blocking(axis: Axis, label: CommLabel, start: Callable[[], Any]) -> None:
     """One that is waited for at once."""
     axis.flight_recorder.wait_for(axis.flight_recorder.start_call(label, axis.ranks, start))
 
@@ -46,21 +43,21 @@ def _call_options(axis: Axis) -> dict[str, Any]:
     return {"group": axis.group, "async_op": True}
 
 
-def all_reduce_sum(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
+def all_reduce_sum(x: torch.Tensor, axis: Axis, label: CommLabel | None = None) -> torch.Tensor:
     """In-place sum over the ranks of the axis; returns `x`. Not differentiable."""
     return _reduce(x, axis, label, dist.ReduceOp.SUM)
 
 
-def all_reduce_max(x: torch.Tensor, axis: Axis, label: Label | None = None) -> torch.Tensor:
+def all_reduce_max(x: torch.Tensor, axis: Axis, label: CommLabel | None = None) -> torch.Tensor:
     """In place, the largest of each element over the ranks of the axis; returns `x`."""
     return _reduce(x, axis, label, dist.ReduceOp.MAX)
 
 
-def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.Tensor:
+def _reduce(x: torch.Tensor, axis: Axis, label: CommLabel | None, op: Any) -> torch.Tensor:
     if axis.size > 1:
         _run_blocking(
             axis,
-            label or ("all ranks", "sum"),
+            label or CommLabel("all ranks", "sum"),
             lambda: dist.all_reduce(x, op, **_call_options(axis)),
         )
     if label:
@@ -68,14 +65,14 @@ def _reduce(x: torch.Tensor, axis: Axis, label: Label | None, op: Any) -> torch.
     return x
 
 
-def reduce_sum(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
+def reduce_sum(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None:
     """In place on rank `owner` of the axis, the sum over its ranks; on the others `x` is of no use afterwards."""
     if axis.size > 1:
         _run_blocking(axis, label, lambda: dist.reduce(x, group_dst=owner, **_call_options(axis)))
         axis.record_ring_bytes(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
-def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: Label) -> None:
+def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None:
     """In place, the `x` of rank `owner` of the axis, on each of its ranks."""
     if axis.size > 1:
         _run_blocking(
@@ -109,7 +106,7 @@ def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     parts = [torch.empty_like(x) for _ in range(axis.size)]
     _run_blocking(
         axis,
-        ("all ranks", "gather"),
+        CommLabel("all ranks", "gather"),
         lambda: dist.all_gather(parts, x.contiguous(), **_call_options(axis)),
     )
     return torch.cat(parts)

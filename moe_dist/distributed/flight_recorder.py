@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from moe_dist.config.run_folder import make_folder, open_existing
+from moe_dist.distributed.labels import CommLabel
 
 T = TypeVar("T")
 FOLDER_NAME = "calls"
@@ -74,9 +75,6 @@ class FlightRecorder:
 
     rank: int = 0
     size: int = 1  # ranks in all
-    layer_names: dict[int | str, str] = field(
-        default_factory=dict
-    )  # name of the layer at each site
     step: int = 0
     phase: str = "start"
     on_phase: Callable[[str], None] | None = (
@@ -143,7 +141,7 @@ class FlightRecorder:
 
     def start_call(
         self,
-        label: tuple[int | str, str],
+        label: CommLabel,
         peers: tuple[int, ...],
         start: Callable[[], Any],
         send_P: list[int] | None = None,
@@ -159,22 +157,19 @@ class FlightRecorder:
 
     def _begin(
         self,
-        label: tuple[int | str, str],
+        label: CommLabel,
         peers: tuple[int, ...],
         send_P: list[int] | None = None,
         receive_P: list[int] | None = None,
     ) -> CollectiveCall:
         if self.on_phase:
-            self.on_phase(label[1])
+            self.on_phase(label.direction)
         self.num_started += 1
         self.last_progress = self.heartbeat
-        layer = self.layer_names.get(label[0], str(label[0]))
-        site = f" (site {label[0]})" if isinstance(label[0], int) else ""
-        what = f"{label[1].replace(':grad', ' (backward)')} of {layer}{site}, step {self.step}"
         call = CollectiveCall(
             None,
             self.num_started,
-            what,
+            f"{label.describe()}, step {self.step}",
             peers,
             send_P,
             receive_P,
@@ -186,7 +181,7 @@ class FlightRecorder:
 
     def record_blocking_call(
         self,
-        label: tuple[int | str, str],
+        label: CommLabel,
         peers: tuple[int, ...],
         run: Callable[[], T],
         work: Callable[[T], Any],

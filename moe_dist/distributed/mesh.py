@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from moe_dist.distributed import rendezvous_port
 from moe_dist.distributed.batch_layout import check_ep
 from moe_dist.distributed.flight_recorder import FlightRecorder
+from moe_dist.distributed.labels import CommLabel, TrafficKey
 from moe_dist.distributed.launch_env import (
     JOIN_TIMEOUT_VARIABLE,
     _check_number,
@@ -35,30 +36,30 @@ from moe_dist.monitoring.step_timer import StepTimer
 
 @dataclass(frozen=True)
 class Axis:
-    """One group of ranks. `sent` counts bytes sent to other ranks by (site, direction)."""
+    """One group of ranks. `bytes_sent` counts bytes sent to other ranks."""
 
     size: int
     index: int  # of this rank
     group: dist.ProcessGroup
     node_P: tuple[int, ...] = ()  # of each of its ranks; empty where all are in one
-    bytes_sent: Counter = field(default_factory=Counter)
+    bytes_sent: Counter[TrafficKey] = field(default_factory=Counter)
     flight_recorder: FlightRecorder = field(default_factory=FlightRecorder)
     ranks: tuple[int, ...] = ()  # of the world, in the order of the axis
 
-    def record_bytes(self, label: tuple[int | str, str], bytes_P: list[int]) -> None:
+    def record_bytes(self, label: CommLabel, bytes_P: list[int]) -> None:
         """What this rank sends to each, over the links between nodes apart from the others."""
-        self.bytes_sent[label] += 0
+        self.bytes_sent[TrafficKey(label.place, label.direction, inter_node=False)] += 0
         for peer, num_bytes in enumerate(bytes_P):
             if peer != self.index:
                 self._send(label, peer, num_bytes)
 
-    def record_ring_bytes(self, label: tuple[int | str, str], num_bytes: int) -> None:
+    def record_ring_bytes(self, label: CommLabel, num_bytes: int) -> None:
         """What each rank sends to the next one, and the last to the first, where a sum goes round them."""
         self._send(label, (self.index + 1) % self.size, num_bytes)
 
-    def _send(self, label: tuple[int | str, str], peer: int, num_bytes: int) -> None:
-        far = self.node_P and self.node_P[peer] != self.node_P[self.index]
-        self.bytes_sent[label[0], f"{label[1]}_between_nodes" if far else label[1]] += num_bytes
+    def _send(self, label: CommLabel, peer: int, num_bytes: int) -> None:
+        inter_node = bool(self.node_P) and self.node_P[peer] != self.node_P[self.index]
+        self.bytes_sent[TrafficKey(label.place, label.direction, inter_node)] += num_bytes
 
     def split_ranges(self, number: int) -> list[slice]:
         """`number` things in consecutive parts, one for each rank, as `torch.chunk` cuts them: equal but for the last
@@ -87,9 +88,9 @@ class Mesh:
     flight_recorder: FlightRecorder = field(default_factory=FlightRecorder)  # of all its axes
 
     @property
-    def bytes_sent(self) -> Counter:
-        """Bytes that this rank has sent to others, by (site, direction)."""
-        total: Counter = Counter()
+    def bytes_sent(self) -> Counter[TrafficKey]:
+        """Returns the bytes that this rank has sent to other ranks so far, over all axes."""
+        total: Counter[TrafficKey] = Counter()
         for axis in (
             self.ep,
             self.expert_dp,

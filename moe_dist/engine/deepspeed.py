@@ -15,6 +15,7 @@ import torch
 
 from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed.batch_layout import BatchLayout
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.ds_config import compute_dtype
 from moe_dist.engine.parallelize import ParallelModel
@@ -68,7 +69,7 @@ def _record_calls(backend: Any, mesh: Mesh) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             run = partial(method, backend, *args, **kwargs)
             return mesh.flight_recorder.record_blocking_call(
-                ("DeepSpeed", name), mesh.dp.ranks, run, _work
+                CommLabel("DeepSpeed", name), mesh.dp.ranks, run, _work
             )
 
         return call

@@ -3,7 +3,7 @@
   1. every rank keeps the experts, or groups of experts, that the mesh says are its own;
   2. parameters, so far on the meta device, are filled: dense ones keyed by name, experts by name and global id;
   3. each MoE layer gets the exchange of the mesh, and the sums that its balance loss needs;
-  4. gate, exchange and experts of each layer are timed by the mesh's clock, and its record knows their name;
+  4. gate, exchange and experts of each layer are timed by the mesh's clock;
   5. experts, and matrices that are updated by row (`by_row`, large vocabularies), leave the module tree: DeepSpeed
      sees dense parameters only, and `optim` updates all.
 
@@ -19,16 +19,13 @@ from torch import nn
 
 from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed.collectives import StatReducer
-from moe_dist.distributed.flight_recorder import FlightRecorder
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, LocalDispatcher
 from moe_dist.moe.dispatch.deduplicated import per_node, per_rank
 from moe_dist.moe.hierarchical import ExpertGroups, GroupProjection
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.routing import Routing
 from moe_dist.monitoring.step_timer import StepTimer
 from moe_dist.nn.init import init_bounds, init_parameter
-from moe_dist.nn.token_context import TokenContext
 
 DEFAULT = MeshConfig()
 
@@ -70,10 +67,11 @@ def parallelize(
                 module.to(torch.promote_types(dtype, torch.float32))
             kind = gates if isinstance(module, GroupProjection) else experts
             kind |= {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
-        layer.dispatcher = build_dispatcher(mesh, config, layer.gate.num_experts, layer.gate.k)  # 3
+        layer.dispatcher = build_dispatcher(  # 3
+            mesh, config, layer.gate.num_experts, layer.gate.k, name
+        )
         layer.stat_reducer = StatReducer(mesh)
         time_layer(layer, name, mesh.step_timer)  # 4
-        layer.dispatcher = _named(layer.dispatcher, name, mesh.flight_recorder)
         layer.__dict__["experts"] = layer._modules.pop(
             "experts"
         )  # 5: an attribute, no longer a submodule
@@ -91,42 +89,34 @@ def parallelize(
 def time_layer(layer: MoE, name: str, clock: StepTimer) -> None:
     """Its gate, exchange and experts, and those inside of groups of experts, become ranges of the clock."""
     layer.gate.forward = clock.timed("gate", layer.gate.forward, f"gate {name}")
-    layer.dispatcher = clock.timed("exchange", layer.dispatcher, f"exchange {name}")
+    layer.dispatcher = clock.timed("dispatch", layer.dispatcher, f"dispatch {name}")
     experts = layer.experts
     if isinstance(experts, ExpertGroups):
         experts.run_groups = clock.timed("gate", experts.run_groups, f"gates of groups {name}")  # type: ignore[method-assign]
         experts.dispatcher = clock.timed(
-            "exchange", experts.dispatcher, f"exchange in groups {name}"
+            "dispatch", experts.dispatcher, f"dispatch in groups {name}"
         )  # type: ignore
         experts = experts.experts
     each = "run_experts" if hasattr(experts, "split_experts") else "forward"  # of a piece
     setattr(experts, each, clock.timed("experts", getattr(experts, each), f"experts {name}"))
 
 
-def _named(exchange: Any, name: str, record: FlightRecorder) -> Any:
-    def named(
-        x_TD: torch.Tensor, routing: Routing, experts: Any, ctx: TokenContext
-    ) -> tuple[torch.Tensor, Any]:
-        record.layer_names[ctx.layer_call] = name
-        return exchange(x_TD, routing, experts, ctx)
-
-    return named
-
-
-def build_dispatcher(mesh: Mesh, config: MeshConfig, num_experts: int, k: int) -> Any:
-    """The exchange that is configured, for k of `num_experts` experts, or groups, of a token. Raises ValueError where
-    the mesh cannot have it."""
+def build_dispatcher(
+    mesh: Mesh, config: MeshConfig, num_experts: int, k: int, layer_name: str = "moe"
+) -> Any:
+    """The exchange that is configured, for k of `num_experts` experts, or groups, of a token. `layer_name`: in the
+    labels of its collectives. Raises ValueError where the mesh cannot have it."""
     kind = dispatcher_kind(config.dispatcher, num_experts, k, mesh.ep.size, mesh.ranks_per_node)
     wire = torch.bfloat16 if config.comm_dtype == "bf16" else None
     pieces = num_overlap_chunks(config, crosses_nodes=bool(mesh.ep.node_P))
     if kind == "local":
         return LocalDispatcher()
     if kind == "all_to_all":
-        return AllToAllDispatcher(mesh.ep, pieces, wire)
+        return AllToAllDispatcher(mesh.ep, pieces, wire, layer_name)
     if kind == "dedup_rank":
-        return per_rank(mesh.ep, wire, pieces > 0)
+        return per_rank(mesh.ep, wire, pieces > 0, layer_name)
     assert mesh.intra_node
-    return per_node(mesh.ep, mesh.intra_node, wire, pieces > 0)
+    return per_node(mesh.ep, mesh.intra_node, wire, pieces > 0, layer_name)
 
 
 def dispatcher_kind(asked: str, num_experts: int, k: int, ranks: int, per_node: int) -> str:

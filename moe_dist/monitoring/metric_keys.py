@@ -1,4 +1,18 @@
-"""Names of metrics that several parts of the trainer share."""
+"""Names of the metrics in `metrics.jsonl` and in wandb, with the functions that build and parse them.
+
+    SPLIT/MEASURE                  a measure of the task, such as `train/loss` or `valid/perplexity`
+    train/...                      balance loss, learning rate, gradient norm, skipped steps, source of a NaN
+    throughput/UNIT_per_sec        tokens, images or texts per second, summed over all ranks
+    throughput/tflops_per_device   TFLOPS
+    time/PART_ms                   milliseconds per step, one key per part in `step_timer.PARTS`
+    memory/peak_bytes_by_rank      list with one entry per rank; `memory/max_peak_bytes` is its maximum
+    moe/LAYER/STATISTIC            load balance of an MoE layer, see `training.metric_accumulator`
+    comm/PLACE/DIRECTION/LINK      bytes sent per step by all ranks; LINK is `intra_node_bytes` or
+                                   `inter_node_bytes`, PLACE is a layer or a group of parameters
+    norms/...                      divergence of the LayerNorms of blocks
+
+Legend: n lines.
+"""
 
 import re
 
@@ -6,31 +20,137 @@ import numpy as np
 
 from moe_dist.monitoring.step_timer import PARTS
 
-LINK_KINDS = ("inside a node", "between nodes")  # over which bytes go
-_MOST_BYTES = 1e30  # of one direction in a step; a number above it is damage
+BALANCE_LOSS = "train/balance_loss"
+LEARNING_RATE = "train/lr"
+GRAD_NORM = "train/grad_norm"
+SKIPPED_STEPS = "train/skipped_steps"
+NONFINITE_SOURCE = "train/nonfinite_source"
+TFLOPS_PER_DEVICE = "throughput/tflops_per_device"
+PEAK_BYTES_BY_RANK = "memory/peak_bytes_by_rank"
+MAX_PEAK_BYTES = "memory/max_peak_bytes"
+NORMS_PREFIX = "norms/"
+
+# statistics of an MoE layer, for `layer_key`
+IMPORTANCE_PER_EXPERT = "importance_per_expert"
+TOKENS_PER_EXPERT = "tokens_per_expert"
+IMPORTANCE_CV = "importance_cv"
+LOAD_CV = "load_cv"
+LOAD_MAX = "load_max_over_mean"
+DEAD_EXPERTS = "dead_experts"
+DROPPED = "dropped"
+DROP_RATE = "drop_rate"
+LOAD_PERCENTILES = (10, 50, 90)
+
+# keys whose value is a list: of experts, and of ranks
+PER_EXPERT_SUFFIXES = (f"/{IMPORTANCE_PER_EXPERT}", f"/{TOKENS_PER_EXPERT}")
+LIST_SUFFIXES = (*PER_EXPERT_SUFFIXES, PEAK_BYTES_BY_RANK)
+TEXT_KEYS = (NONFINITE_SOURCE,)
+
+# `wandb_charts` draws several of these keys in one chart, so wandb hides their own panels
+WANDB_HIDDEN = re.compile(r"moe/.+/load_p\d+_over_mean|comm/.+_bytes")
+
+INTRA_NODE = "inside a node"
+INTER_NODE = "between nodes"
+LINK_KINDS = (INTRA_NODE, INTER_NODE)
+DISPATCH_DIRECTIONS = (
+    "counts",
+    "dispatch",
+    "combine",
+    "dispatch (backward)",
+    "combine (backward)",
+)
+
+_THROUGHPUT_KEY = re.compile(r"throughput/(.+)_per_sec")
+_BYTES_KEY = re.compile(r"comm/(.+)/([^/]+)/(intra|inter)_node_bytes")
+_MAX_BYTES = 1e30  # per step and direction; a larger number is damage
 
 
-_BYTES_KEY = re.compile(r"exchange/(.+)/(.+)_bytes")
+def throughput_key(unit: str) -> str:
+    """Returns the key of the units ("tokens", "images", "texts") processed per second."""
+    return f"throughput/{unit}_per_sec"
+
+
+def throughput_unit(lines: list[dict]) -> str:
+    """Returns the unit of the first throughput key in the lines ("tokens" if there is none)."""
+    for line in lines:
+        for key in line:
+            match = _THROUGHPUT_KEY.fullmatch(key)
+            if match:
+                return match[1]
+    return "tokens"
+
+
+def time_key(part: str) -> str:
+    """Returns the key of the milliseconds per step of one of `step_timer.PARTS`."""
+    return f"time/{part}_ms"
+
+
+def layer_key(layer: str, statistic: str) -> str:
+    """Returns the key of one statistic of an MoE layer."""
+    return f"moe/{layer}/{statistic}"
+
+
+def load_percentile(percent: int) -> str:
+    """Returns the statistic "percentile of the experts' loads, divided by the mean load"."""
+    return f"load_p{percent}_over_mean"
+
+
+def layers_with(lines: list[dict], statistic: str) -> list[str]:
+    """Returns the names of the MoE layers for which some line has `statistic`, in file order."""
+    pattern = re.compile(layer_key("(.+)", statistic))
+    layers: dict[str, None] = {}
+    for line in lines:
+        for key in line:
+            match = pattern.fullmatch(key)
+            if match:
+                layers[match[1]] = None
+    return list(layers)
+
+
+def bytes_key(place: str, direction: str, inter_node: bool) -> str:
+    """Returns the key of the bytes that one kind of collective sends.
+
+    Args:
+        place: Name of the layer, the module or the kind of parameter.
+        direction: Kind and direction of the data, as in "dispatch" or "dispatch_backward".
+        inter_node: True for bytes that leave the node.
+    """
+    link = "inter" if inter_node else "intra"
+    return f"comm/{place}/{direction}/{link}_node_bytes"
 
 
 def step_milliseconds(line: dict) -> float | None:
-    """Of all parts together; None where the line does not tell them."""
-    keys = [f"time/{part}_ms" for part in PARTS]
-    return sum(line[key] for key in keys) if all(key in line for key in keys) else None
+    """Returns the milliseconds of a step, summed over its parts; None if the line lacks a part."""
+    keys = [time_key(part) for part in PARTS]
+    if not all(key in line for key in keys):
+        return None
+    return sum(line[key] for key in keys)
 
 
 def bytes_sent_series(
     lines: list[dict],
 ) -> tuple[list[dict], dict[tuple[str, str, str], np.ndarray]]:
-    """The lines that tell of bytes sent, and by (direction, link, place) those of a step of each of them, over all
-    ranks."""
-    keys = {key: match for line in lines for key in line if (match := _BYTES_KEY.fullmatch(key))}
-    having = [line for line in lines if not keys.keys().isdisjoint(line)]
+    """Extracts the bytes sent per step by all ranks.
+
+    Args:
+        lines: Lines of a metrics file.
+
+    Returns:
+        (n lines that contain such a key, bytes by (direction, link, place)). The bytes have shape
+        [n]; a missing or damaged number counts as 0.
+    """
+    matches: dict[str, re.Match[str]] = {}
+    for line in lines:
+        for key in line:
+            match = _BYTES_KEY.fullmatch(key)
+            if match:
+                matches[key] = match
+    lines_with_bytes = [line for line in lines if not matches.keys().isdisjoint(line)]
     sent: dict[tuple[str, str, str], np.ndarray] = {}
-    for key, match in keys.items():
-        direction, far, _ = match[2].partition("_between_nodes")
-        label = (direction.replace(":grad", " (backward)"), LINK_KINDS[bool(far)], match[1])
-        values = np.array([line.get(key, 0.0) for line in having], dtype=float)
-        values = np.where(np.abs(values) < _MOST_BYTES, values, 0.0)
-        sent[label] = sent.get(label, 0) + values
-    return having, sent
+    for key, match in matches.items():
+        place, direction, link = match.groups()
+        direction = direction.replace("_backward", " (backward)")
+        label = (direction, INTER_NODE if link == "inter" else INTRA_NODE, place)
+        bytes_n = np.array([line.get(key, 0.0) for line in lines_with_bytes], dtype=float)
+        sent[label] = np.where(np.abs(bytes_n) < _MAX_BYTES, bytes_n, 0.0)
+    return lines_with_bytes, sent

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from moe_dist.config import run_folder
+from moe_dist.monitoring.metric_keys import LIST_SUFFIXES, PER_EXPERT_SUFFIXES, TEXT_KEYS
 
 FILE_NAME = "metrics.jsonl"
-_PER_EXPERT = ("/importance", "/load")  # keys of lists end with one of these
-_LISTS = (*_PER_EXPERT, "memory/peak_bytes")
-_TEXTS = ("train/not_finite",)
 _MOST_STEPS = 10**9
 _LONGEST_KEY = 200  # characters: pictures are named by layers
 
@@ -39,7 +37,9 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
             raise ValueError(f"{path} line {number} {values}: mend or remove it")
         for key, value in values.items():
             # of memory there is a number for each rank, and a run may go on with others
-            if key.endswith(_PER_EXPERT) and len(value) != experts.setdefault(key, len(value)):
+            if key.endswith(PER_EXPERT_SUFFIXES) and len(value) != experts.setdefault(
+                key, len(value)
+            ):
                 told = (
                     f"has {len(value)} numbers in {key!r}, where an earlier line has {experts[key]}"
                 )
@@ -78,11 +78,11 @@ def _is_valid_entry(key: str, value: Any) -> bool:
     """Returns whether a line may hold `value` as its `key`."""
     if not (key.isprintable() and len(key) <= _LONGEST_KEY):
         return False
-    if key.endswith(_LISTS):
+    if key.endswith(LIST_SUFFIXES):
         return (
             isinstance(value, list) and len(value) > 0 and all(_is_number(each) for each in value)
         )
-    return isinstance(value, str) and value.isprintable() if key in _TEXTS else _is_number(value)
+    return isinstance(value, str) and value.isprintable() if key in TEXT_KEYS else _is_number(value)
 
 
 def _is_number(value: Any) -> bool:

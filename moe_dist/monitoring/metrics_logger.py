@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moe_dist.config import run_folder
 from moe_dist.monitoring.metric_format import format_metric, primary_metric
+from moe_dist.monitoring.metric_keys import throughput_key, throughput_unit
 from moe_dist.monitoring.metrics_file import (
     FILE_NAME,
     as_json,
@@ -200,9 +201,10 @@ def _headline(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "loss", _number("loss", values["train/loss"])
     if measure := primary_metric(values, "train"):
         yield measure, _number(measure, values[f"train/{measure}"])
-    for unit in ("words", "images", "texts"):
-        if (key := f"{unit}_per_second") in values:
-            yield f"{unit}/s", _number(key, values[key])
+    unit = throughput_unit([dict(values)])
+    speed = values.get(throughput_key(unit))
+    if speed is not None:
+        yield f"{unit}/s", _number("", speed)
     if measure := primary_metric(values, "valid"):
         yield "valid", _number(measure, values[f"valid/{measure}"])
 

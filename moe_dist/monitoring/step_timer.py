@@ -4,7 +4,7 @@ At each moment the innermost range that has begun is running; what is in none of
 add up to the step. Each comprises its forward, its backward, and what backward computes again for it:
 
   gate       scores, noise, choice and capacity; in a hierarchical layer the gates of its groups too
-  exchange   rows and weights on their way to the experts and back: counts, sorting, copies, calls to other ranks, and
+  dispatch   rows and weights on their way to the experts and back: counts, sorting, copies, calls to other ranks, and
              the wait there for a rank that comes later
   experts    what the experts compute and copy for it, and the gradients of their weights on this rank
   optimizer  gradients of experts and rows summed over ranks, the norm, the update, and what ZeRO does around it
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-PARTS = ("gate", "exchange", "experts", "optimizer", "rest")
+PARTS = ("gate", "dispatch", "experts", "optimizer", "rest")
 
 
 class StepTimer:

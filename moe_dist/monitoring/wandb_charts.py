@@ -1,17 +1,23 @@
 """The layout of a run's panels in wandb, as code; needs nothing but wandb itself, and works offline.
 
 wandb gives each key a panel, in a section named by what is before its first slash: train, valid, test, time (of a step
-by part), memory, moe (load histograms and balance), exchange, report (pictures, and the page of the run). What reads
+by part), memory, moe (load histograms and balance), comm (bytes sent), report (pictures, and the page of the run). What reads
 better together is hidden there (`metrics.HIDDEN`) and drawn in section "charts", several series on the same axes, of
 the whole run so far, whenever pictures are drawn.
 """
 
-import re
 from typing import Any
 
 import numpy as np
 
-from moe_dist.monitoring.metric_keys import bytes_sent_series, step_milliseconds
+from moe_dist.monitoring.metric_keys import (
+    TOKENS_PER_EXPERT,
+    bytes_sent_series,
+    layer_key,
+    layers_with,
+    step_milliseconds,
+    time_key,
+)
 from moe_dist.monitoring.step_timer import PARTS
 
 _POINTS = 500  # most of a series: a chart's table is uploaded whole
@@ -24,10 +30,8 @@ def charts(lines: list[dict]) -> dict[str, Any]:
         "charts/step_time": _chart("milliseconds of a training step by part", *_times(lines)),
         "charts/bytes_by_link": _chart("bytes sent per step by all ranks", *_links(lines)),
     }
-    for layer in dict.fromkeys(
-        m[1] for line in lines for key in line if (m := re.fullmatch(r"moe/(.+)/load", key))
-    ):
-        keys = {what: f"moe/{layer}/{what}_over_mean_load" for what in _LOAD}
+    for layer in layers_with(lines, TOKENS_PER_EXPERT):
+        keys = {what: layer_key(layer, f"load_{what}_over_mean") for what in _LOAD}
         having = [line for line in lines if all(key in line for key in keys.values())]
         series = {what: [line[key] for line in having] for what, key in keys.items()}
         drawn[f"charts/load_{layer}"] = _chart(
@@ -38,7 +42,7 @@ def charts(lines: list[dict]) -> dict[str, Any]:
 
 def _times(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:
     having = [line for line in lines if step_milliseconds(line) is not None]
-    return having, {part: [line[f"time/{part}_ms"] for line in having] for part in PARTS}
+    return having, {part: [line[time_key(part)] for line in having] for part in PARTS}
 
 
 def _links(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:

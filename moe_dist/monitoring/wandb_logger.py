@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 import queue
-import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from moe_dist.config import run_folder
 from moe_dist.config.validate import WANDB_MODES
+from moe_dist.monitoring.metric_keys import WANDB_HIDDEN
 
 INIT_TIMEOUT_S = 15.0
 
@@ -28,9 +28,6 @@ _MODE_ALIASES = {
     "dryrun": "offline",
     "disabled": "off",
 }  # of WANDB_MODE, by other names than ours
-WANDB_HIDDEN = re.compile(
-    r"moe/.+/p\d+_over_mean_load|exchange/.+_bytes"
-)  # in wandb: `panels` draws them together
 
 
 def wandb_mode_of(mode: str) -> str:

@@ -23,9 +23,12 @@ from torch import nn
 from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed.buffer_pool import pooled_empty
 from moe_dist.distributed.collectives import broadcast, reduce_sum
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
 from moe_dist.optim.factored_adam import factored_update, row_and_column_squares
 
+EXPERT_GRADIENTS = CommLabel("experts", "gradients")
+EXPERT_WEIGHTS = CommLabel("experts", "weights")
 FLOAT32_BLOCK = 1024  # elements that add up in float32 without a loss
 
 
@@ -101,7 +104,7 @@ class ShardedExpertParam(MasterParam):
     def reduce(self) -> None:
         """Sums the gradient of each part on its owner."""
         for owner, part in enumerate(self.owner_ranges):
-            reduce_sum(self.gradient()[part], self.replicas, owner, ("experts", "gradients"))
+            reduce_sum(self.gradient()[part], self.replicas, owner, EXPERT_GRADIENTS)
 
     def square(self) -> torch.Tensor:
         """Of the gradient of what this rank owns (float64 scalar)."""
@@ -138,7 +141,7 @@ class ShardedExpertParam(MasterParam):
     def broadcast_from_owners(self, x: torch.Tensor) -> torch.Tensor:
         """Every owner gives the others its part of `x`, in place."""
         for owner, part in enumerate(self.owner_ranges):
-            broadcast(x[part], self.replicas, owner, ("experts", "weights"))
+            broadcast(x[part], self.replicas, owner, EXPERT_WEIGHTS)
         return x
 
     def whole_master(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ from torch import nn
 
 from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed.collectives import all_reduce_max, all_reduce_sum
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
 from moe_dist.optim.expert_state import MasterParam, sum_of_squares
 
@@ -18,7 +19,7 @@ class RowSparseAdam:
 
     def __init__(self, name: str, named: dict[str, nn.Parameter], axis: Axis) -> None:
         """`name`: of the module; `axis`: the ranks that touch rows of their own."""
-        self.name, self.axis, self.label = name, axis, (name, "rows")
+        self.name, self.axis, self.label = name, axis, CommLabel(name, "rows")
         self.named = {name: MasterParam(p) for name, p in named.items()}
         masters = {name: m.master for name, m in self.named.items()}
         self.exp_avg = {name: _untouched_zeros(t) for name, t in masters.items()}

@@ -150,7 +150,7 @@ def rank_cost_on_gpu(
             KERNELS * KERNEL_LAUNCH_S * uses
             + samples * (gate / wide + scores * FLOAT * GATE_PASSES / bandwidth)
         ),
-        "exchange": times * samples * rows * uses * model_dim(config) * width * 8 / bandwidth,
+        "dispatch": times * samples * rows * uses * model_dim(config) * width * 8 / bandwidth,
         "experts": times * (samples * of_experts / rate + here),
         "rest": times * (samples * max(0, whole - of_experts - gate) / rate + 4 * kept / bandwidth)
         + times * KERNEL_LAUNCH_S * KERNELS * sum(each == "dense" for each in kind.values()),
@@ -259,13 +259,13 @@ def dispatch_traffic(
     calls = (2 if kind == "dedup_node" else 1) * layout.grad_accum_steps * uses
     return [
         Traffic(
-            "exchange",
+            "dispatch",
             "dispatch",
             tokens * near * (2 * row + key) + weights[0],
             tokens * far * (2 * row + key) + weights[1],
             calls * (5 + (kind != "all_to_all") + grouped),
         ),
-        Traffic("exchange", "combine", 2 * tokens * near * row, 2 * tokens * far * row, 2 * calls),
+        Traffic("dispatch", "combine", 2 * tokens * near * row, 2 * tokens * far * row, 2 * calls),
     ]
 
 
@@ -388,11 +388,11 @@ def step_seconds(
     kind = dispatcher_of(config, per_node)
     pieces = num_overlap_chunks(config.mesh, crosses_nodes=per_node % config.mesh.ep != 0)
     if kind != "local" and pieces:
-        rows, experts = told["exchange"], told["experts"]
+        rows, experts = told["dispatch"], told["experts"]
         parts = (
             pieces if kind == "all_to_all" and not gate_choices(config)[2] else 1
         )  # rows to groups go in one
-        told["exchange"] -= max(min(rows / 4, experts / 3), min(rows, experts) * (1 - 1 / parts))
+        told["dispatch"] -= max(min(rows / 4, experts / 3), min(rows, experts) * (1 - 1 / parts))
     return told, sent
 
 

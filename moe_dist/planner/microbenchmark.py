@@ -29,6 +29,7 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.batch_layout import BatchLayout, make_batch_layout
 from moe_dist.distributed.chunked_all_to_all import all_to_all_rows
 from moe_dist.distributed.collectives import all_reduce_sum
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.loopback import loopback_mesh
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.deepspeed import import_deepspeed
@@ -154,7 +155,7 @@ def calibrate(
         own = _rank_cost(at, layout, _shrink_experts(fits[like], like), ran[like])
         calls = _calls_by_part(at, layout, per_node)
         waits = {part: each * calls[part] for part, each in added[stage].seconds.items()}
-        waits["exchange"] = waited - calls["exchange"] * rows.latency if calls["exchange"] else 0.0
+        waits["dispatch"] = waited - calls["dispatch"] * rows.latency if calls["dispatch"] else 0.0
         owns[ep, stage] = RankCost(
             _sum_by_key(own.seconds, waits), _sum_by_key(own.bytes, added[stage].bytes)
         )
@@ -178,7 +179,7 @@ def _wait_overhead(one: Config, echo: int, ran: Ran, ranks: int) -> float:
     """Seconds that a world of `ranks` waits in a step where each sends rows to itself when all are there."""
     many = override(one, [f"batch.global_batch_size={one.batch.global_batch_size * ranks}"])
     by_rank = run_distributed(run_short_training, ranks, many, echo, 0, True, timeout=600)
-    return max(each["seconds"]["exchange"] for each in by_rank) - ran["seconds"]["exchange"]
+    return max(each["seconds"]["dispatch"] for each in by_rank) - ran["seconds"]["dispatch"]
 
 
 def _zero_stage_overhead(
@@ -288,7 +289,7 @@ def benchmark_collectives(ranks: int) -> tuple[Link, Link]:
 
     def rows(x: torch.Tensor) -> Any:
         each = [len(x) // ranks] * ranks
-        return all_to_all_rows(x, each, each, axis, ("plan", "rows"))
+        return all_to_all_rows(x, each, each, axis, CommLabel("plan", "rows"))
 
     links = []
     for do, sent in (

@@ -218,13 +218,13 @@ _SECTIONS: dict[
     "Load of experts": (("load_", "balance_"), "", None),
     "Time of a step": (
         ("step_time", "speed"),
-        "Each part with its forward and its backward. Exchange: rows on their way to the experts and back, and "
+        "Each part with its forward and its backward. Dispatch: rows on their way to the experts and back, and "
         "the wait for slower ranks there. Optimizer: gradients of experts summed over ranks, norm, update, and "
         "what ZeRO does around it. Rest: data, other layers, loss, and dense gradients summed over ranks.",
         step_time_rows,
     ),
     "Bytes by link": (
-        ("exchange",),
+        ("traffic",),
         "Rows of the exchange, and of experts and vocabularies the gradients and weights; dense gradients, which "
         "DeepSpeed sends, are not counted.",
         traffic_rows,

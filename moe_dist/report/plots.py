@@ -18,13 +18,32 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from moe_dist.monitoring.metric_format import METRIC_FORMATS, byte_unit, format_metric
-from moe_dist.monitoring.metric_keys import bytes_sent_series, step_milliseconds
+from moe_dist.monitoring.metric_keys import (
+    DEAD_EXPERTS,
+    DROP_RATE,
+    GRAD_NORM,
+    IMPORTANCE_CV,
+    LEARNING_RATE,
+    LOAD_CV,
+    LOAD_MAX,
+    NORMS_PREFIX,
+    PEAK_BYTES_BY_RANK,
+    SKIPPED_STEPS,
+    TFLOPS_PER_DEVICE,
+    TOKENS_PER_EXPERT,
+    bytes_sent_series,
+    layer_key,
+    layers_with,
+    load_percentile,
+    step_milliseconds,
+    throughput_key,
+    throughput_unit,
+    time_key,
+)
 from moe_dist.monitoring.step_timer import PARTS
-from moe_dist.report.run_summary import throughput_unit
 
 matplotlib.rcParams["text.parse_math"] = False  # a run may be named with a $
 
-_LOAD_KEY = re.compile(r"moe/(.+)/load")
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
 _MOST = 1e30  # of what is drawn
 _COLUMNS, _ROWS = (
@@ -62,7 +81,7 @@ def all_plots(lines: list[dict], name: str) -> dict[str, Figure]:
         "step_time": _step_time(lines, name),
         "speed": _speed(lines, name),
         "optimizer": _optimizer(lines, name),
-        "exchange": _exchange(lines, name),
+        "traffic": _traffic(lines, name),
         "memory": _memory(lines, name),
     }
     return {stem: figure for stem, figure in drawn.items() if figure}
@@ -92,13 +111,13 @@ def overlay_runs(runs: dict[str, list[dict]]) -> dict[str, Figure]:
                 _plot(axes, lines, f"{split}/{quantity}", color=_color(i), label=label, **style)
         drawn[quantity] = figure
     of_line: dict[str, tuple[str, Callable[[dict], float | None]]] = {
-        f"{unit} per second": ("of all ranks", lambda line: line.get(f"{unit}_per_second")),
+        f"{unit} per second": ("of all ranks", lambda line: line.get(throughput_key(unit))),
         "time of a training step": ("milliseconds", step_milliseconds),
         "largest load of an expert": (
             "/ mean load, worst layer",
-            lambda line: _worst(line, "max_over_mean_load"),
+            lambda line: _worst(line, LOAD_MAX),
         ),
-        "drop rate": ("of assignments, worst layer", lambda line: _worst(line, "drop_rate")),
+        "drop rate": ("of assignments, worst layer", lambda line: _worst(line, DROP_RATE)),
     }
     for title, (ylabel, of) in of_line.items():
         figure, (axes,) = _panels(title, ylabel)
@@ -136,7 +155,8 @@ def _color(i: int) -> Any:
 
 def _worst(line: dict, what: str) -> float | None:
     return max(
-        (value for key, value in line.items() if re.fullmatch(rf"moe/.+/{what}", key)), default=None
+        (value for key, value in line.items() if re.fullmatch(layer_key(".+", what), key)),
+        default=None,
     )
 
 
@@ -153,11 +173,7 @@ def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
 
 
 def _layers(lines: list[dict]) -> list[str]:
-    return list(
-        dict.fromkeys(
-            match[1] for line in lines for key in line if (match := _LOAD_KEY.fullmatch(key))
-        )
-    )
+    return layers_with(lines, TOKENS_PER_EXPERT)
 
 
 def _stem(layer: str) -> str:
@@ -259,7 +275,7 @@ def _load_map(lines: list[dict], layer: str, name: str) -> Figure:
     """The load of each expert relative to the mean over experts. Columns are sums over steps; rows are experts, or
     where they are too many the busiest of each block of neighbours: near the mean everywhere only if all experts are.
     """
-    steps, loads = _series(lines, f"moe/{layer}/load")
+    steps, loads = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))
     num_experts = loads.shape[1]
     spans = np.array_split(np.arange(len(steps)), min(len(steps), _COLUMNS))
     loads = np.stack([loads[span].sum(axis=0) for span in spans], axis=1)  # (E, columns)
@@ -289,9 +305,9 @@ def _load_map(lines: list[dict], layer: str, name: str) -> Figure:
 
 def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
     """How evenly the experts of a layer are used."""
-    if not _has(lines, f"moe/{layer}/cv_load"):
+    if not _has(lines, layer_key(layer, LOAD_CV)):
         return None
-    num_experts = _series(lines, f"moe/{layer}/load")[1].shape[1]
+    num_experts = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))[1].shape[1]
     figure, (cv, load, dead, dropped) = _panels(
         f"{name}: balance of MoE layer {layer}",
         "CV over experts\n(std / mean)",
@@ -302,28 +318,32 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
     _plot(
         cv,
         lines,
-        f"moe/{layer}/cv_importance",
+        layer_key(layer, IMPORTANCE_CV),
         color="tab:green",
         linewidth=4,
         alpha=0.4,
         label="importance",
     )
-    _plot(cv, lines, f"moe/{layer}/cv_load", color="tab:blue", label="load")
-    _plot(load, lines, f"moe/{layer}/max_over_mean_load", color="tab:red", label="largest")
+    _plot(cv, lines, layer_key(layer, LOAD_CV), color="tab:blue", label="load")
+    _plot(load, lines, layer_key(layer, LOAD_MAX), color="tab:red", label="largest")
     for percent, color in _PERCENTILES.items():
         _plot(
             load,
             lines,
-            f"moe/{layer}/p{percent}_over_mean_load",
+            layer_key(layer, load_percentile(percent)),
             color=color,
             label=f"{percent}th percentile",
         )
-    steps, low = _series(lines, f"moe/{layer}/p10_over_mean_load")
+    steps, low = _series(lines, layer_key(layer, load_percentile(10)))
     load.fill_between(
-        steps, low, _series(lines, f"moe/{layer}/p90_over_mean_load")[1], color="gray", alpha=0.2
+        steps,
+        low,
+        _series(lines, layer_key(layer, load_percentile(90)))[1],
+        color="gray",
+        alpha=0.2,
     )
-    _plot(dead, lines, f"moe/{layer}/dead_experts", color="tab:purple")
-    _plot(dropped, lines, f"moe/{layer}/drop_rate", color="tab:brown")
+    _plot(dead, lines, layer_key(layer, DEAD_EXPERTS), color="tab:purple")
+    _plot(dropped, lines, layer_key(layer, DROP_RATE), color="tab:brown")
     for axes in (cv, load):
         axes.legend(**_OUTSIDE)
     _from_zero(cv)
@@ -336,12 +356,12 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
 
 def _norms(lines: list[dict], name: str) -> Figure | None:
     """How far the LayerNorms of blocks have gone apart."""
-    keys = sorted({key for line in lines for key in line if key.startswith("norms/")})
+    keys = sorted({key for line in lines for key in line if key.startswith(NORMS_PREFIX)})
     if not keys:
         return None
     figure, (axes,) = _panels(f"{name}: LayerNorms of blocks", "divergence y over blocks")
     for key in keys:
-        _plot(axes, lines, key, label=key.removeprefix("norms/").replace(".", " norm, "))
+        _plot(axes, lines, key, label=key.removeprefix(NORMS_PREFIX).replace(".", " norm, "))
     axes.legend(**_OUTSIDE)
     _from_zero(axes)
     return figure
@@ -349,15 +369,15 @@ def _norms(lines: list[dict], name: str) -> Figure | None:
 
 def _speed(lines: list[dict], name: str) -> Figure | None:
     unit = throughput_unit(lines)
-    if not _has(lines, f"{unit}_per_second"):
+    if not _has(lines, throughput_key(unit)):
         return None
     figure, (speed, flops) = _panels(
         f"{name}: speed of training steps",
         f"{unit} per second\n(all ranks)",
         "TFLOPS per device\n(10¹² operations / s)",
     )
-    _plot(speed, lines, f"{unit}_per_second", color="tab:blue")
-    _plot(flops, lines, "tflops_per_device", color="tab:green")
+    _plot(speed, lines, throughput_key(unit), color="tab:blue")
+    _plot(flops, lines, TFLOPS_PER_DEVICE, color="tab:green")
     speed.yaxis.set_major_formatter("{x:,.0f}")
     for axes in (speed, flops):
         _from_zero(axes)
@@ -365,28 +385,26 @@ def _speed(lines: list[dict], name: str) -> Figure | None:
 
 
 def _optimizer(lines: list[dict], name: str) -> Figure | None:
-    if not _has(lines, "train/lr"):
+    if not _has(lines, LEARNING_RATE):
         return None
     skipped = (
-        ["skipped steps\n(so far)"]
-        if any(line.get("train/skipped_steps", 0) > 0 for line in lines)
-        else []
+        ["skipped steps\n(so far)"] if any(line.get(SKIPPED_STEPS, 0) > 0 for line in lines) else []
     )
     figure, (lr, norm, *rest) = _panels(
         f"{name}: optimizer", "learning rate", "gradient norm\n(before clipping)", *skipped
     )
-    _plot(lr, lines, "train/lr", color="tab:blue")
+    _plot(lr, lines, LEARNING_RATE, color="tab:blue")
     lr.yaxis.set_major_formatter("{x:g}")
     _from_zero(lr)
-    _plot(norm, lines, "train/grad_norm", color="tab:red")
+    _plot(norm, lines, GRAD_NORM, color="tab:red")
     _log_where_it_helps(norm)
     for axes in rest:
-        _plot(axes, lines, "train/skipped_steps", color="tab:purple")
+        _plot(axes, lines, SKIPPED_STEPS, color="tab:purple")
         _count_from_zero(axes)
     return figure
 
 
-def _exchange(lines: list[dict], name: str) -> Figure | None:
+def _traffic(lines: list[dict], name: str) -> Figure | None:
     """Bytes sent to other ranks, stacked by direction, by link where there are several, and by place likewise: the use
     of a layer, or a matrix of the vocabulary."""
     having, sent = bytes_sent_series(lines)
@@ -412,7 +430,7 @@ def _step_time(lines: list[dict], name: str) -> Figure | None:
     having = [line for line in lines if step_milliseconds(line) is not None]
     if not having:
         return None
-    keys = [f"time/{part}_ms" for part in PARTS]
+    keys = [time_key(part) for part in PARTS]
     figure, (axes,) = _panels(
         f"{name}: time of a training step by part", "milliseconds per step\n(mean of the ranks)"
     )
@@ -429,7 +447,7 @@ def _step_time(lines: list[dict], name: str) -> Figure | None:
 def _memory(lines: list[dict], name: str) -> Figure | None:
     """The most that each rank has held."""
     peaks = [
-        (line["step"], line["memory/peak_bytes"]) for line in lines if "memory/peak_bytes" in line
+        (line["step"], line[PEAK_BYTES_BY_RANK]) for line in lines if PEAK_BYTES_BY_RANK in line
     ]
     if not peaks:
         return None

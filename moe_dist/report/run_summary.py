@@ -19,11 +19,27 @@ from moe_dist.config.overrides import dotted_keys, from_json, value_of
 from moe_dist.config.redact import redact
 from moe_dist.config.run_folder import read, read_json
 from moe_dist.monitoring.metric_format import METRIC_FORMATS, format_bytes, format_metric
-from moe_dist.monitoring.metric_keys import LINK_KINDS, bytes_sent_series
+from moe_dist.monitoring.metric_keys import (
+    DEAD_EXPERTS,
+    DISPATCH_DIRECTIONS,
+    DROP_RATE,
+    LINK_KINDS,
+    LOAD_MAX,
+    MAX_PEAK_BYTES,
+    NONFINITE_SOURCE,
+    PEAK_BYTES_BY_RANK,
+    SKIPPED_STEPS,
+    TFLOPS_PER_DEVICE,
+    bytes_sent_series,
+    layer_key,
+    layers_with,
+    throughput_key,
+    throughput_unit,
+    time_key,
+)
 from moe_dist.monitoring.metrics_file import FILE_NAME, read_metrics
 from moe_dist.monitoring.step_timer import PARTS
 
-_SPEED_KEY = re.compile(r"(.+)_per_second")
 # whole numbers of a layout.json, from 1
 _COUNTS = (
     "world",
@@ -59,10 +75,7 @@ class RunSummary:
 
     def layers(self, what: str) -> list[float]:
         """The newest `what` of each MoE layer."""
-        keys = dict.fromkeys(
-            key for line in self.lines for key in line if re.fullmatch(rf"moe/.+/{what}", key)
-        )
-        return [self.last(key) for key in keys]
+        return [self.last(layer_key(layer, what)) for layer in layers_with(self.lines, what)]
 
 
 def read_run(folder: Path, name: str | None = None) -> RunSummary:
@@ -151,14 +164,6 @@ def _is_count(value: Any, least: int) -> bool:
     return type(value) is int and least <= value < 2**63
 
 
-def throughput_unit(lines: list[dict]) -> str:
-    """What speed counts: "words", "images"."""
-    return next(
-        (match[1] for line in lines for key in line if (match := _SPEED_KEY.fullmatch(key))),
-        "words",
-    )
-
-
 def headline_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     """What it comes to: names and numbers for people, as have the three below."""
     layout = run.layout
@@ -175,23 +180,23 @@ def headline_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     if "num_experts" in layout:
         yield "experts", f"{layout['num_experts']:,}, {layout['experts_per_token']} for each token"
     unit = throughput_unit(run.lines)
-    if (speed := run.median(f"{unit}_per_second")) is not None:
+    if (speed := run.median(throughput_key(unit))) is not None:
         yield f"{unit} per second, median", f"{speed:,.0f}"
-    if (flops := run.median("tflops_per_device")) is not None:
+    if (flops := run.median(TFLOPS_PER_DEVICE)) is not None:
         yield "TFLOPS per device, median", f"{flops:.3g}"
     if parts := _medians(run):
         yield "milliseconds per step, median", f"{sum(parts.values()):,.1f}"
     by_link = _by_link(run)
     if by_link:
         yield "sent per step by all ranks", format_bytes(sum(by_link.values()))
-    if (peak := run.last("memory/largest_peak_bytes")) is not None:
+    if (peak := run.last(MAX_PEAK_BYTES)) is not None:
         yield "memory of the largest rank", format_bytes(peak)
-    if loads := run.layers("max_over_mean_load"):
+    if loads := run.layers(LOAD_MAX):
         yield "largest load over the mean, last", f"{max(loads):.3g}"
-        yield "dead experts, last", f"{sum(run.layers('dead_experts')):.0f}"
-        yield "drop rate, last", f"{100 * max(run.layers('drop_rate')):.2f} %"
-    if skipped := run.last("train/skipped_steps"):
-        where = run.last("train/not_finite")
+        yield "dead experts, last", f"{sum(run.layers(DEAD_EXPERTS)):.0f}"
+        yield "drop rate, last", f"{100 * max(run.layers(DROP_RATE)):.2f} %"
+    if skipped := run.last(SKIPPED_STEPS):
+        where = run.last(NONFINITE_SOURCE)
         yield "skipped steps", f"{skipped:.0f}" + (f" (last: {where})" if where else "")
 
 
@@ -204,7 +209,7 @@ def describe_ranks(layout: dict[str, Any]) -> str:
 
 def _medians(run: RunSummary) -> dict[str, float]:
     """Milliseconds a step by part."""
-    return {part: value for part in PARTS if (value := run.median(f"time/{part}_ms")) is not None}
+    return {part: value for part in PARTS if (value := run.median(time_key(part))) is not None}
 
 
 def step_time_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
@@ -231,16 +236,14 @@ def traffic_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     totals: defaultdict[str, float] = defaultdict(float)
     _, sent = bytes_sent_series(run.lines)
     for (direction, link, place), values in sent.items():
-        what = (
-            direction if place.startswith("site") else f"{place}: {direction}"
-        )  # a site is one use of a layer
+        what = direction if direction in DISPATCH_DIRECTIONS else f"{place}: {direction}"
         totals[f"{what}, {link}"] += float(values.mean())
     yield from ((what, format_bytes(total)) for what, total in totals.items() if total)
 
 
 def memory_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
     """Of a rank."""
-    peak_P = run.last("memory/peak_bytes")
+    peak_P = run.last(PEAK_BYTES_BY_RANK)
     if peak_P is not None:
         yield "measured, largest rank", format_bytes(float(max(peak_P)))
         yield "measured, smallest rank", format_bytes(float(min(peak_P)))

@@ -13,6 +13,7 @@ from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.models.transformer import norm_divergence
 from moe_dist.moe.layer import LayerStats
+from moe_dist.monitoring.metric_keys import NORMS_PREFIX
 from moe_dist.nn.token_context import TokenContext
 
 
@@ -60,7 +61,7 @@ class EncoderTask:
         norms = {
             name: engine.dense_weight(name) for name in engine.names if "encoder.norm_" in name
         }
-        return {f"norms/{name}": value for name, value in norm_divergence(norms).items()}
+        return {f"{NORMS_PREFIX}{name}": value for name, value in norm_divergence(norms).items()}
 
     def save_state(self) -> dict[str, torch.Tensor]:
         return {}

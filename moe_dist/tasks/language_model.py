@@ -45,7 +45,7 @@ class LanguageModel:
 
     model_config: type = LSTMConfig
     data_config: type = TextDataConfig
-    throughput_unit: str = "words"
+    throughput_unit: str = "tokens"
     primary_metric: str = "perplexity"
     test_splits: tuple[str, ...] = ("test",)
     required_metadata: tuple[str, ...] = ("vocabulary",)
@@ -172,11 +172,11 @@ class LanguageModel:
             batch.input_BS, batch.target_BS, self.state[batch.micro], batch.ctx
         )
         self.state[batch.micro] = _anew_where_not_finite(state)
-        sums = {"nll": nll, "words": batch.ctx.valid_T.sum()}
+        sums = {"nll": nll, "tokens": batch.ctx.valid_T.sum()}
         return (nll / total + balance_loss(self.layout, stats)).to(nll.dtype), sums, stats
 
     def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        loss = sums["nll"] / sums["words"]
+        loss = sums["nll"] / sums["tokens"]
         return {"loss": loss, "perplexity": perplexity(loss)}
 
     def eval_batches(self, split: str) -> Iterator[list[LMBatch]]:

@@ -27,7 +27,7 @@ class Task(Protocol):
     model_config: type  # of Config.model
     data_config: type  # of Config.data
     throughput_unit: (
-        str  # what speed counts, one of the sums of `loss`: "words", "images" or "texts"
+        str  # what speed counts, one of the sums of `loss`: "tokens", "images" or "texts"
     )
     primary_metric: str  # the measure that models are compared by, of data of one's own
     test_splits: tuple[str, ...]  # what is evaluated at the end

@@ -2,9 +2,10 @@
 
 The keys of a MoE layer, `moe/LAYER/KEY`, are measured in training only; a "step" is all micro-batches on all ranks:
 
-    cv_importance, cv_load, max_over_mean_load, p10_, p50_, p90_over_mean_load
+    importance_cv, load_cv, load_max_over_mean, load_p10_, load_p50_, load_p90_over_mean
                         the value of each step (as in Table 6 of Shazeer et al. 2017), averaged over the line's steps
-    importance, load    the sum over the steps of the line, by expert
+    importance_per_expert, tokens_per_expert
+                        the sum over the steps of the line, by expert
     dead_experts        experts without a row in all steps of the line
     dropped             assignments over capacity in a step, averaged over the steps of the line
     drop_rate           the part of all assignments of the line that is over capacity
@@ -20,18 +21,38 @@ from typing import Any
 
 import torch
 
-from moe_dist.distributed.collectives import Label, all_reduce_sum
+from moe_dist.distributed.collectives import all_reduce_sum
+from moe_dist.distributed.labels import TrafficKey
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import LayerStats
+from moe_dist.monitoring.metric_keys import (
+    BALANCE_LOSS,
+    DEAD_EXPERTS,
+    DROP_RATE,
+    DROPPED,
+    IMPORTANCE_CV,
+    IMPORTANCE_PER_EXPERT,
+    LOAD_CV,
+    LOAD_MAX,
+    LOAD_PERCENTILES,
+    MAX_PEAK_BYTES,
+    PEAK_BYTES_BY_RANK,
+    TFLOPS_PER_DEVICE,
+    TOKENS_PER_EXPERT,
+    bytes_key,
+    layer_key,
+    load_percentile,
+    throughput_key,
+    time_key,
+)
 
 SUMS = "sums/"  # before the names of a task's
 MOST_PENDING = 2**23  # numbers of steps that are not summed over ranks yet (64 MiB)
-PERCENTILES = (10, 50, 90)
 RATIOS = (
-    "cv_importance",
-    "cv_load",
-    "max_over_mean_load",
-    *(f"p{p}_over_mean_load" for p in PERCENTILES),
+    IMPORTANCE_CV,
+    LOAD_CV,
+    LOAD_MAX,
+    *(load_percentile(percent) for percent in LOAD_PERCENTILES),
 )
 
 
@@ -56,19 +77,18 @@ class MetricAccumulator:
         ] = {}  # importance and load (2, E), summed over ranks and steps
         self.ratios: dict[str, torch.Tensor] = {}  # RATIOS of each layer, summed over steps
         self.steps = 0
-        self.seconds, self.sent = 0.0, Counter[Label]()
+        self.seconds, self.sent = 0.0, Counter[TrafficKey]()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step: counts it, its seconds and those of its parts, and the bytes that it sends, by
-        (site, direction)."""
+        """Around one training step: counts it, its seconds and those of its parts, and the bytes that it sends."""
         start, sent = time.perf_counter(), self.mesh.bytes_sent
         with self.mesh.step_timer.step():
             yield
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        for label, total in self.mesh.bytes_sent.items():
-            self.sent[label] += total - sent[label]
+        for key, total in self.mesh.bytes_sent.items():
+            self.sent[key] += total - sent[key]
         self.pending.append(self.used)
         self.used = {}
         if (
@@ -114,12 +134,9 @@ class MetricAccumulator:
         it.
 
         Of steps also "time/PART_ms", milliseconds a step, the mean of the ranks, for each of `clock.PARTS`, and
-        "memory/peak_bytes", a list by rank (`peak_memory`), with the largest as "memory/largest_peak_bytes".
+        "memory/peak_bytes_by_rank", a list (`peak_memory`), with the largest as "memory/max_peak_bytes".
         """
-        by_name = {
-            f"exchange/{_place(site)}/{direction}_bytes": n
-            for (site, direction), n in self.sent.items()
-        }
+        by_name = {bytes_key(*key): num_bytes for key, num_bytes in self.sent.items()}
         sent = dict(sorted(by_name.items()))  # one order on every rank
         self._sum_pending()
         sums = self.sums | {
@@ -129,7 +146,7 @@ class MetricAccumulator:
         parts: dict[str, float] = {}
         if self.steps:
             parts = {
-                f"time/{part}_ms": 1e3 * seconds
+                time_key(part): 1e3 * seconds
                 for part, seconds in self.mesh.step_timer.read_and_reset().items()
             }
             sums |= {
@@ -138,7 +155,7 @@ class MetricAccumulator:
             }
             memory = torch.zeros(self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
             memory[self.mesh.dp.index] = peak_memory(self.mesh.device)
-            sums["memory/peak_bytes"] = memory  # a place for each rank
+            sums[PEAK_BYTES_BY_RANK] = memory  # a place for each rank
         flat = all_reduce_sum(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
         total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
         of_task = {
@@ -150,18 +167,18 @@ class MetricAccumulator:
         if self.steps:
             unit = self.task.throughput_unit
             per_second = of_task[unit] / self.seconds
-            values[f"{unit}_per_second"] = per_second
+            values[throughput_key(unit)] = per_second
             work = (
                 of_task.get("work", of_task[unit]) / self.seconds
             )  # units of the size that flops are counted for
-            values["tflops_per_device"] = self.flops_per_unit * work / self.mesh.dp.size / 1e12
+            values[TFLOPS_PER_DEVICE] = self.flops_per_unit * work / self.mesh.dp.size / 1e12
             values |= {key: total[key].item() / self.steps for key in sent}
             values |= {key: total[key].item() / self.steps / self.mesh.dp.size for key in parts}
-            values["memory/peak_bytes"] = total["memory/peak_bytes"].tolist()
-            values["memory/largest_peak_bytes"] = total["memory/peak_bytes"].max().item()
+            values[PEAK_BYTES_BY_RANK] = total[PEAK_BYTES_BY_RANK].tolist()
+            values[MAX_PEAK_BYTES] = total[PEAK_BYTES_BY_RANK].max().item()
             if "balance" in total:
                 groups = self.steps * self.task.layout.num_balance_groups
-                values["train/balance_loss"] = total["balance"].item() / groups
+                values[BALANCE_LOSS] = total["balance"].item() / groups
             for name in self.layers:
                 values |= self._layer(name, total[f"{name}/dropped"].item())
         self._clear()
@@ -171,22 +188,17 @@ class MetricAccumulator:
         """Returns the keys of one layer that the head of this file lists. `dropped`: the sum over all steps."""
         importance_E, load_E = self.layers[name].tolist()
         kept = sum(load_E)
-        prefix = f"moe/{name}"
         values: dict[str, float | list[float]] = {
-            f"{prefix}/{key}": value / self.steps
+            layer_key(name, key): value / self.steps
             for key, value in zip(RATIOS, self.ratios[name].tolist(), strict=True)
         }
         return values | {
-            f"{prefix}/dead_experts": load_E.count(0),
-            f"{prefix}/importance": importance_E,
-            f"{prefix}/load": load_E,
-            f"{prefix}/dropped": dropped / self.steps,
-            f"{prefix}/drop_rate": dropped / max(1, dropped + kept),
+            layer_key(name, DEAD_EXPERTS): load_E.count(0),
+            layer_key(name, IMPORTANCE_PER_EXPERT): importance_E,
+            layer_key(name, TOKENS_PER_EXPERT): load_E,
+            layer_key(name, DROPPED): dropped / self.steps,
+            layer_key(name, DROP_RATE): dropped / max(1, dropped + kept),
         }
-
-
-def _place(site: int | str) -> str:
-    return f"site{site}" if isinstance(site, int) else site
 
 
 def peak_memory(device: torch.device) -> int:
@@ -204,6 +216,6 @@ def _ratios(importance_SE: torch.Tensor, load_SE: torch.Tensor) -> torch.Tensor:
         mean_S1 = x_SE.mean(1, keepdim=True)
         shares.append(x_SE / torch.where(mean_S1 > 0, mean_S1, 1))
     importance_SE, load_SE = shares
-    percentiles_PS = load_SE.quantile(load_SE.new_tensor(PERCENTILES) / 100, dim=1)
+    percentiles_PS = load_SE.quantile(load_SE.new_tensor(LOAD_PERCENTILES) / 100, dim=1)
     cv_importance_S, cv_load_S = (share_SE.std(1, correction=0) for share_SE in shares)
     return torch.stack([cv_importance_S, cv_load_S, load_SE.amax(1), *percentiles_PS], 1)

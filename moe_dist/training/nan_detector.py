@@ -21,6 +21,7 @@ from tqdm import tqdm
 from moe_dist.distributed.collectives import all_gather
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import MoE
+from moe_dist.monitoring.metric_keys import NONFINITE_SOURCE
 from moe_dist.optim.optimizer import Optimizer
 
 NOWHERE = 2**31  # a place after all others
@@ -79,7 +80,7 @@ class NonFiniteDetector:
     def read_and_reset(self) -> dict[str, str]:
         """For a line of metrics: where the last step that was skipped since the last reading went wrong."""
         told, self.source = self.source, ""
-        return {"train/not_finite": told} if told else {}
+        return {NONFINITE_SOURCE: told} if told else {}
 
     def _where(self) -> str:
         """The same on every rank."""

@@ -1,6 +1,7 @@
 """Configs and the command line."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from wandb_file import wandb_log
 
 from moe_dist.checkpoint import format as checkpoint_format
 from moe_dist.checkpoint import manifest
-from moe_dist.config import papers
+from moe_dist.config import papers, schema
 from moe_dist.config.overrides import SYNONYMS, dotted_keys, from_json, override, to_json
 from moe_dist.config.schema import Config
 from moe_dist.distributed.batch_layout import BatchLayout
@@ -109,6 +110,16 @@ def test_every_field_can_be_set() -> None:
         "ds_config",
         "zero_stage",
     } <= set(dotted_keys(tiny()))
+
+
+def test_every_field_is_documented_in_order() -> None:
+    """The reference page of the config is made from the `Attributes:` sections."""
+    sections = [each for each in vars(schema).values() if dataclasses.is_dataclass(each)]
+    assert Config in sections and len(sections) == 17
+    for section in sections:
+        _, _, attributes = inspect.getdoc(section).partition("Attributes:\n")
+        documented = re.findall(r"^ {4}(\w+): ", attributes, re.MULTILINE)
+        assert documented == [field.name for field in dataclasses.fields(section)], section
 
 
 def test_layout_by_hand() -> None:
@@ -206,13 +217,14 @@ def test_a_run_leaves_what_it_promises_and_can_be_evaluated(
     assert "<h1>run</h1>" in (run / "report.html").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # at most (importance_loss_weight + load_loss_weight) x CV² of one expert for all, which is num_experts - 1
-    assert lines[0]["tflops_per_device"] > 0
+    assert lines[0]["throughput/tflops_per_device"] > 0
     assert 0 < lines[0]["train/balance_loss"] < 0.2 * 7
-    assert lines[0]["moe/middle/dead_experts"] == lines[0]["moe/middle/load"].count(0)
+    assert lines[0]["moe/middle/dead_experts"] == lines[0]["moe/middle/tokens_per_expert"].count(0)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 20 and losses[-1] < losses[0]
     assert (
-        len(lines[0]["moe/middle/load"]) == 8 and sum(lines[0]["moe/middle/load"]) == 8 * 6 * 2
+        len(lines[0]["moe/middle/tokens_per_expert"]) == 8
+        and sum(lines[0]["moe/middle/tokens_per_expert"]) == 8 * 6 * 2
     )  # samples x words x k
     run_id, config, history = wandb_log(run)
     assert run_id == checkpoint_format.read_state(manifest.require_checkpoints(run)[-1])["wandb_id"]

@@ -137,11 +137,20 @@ def test_every_number_has_a_range() -> None:
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("mesh.timeout_s=1e300", "mesh.timeout_s=1e+300: from 0.001 to 604800"),
-        ("mesh.timeout_s=604801", "mesh.timeout_s=604801.0: from 0.001 to 604800"),
-        ("optim.lr=1e308", "optim.lr=1e+308: from 1e-12 to 1e+06"),
-        ("optim.weight_decay=1e200", "optim.weight_decay=1e+200: from 0 to 1e+06"),
-        ("mesh.ep=0", "mesh.ep=0: from 1 to 2147483647"),
+        (
+            "mesh.timeout_s=1e300",
+            "mesh.timeout_s=1e+300 is out of range; use a value from 0.001 to 604800",
+        ),
+        (
+            "mesh.timeout_s=604801",
+            "mesh.timeout_s=604801.0 is out of range; use a value from 0.001 to 604800",
+        ),
+        ("optim.lr=1e308", "optim.lr=1e+308 is out of range; use a value from 1e-12 to 1e+06"),
+        (
+            "optim.weight_decay=1e200",
+            "optim.weight_decay=1e+200 is out of range; use a value from 0 to 1e+06",
+        ),
+        ("mesh.ep=0", "mesh.ep=0 is out of range; use a value from 1 to 2147483647"),
         (
             "steps=" + "9" * 5000,
             "--set steps="
@@ -150,9 +159,16 @@ def test_every_number_has_a_range() -> None:
             + "9" * 20
             + ": expected a whole number such as 100",
         ),
-        ("steps=" + "9" * 400, "steps=" + "9" * 40 + "[...]" + "9" * 20 + ": from 1 to 99999999"),
+        (
+            "steps=" + "9" * 400,
+            "steps="
+            + "9" * 40
+            + "[...]"
+            + "9" * 20
+            + " is out of range; use a value from 1 to 99999999",
+        ),
         ("name=a\nb", r"name='a\nb' has a character that no name can have, '\n'"),
-        ("name=" + "n" * 101, "a word of at most 100 characters"),
+        ("name=" + "n" * 101, "use at most 100 characters"),
         ("init_from=", "init_from='' is empty"),
         ("baseline=", "baseline='' is empty"),
         ("data.text=", "data.text='' is empty"),

@@ -295,7 +295,7 @@ def test_a_key_is_hidden_and_refused_in_a_config(text: str) -> None:
         f"data.text={text}"
     )
     with pytest.raises(
-        ValueError, match=r"^data.text holds what looks like a password or a key"
+        ValueError, match=r"^data.text contains something that looks like a password or a key"
     ) as error:
         check_config(tiny(f"data.text={text}"))
     assert text not in str(error.value) and "HF_TOKEN" in str(error.value)

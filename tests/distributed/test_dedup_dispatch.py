@@ -58,11 +58,16 @@ def sent(
 ) -> dict[str, Any]:
     before = mesh.bytes_sent
     first = mesh.local_experts(num_experts).start
-    y_TD, _ = build_dispatcher(mesh, MeshConfig(dispatcher=kind), num_experts, 3)(
+    y_TD, _ = build_dispatcher(mesh, MeshConfig(dispatcher=kind), num_experts, 3, "middle")(
         x_TD, routing, Scale(first), context()
     )
     now = mesh.bytes_sent
-    return {"y": y_TD} | {direction: n - before[7, direction] for (_, direction), n in now.items()}
+    assert {key.place for key in now} == {"middle"}
+    result: dict[str, Any] = {"y": y_TD}
+    for key, num_bytes in now.items():
+        link = "_between_nodes" if key.inter_node else ""
+        result[key.direction + link] = num_bytes - before[key]
+    return result
 
 
 def by_hand() -> dict[str, Any]:

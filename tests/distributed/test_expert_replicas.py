@@ -79,9 +79,9 @@ def own(text: str, folder: Path) -> dict[str, Any]:
         config = tiny(*UNEVEN, *sets)
         run = Run(config).steps(0, 1)
         sent = {
-            kind: n
-            for (site, kind), n in run.mesh.expert_dp.bytes_sent.items()
-            if site == "experts"
+            key.direction: num_bytes
+            for key, num_bytes in run.mesh.expert_dp.bytes_sent.items()
+            if key.place == "experts"
         }
         waiting = step_by_hand(run)
         run.steps(1, 2)
@@ -269,7 +269,7 @@ def test_a_second_gradient_in_a_step_is_refused() -> None:
             ["optim.fuse_expert_update_in_backward=true"],
             "optim.clip_norm_source=previous or optim.max_grad_norm=none",
         ),
-        (["optim.clip_norm_source=last"], "optim.clip_norm_source='last'; did you mean"),
+        (["optim.clip_norm_source=last"], "optim.clip_norm_source='last' is unknown; did you mean"),
         (
             [*FREE, "batch.grad_accum_steps=2"],
             "batch.grad_accum_steps=2, but with optim.fuse_expert_update_in_backward",

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from comparisons import deviation
 from reference import relu_experts
 from reference_hierarchical import Gates, HierarchicalLayer, hierarchical_moe, load_h
 from runs import Run, tiny
-from tests.distributed.test_layouts import deviation
-from tests.distributed.test_parity import (
+from torch import nn
+from uneven_batch import (
     DIM,
     HIDDEN,
     LAYOUTS,
@@ -36,8 +37,7 @@ from tests.distributed.test_parity import (
     gathered,
     gradients,
 )
-from tests.distributed.test_parity import NUM_EXPERTS as NUM_GROUPS
-from torch import nn
+from uneven_batch import NUM_EXPERTS as NUM_GROUPS
 
 from moe_dist.config.schema import MeshConfig, OptimConfig
 from moe_dist.distributed import mesh as meshes
@@ -57,6 +57,7 @@ PER_GROUP = 3
 NUM_EXPERTS = NUM_GROUPS * PER_GROUP
 BALANCE = {"importance_loss_weight": 0.3, "load_loss_weight": 0.7}
 SITE = 1  # of the context
+PLACE = "moe"  # of the labels of a dispatcher without a layer name
 
 CASES = {
     "k1": Case(k=1),
@@ -397,15 +398,16 @@ def test_a_token_crosses_once_for_each_chosen_group(
         )  # to other ranks
         sent = result["sent"][case]
         # float64 rows and weights, and two int64 that say where a token stands
-        assert sent.get((SITE, "dispatch"), 0) == rows * (DIM * 8 + 8 + 2 * 8)
-        assert sent.get((SITE, "combine:grad"), 0) == rows * DIM * 8
-        assert sent.get((SITE, "counts"), 0) == (layout.ep - 1) * per_rank * 8
+        assert sent.get((PLACE, "dispatch", False), 0) == rows * (DIM * 8 + 8 + 2 * 8)
+        assert sent.get((PLACE, "combine_backward", False), 0) == rows * DIM * 8
+        assert sent.get((PLACE, "counts", False), 0) == (layout.ep - 1) * per_rank * 8
         assert sent.keys() <= {
-            (SITE, d) for d in ("counts", "dispatch", "dispatch:grad", "combine", "combine:grad")
+            (PLACE, d, False)
+            for d in ("counts", "dispatch", "dispatch_backward", "combine", "combine_backward")
         }
     assert {len(groups) for groups in groups_T} == {0, CASES[case].k}
     if (layout.ep, case) == (2, "k2"):
-        assert sum(r["sent"][case][SITE, "dispatch"] for r in by_rank) > 0
+        assert sum(r["sent"][case][PLACE, "dispatch", False] for r in by_rank) > 0
 
 
 def test_no_rank_holds_a_gate_over_all_experts(ran: tuple[Layout, list[dict[str, Any]]]) -> None:

@@ -15,6 +15,7 @@ from moe_dist.config.overrides import override
 from moe_dist.config.papers import get
 from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.labels import CommLabel, TrafficKey
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.models import sampled_softmax as softmax_module
 from moe_dist.models.sampled_softmax import Softmax, draw_negatives, inclusion_probability
@@ -319,7 +320,7 @@ class Alone:
     size, index, group = 1, 0, None
 
     def __init__(self) -> None:
-        self.sent: dict[Any, int] = {("table", "rows"): 0}
+        self.sent: dict[Any, int] = {CommLabel("table", "rows"): 0}
 
     def record_ring_bytes(self, label: Any, num_bytes: int) -> None:
         self.sent[label] += num_bytes
@@ -486,8 +487,8 @@ def one_large_step(text: str) -> dict[str, int]:
     before = weights.sum(1)
     run.steps(0, 1)
     told = {
-        "embedding": run.mesh.bytes_sent["embedding", "rows"],
-        "softmax": run.mesh.bytes_sent["softmax", "rows"],
+        "embedding": run.mesh.bytes_sent[TrafficKey("embedding", "rows", False)],
+        "softmax": run.mesh.bytes_sent[TrafficKey("softmax", "rows", False)],
         "inputs": len(run.optimizer.row_tables["embedding"].touched_n),
         "outputs": len(table.touched_n),
         "changed": int((weights.sum(1) != before).sum()),

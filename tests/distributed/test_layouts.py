@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import deviation
 from runs import Run, tiny
 
 from moe_dist.distributed import mesh as meshes
@@ -79,12 +80,6 @@ def test_norm_loss_weights_and_bytes_on_every_layout(
         for result in by_rank:
             check_bytes(result[i]["bytes"], one_rank["bytes"], world, ep, zero, where)
             assert result[i]["norms"] == got["norms"], f"one norm on every rank: {where}"
-
-
-def deviation(weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """The largest |difference| / |reference| of a tensor."""
-    assert weights.keys() == reference.keys()
-    return max(((weights[k] - r).norm() / r.norm()).item() for k, r in reference.items())
 
 
 def check_bytes(

@@ -8,6 +8,7 @@ import torch
 from runs import Run, tiny
 
 from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.labels import CommLabel, TrafficKey
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring.step_timer import PARTS
 from moe_dist.training import metric_accumulator as meters
@@ -22,18 +23,23 @@ def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
         assert line["train/loss"] + line["train/balance_loss"] == pytest.approx(total, rel=1e-6)
         assert line["train/balance_loss"] > 1e-4
         # 8 samples of 6 words, 2 experts each
-        assert sum(line["moe/middle/load"]) == 8 * 6 * 2
+        assert sum(line["moe/middle/tokens_per_expert"]) == 8 * 6 * 2
         # on average half of the rows go to the other rank: 48 of 96 rows of 16 float32, there and back, twice
-        for direction in ("dispatch", "combine", "combine:grad"):
-            assert line[f"exchange/site2/{direction}_bytes"] == pytest.approx(48 * 16 * 4, rel=0.4)
+        for direction in ("dispatch", "combine", "combine_backward"):
+            assert line[f"comm/middle/{direction}/intra_node_bytes"] == pytest.approx(
+                48 * 16 * 4, rel=0.4
+            )
         assert (
-            line["exchange/site2/counts_bytes"] == 2 * 2 * 4 * 8
+            line["comm/middle/counts/intra_node_bytes"] == 2 * 2 * 4 * 8
         )  # 2 micro-batches, 2 ranks, 4 counts of 8 bytes
         # each part of the step takes some time, and each of two ranks more than 100 MB for Python and torch alone
         assert all(line[f"time/{part}_ms"] > 0 for part in PARTS)
-        assert len(line["memory/peak_bytes"]) == 2 and min(line["memory/peak_bytes"]) > 1e8
-        assert line["memory/largest_peak_bytes"] == max(line["memory/peak_bytes"])
-        assert sum(line["moe/middle/importance"]) == pytest.approx(8 * 6, rel=1e-6)
+        assert (
+            len(line["memory/peak_bytes_by_rank"]) == 2
+            and min(line["memory/peak_bytes_by_rank"]) > 1e8
+        )
+        assert line["memory/max_peak_bytes"] == max(line["memory/peak_bytes_by_rank"])
+        assert sum(line["moe/middle/importance_per_expert"]) == pytest.approx(8 * 6, rel=1e-6)
 
 
 STEPS = 3
@@ -54,19 +60,19 @@ def test_balance_is_measured_in_each_step_and_then_averaged(small_text: Path) ->
         assert load_SE.sum(1).tolist() == [8 * 6 * 2] * STEPS
         share_SE = load_SE / load_SE.mean(1, keepdims=True)
         assert lines[-1] == {
-            "cv_importance": np.mean(importance_SE.std(1) / importance_SE.mean(1)),
-            "cv_load": np.mean(share_SE.std(1)),
-            "max_over_mean_load": np.mean(share_SE.max(1)),
+            "importance_cv": np.mean(importance_SE.std(1) / importance_SE.mean(1)),
+            "load_cv": np.mean(share_SE.std(1)),
+            "load_max_over_mean": np.mean(share_SE.max(1)),
             **{
-                f"p{p}_over_mean_load": np.mean(np.percentile(share_SE, p, axis=1))
+                f"load_p{p}_over_mean": np.mean(np.percentile(share_SE, p, axis=1))
                 for p in (10, 50, 90)
             },
         }
         load_E = load_SE.sum(0)
-        assert load_E.std() / load_E.mean() < 0.9 * line["moe/middle/cv_load"], (
+        assert load_E.std() / load_E.mean() < 0.9 * line["moe/middle/load_cv"], (
             "of sums it would be another"
         )
-        assert line["moe/middle/load"] == load_E.tolist()
+        assert line["moe/middle/tokens_per_expert"] == load_E.tolist()
         assert line["moe/middle/dead_experts"] == (load_E == 0).sum()
     assert lines[0] == lines[1].expected
 
@@ -116,17 +122,17 @@ def of_steps(text: str) -> list[tuple[dict, np.ndarray]]:
 def test_ratios_by_hand(load_SE: list[list[float]], expected: tuple[float, float]) -> None:
     load = torch.tensor(load_SE, dtype=torch.float64)
     told = dict(zip(meters.RATIOS, meters._ratios(load, load).mean(0).tolist(), strict=True))
-    assert (told["cv_load"], told["max_over_mean_load"]) == pytest.approx(expected)
-    assert told["cv_importance"] == told["cv_load"]
+    assert (told["load_cv"], told["load_max_over_mean"]) == pytest.approx(expected)
+    assert told["importance_cv"] == told["load_cv"]
 
 
 def test_a_sum_goes_from_each_rank_to_the_next() -> None:
     """Of four ranks on two nodes the second sends to the third, on the other node, and the last to the first."""
-    for rank, ending in enumerate(("", "_between_nodes", "", "_between_nodes")):
+    for rank, inter_node in enumerate((False, True, False, True)):
         axis = meshes.Axis(4, rank, None, (0, 0, 1, 1))  # type: ignore[arg-type]
-        axis.record_ring_bytes(("experts", "gradients"), 100)
-        axis.record_ring_bytes(("experts", "gradients"), 20)
-        assert dict(axis.bytes_sent) == {("experts", f"gradients{ending}"): 120}
+        axis.record_ring_bytes(CommLabel("experts", "gradients"), 100)
+        axis.record_ring_bytes(CommLabel("experts", "gradients"), 20)
+        assert dict(axis.bytes_sent) == {TrafficKey("experts", "gradients", inter_node): 120}
 
 
 def one_line(text: str) -> tuple[float, dict]:

@@ -38,7 +38,7 @@ def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
     )
 
     def name(way: Any, c: int) -> str:
-        return f"{way.label[1]} {c}"
+        return f"{way.label.direction} {c}"
 
     def started(way: Any, c: int, x: torch.Tensor) -> None:
         told.extend([f"+{name(way, c)}"] if x.dim() == 2 and x.is_floating_point() else [])
@@ -105,18 +105,18 @@ def test_pieces_travel_while_experts_run_and_weights_wait_for_the_last() -> None
             "-combine 0",
             "-combine 1",
             "backward",
-            "+combine:grad 0",
-            "+combine:grad 1",
-            "-combine:grad 1",
-            "+dispatch:grad 1",
-            "-combine:grad 0",
-            "+dispatch:grad 0",
+            "+combine_backward 0",
+            "+combine_backward 1",
+            "-combine_backward 1",
+            "+dispatch_backward 1",
+            "-combine_backward 0",
+            "+dispatch_backward 0",
             "w1 0",
             "w1 1",
             "w2 0",
             "w2 1",
-            "-dispatch:grad 0",
-            "-dispatch:grad 1",
+            "-dispatch_backward 0",
+            "-dispatch_backward 1",
         ]
     )
 
@@ -132,30 +132,30 @@ def test_pieces_travel_while_experts_run_and_weights_wait_for_the_last() -> None
 )
 def test_in_one_piece_the_weights_alone_wait(kind: str, what: str) -> None:
     told = run_distributed(events, 2, kind, 1, what, timeout=90)[0]
-    assert told[-4:] == ["+dispatch:grad 0", "w1 0", "w2 0", "-dispatch:grad 0"]
+    assert told[-4:] == ["+dispatch_backward 0", "w1 0", "w2 0", "-dispatch_backward 0"]
 
 
 def test_over_nodes_they_wait_for_the_rows_of_other_nodes() -> None:
     told = run_distributed(events, 4, "dedup_node", 4, timeout=90)[0]
     assert told[told.index("backward") :] == [
         "backward",
-        "+combine:grad 0",
-        "-combine:grad 0",
-        "+combine:grad 0",
-        "-combine:grad 0",
-        "+dispatch:grad 0",
-        "-dispatch:grad 0",  # in the node
-        "+dispatch:grad 0",
+        "+combine_backward 0",
+        "-combine_backward 0",
+        "+combine_backward 0",
+        "-combine_backward 0",
+        "+dispatch_backward 0",
+        "-dispatch_backward 0",  # in the node
+        "+dispatch_backward 0",
         "w1 0",
         "w2 0",
-        "-dispatch:grad 0",
+        "-dispatch_backward 0",
     ]
 
 
 @pytest.mark.parametrize("kind", ["all_to_all", "dedup_rank"])
 def test_without_pieces_nothing_is_put_off(kind: str) -> None:
     told = run_distributed(events, 2, kind, 0, timeout=90)[0]
-    assert told[-2:] == ["+dispatch:grad 0", "-dispatch:grad 0"] and not any(
+    assert told[-2:] == ["+dispatch_backward 0", "-dispatch_backward 0"] and not any(
         event[0] == "w" for event in told
     )
 
@@ -164,7 +164,14 @@ def test_without_pieces_nothing_is_put_off(kind: str) -> None:
 def test_experts_without_a_fast_path_do_likewise(what: str) -> None:
     told = run_distributed(events, 2, "all_to_all", 2, what, timeout=90)[0]
     assert told[:2] == ["+dispatch 0", "+dispatch 1"]
-    assert told[-6:] == ["w1 0", "w1 1", "w2 0", "w2 1", "-dispatch:grad 0", "-dispatch:grad 1"]
+    assert told[-6:] == [
+        "w1 0",
+        "w1 1",
+        "w2 0",
+        "w2 1",
+        "-dispatch_backward 0",
+        "-dispatch_backward 1",
+    ]
 
 
 @pytest.mark.parametrize("sizes", [[4], [1, 3]])
@@ -213,9 +220,9 @@ def narrow() -> dict[str, tuple[float, float]]:
             results.append(torch.cat([y_TD.detach(), x_TD.grad]))
             sent.append(
                 sum(
-                    n - before[label]
-                    for label, n in mesh.bytes_sent.items()
-                    if label[1].startswith("combine")
+                    num_bytes - before[key]
+                    for key, num_bytes in mesh.bytes_sent.items()
+                    if key.direction.startswith("combine")
                 )
             )
         told[kind] = (

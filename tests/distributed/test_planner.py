@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from rank_memory import held_by
 from runs import Run, tiny, tiny_images
-from tests.distributed.test_model_stats import held_by
 
 from moe_dist.config.overrides import override
 from moe_dist.config.papers import get
@@ -234,7 +234,7 @@ def live(text: str) -> tuple[dict[str, int], dict[str, float], dict[str, int]]:
     meshes.shutdown()
     return (
         held,
-        {f"{site}/{what}": n for (site, what), n in meter.sent.items()},
+        {"/".join(map(str, key)): num_bytes for key, num_bytes in meter.sent.items()},
         {"images": sum(saved.values())},
     )
 
@@ -283,7 +283,7 @@ def test_two_ranks_hold_and_send_what_was_planned(small_text: Path) -> None:
 
 def test_seconds_by_hand() -> None:
     own = RankCost(
-        {"gate": 1.0, "exchange": 2.0, "experts": 3.0, "rest": 4.0, "optimizer": 5.0}, {}
+        {"gate": 1.0, "dispatch": 2.0, "experts": 3.0, "rest": 4.0, "optimizer": 5.0}, {}
     )
     slow = Machine("slow", 10**12, Link(1e-3, 1e6), Link(1e-2, 1e9), FREE)
     sets = ["mesh.ep=2", "mesh.dispatcher=all_to_all", "zero_stage=0", "batch.grad_accum_steps=2"]
@@ -300,7 +300,7 @@ def test_seconds_by_hand() -> None:
     # 2,048 rows go and 2,048 come back, with gradients of both; in calls: counts, rows, weights, two gradients, and two
     # for combine, for each of two micro-batches
     num_bytes = 2048 * (2 * 512 + 8) + 2048 * 2 * 512
-    assert told["exchange"] == pytest.approx(2.0 + 2 * 7 * 1e-3 + num_bytes / 1e6)
+    assert told["dispatch"] == pytest.approx(2.0 + 2 * 7 * 1e-3 + num_bytes / 1e6)
     # a sum for each micro-batch's balance loss, three besides, and one of the dense gradients
     assert told["rest"] == pytest.approx(4.0 + (2 + 3 + 1) * 1e-2 + 4 * DENSE / 1e9)
 
@@ -319,13 +319,13 @@ def test_pieces_hide_the_shorter_of_rows_and_experts() -> None:
     ):
         config = demo("mesh.ep=2", f"mesh.overlap_chunks={pieces}", f"mesh.dispatcher={kind}")
         own, plain = (
-            RankCost({"exchange": rows, "experts": experts}, {}),
+            RankCost({"dispatch": rows, "experts": experts}, {}),
             task_of(config).build_model(config),
         )
         told, _ = step_seconds(
             plain, config, make_batch_layout(config, 2), 1, read_ds_config(config), own, BARE
         )
-        assert 1e3 * (told["exchange"] + told["experts"]) == pytest.approx(ms)
+        assert 1e3 * (told["dispatch"] + told["experts"]) == pytest.approx(ms)
 
 
 def test_a_gpu_is_reckoned_by_peaks() -> None:
@@ -348,7 +348,7 @@ def test_a_gpu_is_reckoned_by_peaks() -> None:
 
 def ran(experts: float, optimizer: float, rest: float, held: float) -> dict[str, Any]:
     """As if by `rehearsal.trained`."""
-    took = {"gate": 2.0, "exchange": 0.5, "experts": experts, "optimizer": optimizer, "rest": rest}
+    took = {"gate": 2.0, "dispatch": 0.5, "experts": experts, "optimizer": optimizer, "rest": rest}
     return {"seconds": took, "step": sum(took.values()), "libraries": 400.0, "bytes": held}
 
 
@@ -374,7 +374,7 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
             0.8 * (dense / (2 if zero else 1) + experts / 2) / (dense + experts)
         )  # of which replicas have a half
         waited = ran(4.0, update + 9 * zero, 9.0 + 2 * zero, 6e8 + 1e7 * zero)
-        waited["seconds"]["exchange"] += 0.7 * (True in more)
+        waited["seconds"]["dispatch"] += 0.7 * (True in more)
         return [waited] * 2
 
     monkeypatch.setattr(microbenchmark, "_run_single_ranks", side_by_side)
@@ -409,8 +409,8 @@ def test_parts_are_put_together_by_layout(as_if_measured: dict[int, Config]) -> 
     )
     # where rows are sent, they were waited for
     assert (
-        owns[2, 0].seconds["exchange"] == pytest.approx(0.5 + 0.7)
-        and owns[1, 0].seconds["exchange"] == 0.5
+        owns[2, 0].seconds["dispatch"] == pytest.approx(0.5 + 0.7)
+        and owns[1, 0].seconds["dispatch"] == 0.5
     )
     # with all experts on both ranks each updates half of them
     assert owns[1, 0].seconds["optimizer"] == pytest.approx(
@@ -588,7 +588,10 @@ def test_what_does_not_fit_is_refused_with_the_number(capsys: pytest.CaptureFixt
         ("lstm_moe_demo --gpu h100 --memory -1", "--memory -1.0: a positive number"),
         ("lstm_moe_demo --gpu h100 --nic nan", "--nic nan: a positive number"),
         ("lstm_moe_demo --gpu h100 --set mesh.eq=2", "'mesh.ep'"),
-        ("lstm_moe_demo --gpu h100 --set zero_stage=5", "zero_stage=5: from 0 to 3"),
+        (
+            "lstm_moe_demo --gpu h100 --set zero_stage=5",
+            "zero_stage=5 is out of range; use a value from 0 to 3",
+        ),
         (
             "lstm_moe_demo --gpu h100 --gpus-per-node 3",
             "batch.global_batch_size=64 is not a multiple",

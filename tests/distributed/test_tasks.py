@@ -272,7 +272,10 @@ def test_dropped_assignments_and_the_divergence_of_norms_are_told() -> None:
     }
     assert min(told.values()) > 0
     for block in range(3):
-        kept, dropped = sum(line[f"moe/block{block}/load"]), line[f"moe/block{block}/dropped"]
+        kept, dropped = (
+            sum(line[f"moe/block{block}/tokens_per_expert"]),
+            line[f"moe/block{block}/dropped"],
+        )
         # 32 images of 16 patches, 2 choices each
         assert kept + dropped == 32 * 16 * 2 and dropped > 0
         assert line[f"moe/block{block}/drop_rate"] == pytest.approx(dropped / (kept + dropped))
@@ -448,7 +451,7 @@ def test_what_cannot_be_classified_is_one_line(
         (
             "widenet_demo",
             "model.encoder.blocks_per_ffn=0",
-            "blocks_per_ffn=0: from 1 to 2147483647",
+            "blocks_per_ffn=0 is out of range; use a value from 1 to 2147483647",
         ),
         (
             "widenet_demo",
@@ -463,18 +466,34 @@ def test_what_cannot_be_classified_is_one_line(
         ("widenet_demo", "data.images=no/such", "no/such"),
         ("widenet_demo", "data.images=fashion_mist", "'fashion_mnist'"),
         ("widenet_demo", "data.crop=cut", "data.crop='cut'"),
-        ("widenet_demo", "data.mixup=-1", "data.mixup=-1.0: from 0 to 1000"),
-        ("widenet_demo", "data.label_smoothing=1", "data.label_smoothing=1.0: from 0 to 0.99"),
-        ("widenet_demo", "data.randaugment_magnitude=31", "randaugment_magnitude=31: from 0 to 30"),
+        (
+            "widenet_demo",
+            "data.mixup=-1",
+            "data.mixup=-1.0 is out of range; use a value from 0 to 1000",
+        ),
+        (
+            "widenet_demo",
+            "data.label_smoothing=1",
+            "data.label_smoothing=1.0 is out of range; use a value from 0 to 0.99",
+        ),
+        (
+            "widenet_demo",
+            "data.randaugment_magnitude=31",
+            "randaugment_magnitude=31 is out of range; use a value from 0 to 30",
+        ),
         ("widenet_demo", "batch.seq_len=7", "only a language model has timesteps"),
         ("widenet_demo", "optim.schedule=linear", "optim.schedule='linear'"),
         ("widenet_demo", "init_from=runs/none", "runs/none: no checkpoint"),
         ("widenet_text_demo", "data.sentences=movie_reviews", "'movie-reviews'"),
         ("widenet_text_demo", "data.sentences=glue:sst", "'glue:sst2'"),
-        ("widenet_text_demo", "model.max_tokens=0", "max_tokens=0: from 1 to 2147483647"),
+        (
+            "widenet_text_demo",
+            "model.max_tokens=0",
+            "max_tokens=0 is out of range; use a value from 1 to 2147483647",
+        ),
         ("widenet_text_4", "data.text=no/such.txt", "no/such.txt"),
         ("lstm_moe_demo", "model.moe.k=1", "softmax-then-top-k gate of model.encoder.moe"),
-        ("lstm_moe_demo", "model.moe.k=1 model.moe.num_groups=8", "use 2 up to num_experts"),
+        ("lstm_moe_demo", "model.moe.k=1 model.moe.num_groups=8", "use 2 to num_experts"),
         ("moe_256_h", "model.moe.k=1 model.moe.noise=false", "no gradient"),
         ("lstm_moe_demo", "optim.weight_decay=0.1 model.softmax_samples=100", "would not decay"),
     ],

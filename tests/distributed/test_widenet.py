@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference_widenet import Uses, text, vision
-from tests.distributed.test_parity import (
+from uneven_batch import (
     LAYOUTS,
     LENGTHS,
     NUM_SAMPLES,
@@ -40,6 +40,7 @@ from moe_dist.config.schema import (
     VisionConfig,
 )
 from moe_dist.distributed import mesh as meshes
+from moe_dist.distributed.labels import CommLabel, TrafficKey
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.parallelize import ParallelModel, parallelize
 from moe_dist.models.text_encoder import PretrainingModel
@@ -90,7 +91,7 @@ MASKED = [
     (b, s) for b, length in enumerate(LENGTHS) for s in range(length) if (b + s) % 2
 ]  # samples and places
 GROUPS = Case(balance_loss_group_size=4, capacity_group_size=2)
-EXCHANGES = {"counts", "dispatch", "combine", "dispatch:grad", "combine:grad"}
+EXCHANGES = {"counts", "dispatch", "combine", "dispatch_backward", "combine_backward"}
 
 
 def make(config: VisionConfig | TextConfig) -> VisionTransformer | PretrainingModel:
@@ -369,9 +370,11 @@ def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
 
 def run_case(name: str, layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     model = on_mesh(name, mesh)
-    mesh.ep.bytes_sent.clear()
-    values = forward_backward(name, model, *layout.cut[mesh.dp.index : mesh.dp.index + 2])
-    return gradients(model) | values | {"labels": set(mesh.ep.bytes_sent)}
+    labels: set[CommLabel] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes.Axis, "record_bytes", lambda axis, label, bytes_P: labels.add(label))
+        values = forward_backward(name, model, *layout.cut[mesh.dp.index : mesh.dp.index + 2])
+    return gradients(model) | values | {"labels": labels}
 
 
 def run_step(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
@@ -396,7 +399,7 @@ def run_step(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     changed_ = [key for key, p in model.experts.items() if not torch.equal(p, before[key])]
     return {
         "calls": dict(calls),
-        "bytes": mesh.expert_dp.bytes_sent["experts", "gradients"],
+        "bytes": mesh.expert_dp.bytes_sent[TrafficKey("experts", "gradients", False)],
         "changed": changed_,
     }
 
@@ -536,16 +539,16 @@ def test_models_equal_the_reference(ran: tuple[Layout, list[dict[str, Any]]], na
 def test_shared_experts_exchange_at_every_depth_and_are_reduced_once(
     ran: tuple[Layout, list[dict[str, Any]]],
 ) -> None:
-    """T blocks are T exchanges each way under labels of their own, also where blocks share a routing; a gradient is
-    reduced once."""
+    """T blocks are T exchanges each way, each with the shared layer's name and its own layer call, also if blocks share
+    a routing; a gradient is reduced once."""
     layout, by_rank = ran
     away, replicas = layout.ep > 1, layout.world // layout.ep
-    for name, (_, moe_blocks) in CASES.items():
-        labels = (
-            {(2 * i + 2, direction) for i in moe_blocks for direction in EXCHANGES}
-            if away
-            else set()
-        )
+    for name, (config, moe_blocks) in CASES.items():
+        labels = set()
+        for i in moe_blocks if away else ():
+            layer = i // (config.encoder.blocks_per_ffn or config.encoder.depth)
+            for direction in EXCHANGES:
+                labels.add(CommLabel(f"encoder.ffn.moe{layer}", direction, 2 * i + 2))
         assert all(rank[name]["labels"] == labels for rank in by_rank)
     calls = {}
     if away:  # each use: counts, rows and weights there, rows back; and all but the counts again in backward

@@ -85,7 +85,7 @@ def test_a_stopped_rank_is_named_with_layer_direction_and_rows(
         stopped.communicate()
     assert status == 1
     named = re.compile(
-        r"(?:warning|error on rank 0): has waited for (\d+) s in dispatch of middle \(site 2\), step 3: "
+        r"(?:warning|error on rank 0): has waited for (\d+) s in dispatch of middle \(layer call 2\), step 3: "
         rf"rank 1 \((\d+) rows to it, (\d+) from it\): stopped or dead \(see {run}/calls\)"
     )
     (after, _, _), (waited, out, back) = (
@@ -99,15 +99,15 @@ def test_a_stopped_rank_is_named_with_layer_direction_and_rows(
     # 4 lanes x 6 words x 2 experts = 48 rows of each rank
     # rows and their weights are on their way, as many of each
     calls = re.findall(
-        r"dispatch of middle .site 2., step 3, (\d+) rows out, (\d+) in: begun", mine
+        r"dispatch of middle .layer call 2., step 3, (\d+) rows out, (\d+) in: begun", mine
     )
     ((mine_out, mine_in),) = set(calls)
     assert (
         mine_out == "48" and int(mine_in) == 48 - out + back
     )  # rows to itself, and from the stopped one
     assert (
-        "counts of middle (site 2), step 3" in theirs
-        and "dispatch of middle (site 2), step 3" not in theirs
+        "counts of middle (layer call 2), step 3" in theirs
+        and "dispatch of middle (layer call 2), step 3" not in theirs
     )
     assert read_metrics(run)[-1]["step"] == 2 and [path.name for path in list_checkpoints(run)] == [
         "step_00000002"
@@ -125,7 +125,7 @@ def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
     )
     status, (error,) = told(other)
     assert status == 1 and dead.wait() == -9 and dead.communicate()
-    where = r"lost another rank in counts of middle \(site 2\), step 3: rank 1: stopped or dead \(see .*/calls\): \w"
+    where = r"lost another rank in counts of middle \(layer call 2\), step 3: rank 1: stopped or dead \(see .*/calls\): \w"
     assert re.match(f"error on rank 0: {where}", error), error
 
 
@@ -143,7 +143,7 @@ def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path)
     )
     assert statuses == (0, 0)
     (warning,) = [line for line in warnings[0] if "waited" in line]
-    assert " in counts of middle (site 2), step 3: rank 1, late in forward (see" in warning
+    assert " in counts of middle (layer call 2), step 3: rank 1, late in forward (see" in warning
     (whole,) = run_distributed(unbroken, 1, "steps=6", f"data.text={small_text}")
     assert list(losses(tmp_path / "late").values()) == pytest.approx(whole, abs=1e-5)
 
@@ -214,7 +214,7 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     before = run.steps(0, 1).weights()
     run.steps(1, 2)
-    seen["input"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
+    seen["input"] = run.training.nan_detector.read_and_reset()["train/nonfinite_source"]
     seen["unchanged"] = all(torch.equal(before[key], t) for key, t in run.weights().items())
     run.steps(2, 3)
     assert run.training.nan_detector.read_and_reset() == {} and all(
@@ -230,11 +230,11 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
     )
     run.steps(3, 4)
     handle.remove()
-    seen["gradient"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
+    seen["gradient"] = run.training.nan_detector.read_and_reset()["train/nonfinite_source"]
     experts = next(iter(run.model.experts.values()))
     handle = experts.register_hook(lambda g: g * math.inf)
     run.steps(4, 5)
-    seen["weights"] = run.training.nan_detector.read_and_reset()["train/not_finite"]
+    seen["weights"] = run.training.nan_detector.read_and_reset()["train/nonfinite_source"]
     seen["updates"] = run.optimizer.updates
     handle.remove()
     run.steps(5, 6)
@@ -356,7 +356,7 @@ def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
         run.steps(0, 2)
         sums: Any = 0
         for _, values, stats in train_step(run.training, 3):
-            sums = values["nll"] / values["words"] + sums
+            sums = values["nll"] / values["tokens"] + sums
             load_E = stats["middle"].load_E
         run.losses.append(sums.item())
         meshes.dist.all_reduce(load_E)

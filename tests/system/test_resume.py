@@ -242,7 +242,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_pat
 
     def curves(run: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        clock = {"words_per_second", "tflops_per_device"}
+        clock = {"throughput/tokens_per_sec", "throughput/tflops_per_device"}
         measured = ("time/", "memory/")  # of this machine, as is the clock
         return [
             {k: v for k, v in line.items() if k not in clock and not k.startswith(measured)}

@@ -27,6 +27,7 @@ import torch
 
 from moe_dist.distributed.chunked_all_to_all import ChunkedAllToAll
 from moe_dist.distributed.collectives import all_to_all_counts
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
 from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
@@ -62,16 +63,19 @@ class AllToAllDispatcher:
     """Experts are spread over the ranks of an axis, in consecutive blocks of equal size.
 
     `chunks`: that rows travel in, at most one for each of a rank's experts; 0: in one, and nothing else is done
-    meanwhile. `wire`: a dtype to travel in."""
+    meanwhile. `wire`: a dtype to travel in. `layer_name`: the place in the labels of its collectives."""
 
     axis: Axis
     num_chunks: int = 0
     comm_dtype: torch.dtype | None = None
+    layer_name: str = "moe"
 
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        count_Pe = all_to_all_counts(routing.count_E, self.axis, ctx.layer_call)  # 1
+        count_Pe = all_to_all_counts(
+            routing.count_E, self.axis, CommLabel(self.layer_name, "counts", ctx.layer_call)
+        )  # 1
         most_parts = getattr(experts, "max_chunks", 0) if self.num_chunks else 0
         sizes_C = [
             len(c)
@@ -89,9 +93,9 @@ class AllToAllDispatcher:
         def dispatch(
             x_N: torch.Tensor, wire: torch.dtype | None = None
         ) -> list[Callable[[], torch.Tensor]]:
-            return ChunkedAllToAll(there, self.axis, (ctx.layer_call, "dispatch"), wire).scatter(
-                x_N
-            )
+            return ChunkedAllToAll(
+                there, self.axis, CommLabel(self.layer_name, "dispatch", ctx.layer_call), wire
+            ).scatter(x_N)
 
         order_N = _by_expert(send_PC, len(routing.token_N))
         copies = TokenPermutation(routing.token_N, len(x_TD)).reordered(order_N)
@@ -101,7 +105,9 @@ class AllToAllDispatcher:
             mine = ctx.select(copies.token_N)
             key_arrives_C = dispatch(torch.stack([mine.sample_T, mine.position_T], 1))
         parts: list[Any] = experts.split_experts(sizes_C) if most_parts else [experts]  # type: ignore[attr-defined]
-        combine = ChunkedAllToAll(back, self.axis, (ctx.layer_call, "combine"), self.comm_dtype)
+        combine = ChunkedAllToAll(
+            back, self.axis, CommLabel(self.layer_name, "combine", ctx.layer_call), self.comm_dtype
+        )
         returning = []
         for c, (part, count_Pc) in enumerate(zip(parts, count_Pe.split(sizes_C, 1), strict=True)):
             if experts.needs_context:

@@ -23,6 +23,7 @@ import torch
 
 from moe_dist.distributed.chunked_all_to_all import ChunkedAllToAll, all_to_all_rows
 from moe_dist.distributed.collectives import all_to_all_counts
+from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
 from moe_dist.moe.dispatch.all_to_all import ExpertModule, LocalDispatcher
 from moe_dist.moe.permutation import TokenPermutation
@@ -40,6 +41,7 @@ class DedupDispatcher:
     next_dispatcher: Any
     comm_dtype: torch.dtype | None = None  # to travel in
     delay_wgrad: bool = False  # gradients of weights, until those of the rows have left
+    layer_name: str = "moe"  # the place in the labels of its collectives
 
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
@@ -61,7 +63,9 @@ class DedupDispatcher:
         sent_P2 = torch.stack(
             [torch.bincount(r, minlength=self.axis.size) for r in (rank_U, rank_U[of_N])], 1
         )
-        got_P2 = all_to_all_counts(sent_P2.flatten(), self.axis, ctx.layer_call)
+        got_P2 = all_to_all_counts(
+            sent_P2.flatten(), self.axis, CommLabel(self.layer_name, "counts", ctx.layer_call)
+        )
         (send_U, send_N), (get_V, get_M) = torch.stack([sent_P2.t(), got_P2.t()]).tolist()
         place_U = torch.empty_like(order_U)  # among the rows for its rank
         place_U[order_U] = torch.arange(len(order_U), device=x_TD.device)
@@ -69,7 +73,10 @@ class DedupDispatcher:
 
         def dispatch(x_U: torch.Tensor, send: list[int], get: list[int], wire: Any = None) -> Any:
             return ChunkedAllToAll(
-                [(send, get)], self.axis, (ctx.layer_call, "dispatch"), wire
+                [(send, get)],
+                self.axis,
+                CommLabel(self.layer_name, "dispatch", ctx.layer_call),
+                wire,
             ).scatter(x_U)[0]
 
         row_U = row_U[order_U]
@@ -99,7 +106,12 @@ class DedupDispatcher:
         )
         y_VD, stats = self.next_dispatcher(x_VD, there, experts, ctx_V)
         y_UD = all_to_all_rows(
-            y_VD, get_V, send_U, self.axis, (ctx.layer_call, "combine"), self.comm_dtype
+            y_VD,
+            get_V,
+            send_U,
+            self.axis,
+            CommLabel(self.layer_name, "combine", ctx.layer_call),
+            self.comm_dtype,
         )
         return copies.unpermute(y_UD), stats
 
@@ -116,21 +128,31 @@ class DedupDispatcher:
 
 
 def per_rank(
-    axis: Axis, comm_dtype: torch.dtype | None = None, delay_wgrad: bool = False
+    axis: Axis,
+    comm_dtype: torch.dtype | None = None,
+    delay_wgrad: bool = False,
+    layer_name: str = "moe",
 ) -> DedupDispatcher:
     """To each rank of the axis once."""
-    return DedupDispatcher(axis, axis.size, 1, LocalDispatcher(), comm_dtype, delay_wgrad)
+    return DedupDispatcher(
+        axis, axis.size, 1, LocalDispatcher(), comm_dtype, delay_wgrad, layer_name
+    )
 
 
 def per_node(
-    axis: Axis, intra_node: Axis, comm_dtype: torch.dtype | None = None, delay_wgrad: bool = False
+    axis: Axis,
+    intra_node: Axis,
+    comm_dtype: torch.dtype | None = None,
+    delay_wgrad: bool = False,
+    layer_name: str = "moe",
 ) -> DedupDispatcher:
     """To each node once; `inside`: the ranks of the axis in this rank's node, consecutive and as many in every node."""
     return DedupDispatcher(
         axis,
         axis.size // intra_node.size,
         intra_node.size,
-        per_rank(intra_node, comm_dtype),
+        per_rank(intra_node, comm_dtype, layer_name=layer_name),
         comm_dtype,
         delay_wgrad,
+        layer_name,
     )

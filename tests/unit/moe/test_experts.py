@@ -11,26 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import NOWHERE
 
 from moe_dist.moe.experts import Experts, GeluExperts, grouped_matmul
 from moe_dist.moe.kernels import cpu_ffn, grouped_mm
 from moe_dist.moe.kernels import select as kernel_select
 from moe_dist.moe.routing import Routing, build_routing
 from moe_dist.nn import prng
-from moe_dist.nn.token_context import TokenContext
 
 T, D, F, E, K = 40, 8, 64, 7, 3
 Told = dict[str, torch.Tensor]
-NOWHERE = TokenContext(
-    *(torch.zeros(T, dtype=t) for t in (torch.int64, torch.int64, torch.bool)),
-    0,
-    1,
-    True,
-    0,
-    T,
-    T,
-    1,
-)
 
 
 class Fast(Experts):

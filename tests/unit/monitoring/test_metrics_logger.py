@@ -42,7 +42,7 @@ def make(run: pathlib.Path, **options) -> MetricsLogger:
 
 
 def values(step: int) -> dict:
-    return {"train/loss": 1 / (step + 2), "moe/1/load": [step, 2 * step, 0.1, 0.0]}
+    return {"train/loss": 1 / (step + 2), "moe/1/tokens_per_expert": [step, 2 * step, 0.1, 0.0]}
 
 
 def warnings_in(err: str) -> list[str]:
@@ -72,7 +72,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_not_a_number_when_read(tmp_p
             {
                 "train/loss": math.nan,
                 "train/perplexity": math.inf,
-                "moe/1/importance": [1.5, math.nan],
+                "moe/1/importance_per_expert": [1.5, math.nan],
             },
         )
 
@@ -84,19 +84,19 @@ def test_what_is_not_finite_is_null_in_the_file_and_not_a_number_when_read(tmp_p
         "step": 1,
         "train/loss": None,
         "train/perplexity": None,
-        "moe/1/importance": [1.5, None],
+        "moe/1/importance_per_expert": [1.5, None],
     }
     assert json.loads(path.read_text(), parse_constant=refuse) == null
     with path.open("a") as file:
         file.write(
-            '{"step": 2, "train/loss": NaN, "train/perplexity": Infinity, "moe/1/importance": [1.5, NaN]}\n'
+            '{"step": 2, "train/loss": NaN, "train/perplexity": Infinity, "moe/1/importance_per_expert": [1.5, NaN]}\n'
         )
     first, second = read_metrics(tmp_path)
     assert math.isnan(first["train/loss"]) and math.isnan(first["train/perplexity"])
     assert math.isnan(second["train/loss"]) and math.isinf(second["train/perplexity"])
     for line in (first, second):
         np.testing.assert_equal(
-            line["moe/1/importance"], np.array([1.5, math.nan], dtype=np.float32)
+            line["moe/1/importance_per_expert"], np.array([1.5, math.nan], dtype=np.float32)
         )
 
 
@@ -143,9 +143,9 @@ def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
         read_metrics(tmp_path)
     for strange in (
         '"train/loss": "abc"',
-        '"moe/middle/load": 1',
-        '"memory/peak_bytes": []',
-        '"moe/1/load": ["a"]',
+        '"moe/middle/tokens_per_expert": 1',
+        '"memory/peak_bytes_by_rank": []',
+        '"moe/1/tokens_per_expert": ["a"]',
     ):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, {strange}}}\n')
         with pytest.raises(ValueError, match=r"line 1 has a '.*' that is none of ours"):
@@ -303,12 +303,16 @@ def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(
             clock[0] += 0.5
             log.log(
                 step,
-                {"train/loss": 5.1234, "train/perplexity": 167.92, "words_per_second": 21034.4},
+                {
+                    "train/loss": 5.1234,
+                    "train/perplexity": 167.92,
+                    "throughput/tokens_per_sec": 21034.4,
+                },
             )
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == "step 11/50  loss 5.123  perplexity 167.9  words/s 21034  eta 00:19"
+    assert lines[0] == "step 11/50  loss 5.123  perplexity 167.9  tokens/s 21034  eta 00:19"
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [*range(11, 48, 4), 50]
 
 
@@ -373,8 +377,14 @@ def test_the_wandb_log_holds_the_config_and_the_same_curves(tmp_path, capfd, mod
     assert logged == curves
     assert len(curves) == 601
     line = history[7]
-    assert line["moe/1/load/_type"] == "histogram" and sum(line["moe/1/load/values"]) == 4
-    assert line["moe/1/load/bins"][0] == 0 and line["moe/1/load/bins"][-1] == 14
+    assert (
+        line["moe/1/tokens_per_expert/_type"] == "histogram"
+        and sum(line["moe/1/tokens_per_expert/values"]) == 4
+    )
+    assert (
+        line["moe/1/tokens_per_expert/bins"][0] == 0
+        and line["moe/1/tokens_per_expert/bins"][-1] == 14
+    )
 
 
 @pytest.mark.timeout(120)
@@ -382,7 +392,7 @@ def test_wandb_gets_the_load_map_at_an_evaluation(tmp_path):
     """The picture itself, at its step, among lines that go on; and a number that is none does not end the logging."""
     with make(tmp_path, wandb_mode="offline") as log:
         for step in range(6):
-            log.log(step, values(step) | {"moe/1/importance": [1.0, math.nan]})
+            log.log(step, values(step) | {"moe/1/importance_per_expert": [1.0, math.nan]})
             if step in (2, 5):
                 log.log_images(
                     step, functools.partial(report_files.write_report, tmp_path, only_loads=True)

@@ -90,7 +90,7 @@ def step(clock: StepTimer, recompute: bool = False, learned: bool = True) -> Non
         return work(y, 13, 17), None
 
     timed_gate = clock.timed("gate", gate, "gate")
-    timed_exchange = clock.timed("exchange", exchange, "exchange")
+    timed_exchange = clock.timed("dispatch", exchange, "dispatch")
     timed_experts = clock.timed("experts", experts, "experts")
     x = work(torch.ones(1, requires_grad=True), 19, 23)
     routing, _ = timed_gate(x)
@@ -109,7 +109,7 @@ def test_each_part_has_its_forward_and_its_backward(clock: StepTimer, recompute:
     again = 7 if recompute else 0  # the experts' forward, within their backward
     one = {
         "gate": 1 + 2,
-        "exchange": 3 + 13 + 5 + 17,
+        "dispatch": 3 + 13 + 5 + 17,
         "experts": 7 + 11 + again,
         "optimizer": 37,
         "rest": 19 + 23 + 29 + 31,
@@ -136,7 +136,7 @@ def test_where_no_gradient_comes_by_the_others_have_theirs(clock: StepTimer) -> 
         step(clock, learned=False)
     expected = {
         "gate": 1,
-        "exchange": 3 + 13 + 5 + 17,
+        "dispatch": 3 + 13 + 5 + 17,
         "experts": 7 + 11,
         "optimizer": 37,
         "rest": 19 + 23 + 29 + 31,
@@ -150,11 +150,11 @@ def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: StepTimer)
     """Its output has a gradient, but does not come of its argument."""
     weight = torch.ones(1, requires_grad=True)
     experts = clock.timed("experts", lambda x: (work(weight, 1, 2), None), "experts")
-    exchange = clock.timed("exchange", lambda x: (experts(x)[0] + work(x, 3, 5), None), "exchange")
+    exchange = clock.timed("dispatch", lambda x: (experts(x)[0] + work(x, 3, 5), None), "dispatch")
     with clock.step():
         exchange(work(torch.ones(1, requires_grad=True), 7, 11))[0].sum().backward()
         Work.now += 13 / 1e3
-    expected = {"gate": 0, "exchange": 3 + 5, "experts": 1 + 2, "optimizer": 0, "rest": 7 + 11 + 13}
+    expected = {"gate": 0, "dispatch": 3 + 5, "experts": 1 + 2, "optimizer": 0, "rest": 7 + 11 + 13}
     assert clock.read_and_reset() == pytest.approx(
         {part: ms / 1e3 for part, ms in expected.items()}
     )
@@ -256,8 +256,8 @@ def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(
         parts = (
             "gate middle",
             "gates of groups middle",
-            "exchange middle",
-            "exchange in groups middle",
+            "dispatch middle",
+            "dispatch in groups middle",
             "experts middle",
         )
         count = Counter(e["name"] for e in ranges)
@@ -282,7 +282,7 @@ def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(
             node: {part for part in parts if node in inside[part]}
             for node in set().union(*inside.values())
         }
-        assert where["_WaitAllBackward"] == where["_StartScatterBackward"] == {"exchange middle"}
+        assert where["_WaitAllBackward"] == where["_StartScatterBackward"] == {"dispatch middle"}
         assert where["TopkBackward0"] == {"gate middle", "gates of groups middle"}
         of_experts = {node for node in where if re.search("Relu|Feed[Ff]orward", node)}
         assert of_experts and all(where[node] == {"experts middle"} for node in of_experts)

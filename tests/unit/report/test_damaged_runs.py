@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.report.test_html import LAYOUT, a_run, line
+from made_up_runs import LAYOUT, a_run, line
 
 from moe_dist.report import __main__ as report_command
 from moe_dist.report import files as report_files
@@ -113,21 +113,21 @@ def test_every_field_of_a_layout_may_hold_anything(
         ("metrics.jsonl", '{"step": 1, "train/loss": ' + "9" * 400 + "}\n"),
         ("metrics.jsonl", "\n"),
         ("metrics.jsonl", '{"step": ' + "9" * 5000 + "}\n"),
-        ("metrics.jsonl", '{"step": 1, "moe/\\ud800/load": [1]}\n'),
+        ("metrics.jsonl", '{"step": 1, "moe/\\ud800/tokens_per_expert": [1]}\n'),
         (
             "metrics.jsonl",
-            '{"step": 1, "moe/a/load": [1, 2]}\n{"step": 2, "moe/a/load": [1, 2, 3]}\n',
+            '{"step": 1, "moe/a/tokens_per_expert": [1, 2]}\n{"step": 2, "moe/a/tokens_per_expert": [1, 2, 3]}\n',
         ),
         (
             "metrics.jsonl",
-            '{"step": 1, "moe/a/importance": [1]}\n{"step": 2, "moe/a/importance": [1, 2]}\n',
+            '{"step": 1, "moe/a/importance_per_expert": [1]}\n{"step": 2, "moe/a/importance_per_expert": [1, 2]}\n',
         ),
-        ("metrics.jsonl", '{"step": 1, "moe/a\\u0000/load": [1]}\n'),
+        ("metrics.jsonl", '{"step": 1, "moe/a\\u0000/tokens_per_expert": [1]}\n'),
         ("metrics.jsonl", "\ufeff{}\n"),
-        ("metrics.jsonl", '{"step": 1, "moe/' + "a" * 3000 + '/load": [1]}\n'),
-        ("metrics.jsonl", '{"step": 1, "train/not_finite": "a\\nb"}\n'),
+        ("metrics.jsonl", '{"step": 1, "moe/' + "a" * 3000 + '/tokens_per_expert": [1]}\n'),
+        ("metrics.jsonl", '{"step": 1, "train/nonfinite_source": "a\\nb"}\n'),
         ("metrics.jsonl", None),
-        ("metrics.jsonl", '{"step": 1, "memory/peak_bytes": [' + "9" * 400 + "]}\n"),
+        ("metrics.jsonl", '{"step": 1, "memory/peak_bytes_by_rank": [' + "9" * 400 + "]}\n"),
         ("metrics.jsonl", ""),
     ],
 )

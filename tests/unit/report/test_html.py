@@ -7,9 +7,9 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
+from made_up_runs import a_run, line
 from runs import tiny
 from wandb_file import wandb_records
 
@@ -21,69 +21,6 @@ from moe_dist.report import files as report_files
 from moe_dist.report import plots
 from moe_dist.report.html import render_html
 from moe_dist.report.run_summary import read_run
-
-LAYOUT = {
-    "config": "tiny",
-    "world": 4,
-    "nodes": 2,
-    "ep": 2,
-    "edp": 2,
-    "zero_stage": 1,
-    "dtype": "bf16",
-    "global_batch_size": 8,
-    "grad_accum_steps": 2,
-    "samples_per_rank": 1,
-    "parameters": 12345,
-    "num_experts": 8,
-    "experts_per_rank": 4,
-    "experts_per_token": 2,
-    "num_groups": None,
-    "per_rank": {
-        "parameters": 9876,
-        "memory_bytes": {"dense parameters": 3_000_000, "activations": 500_000},
-    },
-}
-
-
-def line(step: int, slow: float = 1.0) -> dict[str, Any]:
-    """Of a run on two nodes of two ranks, whose steps take 40 ms times `slow`."""
-    parts = {"gate": 4.0, "exchange": 8.0, "experts": 12.0, "optimizer": 6.0, "rest": 10.0}
-    return {
-        "step": step,
-        "train/loss": 9 / step,
-        "train/lr": 1e-3,
-        "train/grad_norm": 1.5,
-        "train/skipped_steps": 3,
-        "words_per_second": 1000.0 * step / slow,
-        "tflops_per_device": 0.25,
-        **{f"time/{part}_ms": ms * slow for part, ms in parts.items()},
-        "memory/peak_bytes": [1e9, 3e9, 2e9, 1.5e9],
-        "memory/largest_peak_bytes": 3e9,
-        "exchange/site2/dispatch_bytes": 1e6 * step,
-        "exchange/site2/dispatch_between_nodes_bytes": 3e6 * step,
-        "exchange/experts/gradients_bytes": 0.5e6,
-        "moe/middle/load": [4.0 * step, 0.0, 2.0, 2.0, 1.0, 1.0, 3.0, 3.0],
-        "moe/middle/importance": [1.0] * 8,
-        "moe/middle/max_over_mean_load": 2.5,
-        "moe/middle/dead_experts": 1,
-        "moe/middle/drop_rate": 0.125,
-        "moe/middle/cv_load": 0.4,
-        "moe/middle/cv_importance": 0.1,
-        **{f"moe/middle/p{p}_over_mean_load": p / 50 for p in (10, 50, 90)},
-    }
-
-
-def a_run(run: Path, slow: float = 1.0, config: str = to_json(tiny())) -> Path:
-    lines = [line(step, slow) for step in range(1, 6)]
-    lines += [
-        {"step": 5, "valid/loss": 2.5, "valid/perplexity": 12.1825},
-        {"step": 5, "test/loss": 2.75},
-    ]
-    run.mkdir()
-    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    (run / "config.json").write_text(config)
-    (run / "layout.json").write_text(json.dumps(LAYOUT))
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +59,7 @@ def test_the_page_of_a_run_has_the_numbers_of_its_metrics(of_one: str) -> None:
         "ranks": "4 on 2 nodes: edp 2 x ep 2",
         "ZeRO stage, precision": "1, bf16",
         "parameters": "12,345",
-        "words per second, median": "3,000",  # of 1,000 to 5,000
+        "tokens per second, median": "3,000",  # of 1,000 to 5,000
         "milliseconds per step, median": "40.0",
         # dispatch: 1 MB x (1 + ... + 5) / 5 = 3 MB inside a node and three times that between them; 0.5 MB of gradients
         "sent per step by all ranks": "12.50 MB",
@@ -131,7 +68,7 @@ def test_the_page_of_a_run_has_the_numbers_of_its_metrics(of_one: str) -> None:
         "dispatch, between nodes": "9.00 MB",
         "experts: gradients, inside a node": "500.00 kB",
         "gate, median": "4.00 ms  (10.0 %)",
-        "exchange, median": "8.00 ms  (20.0 %)",
+        "dispatch, median": "8.00 ms  (20.0 %)",
         "experts, median": "12.00 ms  (30.0 %)",
         "optimizer, median": "6.00 ms  (15.0 %)",
         "rest, median": "10.00 ms  (25.0 %)",
@@ -179,7 +116,7 @@ def test_several_runs_have_a_column_each_and_what_differs_is_told(of_both: str) 
         "loss: train thin, valid thick",
         "time of a training step",
         "drop rate",
-        "words per second",
+        "tokens per second",
     ):
         assert f'aria-label="{title}"' in text
     for picture in ("loss", "time of a training step by part", "memory of a rank"):
@@ -250,7 +187,10 @@ def test_a_run_that_goes_on_with_other_ranks_has_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     peaks = [1e9, 3e9, 2e9, 1.5e9], [4e9, 5e9]
-    lines = [{"step": step, "memory/peak_bytes": peak} for step, peak in enumerate(peaks, start=1)]
+    lines = [
+        {"step": step, "memory/peak_bytes_by_rank": peak}
+        for step, peak in enumerate(peaks, start=1)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     assert cells(render_html([read_run(run)]))["measured, largest rank"] == ["5.00 GB"]
 
@@ -365,10 +305,10 @@ def test_wandb_has_the_same_in_panels_of_its_own(
         if record.HasField("metric") and record.metric.options.hidden
     }
     assert hidden == {
-        *(f"moe/middle/p{p}_over_mean_load" for p in (10, 50, 90)),
-        "exchange/experts/gradients_bytes",
-        "exchange/site2/dispatch_bytes",
-        "exchange/site2/dispatch_between_nodes_bytes",
+        *(f"moe/middle/load_p{p}_over_mean" for p in (10, 50, 90)),
+        "comm/experts/gradients/intra_node_bytes",
+        "comm/middle/dispatch/intra_node_bytes",
+        "comm/middle/dispatch/inter_node_bytes",
     }
     updates = [
         update

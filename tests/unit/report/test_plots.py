@@ -23,15 +23,18 @@ from moe_dist.report import plots
 
 def layer(name: str, load: list[float]) -> dict[str, Any]:
     """What the meter tells of a layer, with a number of its own for each key."""
-    percentiles = {f"moe/{name}/p{p}_over_mean_load": p / 50 for p in (10, 50, 90)}
+    percentiles = {f"moe/{name}/load_p{p}_over_mean": p / 50 for p in (10, 50, 90)}
     counts = {f"moe/{name}/dead_experts": load.count(0), f"moe/{name}/drop_rate": 0.025}
     ratios = {
-        f"moe/{name}/cv_importance": 0.3,
-        f"moe/{name}/cv_load": 0.4,
-        f"moe/{name}/max_over_mean_load": 1.9,
+        f"moe/{name}/importance_cv": 0.3,
+        f"moe/{name}/load_cv": 0.4,
+        f"moe/{name}/load_max_over_mean": 1.9,
     }
     return (
-        percentiles | counts | ratios | {f"moe/{name}/load": load, f"moe/{name}/importance": load}
+        percentiles
+        | counts
+        | ratios
+        | {f"moe/{name}/tokens_per_expert": load, f"moe/{name}/importance_per_expert": load}
     )
 
 
@@ -40,8 +43,8 @@ def train_line(step: int) -> dict[str, Any]:
         "step": step,
         "train/loss": 9 / step,
         "train/perplexity": math.exp(9 / step),
-        "words_per_second": 9000.0 + step,
-        "tflops_per_device": 0.04 / step,
+        "throughput/tokens_per_sec": 9000.0 + step,
+        "throughput/tflops_per_device": 0.04 / step,
         "train/lr": 1e-3 * step,
         "train/grad_norm": 5.0 / step,
         "train/skipped_steps": 0,
@@ -114,30 +117,35 @@ def test_report_draws_every_curve(tmp_path):
 
 def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
     dense = {"loss", "perplexity", "speed", "optimizer"}
-    sent = {"exchange/site2/dispatch_bytes": 2e6}
+    sent = {"comm/middle/dispatch/intra_node_bytes": 2e6}
     assert drawn(tmp_path, a_run({})).keys() == dense
     assert drawn(tmp_path, a_run({"1": [1, 1]})).keys() == dense | {"load_1", "balance_1"}
     assert drawn(tmp_path, a_run({"1": [1, 1]}, **sent)).keys() == dense | {
         "load_1",
         "balance_1",
-        "exchange",
+        "traffic",
     }
-    assert drawn(tmp_path, a_run({}, **{"exchange/site2/dispatch_bytes": 0.0})).keys() == dense
-    assert drawn(tmp_path, [{"step": 1, "moe/1/load": [0.0, 0.0]}]).keys() == {"load_1"}
+    assert (
+        drawn(tmp_path, a_run({}, **{"comm/middle/dispatch/intra_node_bytes": 0.0})).keys() == dense
+    )
+    assert drawn(tmp_path, [{"step": 1, "moe/1/tokens_per_expert": [0.0, 0.0]}]).keys() == {
+        "load_1"
+    }
     assert drawn(tmp_path, [{"step": 1, "test/loss": 4.0}]).keys() == {"loss"}
     assert drawn(tmp_path, [{"step": 1, "else": 4.0}]) == {}
 
 
 def test_axes_have_names_and_units(tmp_path):
     lines = a_run(
-        {"1": [2, 0, 1, 1]}, **{"exchange/site2/dispatch_bytes": 2e6, "train/skipped_steps": 1}
+        {"1": [2, 0, 1, 1]},
+        **{"comm/middle/dispatch/intra_node_bytes": 2e6, "train/skipped_steps": 1},
     )
     found = drawn(tmp_path, lines)
     assert {
         stem: [axes.get_ylabel().replace("\n", " ") for axes in figure.axes]
         for stem, figure in found.items()
     } == {
-        "loss": ["loss (nats per word)"],
+        "loss": ["loss (nats per token)"],
         "perplexity": ["perplexity (log scale)"],
         "load_1": ["expert", "load relative to the mean (1.0 = balanced)"],
         "balance_1": [
@@ -146,9 +154,9 @@ def test_axes_have_names_and_units(tmp_path):
             "dead experts (of 4)",
             "drop rate (of assignments)",
         ],
-        "speed": ["words per second (all ranks)", "TFLOPS per device (10¹² operations / s)"],
+        "speed": ["tokens per second (all ranks)", "TFLOPS per device (10¹² operations / s)"],
         "optimizer": ["learning rate", "gradient norm (before clipping)", "skipped steps (so far)"],
-        "exchange": ["sent by all ranks (MB per step)"],
+        "traffic": ["sent by all ranks (MB per step)"],
     }
     for stem, figure in found.items():
         lowest = figure.axes[0 if stem == "load_1" else -1]
@@ -162,7 +170,7 @@ def test_a_run_of_images_has_its_own(tmp_path):
             "step": step,
             "train/loss": 1.0,
             "train/accuracy": 0.5 + step / 100,
-            "images_per_second": 90.0,
+            "throughput/images_per_sec": 90.0,
         }
         for step in range(1, 5)
     ]
@@ -203,14 +211,14 @@ def test_lines_show_the_numbers_of_the_file(tmp_path):
         "train/loss": line_of(loss, "train (last 0.9)"),
         "valid/loss": line_of(loss, "valid (last 1)"),
         "train/perplexity": line_of(perplexity, "train (last 2.46)"),
-        "moe/1/cv_importance": line_of(cv, "importance"),
-        "moe/1/cv_load": line_of(cv, "load"),
-        "moe/1/max_over_mean_load": line_of(load, "largest"),
-        **{f"moe/1/p{p}_over_mean_load": line_of(load, f"{p}th percentile") for p in (10, 50, 90)},
+        "moe/1/importance_cv": line_of(cv, "importance"),
+        "moe/1/load_cv": line_of(cv, "load"),
+        "moe/1/load_max_over_mean": line_of(load, "largest"),
+        **{f"moe/1/load_p{p}_over_mean": line_of(load, f"{p}th percentile") for p in (10, 50, 90)},
         "moe/1/dead_experts": line_of(dead),
         "moe/1/drop_rate": line_of(dropped),
-        "words_per_second": line_of(words),
-        "tflops_per_device": line_of(tflops),
+        "throughput/tokens_per_sec": line_of(words),
+        "throughput/tflops_per_device": line_of(tflops),
         "train/lr": line_of(lr),
         "train/grad_norm": line_of(norm),
         "train/skipped_steps": line_of(skipped),
@@ -241,17 +249,17 @@ def test_a_scale_is_logarithmic_where_that_helps(tmp_path):
         )
 
 
-def test_bytes_are_stacked_by_direction_and_by_site(tmp_path):
-    sent = {"site2/dispatch": 3e3, "site2/dispatch:grad": 2e3, "site5/dispatch": 1e3}
+def test_bytes_are_stacked_by_direction_and_by_place(tmp_path):
+    sent = {"moe0/dispatch": 3e3, "moe0/dispatch_backward": 2e3, "moe1/dispatch": 1e3}
     lines = [
-        {"step": step} | {f"exchange/{k}_bytes": n * step for k, n in sent.items()}
+        {"step": step} | {f"comm/{k}/intra_node_bytes": n * step for k, n in sent.items()}
         for step in (10, 20)
     ]
-    figure = drawn(tmp_path, lines)["exchange"]
+    figure = drawn(tmp_path, lines)["traffic"]
     tops = [{patch.get_label(): patch.get_data() for patch in axes.patches} for axes in figure.axes]
     assert [list(each) for each in tops] == [
         ["dispatch", "dispatch (backward)"],
-        ["site2", "site5"],
+        ["moe0", "moe1"],
     ]
     for each, lowest in zip(tops, ([40, 80], [50, 100]), strict=True):  # kB
         first, second = each.values()
@@ -264,7 +272,7 @@ def test_bytes_are_stacked_by_direction_and_by_site(tmp_path):
 
 def test_the_map_of_few_experts_has_a_row_for_each(tmp_path):
     pair = [4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]
-    lines = [{"step": step, "moe/1/load": pair[step % 2]} for step in range(1, 601)]
+    lines = [{"step": step, "moe/1/tokens_per_expert": pair[step % 2]} for step in range(1, 601)]
     axes = drawn(tmp_path, lines)["load_1"].axes[0]
     shown = np.asarray(axes.collections[0].get_array())
     np.testing.assert_allclose(
@@ -277,7 +285,7 @@ def test_the_map_of_many_experts_shows_the_busiest_of_each_block(tmp_path):
     load = np.ones(1001)
     load[[5, 999]] = 3.0
     load[996:999] = 0.0
-    figure = drawn(tmp_path, [{"step": 1, "moe/1/load": load.tolist()}])["load_1"]
+    figure = drawn(tmp_path, [{"step": 1, "moe/1/tokens_per_expert": load.tolist()}])["load_1"]
     axes = figure.axes[0]
     assert axes.get_ylabel() == "expert (a row: the busiest of 4)" and axes.get_ylim() == (
         -0.5,
@@ -298,7 +306,7 @@ def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
     whole = (
         train_line(1)
         | layer("1", [1.0, 3.0])
-        | {"exchange/site2/counts_bytes": 8.0, "memory/peak_bytes": [1e9, 2e9]}
+        | {"comm/middle/counts/intra_node_bytes": 8.0, "memory/peak_bytes_by_rank": [1e9, 2e9]}
     )
     whole |= {f"time/{part}_ms": 1.0 for part in PARTS}
     spoilt = {

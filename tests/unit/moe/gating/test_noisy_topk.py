@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import close
+from contexts import context
 
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.gating.balance_loss import cv_squared
@@ -19,25 +21,6 @@ from moe_dist.nn import prng, token_noise
 from moe_dist.nn.token_context import TokenContext
 
 FLOAT64 = torch.float64
-
-
-def context(num_tokens: int, tokens_per_sample: int = 1, **changes: Any) -> TokenContext:
-    """`num_tokens` valid tokens of consecutive samples, all in one balance group."""
-    token_T = torch.arange(num_tokens)
-    num_samples = -(-num_tokens // tokens_per_sample)
-    ctx = TokenContext(
-        sample_T=token_T // tokens_per_sample,
-        position_T=token_T % tokens_per_sample,
-        valid_T=torch.ones(num_tokens, dtype=torch.bool),
-        seed=1,
-        step=0,
-        train=True,
-        first_sample=0,
-        num_samples=max(1, num_samples),
-        balance_loss_group_size=max(1, num_samples),
-        capacity_group_size=1,
-    )
-    return dataclasses.replace(ctx, **changes)
 
 
 def make_gate(
@@ -53,12 +36,6 @@ def make_gate(
 
 def drawn(*shape: int, key: str) -> torch.Tensor:
     return torch.empty(*shape, dtype=FLOAT64).normal_(generator=prng.generator("test_gating", key))
-
-
-def close(actual: torch.Tensor, expected: list, atol: float = 1e-6) -> None:
-    torch.testing.assert_close(
-        actual.detach(), torch.tensor(expected, dtype=actual.dtype), atol=atol, rtol=0
-    )
 
 
 # numbers worked out by hand

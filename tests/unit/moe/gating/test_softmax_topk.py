@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import close
+from contexts import NOWHERE, context
 from reference import Gate
 from reference_widenet import gelu_experts, moe
-from tests.unit.moe.gating.test_noisy_topk import close, context
-from tests.unit.moe.test_experts import NOWHERE
 
 from moe_dist.moe.experts import GeluExperts
 from moe_dist.moe.gating.balance_loss import switch_balance

@@ -1,0 +1,59 @@
+"""Bytes that a rank holds, by kind."""
+
+from typing import Any
+
+import torch
+from runs import Run
+
+
+def held_by(config: Any) -> dict[str, int]:
+    run = Run(config)
+    run.optimizer.start_step(1e-3)
+    (batch,) = run.task.batches(0)
+    parameters = [
+        *run.model.dense.parameters(),
+        *run.model.experts.values(),
+        *run.model.gates.values(),
+    ]
+    known, saved = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss, *_ = run.task.loss(run.engine, batch, run.task.loss_denominator([batch]))
+    run.engine.backward(loss)
+    opt = run.optimizer
+    dense = [getattr(p, "ds_tensor", p) for p in run.engine.names.values()]
+    moments = [
+        opt.state[p][m] for p in run.engine.flat_masters() for m in ("exp_avg", "exp_avg_sq")
+    ]
+    masters = [
+        p for p in run.engine.flat_masters() if p.data_ptr() not in {d.data_ptr() for d in dense}
+    ]
+    state = [t for e in opt.experts.values() for end, t in e.tensors(1).items() if end]
+    gates = [t for g in opt.gates.values() for t in g.tensors(1).values()]
+    rows = [
+        t
+        for table in opt.row_tables.values()
+        for name, t in table.tensors().items()
+        if not name.endswith(".updates")
+    ]
+    narrow = [m.p for table in opt.row_tables.values() for m in table.named.values() if m.narrow]
+    expert_masters = [e.master for e in opt.experts.values() if e.narrow]
+    return {
+        "dense parameters": size(dense),
+        "dense optimizer": size(moments) + size(masters),
+        "expert parameters": size([e.p for e in opt.experts.values()]),
+        "expert gradients": size([e.gradient() for e in opt.experts.values()]),
+        "expert optimizer": size(state) + size(expert_masters),
+        "gates of groups": size(gates) + size([g.gradient() for g in opt.gates.values()]),
+        "rows of the vocabulary": size(rows) + size(narrow),
+        "activations": sum(saved.values()),
+    }
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
