@@ -38,7 +38,7 @@ def widenet_demo() -> Config:
     """A small WideNet for images: 6 blocks of width 96, 4 experts; minutes on two CPU cores.
 
     Command: `torchrun --nproc-per-node 2 train.py widenet_demo`.
-    It trains on 6,000 images of Fashion-MNIST, with 2 experts with 192 units per token. It is no
+    It trains on 6,000 images of Fashion-MNIST; each token uses 2 experts with 192 units. It is no
     model of the paper. Its kept result is experiments/results/widenet_demo.json.
     """
     encoder = EncoderConfig(
@@ -217,8 +217,8 @@ def widenet_text_demo() -> Config:
     """A small WideNet for sentences: 4 blocks of width 96, 4 experts; minutes on two CPU cores.
 
     Command: `torchrun --nproc-per-node 2 train.py widenet_text_demo`.
-    It classifies the bundled movie reviews as positive or negative, with 2 experts with 192 units per
-    token. It is no model of the paper. Its kept result is
+    It classifies the bundled movie reviews as positive or negative; each token uses 2 experts with
+    192 units. It is no model of the paper. Its kept result is
     experiments/results/widenet_text_demo.json.
     """
     encoder = EncoderConfig(
