@@ -70,7 +70,7 @@ def main(run: TrainingRun) -> None:
             load(run.checkpoint, engine, task, mesh, run.growth)
         folder = run.open_folder()
         if config.fault_injection != FaultInjectionConfig() and not (run.evaluate or run.finished):
-            fault_injection.inject(training, folder, begins=run.checkpoint is None)
+            fault_injection.inject(training, folder, new_run=run.checkpoint is None)
 
     trains = None if run.evaluate or run.finished else folder
     with plain_errors(

@@ -34,7 +34,7 @@ from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.engine.parallelize import build_dispatcher
+from moe_dist.engine.dispatcher_choice import build_dispatcher
 from moe_dist.moe.experts import Experts
 from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing, build_routing

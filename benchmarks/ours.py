@@ -15,7 +15,7 @@ from torch import nn
 from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed.collectives import StatReducer
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.engine.parallelize import build_dispatcher
+from moe_dist.engine.dispatcher_choice import build_dispatcher
 from moe_dist.moe.experts import Experts, GeluExperts
 from moe_dist.moe.gating.noisy_topk import NoisyTopK
 from moe_dist.moe.kernels import triton_ffn

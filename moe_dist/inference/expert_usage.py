@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from moe_dist.moe.dispatch.all_to_all import ExpertModule, LocalDispatcher
+from moe_dist.moe.dispatch.local import LocalDispatcher
+from moe_dist.moe.interfaces import ExpertModule
 from moe_dist.moe.routing import Routing
 from moe_dist.nn.token_context import TokenContext
 
@@ -24,7 +25,7 @@ class RecordingDispatcher(LocalDispatcher):
 
     assignments: ExpertAssignments
 
-    def __call__(
+    def forward(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
         expert_N = torch.arange(len(routing.count_E)).repeat_interleave(routing.count_E)
@@ -36,7 +37,7 @@ class RecordingDispatcher(LocalDispatcher):
         )
         expert_TK = expert_N[by_word_N].view(shape).gather(1, order_TK)
         self.assignments = ExpertAssignments(expert_TK, weight_TK, len(routing.count_E))
-        return super().__call__(x_TD, routing, experts, ctx)
+        return super().forward(x_TD, routing, experts, ctx)
 
 
 def expert_shares(visits: ExpertAssignments) -> torch.Tensor:

@@ -1,19 +1,23 @@
-"""Experts as stacked weights. `outputs` is their mathematics; `run` gives the same by the device's fast path, where
-there is one (`kernels`).
+"""Experts as stacked weights.
 
-Legend: T tokens, R copies of them sorted by expert, D width, F hidden units, e experts on this rank (all E of them
-before `parallelize`).
+`Experts.expert_ffn` is the mathematics, in plain torch. `Experts.forward` computes the same with the
+device's fast kernel if there is one for the work at hand (`moe.kernels`).
+
+Legend: T tokens, R rows sorted by expert, D width, F hidden units, e experts on this rank (all E of
+them before `engine.parallelize`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.moe.delayed_wgrad import DeferGrad, DelayedWeightGrads, ExpertChunk
+from moe_dist.moe.delayed_wgrad import DeferGrad, DelayedWeightGrads
 from moe_dist.moe.kernels import select as kernel_select
 from moe_dist.moe.kernels.grouped_mm import GroupedMatmul
 from moe_dist.moe.permutation import TokenPermutation
@@ -21,115 +25,198 @@ from moe_dist.moe.routing import Routing
 from moe_dist.nn.init import uniform_parameter
 from moe_dist.nn.token_context import TokenContext
 
-# on(h_RF, which=.., ctx_R=..) -> which hidden units are on, in place of ReLU's sign (`replay`); `which`: rows by
-# expert, or which of a dense network's layers
+# relu_mask(h_RF, which=.., ctx_R=..) -> which hidden units are on (R, F), instead of the sign of h_RF, so that a
+# recorded run can be replayed (`verify.choice_replay`). `which`: rows by expert (int64), or the number of a
+# dense network's layer.
 ReluMask = Callable[..., torch.Tensor]
 
 
+@dataclass(frozen=True)
+class ExpertChunk:
+    """Consecutive experts of a module with the weights to use; called like the module.
+
+    Attributes:
+        module: The experts.
+        needs_context: As of the module.
+        first_expert: The first of them, counted on this rank.
+        weights: Their part of every stack of weights.
+        defer: Takes the functions that compute their weight gradients, so that these can wait.
+    """
+
+    module: nn.Module
+    needs_context: bool
+    first_expert: int
+    weights: tuple[torch.Tensor, ...]
+    defer: DeferGrad
+
+    def __call__(
+        self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
+    ) -> tuple[torch.Tensor, Any]:
+        """Returns what the module returns for these experts."""
+        return self.module(x_TD, routing, ctx, chunk=self)
+
+
 class Experts(nn.Module):
-    """Two-layer ReLU networks without biases (Shazeer et al. 2017, Appendix C.1: 2 x dim x hidden parameters each)."""
+    """Two-layer ReLU networks without biases (Shazeer et al. 2017, Appendix C.1).
+
+    An expert has 2 x dim x hidden_dim parameters.
+    """
 
     needs_context = False
 
     def __init__(
         self, num_experts: int, dim: int, hidden_dim: int, recompute: bool = False
     ) -> None:
-        """`recompute`: hidden activations are not kept, but computed again in backward (Appendix D)."""
+        """Creates the experts; their weights are filled by `nn.init.init_parameter`.
+
+        Args:
+            num_experts: Number of experts over all ranks.
+            dim: Width of the layer.
+            hidden_dim: Hidden units of an expert.
+            recompute: Whether hidden activations are computed again in backward instead of being
+                kept (Appendix D).
+        """
         super().__init__()
         self.recompute = recompute
         self.relu_mask_override: ReluMask | None = None
-        # on a GPU, Triton's kernels in place of torch's. Not before one has timed them (`ours_triton` of
-        # benchmarks/layer.py): in Triton's interpreter they are right, whether they are faster is not known
+        # Triton's kernels instead of torch's on a GPU. They are off until a GPU has timed them
+        # (`ours_triton` of benchmarks/layer.py): in Triton's interpreter they are correct.
         self.use_triton = False
         self.w1_eDF = uniform_parameter(num_experts, dim, hidden_dim, bound=(3 / dim) ** 0.5)
         self.w2_eFD = uniform_parameter(num_experts, hidden_dim, dim, bound=(3 / hidden_dim) ** 0.5)
 
     def forward(
-        self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
+        self,
+        x_TD: torch.Tensor,
+        routing: Routing,
+        ctx: TokenContext,
+        chunk: ExpertChunk | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """The sum of each token's weighted outputs: (T, D). Assignments are to this rank's experts."""
-        return self.run_experts(x_TD, routing, ctx, 0, None, *self.parameters())
+        """Computes each token's sum of weighted expert outputs.
+
+        Args:
+            x_TD: Tokens (T, D).
+            routing: Their assignments to this rank's experts, or to those of the chunk.
+            ctx: The tokens' context.
+            chunk: The experts to run. None runs all of this rank.
+
+        Returns:
+            The sums (T, D), and None: experts have no statistics of their own.
+        """
+        if chunk is None:
+            first_expert = 0
+            weights: tuple[torch.Tensor, ...] = tuple(self.parameters())
+            defer = None
+        else:
+            first_expert = chunk.first_expert
+            weights = chunk.weights
+            defer = chunk.defer
+        permutation = TokenPermutation(routing.token_N, len(x_TD))
+        count_e = routing.count_E
+        relu_mask = self._relu_mask(routing, ctx, first_expert)
+        kernel = self._select_kernel(len(routing.token_N), x_TD, relu_mask, *weights)
+        if kernel is not None:
+            y_TD = kernel(
+                x_TD,
+                permutation,
+                routing.gate_N,
+                count_e,
+                *weights,
+                recompute=self.recompute,
+                defer=defer,
+            )
+            return y_TD, None
+        expert_ffn: Callable[..., torch.Tensor] = self.expert_ffn
+        if self.recompute:
+            expert_ffn = partial(checkpoint, self.expert_ffn, use_reentrant=False)
+        y_RD = expert_ffn(permutation.permute(x_TD), count_e, relu_mask, defer, *weights)
+        return permutation.unpermute(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
 
     def expert_ffn(
         self,
         x_RD: torch.Tensor,
         count_e: torch.Tensor,
-        on: kernel_select.ReluMask | None,
+        relu_mask: kernel_select.ReluMask | None,
         defer: DeferGrad | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Of the `count_e[i]` consecutive rows of each expert i: (R, D). `on` decides in place of ReLU's sign."""
+        """Computes relu(x @ w1) @ w2 of each row with the weights of its expert.
+
+        Args:
+            x_RD: Rows (R, D), sorted by expert.
+            count_e: Rows of each expert, int64.
+            relu_mask: Decides which hidden units are on. None: the sign of their input.
+            defer: Takes the functions that compute the weight gradients. None: backward returns them.
+            *weights: w1 (e, D, F) and w2 (e, F, D).
+
+        Returns:
+            The outputs (R, D), not yet weighted.
+        """
         w1_eDF, w2_eFD = weights
         h_RF = grouped_matmul(x_RD, w1_eDF, count_e, defer and partial(defer, 0))
-        return grouped_matmul(masked_relu(h_RF, on), w2_eFD, count_e, defer and partial(defer, 1))
-
-    def run_experts(
-        self,
-        x_TD: torch.Tensor,
-        routing: Routing,
-        ctx: TokenContext,
-        first: int,
-        defer: DeferGrad | None,
-        *weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, None]:
-        """Of the experts from `first` on, whose weights are given. `defer`: where gradients of weights may wait."""
-        copies, count_e = TokenPermutation(routing.token_N, len(x_TD)), routing.count_E
-        on = None
-        if self.relu_mask_override:
-            of_all_e = F.pad(count_e, (first, len(self.w1_eDF) - first - len(count_e)))
-            on = partial(self.relu_mask_override, which=of_all_e, ctx_R=ctx.select(routing.token_N))
-        if fast := self._select_kernel(len(routing.token_N), x_TD, on, *weights):
-            options = {"recompute": self.recompute, "defer": defer}
-            return fast(x_TD, copies, routing.gate_N, count_e, *weights, **options), None
-        outputs = (
-            partial(checkpoint, self.expert_ffn, use_reentrant=False)
-            if self.recompute
-            else self.expert_ffn
-        )
-        y_RD = outputs(copies.permute(x_TD), count_e, on, defer, *weights)
-        return copies.unpermute(y_RD * routing.gate_N.to(x_TD.dtype)[:, None]), None
+        h_RF = masked_relu(h_RF, relu_mask)
+        return grouped_matmul(h_RF, w2_eFD, count_e, defer and partial(defer, 1))
 
     @property
     def max_chunks(self) -> int:
+        """Returns the number of experts on this rank."""
         return len(self.w1_eDF)
 
     def split_experts(self, sizes: list[int]) -> list[ExpertChunk]:
-        """Consecutive parts of the experts, each called as all are. To be made when rows have departed and none has
-        arrived: what follows may put gradients of weights off until the rows' gradients have left (`later`)."""
-        later = DelayedWeightGrads(sizes, *self.parameters())
+        """Splits the experts into consecutive chunks; see `moe.interfaces.ChunkedExperts`.
 
-        def part(i: int) -> ExpertChunk:
-            first, defer = sum(sizes[:i]), partial(later.defer, i)
+        Args:
+            sizes: Number of experts in each chunk.
 
-            def run(
-                x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
-            ) -> tuple[torch.Tensor, None]:
-                return self.run_experts(x_TD, routing, ctx, first, defer, *later.chunk(i))
+        Returns:
+            The chunks, whose weight gradients wait until the rows' gradients have been sent.
+        """
+        delayed = DelayedWeightGrads(sizes, *self.parameters())
+        chunks = []
+        first_expert = 0
+        for c, size in enumerate(sizes):
+            defer = partial(delayed.defer, c)
+            chunk = ExpertChunk(self, self.needs_context, first_expert, delayed.chunk(c), defer)
+            chunks.append(chunk)
+            first_expert += size
+        return chunks
 
-            return ExpertChunk(run, self.needs_context)
-
-        return [part(i) for i in range(len(sizes))]
+    def _relu_mask(
+        self, routing: Routing, ctx: TokenContext, first_expert: int
+    ) -> kernel_select.ReluMask | None:
+        """Returns `relu_mask_override` bound to these rows, None if there is no override."""
+        if self.relu_mask_override is None:
+            return None
+        after = len(self.w1_eDF) - first_expert - len(routing.count_E)
+        count_of_all_e = F.pad(routing.count_E, (first_expert, after))
+        ctx_R = ctx.select(routing.token_N)
+        return partial(self.relu_mask_override, which=count_of_all_e, ctx_R=ctx_R)
 
     def _select_kernel(
         self,
         num_rows: int,
         x_TD: torch.Tensor,
-        on: kernel_select.ReluMask | None,
+        relu_mask: kernel_select.ReluMask | None,
         *weights: torch.Tensor,
     ) -> kernel_select.FeedForward | None:
+        """Returns the fast kernel for this work, None if plain torch is as fast."""
         w1_eDF, w2_eFD = weights
-        return kernel_select.select_kernel(num_rows, x_TD, w1_eDF, w2_eFD, on, self.use_triton)
+        return kernel_select.select_kernel(
+            num_rows, x_TD, w1_eDF, w2_eFD, relu_mask, self.use_triton
+        )
 
 
 class GeluExperts(Experts):
-    """Two-layer GELU networks with biases, as those of a transformer: 2 x dim x hidden + hidden + dim parameters each.
+    """Two-layer GELU networks with biases, as in a transformer.
 
-    The biases of an expert are a matrix of one row, whose factored second moment (`outside.Factored`) is exact.
+    An expert has 2 x dim x hidden_dim + hidden_dim + dim parameters. The biases of an expert are a matrix
+    with one row, for which a factored second moment is exact (`optim.expert_state.FactoredAdamParam`).
     """
 
     def __init__(
         self, num_experts: int, dim: int, hidden_dim: int, recompute: bool = False
     ) -> None:
+        """Creates the experts; the arguments are those of `Experts`."""
         super().__init__(num_experts, dim, hidden_dim, recompute)
         self.b1_e1F = uniform_parameter(num_experts, 1, hidden_dim, bound=0.0)
         self.b2_e1D = uniform_parameter(num_experts, 1, dim, bound=0.0)
@@ -138,32 +225,31 @@ class GeluExperts(Experts):
         self,
         x_RD: torch.Tensor,
         count_e: torch.Tensor,
-        on: kernel_select.ReluMask | None,
+        relu_mask: kernel_select.ReluMask | None,
         defer: DeferGrad | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
+        """Computes gelu(x @ w1 + b1) @ w2 + b2 of each row; the arguments are those of `Experts`."""
         w1_eDF, w2_eFD, b1_e1F, b2_e1D = weights
-        expert_R = torch.arange(len(count_e), device=x_RD.device).repeat_interleave(
-            count_e, output_size=len(x_RD)
-        )
-        h_RF = (
-            grouped_matmul(x_RD, w1_eDF, count_e, defer and partial(defer, 0))
-            + b1_e1F.squeeze(1)[expert_R]
-        )
-        # GELU once: the code of Xue et al. 2021 has one after the output as well, the paper and ViT do not
+        expert_e = torch.arange(len(count_e), device=x_RD.device)
+        expert_R = expert_e.repeat_interleave(count_e, output_size=len(x_RD))
+        h_RF = grouped_matmul(x_RD, w1_eDF, count_e, defer and partial(defer, 0))
+        h_RF = h_RF + b1_e1F.squeeze(1)[expert_R]
+        # one GELU: the code of Xue et al. 2021 has a second one after the output, the paper and ViT do not
         h_RF = F.gelu(h_RF)
-        return (
-            grouped_matmul(h_RF, w2_eFD, count_e, defer and partial(defer, 1))
-            + b2_e1D.squeeze(1)[expert_R]
-        )
+        y_RD = grouped_matmul(h_RF, w2_eFD, count_e, defer and partial(defer, 1))
+        return y_RD + b2_e1D.squeeze(1)[expert_R]
 
     def _select_kernel(self, *_: object) -> None:
-        return None  # one that computes GELU again in backward was no faster (docs/log.md)
+        """Returns None: a kernel that computes GELU again in backward was no faster (docs/log.md)."""
+        return None
 
 
-def masked_relu(h_RF: torch.Tensor, on: kernel_select.ReluMask | None) -> torch.Tensor:
-    """`on` decides in place of the sign."""
-    return h_RF.relu() if on is None else torch.where(on(h_RF), h_RF, 0)
+def masked_relu(h_RF: torch.Tensor, relu_mask: kernel_select.ReluMask | None) -> torch.Tensor:
+    """Returns ReLU(h_RF), or h_RF where `relu_mask` is on and 0 elsewhere."""
+    if relu_mask is None:
+        return h_RF.relu()
+    return torch.where(relu_mask(h_RF), h_RF, 0)
 
 
 def grouped_matmul(
@@ -172,6 +258,15 @@ def grouped_matmul(
     count_e: torch.Tensor,
     defer: Callable[..., None] | None = None,
 ) -> torch.Tensor:
-    """x @ w[i] for the `count_e[i]` consecutive rows of each expert i: (R, F). No rows: a zero gradient. `defer`
-    takes what forms the gradient of w, which then comes later."""
+    """Multiplies each expert's rows by its matrix.
+
+    Args:
+        x_RD: Rows (R, D), `count_e[i]` consecutive ones for expert i.
+        w_eDF: Matrices (e, D, F). An expert without rows gets a gradient of zeros.
+        count_e: Rows of each expert, int64.
+        defer: Takes the function that computes the gradient of `w_eDF`. None: backward returns it.
+
+    Returns:
+        x @ w[i] of each row (R, F).
+    """
     return GroupedMatmul.apply(x_RD, w_eDF, count_e, defer)

@@ -1,72 +1,107 @@
-"""The mixture-of-experts layer: a gate, an exchange and experts, composed.
+"""The mixture-of-experts layer: a gate, a dispatcher and experts.
 
-Legend: T tokens, D width, E experts (global), G balance groups.
+Legend: T tokens, D width, E experts (over all ranks), G balance groups.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_dist.moe.dispatch.all_to_all import LocalDispatcher
+from moe_dist.moe.dispatch.local import LocalDispatcher
+from moe_dist.moe.interfaces import Dispatcher, ExpertModule, Gate, StatReducer
 from moe_dist.moe.routing import GateStats, Routing
 from moe_dist.nn.token_context import TokenContext
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What one use of a layer tells; returned, never kept in the module."""
+    """Statistics of one call of a layer; returned, never stored in the module.
 
-    balance_loss: (
-        torch.Tensor
-    )  # scalar, summed over the balance groups of the micro-batch; the same on every rank
-    importance_E: torch.Tensor  # Eq. 6, this rank's part of the sum over ranks, detached
-    load_E: torch.Tensor  # int64, rows by expert, likewise
-    dropped: torch.Tensor  # int64 scalar, assignments over capacity, likewise
+    Attributes:
+        balance_loss: Scalar, summed over the balance groups of the micro-batch; the same on every rank.
+        importance_E: Sum of gate weights by expert (Shazeer et al. 2017, Eq. 6), this rank's addend
+            of the sum over ranks, detached.
+        load_E: Rows by expert, int64, this rank's addend of the sum over ranks.
+        dropped: Assignments over capacity, int64 scalar, this rank's addend of the sum over ranks.
+    """
+
+    balance_loss: torch.Tensor
+    importance_E: torch.Tensor
+    load_E: torch.Tensor
+    dropped: torch.Tensor
 
 
 class NoReduction:
-    """The sums over ranks that balance losses need, where there is one rank. `parallelize` puts a mesh's in its place
-    (`parallel.collectives.StatReducer`, which tells them)."""
+    """The stat reducer of a single rank: every sum over ranks is its only addend."""
 
     @staticmethod
     def over_data(x: torch.Tensor) -> torch.Tensor:
+        """Returns `x`."""
         return x
 
     over_replicas = over_expert_shards = to_expert_shards = over_data
 
 
 class MoE(nn.Module):
-    """y = sum over chosen experts of gate weight x expert output (Shazeer et al. 2017, Eq. 1).
+    """A mixture-of-experts layer (Shazeer et al. 2017, Eq. 1).
 
-    Made whole: `parallelize` slices the experts and sets `exchange` and `sums` from the mesh.
+    y = sum over the chosen experts of gate weight x expert output. A plain layer holds all experts
+    and runs on one rank; `engine.parallelize` keeps this rank's experts and replaces `dispatcher` and
+    `stat_reducer` by those of a mesh.
     """
 
-    gate: Any  # gate(x_TD, ctx) -> Routing, GateStats; and gate.balance_loss, gate.num_experts, gate.k
-    experts: Any  # see dispatch.exchange.ExpertModule
+    gate: Gate
+    dispatcher: Dispatcher
+    experts: ExpertModule
+    stat_reducer: StatReducer
 
-    def __init__(self, gate: nn.Module, experts: nn.Module) -> None:
+    def __init__(self, gate: Gate, experts: ExpertModule) -> None:
+        """Creates a layer that runs on one rank.
+
+        Args:
+            gate: A module that assigns tokens to experts.
+            experts: A module that holds all experts.
+        """
         super().__init__()
         self.gate = gate
+        self.dispatcher = LocalDispatcher()
         self.experts = experts
-        self.dispatcher: Callable[..., tuple[torch.Tensor, Any]] = LocalDispatcher()
-        self.stat_reducer: Any = NoReduction()
+        self.stat_reducer = NoReduction()
 
     def forward(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[torch.Tensor, LayerStats]:
-        routing, told = self.gate(x_TD, ctx)
-        y_TD, inner = self.dispatcher(x_TD, routing, self.experts, ctx)
-        return y_TD, self.stats(routing, told, inner)
+        """Returns the output (T, D) and the statistics of this call."""
+        routing, gate_stats = self.route(x_TD, ctx)
+        y_TD, expert_stats = self.run_experts(x_TD, routing, ctx)
+        return y_TD, self.stats(routing, gate_stats, expert_stats)
 
-    def stats(self, routing: Routing, told: GateStats, inner: Any) -> LayerStats:
-        """What the layer tells of itself, from what gate and experts told."""
-        importance_GE, load_GE = self.stat_reducer.over_data(
-            torch.stack([told.importance_GE, told.load_GE])
-        )
+    def route(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[Routing, GateStats]:
+        """Returns the assignments of this rank's tokens to experts, and the gate's sums over them."""
+        return self.gate(x_TD, ctx)
+
+    def run_experts(
+        self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
+    ) -> tuple[torch.Tensor, Any]:
+        """Sends the rows to their experts, on whichever ranks these are, and sums what returns.
+
+        Args:
+            x_TD: This rank's tokens (T, D).
+            routing: Their assignments, from `route` of this layer; it may be used more than once.
+            ctx: The context of the tokens.
+
+        Returns:
+            The output (T, D), and the statistics of the experts, None if they have none.
+        """
+        return self.dispatcher(x_TD, routing, self.experts, ctx)
+
+    def stats(self, routing: Routing, gate_stats: GateStats, expert_stats: Any) -> LayerStats:
+        """Returns the layer's statistics from those of gate and experts. A collective."""
+        addends_2GE = torch.stack([gate_stats.importance_GE, gate_stats.load_GE])
+        importance_GE, load_GE = self.stat_reducer.over_data(addends_2GE)
         return LayerStats(
             balance_loss=self.gate.balance_loss(importance_GE, load_GE),
-            importance_E=told.importance_GE.detach().sum(0),
+            importance_E=gate_stats.importance_GE.detach().sum(0),
             load_E=routing.count_E,
-            dropped=told.dropped,
+            dropped=gate_stats.dropped,
         )

@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import record_function
 
 PARTS = ("gate", "dispatch", "experts", "optimizer", "rest")
@@ -39,6 +40,7 @@ class StepTimer:
         self.running = False
         self.annotate_profile = False  # ranges are told to torch's profiler
         self._open: list[_Range] = []
+        self._forwards: list[tuple[nn.Module, _Range, _Range | None]] = []  # under way
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._last = 0.0  # when the last range began or ended
         self._events: list[
@@ -50,6 +52,7 @@ class StepTimer:
         """Around what is to be timed."""
         self._settle()
         self._open.clear()
+        self._forwards.clear()
         self._last, self.running = time.perf_counter(), True
         if self.on_cuda:
             self._events.append(("", _event()))
@@ -80,25 +83,45 @@ class StepTimer:
         finally:
             opened.end()
 
-    def timed(self, part: str, call: Callable, name: str) -> Callable:
-        """`call` as a range, its backward too. `call(x, ...)` returns a tuple, whose first is a tensor or a Routing;
-        `name` is its range's in a profile."""
+    def attach(self, module: nn.Module, part: str, name: str) -> None:
+        """Times every forward of a module, and its backward, by forward hooks.
 
-        def timed(x: torch.Tensor, *more: Any) -> tuple:
+        Args:
+            module: Its forward takes a tensor first and returns a tuple, first of which is a tensor or a
+                dataclass with the differentiable tensor `gate_N` (`moe.routing.Routing`).
+            part: One of PARTS.
+            name: Name of the range in a profile.
+        """
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not self.running:
-                return call(x, *more)
-            with self.range(part, name):
-                if not x.requires_grad:  # nothing would say where its backward ends
-                    return call(x, *more)
+                return None
+            forward = _Range(self, part, name)
+            forward.begin()
+            x, *others = args
+            backward = None
+            if x.requires_grad:  # else nothing marks the end of its backward
                 backward = _Range(self, part, f"{name} (backward)")
-                first, *others = call(_before_backward_of(x, backward.end), *more)
-                if isinstance(first, torch.Tensor):
-                    first = _before_backward_of(first, backward.begin)
-                else:
-                    first = replace(first, gate_N=_before_backward_of(first.gate_N, backward.begin))
+                x = _before_backward_of(x, backward.end)
+            self._forwards.append((module, forward, backward))
+            return x, *others
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> tuple[Any, ...] | None:
+            if not self._forwards or self._forwards[-1][0] is not module:
+                return None  # the timer was not running when this forward began
+            _, forward, backward = self._forwards.pop()
+            first, *others = output
+            if backward is None:
+                pass
+            elif isinstance(first, torch.Tensor):
+                first = _before_backward_of(first, backward.begin)
+            else:
+                first = replace(first, gate_N=_before_backward_of(first.gate_N, backward.begin))
+            forward.end()
             return first, *others
 
-        return timed
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
 
     def _tick(self) -> None:
         """What ran until now was the innermost range."""

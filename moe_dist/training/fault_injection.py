@@ -1,10 +1,12 @@
-"""Faults made on purpose, to try a cluster, and this trainer on it: `chaos` of a config (`config.ChaosConfig`).
+"""Injects faults, to try a cluster and the trainer on it (`config.schema.FaultInjectionConfig`).
 
-    --set fault_injection.fault=kill --set fault_injection.rank=1 --set fault_injection.step=17 --set fault_injection.phase=dispatch
+    --set fault_injection.fault=kill --set fault_injection.rank=1 --set fault_injection.step=17 \
+        --set fault_injection.phase=dispatch
     --set fault_injection.routing=one_expert
 
-A fault happens once in a run folder, however often the run is started again: it leaves RUN/chaos there. A `routing`
-holds in every step of training. Nothing else in the trainer knows of this module.
+A fault is injected once in a run: it leaves the file `fault_injection` in the run folder, so that the
+restarted run continues without it. A routing is forced in every training step. No other module of the
+trainer imports this one.
 
 Legend: T tokens, N assignments of them, E experts.
 """
@@ -13,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,146 +23,195 @@ import torch
 from torch import nn
 
 from moe_dist.config import run_folder
-from moe_dist.config.schema import FaultInjectionConfig, moe_section
+from moe_dist.config.schema import Config, FaultInjectionConfig, moe_section
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.routing import Routing
+from moe_dist.moe.routing import GateStats, Routing
 from moe_dist.nn import prng
 from moe_dist.nn.token_context import TokenContext
 from moe_dist.training.setup import Training
 
-MARKER_FILE = "fault_injection"  # a file of the run folder
-EXCHANGES = ("counts", "dispatch", "combine")  # phases that are directions of an exchange
-ENDS = ("report", "wandb")  # phases of a run that has trained and saved all of its steps
+MARKER_FILE = "fault_injection"  # in the run folder
+ALL_TO_ALL_PHASES = ("counts", "dispatch", "combine")
+PHASES_AFTER_TRAINING = ("report", "wandb")
 
 
-def inject(training: Training, folder: Path, begins: bool = True) -> None:
-    """Lets happen what the config asks for. Raises ValueError where a run `begins` in which it cannot; a run that goes
-    on may do so on fewer ranks, or behind the step."""
-    chaos, mesh = training.config.fault_injection, training.mesh
-    if chaos.routing != "none":
-        _say(mesh, f"routing of all layers: {chaos.routing}")
-        for module in training.model.dense.modules():
+def inject(training: Training, folder: Path, new_run: bool = True) -> None:
+    """Arranges the configured fault, and forces the configured routing.
+
+    Args:
+        training: The run, ready to train.
+        folder: Its run folder.
+        new_run: Whether the run begins. A resumed one may have fewer ranks, or be past the fault's step.
+
+    Raises:
+        ValueError: A new run would never reach the fault.
+    """
+    faults = training.config.fault_injection
+    mesh = training.mesh
+    if faults.routing != "none":
+        _log(mesh, f"routing of all layers: {faults.routing}")
+        for module in training.model.module.modules():
             if isinstance(module, MoE):
-                module.gate.forward = _routed(module.gate.forward, chaos.routing, mesh)
-    if chaos.fault == "none" or (folder / MARKER_FILE).exists():
+                hook = partial(_force_routing, faults.routing, mesh)
+                module.get_submodule("gate").register_forward_hook(hook)
+    if faults.fault == "none" or (folder / MARKER_FILE).exists():
         return
-    if begins:
-        _check(training)
-    where = "in what the first layer gets" if chaos.fault == "nan" else f"in the {chaos.phase}"
-    _say(mesh, f"{chaos.fault} of rank {chaos.rank}, {where} of step {chaos.step}")
-    if chaos.rank == mesh.dp.index:
-        _Fault(chaos, mesh, folder, training.model.dense)
+    if new_run:
+        _check_is_reached(training.config, mesh)
+    place = "in the input of the first layer" if faults.fault == "nan" else f"in {faults.phase}"
+    _log(mesh, f"{faults.fault} of rank {faults.rank}, {place} of step {faults.step}")
+    if faults.rank == mesh.dp.index:
+        _Fault(faults, mesh, folder, training.model.module)
 
 
-def _check(training: Training) -> None:
-    """A fault that never comes would look like one that was survived."""
-    config, mesh, chaos = training.config, training.mesh, training.config.fault_injection
-    if chaos.rank >= mesh.dp.size:
-        raise ValueError(f"fault_injection.rank={chaos.rank}: ranks are 0 to {mesh.dp.size - 1}")
-    if chaos.step > config.steps:
-        raise ValueError(f"fault_injection.step={chaos.step}: the run has {config.steps}")
-    if chaos.fault == "nan":
+def _check_is_reached(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError for a fault that never comes, which would look like one that was survived."""
+    faults = config.fault_injection
+    at_step = f"fault_injection.step={faults.step}"
+    at_phase = f"fault_injection.phase={faults.phase!r}"
+    is_last = faults.step == config.steps
+    if faults.rank >= mesh.dp.size:
+        raise ValueError(f"fault_injection.rank={faults.rank}: use 0 to {mesh.dp.size - 1}")
+    if faults.step > config.steps:
+        raise ValueError(f"{at_step}: the run has {config.steps} steps")
+    if faults.fault == "nan":
         return
-    if chaos.phase in EXCHANGES and not (mesh.ep.size > 1 and moe_section(config)):
+    if faults.phase in ALL_TO_ALL_PHASES and not (mesh.ep.size > 1 and moe_section(config)):
         raise ValueError(
-            f"fault_injection.phase={chaos.phase!r}: nothing is exchanged on one expert-parallel rank; --set mesh.ep"
+            f"{at_phase}: one expert-parallel rank dispatches nothing; set mesh.ep to 2 or more"
         )
-    if chaos.phase in ENDS and chaos.step != config.steps:
+    if faults.phase in PHASES_AFTER_TRAINING and not is_last:
+        raise ValueError(f"{at_step}: {at_phase} follows the last step, {config.steps}")
+    if faults.phase == "evaluation" and faults.step % config.eval_every and not is_last:
         raise ValueError(
-            f"fault_injection.step={chaos.step}: the phase {chaos.phase!r} follows the last step, {config.steps}"
+            f"{at_step}: evaluations are at multiples of eval_every={config.eval_every}"
         )
-    if (
-        chaos.phase == "evaluation"
-        and chaos.step % config.eval_every
-        and chaos.step != config.steps
-    ):
+    if faults.phase == "save" and faults.step % config.save_every and not is_last:
         raise ValueError(
-            f"fault_injection.step={chaos.step}: evaluations are at multiples of eval_every={config.eval_every}"
+            f"{at_step}: a checkpoint is saved at multiples of save_every={config.save_every}"
         )
-    if chaos.phase == "save" and chaos.step % config.save_every and chaos.step != config.steps:
+    if faults.fault == "kill_agent" and "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ValueError(
-            f"fault_injection.step={chaos.step}: a checkpoint is saved at multiples of save_every={config.save_every}"
-        )
-    if chaos.fault == "kill_agent" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ValueError(
-            "fault_injection.fault='kill_agent': this process was not started by torchrun"
+            "fault_injection.fault='kill_agent': this process has no agent; start it with torchrun"
         )
 
 
-def _say(mesh: Mesh, what: str) -> None:
+def _log(mesh: Mesh, message: str) -> None:
+    """Prints on the main rank."""
     if mesh.is_main:
-        print(f"fault injection: {what}", flush=True)
+        print(f"fault injection: {message}", flush=True)
 
 
 class _Fault:
-    """That is to come, on this rank."""
+    """A fault that is injected on this rank when its step and phase are reached."""
 
     def __init__(
-        self, chaos: FaultInjectionConfig, mesh: Mesh, folder: Path, model: nn.Module
+        self, faults: FaultInjectionConfig, mesh: Mesh, folder: Path, model: nn.Module
     ) -> None:
-        self.chaos = chaos
-        self.record = mesh.flight_recorder
+        self.faults = faults
+        self.flight_recorder = mesh.flight_recorder
         self.folder = folder
-        if chaos.fault == "nan":
+        if faults.fault == "nan":
             for module in model.modules():
                 if module._parameters:
-                    module.register_forward_pre_hook(self._not_a_number)
+                    module.register_forward_pre_hook(self._inject_nan)
         else:
-            mesh.flight_recorder.on_phase = self._at
+            mesh.flight_recorder.on_phase = self._on_phase
 
-    def _due(self) -> bool:
-        """Leaves the mark."""
-        if self.record.step != self.chaos.step or (self.folder / MARKER_FILE).exists():
+    def _is_due(self) -> bool:
+        """Returns whether this is the step; leaves the marker file if it is."""
+        is_step = self.flight_recorder.step == self.faults.step
+        if not is_step or (self.folder / MARKER_FILE).exists():
             return False
-        run_folder.write(self.folder, MARKER_FILE, f"{self.chaos}\n")
+        run_folder.write(self.folder, MARKER_FILE, f"{self.faults}\n")
         return True
 
-    def _at(self, phase: str) -> None:
-        """In this phase, or in a call that has begun."""
-        if phase != self.chaos.phase or not self._due():
+    def _on_phase(self, phase: str) -> None:
+        """Injects the fault if a phase of the step, or a collective, is the one."""
+        if phase != self.faults.phase or not self._is_due():
             return
-        if self.chaos.fault == "delay":
-            time.sleep(self.chaos.seconds)
-        elif self.chaos.fault == "stop":
+        if self.faults.fault == "delay":
+            time.sleep(self.faults.seconds)
+        elif self.faults.fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
-            if self.chaos.fault == "kill_agent":
+            if self.faults.fault == "kill_agent":
                 os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _not_a_number(self, module: nn.Module, args: tuple) -> Any:
-        """In what the first layer of the step gets that takes numbers, instead of words."""
+    def _inject_nan(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Replaces one number in the input of the step's first layer that takes floats, not token ids."""
         x = args[0]
-        if not (torch.is_grad_enabled() and x.is_floating_point() and self._due()):
+        if not (torch.is_grad_enabled() and x.is_floating_point() and self._is_due()):
             return None
         x = x.clone()
         x.view(-1)[0] = torch.nan
         return x, *args[1:]
 
 
-def _routed(gate: Callable[..., tuple], kind: str, mesh: Mesh) -> Callable[..., tuple]:
-    def changed(x_TD: torch.Tensor, ctx: TokenContext) -> tuple:
-        routing, told = gate(x_TD, ctx)
-        if not ctx.train:
-            return routing, told
-        num_experts = len(routing.count_E)
-        expert_N = torch.arange(num_experts, device=x_TD.device).repeat_interleave(routing.count_E)
-        if kind == "one_expert":  # the first choice of each token in the order of experts
-            order_N = routing.token_N.argsort(stable=True)
-            token_N = routing.token_N[order_N]
-            keep_N = order_N[torch.diff(token_N, prepend=token_N.new_tensor([-1])) > 0]
-            expert_N = torch.zeros_like(expert_N)
-        elif kind == "empty_rank":  # the last one's experts get nothing
-            keep_N = (
-                (expert_N < num_experts - len(mesh.local_experts(num_experts))).nonzero().squeeze(1)
-            )
-        else:  # ragged: every rank sends what it has of some first tokens alone, of none or of all
-            part = prng.uniform(
-                1, ctx.seed, "ragged", ctx.step, ctx.layer_call, mesh.dp.index
-            ).item()
-            keep_N = (routing.token_N < int(part * (len(x_TD) + 1))).nonzero().squeeze(1)
-        count_E = torch.bincount(expert_N[keep_N], minlength=num_experts)
-        return Routing(routing.token_N[keep_N], routing.gate_N[keep_N], count_E), told
+def _force_routing(
+    kind: str,
+    mesh: Mesh,
+    gate: nn.Module,
+    args: tuple[torch.Tensor, TokenContext],
+    output: tuple[Routing, GateStats],
+) -> tuple[Routing, GateStats]:
+    """Changes the routing that a gate returns in training; a forward hook.
 
-    return changed
+    Args:
+        kind: "one_expert", "empty_rank" or "ragged".
+        mesh: The ranks.
+        gate: The gate.
+        args: Its arguments: tokens and their context.
+        output: The result of its forward.
+    """
+    x_TD, ctx = args
+    routing, stats = output
+    if not ctx.train:
+        return output
+    keep: Callable[..., torch.Tensor] = _KEPT_ASSIGNMENTS[kind]
+    num_experts = len(routing.count_E)
+    expert_E = torch.arange(num_experts, device=x_TD.device)
+    expert_N = expert_E.repeat_interleave(routing.count_E)
+    kept_N = keep(routing, expert_N, ctx, mesh)
+    if kind == "one_expert":
+        expert_N = torch.zeros_like(expert_N)
+    count_E = torch.bincount(expert_N[kept_N], minlength=num_experts)
+    return Routing(routing.token_N[kept_N], routing.gate_N[kept_N], count_E), stats
+
+
+def _first_of_each_token(
+    routing: Routing, expert_N: torch.Tensor, ctx: TokenContext, mesh: Mesh
+) -> torch.Tensor:
+    """Returns the assignment of each token to the first of its experts."""
+    order_N = routing.token_N.argsort(stable=True)
+    token_N = routing.token_N[order_N]
+    before_first = token_N.new_tensor([-1])
+    return order_N[torch.diff(token_N, prepend=before_first) > 0]
+
+
+def _not_on_last_rank(
+    routing: Routing, expert_N: torch.Tensor, ctx: TokenContext, mesh: Mesh
+) -> torch.Tensor:
+    """Returns the assignments to experts of all ranks but the last."""
+    num_experts = len(routing.count_E)
+    on_last_rank = len(mesh.local_experts(num_experts))
+    return (expert_N < num_experts - on_last_rank).nonzero().squeeze(1)
+
+
+def _of_some_tokens(
+    routing: Routing, expert_N: torch.Tensor, ctx: TokenContext, mesh: Mesh
+) -> torch.Tensor:
+    """Returns the assignments of this rank's first tokens: none, some or all of them."""
+    key = (ctx.seed, "ragged", ctx.step, ctx.layer_call, mesh.dp.index)
+    share = prng.uniform(1, *key).item()
+    num_tokens = int(share * (len(ctx.sample_T) + 1))
+    return (routing.token_N < num_tokens).nonzero().squeeze(1)
+
+
+_KEPT_ASSIGNMENTS: dict[str, Callable[..., torch.Tensor]] = {
+    "one_expert": _first_of_each_token,
+    "empty_rank": _not_on_last_rank,
+    "ragged": _of_some_tokens,
+}

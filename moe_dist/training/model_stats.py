@@ -16,7 +16,7 @@ from moe_dist.config.schema import (
     moe_section,
 )
 from moe_dist.distributed.batch_layout import BatchLayout
-from moe_dist.engine.parallelize import dispatcher_kind
+from moe_dist.engine.dispatcher_choice import dispatcher_kind
 from moe_dist.models.lstm_lm import LAYERS
 from moe_dist.models.sampled_softmax import (
     LOGITS_PER_CHUNK,
@@ -40,7 +40,9 @@ def param_kinds(model: nn.Module) -> dict[str, str]:
     kind = {name: "dense" for name, _ in model.named_parameters()}
     for layer_name, layer in model.named_modules():
         if isinstance(layer, MoE):
-            for prefix, module in layer.experts.named_modules(prefix=f"{layer_name}.experts"):
+            for prefix, module in layer.get_submodule("experts").named_modules(
+                prefix=f"{layer_name}.experts"
+            ):
                 spread = "gates" if isinstance(module, GroupProjection) else "experts"
                 kind |= {
                     f"{prefix}.{key}": spread for key, _ in module.named_parameters(recurse=False)

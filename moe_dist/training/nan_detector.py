@@ -1,16 +1,16 @@
-"""Where a number that is not finite came from.
+"""Finds the layer in which a NaN or an infinity first appeared.
 
-The rule: a step whose gradients are not all finite (a NaN, or an overflow) is skipped on every rank, and nothing that
-is trained changes. Training tells the layer where it began, and ends after `optim.max_consecutive_skipped_steps` such steps in a row. A
-lane of text whose state is not finite begins again with zeros (`tasks.language_model`).
+A step whose gradients are not all finite is skipped on every rank, and no trained number changes. The
+detector then names the layer, and training ends after `optim.max_consecutive_skipped_steps` such steps in
+a row. The LSTM state of a lane that is not finite starts again from zeros (`tasks.language_model`).
 
-What each layer gives out is added up, in forward and its gradient in backward: one pass over numbers that are at hand,
-and nothing waits for the sum, which is looked at after a step that was skipped alone.
+The output of each layer is summed in forward, and its gradient in backward: one pass over numbers that
+are in cache, and no synchronisation. The sums are only read after a step that was skipped.
 """
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,109 +24,140 @@ from moe_dist.moe.layer import MoE
 from moe_dist.monitoring.metric_keys import NONFINITE_SOURCE
 from moe_dist.optim.optimizer import Optimizer
 
-NOWHERE = 2**31  # a place after all others
-# A run has diverged where a loss is more than so many times that of a uniform guess. In training no guess need be much
-# worse than that one; elsewhere a model that has learned its training split by heart may be. The limit is at
-# least MARGIN above a guess: with two classes a guess costs 0.69 nats, and in a small batch one wrong answer that the
-# model is sure of makes a loss of several times that.
-FAR = {"train/loss": 2.0, "test/loss": 10.0}
+NOWHERE = 2**31  # an index after all layers
+# A run has diverged if a loss is more than this many times the loss of a uniform guess. In training no guess
+# needs to be much worse than uniform; on test data a model that has memorised its training split may be.
+# The limit is at least MARGIN above a uniform guess: with two classes a guess costs 0.69 nats, and in a small
+# batch one confident wrong answer makes a loss of several times that.
+DIVERGENCE_FACTORS = {"train/loss": 2.0, "test/loss": 10.0}
 MARGIN = 5.0  # nats, or the unit of a squared error
 
 
 class NonFiniteDetector:
-    """Watches the layers of a model on this rank: modules that have parameters of their own, and experts."""
+    """Watches the outputs of a model's layers, and their gradients, on this rank.
+
+    Layers are the modules that have parameters of their own, and the experts of each MoE layer as one.
+
+    Attributes:
+        skipped: Number of skipped steps in a row.
+        source: Description of the last skipped step since `read_and_reset`, empty if there is none.
+    """
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        """Registers forward hooks.
+
+        Args:
+            model: The model of this rank.
+            mesh: The ranks.
+        """
         self.mesh = mesh
-        self.forward: list[tuple[str, torch.Tensor]] = []  # layer and sum, in order
-        self.backward: list[tuple[str, torch.Tensor]] = []
-        self.skipped = 0  # steps in a row
+        self.skipped = 0
         self.source = ""
+        self._outputs: list[tuple[str, torch.Tensor]] = []  # layer and sum, in order
+        self._gradients: list[tuple[str, torch.Tensor]] = []
+        inside_experts: set[nn.Module] = set()
         for name, module in model.named_modules():
             if isinstance(module, MoE):
-                module.dispatcher = self._around(module.dispatcher, f"{name}.experts")
-            if module._parameters:
-                module.register_forward_hook(partial(self._after, name))
+                dispatcher = module.get_submodule("dispatcher")
+                dispatcher.register_forward_hook(partial(self._after_forward, f"{name}.experts"))
+                inside_experts |= {
+                    *dispatcher.modules(),
+                    *module.get_submodule("experts").modules(),
+                }
+            if module._parameters and module not in inside_experts:
+                module.register_forward_hook(partial(self._after_forward, name))
 
     def start_step(self) -> None:
-        """A step begins."""
-        self.forward.clear()
-        self.backward.clear()
+        """Forgets the sums of the step before."""
+        self._outputs.clear()
+        self._gradients.clear()
 
     def watch(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Looks at what `name` gives, and later at its gradient. Returns `x`."""
-        if torch.is_grad_enabled() and x.requires_grad:  # an evaluation has no step to skip
-            self.forward.append((name, x.detach().sum()))
-            x.register_hook(lambda dx: self.backward.append((name, dx.detach().sum())))
+        """Sums a tensor now and its gradient in backward; does nothing in an evaluation.
+
+        Args:
+            name: Name of the layer.
+            x: Its output.
+
+        Returns:
+            x
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            self._outputs.append((name, x.detach().sum()))
+            x.register_hook(lambda dx: self._gradients.append((name, dx.detach().sum())))
         return x
 
     def end_step(self, step: int, optimizer: Optimizer, max_skipped: int) -> None:
-        """After a step. A collective where it was skipped.
+        """Reports a step that was skipped. A collective if it was.
 
-        Raises FloatingPointError, on every rank, for too many in a row."""
+        Args:
+            step: Number of the step, from 1.
+            optimizer: The optimizer after the step.
+            max_skipped: Number of skipped steps in a row after which the run ends.
+
+        Raises:
+            FloatingPointError: On every rank, `max_skipped` steps in a row were skipped.
+        """
         if math.isfinite(optimizer.norm):
             self.skipped = 0
             return
         self.skipped += 1
-        self.source = f"step {step}: {self._where()}"
+        self.source = f"step {step}: {self._find_source()}"
         if self.mesh.is_main:
             tqdm.write(f"warning: {self.source}; the step is skipped", file=sys.stderr)
         if self.skipped >= max_skipped:
             raise FloatingPointError(
-                f"{self.source}; {self.skipped} steps in a row were skipped (optim.max_consecutive_skipped_steps). --resume goes on from "
-                f"the last checkpoint, and a lower optim.lr may help"
+                f"{self.source}; {self.skipped} steps in a row were skipped "
+                f"(optim.max_consecutive_skipped_steps={max_skipped}). --resume continues from the last "
+                f"checkpoint; a lower optim.lr may help"
             )
 
     def read_and_reset(self) -> dict[str, str]:
-        """For a line of metrics: where the last step that was skipped since the last reading went wrong."""
-        told, self.source = self.source, ""
-        return {NONFINITE_SOURCE: told} if told else {}
+        """Returns the source of the last skipped step for a line of metrics; empty if there is none."""
+        source = self.source
+        self.source = ""
+        return {NONFINITE_SOURCE: source} if source else {}
 
-    def _where(self) -> str:
-        """The same on every rank."""
-        places = torch.tensor(
-            [[_first(self.forward), _first(self.backward)]], device=self.mesh.device
-        )
-        forward_P, backward_P = all_gather(places, self.mesh.dp).t().tolist()
-        for place_P, seen, what in (
-            (forward_P, self.forward, "the output of {}"),
-            (backward_P, self.backward, "the gradient of {}'s output"),
+    def _find_source(self) -> str:
+        """Returns where a non-finite number first appeared, the same text on every rank. A collective."""
+        first = [_first_nonfinite(self._outputs), _first_nonfinite(self._gradients)]
+        first_P2 = all_gather(torch.tensor([first], device=self.mesh.device), self.mesh.dp)
+        output_P, gradient_P = first_P2.t().tolist()
+        for first_P, sums, description in (
+            (output_P, self._outputs, "the output of {}"),
+            (gradient_P, self._gradients, "the gradient of {}'s output"),
         ):
-            if (first := min(place_P)) < NOWHERE:
-                ranks = ", ".join(str(rank) for rank, place in enumerate(place_P) if place == first)
-                return f"{what.format(seen[first][0])} is not finite (rank {ranks})"
-        return "a gradient of weights is not finite, though what all layers give out is"
+            earliest = min(first_P)
+            if earliest < NOWHERE:
+                ranks = [str(rank) for rank, index in enumerate(first_P) if index == earliest]
+                layer = description.format(sums[earliest][0])
+                return f"{layer} is not finite (rank {', '.join(ranks)})"
+        return "a gradient of weights is not finite, though the outputs of all layers are"
 
-    def _after(self, name: str, module: nn.Module, args: Any, y: Any) -> None:
-        self.watch(name, y[0] if isinstance(y, tuple) else y)
-
-    def _around(self, exchange: Callable[..., tuple], name: str) -> Callable[..., tuple]:
-        def watched(*args: Any) -> tuple:
-            y_TD, stats = exchange(*args)
-            return self.watch(name, y_TD), stats
-
-        return watched
+    def _after_forward(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Watches the output of a layer, or its first part; a forward hook."""
+        self.watch(name, output[0] if isinstance(output, tuple) else output)
 
 
 def divergence_reason(values: Mapping[str, Any], uniform_loss: float) -> str:
-    """Returns which loss of a run says that it has diverged, and why; empty where none does.
+    """Returns which loss of a run has diverged, and why; empty if none has.
 
     Args:
-        values: The run's last lines of metrics, by key; those of FAR are looked at, where they are there.
-        uniform_loss: The loss of a model that gives everything the same probability, in nats.
+        values: The run's last metrics by key; the keys of `DIVERGENCE_FACTORS` are read if they are there.
+        uniform_loss: The loss of a model that gives every word or class the same probability, in nats.
     """
-    for key, far in FAR.items():
+    for key, factor in DIVERGENCE_FACTORS.items():
         loss = values.get(key, 0.0)
         if not math.isfinite(loss):
             return f"{key} is not finite"
-        if loss > max(far * uniform_loss, uniform_loss + MARGIN):
+        if loss > max(factor * uniform_loss, uniform_loss + MARGIN):
             return f"{key} is {loss:.4g}, and that of a uniform guess {uniform_loss:.4g}"
     return ""
 
 
-def _first(seen: list[tuple[str, torch.Tensor]]) -> int:
-    """The first sum that is not finite."""
-    if not seen:
+def _first_nonfinite(sums: list[tuple[str, torch.Tensor]]) -> int:
+    """Returns the index of the first sum that is not finite, `NOWHERE` if all are finite."""
+    if not sums:
         return NOWHERE
-    bad = ~torch.stack([total.float() for _, total in seen]).isfinite()
+    bad = ~torch.stack([total.float() for _, total in sums]).isfinite()
     return int(bad.int().argmax()) if bad.any() else NOWHERE

@@ -90,7 +90,7 @@ def set_up(
     if resumed:
         check_classes(was, classes)
     model = parallelize(task.build_model(config), mesh, config.seed, dtype, config.mesh)
-    finite = NonFiniteDetector(model.dense, mesh)
+    finite = NonFiniteDetector(model.module, mesh)
     engine = Engine(model, config.optim, ds, layout, mesh)
     if first:
         num_taken, new = load_matching_weights(

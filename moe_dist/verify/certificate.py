@@ -94,7 +94,7 @@ def run_layouts(
         )
         known = training.metadata  # counted once
         if kept is None or replay:
-            choices.attach(training.model.dense, training.mesh)
+            choices.attach(training.model.module, training.mesh)
         run = train(training, steps)
         if kept is None:
             told.append(
@@ -234,7 +234,7 @@ def _finite(x: float) -> float:
 def routing_changed(training: Training, first: list[Batch], before: RecordedChoices) -> float:
     """The part of the first step's words that the final weights, with the same noise, send to other experts."""
     after = RecordedChoices()
-    after.attach(training.model.dense, training.mesh)
+    after.attach(training.model.module, training.mesh)
     task = training.task
     task.reset_state(compute_dtype(read_ds_config(training.config)))
     total = task.loss_denominator(first)

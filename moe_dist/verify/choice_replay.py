@@ -61,8 +61,9 @@ class RecordedChoices:
             if isinstance(module, FeedForward):
                 module.relu_mask_override = self._of_layers
             if isinstance(module, MoE):
-                experts, first = module.experts, mesh.local_experts(module.gate.num_experts).start
-                module.gate.select = self.select
+                first = mesh.local_experts(module.gate.num_experts).start
+                experts: Any = module.experts
+                module.get_submodule("gate").select = self.select  # type: ignore[assignment]
                 if isinstance(experts, ExpertGroups):
                     experts.select = self.select
                     first *= experts.experts_per_group

@@ -14,7 +14,7 @@ from moe_dist.config.overrides import override
 from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.engine.parallelize import build_dispatcher, dispatcher_kind
+from moe_dist.engine.dispatcher_choice import build_dispatcher, dispatcher_kind
 from moe_dist.moe.routing import Routing, build_routing
 from moe_dist.nn.token_context import TokenContext
 

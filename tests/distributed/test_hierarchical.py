@@ -154,7 +154,7 @@ def parallel_layer(
     with torch.device("meta"):
         plain = OneLayer(case)
     model = parallelize(plain, mesh, SEED, dtype, MeshConfig(dispatcher=exchange))
-    fill_primary(model.dense.moe.gate)
+    fill_primary(model.module.moe.gate)
     mine = mesh.local_experts(NUM_GROUPS)
     with torch.no_grad():
         for name, p in model.gates.items():
@@ -173,7 +173,7 @@ def run_layer(
     model = parallel_layer(case, mesh, torch.float64, exchange)
     mine = my_tokens(layout, mesh.dp.index)
     x_TD = batch()["x"][mine].clone().requires_grad_()
-    y_TD, stats = model.dense.moe(
+    y_TD, stats = model.module.moe(
         x_TD, context(*layout.cut[mesh.dp.index : mesh.dp.index + 2], case)
     )
     ((batch()["weight"][mine] * y_TD).sum() + stats.balance_loss).backward()
@@ -194,7 +194,7 @@ def run_narrow(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     model = parallel_layer(CASES["k2"], mesh, torch.bfloat16)
     mine = my_tokens(layout, mesh.dp.index)
     x_TD = batch()["x"][mine].bfloat16().requires_grad_()
-    y_TD, stats = model.dense.moe(
+    y_TD, stats = model.module.moe(
         x_TD, context(*layout.cut[mesh.dp.index : mesh.dp.index + 2], CASES["k2"])
     )
     (y_TD.float().sum() + stats.balance_loss).backward()
@@ -214,7 +214,7 @@ def run_narrow(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
 def gate_elements(mesh: meshes.Mesh) -> int:
     """Of all gate matrices that this rank holds."""
     model = parallel_layer(CASES["k2"], mesh, torch.float64)
-    primary = model.dense.moe.gate.parameters()
+    primary = model.module.moe.gate.parameters()
     return sum(p.numel() for p in [*primary, *model.gates.values()])
 
 

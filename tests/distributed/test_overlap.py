@@ -13,7 +13,7 @@ from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed import chunked_all_to_all
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.engine.parallelize import build_dispatcher
+from moe_dist.engine.dispatcher_choice import build_dispatcher
 from moe_dist.moe.delayed_wgrad import DelayedWeightGrads
 from moe_dist.moe.experts import Experts, GeluExperts
 from moe_dist.moe.hierarchical import ExpertGroups

@@ -168,7 +168,7 @@ def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.
         torch.float64,
         MeshConfig(dispatcher=layout.exchange, overlap_chunks=layout.pieces),
     )
-    moe_layer: Any = model.dense.moe
+    moe_layer: Any = model.module.moe
     with torch.no_grad():
         moe_layer.gate.w_gate.w_DE.copy_(batch()["w_gate"])
         moe_layer.gate.w_noise.w_DE.copy_(batch()["w_noise"])
@@ -203,7 +203,7 @@ def run_model(config: LSTMConfig, mesh: meshes.Mesh, layout: Layout) -> dict[str
         torch.float64,
         MeshConfig(dispatcher=layout.exchange, overlap_chunks=layout.pieces),
     )
-    fill_zeros(model.dense)
+    fill_zeros(model.module)
     share = NUM_SAMPLES // mesh.dp.size
     mine = slice(mesh.dp.index * share, (mesh.dp.index + 1) * share)
     zeros = torch.zeros(1, share, DIM, dtype=torch.float64)
@@ -211,7 +211,9 @@ def run_model(config: LSTMConfig, mesh: meshes.Mesh, layout: Layout) -> dict[str
     nlls, balance_loss = [], torch.zeros((), dtype=torch.float64)
     for window in WINDOWS:
         ctx = window_context(window, mine.start, mine.stop)
-        nll, state, stats = model.dense(text(window)[mine, :-1], text(window)[mine, 1:], state, ctx)
+        nll, state, stats = model.module(
+            text(window)[mine, :-1], text(window)[mine, 1:], state, ctx
+        )
         nlls.append(nll)
         balance_loss = balance_loss + sum(s.balance_loss for s in stats.values())
     (sum(nlls) + balance_loss).backward()

@@ -19,8 +19,8 @@ from moe_dist.distributed import loopback
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.distributed.spawn import run_distributed
+from moe_dist.engine.dispatcher_choice import expected_blocks_visited
 from moe_dist.engine.ds_config import read_ds_config
-from moe_dist.engine.parallelize import expected_blocks_visited
 from moe_dist.moe.layer import MoE
 from moe_dist.planner import microbenchmark
 from moe_dist.planner.__main__ import legal_layouts, main, plan_layouts
@@ -219,7 +219,7 @@ def live(text: str) -> tuple[dict[str, int], dict[str, float], dict[str, int]]:
     saved: dict[int, int] = {}
     known = {
         p.untyped_storage().data_ptr()
-        for p in [*images.model.dense.parameters(), *images.model.experts.values()]
+        for p in [*images.model.dense_parameters().values(), *images.model.experts.values()]
     }
     images.optimizer.start_step(1e-3)
     (batch,) = images.task.batches(0)
@@ -475,7 +475,7 @@ def echoed(text: str) -> dict[str, Any]:
     config = tiny(f"data.text={text}", "mesh.dispatcher=all_to_all")
     training = set_up(config, read_ds_config(config), mesh)
     seen: list[Any] = []
-    (layer,) = (m for m in training.model.dense.modules() if isinstance(m, MoE))
+    (layer,) = (m for m in training.model.module.modules() if isinstance(m, MoE))
     layer.gate.register_forward_hook(lambda module, args, result: seen.append(result[0].count_E))
     experts = layer.experts
     run = experts.run_experts

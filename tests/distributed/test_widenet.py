@@ -383,7 +383,7 @@ def run_step(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     model = on_mesh("vision", mesh)
     config = OptimConfig(max_grad_norm=None, fuse_expert_update_in_backward=True)
     optimizer = Optimizer(
-        model.dense.parameters(), model.experts, {}, {}, config, mesh, zero_stage=0
+        model.dense_parameters().values(), model.experts, {}, {}, config, mesh, zero_stage=0
     )
     before = {key: p.detach().clone() for key, p in model.experts.items()}
     optimizer.start_step(1e-3)
@@ -409,7 +409,7 @@ def on_mesh(name: str, mesh: meshes.Mesh) -> ParallelModel:
         plain = make(CASES[name][0])
     model = parallelize(plain, mesh, SEED, torch.float64)
     mine = mesh.local_experts(NUM_EXPERTS)
-    fill_zeros([*model.dense.named_parameters()])
+    fill_zeros([*model.dense_parameters().items()])
     fill_zeros([*model.experts.items()], slice(mine.start, mine.stop))
     return model
 
@@ -428,11 +428,11 @@ def forward_backward(
 ) -> dict[str, torch.Tensor]:
     weight, weight_order = weights(name)
     if name == "vision":
-        y, stats = model.dense(images()[first:last], image_context(first, last))
+        y, stats = model.module(images()[first:last], image_context(first, last))
         loss = (weight[first:last] * y).sum()
     else:
         token_BS, kind_BS = words()
-        y, order_B2, stats = model.dense(
+        y, order_B2, stats = model.module(
             token_BS[first:last],
             kind_BS[first:last],
             places(first, last),

@@ -11,7 +11,7 @@ def held_by(config: Any) -> dict[str, int]:
     run.optimizer.start_step(1e-3)
     (batch,) = run.task.batches(0)
     parameters = [
-        *run.model.dense.parameters(),
+        *run.model.dense_parameters().values(),
         *run.model.experts.values(),
         *run.model.gates.values(),
     ]

@@ -117,7 +117,8 @@ def context(first: int, last: int, case: Case) -> TokenContext:
 def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
     """{"d NAME": gradient} and, of experts, {"NAME": value} too."""
     told = {
-        f"d {name}": p.grad for name, p in [*model.dense.named_parameters(), *model.experts.items()]
+        f"d {name}": p.grad
+        for name, p in [*model.dense_parameters().items(), *model.experts.items()]
     }
     return told | {name: p.detach() for name, p in model.experts.items()}
 

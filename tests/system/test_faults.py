@@ -225,7 +225,7 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
         if meshes.dist.get_rank() == 0:
             y[0].register_hook(lambda g: g * math.inf)
 
-    handle = dict(run.model.dense.named_modules())["lstm2"].register_forward_hook(
+    handle = dict(run.model.module.named_modules())["lstm2"].register_forward_hook(
         spoil, prepend=True
     )
     run.steps(3, 4)

@@ -1,136 +1,191 @@
-"""Rows to their experts and back: `exchange(x_TD, routing, experts, ctx) -> y_TD, stats`.
+"""The dispatcher that sends a row for each assignment: an all-to-all with exact sizes.
 
-Both exchanges compute y_t = sum of gate_n * expert_n(x_t) over the assignments n of token t (Shazeer et al. 2017,
-Eq. 1); on CPU they add in the same order. A weight travels with its row and the experts apply it, so its gradient is
-formed at the owner, and experts that are layers themselves know the weight that they were chosen with.
+It computes y_t = sum of gate_n * expert_n(x_t) over the assignments n of token t (Shazeer et al. 2017,
+Eq. 1). On CPU it adds in the same order as `LocalDispatcher`. A gate weight travels with its row and
+the experts apply it: so its gradient is computed where the expert is, and experts that are layers
+themselves get the weight that they were chosen with.
 
-The ragged exchange, in order:
-  1. counts: every rank learns how many rows it will get for each of its experts;
-  2. dispatch: exactly those rows and weights travel, and their context where the experts want it; of each rank's first
-     experts in the first piece, and so on, so that the next travels while the experts run on one;
-  3. regroup: rows come in order of sender; a routing of their own tells the experts of them;
-  4. the experts run, and weight their rows;
-  5. combine: the rows return;
-  6. each token sums what came back for it.
-No padding, nothing dropped. A rank with no rows to send or to receive makes every call all the same. In backward the
-same pieces go the other way, and gradients of weights are formed while the last ones travel (`later`).
+The steps of `AllToAllDispatcher.forward`:
 
-Legend: T tokens, D width, N assignments of this rank's tokens, R rows held here, E experts, e of this rank, P ranks,
-C pieces.
+  1. counts      every rank receives the number of rows that it will get for each of its experts
+  2. dispatch    exactly those rows travel, with their gate weights, and with their context if the
+                 experts need it; first the rows of each rank's first chunk of experts, and so on, so
+                 that one chunk travels while the experts run on another
+  3. regroup     rows arrive ordered by sender; a local routing assigns them to this rank's experts
+  4. experts     run, and weight their rows
+  5. combine     the rows return to their senders
+  6. unpermute   each token sums the rows that returned for it
+
+Nothing is padded and nothing dropped. A rank without a row to send or to receive still makes every call.
+In backward the chunks travel the other way, and weight gradients are computed while the last ones
+travel (`moe.delayed_wgrad`).
+
+Legend: T tokens, D width, N assignments of this rank's tokens, R rows that arrive, E experts over all
+ranks, e experts on this rank, P ranks, C chunks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import nn
 
 from moe_dist.distributed.chunked_all_to_all import ChunkedAllToAll
 from moe_dist.distributed.collectives import all_to_all_counts
 from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
+from moe_dist.moe.interfaces import ChunkedExperts, ExpertModule
 from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
 from moe_dist.nn.token_context import TokenContext
 
-
-class ExpertModule(Protocol):
-    """Any module that takes rows and a routing of them to its experts, and gives each row's sum of weighted outputs.
-
-    `needs_context` says whether it looks at what `ctx` has of each row; otherwise that may be of other rows.
-    One that has `parts(sizes)` (`experts.Experts`) can run some of its experts at a time, `most_parts` at most, and put
-    gradients of their weights off.
-    """
-
-    needs_context: bool
-
-    def __call__(
-        self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
-    ) -> tuple[torch.Tensor, Any]: ...
-
-
-class LocalDispatcher:
-    """All experts are on this rank."""
-
-    def __call__(
-        self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
-    ) -> tuple[torch.Tensor, Any]:
-        return experts(x_TD, routing, ctx)
+# wait() -> the rows of one chunk (R, ...), once they have arrived
+WaitForChunk = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class AllToAllDispatcher:
-    """Experts are spread over the ranks of an axis, in consecutive blocks of equal size.
+class _ChunkPlan:
+    """How many rows travel in each chunk.
 
-    `chunks`: that rows travel in, at most one for each of a rank's experts; 0: in one, and nothing else is done
-    meanwhile. `wire`: a dtype to travel in. `layer_name`: the place in the labels of its collectives."""
+    Attributes:
+        sizes_C: Experts of this rank in each chunk.
+        send_PC: Rows that this rank sends to each rank in each chunk, int64.
+        there_C: For each chunk the rows sent to each rank, and received from each.
+        back_C: The same for the way back.
+    """
 
-    axis: Axis
-    num_chunks: int = 0
-    comm_dtype: torch.dtype | None = None
-    layer_name: str = "moe"
+    sizes_C: list[int]
+    send_PC: torch.Tensor
+    there_C: list[tuple[list[int], list[int]]]
+    back_C: list[tuple[list[int], list[int]]]
 
-    def __call__(
+
+class AllToAllDispatcher(nn.Module):
+    """Dispatches to experts that are spread over the ranks of an axis in equal consecutive blocks."""
+
+    def __init__(
+        self,
+        axis: Axis,
+        num_chunks: int = 0,
+        comm_dtype: torch.dtype | None = None,
+        layer_name: str = "moe",
+    ) -> None:
+        """Creates a dispatcher.
+
+        Args:
+            axis: The expert-parallel ranks.
+            num_chunks: Chunks in which rows travel, at most one for each expert of a rank. 0: one chunk,
+                and neither experts nor weight gradients are overlapped with it.
+            comm_dtype: Dtype in which rows travel. None: the dtype they have.
+            layer_name: The layer's name, for the labels of its collectives.
+        """
+        super().__init__()
+        self.axis = axis
+        self.num_chunks = num_chunks
+        self.comm_dtype = comm_dtype
+        self.layer_name = layer_name
+
+    def forward(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        count_Pe = all_to_all_counts(
-            routing.count_E, self.axis, CommLabel(self.layer_name, "counts", ctx.layer_call)
-        )  # 1
-        most_parts = getattr(experts, "max_chunks", 0) if self.num_chunks else 0
-        sizes_C = [
-            len(c)
-            for c in torch.arange(count_Pe.shape[1]).chunk(max(1, min(self.num_chunks, most_parts)))
-        ]
-        send_PC, get_PC = (
-            _by_piece(count.view_as(count_Pe), sizes_C) for count in (routing.count_E, count_Pe)
-        )
-        send_CP, get_CP = torch.stack([send_PC.t(), get_PC.t()]).tolist()
-        there, back = (
-            list(zip(send_CP, get_CP, strict=True)),
-            list(zip(get_CP, send_CP, strict=True)),
-        )
+        """Runs the experts on this rank's tokens, on all ranks together. A collective.
 
-        def dispatch(
-            x_N: torch.Tensor, wire: torch.dtype | None = None
-        ) -> list[Callable[[], torch.Tensor]]:
-            return ChunkedAllToAll(
-                there, self.axis, CommLabel(self.layer_name, "dispatch", ctx.layer_call), wire
-            ).scatter(x_N)
+        Args:
+            x_TD: This rank's tokens (T, D).
+            routing: Their assignments to the experts of all ranks.
+            experts: This rank's experts.
+            ctx: The tokens' context.
 
-        order_N = _by_expert(send_PC, len(routing.token_N))
-        copies = TokenPermutation(routing.token_N, len(x_TD)).reordered(order_N)
-        x_arrives_C = dispatch(copies.permute(x_TD), self.comm_dtype)  # 2
-        gate_arrives_C = dispatch(routing.gate_N[order_N])
+        Returns:
+            Each token's sum of weighted expert outputs (T, D), and the statistics of the experts for
+            the last chunk; experts that have statistics run in one chunk.
+        """
+        label = CommLabel(self.layer_name, "counts", ctx.layer_call)
+        count_Pe = all_to_all_counts(routing.count_E, self.axis, label)  # 1
+        chunked = experts if self.num_chunks and isinstance(experts, ChunkedExperts) else None
+        plan = self._plan(routing.count_E, count_Pe, chunked.max_chunks if chunked else 0)
+
+        order_N = _sort_by_column(plan.send_PC, len(routing.token_N))  # 2
+        permutation = TokenPermutation(routing.token_N, len(x_TD)).reordered(order_N)
+        rows_arrive_C = self._send(permutation.permute(x_TD), plan, ctx, self.comm_dtype)
+        gates_arrive_C = self._send(routing.gate_N[order_N], plan, ctx)
+        keys_arrive_C: list[WaitForChunk] = []
         if experts.needs_context:
-            mine = ctx.select(copies.token_N)
-            key_arrives_C = dispatch(torch.stack([mine.sample_T, mine.position_T], 1))
-        parts: list[Any] = experts.split_experts(sizes_C) if most_parts else [experts]  # type: ignore[attr-defined]
-        combine = ChunkedAllToAll(
-            back, self.axis, CommLabel(self.layer_name, "combine", ctx.layer_call), self.comm_dtype
-        )
+            sent = ctx.select(permutation.token_N)
+            keys_arrive_C = self._send(torch.stack([sent.sample_T, sent.position_T], 1), plan, ctx)
+
+        # FENCE: after the sends and before the first wait, see `moe.delayed_wgrad`
+        chunks: Sequence[ExpertModule] = [experts]
+        if chunked:
+            chunks = chunked.split_experts(plan.sizes_C)
+
+        label = CommLabel(self.layer_name, "combine", ctx.layer_call)
+        combine = ChunkedAllToAll(plan.back_C, self.axis, label, self.comm_dtype)
         returning = []
-        for c, (part, count_Pc) in enumerate(zip(parts, count_Pe.split(sizes_C, 1), strict=True)):
+        stats = None
+        for c, count_Pc in enumerate(count_Pe.split(plan.sizes_C, 1)):
             if experts.needs_context:
-                key_R2 = key_arrives_C[c]()
-                ctx = ctx.with_tokens(
-                    key_R2[:, 0], key_R2[:, 1], torch.ones_like(key_R2[:, 0], dtype=torch.bool)
-                )
-            x_RD, gate_R = x_arrives_C[c](), gate_arrives_C[c]()
-            order_R = _by_expert(count_Pc, len(x_RD))  # 3
-            y_RD, stats = part(
-                x_RD, Routing(order_R, gate_R.index_select(0, order_R), count_Pc.sum(0)), ctx
-            )  # 4
+                ctx = context_of_rows(keys_arrive_C[c](), ctx)
+            x_RD = rows_arrive_C[c]()
+            gate_R = gates_arrive_C[c]()
+            order_R = _sort_by_column(count_Pc, len(x_RD))  # 3
+            local_routing = Routing(order_R, gate_R.index_select(0, order_R), count_Pc.sum(0))
+            y_RD, stats = chunks[c](x_RD, local_routing, ctx)  # 4
             returning.append(combine.send_chunk(c, y_RD))  # 5
-        return copies.unpermute(combine.gather(returning)), stats  # 6
+        return permutation.unpermute(combine.gather(returning)), stats  # 6
+
+    def _plan(self, count_E: torch.Tensor, count_Pe: torch.Tensor, max_chunks: int) -> _ChunkPlan:
+        """Returns how many rows travel in each chunk. Copies the counts to the host.
+
+        Args:
+            count_E: Rows that this rank sends to each expert, int64.
+            count_Pe: Rows that each rank sends to each expert of this rank, int64.
+            max_chunks: Largest number of chunks that the experts can run in; 0 for those that cannot.
+        """
+        num_experts = count_Pe.shape[1]
+        num_chunks = max(1, min(self.num_chunks, max_chunks))
+        sizes_C = [len(chunk) for chunk in torch.arange(num_experts).chunk(num_chunks)]
+        send_PC = _sum_by_chunk(count_E.view_as(count_Pe), sizes_C)
+        receive_PC = _sum_by_chunk(count_Pe, sizes_C)
+        send_CP, receive_CP = torch.stack([send_PC.t(), receive_PC.t()]).tolist()
+        there_C = list(zip(send_CP, receive_CP, strict=True))
+        back_C = list(zip(receive_CP, send_CP, strict=True))
+        return _ChunkPlan(sizes_C, send_PC, there_C, back_C)
+
+    def _send(
+        self,
+        x_N: torch.Tensor,
+        plan: _ChunkPlan,
+        ctx: TokenContext,
+        comm_dtype: torch.dtype | None = None,
+    ) -> list[WaitForChunk]:
+        """Starts to send rows (N, ...), and returns a function for each chunk that waits for it."""
+        label = CommLabel(self.layer_name, "dispatch", ctx.layer_call)
+        return ChunkedAllToAll(plan.there_C, self.axis, label, comm_dtype).scatter(x_N)
 
 
-def _by_piece(count_Pe: torch.Tensor, sizes_C: list[int]) -> torch.Tensor:
-    """The rows of each rank in each piece: (P, C)."""
-    return torch.stack([part.sum(1) for part in count_Pe.split(sizes_C, 1)], 1)
+def context_of_rows(key_R2: torch.Tensor, ctx: TokenContext) -> TokenContext:
+    """Returns the context of R valid rows from their (sample, position)."""
+    valid_R = torch.ones_like(key_R2[:, 0], dtype=torch.bool)
+    return ctx.with_tokens(key_R2[:, 0], key_R2[:, 1], valid_R)
 
 
-def _by_expert(count_Pe: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The order that sorts rows that lie by (rank, expert), or (rank, piece), by the latter first: int64 (R,)."""
+def _sum_by_chunk(count_Pe: torch.Tensor, sizes_C: list[int]) -> torch.Tensor:
+    """Returns the rows of each rank in each chunk of experts (P, C), int64."""
+    return torch.stack([chunk.sum(1) for chunk in count_Pe.split(sizes_C, 1)], 1)
+
+
+def _sort_by_column(count_Pe: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Returns the order that sorts rows by column first.
+
+    Args:
+        count_Pe: Rows of each pair (rank, expert) or (rank, chunk), int64; the rows lie in the order of these pairs.
+        num_rows: Their sum.
+
+    Returns:
+        Indices of the rows by expert or chunk, then by rank, int64 (R,).
+    """
     num_senders, num_experts = count_Pe.shape
     expert_PE = torch.arange(num_experts, device=count_Pe.device).expand(num_senders, -1)
     expert_R = expert_PE.flatten().repeat_interleave(count_Pe.flatten(), output_size=num_rows)

@@ -1,130 +1,264 @@
-"""An exchange that sends a token once to each rank that has experts of it, and once to each node over slow links.
+"""Dispatchers that send a token once to each rank that has experts of it, or once to each node.
 
-Rows travel in hops. A hop cuts the experts that it reaches into consecutive blocks (of nodes, or of ranks), and sends
-each row once to every block that an expert of it is in, with the list of its experts there. Behind it another exchange
-goes on with what has arrived (the next hop, or `LocalDispatcher` at the end of the way), and gives one sum of weighted
-outputs for each row. These return, and each row adds up what comes back for it.
+Rows travel in hops. A hop cuts the experts that it reaches into consecutive blocks (the experts of a
+node, or of a rank) and sends each row once to every block that contains one of its experts, together
+with the list of its experts there. Behind the hop the next dispatcher runs on what has arrived, and
+returns one sum of weighted outputs for each row. These return, and each row adds them up.
 
-  once        a hop to the ranks
-  node        a hop to the nodes: to a rank there that has a chosen expert, a row's own node being where it is; then a
-              hop to the ranks of the node
+  per_rank    one hop to the ranks
+  per_node    a hop to the nodes, to a rank there that has one of the row's experts (in its own node: to
+              the rank where the row is); then a hop to the ranks of the node
 
-So y_t is that of Shazeer et al. 2017, Eq. 1, but for the order of its sum: a rank's share first. Within an expert rows
-lie in order of sender, then of token, as in the plain exchange.
+The output is that of Shazeer et al. 2017, Eq. 1, with another order of summation: first within a rank.
+Within an expert rows lie ordered by sender, then by token, as after `AllToAllDispatcher`.
 
-Legend: T rows here, D width, N assignments of them, B blocks, U pairs (row, block), P ranks of the axis; V rows and M
-assignments that arrive.
+Example: rank 0 of two ranks, experts 0 and 1 on rank 0, 2 and 3 on rank 1. Rows 0 and 1 with experts
+
+    row 0: experts 2, 3        row 1: experts 0, 2
+
+make four assignments but three pairs (row, block): row 0 travels once to rank 1 although it has two
+experts there. Rank 1 receives 2 rows and 3 assignments: (row 0, its expert 0), (row 1, its expert 0),
+(row 0, its expert 1). Rank 0 keeps 1 row and 1 assignment.
+
+Legend: T rows here, D width, N assignments of them, B blocks, U pairs (row, block), P ranks of the axis; V
+rows and M assignments that arrive, L experts of a block.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from moe_dist.distributed.chunked_all_to_all import ChunkedAllToAll, all_to_all_rows
 from moe_dist.distributed.collectives import all_to_all_counts
 from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
-from moe_dist.moe.dispatch.all_to_all import ExpertModule, LocalDispatcher
+from moe_dist.moe.dispatch.all_to_all import WaitForChunk, context_of_rows
+from moe_dist.moe.dispatch.local import LocalDispatcher
+from moe_dist.moe.interfaces import ChunkedExperts, Dispatcher, ExpertModule
 from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
 from moe_dist.nn.token_context import TokenContext
 
 
 @dataclass(frozen=True)
-class DedupDispatcher:
-    """To `blocks` blocks of experts; `then` is the exchange behind it."""
+class HopPlan:
+    """Which rows and assignments one rank sends to which rank, computed without communication.
 
-    axis: Axis
-    num_blocks: int
-    ranks_per_block: int
-    next_dispatcher: Any
-    comm_dtype: torch.dtype | None = None  # to travel in
-    delay_wgrad: bool = False  # gradients of weights, until those of the rows have left
-    layer_name: str = "moe"  # the place in the labels of its collectives
+    Attributes:
+        row_U: Rows to send, one for each pair (row, block), ordered by receiving rank; int64.
+        order_N: The assignments ordered by receiving rank; int64 indices.
+        slot_N: Place of each assignment's row among the rows for the same rank; int64.
+        expert_N: Expert of each assignment, counted within its block; int64.
+        sent_P2: Rows and assignments for each rank; int64.
+    """
 
-    def __call__(
+    row_U: torch.Tensor
+    order_N: torch.Tensor
+    slot_N: torch.Tensor
+    expert_N: torch.Tensor
+    sent_P2: torch.Tensor
+
+
+def plan_hop(
+    routing: Routing, num_rows: int, num_blocks: int, ranks_per_block: int, axis: Axis
+) -> HopPlan:
+    """Plans a hop.
+
+    Args:
+        routing: Assignments of rows to the experts of all blocks.
+        num_rows: T.
+        num_blocks: Number of blocks, which share the experts evenly.
+        ranks_per_block: Number of consecutive ranks that share a block's experts evenly.
+        axis: The ranks.
+
+    Returns:
+        The plan of this rank.
+    """
+    num_experts = len(routing.count_E)
+    per_block = num_experts // num_blocks
+    expert_E = torch.arange(num_experts, device=routing.token_N.device)
+    expert_N = expert_E.repeat_interleave(routing.count_E, output_size=len(routing.token_N))
+
+    # one pair (row, block) for all assignments of a row to experts of a block
+    key_N = expert_N // per_block * num_rows + routing.token_N
+    key_U, pair_N = key_N.unique(return_inverse=True)
+    block_U = key_U // max(num_rows, 1)
+    row_U = key_U % max(num_rows, 1)
+    expert_in_block_N = expert_N % per_block
+    rank_in_block_N = expert_in_block_N * ranks_per_block // per_block
+    rank_U = _receiving_rank(block_U, row_U, pair_N, rank_in_block_N, ranks_per_block, axis.index)
+    rank_N = rank_U[pair_N]
+
+    order_U = rank_U.argsort(stable=True)
+    order_N = rank_N.argsort(stable=True)
+    rows_P = torch.bincount(rank_U, minlength=axis.size)
+    assignments_P = torch.bincount(rank_N, minlength=axis.size)
+    slot_U = torch.empty_like(order_U)
+    slot_U[order_U] = torch.arange(len(order_U), device=order_U.device)
+    slot_U -= (rows_P.cumsum(0) - rows_P)[rank_U]
+    return HopPlan(
+        row_U=row_U[order_U],
+        order_N=order_N,
+        slot_N=slot_U[pair_N],
+        expert_N=expert_in_block_N,
+        sent_P2=torch.stack([rows_P, assignments_P], 1),
+    )
+
+
+def _receiving_rank(
+    block_U: torch.Tensor,
+    row_U: torch.Tensor,
+    pair_N: torch.Tensor,
+    rank_in_block_N: torch.Tensor,
+    ranks_per_block: int,
+    my_rank: int,
+) -> torch.Tensor:
+    """Returns the rank to which each pair (row, block) goes (U,), int64.
+
+    It is a rank that has one of the row's experts; rows take turns among several. Rows of this rank's own
+    block stay on this rank.
+
+    Args:
+        block_U: Block of each pair.
+        row_U: Row of each pair.
+        pair_N: Pair of each assignment.
+        rank_in_block_N: Rank, counted within its block, that has the assignment's expert.
+        ranks_per_block: Ranks in a block.
+        my_rank: This rank on the axis.
+    """
+    if ranks_per_block == 1:
+        return block_U
+    turn_N = (rank_in_block_N + row_U[pair_N]) % ranks_per_block
+    no_turn_U = torch.full_like(row_U, ranks_per_block)
+    first_turn_U = no_turn_U.scatter_reduce(0, pair_N, turn_N, "amin")
+    rank_U = block_U * ranks_per_block + (first_turn_U - row_U) % ranks_per_block
+    return torch.where(block_U == my_rank // ranks_per_block, my_rank, rank_U)
+
+
+class DedupDispatcher(nn.Module):
+    """One hop to blocks of experts, and the dispatcher behind it."""
+
+    def __init__(
+        self,
+        axis: Axis,
+        num_blocks: int,
+        ranks_per_block: int,
+        next_dispatcher: Dispatcher,
+        comm_dtype: torch.dtype | None = None,
+        delay_wgrad: bool = False,
+        layer_name: str = "moe",
+    ) -> None:
+        """Creates a dispatcher.
+
+        Args:
+            axis: The ranks of all blocks.
+            num_blocks: Number of blocks.
+            ranks_per_block: Ranks in a block.
+            next_dispatcher: Runs on the rows that arrive, with a routing to this block's experts.
+            comm_dtype: Dtype in which rows travel. None: the dtype they have.
+            delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
+            layer_name: The layer's name, for the labels of its collectives.
+        """
+        super().__init__()
+        self.axis = axis
+        self.num_blocks = num_blocks
+        self.ranks_per_block = ranks_per_block
+        self.next_dispatcher = next_dispatcher
+        self.comm_dtype = comm_dtype
+        self.delay_wgrad = delay_wgrad
+        self.layer_name = layer_name
+
+    def forward(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        num_rows, num_experts = len(x_TD), len(routing.count_E)
-        per_block = num_experts // self.num_blocks
-        expert_N = torch.arange(num_experts, device=x_TD.device).repeat_interleave(
-            routing.count_E, output_size=len(routing.token_N)
-        )
-        pair_U, of_N = (expert_N // per_block * num_rows + routing.token_N).unique(
-            return_inverse=True
-        )
-        block_U, row_U = pair_U // max(num_rows, 1), pair_U % max(num_rows, 1)
-        rank_U = self._land(
-            block_U, row_U, of_N, expert_N % per_block * self.ranks_per_block // per_block
-        )
+        """Runs the experts on this rank's tokens, on all ranks together. A collective.
 
-        order_U, order_N = rank_U.argsort(stable=True), rank_U[of_N].argsort(stable=True)
-        sent_P2 = torch.stack(
-            [torch.bincount(r, minlength=self.axis.size) for r in (rank_U, rank_U[of_N])], 1
-        )
-        got_P2 = all_to_all_counts(
-            sent_P2.flatten(), self.axis, CommLabel(self.layer_name, "counts", ctx.layer_call)
-        )
-        (send_U, send_N), (get_V, get_M) = torch.stack([sent_P2.t(), got_P2.t()]).tolist()
-        place_U = torch.empty_like(order_U)  # among the rows for its rank
-        place_U[order_U] = torch.arange(len(order_U), device=x_TD.device)
-        place_U -= (sent_P2[:, 0].cumsum(0) - sent_P2[:, 0])[rank_U]
+        Args:
+            x_TD: This rank's tokens (T, D).
+            routing: Their assignments to the experts of all blocks.
+            experts: This rank's experts.
+            ctx: The tokens' context.
 
-        def dispatch(x_U: torch.Tensor, send: list[int], get: list[int], wire: Any = None) -> Any:
-            return ChunkedAllToAll(
-                [(send, get)],
-                self.axis,
-                CommLabel(self.layer_name, "dispatch", ctx.layer_call),
-                wire,
-            ).scatter(x_U)[0]
+        Returns:
+            Each token's sum of weighted expert outputs (T, D), and the statistics of the experts.
+        """
+        num_experts = len(routing.count_E)
+        plan = plan_hop(routing, len(x_TD), self.num_blocks, self.ranks_per_block, self.axis)
+        label = CommLabel(self.layer_name, "counts", ctx.layer_call)
+        received_P2 = all_to_all_counts(plan.sent_P2.flatten(), self.axis, label)
+        counts_2P = torch.stack([plan.sent_P2.t(), received_P2.t()]).tolist()
+        (send_U, send_N), (receive_V, receive_M) = counts_2P
+        rows = (send_U, receive_V)
+        assignments = (send_N, receive_M)
 
-        row_U = row_U[order_U]
-        copies = TokenPermutation(row_U, num_rows)
-        x_arrives = dispatch(copies.permute(x_TD), send_U, get_V, self.comm_dtype)
-        about_N2 = torch.stack([place_U[of_N], expert_N % per_block], 1)[order_N].int()
-        about_arrives = dispatch(about_N2, send_N, get_M)
-        gate_arrives = dispatch(routing.gate_N[order_N], send_N, get_M)
-        ctx_V, needs_context = ctx, experts.needs_context
-        if needs_context:
-            mine = ctx.select(row_U)
-            key_arrives = dispatch(torch.stack([mine.sample_T, mine.position_T], 1), send_U, get_V)
-        if self.delay_wgrad and hasattr(experts, "split_experts"):
-            (experts,) = experts.split_experts([num_experts // self.axis.size])
-        if needs_context:
-            key_V2 = key_arrives()
-            ctx_V = ctx.with_tokens(
-                key_V2[:, 0], key_V2[:, 1], torch.ones_like(key_V2[:, 0], dtype=torch.bool)
-            )
-        x_VD, about_M2, gate_M = x_arrives(), about_arrives().long(), gate_arrives()
+        permutation = TokenPermutation(plan.row_U, len(x_TD))
+        rows_arrive = self._send(permutation.permute(x_TD), rows, ctx, self.comm_dtype)
+        slot_and_expert_N2 = torch.stack([plan.slot_N, plan.expert_N], 1)[plan.order_N].int()
+        slots_arrive = self._send(slot_and_expert_N2, assignments, ctx)
+        gates_arrive = self._send(routing.gate_N[plan.order_N], assignments, ctx)
+        ctx_V = ctx
+        if experts.needs_context:
+            sent = ctx.select(plan.row_U)
+            keys_arrive = self._send(torch.stack([sent.sample_T, sent.position_T], 1), rows, ctx)
 
-        first_P = got_P2[:, 0].cumsum(0) - got_P2[:, 0]
-        row_M = about_M2[:, 0] + first_P.repeat_interleave(got_P2[:, 1], output_size=len(about_M2))
-        expert_M, by_expert_M = about_M2[:, 1].sort(stable=True)
-        there = Routing(
-            row_M[by_expert_M], gate_M[by_expert_M], torch.bincount(expert_M, minlength=per_block)
+        # FENCE: after the sends and before the first wait, see `moe.delayed_wgrad`
+        local_experts = experts
+        if self.delay_wgrad and isinstance(experts, ChunkedExperts):
+            (local_experts,) = experts.split_experts([num_experts // self.axis.size])
+
+        if experts.needs_context:
+            ctx_V = context_of_rows(keys_arrive(), ctx)
+        x_VD = rows_arrive()
+        slot_and_expert_M2 = slots_arrive().long()
+        gate_M = gates_arrive()
+        local_routing = self._local_routing(
+            slot_and_expert_M2, gate_M, received_P2, num_experts // self.num_blocks
         )
-        y_VD, stats = self.next_dispatcher(x_VD, there, experts, ctx_V)
-        y_UD = all_to_all_rows(
-            y_VD,
-            get_V,
-            send_U,
-            self.axis,
-            CommLabel(self.layer_name, "combine", ctx.layer_call),
-            self.comm_dtype,
-        )
-        return copies.unpermute(y_UD), stats
+        y_VD, stats = self.next_dispatcher(x_VD, local_routing, local_experts, ctx_V)
+        label = CommLabel(self.layer_name, "combine", ctx.layer_call)
+        y_UD = all_to_all_rows(y_VD, receive_V, send_U, self.axis, label, self.comm_dtype)
+        return permutation.unpermute(y_UD), stats
 
-    def _land(
-        self, block_U: torch.Tensor, row_U: torch.Tensor, of_N: torch.Tensor, rank_N: torch.Tensor
-    ) -> torch.Tensor:
-        """The rank that each pair (row, block) goes to. `of_N`: the pair of each assignment; `rank_N`: which of the
-        block's ranks has its expert. Among several that would do rows take turns."""
-        ranks, mine = self.ranks_per_block, self.axis.index
-        turn_N = (rank_N + row_U[of_N]) % ranks
-        turn_U = torch.full_like(row_U, ranks).scatter_reduce(0, of_N, turn_N, "amin")
-        rank_U = block_U * ranks + (turn_U - row_U) % ranks
-        return torch.where(block_U == mine // ranks, mine, rank_U) if ranks > 1 else block_U
+    def _send(
+        self,
+        x_U: torch.Tensor,
+        send_and_receive: tuple[list[int], list[int]],
+        ctx: TokenContext,
+        comm_dtype: torch.dtype | None = None,
+    ) -> WaitForChunk:
+        """Starts to send rows (U, ...), and returns a function that waits for those that arrive (V, ...)."""
+        label = CommLabel(self.layer_name, "dispatch", ctx.layer_call)
+        (wait,) = ChunkedAllToAll([send_and_receive], self.axis, label, comm_dtype).scatter(x_U)
+        return wait
+
+    @staticmethod
+    def _local_routing(
+        slot_and_expert_M2: torch.Tensor,
+        gate_M: torch.Tensor,
+        received_P2: torch.Tensor,
+        experts_per_block: int,
+    ) -> Routing:
+        """Returns the assignments of the rows that have arrived to the experts of this block.
+
+        Args:
+            slot_and_expert_M2: Row of each assignment among those of the same sender, and its expert
+                in the block; int64, ordered by sender.
+            gate_M: Gate weights.
+            received_P2: Rows and assignments from each rank, int64.
+            experts_per_block: L.
+        """
+        rows_P = received_P2[:, 0]
+        assignments_P = received_P2[:, 1]
+        first_row_P = rows_P.cumsum(0) - rows_P
+        first_row_M = first_row_P.repeat_interleave(
+            assignments_P, output_size=len(slot_and_expert_M2)
+        )
+        row_M = slot_and_expert_M2[:, 0] + first_row_M
+        expert_M, order_M = slot_and_expert_M2[:, 1].sort(stable=True)
+        count_L = torch.bincount(expert_M, minlength=experts_per_block)
+        return Routing(row_M[order_M], gate_M[order_M], count_L)
 
 
 def per_rank(
@@ -133,7 +267,14 @@ def per_rank(
     delay_wgrad: bool = False,
     layer_name: str = "moe",
 ) -> DedupDispatcher:
-    """To each rank of the axis once."""
+    """Returns a dispatcher that sends a row once to each rank of the axis that has one of its experts.
+
+    Args:
+        axis: The expert-parallel ranks.
+        comm_dtype: Dtype in which rows travel. None: the dtype they have.
+        delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
+        layer_name: The layer's name, for the labels of its collectives.
+    """
     return DedupDispatcher(
         axis, axis.size, 1, LocalDispatcher(), comm_dtype, delay_wgrad, layer_name
     )
@@ -146,13 +287,17 @@ def per_node(
     delay_wgrad: bool = False,
     layer_name: str = "moe",
 ) -> DedupDispatcher:
-    """To each node once; `inside`: the ranks of the axis in this rank's node, consecutive and as many in every node."""
+    """Returns a dispatcher that sends a row once to each node that has one of its experts.
+
+    Args:
+        axis: The expert-parallel ranks.
+        intra_node: Those of them on this rank's node; consecutive, and as many on every node.
+        comm_dtype: Dtype in which rows travel. None: the dtype they have.
+        delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
+        layer_name: The layer's name, for the labels of its collectives.
+    """
+    within_node = per_rank(intra_node, comm_dtype, layer_name=layer_name)
+    num_nodes = axis.size // intra_node.size
     return DedupDispatcher(
-        axis,
-        axis.size // intra_node.size,
-        intra_node.size,
-        per_rank(intra_node, comm_dtype, layer_name=layer_name),
-        comm_dtype,
-        delay_wgrad,
-        layer_name,
+        axis, num_nodes, intra_node.size, within_node, comm_dtype, delay_wgrad, layer_name
     )

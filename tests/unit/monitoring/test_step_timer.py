@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,23 @@ def clock(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> St
     return StepTimer(torch.device(request.param))
 
 
+class Call(torch.nn.Module):
+    """A module whose forward is a function."""
+
+    def __init__(self, function: Callable[..., tuple]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> tuple:
+        return self.function(*args)
+
+
+def timed(clock: StepTimer, part: str, function: Callable[..., tuple], name: str) -> Call:
+    module = Call(function)
+    clock.attach(module, part, name)
+    return module
+
+
 def step(clock: StepTimer, recompute: bool = False, learned: bool = True) -> None:
     """A gate, an exchange with experts in it, and what is before, behind and after them. Without a `learned` gate no
     gradient comes by it."""
@@ -89,9 +107,9 @@ def step(clock: StepTimer, recompute: bool = False, learned: bool = True) -> Non
         y, _ = timed_experts(work(x, 3, 5), routing.gate_N)
         return work(y, 13, 17), None
 
-    timed_gate = clock.timed("gate", gate, "gate")
-    timed_exchange = clock.timed("dispatch", exchange, "dispatch")
-    timed_experts = clock.timed("experts", experts, "experts")
+    timed_gate = timed(clock, "gate", gate, "gate")
+    timed_exchange = timed(clock, "dispatch", exchange, "dispatch")
+    timed_experts = timed(clock, "experts", experts, "experts")
     x = work(torch.ones(1, requires_grad=True), 19, 23)
     routing, _ = timed_gate(x)
     y, _ = timed_exchange(x, routing)
@@ -149,8 +167,8 @@ def test_where_no_gradient_comes_by_the_others_have_theirs(clock: StepTimer) -> 
 def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: StepTimer) -> None:
     """Its output has a gradient, but does not come of its argument."""
     weight = torch.ones(1, requires_grad=True)
-    experts = clock.timed("experts", lambda x: (work(weight, 1, 2), None), "experts")
-    exchange = clock.timed("dispatch", lambda x: (experts(x)[0] + work(x, 3, 5), None), "dispatch")
+    experts = timed(clock, "experts", lambda x: (work(weight, 1, 2), None), "experts")
+    exchange = timed(clock, "dispatch", lambda x: (experts(x)[0] + work(x, 3, 5), None), "dispatch")
     with clock.step():
         exchange(work(torch.ones(1, requires_grad=True), 7, 11))[0].sum().backward()
         Work.now += 13 / 1e3
@@ -163,7 +181,7 @@ def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: StepTimer)
 def test_of_an_argument_without_a_gradient_the_forward_is_timed_alone(clock: StepTimer) -> None:
     weight = torch.ones(1, requires_grad=True)
     with clock.step():
-        clock.timed("experts", lambda x: (work(weight, 1, 2), None), "experts")(torch.ones(1))[
+        timed(clock, "experts", lambda x: (work(weight, 1, 2), None), "experts")(torch.ones(1))[
             0
         ].sum().backward()
         Work.now += 13 / 1e3
@@ -185,7 +203,7 @@ class Fail(torch.autograd.Function):
 def test_an_error_in_backward_leaves_the_next_step_alone(clock: StepTimer) -> None:
     x = torch.ones(1, requires_grad=True)
     with pytest.raises(FloatingPointError), clock.step():
-        clock.timed("experts", lambda x: (Fail.apply(x), None), "experts")(x)[0].sum().backward()
+        timed(clock, "experts", lambda x: (Fail.apply(x), None), "experts")(x)[0].sum().backward()
     clock.read_and_reset()
     with clock.step():
         Work.now += 0.25
@@ -196,7 +214,7 @@ def test_an_error_in_backward_leaves_the_next_step_alone(clock: StepTimer) -> No
 
 def test_outside_of_a_step_nothing_is_done(clock: StepTimer) -> None:
     x = torch.ones(1, requires_grad=True)
-    y, _ = clock.timed("experts", lambda x: (x * 2, None), "experts")(x)
+    y, _ = timed(clock, "experts", lambda x: (x * 2, None), "experts")(x)
     assert type(y.grad_fn).__name__ == "MulBackward0"  # no view
     step(clock)
     assert set(clock.read_and_reset().values()) == {0.0}

@@ -1,1 +1,0 @@
-"""Local data files: which files a path names, their formats, and the rows of each."""
