@@ -1,14 +1,14 @@
-"""Passwords and keys in texts: one list for configs, which refuse them, and launch scripts, which print *** instead.
+"""Patterns of passwords and keys: configs refuse them, launch scripts print *** in their place.
 
-    python3 -I moe_dist/config/redact.py WORD...      prints the words without them, each ended by a NUL byte
+    python3 -I moe_dist/config/redact.py WORD...    prints the words with ***, each followed by NUL
 
-Imports the standard library alone, since launch scripts run it with any Python 3.
+This module imports only the standard library, because launch scripts run it with any Python 3.
 """
 
 import re
 import sys
 
-# names whose values are secrets, whatever they are; the second ones are words of plain text as well
+# Names whose values are always secrets. Those in _WORD also occur in ordinary text.
 _NAME = (
     r"[\w.-]*(?:passw(?:or)?d|passphrase|passcode|passwd|pwd"
     r"|(?:api|access|account|auth|client|deploy|encryption|license|master|private|secret|session|signing|storage|wandb)"
@@ -17,7 +17,7 @@ _NAME = (
 )
 _WORD = r"[\w.-]*(?:secret|credentials?|auth|authorization|bearer)"
 _KINDS = r"(?:token|pass|sig|signature)"
-# names whose values may be something else: a number of tokens or passes, the token of padding, a word of a path
+# Names whose values may be no secret: a number of tokens or passes, a padding token, a path's part.
 _PERHAPS = (
     rf"(?:(?![\w.-]*(?:bos|cls|end|eos|image|mask|pad|sep|special|start|stop|unk)[_.-]token)[\w.-]*[_.-]{_KINDS}"
     rf"|(?:db|ftp|my|pg|root|smtp|user)pass|{_KINDS}(?=\s*=\s*\S*(?:\d|(?-i:[a-z][A-Z]))))"
@@ -26,17 +26,17 @@ _NOT_SECRET = (
     r"[\d.]{1,8}(?![^\s&/;,])|[<\[]|(?:true|false|none|null|auto)\b"
     r"|(?:\w{1,3}|[a-z]{1,12})/(?:[\w=.-]+/)*(?:[\w*=-]*[.*][\w.*]*)?(?![^\s&;,])"
 )
-# of a path whose folders are named by a column and its value: /data/secret=1/x.parquet
+# A folder that is named by a column and its value: /data/secret=1/x.parquet
 _PARTITION = r"(?<=/)(?![\w.-]+=(?:\d{1,8}(?:/|$)|[a-z]{1,12}/))"
 _IN_QUERY = r"[\w.-]*(?:token|key|keyid|sig|signature|pass|pw|code)|x-(?:amz|goog|ms)-[\w-]+|sas"
-_PREFIXES = (  # of what services give out, and what follows
+_PREFIXES = (  # prefixes of the keys of known services, and the characters that follow
     r"hf_[A-Za-z0-9]{16,}",
     r"api_org_[A-Za-z0-9]{16,}",
     r"gh[a-z]_[A-Za-z0-9]{16,}",
     r"github_pat_\w{16,}",
     r"gl(?:agent|cbt|dt|ft|imt|oas|pat|ptt|rt|soat)-[\w-]{16,}",
     r"sk-(?:proj|ant|or|svcacct|admin|lf|live|test)-[\w-]{16,}",
-    r"sk-(?![\w-]*(?<=[_-])[a-z]{4,12}(?![A-Za-z0-9]))[\w-]{16,}",  # words between hyphens name a file
+    r"sk-(?![\w-]*(?<=[_-])[a-z]{4,12}(?![A-Za-z0-9]))[\w-]{16,}",  # no file name with hyphens
     r"[rs]k_(?:live|test)_\w{10,}",
     r"whsec_[A-Za-z0-9+/=]{16,}",
     r"tskey-[a-z]+-[\w-]{10,}",
@@ -52,7 +52,7 @@ _PREFIXES = (  # of what services give out, and what follows
     r"GOCSPX-[\w-]{16,}",
     r"(?:AKIA|ABIA|ACCA)[A-Z0-9]{16,}",
     r"ASIA(?=[A-Z]*\d)[A-Z0-9]{16,}",
-    r"(?<!/)ASIA[A-Z]{16}(?![\w/.*])",  # a folder may be named in capitals
+    r"(?<!/)ASIA[A-Z]{16}(?![\w/.*])",  # not a folder in capitals
     r"npm_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{20,}",
     r"pypi-(?:AgE[\w-]{16,}|[\w-]{40,})",
     r"do[opr]_v1_[a-f0-9]{32,}",
@@ -70,14 +70,18 @@ _PREFIXES = (  # of what services give out, and what follows
     r"eyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?",  # a JSON web token
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*",
 )
-# 40 random characters of base64 have about 26 runs of one kind, all of them short; a path as long has fewer, or words
-_RUNS = r"(?=(?:[a-z]+(?![a-z])|[A-Z]+(?![A-Z])|[0-9]+(?![0-9])|[+/]+(?![+/])){%d})(?![A-Za-z0-9+/]*[a-z]{%d})"
+# 40 random characters of base64 have about 26 short runs of one kind; a path of this length has
+# fewer runs, or words.
+_RUNS = (
+    r"(?=(?:[a-z]+(?![a-z])|[A-Z]+(?![A-Z])|[0-9]+(?![0-9])|[+/]+(?![+/])){%d})"
+    r"(?![A-Za-z0-9+/]*[a-z]{%d})"
+)
 _ENDS = r"(?=\s*(?:$|[,;&\"'})\]]))"
-# group 1 of each stays
+# Group 1 of a match is kept, the rest is replaced.
 _SECRETS = [
     re.compile(pattern, flags)
     for pattern, flags in (
-        # user:password@ of a URL, whatever is in the password; and a token alone, as web servers take it
+        # user:password@ in a URL, with any characters in the password; or a token alone
         (
             r"(://)[^\s/@?#:]*:(?!\s|\d+(?:[/?#\s]|$))(?:[^\s@]{1,1000}(?:@[^\s/@]*)*|[^/@]{1,100})(?=@)",
             0,
@@ -94,7 +98,7 @@ _SECRETS = [
             re.IGNORECASE,
         ),  # headers of HTTP
         (rf"((?<![\w./-]){_KINDS}\s*:\s*)(?=\S*\d)(?=\S*[a-z])\S{{8,}}", re.IGNORECASE),
-        # behind a colon a word with a digit, or the last one; "auth: the first gate" and "auth:v1" are none
+        # a word with a digit after a colon, or the last word; not "auth: the first gate", "auth:v1"
         (
             rf"((?<![\w./-])(?![\w.-]*auth\s*:)(?:{_NAME}|{_WORD})\s*:\s*)(?=\S*\d|\S+{_ENDS})[^\s&]+",
             re.IGNORECASE,
@@ -109,7 +113,7 @@ _SECRETS = [
         (r"(\bBearer(?:\s+|%20))(?=\S*\d|\S{16})[\w.~+/=-]{8,}", re.IGNORECASE),
         (rf"(\b[Bb]asic(?:\s+|%20)){_RUNS % (5, 8)}[A-Za-z0-9+/]{{8,}}={{0,2}}(?![\w/.*-])", 0),
         (rf"((?<![A-Za-z0-9_])(?:local-)?)(?:{'|'.join(_PREFIXES)})", re.DOTALL),
-        # wandb's; a folder of a snapshot or a commit has the same form, so that in a path it is none
+        # a key of wandb; in a path, 40 hex digits are a snapshot or a commit
         (
             r"((?:^|[\s=:,\"'])(?:local-)?)(?<!commit.)(?<!head.)(?<!rev.)(?<!sha.)(?<!git.)(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{40}(?=$|[\s,\"'&])",
             0,
@@ -117,20 +121,20 @@ _SECRETS = [
         (
             rf"((?<![\w+/.-])){_RUNS % (16, 6)}[A-Za-z0-9+/]{{40}}(?![\w+/=.-])",
             0,
-        ),  # the secret half of AWS's
+        ),  # the secret part of an AWS key
     )
 ]
 
 
-def redact(text: str, shown: str = "***") -> str:
-    """Returns the text with `shown` in place of every password and key."""
+def redact(text: str, placeholder: str = "***") -> str:
+    """Returns the text with `placeholder` in place of every password and key."""
     for secret in _SECRETS:
-        text = secret.sub(rf"\g<1>{shown}", text)
+        text = secret.sub(rf"\g<1>{placeholder}", text)
     return text
 
 
 def has_secret(text: str) -> bool:
-    """Returns whether the text has what looks like a password or a key."""
+    """Returns whether the text contains something that looks like a password or a key."""
     return redact(text) != text
 
 

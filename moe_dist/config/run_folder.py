@@ -1,8 +1,9 @@
-"""Writes, reads and removes what lies in a run folder, which may come from someone else.
+"""Writes, reads and removes files in a run folder, which may come from an untrusted source.
 
-The run folder itself may be a link or lie behind links. Inside it nothing is written or removed through a link: a file
-is written beside and renamed, which replaces a link that has its name, and a link in place of a folder is refused.
-Reading follows links, but only to regular files, for a pipe would never end.
+The run folder itself may be a symbolic link, or be below one. Inside it nothing is written or
+removed through a link: a file is written next to its final place and renamed, which replaces a link
+of that name, and a link in place of a folder is refused. Reading follows links, but only to regular
+files, because reading a pipe could block forever.
 """
 
 import contextlib
@@ -15,15 +16,22 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-PARTIAL = "partial_"  # begins the name of what is being written, or removed
+PARTIAL = "partial_"  # start of the name of a file or folder that is being written or removed
 SUBFOLDERS = ("checkpoints", "report", "profile", "wandb", "calls")  # of a run folder
 
 
 def check_folder(run: Path, name: str) -> Path:
-    """Returns the path of the folder `name` of a run folder.
+    """Checks that no part of a folder's path inside a run folder is a link.
+
+    Args:
+        run: The run folder.
+        name: Path of the folder, relative to `run`. It may be missing.
+
+    Returns:
+        The path of the folder.
 
     Raises:
-        OSError: The folder, or one on the way to it, is a link.
+        OSError: The folder, or one between `run` and it, is a link.
     """
     path = run
     for part in PurePath(name).parts:
@@ -31,17 +39,24 @@ def check_folder(run: Path, name: str) -> Path:
         if path.is_symlink():
             reason = f"{path} is a link, and nothing is written through a link inside a run folder"
             advice = (
-                "move what it leads to into its place, or let the run folder itself be the link"
+                "replace it by the folder to which it points, or make the run folder itself a link"
             )
             raise OSError(errno.ELOOP, f"{reason}; {advice}", str(path))
     return path
 
 
 def make_folder(run: Path, name: str = "") -> Path:
-    """Makes a run folder and the folder `name` in it, where they do not exist, and returns the path of the latter.
+    """Creates a run folder and a folder in it, if they are missing.
+
+    Args:
+        run: The run folder.
+        name: Path of the folder, relative to `run`.
+
+    Returns:
+        The path of the folder.
 
     Raises:
-        OSError: The folder cannot be made, or one below `run` is a link or a file.
+        OSError: The folder cannot be created, or a folder below `run` is a link or a file.
     """
     run.mkdir(parents=True, exist_ok=True)
     folder = check_folder(run, name)
@@ -51,60 +66,71 @@ def make_folder(run: Path, name: str = "") -> Path:
 
 @contextlib.contextmanager
 def atomic_write(run: Path, name: str) -> Iterator[IO[bytes]]:
-    """Opens a new file for writing, which takes the name `name` when the block is left without an exception.
+    """Opens a new file, which replaces the file `name` if the block ends without an exception.
 
-    A reader finds the old file or the whole new one. A link with this name is replaced, and not followed.
+    A reader finds either the old file or the complete new one. A link of this name is replaced, not
+    followed.
 
     Args:
-        run: The run folder; folders between it and the file are made.
-        name: The name of the file, which may begin with names of folders: "report/loss.png".
+        run: The run folder. Missing folders between it and the file are created.
+        name: Path of the file, relative to `run`: "report/loss.png".
+
+    Yields:
+        The new file, open for writing bytes.
 
     Raises:
-        OSError: The file cannot be written, or a link stands in place of one of its folders.
+        OSError: The file cannot be written, another process is writing it, or one of its folders is
+            a link.
     """
-    folder, last = make_folder(run, str(PurePath(name).parent)), PurePath(name).name
-    beside = folder / f"{PARTIAL}{last}"
-    beside.unlink(missing_ok=True)
-    with open(beside, "xb") as file:  # which follows no link, for it makes the file
+    folder = make_folder(run, str(PurePath(name).parent))
+    final = folder / PurePath(name).name
+    partial = folder / f"{PARTIAL}{final.name}"
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:  # mode x creates the file and so follows no link
         try:
             yield file
             file.flush()
-            if not is_same_file(file.fileno(), beside):
+            if not is_same_file(file.fileno(), partial):
                 raise OSError(
-                    errno.EBUSY, f"{folder / last} is being written by another process", str(beside)
+                    errno.EBUSY, f"{final} is being written by another process", str(partial)
                 )
-            beside.rename(folder / last)
+            partial.rename(final)
         except BaseException:
-            if is_same_file(file.fileno(), beside):
-                beside.unlink()
+            if is_same_file(file.fileno(), partial):
+                partial.unlink()
             raise
 
 
 def write(run: Path, name: str, content: str | bytes) -> Path:
-    """Writes a whole file (see `atomic_write`; text in UTF-8), and returns its path."""
+    """Writes a file with `atomic_write`, text in UTF-8, and returns its path."""
     with atomic_write(run, name) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return run / name
 
 
 def open_existing(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file inside a run folder, and returns its descriptor.
+    """Opens a regular file inside a run folder.
 
     Args:
-        path: Path of the file. With flags that write it must not be a link.
-        flags: Flags of `os.open`. With `os.O_CREAT` a missing file is made.
+        path: Path of the file. With flags for writing it must not be a link.
+        flags: Flags for `os.open`. `os.O_CREAT` creates a missing file.
+
+    Returns:
+        The file descriptor.
 
     Raises:
-        OSError: It cannot be opened, or is a folder, a pipe or a device, or a link where it is to be written.
+        OSError: The path cannot be opened, is a folder, a pipe or a device, or is a link and would
+            be written.
     """
-    if flags & os.O_ACCMODE != os.O_RDONLY and path.is_symlink():
+    writes = flags & os.O_ACCMODE != os.O_RDONLY
+    if writes and path.is_symlink():
         raise OSError(
             errno.ELOOP,
             f"{path} is a link, and nothing is written through one; remove it",
             str(path),
         )
-    follow = 0 if flags & os.O_ACCMODE == os.O_RDONLY else os.O_NOFOLLOW
-    descriptor = os.open(path, flags | follow | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    no_follow = os.O_NOFOLLOW if writes else 0
+    descriptor = os.open(path, flags | no_follow | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
@@ -112,31 +138,41 @@ def open_existing(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read(path: Path) -> bytes:
-    """Returns the content of a regular file. Raises OSError for anything else."""
+    """Returns the content of a regular file; raises OSError for anything else."""
     with open(open_existing(path), "rb") as file:
         return file.read()
 
 
 def read_json(path: Path) -> Any:
-    """Returns the value in a JSON file. Raises ValueError, naming the file, where it cannot be read as one."""
+    """Reads a JSON file.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The JSON value.
+
+    Raises:
+        ValueError: The file cannot be read, or contains no valid JSON; the message begins with the
+            path.
+    """
     try:
         return json.loads(read(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken ({getattr(error, 'strerror', None) or error})") from None
+        problem = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: broken ({problem})") from None
 
 
 def reason(error: OSError) -> str:
-    """Returns what is wrong, with the path that the error is about."""
+    """Returns the text of an error, with the path that it is about."""
     text = error.strerror or str(error)
-    return (
-        text
-        if error.filename is None or str(error.filename) in text
-        else f"{error.filename}: {text}"
-    )
+    if error.filename is None or str(error.filename) in text:
+        return text
+    return f"{error.filename}: {text}"
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:
-    """Whether the file that is open as `descriptor` still is the one that has this path."""
+    """Returns whether the file open as `descriptor` is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except OSError:
@@ -144,13 +180,17 @@ def is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def remove(run: Path, name: str) -> None:
-    """Removes a file, a link (not what it leads to) or a whole folder of a run folder, if it exists.
+    """Removes a file, a link (not its target) or a folder with its content, if it exists.
+
+    Args:
+        run: The run folder.
+        name: Path of the file, link or folder, relative to `run`.
 
     Raises:
-        OSError: It cannot be removed, or lies behind a link.
+        OSError: It cannot be removed, or one of its folders is a link.
     """
     path = check_folder(run, str(PurePath(name).parent)) / PurePath(name).name
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
-        shutil.rmtree(path)  # which follows no links
+        shutil.rmtree(path)  # follows no links

@@ -27,10 +27,10 @@ class MeshConfig:
             per node, which passes it on to its ranks. "auto": "dedup_node" if `ep` spans several
             nodes with several ranks each; otherwise "dedup_rank" if it at least halves the number
             of rows (4 experts per token on 2 ranks, for example); otherwise "all_to_all".
-        overlap_chunks: Number of chunks per all-to-all. One chunk travels while the experts compute
-            another, and weight gradients are delayed until the row gradients are sent. Rows of the
-            "dedup" dispatchers and rows for groups of experts travel in one chunk. 0: no overlap.
-            None: 4 if `ep` spans several nodes, otherwise 0.
+        overlap_chunks: Chunks per all-to-all. One chunk travels while the experts compute another,
+            and weight gradients are delayed until the row gradients are sent. Rows of the "dedup"
+            dispatchers and rows for groups of experts travel in one chunk. 0: no overlap. None: 4
+            if `ep` spans several nodes, otherwise 0.
         comm_dtype: Data type of the rows on the way to other ranks. "same": the data type of the
             computation. "bf16": rounded to bfloat16, which makes the result depend on the layout;
             sums are still taken in float32.
@@ -55,8 +55,7 @@ class TextDataConfig:
             configuration if it has several: "lm1b", "wikitext:wikitext-2-raw-v1", "owner/name".
         streamed: Reads the training split line by line during training, one line per lane, instead
             of holding it in memory.
-        vocabulary_size: Number of words in the vocabulary, the most frequent ones of the training
-            split.
+        vocabulary_size: Words in the vocabulary, the most frequent ones of the training split.
     """
 
     text: str = "bundled"
@@ -79,13 +78,12 @@ class ImageDataConfig:
         crop: "none": resize and center crop. "pad": in addition 4 black pixels on every side and a
             random crop. "inception": a random part of the image (Szegedy et al. 2015), resized.
         flip: Flips every image left to right with probability 1/2.
-        randaugment_layers: Number of random operations per image (RandAugment, Cubuk et al. 2020).
-            0: none.
+        randaugment_layers: Random operations per image (RandAugment, Cubuk et al. 2020). 0: none.
         randaugment_magnitude: Strength of these operations, 0 to 30.
         mixup: Parameter alpha of mixup (Zhang et al. 2018): lambda ~ Beta(alpha, alpha) is the
             weight of an image, 1 - lambda the weight of its partner. 0: no mixup.
         label_smoothing: Share of the target probability spread evenly over all classes.
-        workers: Number of processes per rank that read and augment images. 0: the rank does it.
+        workers: Processes per rank that read and augment images. 0: the rank does it.
     """
 
     images: str = "bundled"
@@ -145,14 +143,14 @@ class MoEConfig:
     """A mixture-of-experts layer with noisy top-k gating (Shazeer et al. 2017).
 
     Attributes:
-        num_experts: Number of experts in the layer, over all ranks and groups (Eq. 1).
-        num_groups: Number of expert groups (Appendix B, Eq. 12): a primary gate chooses groups, and
-            a gate in each group chooses experts. None: one flat gate over all experts.
-        k: Number of experts per token (Eq. 5), 2 or more: with k = 1 the gate gets no gradient from
-            the task. With groups it is the number of groups per token, and of experts per group.
-        expert_hidden_dim: Number of ReLU units in each expert.
-        noise: Adds Eq. 4's noise to the gate's logits in training. Without it the load of Eq. 10
-            is a count of tokens, which has no gradient.
+        num_experts: Experts in the layer, over all ranks and groups (Eq. 1).
+        num_groups: Groups of experts (Appendix B, Eq. 12): a primary gate chooses groups, and a
+            gate in each group chooses experts. None: one flat gate over all experts.
+        k: Experts per token (Eq. 5), 2 or more: with k = 1 the gate gets no gradient from the task.
+            With groups it is the number of groups per token, and of experts per group.
+        expert_hidden_dim: ReLU units in each expert.
+        noise: Adds Eq. 4's noise to the gate's logits in training. Without it the load of Eq. 10 is
+            a count of tokens, which has no gradient.
         capacity_factor: Limits an expert to this multiple of its even share of the assignments
             (Fedus et al. 2021, Section 2.2); further assignments are dropped. None: no limit.
         recompute: Recomputes the experts' hidden activations in the backward pass instead of
@@ -180,17 +178,17 @@ class LSTMConfig:
 
     Attributes:
         dim: Width of the embedding, of the layers' outputs and of the softmax's input.
-        lstm_units: Number of units in each LSTM, at least `dim`; a larger number is projected to
-            `dim`. None: `dim`.
+        lstm_units: Units in each LSTM, at least `dim`; a larger number is projected to `dim`. None:
+            `dim`.
         middle_layer: "moe": the layer of `moe`. "ffn": ReLU layers applied to every word. "lstm":
             two more LSTMs. "none": the model has one LSTM in all.
-        ffn_hidden_dim: Number of ReLU units in each layer of "ffn".
-        ffn_layers: Number of ReLU layers in "ffn".
+        ffn_hidden_dim: ReLU units in each layer of "ffn".
+        ffn_layers: ReLU layers in "ffn".
         dropout: Probability that a value of a layer's output is dropped, before the residual is
             added.
-        softmax_samples: Number of words drawn per step to stand for the vocabulary in the training
-            softmax (importance sampling, Appendix C.1). Rows of the embedding and the softmax that
-            the step does not use are then neither reduced nor updated. None: the full softmax.
+        softmax_samples: Words drawn per step to stand for the vocabulary in the training softmax
+            (importance sampling, Appendix C.1). Rows of the embedding and the softmax that the step
+            does not use are then neither reduced nor updated. None: the full softmax.
         moe: The mixture-of-experts layer, used if `middle_layer` is "moe".
     """
 
@@ -209,9 +207,9 @@ class SoftmaxMoEConfig:
     """A mixture-of-experts layer with softmax-then-top-k gating (WideNet, Xue et al. 2021).
 
     Attributes:
-        num_experts: Number of experts in the layer, over all ranks.
-        k: Number of experts per token, 1 or more: g(x) = TopK(softmax(f(x) + noise)).
-        expert_hidden_dim: Number of GELU units in each expert.
+        num_experts: Experts in the layer, over all ranks.
+        k: Experts per token, 1 or more: g(x) = TopK(softmax(f(x) + noise)).
+        expert_hidden_dim: GELU units in each expert.
         noise: Adds normal noise with standard deviation 1 / num_experts to the logits in training.
         capacity_factor: Limits an expert to this multiple of its even share of the assignments
             (Fedus et al. 2021, Section 2.2); further assignments are dropped. None: no limit.
@@ -239,17 +237,16 @@ class EncoderConfig:
         depth: Number of blocks.
         dim: Width of the token vectors.
         num_heads: Number of attention heads; it must divide `dim`.
-        ffn_hidden_dim: Number of GELU units in the FFN of a dense block.
+        ffn_hidden_dim: GELU units in a dense block's FFN.
         norm_first: True: LayerNorm before attention and FFN (pre-LN). False: after their residual
             (post-LN).
         moe_blocks: The blocks that have experts instead of a dense FFN: "all", "none", or block
             numbers from 0 with commas, such as "9,11".
-        blocks_per_attention: Number of consecutive blocks that share one attention.
-        blocks_per_ffn: Number of consecutive blocks that share one FFN, or one router and its
-            experts.
-        blocks_per_norm: Number of consecutive blocks that share both of their LayerNorms.
-        blocks_per_routing: Number of consecutive blocks that share one routing: the first computes
-            it, the others reuse it.
+        blocks_per_attention: Consecutive blocks that share one attention.
+        blocks_per_ffn: Consecutive blocks that share one FFN, or one router and its experts.
+        blocks_per_norm: Consecutive blocks that share both of their LayerNorms.
+        blocks_per_routing: Consecutive blocks that share one routing: the first computes it, the
+            others reuse it.
         dropout: Probability that a value is dropped, for embeddings and for each addition to a
             residual.
         recompute: Recomputes the activations of attention, FFN and experts in the backward pass
@@ -280,7 +277,7 @@ class VisionConfig:
 
     Attributes:
         image_size: Height and width of the model's input, in pixels.
-        channels: Number of color channels.
+        channels: Color channels.
         patch_size: Height and width of a patch, in pixels; it must divide `image_size`.
         num_classes: Number of classes.
         encoder: The transformer encoder.
@@ -300,7 +297,7 @@ class TextConfig:
     The task decides on the output layers.
 
     Attributes:
-        vocabulary_size: Number of WordPiece tokens.
+        vocabulary_size: WordPiece tokens in the vocabulary.
         embedding_dim: Width of the token embedding, before it is projected to the encoder's width.
         max_tokens: Longest text, in tokens.
         num_classes: Number of classes, used by text classification only.
@@ -322,13 +319,13 @@ class BatchConfig:
     text.
 
     Attributes:
-        global_batch_size: Number of samples per step, over all ranks and micro-batches.
-        seq_len: Number of words per lane and step. Only for language models.
-        grad_accum_steps: Number of micro-batches per step, whose gradients are summed.
-        balance_loss_group_size: Number of samples over which one balance loss is computed; it must
-            divide a micro-batch. None: the whole batch, which requires `grad_accum_steps=1`.
-        capacity_group_size: Number of samples that share the experts' capacity. Only used with a
-            capacity factor.
+        global_batch_size: Samples per step, over all ranks and micro-batches.
+        seq_len: Words per lane and step. Only for language models.
+        grad_accum_steps: Micro-batches per step, whose gradients are summed.
+        balance_loss_group_size: Samples over which one balance loss is computed; it must divide a
+            micro-batch. None: the whole batch, which requires `grad_accum_steps=1`.
+        capacity_group_size: Samples that share the experts' capacity. Only used with a capacity
+            factor.
     """
 
     global_batch_size: int = 64
@@ -346,15 +343,15 @@ class OptimConfig:
 
     Attributes:
         lr: Learning rate at the end of the warm-up.
-        warmup_steps: Number of steps in which the learning rate rises linearly to `lr`.
+        warmup_steps: Steps during which the learning rate rises linearly to `lr`.
         schedule: After the warm-up. "rsqrt": lr x sqrt(warmup_steps / step) (Shazeer et al. 2017,
             Appendix C.1). "cosine": half a cosine wave that reaches 0 in the last step.
         weight_decay: Decoupled weight decay (AdamW): each step subtracts lr x this value x the
             weight.
         lamb: Scales the update of each matrix to lr x the matrix's norm (LAMB, You et al. 2020,
             Algorithm 2).
-        beta1: Decay rate of Adam's first moment. Factored Adam has none.
-        beta2: Decay rate of Adam's second moment.
+        beta1: Adam's decay rate for the first moment. Factored Adam has none.
+        beta2: Adam's decay rate for the second moment.
         eps: Added to the root of the second moment.
         max_grad_norm: Gradients are scaled down to this norm, computed over dense parameters and
             all experts together. None: no clipping.
@@ -370,7 +367,7 @@ class OptimConfig:
             means c, v = r c / mean(r) (Shazeer et al. 2017, Appendix D). "factored_adam_t2t": the
             same with the roots taken before the product, as in tensor2tensor. "adam": Adam with
             full moments.
-        expert_beta2: Decay rate of the second moment of factored Adam.
+        expert_beta2: Factored Adam's decay rate for the second moment.
     """
 
     lr: float = 1e-3
@@ -449,12 +446,12 @@ class Config:
         task: "language_model", "image_classification", "pretraining", "text_classification" or
             "question_answering".
         seed: Key of all random numbers: initial weights, noise, dropout, sampling.
-        steps: Number of optimizer steps in the run.
-        log_every: Number of steps per line of metrics.jsonl, whose values are means over them.
-        eval_every: Number of steps between evaluations on the validation split.
-        save_every: Number of steps between checkpoints, a multiple of `log_every`. The last step is
-            always saved.
-        keep_last_n: Number of checkpoints that are kept; older ones are removed.
+        steps: Optimizer steps in the run.
+        log_every: Steps between two lines of metrics.jsonl; a line has means over these steps.
+        eval_every: Steps between evaluations on the validation split.
+        save_every: Steps between checkpoints, a multiple of `log_every`. The last step is always
+            saved.
+        keep_last_n: Newest checkpoints that are kept; older ones are removed.
         async_save: Copies the state to host memory and writes the checkpoint from there, while
             training continues.
         ds_config: Name of a DeepSpeed config in ds_configs/, without ".json". It sets the precision

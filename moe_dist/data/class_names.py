@@ -4,7 +4,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from moe_dist.data.table_files import shown
+from moe_dist.data.files.messages import printable
 
 # Shown as nothing: zero-width space, word joiner, byte order mark, soft hyphen, marks of direction, and the choice
 # between a character as text and as a picture.
@@ -36,4 +36,4 @@ def names_differing_by_case(names: Iterable[str]) -> list[str]:
 
 def preview_names(names: Sequence[str]) -> str:
     """Returns the first five names for use in a message."""
-    return shown(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")
+    return printable(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")

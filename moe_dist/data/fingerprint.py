@@ -33,7 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.data.table_files import UNPACK, find_files, kind_of, open_file
+from moe_dist.data.files.find import find_files
+from moe_dist.data.files.formats import DECOMPRESSORS, format_of
+from moe_dist.data.files.regular_file import open_file
 from moe_dist.data.text.corpus import BUNDLED, SHORT_NAMES, SPLITS, is_local
 from moe_dist.monitoring.progress_bar import with_progress
 
@@ -43,7 +45,7 @@ NUM_READ = 1000  # files, drawn by a hash of their names
 MOST_NAMED = 5000  # entries
 MOST_PACKED = 2**24  # bytes of a packed file that is unpacked to be compared
 MOST_UNPACKED = 2**28  # bytes of all that are, unpacked
-SEEKABLE = {ending: UNPACK[ending] for ending in (".gz", ".bz2", ".xz")}
+SEEKABLE = {ending: DECOMPRESSORS[ending] for ending in (".gz", ".bz2", ".xz")}
 THE_FILE = "the file"  # name of the only one that was given, where it is plain text
 MOST_TOLD = 3  # changes of an error
 
@@ -159,7 +161,7 @@ def of_local(place: str) -> Source:
     fixed = list(takewhile(lambda part: not glob.has_magic(part), Path(place).parts))
     if len(files) != 1:
         return of_files("files", files, Path(*fixed))
-    kind = kind_of(files[0].name)
+    kind = format_of(files[0].name)
     return of_files(
         "files", files, files[0], only=THE_FILE if kind == ".txt" else f"the {kind} file"
     )

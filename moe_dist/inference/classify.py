@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from moe_dist.config.arg_parser import Parser, path_argument
 from moe_dist.config.schema import ImageDataConfig, VisionConfig
+from moe_dist.data.files.messages import columns_of, printable
+from moe_dist.data.files.read import read_rows
 from moe_dist.data.images.image_files import check_heads, list_images, told_left_out
 from moe_dist.data.images.pipeline import read_image
-from moe_dist.data.table_files import columns_of, read_rows, shown
 from moe_dist.data.text.sentences import Sentence, Sentences
 from moe_dist.data.text.wordpiece import WordPieceTokenizer
 from moe_dist.inference.load import open_run
@@ -225,7 +226,7 @@ def main(argv: list[str]) -> None:
                 f"{100 * value:5.1f} % {name}" for name, value in told["classes"].items()
             )
             tqdm.write(
-                json.dumps(told) if args.json else f"{best}    {shown(told['item'])}",
+                json.dumps(told) if args.json else f"{best}    {printable(told['item'])}",
                 file=sys.stdout,
             )
 

@@ -197,7 +197,7 @@ def broken_after(lines: list[str], error: Exception | None, passes: int) -> Line
     return Lines(read)
 
 
-@pytest.mark.parametrize("error", [ValueError("x.txt, behind row 3: I/O error"), None])
+@pytest.mark.parametrize("error", [ValueError("x.txt, after row 3: I/O error"), None])
 @pytest.mark.parametrize("passes", [0, 2])
 def test_a_text_that_breaks_while_it_is_trained_on(error: Exception | None, passes: int) -> None:
     """It is what train.py ends with in one line: an error of the system, on the ranks that find it."""
@@ -249,7 +249,7 @@ def test_every_rank_ends_with_one_line_where_a_file_breaks(where: str, tmp_path:
         os.truncate(folder / "x.jsonl.gz", (folder / "x.jsonl.gz").stat().st_size // 2)
     ended = [end(process) for process in ranks]
     says = (
-        ["x.jsonl.gz, behind row ", "x.jsonl.gz, behind row "]
+        ["x.jsonl.gz, after row ", "x.jsonl.gz, after row "]
         if where == "both"
         else ["rank 1 ended first", "x.jsonl"]
     )

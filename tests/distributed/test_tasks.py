@@ -397,7 +397,7 @@ def test_sentences_are_classified(
         (
             "text_classification",
             ["--sentences", "{}/pipe"],
-            "pipe: a folder, a pipe, a device or a socket",
+            "pipe: not a regular file (a folder, a pipe, a device or a socket)",
         ),
         (
             "text_classification",

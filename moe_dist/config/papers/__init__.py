@@ -1,4 +1,9 @@
-"""Named configs, a file per paper. Each function returns a whole config; its docstring tells what it is for."""
+"""Named configs, one module per paper.
+
+Each function in `CONFIGS` returns a complete config. Its docstring describes the model and has the
+command that trains it; a line that begins with "Paper" gives figures of the paper, not measurements
+of this code. `train.py --list` prints the first line of each docstring.
+"""
 
 from collections.abc import Callable
 
@@ -7,12 +12,22 @@ from moe_dist.config.papers import shazeer2017, xue2021
 from moe_dist.config.schema import Config
 
 CONFIGS: dict[str, Callable[[], Config]] = {
-    f.__name__: f for f in (*shazeer2017.CONFIGS, *xue2021.CONFIGS)
+    make.__name__: make for make in (*shazeer2017.CONFIGS, *xue2021.CONFIGS)
 }
 
 
 def get(name: str) -> Config:
-    """The config called `name`. Raises ValueError naming the nearest."""
+    """Returns a named config.
+
+    Args:
+        name: A key of `CONFIGS`.
+
+    Returns:
+        The config, not yet checked by `check_config`.
+
+    Raises:
+        ValueError: No config has this name; the message has the nearest name.
+    """
     if name not in CONFIGS:
         raise ValueError(f"no config {name!r}; {nearest(name, CONFIGS)}")
     return CONFIGS[name]()

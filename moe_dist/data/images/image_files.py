@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from moe_dist.data.table_files import open_file
+from moe_dist.data.files.regular_file import open_file
 
 # folders that other programs make, with thumbnails, halves of files and what was deleted
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}

@@ -1,7 +1,7 @@
 """Where text comes from: the bundled corpus, local files, or a dataset by its name.
 
 A line is one example, stripped, where anything is left of it: a line of a text file, a row's "text". Line breaks inside
-an example are spaces like any other, so that a document stays in one place. Local files are read by `files.read_rows`.
+an example are spaces like any other, so that a document stays in one place. Local files are read by `data.files.read.read_rows`.
 """
 
 import errno
@@ -16,17 +16,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.table_files import (
-    KNOWN,
-    UNPACK,
-    check_ending,
-    columns_of,
-    find_files,
-    find_splits,
-    label_names,
-    read_rows,
-    shown,
-)
+from moe_dist.data.files.find import find_files, find_splits
+from moe_dist.data.files.formats import DECOMPRESSORS, KNOWN_ENDINGS, check_ending
+from moe_dist.data.files.messages import columns_of, printable
+from moe_dist.data.files.read import label_names, read_rows
 
 SPLITS = ("train", "valid", "test")
 BUNDLED = "bundled"
@@ -140,7 +133,10 @@ def _stripped(key: str, source: str, texts: Iterable[str | None]) -> Iterator[st
 
 
 def _check_name(source: str) -> None:
-    if not NAME.fullmatch(source) or Path(source).suffix.lower() in (*KNOWN, *UNPACK):
+    if not NAME.fullmatch(source) or Path(source).suffix.lower() in (
+        *KNOWN_ENDINGS,
+        *DECOMPRESSORS,
+    ):
         raise ValueError(f"data.text={source!r}: no file matches; {GIVE}")
 
 
@@ -293,7 +289,7 @@ def _check_label_names(key: str, source: str, found: list[tuple[str, tuple[str, 
 
 
 def _told(names: Sequence[str]) -> str:
-    return shown(", ".join(names), 100)
+    return printable(", ".join(names), 100)
 
 
 def _bundled(split: str) -> Iterator[str]:

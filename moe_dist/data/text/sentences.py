@@ -7,7 +7,7 @@
     a file, a folder    columns text, label, and text2 where there are pairs: .csv, .tsv, .jsonl or .parquet (`files`)
     owner/name:config   a dataset of the Hub that has such columns
 
-Names of columns that GLUE has do as well (`files.TEXT_COLUMNS`, the first that are there), the same in all rows. What
+Names of columns that GLUE has do as well (`TEXT_COLUMNS`, the first that are there), the same in all rows. What
 has no split of its own for test or valid holds a tenth of its texts out of train, at most 5,000.
 
 Legend: B samples of a step over all ranks, b of them, S tokens of each.
@@ -28,8 +28,10 @@ import torch
 from moe_dist.config.messages import nearest
 from moe_dist.config.validate import MAX_COUNT
 from moe_dist.data.class_names import class_name
+from moe_dist.data.files.formats import DECOMPRESSORS, KNOWN_ENDINGS
+from moe_dist.data.files.headings import TEXT_COLUMNS
+from moe_dist.data.files.messages import columns_of
 from moe_dist.data.sampling import SampleOrder, hold_out_splits
-from moe_dist.data.table_files import KNOWN, TEXT_COLUMNS, UNPACK, columns_of
 from moe_dist.data.text.corpus import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 from moe_dist.data.text.wordpiece import (
     IGNORE_INDEX,
@@ -216,7 +218,7 @@ def _check_name(source: str) -> None:
     hub = (
         "/" in source
         and NAME.fullmatch(source)
-        and Path(source.partition(":")[0]).suffix.lower() not in (*KNOWN, *UNPACK)
+        and Path(source.partition(":")[0]).suffix.lower() not in (*KNOWN_ENDINGS, *DECOMPRESSORS)
     )
     if not (hub or source == MOVIE_REVIEWS or source in GLUE):
         known = nearest(source, (MOVIE_REVIEWS, *GLUE))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from moe_dist.config.messages import nearest
 from moe_dist.config.validate import MAX_COUNT
+from moe_dist.data.files.messages import columns_of
+from moe_dist.data.files.regular_file import open_file
 from moe_dist.data.sampling import hold_out_splits
-from moe_dist.data.table_files import columns_of, open_file
 from moe_dist.data.text.corpus import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
 
 SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}

@@ -15,14 +15,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moe_dist.data.table_files import (
-    find_files,
-    find_splits,
-    kind_of,
-    label_names,
-    open_file,
-    read_rows,
-)
+from moe_dist.data.files.find import find_files, find_splits
+from moe_dist.data.files.formats import format_of
+from moe_dist.data.files.read import label_names, read_rows
+from moe_dist.data.files.regular_file import open_file
 
 ROWS = [{"text": f"line {i}", "n": i} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -104,7 +100,7 @@ def test_rows_that_are_named_as_text_are_refused(
     tmp_path: Path, name: str, content: Any, ending: str
 ) -> None:
     with pytest.raises(
-        ValueError, match=rf"its first line is a .*, and not text: name it \.{ending}"
+        ValueError, match=rf"the first line is a .*, not text; rename the file to \.{ending}"
     ):
         list(read_rows(write(tmp_path / name, content)))
 
@@ -154,10 +150,11 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, what: str) -
         if what != "pipe":
             path.symlink_to(tmp_path / "pipe")
     with pytest.raises(
-        ValueError, match=r"^a folder, a pipe, a device or a socket: give a regular file"
+        ValueError,
+        match=r"^not a regular file \(a folder, a pipe, a device or a socket\); give a regular file",
     ):
         open_file(path)
-    with pytest.raises(ValueError, match=r"x\.txt: a folder, a pipe"):
+    with pytest.raises(ValueError, match=r"x\.txt: not a regular file \(a folder, a pipe"):
         list(read_rows(path))
     assert list(label_names(path)) == []
 
@@ -190,7 +187,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
     ],
 )
 def test_kinds_of_files(name: str, kind: str) -> None:
-    assert kind_of(name) == kind
+    assert format_of(name) == kind
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
@@ -237,7 +234,7 @@ def test_a_zip_of_several_splits_is_refused(tmp_path: Path, names: tuple[str, ..
             archive.writestr(name, "a")
     with pytest.raises(
         ValueError,
-        match=r"it has files of (test and train|train and valid), by their names: unpack it",
+        match=r"the archive has files of several splits \((test and train|train and valid)\); unpack it",
     ):
         list(read_rows(tmp_path / "x.zip"))
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
@@ -352,7 +349,7 @@ def test_rows_of_their_own_are_known_by_most_of_their_columns(
 ) -> None:
     number = last - first + 1
     with pytest.raises(
-        ValueError, match=rf"x.csv: line {first + 2} begins a field in quotes, whose {number} lines"
+        ValueError, match=rf"x.csv: line {first + 2} begins a field in quotes of {number} lines"
     ):
         rows_of(tmp_path, swallowed(kind, first, last))
 
@@ -482,8 +479,11 @@ def test_what_a_csv_writer_writes_is_read_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,label\na,1\nb, c,1\n", r"\.csv: line 3 has 3 fields, its heading 2: put a text"),
-        ("text,label\n\na\n", "line 3 has 1 fields, its heading 2"),
+        (
+            "text,label\na,1\nb, c,1\n",
+            r"\.csv: line 3 has 3 fields, but the heading has 2; put a text",
+        ),
+        ("text,label\n\na\n", "line 3 has 1 fields, but the heading has 2"),
         ('text,label\n"Well", he said, and went,1\n', "line 2 has 4 fields"),
         ("text,label,text\n", "heading has 'text' twice"),
         ("text\0,label\n", "NUL byte"),
@@ -563,8 +563,14 @@ def test_splits_of_a_folder_by_names(tmp_path: Path, names: str, splits: dict[st
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("train.txt test.txt more.txt", "more.txt is of no split, unlike the others"),
-        ("train_dev.txt test.txt", "train_dev.txt is of train and valid"),
+        (
+            "train.txt test.txt more.txt",
+            "more.txt has no split in its name, unlike the other files",
+        ),
+        (
+            "train_dev.txt test.txt",
+            r"train_dev.txt has several splits in its name \(train and valid\)",
+        ),
         ("README.md .train.txt", "the folder has no data files"),
     ],
 )
@@ -586,7 +592,7 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train.txt", "x")
     card = "---\nconfigs:\n- config_name: one\n  data_files: a/*\n- config_name: two\n---\n# A\n"
     write(tmp_path / "README.md", card)
-    with pytest.raises(ValueError, match="several datasets, one, two: give the folder of one"):
+    with pytest.raises(ValueError, match=r"several datasets \(one, two\); give the folder of one"):
         find_splits(str(tmp_path))
     write(tmp_path / "README.md", card.replace("two", "one"))
     assert find_splits(str(tmp_path)) == {"train": [tmp_path / "a" / "train.txt"]}
@@ -598,14 +604,14 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         (
             "x.xml",
             "<a>b</a>",
-            "files that end with .xml are not read: name it .txt where it is plain text",
+            "files that end with .xml are not read; rename it to .txt if it is plain text",
         ),
         ("x.tar.gz", gzip.compress(b"x", mtime=0), "files that end with .tar are not read"),
         ("x.pdf", "%PDF", "end with .pdf"),
         (
             "bare",
             LINES,
-            "its name has no ending, and its first line is not prose, .{'text|its name has no ending",
+            "the name has no ending, and the first line is not prose ..{'text|the name has no ending",
         ),
         ("x.00001", "id\ttext\n", "first line is not prose"),
         ("bare.gz", gzip.compress(b"id,text\n1,a\n", mtime=0), "first line is not prose"),
@@ -616,25 +622,25 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         ("x.csv-00001-of-00002", "1,a\n", "files that end with .csv-00001-of-00002 are not read"),
         ("x.tsv.1", "1\ta\n", "files that end with .1 are not read"),
         ("x.csv.gz.001", "1,a\n", "files that end with .001 are not read"),
-        ("bare", "id,sentence,label\n1,a,0\n", "first line is not prose, 'id,sentence,label'"),
+        ("bare", "id,sentence,label\n1,a,0\n", "first line is not prose .'id,sentence,label'"),
         ("bare", '"Question1";"Question2"\n', "first line is not prose"),
         ("bare", "premise | hypothesis\n", "first line is not prose"),
-        ("bare", "Sentence\r\na\r\n", "first line is not prose, 'Sentence'"),
+        ("bare", "Sentence\r\na\r\n", "first line is not prose .'Sentence'"),
         ("pages", '<?xml version="1.0"?>', "first line is not prose"),
-        ("x.jsonl", LINES + "[1]", "behind row 3: a row is list"),
+        ("x.jsonl", LINES + "[1]", "after row 3: a row is list"),
         (
             "x.jsonl",
             '{"text": "a"}\n{"text": "b", "n": ["\\ud83d"]}',
-            "behind row 1: .*surrogates not allowed",
+            "after row 1: .*surrogates not allowed",
         ),
         ("x.json", '[{"text": "\\udc00\\ud800"}]', "surrogates not allowed"),
-        ("x.ndjson", '{"text": "a\\u0000"}', "it holds a NUL character"),
+        ("x.ndjson", '{"text": "a\\u0000"}', "a string contains a NUL character"),
         ("x.jsonl", '{"text": ' + "[" * 100_000, "recursion"),
         ("x.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}", "5000 digits"),
-        ("x.json", '["a"]', "a row is str, 'a': each is an object"),
-        ("x.json", '{"a\n": 1}', r"no JSON \(Invalid control character at character 3"),
-        ("x.json", '{\n"text":', r"no JSON \(Expecting value"),
-        ("x.txt", "é".encode("latin1"), "no UTF-8 .*0xe9.*: give UTF-8"),
+        ("x.json", '["a"]', r"a row is str \('a'\), but must be an object"),
+        ("x.json", '{"a\n": 1}', r"invalid JSON \(Invalid control character at character 3"),
+        ("x.json", '{\n"text":', r"invalid JSON \(Expecting value"),
+        ("x.txt", "é".encode("latin1"), "invalid UTF-8 .*0xe9.*; convert the file to UTF-8"),
     ],
 )
 def test_what_is_not_understood_is_refused(

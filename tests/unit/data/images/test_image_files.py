@@ -180,7 +180,10 @@ def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path: Path, kind
             act()
         assert "\n" not in str(error.value)
     if kind not in ("broken link", "loop"):  # it is not even opened, which may wake another program
-        assert "a folder, a pipe, a device or a socket: give a regular file" in str(error.value)
+        assert (
+            "not a regular file (a folder, a pipe, a device or a socket); give a regular file"
+            in str(error.value)
+        )
     assert len(images_of([tmp_path / "a" / "0.png"])) == 1
 
 

@@ -18,7 +18,7 @@ from paths import ROOT
 
 from moe_dist.config.papers import CONFIGS, get
 from moe_dist.config.schema import PretrainingDataConfig, TextDataConfig
-from moe_dist.data.table_files import read_rows
+from moe_dist.data.files.read import read_rows
 from moe_dist.data.text import corpus as sources
 from moe_dist.data.text.corpus import check_text, is_local, open_text
 from moe_dist.training.run import parse_run
@@ -241,8 +241,8 @@ def test_a_cache_that_cannot_be_written_is_told(
 BAD = {
     "missing": (None, "no file matches"),
     "empty": (b" \n\n", "has 0 lines that are not empty, too few"),
-    "not utf-8": (b"\xff\xfe\x00", "no UTF-8 .*: give UTF-8"),
-    "nul bytes": (b"MZ\0\0" * 9, "holds a NUL byte"),
+    "not utf-8": (b"\xff\xfe\x00", "invalid UTF-8 .*; convert the file to UTF-8"),
+    "nul bytes": (b"MZ\0\0" * 9, "NUL byte"),
     "too few lines": (b"x\n" * 19, "has 19 lines .*give at least 20"),
 }
 
@@ -272,7 +272,7 @@ def test_what_is_found_late_is_told_too(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(numbered(0, 1000))
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\n")
     check_text(str(tmp_path / "*.txt"))
-    with pytest.raises(ValueError, match=r"\*.txt': .*b.txt: no UTF-8"):
+    with pytest.raises(ValueError, match=r"\*.txt': .*b.txt: invalid UTF-8"):
         open_text(str(tmp_path / "*.txt"), streamed=True)
 
 
@@ -309,7 +309,7 @@ def test_bad_folders(tmp_path: Path) -> None:
             {"train.jsonl": '{"text": 1}\n' * 30},
             r"no column 'text' of strings, only 'text' \(int\)",
         ),
-        ("broken", {"train.jsonl": "{nonsense\n" * 30}, "train.jsonl: no JSON"),
+        ("broken", {"train.jsonl": "{nonsense\n" * 30}, "train.jsonl: invalid JSON"),
         ("blank", {"train.txt": "\n", "test.txt": "x\n"}, "has 0 lines"),
     ]:
         folder = tmp_path / name

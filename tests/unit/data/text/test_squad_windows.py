@@ -278,7 +278,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str)
         (tmp_path / "train.json").unlink()
     for act in (check_questions, open_questions):
         with pytest.raises(
-            ValueError, match="a folder, a pipe, a device or a socket: give a regular file"
+            ValueError, match=r"not a regular file \(a folder, a pipe, a device or a socket\); give"
         ):
             act(str(tmp_path))
 
