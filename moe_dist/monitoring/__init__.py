@@ -1,1 +1,1 @@
-"""What a user sees of a run while it trains: step times, metrics, wandb and the console."""
+"""Step times, metrics, wandb and console output of a training run."""

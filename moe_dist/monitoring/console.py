@@ -1,4 +1,4 @@
-"""Prints on rank 0."""
+"""Console output of rank 0."""
 
 import os
 import sys
@@ -6,12 +6,19 @@ from typing import IO
 
 
 def is_main_rank() -> bool:
-    """Returns whether this is rank 0, also before there is a mesh."""
+    """Returns whether this process is rank 0; also works before the mesh is built."""
     return os.environ.get("RANK") in (None, "", "0")
 
 
 def print_on_main(text: str, to: IO[str] | None = None) -> None:
-    """Prints on rank 0 alone. Drops all later output once the reader of a pipe, such as `head`, has closed it."""
+    """Prints on rank 0 and does nothing on other ranks.
+
+    If the reader of the pipe (such as `head`) has exited, this and all later output is dropped.
+
+    Args:
+        text: The text, without its line end.
+        to: The stream; None for stdout.
+    """
     if not is_main_rank():
         return
     try:

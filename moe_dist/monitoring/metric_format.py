@@ -1,9 +1,6 @@
-"""Measures of tasks: how they are called and written, the same on the terminal, in the result and in the report, and
-those that are no means over samples.
+"""Names and number formats of task metrics, the same on the terminal, in results and in the report.
 
-Shares are fractions in `metrics.jsonl`, and written in per cent.
-
-Legend: N samples of a split.
+Accuracies and similar metrics are fractions in `metrics.jsonl`; text for people shows per cent.
 """
 
 import math
@@ -13,11 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MetricFormat:
-    """Attributes:
-    name: For people.
-    axis: Of its curve.
-    is_share: Whether it is a fraction that is written in per cent.
-    decimals: Digits after the point; None for what is written like any other number.
+    """How a metric is named and written.
+
+    Attributes:
+        name: Name for people.
+        axis: Label of the y axis of its curve.
+        is_share: Whether it is a fraction that is written in per cent.
+        decimals: Digits after the point; None for the caller's default format.
     """
 
     name: str
@@ -28,15 +27,11 @@ class MetricFormat:
 
 METRIC_FORMATS = {
     "perplexity": MetricFormat("perplexity", "perplexity", is_share=False, decimals=None),
-    "accuracy": MetricFormat("accuracy", "accuracy (part of all that are right)"),
-    "masked_accuracy": MetricFormat(
-        "masked words", "accuracy (part of masked words that are right)"
-    ),
-    "order_accuracy": MetricFormat(
-        "order of sentences", "accuracy (part of orders that are right)"
-    ),
+    "accuracy": MetricFormat("accuracy", "accuracy (fraction correct)"),
+    "masked_accuracy": MetricFormat("masked words", "accuracy (fraction of masked words correct)"),
+    "order_accuracy": MetricFormat("order of sentences", "accuracy (fraction of orders correct)"),
     "f1": MetricFormat("F1", "F1"),
-    "exact": MetricFormat("exact match", "exact matches (part of all answers)"),
+    "exact": MetricFormat("exact match", "exact matches (fraction of answers)"),
     "matthews": MetricFormat(
         "Matthews correlation", "Matthews correlation", is_share=False, decimals=4
     ),
@@ -47,38 +42,57 @@ METRIC_FORMATS = {
         "Spearman correlation", "Spearman correlation", is_share=False, decimals=4
     ),
 }
-# the measure that models are compared by is the first of these that a task has
+# models are compared by the first of these metrics that their task has
 PRIMARY_METRICS = ("matthews", "pearson", "f1", "accuracy", "perplexity")
 
+_BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
+_MAX_EXPONENT = 700  # exp overflows float64 from 709.8 on
 
-def format_metric(measure: str, value: float, other: str = ".4g") -> str:
-    """Returns a value as text: a share in per cent, a correlation with four decimals, others in the format `other`."""
-    known = METRIC_FORMATS.get(measure)
-    if not known or known.decimals is None:
-        return format(value, other)
-    return (
-        f"{100 * value:.{known.decimals}f} %" if known.is_share else f"{value:.{known.decimals}f}"
-    )
+
+def format_metric(metric: str, value: float, default: str = ".4g") -> str:
+    """Formats the value of a metric: a share in per cent, a correlation with four decimals.
+
+    Args:
+        metric: Name of the metric, such as "accuracy", without its split.
+        value: The value as in `metrics.jsonl`.
+        default: Format specification for all other metrics.
+
+    Returns:
+        The value as text, for example "40.62 %".
+    """
+    known = METRIC_FORMATS.get(metric)
+    if known is None or known.decimals is None:
+        return format(value, default)
+    if known.is_share:
+        return f"{100 * value:.{known.decimals}f} %"
+    return f"{value:.{known.decimals}f}"
 
 
 def primary_metric(keys: Iterable[str], split: str) -> str | None:
-    """Returns the measure of a split that models are compared by, of the keys of a line of metrics. None where there is
-    none."""
+    """Selects the metric by which models are compared.
+
+    Args:
+        keys: Keys of a line of metrics.
+        split: "train", "valid", "test" or "mismatched".
+
+    Returns:
+        The first of PRIMARY_METRICS that the line has for the split; None if there is none.
+    """
     keys = set(keys)
-    return next((measure for measure in PRIMARY_METRICS if f"{split}/{measure}" in keys), None)
+    for metric in PRIMARY_METRICS:
+        if f"{split}/{metric}" in keys:
+            return metric
+    return None
 
 
 def perplexity(loss: float) -> float:
-    """Returns exp(loss), which is infinite where that overflows, and NaN where the loss is."""
-    return math.inf if loss > 700 else math.exp(loss)
+    """Returns exp(loss): infinity if that overflows, NaN if the loss is NaN."""
+    return math.inf if loss > _MAX_EXPONENT else math.exp(loss)
 
 
 def format_perplexity(value: float, loss: float) -> str:
-    """Returns a perplexity as text; where it is no number, with the loss that it is of."""
+    """Returns a perplexity as text; if it is not finite, the text also contains the loss (nats)."""
     return f"{value:.2f}" if math.isfinite(value) else f"{value} (loss {loss:.4g} nats)"
-
-
-_BYTE_UNITS = {1e9: "GB", 1e6: "MB", 1e3: "kB"}
 
 
 def byte_unit(num_bytes: float) -> tuple[float, str]:

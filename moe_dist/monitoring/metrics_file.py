@@ -1,4 +1,7 @@
-"""Reads and checks metrics.jsonl of a run folder."""
+"""Reading and checking of `metrics.jsonl` in a run folder.
+
+Legend: E experts, P ranks.
+"""
 
 import io
 import json
@@ -15,117 +18,133 @@ from moe_dist.config import run_folder
 from moe_dist.monitoring.metric_keys import LIST_SUFFIXES, PER_EXPERT_SUFFIXES, TEXT_KEYS
 
 FILE_NAME = "metrics.jsonl"
-_MOST_STEPS = 10**9
-_LONGEST_KEY = 200  # characters: pictures are named by layers
+_MAX_STEPS = 10**9
+_MAX_KEY_CHARS = 200  # names of plot files contain the layer's name
 
 
 def read_metrics(run: pathlib.Path) -> list[dict]:
-    """Returns the lines of `run/metrics.jsonl` in order, less a last line that a killed run left torn.
+    """Reads all lines of the metrics file of a run.
 
-    A null is NaN, and a list a float32 array of shape [E].
+    A killed run may leave an incomplete last line, which is ignored.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The lines in file order. A null becomes NaN, a list a float32 array of shape [E] or [P].
 
     Raises:
-        ValueError: There is no such file, or a line of it is not JSON, has no step or has a value that no run writes.
+        ValueError: The file does not exist, or one of its lines is not valid.
     """
     path = run / FILE_NAME
     if not path.is_file():
         raise ValueError(f"no metrics file {path}: give the folder of a run that has started")
     lines = []
-    experts: dict[str, int] = {}  # by key of a list
+    num_experts: dict[str, int] = {}  # by key
     for number, _, values in _lines(path):
         if isinstance(values, str):
-            raise ValueError(f"{path} line {number} {values}: mend or remove it")
+            raise ValueError(_damaged_line(path, number, values))
         for key, value in values.items():
-            # of memory there is a number for each rank, and a run may go on with others
-            if key.endswith(PER_EXPERT_SUFFIXES) and len(value) != experts.setdefault(
-                key, len(value)
-            ):
-                told = (
-                    f"has {len(value)} numbers in {key!r}, where an earlier line has {experts[key]}"
-                )
-                raise ValueError(f"{path} line {number} {told}: mend or remove it")
+            # the length of per-rank lists may change: a run may resume on more or fewer ranks
+            if not key.endswith(PER_EXPERT_SUFFIXES):
+                continue
+            expected = num_experts.setdefault(key, len(value))
+            if len(value) != expected:
+                reason = f"has {len(value)} numbers in {key!r}, earlier lines have {expected}"
+                raise ValueError(_damaged_line(path, number, reason))
         lines.append(values)
     return lines
 
 
+def _damaged_line(path: pathlib.Path, number: int, reason: str) -> str:
+    return f"{path} line {number} {reason}: repair or remove the line"
+
+
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:
-    """Yields of each complete line of a metrics file its number, itself, and its values or why it cannot be read."""
+    """Yields, for each complete line, its number, its bytes, and its values or an error text."""
     with open(run_folder.open_existing(path), "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
-                try:
-                    values = json.loads(line)
-                except (ValueError, RecursionError):
-                    yield number, line, f"is not JSON ({line[:80]!r})"
-                    continue
-                step = values.get("step") if isinstance(values, dict) else None
-                if type(step) is not int or not 0 <= step <= _MOST_STEPS:
-                    yield number, line, f"has no step ({line[:80]!r})"
-                    continue
-                if strange := [
-                    key for key, value in values.items() if not _is_valid_entry(key, value)
-                ]:
-                    yield (
-                        number,
-                        line,
-                        f"has a {strange[0]!r:.90} that is none of ours ({line[:80]!r})",
-                    )
-                    continue
-                yield number, line, {key: as_number(value) for key, value in values.items()}
+                yield number, line, _parse(line)
+
+
+def _parse(line: bytes) -> dict | str:
+    """Returns the values of a line, or the reason why it is not valid."""
+    start = line[:80]
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return f"is not JSON ({start!r})"
+    step = values.get("step") if isinstance(values, dict) else None
+    if type(step) is not int or not 0 <= step <= _MAX_STEPS:
+        return f"has no step from 0 to {_MAX_STEPS} ({start!r})"
+    for key, value in values.items():
+        if not _is_valid_entry(key, value):
+            return f"has an unexpected key or type: {key!r:.90} ({start!r})"
+    return {key: as_number(value) for key, value in values.items()}
 
 
 def _is_valid_entry(key: str, value: Any) -> bool:
-    """Returns whether a line may hold `value` as its `key`."""
-    if not (key.isprintable() and len(key) <= _LONGEST_KEY):
+    """Returns whether a line may contain `value` under `key`."""
+    if not key.isprintable() or len(key) > _MAX_KEY_CHARS:
         return False
     if key.endswith(LIST_SUFFIXES):
-        return (
-            isinstance(value, list) and len(value) > 0 and all(_is_number(each) for each in value)
-        )
-    return isinstance(value, str) and value.isprintable() if key in TEXT_KEYS else _is_number(value)
+        return isinstance(value, list) and len(value) > 0 and all(map(_is_number, value))
+    if key in TEXT_KEYS:
+        return isinstance(value, str) and value.isprintable()
+    return _is_number(value)
 
 
 def _is_number(value: Any) -> bool:
-    """Returns whether a value is null or a number that a float can hold."""
-    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
+    """Returns whether a value is null or a number that fits into a float64."""
+    if type(value) is int:
+        return abs(value) < 2**63
+    return value is None or type(value) is float
 
 
 def open_for_append(run: pathlib.Path) -> io.FileIO:
-    """Opens the metrics file of a run, which exists, to read it and to append to it."""
-    return open(
-        run_folder.open_existing(run / FILE_NAME, os.O_RDWR | os.O_APPEND), "a+b", buffering=0
-    )
+    """Opens the existing metrics file of a run for reading and appending, unbuffered."""
+    descriptor = run_folder.open_existing(run / FILE_NAME, os.O_RDWR | os.O_APPEND)
+    return open(descriptor, "a+b", buffering=0)
 
 
 def truncate_after(run: pathlib.Path, step: int) -> None:
-    """Drops the lines of a run's metrics after `step`, at step 0 all of them, for the run starts anew.
+    """Drops the lines after `step` from the metrics file of a run.
 
-    The file is replaced as a whole. Lines that a crash of the machine has damaged are dropped with a warning, so that a
-    run that is started again by itself goes on.
+    The file is replaced atomically, and created if it does not exist. Lines that are damaged (for
+    example by a crash of the machine) are dropped with a warning, so that an automatic restart
+    succeeds.
+
+    Args:
+        run: The run folder.
+        step: Last step that is kept; 0 drops all lines, because the run starts from the beginning.
     """
     path = run / FILE_NAME
     with run_folder.atomic_write(run, FILE_NAME) as file:
-        for number, line, values in _lines(path) if step and path.is_file() else ():
+        if step == 0 or not path.is_file():
+            return
+        for number, line, values in _lines(path):
             if isinstance(values, str):
-                print(
-                    f"warning: {path} line {number} {values}: it is dropped",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                warning = f"warning: {path} line {number} {values}: the line is dropped"
+                print(warning, file=sys.stderr, flush=True)
             elif values["step"] <= step:
                 file.write(line)
 
 
 def as_json(value: float | list[float] | str) -> Any:
+    """Returns a value for JSON: numbers that are not finite become None."""
     if isinstance(value, list):
-        return [as_json(each) for each in value]
-    return value if isinstance(value, str) or math.isfinite(value) else None
+        return [as_json(item) for item in value]
+    if isinstance(value, str) or math.isfinite(value):
+        return value
+    return None
 
 
 def as_number(value: Any) -> Any:
+    """Returns a value from JSON: None becomes NaN, a list a float32 array."""
     if isinstance(value, list):
-        with np.errstate(over="ignore"):  # a number that a float32 cannot hold is infinite
-            return np.array(
-                value, dtype=np.float32
-            )  # an eighth of a list's memory: runs have thousands of experts
+        # float32 takes an eighth of the memory of a list, and a run may have thousands of experts;
+        # a number beyond its range becomes infinite
+        with np.errstate(over="ignore"):
+            return np.array(value, dtype=np.float32)
     return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""What a user sees of a run: its curves on disk, its progress on the terminal, and wandb."""
+"""Logging of a run's metrics to `metrics.jsonl`, the terminal and wandb."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -26,26 +26,25 @@ from moe_dist.monitoring.metrics_file import (
 )
 from moe_dist.monitoring.wandb_logger import WandbLogger, wandb_mode_of
 
-_LINE_SECONDS = 2.0  # least time between two progress lines
-
-
-_FAILED_SECONDS = 15.0  # that a run which fails waits for wandb: launchers kill after 30
+_LINE_INTERVAL_S = 2.0  # minimum between two progress lines
+_FAILED_CLOSE_TIMEOUT_S = 15.0  # launchers kill a failed rank after 30 s
+_BAR_FORMAT = "step {n_fmt}/{total_fmt} |{bar}| {desc}  eta {remaining}"
 
 
 class MetricsLogger:
-    """Writes the curves of one run to `run/metrics.jsonl`, the terminal and wandb.
+    """Writes the metrics of one run to `run/metrics.jsonl`, the terminal and wandb.
 
-    `enabled` is true on rank 0 only; elsewhere every method does nothing. A line with step s describes the state
-    after s optimizer steps, so a run that goes on from `start_step` first drops the lines of later steps, and one that
-    starts at 0 starts an empty file: log step s before the checkpoint of step s is written.
+    A line with step s describes the state after s optimizer steps. A resumed run therefore first
+    drops the lines after its `start_step`, and a run from step 0 starts with an empty file. Log
+    step s before writing the checkpoint of step s.
 
-    `wandb_mode` is "online" (or what WANDB_MODE says), "offline" or "off". Online runs are offline where nobody is
-    logged in or the server cannot be used, in a folder for `wandb sync`. Whatever else goes wrong in wandb is one
-    warning on stderr, and the run goes on without it. `wandb_id` names the wandb run (None: a new one, or none); keep
-    it in the checkpoint and pass it back on resume. `wandb_labels` are the "project", "group", "tags" (with commas
-    between them) and "notes" of a run; for what is not there the environment counts (WANDB_PROJECT and so on).
+    An online wandb run becomes an offline run, in a folder for `wandb sync`, if nobody is logged in
+    or the server cannot be used. Any other failure of wandb is one warning on stderr, and the run
+    continues without wandb.
 
-    Raises ValueError for an unknown mode, and for a metrics file that it cannot read on resume.
+    Attributes:
+        wandb_id: Id of the wandb run; None if there is none. Store it in the checkpoint and pass it
+            to the logger of the resumed run.
     """
 
     def __init__(
@@ -61,79 +60,104 @@ class MetricsLogger:
         wandb_labels: Mapping[str, str | None] = MappingProxyType({}),
         restore: Callable[[], None] = lambda: None,
     ) -> None:
+        """Opens the metrics file and starts wandb's thread.
+
+        Args:
+            run: The run folder.
+            config: The configuration, for wandb.
+            enabled: True on rank 0 only. On other ranks all methods do nothing.
+            wandb_mode: "online" (which WANDB_MODE overrides), "offline" or "off".
+            total_steps: Steps of the whole run, for the progress bar.
+            start_step: Step from which the run resumes.
+            wandb_id: Id of an earlier wandb run; None for a new run.
+            wandb_labels: "project", "group", "tags" (separated by commas) and "notes". Missing
+                labels are taken from the environment (WANDB_PROJECT and so on).
+            restore: Called before every line; restores the run folder if it was removed.
+
+        Raises:
+            ValueError: The wandb mode is unknown.
+        """
         mode = wandb_mode_of(wandb_mode)
         self.wandb_id = wandb_id
         self._enabled = enabled
         if not enabled:
             return
         self._restore = restore
-        self._start_step, self._total_steps = start_step, total_steps
+        self._start_step = start_step
+        self._total_steps = total_steps
         self._run = run
         truncate_after(run, start_step)
         self._file = open_for_append(run)
-        self._waiting = b""  # lines that a full disk did not take
+        self._unwritten = b""  # lines that could not be written yet
         self._wandb: WandbLogger | None = None
         if mode != "off":
             self.wandb_id = wandb_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             self._wandb = WandbLogger(run, config, mode, self.wandb_id, wandb_labels)
         self._headline: dict[str, str] = {}
-        self._shown = (start_step, "")
-        self._start_time, self._line_time = time.monotonic(), -_LINE_SECONDS
+        self._last_shown = (start_step, "")
+        self._start_time = time.monotonic()
+        self._last_line_time = -_LINE_INTERVAL_S
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
-            bar_format = "step {n_fmt}/{total_fmt} |{bar}| {desc}  eta {remaining}"
             self._bar = tqdm(
-                initial=start_step, total=total_steps, bar_format=bar_format, dynamic_ncols=True
+                initial=start_step, total=total_steps, bar_format=_BAR_FORMAT, dynamic_ncols=True
             )
 
     def log(self, step: int, values: Mapping[str, float | list[float] | str]) -> None:
-        """Appends one line to the metrics file, and shows it: as curves in wandb, and its headline on the terminal.
+        """Appends one line to the metrics file, and shows it in wandb and on the terminal.
 
-        A list, of a number per expert, is a histogram in wandb. What is not finite is null in the file, for JSON has
-        no word for it.
+        Args:
+            step: Number of optimizer steps so far.
+            values: Values by key. A list (one number per expert or rank) is a histogram in wandb.
+                A number that is not finite is null in the file, because JSON cannot express it.
         """
         if not self._enabled:
             return
-        line = json.dumps({"step": step} | {key: as_json(value) for key, value in values.items()})
-        self._append(line.encode() + b"\n")
+        line = {"step": step} | {key: as_json(value) for key, value in values.items()}
+        self._append(json.dumps(line).encode() + b"\n")
         if self._wandb:
             compact = {key: as_number(value) for key, value in values.items()}
             self._wandb.put(step, lambda: compact)
-        self._headline |= dict(_headline(values))
+        self._headline |= _headline(values)
         self._show(step, "  ".join(f"{name} {text}" for name, text in self._headline.items()))
 
     def log_images(self, step: int, draw: Callable[[], list[pathlib.Path]]) -> None:
-        """Gives wandb the PNG and HTML files that `draw` returns, and the charts of `panels`. It is called in wandb's
-        thread; without wandb, never."""
+        """Sends plots, the HTML page and the custom charts to wandb; does nothing without wandb.
+
+        Args:
+            step: Number of optimizer steps so far.
+            draw: Returns PNG and HTML files. It is called in wandb's thread.
+        """
 
         def make() -> dict[str, Any]:
-            from moe_dist.monitoring.wandb_charts import (
-                charts,
-            )  # here, as matplotlib is by `draw`: for wandb alone
+            # imported here because only runs with wandb need it
+            from moe_dist.monitoring.wandb_charts import charts
 
-            return {f"report/{path.stem}": path for path in draw()} | charts(
-                read_metrics(self._run)
-            )
+            files = {f"report/{path.stem}": path for path in draw()}
+            return files | charts(read_metrics(self._run))
 
         if self._enabled and self._wandb:
             self._wandb.put(step, make)
 
     def _append(self, line: bytes) -> None:
-        """What a full disk does not take is told once, and waits for the next line: the run goes on."""
-        told, self._waiting = bool(self._waiting), self._waiting + line
+        """Writes a line and all unwritten lines; a full disk is one warning, and the run goes on."""
+        already_warned = bool(self._unwritten)
+        self._unwritten += line
         try:
             self._restore()
             if not run_folder.is_same_file(self._file.fileno(), self._run / FILE_NAME):
-                self._write_again()
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+                self._rewrite()
+            while self._unwritten:
+                num_written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[num_written:]
         except OSError as error:
-            if not told:
+            if not already_warned:
                 reason = f"{self._run / FILE_NAME}: {error.strerror or error}"
-                tqdm.write(f"warning: {reason}; its lines wait in memory", file=sys.stderr)
+                warning = f"warning: {reason}; new lines stay in memory until it can be written"
+                tqdm.write(warning, file=sys.stderr)
 
-    def _write_again(self) -> None:
-        """Writes to the run folder the lines of a file that was removed from it."""
+    def _rewrite(self) -> None:
+        """Copies the lines of the open file, which was removed from the run folder, to a new one."""
         self._file.seek(0)
         with run_folder.atomic_write(self._run, FILE_NAME) as file:
             shutil.copyfileobj(self._file, file)
@@ -142,29 +166,25 @@ class MetricsLogger:
         removed.close()
 
     def _show(self, step: int, text: str) -> None:
-        """How far the run is: a live bar on a terminal, elsewhere a plain line at most every two seconds."""
-        now = time.monotonic()
+        """Shows the progress: a live bar on a terminal, otherwise a line at most every 2 seconds."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_description_str(
-                text
-            )  # drawn at once, for an evaluation is no step further
-        elif (step, text) != self._shown and (
-            step >= self._total_steps or now - self._line_time >= _LINE_SECONDS
-        ):
-            self._line_time, self._shown = now, (step, text)
-            seconds = (
-                (now - self._start_time)
-                * (self._total_steps - step)
-                / max(1, step - self._start_step)
-            )
-            eta = tqdm.format_interval(seconds)
-            print(
-                f"step {step}/{self._total_steps}  {text}  eta {eta}", file=sys.stderr, flush=True
-            )
+            # redraws the bar even if the step is the same, as after an evaluation
+            self._bar.set_description_str(text)
+            return
+        now = time.monotonic()
+        is_due = step >= self._total_steps or now - self._last_line_time >= _LINE_INTERVAL_S
+        if is_due and (step, text) != self._last_shown:
+            self._last_line_time = now
+            self._last_shown = (step, text)
+            steps_left = self._total_steps - step
+            steps_done = max(1, step - self._start_step)
+            eta = tqdm.format_interval((now - self._start_time) * steps_left / steps_done)
+            progress = f"step {step}/{self._total_steps}  {text}  eta {eta}"
+            print(progress, file=sys.stderr, flush=True)
 
     def end_progress(self) -> None:
-        """Ends the live bar, before other lines are printed."""
+        """Ends the live bar, so that other lines can be printed."""
         if self._enabled and self._bar is not None:
             self._bar.close()
 
@@ -172,8 +192,8 @@ class MetricsLogger:
         """Ends the bar, the file and wandb. A second call does nothing.
 
         Args:
-            exit_code: The status of the run in wandb: 0 for finished, any other for failed.
-            seconds: The longest wait for wandb. None for as long as it may take to connect and then to upload.
+            exit_code: Status of the wandb run: 0 for finished, any other for failed.
+            seconds: Timeout for wandb; None for its timeouts to connect and to upload.
         """
         if not self._enabled:
             return
@@ -192,22 +212,25 @@ class MetricsLogger:
         if kind is None:
             self.close()
         else:
-            self.close(1, _FAILED_SECONDS)
+            self.close(1, _FAILED_CLOSE_TIMEOUT_S)
 
 
-def _headline(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields names and values for the terminal, short, for 80 columns. The last value of each is shown."""
+def _headline(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns short names and values for a terminal of 80 columns."""
+    headline = {}
     if "train/loss" in values:
-        yield "loss", _number("loss", values["train/loss"])
-    if measure := primary_metric(values, "train"):
-        yield measure, _number(measure, values[f"train/{measure}"])
+        headline["loss"] = _format(values["train/loss"], "loss")
+    metric = primary_metric(values, "train")
+    if metric is not None:
+        headline[metric] = _format(values[f"train/{metric}"], metric)
     unit = throughput_unit([dict(values)])
-    speed = values.get(throughput_key(unit))
-    if speed is not None:
-        yield f"{unit}/s", _number("", speed)
-    if measure := primary_metric(values, "valid"):
-        yield "valid", _number(measure, values[f"valid/{measure}"])
+    if throughput_key(unit) in values:
+        headline[f"{unit}/s"] = _format(values[throughput_key(unit)], "")
+    metric = primary_metric(values, "valid")
+    if metric is not None:
+        headline["valid"] = _format(values[f"valid/{metric}"], metric)
+    return headline
 
 
-def _number(measure: str, value: float) -> str:
-    return format_metric(measure, value, ".0f" if 1e3 <= abs(value) < 1e6 else "#.4g")
+def _format(value: float, metric: str) -> str:
+    return format_metric(metric, value, ".0f" if 1e3 <= abs(value) < 1e6 else "#.4g")

@@ -1,4 +1,4 @@
-"""How far a long pass over data is."""
+"""Progress bar for long passes over data."""
 
 import sys
 from collections.abc import Iterable
@@ -8,12 +8,32 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
+_DELAY_S = 2  # shorter passes have no bar
+_TERMINAL_INTERVAL_S = 0.1
+_LOG_INTERVAL_S = 2
 
-def with_progress(items: Iterable[T], what: str, unit: str = "it") -> Iterable[T]:
-    """The items, with a bar on stderr where they take more than two seconds. On a terminal it goes away at the end; in
-    a log it is a few states of one line, which ends before anything else is written."""
+
+def with_progress(items: Iterable[T], title: str, unit: str = "it") -> Iterable[T]:
+    """Iterates over `items` with a progress bar on stderr if the pass takes more than two seconds.
+
+    On a terminal the bar disappears at the end. In a log it is a single line with a few states,
+    which ends before anything else is written.
+
+    Args:
+        items: The items, which are passed through.
+        title: The text before the bar.
+        unit: The name of an item.
+
+    Returns:
+        An iterable over the same items.
+    """
     terminal = sys.stderr.isatty()
-    often = 0.1 if terminal else 2  # seconds
     return tqdm(
-        items, what, unit=unit, delay=2, mininterval=often, leave=not terminal, file=sys.stderr
+        items,
+        title,
+        unit=unit,
+        delay=_DELAY_S,
+        mininterval=_TERMINAL_INTERVAL_S if terminal else _LOG_INTERVAL_S,
+        leave=not terminal,
+        file=sys.stderr,
     )

@@ -1,21 +1,25 @@
-"""Where the time of a training step goes. A range is timed in forward and in backward, and named in a profile.
+"""Timing of a training step by part, in forward and in backward, with named ranges for a profile.
 
-At each moment the innermost range that has begun is running; what is in none of them is "rest". So the parts of a step
-add up to the step. Each comprises its forward, its backward, and what backward computes again for it:
+The innermost open range is the running part; time outside all ranges is "rest", so the parts of a
+step add up to the step. Each part comprises its forward, its backward, and recomputation within its
+backward:
 
-  gate       scores, noise, choice and capacity; in a hierarchical layer the gates of its groups too
-  dispatch   rows and weights on their way to the experts and back: counts, sorting, copies, calls to other ranks, and
-             the wait there for a rank that comes later
-  experts    what the experts compute and copy for it, and the gradients of their weights on this rank
-  optimizer  gradients of experts and rows summed over ranks, the norm, the update, and what ZeRO does around it
-  rest       everything else: data, the other layers, the loss with the sums of balance losses over ranks, dense
-             gradients that ZeRO reduces within backward
+  gate       scores, noise, selection and capacity; also the gates of the groups of a hierarchical
+             layer
+  dispatch   tokens and weights to the experts and back: counts, sorting, copies, collectives, and
+             waiting there for slower ranks
+  experts    computation and copies of the experts, and their weight gradients on this rank
+  optimizer  reduction of the gradients of experts and row-sparse matrices, gradient norm, update,
+             and ZeRO's work around it
+  rest       everything else: data, other layers, loss with its reductions, dense gradients that
+             ZeRO reduces within backward
 
-Autograd runs what is ready in the reverse order of its making. So a range's part of backward is what runs between two
-views: that of its first output, made last, and that of its first argument, made first.
+Autograd runs ready nodes in the reverse order of their creation. The backward of a range is
+therefore the time between two views: the view of its first output, which is created last, and the
+view of its first argument, which is created first.
 
-On CUDA a range ends with an event on the stream; events are read when the stream has passed them, so nothing waits for
-them within a step.
+On CUDA a range ends with an event on the stream. Events are read once the stream has passed them,
+so a step never waits for them.
 """
 
 import contextlib
@@ -33,27 +37,34 @@ PARTS = ("gate", "dispatch", "experts", "optimizer", "rest")
 
 
 class StepTimer:
-    """Of one rank. It runs within `step` alone: elsewhere ranges are the plain calls."""
+    """A timer of one rank. Ranges are timed only within `step`; elsewhere they cost nothing.
+
+    Attributes:
+        on_cuda: True if CUDA events are used instead of the host's clock.
+        running: True while a step is timed.
+        annotate_profile: True if ranges also become ranges of torch's profiler.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        """Creates a timer for steps on `device`."""
         self.on_cuda = device.type == "cuda"
         self.running = False
-        self.annotate_profile = False  # ranges are told to torch's profiler
+        self.annotate_profile = False
         self._open: list[_Range] = []
-        self._forwards: list[tuple[nn.Module, _Range, _Range | None]] = []  # under way
+        self._forwards: list[tuple[nn.Module, _Range, _Range | None]] = []  # running
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._last = 0.0  # when the last range began or ended
-        self._events: list[
-            tuple[str, torch.cuda.Event]
-        ] = []  # the part that ended there; "" where a step begins
+        self._last = 0.0  # time at which the last range began or ended
+        # (part that ended with the event, event); the part is "" at the beginning of a step
+        self._events: list[tuple[str, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around what is to be timed."""
+        """Context manager: times its block as one step."""
         self._settle()
         self._open.clear()
         self._forwards.clear()
-        self._last, self.running = time.perf_counter(), True
+        self._last = time.perf_counter()
+        self.running = True
         if self.on_cuda:
             self._events.append(("", _event()))
         try:
@@ -63,7 +74,10 @@ class StepTimer:
             self.running = False
 
     def read_and_reset(self) -> dict[str, float]:
-        """Seconds of each of PARTS, of all steps since the last reading. Waits for the stream."""
+        """Returns the seconds of each part, summed over the steps since the last call.
+
+        On CUDA it waits until the stream has finished the last step.
+        """
         if self._events:
             self._events[-1][1].synchronize()
         self._settle()
@@ -72,23 +86,29 @@ class StepTimer:
 
     @contextlib.contextmanager
     def range(self, part: str, name: str = "") -> Iterator[None]:
-        """Around what has no backward of its own. `name`: of it in a profile, the part's where there is none."""
+        """Context manager: times its block, which must have no backward, as a range.
+
+        Args:
+            part: One of PARTS.
+            name: Name of the range in a profile; the part's name if empty.
+        """
         if not self.running:
             yield
             return
-        opened = _Range(self, part, name or part)
-        opened.begin()
+        current = _Range(self, part, name or part)
+        current.begin()
         try:
             yield
         finally:
-            opened.end()
+            current.end()
 
     def attach(self, module: nn.Module, part: str, name: str) -> None:
         """Times every forward of a module, and its backward, by forward hooks.
 
         Args:
-            module: Its forward takes a tensor first and returns a tuple, first of which is a tensor or a
-                dataclass with the differentiable tensor `gate_N` (`moe.routing.Routing`).
+            module: Its forward takes a tensor as the first argument and returns a tuple. The first
+                element is a tensor, or a dataclass with the differentiable tensor `gate_N`
+                (`moe.routing.Routing`).
             part: One of PARTS.
             name: Name of the range in a profile.
         """
@@ -100,7 +120,7 @@ class StepTimer:
             forward.begin()
             x, *others = args
             backward = None
-            if x.requires_grad:  # else nothing marks the end of its backward
+            if x.requires_grad:  # otherwise nothing marks the end of its backward
                 backward = _Range(self, part, f"{name} (backward)")
                 x = _before_backward_of(x, backward.end)
             self._forwards.append((module, forward, backward))
@@ -124,7 +144,7 @@ class StepTimer:
         module.register_forward_hook(after)
 
     def _tick(self) -> None:
-        """What ran until now was the innermost range."""
+        """Adds the time since the last tick to the innermost open range."""
         part = self._open[-1].part if self._open else "rest"
         if self.on_cuda:
             self._events.append((part, _event()))
@@ -134,7 +154,7 @@ class StepTimer:
             self._last = now
 
     def _settle(self) -> None:
-        """Adds up the time between events that the stream has passed."""
+        """Adds the times between events that the stream has passed, and drops those events."""
         done = 0
         for (_, before), (part, event) in zip(self._events, self._events[1:], strict=False):
             if not event.query():
@@ -146,35 +166,40 @@ class StepTimer:
 
 
 class _Range:
-    """One passage through a range."""
+    """One forward or backward pass through a range."""
 
-    def __init__(self, clock: StepTimer, part: str, name: str) -> None:
-        self.clock, self.part, self.name = clock, part, name
-        self.told: record_function | None = None
+    def __init__(self, timer: StepTimer, part: str, name: str) -> None:
+        self.timer = timer
+        self.part = part
+        self.name = name
+        self.profiled: record_function | None = None
 
     def begin(self) -> None:
-        if self.clock.running:
-            self.clock._tick()
-            self.clock._open.append(self)
-            if self.clock.annotate_profile:
-                self.told = record_function(self.name)
-                self.told.__enter__()
+        if self.timer.running:
+            self.timer._tick()
+            self.timer._open.append(self)
+            if self.timer.annotate_profile:
+                self.profiled = record_function(self.name)
+                self.profiled.__enter__()
 
     def end(self) -> None:
-        """With what began within it and found no end, where no gradient came by. It may itself never have begun."""
-        if self in self.clock._open:
-            self.clock._tick()
-            while (last := self.clock._open.pop()) is not self:
+        """Ends the range, and the ranges inside it whose end no gradient reached.
+
+        It does nothing if the range was never started.
+        """
+        if self in self.timer._open:
+            self.timer._tick()
+            while (last := self.timer._open.pop()) is not self:
                 last.leave()
             self.leave()
 
     def leave(self) -> None:
-        if self.told:
-            self.told.__exit__(None, None, None)
+        if self.profiled:
+            self.profiled.__exit__(None, None, None)
 
 
 def _before_backward_of(x: torch.Tensor, do: Callable[[], None]) -> torch.Tensor:
-    """`x`; `do` is called when its gradient is whole. Without a gradient, never."""
+    """Returns a view of `x`; `do` is called once its gradient is complete (never without one)."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x
     x = x.view_as(x)

@@ -1,9 +1,9 @@
-"""The layout of a run's panels in wandb, as code; needs nothing but wandb itself, and works offline.
+"""Custom charts of a run for wandb; works offline and needs no package except wandb.
 
-wandb gives each key a panel, in a section named by what is before its first slash: train, valid, test, time (of a step
-by part), memory, moe (load histograms and balance), comm (bytes sent), report (pictures, and the page of the run). What reads
-better together is hidden there (`metrics.HIDDEN`) and drawn in section "charts", several series on the same axes, of
-the whole run so far, whenever pictures are drawn.
+wandb gives each key a panel, in a section named by the text before its first slash: train, valid,
+test, throughput, time, memory, moe, comm, report. Keys that are easier to read together
+(`metric_keys.WANDB_HIDDEN`) have no panel; section "charts" shows them as several lines on the same
+axes. The charts contain the whole run so far, and are replaced whenever plots are drawn.
 """
 
 from typing import Any
@@ -11,58 +11,80 @@ from typing import Any
 import numpy as np
 
 from moe_dist.monitoring.metric_keys import (
+    LOAD_MAX,
+    LOAD_PERCENTILES,
     TOKENS_PER_EXPERT,
     bytes_sent_series,
     layer_key,
     layers_with,
+    load_percentile,
     step_milliseconds,
     time_key,
 )
 from moe_dist.monitoring.step_timer import PARTS
 
-_POINTS = 500  # most of a series: a chart's table is uploaded whole
-_LOAD = ("max", "p90", "p50", "p10")
+_MAX_POINTS = 500  # per series, because wandb uploads the whole table of a chart
 
 
 def charts(lines: list[dict]) -> dict[str, Any]:
-    """wandb's custom charts by key; `lines` as `metrics.read_metrics` has them."""
-    drawn = {
+    """Builds the custom charts of a run.
+
+    Args:
+        lines: Lines of its metrics file, as `metrics_file.read_metrics` returns them.
+
+    Returns:
+        wandb charts by key; without charts for which no line has numbers.
+    """
+    candidates = {
         "charts/step_time": _chart("milliseconds of a training step by part", *_times(lines)),
-        "charts/bytes_by_link": _chart("bytes sent per step by all ranks", *_links(lines)),
+        "charts/bytes_by_link": _chart("bytes sent per step by all ranks", *_bytes_by_link(lines)),
     }
     for layer in layers_with(lines, TOKENS_PER_EXPERT):
-        keys = {what: layer_key(layer, f"load_{what}_over_mean") for what in _LOAD}
-        having = [line for line in lines if all(key in line for key in keys.values())]
-        series = {what: [line[key] for line in having] for what, key in keys.items()}
-        drawn[f"charts/load_{layer}"] = _chart(
-            f"load of an expert / mean load, layer {layer}", having, series
-        )
-    return {key: chart for key, chart in drawn.items() if chart is not None}
+        title = f"load of an expert / mean load, layer {layer}"
+        candidates[f"charts/load_{layer}"] = _chart(title, *_loads(lines, layer))
+    return {key: chart for key, chart in candidates.items() if chart is not None}
 
 
 def _times(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:
-    having = [line for line in lines if step_milliseconds(line) is not None]
-    return having, {part: [line[time_key(part)] for line in having] for part in PARTS}
+    """Returns the lines that have all parts of a step, and their milliseconds by part."""
+    timed = [line for line in lines if step_milliseconds(line) is not None]
+    return timed, {part: _column(timed, time_key(part)) for part in PARTS}
 
 
-def _links(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:
-    """By direction and link."""
-    having, sent = bytes_sent_series(lines)
+def _bytes_by_link(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:
+    """Returns the lines that have bytes, and the bytes by direction and link, over all places."""
+    lines_with_bytes, sent = bytes_sent_series(lines)
     series: dict[str, np.ndarray] = {}
-    for (direction, link, _), values in sent.items():
-        series[f"{direction}, {link}"] = series.get(f"{direction}, {link}", 0) + values
-    return having, {label: values for label, values in series.items() if values.any()}
+    for (direction, link, _), bytes_n in sent.items():
+        label = f"{direction}, {link}"
+        series[label] = series.get(label, 0) + bytes_n
+    return lines_with_bytes, {label: bytes_n for label, bytes_n in series.items() if bytes_n.any()}
 
 
-def _chart(title: str, having: list[dict], series: dict[str, Any]) -> Any:
-    """Lines of `series` over the steps of `having`, every so many of them; None where there is none."""
+def _loads(lines: list[dict], layer: str) -> tuple[list[dict], dict[str, Any]]:
+    """Returns the lines that have the loads of a layer, and their maximum and percentiles."""
+    keys = {"max": layer_key(layer, LOAD_MAX)}
+    for percent in reversed(LOAD_PERCENTILES):
+        keys[f"p{percent}"] = layer_key(layer, load_percentile(percent))
+    complete = [line for line in lines if all(key in line for key in keys.values())]
+    return complete, {name: _column(complete, key) for name, key in keys.items()}
+
+
+def _column(lines: list[dict], key: str) -> list[float]:
+    return [line[key] for line in lines]
+
+
+def _chart(title: str, lines: list[dict], series: dict[str, Any]) -> Any:
+    """Returns a line chart of at most _MAX_POINTS per series; None if there is nothing to draw."""
     import wandb
 
-    if not having or not series:
+    if not lines or not series:
         return None
-    every = slice(None, None, -(-len(having) // _POINTS))
-    steps = [line["step"] for line in having][every]
-    values = [[float(value) for value in each[every]] for each in series.values()]
+    stride = -(-len(lines) // _MAX_POINTS)
     return wandb.plot.line_series(
-        steps, values, keys=list(series), title=title, xname="training step"
+        [line["step"] for line in lines[::stride]],
+        [[float(value) for value in values[::stride]] for values in series.values()],
+        keys=list(series),
+        title=title,
+        xname="training step",
     )

@@ -86,7 +86,7 @@ def test_a_wandb_that_does_not_finish_is_left(
 ) -> None:
     """By a SIGTERM at once; after one, and where the run fails, in the time that launchers give."""
     monkeypatch.setattr(wandb_logger.WandbLogger, "run", stuck)
-    monkeypatch.setattr(metrics_logger, "_FAILED_SECONDS", 0.3)
+    monkeypatch.setattr(metrics_logger, "_FAILED_CLOSE_TIMEOUT_S", 0.3)
 
     def log() -> MetricsLogger:
         return MetricsLogger(tmp_path, {}, enabled=True, wandb_mode="offline", total_steps=1)

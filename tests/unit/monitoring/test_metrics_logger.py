@@ -148,7 +148,7 @@ def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
         '"moe/1/tokens_per_expert": ["a"]',
     ):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, {strange}}}\n')
-        with pytest.raises(ValueError, match=r"line 1 has a '.*' that is none of ours"):
+        with pytest.raises(ValueError, match=r"line 1 has an unexpected key or type: '.*'"):
             read_metrics(tmp_path)
     for step in ("-1", "1.5", "true", "99999999999999999999"):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
@@ -425,7 +425,7 @@ def test_pictures_are_drawn_in_wandbs_thread_and_not_without_wandb(tmp_path, cap
         assert len(read_metrics(tmp_path / mode)) == 1
     assert names == ["wandb-feed"]
     (warning,) = warnings_in(capsys.readouterr().err)
-    assert warning.startswith("warning: not told to wandb at step 1") and "no ink" in warning
+    assert warning.startswith("warning: nothing logged to wandb at step 1") and "no ink" in warning
     assert len(wandb_log(tmp_path / "offline")[2]) == 1, "curves go on"
 
 
@@ -454,7 +454,7 @@ def test_a_failing_wandb_is_one_warning(tmp_path, capsys, monkeypatch, broken):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("backlog", "reason"), [(100, "does not finish"), (3, "lies 3 lines behind")]
+    ("backlog", "reason"), [(100, "does not finish"), (3, "is 3 lines behind")]
 )
 def test_a_stuck_wandb_does_not_hold_the_run_up(tmp_path, capsys, monkeypatch, backlog, reason):
     monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 0.2)

@@ -188,7 +188,7 @@ def test_a_run_of_images_has_its_own(tmp_path):
         stem: figure.axes[0].get_ylabel().replace("\n", " ") for stem, figure in found.items()
     } == {
         "loss": "loss (nats per image)",
-        "accuracy": "accuracy (part of all that are right)",
+        "accuracy": "accuracy (fraction correct)",
         "norms": "divergence y over blocks",
         "speed": "images per second (all ranks)",
     }
