@@ -15,7 +15,7 @@ class MetricFormat:
     Attributes:
         name: Name for people.
         axis: Label of the y axis of its curve.
-        is_share: Whether it is a fraction that is written in per cent.
+        is_share: True for a fraction, which is written in per cent.
         decimals: Digits after the point; None for the caller's default format.
     """
 

@@ -1,14 +1,17 @@
-"""Names of the metrics in `metrics.jsonl` and in wandb, with the functions that build and parse them.
+"""Names of the metrics in `metrics.jsonl` and in wandb, and functions that build and parse them.
 
-    SPLIT/MEASURE                  a measure of the task, such as `train/loss` or `valid/perplexity`
-    train/...                      balance loss, learning rate, gradient norm, skipped steps, source of a NaN
+    SPLIT/MEASURE                  metric of the task, such as `train/loss` or `valid/perplexity`
+    train/...                      balance loss, learning rate, gradient norm, skipped steps, and
+                                   the layer in which a step became NaN or infinite
     throughput/UNIT_per_sec        tokens, images or texts per second, summed over all ranks
     throughput/tflops_per_device   TFLOPS
-    time/PART_ms                   milliseconds per step, one key per part in `step_timer.PARTS`
-    memory/peak_bytes_by_rank      list with one entry per rank; `memory/max_peak_bytes` is its maximum
+    time/PART_ms                   milliseconds per step, for each part in `step_timer.PARTS`
+    memory/peak_bytes_by_rank      list, one entry per rank
+    memory/max_peak_bytes          maximum of that list
     moe/LAYER/STATISTIC            load balance of an MoE layer, see `training.metric_accumulator`
-    comm/PLACE/DIRECTION/LINK      bytes sent per step by all ranks; LINK is `intra_node_bytes` or
-                                   `inter_node_bytes`, PLACE is a layer or a group of parameters
+    comm/PLACE/DIRECTION/LINK      bytes sent per step by all ranks; PLACE and DIRECTION are those
+                                   of `distributed.labels`, LINK is `intra_node_bytes` or
+                                   `inter_node_bytes`
     norms/...                      divergence of the LayerNorms of blocks
 
 Legend: n lines.
@@ -108,12 +111,15 @@ def layers_with(lines: list[dict], statistic: str) -> list[str]:
 
 
 def bytes_key(place: str, direction: str, inter_node: bool) -> str:
-    """Returns the key of the bytes that one kind of collective sends.
+    """Builds the key of the bytes that one kind of collective sends.
 
     Args:
         place: Name of the layer, the module or the kind of parameter.
         direction: Kind and direction of the data, as in "dispatch" or "dispatch_backward".
         inter_node: True for bytes that leave the node.
+
+    Returns:
+        The key, for example "comm/middle/dispatch/intra_node_bytes".
     """
     link = "inter" if inter_node else "intra"
     return f"comm/{place}/{direction}/{link}_node_bytes"

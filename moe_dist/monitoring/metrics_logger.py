@@ -140,7 +140,7 @@ class MetricsLogger:
             self._wandb.put(step, make)
 
     def _append(self, line: bytes) -> None:
-        """Writes a line and all unwritten lines; a full disk is one warning, and the run goes on."""
+        """Writes the unwritten lines and a new one; a full disk is one warning, not an error."""
         already_warned = bool(self._unwritten)
         self._unwritten += line
         try:
@@ -157,7 +157,7 @@ class MetricsLogger:
                 tqdm.write(warning, file=sys.stderr)
 
     def _rewrite(self) -> None:
-        """Copies the lines of the open file, which was removed from the run folder, to a new one."""
+        """Copies the lines of a file that was removed from the run folder to a new file."""
         self._file.seek(0)
         with run_folder.atomic_write(self._run, FILE_NAME) as file:
             shutil.copyfileobj(self._file, file)
@@ -166,7 +166,7 @@ class MetricsLogger:
         removed.close()
 
     def _show(self, step: int, text: str) -> None:
-        """Shows the progress: a live bar on a terminal, otherwise a line at most every 2 seconds."""
+        """Shows progress: a live bar on a terminal, otherwise a line at most every 2 seconds."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             # redraws the bar even if the step is the same, as after an evaluation

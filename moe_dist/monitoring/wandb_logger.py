@@ -173,7 +173,7 @@ class WandbLogger(threading.Thread):
         return wandb_run
 
     def _init(self, mode: str) -> Any:
-        """Calls `wandb.init`; a label comes from the config, else the environment, else a default."""
+        """Calls `wandb.init` with labels of the config, the environment, or defaults."""
         import wandb
 
         wandb.setup(wandb.Settings(silent=True))

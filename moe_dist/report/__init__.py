@@ -1,1 +1,1 @@
-"""Plots and the HTML page of a run."""
+"""Plots and an HTML page of runs."""

@@ -1,7 +1,8 @@
-"""Draws runs: PNG pictures of each in RUN/report, and one HTML page of them all.
+"""Draws runs: PNG plots of each run in RUN/report, and one HTML page of all runs.
 
-python -m moe_dist.report RUN                             RUN/report/*.png and RUN/report.html, also while it runs
-python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
+python -m moe_dist.report RUN                      RUN/report/*.png and RUN/report.html, also while
+                                                   the run is training
+python -m moe_dist.report RUN RUN ... --html FILE  one page that compares the runs
 """
 
 import sys
@@ -20,13 +21,14 @@ def main() -> None:
         "--html",
         metavar="FILE",
         type=path_argument,
-        help=f"the page (default, of one run: RUN/{PAGE_NAME})",
+        help=f"file of the page (default for a single run: RUN/{PAGE_NAME})",
     )
     args = parser.parse_args()
     try:
         if len(args.runs) > 1 and args.html is None:
-            raise ValueError(f"{len(args.runs)} runs on one page: --html FILE says where it goes")
-        for file in [write_page(args.runs, args.html)] if args.html else write_all(args.runs[0]):
+            raise ValueError(f"{len(args.runs)} runs need a file for their page: add --html FILE")
+        files = [write_page(args.runs, args.html)] if args.html else write_all(args.runs[0])
+        for file in files:
             print(file)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

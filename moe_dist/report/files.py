@@ -1,8 +1,4 @@
-"""Draws runs: PNG pictures of each in RUN/report, and one HTML page of them all.
-
-python -m moe_dist.report RUN                             RUN/report/*.png and RUN/report.html, also while it runs
-python -m moe_dist.report RUN RUN ... --html FILE         the runs side by side
-"""
+"""Writing of the plots and of the HTML page of runs."""
 
 import pathlib
 import sys
@@ -12,17 +8,25 @@ from moe_dist.config import run_folder
 from moe_dist.monitoring.metrics_file import FILE_NAME, read_metrics
 
 PAGE_NAME = "report.html"
-_DRAWING = threading.Lock()  # matplotlib is not thread-safe, and wandb's thread draws too
+_DRAWING = threading.Lock()  # matplotlib is not thread-safe, and wandb's thread also draws
 
 
 def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Path]:
-    """Draws the metrics of a run (`only_loads`: the load maps alone) to `run/report`, and returns the files.
+    """Draws the metrics of a run as PNG files in `run/report`.
 
-    Raises ValueError if the run has no metrics yet, OSError if the pictures cannot be written.
+    Args:
+        run: The run folder.
+        only_loads: True to draw only the heat maps of the experts' loads.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: The run has no metrics yet, or they are damaged.
+        OSError: A file cannot be written.
     """
-    from moe_dist.report import (
-        plots,  # here, for matplotlib takes half a second that a rank that draws nothing can save
-    )
+    # imported here because matplotlib takes half a second, and most ranks draw nothing
+    from moe_dist.report import plots
     from moe_dist.report.run_summary import name_of
 
     lines = read_metrics(run)
@@ -42,24 +46,38 @@ def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Pa
 
 
 def write_all(run: pathlib.Path) -> list[pathlib.Path]:
-    """The pictures of a run and its page, `run/report.html`. Raises as they do."""
+    """Writes the plots of a run and its page `run/report.html`.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: See `write_report` and `write_page`.
+        OSError: A file cannot be written.
+    """
     return [*write_report(run), write_page([run], run / PAGE_NAME)]
 
 
 def try_to_write_all(run: pathlib.Path) -> list[pathlib.Path]:
-    """Does as `write_all`, but reports an error (a full disk, a damaged line) as a warning, for the run is whole.
+    """Calls `write_all`; reports an error as a warning.
+
+    Args:
+        run: The run folder.
 
     Returns:
-        The files that were written; none after an error.
+        The files that were written; empty after an error.
     """
     try:
         return write_all(run)
-    except (
-        Exception
-    ) as error:  # whatever it is: the next start would train nothing and end here again
+    # any error: the run itself has finished, and its next start would end here again
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or error
         print(
-            f"warning: {run / PAGE_NAME} and its pictures cannot be written ({getattr(error, 'strerror', None) or error}); "
-            f"python -m moe_dist.report {run} draws them later",
+            f"warning: {run / PAGE_NAME} and its plots cannot be written ({reason}); "
+            f"run python -m moe_dist.report {run} to draw them later",
             file=sys.stderr,
             flush=True,
         )
@@ -67,14 +85,25 @@ def try_to_write_all(run: pathlib.Path) -> list[pathlib.Path]:
 
 
 def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
-    """Writes the HTML page of the runs to `file`, whole or not at all, and returns it.
+    """Writes the HTML page of one or several runs atomically.
 
-    Raises ValueError if one of them has no metrics yet, OSError if the page cannot be written.
+    Args:
+        runs: The run folders.
+        file: The page.
+
+    Returns:
+        `file`.
+
+    Raises:
+        ValueError: A run has no metrics yet, or one of its files is damaged.
+        OSError: The page cannot be written.
     """
     from moe_dist.report.html import render_html
     from moe_dist.report.run_summary import name_of, read_run
 
-    alike = len({name_of(run) for run in runs}) < len(runs)
+    # runs are shown by their paths if two folders have the same name
+    names = {name_of(run) for run in runs}
+    show_paths = len(names) < len(runs)
     with _DRAWING:
-        html = render_html([read_run(run, str(run) if alike else None) for run in runs])
+        html = render_html([read_run(run, str(run) if show_paths else None) for run in runs])
         return run_folder.write(file.parent, file.name, html)

@@ -1,9 +1,10 @@
-"""Runs side by side on one HTML page that needs nothing else: pictures are in it, SVG or PNG, and no script."""
+"""A self-contained HTML page about one or several runs, with inline SVG or PNG and no scripts."""
 
 import base64
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from moe_dist.monitoring.metric_format import METRIC_FORMATS
 from moe_dist.report import plots
 from moe_dist.report.run_summary import (
+    Rows,
     RunSummary,
     describe_ranks,
     headline_rows,
@@ -21,8 +23,10 @@ from moe_dist.report.run_summary import (
     traffic_rows,
 )
 
-_MAX_SVG_CHARS = 300_000  # characters of SVG beyond which a picture is a PNG
-_GRID_RANKS = 64  # most that the layout is drawn for
+_MAX_SVG_CHARS = 300_000  # a larger plot is a PNG
+_MAX_GRID_RANKS = 64  # the grid of ranks is left out for more
+_MIN_WIDTH_PX = 1500
+_RUN_WIDTH_PX = 640
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.45 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; margin: 0;
@@ -32,51 +36,114 @@ h1 { font-size: 26px; margin: 8px 0 2px; } h2 { font-size: 20px; margin: 36px 0 
 h3 { font-size: 15px; margin: 14px 0 6px; }
 p { margin: 4px 0 10px; max-width: 80em; color: #47566a; }
 nav a { margin-right: 16px; color: #1f5fa8; text-decoration: none; }
-.runs { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)); }
-.one { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 560px), 1fr)); }
+.runs { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)); }
+.one { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 560px), 1fr)); }
 .one { align-items: start; } .one > *, .run { min-width: 0; }
-figure, .card { margin: 0 0 16px; background: #fff; border: 1px solid #dce2e9; border-radius: 8px; padding: 10px; }
+figure, .card { margin: 0 0 16px; background: #fff; border: 1px solid #dce2e9;
+  border-radius: 8px; padding: 10px; }
 .one > figure { margin: 0; }
 figure svg, figure img { width: 100%; height: auto; display: block; }
 .wide { overflow-x: auto; width: fit-content; max-width: 100%; box-sizing: border-box; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 14px 4px 4px; text-align: left; border-bottom: 1px solid #e7ebf0; vertical-align: top; }
+th, td { padding: 4px 14px 4px 4px; text-align: left; border-bottom: 1px solid #e7ebf0;
+  vertical-align: top; }
 th { font-weight: 600; }
 .ranks td { border: 1px solid #c9d3de; padding: 6px 10px; font-size: 13px; }
 summary { cursor: pointer; }
 """
 
 
+@dataclass(frozen=True)
+class _Section:
+    """A section of plots.
+
+    Attributes:
+        title: Its heading.
+        stems: Beginnings of the file names of its plots.
+        note: Text below the heading.
+        rows: Rows of its table; None for no table.
+    """
+
+    title: str
+    stems: tuple[str, ...]
+    note: str = ""
+    rows: Callable[[RunSummary], Rows] | None = None
+
+
+_SECTIONS = (
+    _Section("Curves", ("loss", *METRIC_FORMATS, "optimizer", "norms")),
+    _Section("Load of experts", ("load_", "balance_")),
+    _Section(
+        "Time of a step",
+        ("step_time", "speed"),
+        "Each part includes its forward and its backward. Dispatch: tokens to the experts and "
+        "back, including the wait for slower ranks. Optimizer: reduction of the gradients of experts, "
+        "norm, update, and the work of ZeRO around it. Rest: data, other layers, loss, and the "
+        "reduction of dense gradients.",
+        step_time_rows,
+    ),
+    _Section(
+        "Bytes by link",
+        ("traffic",),
+        "Tokens sent to experts and back, and the gradients and weights of experts and of "
+        "row-sparse vocabularies. Dense gradients, which DeepSpeed sends, are not counted.",
+        traffic_rows,
+    ),
+    _Section(
+        "Memory",
+        ("memory",),
+        "Peak memory of a rank so far. On CUDA: tensors on the device. On CPU: the whole process "
+        "with its libraries; the estimate counts only the model and its training.",
+        memory_rows,
+    ),
+)
+
+
 def render_html(runs: list[RunSummary]) -> str:
-    """The HTML of one run, or of several: what they come to in one table, a column each, then their curves on the same
-    axes, then the pictures of each beside those of the others."""
-    title = ", ".join(run.name for run in runs)
-    drawn = [plots.all_plots(run.lines, run.name) for run in runs]
-    together = plots.overlay_runs({run.name: run.lines for run in runs}) if len(runs) > 1 else {}
-    parts: list[tuple[str, str]] = [("In short", _table(runs, headline_rows))]
-    if differing := _differing(runs):
-        parts.append(("What differs", differing))
-    if together:
-        parts.append(("Side by side", f'<div class="one">{_figures(together)}</div>'))
-    for section, (stems, note, rows_of) in _SECTIONS.items():
-        figures = [
-            {s: figure for s, figure in each.items() if s.startswith(stems)} for each in drawn
-        ]
-        if any(figures):
-            head, table = f"<p>{note}</p>" if note else "", _table(runs, rows_of) if rows_of else ""
-            columns = [_figures(each) for each in figures]
-            if len(runs) == 1:
-                columns, table = [table + columns[0]], ""
-            parts.append((section, head + table + _columns(columns, runs)))
-    parts.append(("Layout", _columns([_layout_of(run) for run in runs], runs)))
-    parts.append(("Config", _columns([_config_of(run) for run in runs], runs)))
-    nav = " ".join(f'<a href="#{_anchor(name)}">{name}</a>' for name, _ in parts)
-    body = "\n".join(f'<h2 id="{_anchor(name)}">{name}</h2>\n{html}' for name, html in parts)
+    """Renders one page for one or several runs.
+
+    Several runs share one table with a column for each run; their curves are first drawn on the
+    same axes, then the plots of each run in columns.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The HTML text of the page.
+    """
+    parts = [("Summary", _table(runs, headline_rows))]
+    differences = _differences(runs)
+    if differences:
+        parts.append(("Differences", differences))
+    if len(runs) > 1:
+        overlays = plots.overlay_runs({run.name: run.lines for run in runs})
+        if overlays:
+            parts.append(("Side by side", f'<div class="one">{_figures(overlays)}</div>'))
+    plots_by_run = [plots.all_plots(run.lines, run.name) for run in runs]
+    for section in _SECTIONS:
+        html = _render_section(section, runs, plots_by_run)
+        if html:
+            parts.append((section.title, html))
+    parts.append(("Layout", _columns([_layout_table(run) for run in runs], runs)))
+    parts.append(("Config", _columns([_config_table(run) for run in runs], runs)))
+    return _page(", ".join(run.name for run in runs), parts, len(runs))
+
+
+def _page(title: str, parts: list[tuple[str, str]], num_runs: int) -> str:
+    """Returns the page of sections, given by (heading, HTML)."""
+    links = [f'<a href="#{_anchor(name)}">{name}</a>' for name, _ in parts]
+    sections = [f'<h2 id="{_anchor(name)}">{name}</h2>\n{html}' for name, html in parts]
+    width = max(_MIN_WIDTH_PX, _RUN_WIDTH_PX * num_runs)
+    body = "\n".join(sections)
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE} main {{ max-width: {max(1500, 640 * len(runs))}px; }}</style></head>"
-        f"<body><main><h1>{escape(title)}</h1>\n<nav>{nav}</nav>\n{body}\n</main></body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE} main {{ max-width: {width}px; }}</style></head>"
+        f"<body><main><h1>{escape(title)}</h1>\n<nav>{' '.join(links)}</nav>\n{body}\n"
+        "</main></body></html>\n"
     )
 
 
@@ -84,8 +151,25 @@ def _anchor(name: str) -> str:
     return name.lower().replace(" ", "-")
 
 
+def _render_section(
+    section: _Section, runs: list[RunSummary], plots_by_run: list[dict[str, Figure]]
+) -> str:
+    """Returns the note, table and plots of a section; empty if no run has one of its plots."""
+    columns = []
+    for figures in plots_by_run:
+        selected = {stem: fig for stem, fig in figures.items() if stem.startswith(section.stems)}
+        columns.append(_figures(selected))
+    if not any(columns):
+        return ""
+    note = f"<p>{section.note}</p>" if section.note else ""
+    table = _table(runs, section.rows) if section.rows else ""
+    if len(runs) == 1:  # the table stands in the grid of the plots
+        return note + _columns([table + columns[0]], runs)
+    return note + table + _columns(columns, runs)
+
+
 def _figures(figures: dict[str, Figure]) -> str:
-    """What there is of one layer stays together."""
+    """Returns the plots; the plots of one layer are adjacent."""
     layers = list(dict.fromkeys(_layer(stem) for stem in figures))
     ordered = sorted(figures.items(), key=lambda item: layers.index(_layer(item[0])))
     return "".join(f"<figure>{_inline(stem, figure)}</figure>" for stem, figure in ordered)
@@ -96,22 +180,10 @@ def _layer(stem: str) -> str:
 
 
 def _inline(stem: str, figure: Figure) -> str:
-    """An <svg> of the page's own, without the names of namespaces and standards, which look like addresses; where that
-    would be heavy, as a map of loads is, a PNG."""
-    file, title = io.BytesIO(), figure.axes[0].get_title()
+    """Returns a plot as an inline SVG; a heat map of loads or a large plot as a PNG."""
+    title = figure.axes[0].get_title()
     if not stem.startswith("load_"):
-        # a salt of its own, for all of them share the page's names
-        with matplotlib.rc_context({"svg.hashsalt": title + stem, "svg.fonttype": "path"}):
-            figure.savefig(file, format="svg", metadata={"Date": None})
-        svg = re.sub(
-            r"<metadata>.*?</metadata>|\sxmlns(:\w+)?=\"[^\"]*\"",
-            "",
-            file.getvalue().decode(),
-            flags=re.S,
-        )
-        svg = svg[svg.index("<svg") :].replace(
-            "<svg", f'<svg role="img" aria-label="{escape(title)}"', 1
-        )
+        svg = _svg(figure, title, salt=title + stem)
         if len(svg) <= _MAX_SVG_CHARS:
             return svg
     file = io.BytesIO()
@@ -120,119 +192,119 @@ def _inline(stem: str, figure: Figure) -> str:
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
 
 
+def _svg(figure: Figure, title: str, salt: str) -> str:
+    """Returns an <svg> element without metadata and namespaces, which look like addresses.
+
+    Ids inside the SVG derive from `salt`, which must be unique in the page.
+    """
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue().decode()
+    svg = re.sub(r"<metadata>.*?</metadata>|\sxmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.S)
+    svg = svg[svg.index("<svg") :]
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+
+
 def _columns(htmls: list[str], runs: list[RunSummary]) -> str:
-    """One run has the width of the page, several have a column each."""
+    """Returns one column per run; a single run has the width of the page."""
     if len(runs) == 1:
         return f'<div class="one">{htmls[0]}</div>'
-    each = zip(runs, htmls, strict=True)
-    columns = (f'<div class="run"><h3>{escape(run.name)}</h3>{html}</div>' for run, html in each)
+    columns = []
+    for run, html in zip(runs, htmls, strict=True):
+        columns.append(f'<div class="run"><h3>{escape(run.name)}</h3>{html}</div>')
     return f'<div class="runs">{"".join(columns)}</div>'
 
 
-def _table(
-    runs: list[RunSummary], rows_of: Callable[[RunSummary], Iterator[tuple[str, str]]]
-) -> str:
-    """A column for each run, a row for each thing that some run tells."""
-    told = [dict(rows_of(run)) for run in runs]
-    names = dict.fromkeys(name for each in told for name in each)
+def _table(runs: list[RunSummary], rows_of: Callable[[RunSummary], Rows]) -> str:
+    """Returns a table with one column per run, and one row per name that some run has."""
+    values_by_run = [dict(rows_of(run)) for run in runs]
+    names: dict[str, None] = {}
+    for values in values_by_run:
+        names |= dict.fromkeys(values)
+    if not names:
+        return ""
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
-    rows = [
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(f"<td>{escape(each.get(name, ''))}</td>" for each in told)
-        + "</tr>"
-        for name in names
-    ]
-    return (
-        f'<div class="card wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
-        if rows
-        else ""
-    )
+    body = ""
+    for name in names:
+        cells = "".join(f"<td>{escape(values.get(name, ''))}</td>" for values in values_by_run)
+        body += f"<tr><th>{escape(name)}</th>{cells}</tr>"
+    return f'<div class="card wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 
-def _layout_of(run: RunSummary) -> str:
-    """Which rank lies where and holds what."""
+def _two_columns(rows: list[tuple[str, str]]) -> str:
+    """Returns a table of names and values."""
+    html = ""
+    for name, value in rows:
+        html += f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+    return f"<table>{html}</table>"
+
+
+def _layout_table(run: RunSummary) -> str:
+    """Returns the batch, the ranks, and the grid of ranks."""
     layout = run.layout
     if not layout:
-        return "<p>The run folder has no layout.json: it is of an earlier version.</p>"
-    rows = [
-        ("ranks", describe_ranks(layout)),
-        (
-            "samples of a step",
-            f"{layout['global_batch_size']}, micro-batches: {layout['grad_accum_steps']}",
-        ),
-        ("samples of a rank", f"{layout['samples_per_rank']} in each micro-batch"),
-        ("parameters of a rank", f"{layout.get('per_rank', {}).get('parameters', 0):,}"),
-    ]
-    told = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows
+        return "<p>The run folder has no layout.json.</p>"
+    num_params = layout.get("per_rank", {}).get("parameters", 0)
+    table = _two_columns(
+        [
+            ("ranks", describe_ranks(layout)),
+            (
+                "samples of a step",
+                f"{layout['global_batch_size']}, micro-batches: {layout['grad_accum_steps']}",
+            ),
+            ("samples of a rank", f"{layout['samples_per_rank']} in each micro-batch"),
+            ("parameters of a rank", f"{num_params:,}"),
+        ]
     )
-    num_ranks, in_row = layout["world"], layout["ep"]
-    holds = ""
-    if num_ranks <= _GRID_RANKS:
-        cells = [f"<td>{_rank(rank, layout)}</td>" for rank in range(num_ranks)]
-        grid = "".join(
-            f"<tr>{''.join(cells[i : i + in_row])}</tr>" for i in range(0, num_ranks, in_row)
-        )
-        holds = (
-            "<h3>Who holds what</h3><p>Ranks of a row share one set of experts; those of a column hold the same.</p>"
-            f'<table class="ranks">{grid}</table>'
-        )
-    return f'<div class="card wide"><table>{told}</table>{holds}</div>'
+    grid = _rank_grid(layout) if layout["world"] <= _MAX_GRID_RANKS else ""
+    return f'<div class="card wide">{table}{grid}</div>'
 
 
-def _rank(rank: int, layout: dict[str, Any]) -> str:
-    per_node = max(1, layout["world"] // max(1, layout.get("nodes", 1)))
-    lines = [f"<b>rank {rank}</b>, node {rank // per_node}"]
+def _rank_grid(layout: dict[str, Any]) -> str:
+    """Returns a table of all ranks: a row per expert-parallel group, a column per expert shard."""
+    html = ""
+    for first in range(0, layout["world"], layout["ep"]):
+        ranks = range(first, first + layout["ep"])
+        cells = "".join(f"<td>{_describe_rank(rank, layout)}</td>" for rank in ranks)
+        html += f"<tr>{cells}</tr>"
+    return (
+        "<h3>Ranks and experts</h3><p>The ranks of a row share one set of experts; the ranks of a "
+        f'column hold the same experts.</p><table class="ranks">{html}</table>'
+    )
+
+
+def _describe_rank(rank: int, layout: dict[str, Any]) -> str:
+    """Returns the node and the experts of a rank, as HTML."""
+    ranks_per_node = max(1, layout["world"] // max(1, layout.get("nodes", 1)))
+    html = f"<b>rank {rank}</b>, node {rank // ranks_per_node}"
     if "num_experts" in layout:
-        mine = layout["num_experts"] // layout["ep"]
-        first = rank % layout["ep"] * mine
-        lines.append(f"experts {first} to {first + mine - 1}" if mine > 1 else f"expert {first}")
-    return "<br>".join(lines)
+        num_local = layout["num_experts"] // layout["ep"]
+        first = rank % layout["ep"] * num_local
+        last = first + num_local - 1
+        html += f"<br>experts {first} to {last}" if num_local > 1 else f"<br>expert {first}"
+    return html
 
 
-def _differing(runs: list[RunSummary]) -> str:
-    keys = dict.fromkeys(key for run in runs for key in run.config)
+def _differences(runs: list[RunSummary]) -> str:
+    """Returns a table of the config fields that differ between runs; empty if there are none."""
+    keys: dict[str, None] = {}
+    for run in runs:
+        keys |= dict.fromkeys(run.config)
     differing = [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]
 
-    def rows(run: RunSummary) -> Iterator[tuple[str, str]]:
-        yield from ((key, str(run.config[key])) for key in differing if key in run.config)
+    def rows(run: RunSummary) -> Rows:
+        for key in differing:
+            if key in run.config:
+                yield key, str(run.config[key])
 
-    return _table(runs, rows) if differing else ""
+    return _table(runs, rows)
 
 
-def _config_of(run: RunSummary) -> str:
+def _config_table(run: RunSummary) -> str:
+    """Returns all config fields, folded."""
     if not run.config:
         return "<p>The run folder has no config.json of this version.</p>"
-    rows = "".join(
-        f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>"
-        for key, value in run.config.items()
-    )
-    return f'<details class="card wide"><summary>{len(run.config)} fields</summary><table>{rows}</table></details>'
-
-
-# sections of pictures: the beginnings of their names, a note, and the rows of a table
-_SECTIONS: dict[
-    str, tuple[tuple[str, ...], str, Callable[[RunSummary], Iterator[tuple[str, str]]] | None]
-] = {
-    "Curves": (("loss", *METRIC_FORMATS, "optimizer", "norms"), "", None),
-    "Load of experts": (("load_", "balance_"), "", None),
-    "Time of a step": (
-        ("step_time", "speed"),
-        "Each part with its forward and its backward. Dispatch: rows on their way to the experts and back, and "
-        "the wait for slower ranks there. Optimizer: gradients of experts summed over ranks, norm, update, and "
-        "what ZeRO does around it. Rest: data, other layers, loss, and dense gradients summed over ranks.",
-        step_time_rows,
-    ),
-    "Bytes by link": (
-        ("traffic",),
-        "Rows of the exchange, and of experts and vocabularies the gradients and weights; dense gradients, which "
-        "DeepSpeed sends, are not counted.",
-        traffic_rows,
-    ),
-    "Memory": (
-        ("memory",),
-        "The most that a rank has held so far: on CUDA tensors on the device; on CPU the whole process with its "
-        "libraries, of which the estimate counts what the model and its training take alone.",
-        memory_rows,
-    ),
-}
+    table = _two_columns([(key, str(value)) for key, value in run.config.items()])
+    fields = f"{len(run.config)} fields"
+    return f'<details class="card wide"><summary>{fields}</summary>{table}</details>'

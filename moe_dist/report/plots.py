@@ -1,11 +1,11 @@
-"""Pictures of a run, drawn from the lines of its metrics file. Every axis names what it shows, and its unit.
+"""Plots of runs, drawn from the lines of their metrics files.
 
-A picture is drawn where a line has its keys, and has no panel for what was never there. What is not finite is a gap.
+A plot is drawn if some line has its keys, and it has no panel for keys that no line has. Numbers
+that are not finite are gaps. Every axis has a label with its unit.
 
-Legend: n lines, E experts.
+Legend: n lines, E experts, P ranks.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -42,41 +42,48 @@ from moe_dist.monitoring.metric_keys import (
 )
 from moe_dist.monitoring.step_timer import PARTS
 
-matplotlib.rcParams["text.parse_math"] = False  # a run may be named with a $
+matplotlib.rcParams["text.parse_math"] = False  # the name of a run may contain a $
 
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
-_MOST = 1e30  # of what is drawn
-_COLUMNS, _ROWS = (
-    300,
-    256,
-)  # most of a heat map, near what its pixels can show: more are drawn in groups
-_STYLES: dict[str, dict[str, Any]] = {
+_MAX_VALUE = 1e30  # a larger number is not drawn
+# size of a heat map, about as many cells as it has pixels; more are drawn in groups
+_MAX_COLUMNS = 300
+_MAX_ROWS = 256
+_SPLIT_STYLES: dict[str, dict[str, Any]] = {
     "train": dict(color="tab:blue"),
     "valid": dict(color="tab:orange", linewidth=2, markersize=8),
     "test": dict(color="tab:red", linestyle="none", marker="*", markersize=14),
     "mismatched": dict(color="tab:purple", linestyle="none", marker="*", markersize=14),
 }
-_PERCENTILES = {90: "tab:orange", 50: "black", 10: "tab:blue"}
-_OUTSIDE: dict[str, Any] = dict(
-    loc="upper left", bbox_to_anchor=(1, 1), frameon=False
-)  # a legend beside its lines
+_OVERLAY_STYLES: dict[str, dict[str, Any]] = {
+    "train": dict(alpha=0.5),
+    "valid": dict(linewidth=2, markersize=8),
+}
+_PERCENTILE_COLORS = {90: "tab:orange", 50: "black", 10: "tab:blue"}
+_SIGNED_METRICS = ("matthews", "pearson", "spearman")
+_OUTSIDE: dict[str, Any] = dict(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # a legend
 
 
 def all_plots(lines: list[dict], name: str) -> dict[str, Figure]:
-    """Every picture of the run `name`, by file name without ending; `lines` as `metrics.read_metrics` has them."""
-    drawn = {
-        "loss": _curves(
-            lines,
-            "loss",
-            f"{name}: loss",
-            f"loss (nats per {throughput_unit(lines).removesuffix('s')})",
-        ),
-        **{
-            key: _curves(lines, key, f"{name}: {known.name}", known.axis)
-            for key, known in METRIC_FORMATS.items()
-        },
-        **load_maps(lines, name),
-        **{f"balance_{_stem(layer)}": _balance(lines, layer, name) for layer in _layers(lines)},
+    """Draws every plot of a run.
+
+    Args:
+        lines: Lines of its metrics file, as `metrics_file.read_metrics` returns them.
+        name: Name of the run, for the titles.
+
+    Returns:
+        Figures by file name without suffix.
+    """
+    unit = throughput_unit(lines).removesuffix("s")
+    figures: dict[str, Figure | None] = {
+        "loss": _curves(lines, "loss", f"{name}: loss", f"loss (nats per {unit})")
+    }
+    for metric, known in METRIC_FORMATS.items():
+        figures[metric] = _curves(lines, metric, f"{name}: {known.name}", known.axis)
+    figures |= load_maps(lines, name)
+    for layer in layers_with(lines, TOKENS_PER_EXPERT):
+        figures[f"balance_{_stem(layer)}"] = _balance(lines, layer, name)
+    figures |= {
         "norms": _norms(lines, name),
         "step_time": _step_time(lines, name),
         "speed": _speed(lines, name),
@@ -84,119 +91,146 @@ def all_plots(lines: list[dict], name: str) -> dict[str, Figure]:
         "traffic": _traffic(lines, name),
         "memory": _memory(lines, name),
     }
-    return {stem: figure for stem, figure in drawn.items() if figure}
+    return {stem: figure for stem, figure in figures.items() if figure}
+
+
+def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
+    """Draws a heat map for each MoE layer: the load of each expert over time.
+
+    Args:
+        lines: Lines of a metrics file.
+        name: Name of the run, for the titles.
+
+    Returns:
+        Figures by file name without suffix.
+    """
+    figures = {}
+    for layer in layers_with(lines, TOKENS_PER_EXPERT):
+        figures[f"load_{_stem(layer)}"] = _load_map(lines, layer, name)
+    return figures
 
 
 def overlay_runs(runs: dict[str, list[dict]]) -> dict[str, Figure]:
-    """Curves of several runs, their lines by name, on the same axes in a colour for each, by file name."""
+    """Draws the curves of several runs on the same axes, with a color for each run.
+
+    Args:
+        runs: Lines of metrics files by the name of the run.
+
+    Returns:
+        Figures by file name without suffix; only those that show a number other than 0.
+    """
+    figures = {"loss": _overlay_metric(runs, "loss", "loss", "loss (nats)")}
+    for metric, known in METRIC_FORMATS.items():
+        figures[metric] = _overlay_metric(runs, metric, known.name, known.axis)
     unit = throughput_unit([line for lines in runs.values() for line in lines])
-    splits: dict[str, dict[str, Any]] = {
-        "train": dict(alpha=0.5),
-        "valid": dict(linewidth=2, markersize=8),
-    }
-    drawn: dict[str, Figure] = {}
-    for quantity, (what, ylabel) in {
-        "loss": ("loss", "loss (nats)"),
-        **{key: (known.name, known.axis) for key, known in METRIC_FORMATS.items()},
-    }.items():
-        figure, (axes,) = _panels(f"{what}: train thin, valid thick", ylabel)
-        for i, (name, lines) in enumerate(runs.items()):
-            told = [
-                (split, style)
-                for split, style in splits.items()
-                if _has(lines, f"{split}/{quantity}")
-            ]
-            for split, style in told:
-                label = name if split == told[-1][0] else None
-                _plot(axes, lines, f"{split}/{quantity}", color=_color(i), label=label, **style)
-        drawn[quantity] = figure
-    of_line: dict[str, tuple[str, Callable[[dict], float | None]]] = {
+    overlays: dict[str, tuple[str, Callable[[dict], float | None]]] = {
         f"{unit} per second": ("of all ranks", lambda line: line.get(throughput_key(unit))),
         "time of a training step": ("milliseconds", step_milliseconds),
         "largest load of an expert": (
             "/ mean load, worst layer",
-            lambda line: _worst(line, LOAD_MAX),
+            lambda line: _worst_layer(line, LOAD_MAX),
         ),
-        "drop rate": ("of assignments, worst layer", lambda line: _worst(line, DROP_RATE)),
+        "drop rate": ("of assignments, worst layer", lambda line: _worst_layer(line, DROP_RATE)),
     }
-    for title, (ylabel, of) in of_line.items():
-        figure, (axes,) = _panels(title, ylabel)
-        for i, (name, lines) in enumerate(runs.items()):
-            of_run = [
-                {"step": line["step"], title: value}
-                for line in lines
-                if (value := of(line)) is not None
-            ]
-            if of_run:
-                _plot(axes, of_run, title, color=_color(i), label=name)
-        drawn[title.replace(" ", "_")] = figure
-    drawn = {
-        stem: figure
-        for stem, figure in drawn.items()
-        if any(np.any(x.get_ydata()) for x in figure.axes[0].lines)
-    }
+    for title, (ylabel, value_of) in overlays.items():
+        figures[title.replace(" ", "_")] = _overlay_value(runs, title, ylabel, value_of)
+    drawn = {stem: figure for stem, figure in figures.items() if _shows_numbers(figure)}
     for stem, figure in drawn.items():
-        (axes,) = figure.axes
-        axes.legend()
-        if stem in ("loss", *METRIC_FORMATS, "largest_load_of_an_expert"):
-            _scale(axes, stem)
-        else:
-            _from_zero(axes)
-        if stem == "drop_rate":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        if stem == "time_of_a_training_step":
-            _cut_start(axes, np.concatenate([np.asarray(line.get_ydata()) for line in axes.lines]))
+        _finish_overlay(stem, figure)
     return drawn
+
+
+def _overlay_metric(runs: dict[str, list[dict]], metric: str, title: str, ylabel: str) -> Figure:
+    """Draws a metric of the train and valid lines of each run; a run has one legend entry."""
+    figure, (axes,) = _panels(f"{title}: train thin, valid thick", ylabel)
+    for i, (name, lines) in enumerate(runs.items()):
+        splits = [split for split in _OVERLAY_STYLES if _has(lines, f"{split}/{metric}")]
+        for split in splits:
+            label = name if split == splits[-1] else None
+            style = _OVERLAY_STYLES[split]
+            _plot(axes, lines, f"{split}/{metric}", color=_color(i), label=label, **style)
+    return figure
+
+
+def _overlay_value(
+    runs: dict[str, list[dict]],
+    title: str,
+    ylabel: str,
+    value_of: Callable[[dict], float | None],
+) -> Figure:
+    """Draws a value computed from each line of each run; a line without it is left out."""
+    figure, (axes,) = _panels(title, ylabel)
+    for i, (name, lines) in enumerate(runs.items()):
+        points = []
+        for line in lines:
+            value = value_of(line)
+            if value is not None:
+                points.append({"step": line["step"], title: value})
+        if points:
+            _plot(axes, points, title, color=_color(i), label=name)
+    return figure
+
+
+def _shows_numbers(figure: Figure) -> bool:
+    """Returns whether some curve has a number other than 0 (NaN counts as one)."""
+    return any(np.any(curve.get_ydata()) for curve in figure.axes[0].lines)
+
+
+def _finish_overlay(stem: str, figure: Figure) -> None:
+    """Adds the legend and the scale."""
+    (axes,) = figure.axes
+    axes.legend()
+    if stem in ("loss", *METRIC_FORMATS, "largest_load_of_an_expert"):
+        _scale(axes, stem)
+    else:
+        _from_zero(axes)
+    if stem == "drop_rate":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if stem == "time_of_a_training_step":
+        _cut_first_steps(axes, _y_values(axes))
 
 
 def _color(i: int) -> Any:
     return colormaps["tab10"](i % 10)
 
 
-def _worst(line: dict, what: str) -> float | None:
-    return max(
-        (value for key, value in line.items() if re.fullmatch(layer_key(".+", what), key)),
-        default=None,
-    )
-
-
-def _cut_start(axes: Axes, values: np.ndarray) -> None:
-    """Leaves room for twice the median: the first steps compile, and may take ten times as long as the others."""
-    top = 2 * float(np.nanmedian(values)) if np.isfinite(values).any() else 0.0
-    if 0 < top < axes.get_ylim()[1]:
-        axes.set_ylim(-0.05 * top, top)
-
-
-def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
-    """A heat map for each MoE layer: the load of each expert over time."""
-    return {f"load_{_stem(layer)}": _load_map(lines, layer, name) for layer in _layers(lines)}
-
-
-def _layers(lines: list[dict]) -> list[str]:
-    return layers_with(lines, TOKENS_PER_EXPERT)
+def _worst_layer(line: dict, statistic: str) -> float | None:
+    """Returns the largest value of a statistic over the MoE layers; None if there is none."""
+    layers = layers_with([line], statistic)
+    return max((line[layer_key(layer, statistic)] for layer in layers), default=None)
 
 
 def _stem(layer: str) -> str:
+    """Returns the name of a layer as part of a file name."""
     return layer.replace("/", "_")
 
 
+def _has(lines: list[dict], key: str) -> bool:
+    return any(key in line for line in lines)
+
+
 def _series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps, of shape [n], and values, of shape [n] or [n, E], of the lines that have `key`; NaN for what
-    is infinite or too large for an axis."""
-    having = [line for line in lines if key in line]
-    values = np.array([line[key] for line in having], dtype=float)
-    return np.array([line["step"] for line in having]), np.where(
-        np.abs(values) < _MOST, values, np.nan
-    )
+    """Returns the steps, [n], and values, [n] or [n, E], of the lines that have `key`.
+
+    Values that are infinite or too large for an axis become NaN.
+    """
+    lines = [line for line in lines if key in line]
+    steps_n = np.array([line["step"] for line in lines])
+    values = np.array([line[key] for line in lines], dtype=float)
+    return steps_n, np.where(np.abs(values) < _MAX_VALUE, values, np.nan)
 
 
-def _edges(ends: np.ndarray) -> np.ndarray:
-    """From the last step of each span (n) its edges (n + 1): a span begins where the one before it ends."""
-    return np.concatenate([[2 * ends[0] - ends[1] if len(ends) > 1 else ends[0] - 1], ends])
+def _edges(steps_n: np.ndarray) -> np.ndarray:
+    """Returns the n + 1 edges of n spans of steps, given by their last steps.
+
+    A span begins at the end of the previous one; the first is as long as the second.
+    """
+    start = 2 * steps_n[0] - steps_n[1] if len(steps_n) > 1 else steps_n[0] - 1
+    return np.concatenate([[start], steps_n])
 
 
 def _panels(title: str, *ylabels: str) -> tuple[Figure, list[Axes]]:
-    """Axes one below the other, over one axis of steps."""
+    """Returns a figure with one panel below the other, over a common axis of steps."""
     figure = Figure(figsize=(9, max(5, 2.2 * len(ylabels))), dpi=120, layout="constrained")
     panels = list(figure.subplots(len(ylabels), sharex=True, squeeze=False)[:, 0])
     for axes, ylabel in zip(panels, ylabels, strict=True):
@@ -204,49 +238,63 @@ def _panels(title: str, *ylabels: str) -> tuple[Figure, list[Axes]]:
         axes.grid(alpha=0.3)
     panels[0].set_title(title)
     panels[-1].set_xlabel("training step")
-    panels[-1].xaxis.set_major_locator(_integers())
+    panels[-1].xaxis.set_major_locator(_integer_ticks())
     figure.align_ylabels()
     return figure, panels
 
 
-def _integers() -> MaxNLocator:
+def _integer_ticks() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
 
 
 def _plot(axes: Axes, lines: list[dict], key: str, **style: Any) -> None:
-    steps, values = _series(lines, key)
-    marks: dict[str, Any] = dict(
-        marker=".", markersize=7 if len(steps) <= 50 else 2
-    )  # one between gaps has no line
-    axes.plot(steps, values, **dict(linewidth=1) | marks | style)
+    """Adds the curve of `key`. Each point has a mark, because a point between gaps has no line."""
+    steps_n, values_n = _series(lines, key)
+    markersize = 7 if len(steps_n) <= 50 else 2
+    defaults: dict[str, Any] = dict(linewidth=1, marker=".", markersize=markersize)
+    axes.plot(steps_n, values_n, **(defaults | style))
 
 
-def _has(lines: list[dict], key: str) -> bool:
-    return any(key in line for line in lines)
+def _y_values(axes: Axes) -> np.ndarray:
+    return np.concatenate([np.asarray(curve.get_ydata()) for curve in axes.lines])
 
 
-def _from_zero(axes: Axes, least_top: float = 0.0) -> None:
-    """From a little below 0, where a line of zeros can be seen, to the largest value or `least_top`."""
-    top = max(axes.get_ylim()[1], least_top)
+def _from_zero(axes: Axes, min_top: float = 0.0) -> None:
+    """Lets the y axis begin a little below 0, so that a curve of zeros is visible.
+
+    Its top is a little above the largest value and `min_top`.
+    """
+    top = max(axes.get_ylim()[1], min_top)
     axes.set_ylim(-0.05 * top, 1.05 * top)
 
 
 def _count_from_zero(axes: Axes) -> None:
-    _from_zero(axes, least_top=1)
-    axes.yaxis.set_major_locator(_integers())
+    """Scales the y axis for integers from 0."""
+    _from_zero(axes, min_top=1)
+    axes.yaxis.set_major_locator(_integer_ticks())
 
 
-def _scale(axes: Axes, quantity: str) -> None:
-    """Per cent for a share; a log scale where it helps, for what is never below zero."""
-    if quantity in METRIC_FORMATS and METRIC_FORMATS[quantity].is_share:
+def _cut_first_steps(axes: Axes, values: np.ndarray) -> None:
+    """Limits the y axis to twice the median.
+
+    The first steps compile, and may take ten times as long as the others.
+    """
+    top = 2 * float(np.nanmedian(values)) if np.isfinite(values).any() else 0.0
+    if 0 < top < axes.get_ylim()[1]:
+        axes.set_ylim(-0.05 * top, top)
+
+
+def _scale(axes: Axes, metric: str) -> None:
+    """Sets per cent for a fraction, and perhaps a log scale for a metric that is never negative."""
+    if metric in METRIC_FORMATS and METRIC_FORMATS[metric].is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    elif quantity not in ("matthews", "pearson", "spearman"):
-        _log_where_it_helps(axes)
+    elif metric not in _SIGNED_METRICS:
+        _log_if_wide(axes)
 
 
-def _log_where_it_helps(axes: Axes) -> None:
-    """A log scale for values that span more than a factor of ten; over less it would have hardly a tick."""
-    values = np.concatenate([np.asarray(line.get_ydata()) for line in axes.lines])
+def _log_if_wide(axes: Axes) -> None:
+    """Sets a log scale if the values span more than a factor of 10; less would have few ticks."""
+    values = _y_values(axes)
     positive = values[values > 0]
     span = positive.max() / positive.min() if len(positive) else 1
     if span > 10:
@@ -257,54 +305,58 @@ def _log_where_it_helps(axes: Axes) -> None:
         axes.set_ylabel(f"{axes.get_ylabel()}\n(log scale)")
 
 
-def _curves(lines: list[dict], quantity: str, title: str, ylabel: str) -> Figure | None:
-    """`quantity` of the train, valid and test lines; the legend names the last values."""
+def _curves(lines: list[dict], metric: str, title: str, ylabel: str) -> Figure | None:
+    """Draws a metric of all splits; the legend contains the last values."""
     figure, (axes,) = _panels(title, ylabel)
-    for split, style in _STYLES.items():
-        if _has(lines, key := f"{split}/{quantity}"):
-            last = format_metric(quantity, _series(lines, key)[1][-1])
-            _plot(axes, lines, key, label=f"{split} (last {last})", **style)
+    for split, style in _SPLIT_STYLES.items():
+        key = f"{split}/{metric}"
+        if _has(lines, key):
+            _, values_n = _series(lines, key)
+            label = f"{split} (last {format_metric(metric, values_n[-1])})"
+            _plot(axes, lines, key, label=label, **style)
     if not axes.lines:
         return None
     axes.legend()
-    _scale(axes, quantity)
+    _scale(axes, metric)
     return figure
 
 
 def _load_map(lines: list[dict], layer: str, name: str) -> Figure:
-    """The load of each expert relative to the mean over experts. Columns are sums over steps; rows are experts, or
-    where they are too many the busiest of each block of neighbours: near the mean everywhere only if all experts are.
-    """
-    steps, loads = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))
-    num_experts = loads.shape[1]
-    spans = np.array_split(np.arange(len(steps)), min(len(steps), _COLUMNS))
-    loads = np.stack([loads[span].sum(axis=0) for span in spans], axis=1)  # (E, columns)
-    relative = loads / np.maximum(loads.mean(axis=0), 1e-9)
-    block = -(-num_experts // _ROWS)
-    blocks = np.arange(0, num_experts, block)
+    """Draws the load of each expert, divided by the mean over experts.
 
-    figure, (axes,) = _panels(
-        f"{name}: load of MoE layer {layer}",
-        "expert" if block == 1 else f"expert (a row: the busiest of {block})",
-    )
+    A column is the sum over a span of steps. A row is an expert; if there are too many, it is the
+    busiest expert of a block of neighbors, and so is near 1.0 only if no expert is overloaded.
+    """
+    steps_n, load_nE = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))
+    num_experts = load_nE.shape[1]
+    spans = np.array_split(np.arange(len(steps_n)), min(len(steps_n), _MAX_COLUMNS))
+    load_EC = np.stack([load_nE[span].sum(axis=0) for span in spans], axis=1)  # C columns
+    relative_EC = load_EC / np.maximum(load_EC.mean(axis=0), 1e-9)
+    block_size = -(-num_experts // _MAX_ROWS)
+    block_starts = np.arange(0, num_experts, block_size)
+    last_steps = steps_n[[span[-1] for span in spans]]
+
+    ylabel = "expert" if block_size == 1 else f"expert (a row: the busiest of {block_size})"
+    figure, (axes,) = _panels(f"{name}: load of MoE layer {layer}", ylabel)
     axes.grid(False)
-    axes.yaxis.set_major_locator(_integers())
-    low, high = min(_LOAD_TICKS), max(_LOAD_TICKS)
-    mesh = axes.pcolormesh(
-        _edges(steps[[span[-1] for span in spans]]),
-        np.append(blocks, num_experts) - 0.5,
-        np.maximum.reduceat(relative, blocks).clip(low, high),
+    axes.yaxis.set_major_locator(_integer_ticks())
+    low = min(_LOAD_TICKS)
+    high = max(_LOAD_TICKS)
+    cells = axes.pcolormesh(
+        _edges(last_steps),
+        np.append(block_starts, num_experts) - 0.5,
+        np.maximum.reduceat(relative_EC, block_starts).clip(low, high),
         norm=LogNorm(low, high),
         cmap="RdBu_r",
     )
-    bar = figure.colorbar(mesh, label="load relative to the mean (1.0 = balanced)")
+    bar = figure.colorbar(cells, label="load relative to the mean (1.0 = balanced)")
     bar.set_ticks(list(_LOAD_TICKS), labels=list(_LOAD_TICKS.values()), minor=False)
     bar.minorticks_off()
     return figure
 
 
 def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
-    """How evenly the experts of a layer are used."""
+    """Draws how evenly the experts of a layer are used."""
     if not _has(lines, layer_key(layer, LOAD_CV)):
         return None
     num_experts = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))[1].shape[1]
@@ -315,47 +367,30 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
         f"dead experts\n(of {num_experts})",
         "drop rate\n(of assignments)",
     )
-    _plot(
-        cv,
-        lines,
-        layer_key(layer, IMPORTANCE_CV),
-        color="tab:green",
-        linewidth=4,
-        alpha=0.4,
-        label="importance",
-    )
-    _plot(cv, lines, layer_key(layer, LOAD_CV), color="tab:blue", label="load")
-    _plot(load, lines, layer_key(layer, LOAD_MAX), color="tab:red", label="largest")
-    for percent, color in _PERCENTILES.items():
-        _plot(
-            load,
-            lines,
-            layer_key(layer, load_percentile(percent)),
-            color=color,
-            label=f"{percent}th percentile",
-        )
-    steps, low = _series(lines, layer_key(layer, load_percentile(10)))
-    load.fill_between(
-        steps,
-        low,
-        _series(lines, layer_key(layer, load_percentile(90)))[1],
-        color="gray",
-        alpha=0.2,
-    )
+    wide: dict[str, Any] = dict(color="tab:green", linewidth=4, alpha=0.4)
+    _plot(cv, lines, layer_key(layer, IMPORTANCE_CV), label="importance", **wide)
+    _plot(cv, lines, layer_key(layer, LOAD_CV), label="load", color="tab:blue")
+    _plot(load, lines, layer_key(layer, LOAD_MAX), label="largest", color="tab:red")
+    for percent, color in _PERCENTILE_COLORS.items():
+        key = layer_key(layer, load_percentile(percent))
+        _plot(load, lines, key, label=f"{percent}th percentile", color=color)
+    steps_n, low_n = _series(lines, layer_key(layer, load_percentile(10)))
+    _, high_n = _series(lines, layer_key(layer, load_percentile(90)))
+    load.fill_between(steps_n, low_n, high_n, color="gray", alpha=0.2)
     _plot(dead, lines, layer_key(layer, DEAD_EXPERTS), color="tab:purple")
     _plot(dropped, lines, layer_key(layer, DROP_RATE), color="tab:brown")
-    for axes in (cv, load):
-        axes.legend(**_OUTSIDE)
+    cv.legend(**_OUTSIDE)
+    load.legend(**_OUTSIDE)
     _from_zero(cv)
-    _log_where_it_helps(load)
+    _log_if_wide(load)
     _count_from_zero(dead)
-    _from_zero(dropped, least_top=0.01)
+    _from_zero(dropped, min_top=0.01)
     dropped.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
 def _norms(lines: list[dict], name: str) -> Figure | None:
-    """How far the LayerNorms of blocks have gone apart."""
+    """Draws the divergence of the LayerNorms of blocks."""
     keys = sorted({key for line in lines for key in line if key.startswith(NORMS_PREFIX)})
     if not keys:
         return None
@@ -368,107 +403,104 @@ def _norms(lines: list[dict], name: str) -> Figure | None:
 
 
 def _speed(lines: list[dict], name: str) -> Figure | None:
+    """Draws throughput and TFLOPS."""
     unit = throughput_unit(lines)
     if not _has(lines, throughput_key(unit)):
         return None
-    figure, (speed, flops) = _panels(
+    figure, (speed, tflops) = _panels(
         f"{name}: speed of training steps",
         f"{unit} per second\n(all ranks)",
         "TFLOPS per device\n(10¹² operations / s)",
     )
     _plot(speed, lines, throughput_key(unit), color="tab:blue")
-    _plot(flops, lines, TFLOPS_PER_DEVICE, color="tab:green")
+    _plot(tflops, lines, TFLOPS_PER_DEVICE, color="tab:green")
     speed.yaxis.set_major_formatter("{x:,.0f}")
-    for axes in (speed, flops):
-        _from_zero(axes)
+    _from_zero(speed)
+    _from_zero(tflops)
     return figure
 
 
 def _optimizer(lines: list[dict], name: str) -> Figure | None:
+    """Draws learning rate and gradient norm, and skipped steps if there are any."""
     if not _has(lines, LEARNING_RATE):
         return None
-    skipped = (
-        ["skipped steps\n(so far)"] if any(line.get(SKIPPED_STEPS, 0) > 0 for line in lines) else []
-    )
-    figure, (lr, norm, *rest) = _panels(
-        f"{name}: optimizer", "learning rate", "gradient norm\n(before clipping)", *skipped
-    )
+    ylabels = ["learning rate", "gradient norm\n(before clipping)"]
+    has_skipped = any(line.get(SKIPPED_STEPS, 0) > 0 for line in lines)
+    if has_skipped:
+        ylabels.append("skipped steps\n(so far)")
+    figure, panels = _panels(f"{name}: optimizer", *ylabels)
+    lr = panels[0]
+    norm = panels[1]
     _plot(lr, lines, LEARNING_RATE, color="tab:blue")
     lr.yaxis.set_major_formatter("{x:g}")
     _from_zero(lr)
     _plot(norm, lines, GRAD_NORM, color="tab:red")
-    _log_where_it_helps(norm)
-    for axes in rest:
-        _plot(axes, lines, SKIPPED_STEPS, color="tab:purple")
-        _count_from_zero(axes)
+    _log_if_wide(norm)
+    if has_skipped:
+        _plot(panels[2], lines, SKIPPED_STEPS, color="tab:purple")
+        _count_from_zero(panels[2])
     return figure
 
 
 def _traffic(lines: list[dict], name: str) -> Figure | None:
-    """Bytes sent to other ranks, stacked by direction, by link where there are several, and by place likewise: the use
-    of a layer, or a matrix of the vocabulary."""
-    having, sent = bytes_sent_series(lines)
-    if not any(values.any() for values in sent.values()):
+    """Draws the bytes sent to other ranks, stacked by direction.
+
+    If there are several links or several places (layers, groups of parameters), they are stacked in
+    panels below.
+    """
+    lines, sent = bytes_sent_series(lines)
+    if not any(bytes_n.any() for bytes_n in sent.values()):
         return None
-    stacks: list[dict[str, np.ndarray]] = [{}, {}, {}]
-    for labels, values in sent.items():
-        for stack, label in zip(stacks, labels, strict=True):
-            stack[label] = stack.get(label, 0) + values
-    stacks = stacks[:1] + [stack for stack in stacks[1:] if len(stack) > 1]
+    by_direction: dict[str, np.ndarray] = {}
+    by_link: dict[str, np.ndarray] = {}
+    by_place: dict[str, np.ndarray] = {}
+    for (direction, link, place), bytes_n in sent.items():
+        by_direction[direction] = by_direction.get(direction, 0) + bytes_n
+        by_link[link] = by_link.get(link, 0) + bytes_n
+        by_place[place] = by_place.get(place, 0) + bytes_n
+    stacks = [by_direction] + [stack for stack in (by_link, by_place) if len(stack) > 1]
     size, unit = byte_unit(np.sum(list(sent.values()), axis=0).max())
-    figure, panels = _panels(
-        f"{name}: sent to other ranks", *[f"sent by all ranks\n({unit} per step)"] * len(stacks)
-    )
-    edges = _edges(np.array([line["step"] for line in having]))
+    ylabels = [f"sent by all ranks\n({unit} per step)"] * len(stacks)
+    figure, panels = _panels(f"{name}: sent to other ranks", *ylabels)
+    edges = _edges(np.array([line["step"] for line in lines]))
     for axes, stack in zip(panels, stacks, strict=True):
-        _stack(axes, edges, {label: values / size for label, values in stack.items()})
+        _stack(axes, edges, {label: bytes_n / size for label, bytes_n in stack.items()})
     return figure
 
 
 def _step_time(lines: list[dict], name: str) -> Figure | None:
-    """Milliseconds of a step by part (`clock`)."""
-    having = [line for line in lines if step_milliseconds(line) is not None]
-    if not having:
+    """Draws the milliseconds of a step, stacked by part."""
+    lines = [line for line in lines if step_milliseconds(line) is not None]
+    if not lines:
         return None
-    keys = [time_key(part) for part in PARTS]
-    figure, (axes,) = _panels(
-        f"{name}: time of a training step by part", "milliseconds per step\n(mean of the ranks)"
-    )
-    times = {key: np.nan_to_num(_series(having, key)[1]) for key in keys}
-    _stack(
-        axes,
-        _edges(np.array([line["step"] for line in having])),
-        dict(zip(PARTS, times.values(), strict=True)),
-    )
-    _cut_start(axes, sum(times.values(), np.zeros(len(having))))
+    title = f"{name}: time of a training step by part"
+    figure, (axes,) = _panels(title, "milliseconds per step\n(mean of the ranks)")
+    part_ms = {part: np.nan_to_num(_series(lines, time_key(part))[1]) for part in PARTS}
+    _stack(axes, _edges(np.array([line["step"] for line in lines])), part_ms)
+    _cut_first_steps(axes, sum(part_ms.values(), np.zeros(len(lines))))
     return figure
 
 
 def _memory(lines: list[dict], name: str) -> Figure | None:
-    """The most that each rank has held."""
-    peaks = [
-        (line["step"], line[PEAK_BYTES_BY_RANK]) for line in lines if PEAK_BYTES_BY_RANK in line
-    ]
-    if not peaks:
+    """Draws the peak memory of the largest and of the smallest rank."""
+    lines = [line for line in lines if PEAK_BYTES_BY_RANK in line]
+    if not lines:
         return None
-    size, unit = byte_unit(max(float(peak_P.max()) for _, peak_P in peaks))
-    figure, (axes,) = _panels(f"{name}: memory of a rank", f"most held so far\n({unit})")
-    for label, color in (
-        ("largest", "tab:red"),
-        ("smallest", "tab:blue"),
-    ):  # ranks may be others after a resumption
-        held = [
-            {"step": step, label: (max if label == "largest" else min)(peak_P) / size}
-            for step, peak_P in peaks
-        ]
-        _plot(axes, held, label, color=color, label=f"{label} rank")
+    size, unit = byte_unit(max(float(line[PEAK_BYTES_BY_RANK].max()) for line in lines))
+    figure, (axes,) = _panels(f"{name}: memory of a rank", f"peak memory so far\n({unit})")
+    # a resumed run may have other ranks, so the curves are not those of one rank
+    for label, select, color in (("largest", max, "tab:red"), ("smallest", min, "tab:blue")):
+        points = []
+        for line in lines:
+            points.append({"step": line["step"], label: select(line[PEAK_BYTES_BY_RANK]) / size})
+        _plot(axes, points, label, color=color, label=f"{label} rank")
     axes.legend(**_OUTSIDE)
     _from_zero(axes)
     return figure
 
 
 def _stack(axes: Axes, edges: np.ndarray, values: dict[str, np.ndarray]) -> None:
-    """Areas on top of each other, and their legend in the same order."""
+    """Draws areas on top of each other, and a legend in the same order."""
     base = np.zeros(len(edges) - 1)
     for i, (label, height) in enumerate(values.items()):
         color = colormaps["viridis"](i / max(1, len(values) - 1))

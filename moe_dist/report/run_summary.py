@@ -1,7 +1,7 @@
-"""What run folders tell: their metrics, config and layout, and the numbers that a reader asks for first.
+"""Contents of a run folder (metrics, config, layout) and the figures that a report shows first.
 
-What a run's config holds is read field by field, by the names that `Config` has, and what looks like a token or a key
-is hidden; nothing is read from the environment.
+Config fields are read one by one, by their names in `Config`, and text that looks like a token or a
+key is hidden. Nothing is read from the environment.
 
 Legend: P ranks.
 """
@@ -40,8 +40,10 @@ from moe_dist.monitoring.metric_keys import (
 from moe_dist.monitoring.metrics_file import FILE_NAME, read_metrics
 from moe_dist.monitoring.step_timer import PARTS
 
-# whole numbers of a layout.json, from 1
-_COUNTS = (
+SPLITS = ("train", "valid", "test", "mismatched")
+
+# fields of layout.json that are integers >= 1
+_LAYOUT_COUNTS = (
     "world",
     "nodes",
     "ep",
@@ -51,42 +53,59 @@ _COUNTS = (
     "samples_per_rank",
     "parameters",
 )
-_HEX = re.compile(r"\b[0-9a-fA-F]{32,}\b")  # may be a key, or name a folder
+_REMOVE_LAYOUT = "remove the file; the report will have no layout"
+_HEX = re.compile(r"\b[0-9a-fA-F]{32,}\b")  # may be a key, also as part of a path
+
+Rows = Iterator[tuple[str, str]]  # (name, value) for people
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run folder tells."""
+    """The contents of a run folder.
+
+    Attributes:
+        name: Name for people.
+        lines: Lines of the metrics file.
+        config: Values of the config by dotted key; empty if the config cannot be read.
+        layout: The report of `training.model_stats.describe_layout`; empty if there is none.
+    """
 
     name: str
-    lines: list[dict]  # of its metrics
-    config: dict[str, Any]  # by dotted key; empty where it cannot be read
-    layout: dict[str, Any]  # as `summary.describe` has it; empty in older runs
+    lines: list[dict]
+    config: dict[str, Any]
+    layout: dict[str, Any]
 
     def last(self, key: str) -> Any:
-        """The newest value, None where there is none."""
-        return next((line[key] for line in reversed(self.lines) if key in line), None)
+        """Returns the newest value of a key; None if no line has it."""
+        for line in reversed(self.lines):
+            if key in line:
+                return line[key]
+        return None
 
     def median(self, key: str) -> float | None:
-        """Of the finite ones."""
+        """Returns the median of the finite values of a key; None if there are none."""
         values = np.array([line[key] for line in self.lines if key in line], dtype=float)
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else None
 
-    def layers(self, what: str) -> list[float]:
-        """The newest `what` of each MoE layer."""
-        return [self.last(layer_key(layer, what)) for layer in layers_with(self.lines, what)]
+    def layers(self, statistic: str) -> list[float]:
+        """Returns the newest value of a statistic for each MoE layer that has it."""
+        layers = layers_with(self.lines, statistic)
+        return [self.last(layer_key(layer, statistic)) for layer in layers]
 
 
 def read_run(folder: Path, name: str | None = None) -> RunSummary:
-    """Reads what a run folder has of a run.
+    """Reads a run folder.
 
     Args:
         folder: The run folder.
-        name: A name to use instead of the folder's.
+        name: Name to show; None for the folder's name.
+
+    Returns:
+        The contents of the folder.
 
     Raises:
-        ValueError: The folder has no metrics yet, or its metrics or its layout are damaged.
+        ValueError: The run has no metrics yet, or its metrics or its layout are damaged.
     """
     lines = read_metrics(folder)
     if not lines:
@@ -94,155 +113,195 @@ def read_run(folder: Path, name: str | None = None) -> RunSummary:
             f"metrics file {folder / FILE_NAME} is empty: wait until the run has logged a step"
         )
     return RunSummary(
-        _text(name) if name else name_of(folder),
-        lines,
-        _config(folder / "config.json"),
-        _layout(folder / "layout.json"),
+        name=_printable(name) if name else name_of(folder),
+        lines=lines,
+        config=_read_config(folder / "config.json"),
+        layout=_read_layout(folder / "layout.json"),
     )
 
 
 def name_of(folder: Path) -> str:
-    """Returns the name of a run folder as text that can be written: a name on disk may hold bytes that are no text."""
-    return _text(folder.resolve().name)
+    """Returns the name of a run folder as valid Unicode text."""
+    return _printable(folder.resolve().name)
 
 
-def _text(value: str) -> str:
+def _printable(value: str) -> str:
+    """Replaces surrogates (from file names that are not UTF-8) by question marks."""
     return value.encode("utf-8", "replace").decode()
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """Returns the fields of a config without secrets. Empty for a file that is no config of this version, which the
-    report can do without, and of which nothing is shown."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """Returns the fields of a config without secrets; empty for a file that is not a config.
+
+    A report can be drawn without the config, and nothing of an unknown file may be shown.
+    """
     try:
         config = from_json(read(path).decode())
     except (OSError, ValueError, RecursionError):
         return {}
-    fields = {key: value_of(config, key) for key in dotted_keys(config)}
-    return {
-        key: _shown(value) if isinstance(value, str) else value for key, value in fields.items()
-    }
+    fields = {}
+    for key in dotted_keys(config):
+        value = value_of(config, key)
+        fields[key] = _without_secrets(value) if isinstance(value, str) else value
+    return fields
 
 
-def _shown(value: str) -> str:
-    """Returns the text without keys, as text that can be written."""
-    return _HEX.sub("(hidden)", redact(_text(value), "(hidden)"))
+def _without_secrets(value: str) -> str:
+    return _HEX.sub("(hidden)", redact(_printable(value), "(hidden)"))
 
 
-def _layout(path: Path) -> dict[str, Any]:
-    """Returns what `summary.describe` wrote. Empty where there is no such file, as in runs of older versions.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+def _read_layout(path: Path) -> dict[str, Any]:
+    """Returns the checked contents of layout.json; empty if there is no such file."""
     if not path.exists():
         return {}
     layout = read_json(path)
     if not isinstance(layout, dict):
-        raise ValueError(
-            f"{path}: {layout!r:.80} is no layout; remove it, and the report does without"
-        )
-    expected = dict.fromkeys(_COUNTS, 1) | {"zero_stage": 0}
+        raise ValueError(f"{path} is not a layout: {layout!r:.80}; {_REMOVE_LAYOUT}")
+    minimums = dict.fromkeys(_LAYOUT_COUNTS, 1) | {"zero_stage": 0}
     if "num_experts" in layout:
-        expected |= {"num_experts": 1, "experts_per_token": 1}
-    for key, least in expected.items():
-        if not _is_count(layout.get(key), least):
-            told = f"{key}={layout.get(key)!r:.80} is no whole number from {least}"
-            raise ValueError(f"{path}: {told}; remove the file, and the report does without")
-    per_rank: Any = layout.get("per_rank")
-    sizes: Any = per_rank.get("memory_bytes") if isinstance(per_rank, dict) else None
-    whole = isinstance(sizes, dict) and all(kind.isprintable() for kind in sizes)
-    whole = whole and all(
-        _is_count(size, 0) for size in (per_rank.get("parameters"), *sizes.values())
+        minimums |= {"num_experts": 1, "experts_per_token": 1}
+    for key, minimum in minimums.items():
+        value = layout.get(key)
+        if not _is_count(value, minimum):
+            reason = f"{key}={value!r:.80} is not an integer >= {minimum}"
+            raise ValueError(f"{path}: {reason}; {_REMOVE_LAYOUT}")
+    is_valid = (
+        layout["ep"] * layout["edp"] == layout["world"]
+        and layout.get("dtype") in ("fp32", "bf16")
+        and _is_per_rank(layout.get("per_rank"))
     )
-    whole = whole and layout["ep"] * layout["edp"] == layout["world"]
-    if not whole or layout.get("dtype") not in ("fp32", "bf16"):
-        raise ValueError(f"{path} is no layout of a run; remove it, and the report does without")
+    if not is_valid:
+        raise ValueError(f"{path} is not the layout of a run; {_REMOVE_LAYOUT}")
     return layout
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**63
+def _is_per_rank(per_rank: Any) -> bool:
+    """Returns whether a value has the parameters and the memory of a rank."""
+    if not isinstance(per_rank, dict) or not isinstance(per_rank.get("memory_bytes"), dict):
+        return False
+    sizes = per_rank["memory_bytes"]
+    if not all(kind.isprintable() for kind in sizes):
+        return False
+    return all(_is_count(size, 0) for size in (per_rank.get("parameters"), *sizes.values()))
 
 
-def headline_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
-    """What it comes to: names and numbers for people, as have the three below."""
+def _is_count(value: Any, minimum: int) -> bool:
+    return type(value) is int and minimum <= value < 2**63
+
+
+def headline_rows(run: RunSummary) -> Rows:
+    """Yields the names and values of the most important figures of a run."""
     layout = run.layout
     steps = run.config.get("steps")
     yield "steps", f"{run.lines[-1]['step']}" + (f" of {steps}" if steps else "")
-    for split in ("train", "valid", "test", "mismatched"):
-        for what in ("loss", *METRIC_FORMATS):
-            if (value := run.last(f"{split}/{what}")) is not None:
-                yield f"{split} {what.replace('_', ' ')}, last", format_metric(what, value)
+    yield from _metric_rows(run)
     if layout:
         yield "ranks", describe_ranks(layout)
         yield "ZeRO stage, precision", f"{layout.get('zero_stage')}, {layout.get('dtype')}"
         yield "parameters", f"{layout.get('parameters', 0):,}"
     if "num_experts" in layout:
         yield "experts", f"{layout['num_experts']:,}, {layout['experts_per_token']} for each token"
+    yield from _cost_rows(run)
+    yield from _balance_rows(run)
+    skipped = run.last(SKIPPED_STEPS)
+    if skipped:
+        source = run.last(NONFINITE_SOURCE)
+        yield "skipped steps", f"{skipped:.0f}" + (f" (last: {source})" if source else "")
+
+
+def _metric_rows(run: RunSummary) -> Rows:
+    """Yields the last loss and metrics of each split."""
+    for split in SPLITS:
+        for metric in ("loss", *METRIC_FORMATS):
+            value = run.last(f"{split}/{metric}")
+            if value is not None:
+                yield f"{split} {metric.replace('_', ' ')}, last", format_metric(metric, value)
+
+
+def _cost_rows(run: RunSummary) -> Rows:
+    """Yields throughput, time, traffic and memory."""
     unit = throughput_unit(run.lines)
-    if (speed := run.median(throughput_key(unit))) is not None:
-        yield f"{unit} per second, median", f"{speed:,.0f}"
-    if (flops := run.median(TFLOPS_PER_DEVICE)) is not None:
-        yield "TFLOPS per device, median", f"{flops:.3g}"
-    if parts := _medians(run):
-        yield "milliseconds per step, median", f"{sum(parts.values()):,.1f}"
-    by_link = _by_link(run)
-    if by_link:
-        yield "sent per step by all ranks", format_bytes(sum(by_link.values()))
-    if (peak := run.last(MAX_PEAK_BYTES)) is not None:
-        yield "memory of the largest rank", format_bytes(peak)
-    if loads := run.layers(LOAD_MAX):
-        yield "largest load over the mean, last", f"{max(loads):.3g}"
+    throughput = run.median(throughput_key(unit))
+    if throughput is not None:
+        yield f"{unit} per second, median", f"{throughput:,.0f}"
+    tflops = run.median(TFLOPS_PER_DEVICE)
+    if tflops is not None:
+        yield "TFLOPS per device, median", f"{tflops:.3g}"
+    part_ms = _median_ms(run)
+    if part_ms:
+        yield "milliseconds per step, median", f"{sum(part_ms.values()):,.1f}"
+    bytes_by_link = _bytes_by_link(run)
+    if bytes_by_link:
+        yield "sent per step by all ranks", format_bytes(sum(bytes_by_link.values()))
+    peak_bytes = run.last(MAX_PEAK_BYTES)
+    if peak_bytes is not None:
+        yield "memory of the largest rank", format_bytes(peak_bytes)
+
+
+def _balance_rows(run: RunSummary) -> Rows:
+    """Yields the load balance of the worst MoE layer."""
+    max_loads = run.layers(LOAD_MAX)
+    if max_loads:
+        yield "largest load over the mean, last", f"{max(max_loads):.3g}"
         yield "dead experts, last", f"{sum(run.layers(DEAD_EXPERTS)):.0f}"
         yield "drop rate, last", f"{100 * max(run.layers(DROP_RATE)):.2f} %"
-    if skipped := run.last(SKIPPED_STEPS):
-        where = run.last(NONFINITE_SOURCE)
-        yield "skipped steps", f"{skipped:.0f}" + (f" (last: {where})" if where else "")
 
 
 def describe_ranks(layout: dict[str, Any]) -> str:
-    """How many, where, and on which axes."""
+    """Returns the number of ranks, nodes and ranks per axis, for people."""
     nodes = layout.get("nodes", 1)
-    of = f"edp {layout.get('edp')} x ep {layout.get('ep')}"
-    return f"{layout.get('world')} on {nodes} node{'s' if nodes != 1 else ''}: {of}"
+    axes = f"edp {layout.get('edp')} x ep {layout.get('ep')}"
+    return f"{layout.get('world')} on {nodes} node{'s' if nodes != 1 else ''}: {axes}"
 
 
-def _medians(run: RunSummary) -> dict[str, float]:
-    """Milliseconds a step by part."""
-    return {part: value for part in PARTS if (value := run.median(time_key(part))) is not None}
+def _median_ms(run: RunSummary) -> dict[str, float]:
+    """Returns the median milliseconds per step of each part that was measured."""
+    medians = {}
+    for part in PARTS:
+        median = run.median(time_key(part))
+        if median is not None:
+            medians[part] = median
+    return medians
 
 
-def step_time_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
-    """Of the parts of a step."""
-    parts = _medians(run)
-    total = sum(parts.values())
-    for part, value in parts.items():
-        yield f"{part}, median", f"{value:,.2f} ms  ({100 * value / max(total, 1e-9):.1f} %)"
+def step_time_rows(run: RunSummary) -> Rows:
+    """Yields the time of each part of a step."""
+    part_ms = _median_ms(run)
+    total_ms = sum(part_ms.values())
+    for part, milliseconds in part_ms.items():
+        percent = 100 * milliseconds / max(total_ms, 1e-9)
+        yield f"{part}, median", f"{milliseconds:,.2f} ms  ({percent:.1f} %)"
 
 
-def _by_link(run: RunSummary) -> dict[str, float]:
-    """Bytes a step of all ranks, the mean of the lines."""
+def _bytes_by_link(run: RunSummary) -> dict[str, float]:
+    """Returns the bytes sent per step by all ranks for each kind of link, mean over the lines."""
     totals = dict.fromkeys(LINK_KINDS, 0.0)
     _, sent = bytes_sent_series(run.lines)
-    for (_, link, _), values in sent.items():
-        totals[link] += float(values.mean())
+    for (_, link, _), bytes_n in sent.items():
+        totals[link] += float(bytes_n.mean())
     return totals if sent else {}
 
 
-def traffic_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
-    """Bytes of a step, by link, and by direction and link."""
-    for link, total in _by_link(run).items():
+def traffic_rows(run: RunSummary) -> Rows:
+    """Yields the bytes sent per step by link, and by direction and link.
+
+    The MoE layers are summed; parameters are listed by their place.
+    """
+    for link, total in _bytes_by_link(run).items():
         yield f"{link}, per step", format_bytes(total)
     totals: defaultdict[str, float] = defaultdict(float)
     _, sent = bytes_sent_series(run.lines)
-    for (direction, link, place), values in sent.items():
-        what = direction if direction in DISPATCH_DIRECTIONS else f"{place}: {direction}"
-        totals[f"{what}, {link}"] += float(values.mean())
-    yield from ((what, format_bytes(total)) for what, total in totals.items() if total)
+    for (direction, link, place), bytes_n in sent.items():
+        is_layer = direction in DISPATCH_DIRECTIONS
+        source = direction if is_layer else f"{place}: {direction}"
+        totals[f"{source}, {link}"] += float(bytes_n.mean())
+    for name, total in totals.items():
+        if total:
+            yield name, format_bytes(total)
 
 
-def memory_rows(run: RunSummary) -> Iterator[tuple[str, str]]:
-    """Of a rank."""
+def memory_rows(run: RunSummary) -> Rows:
+    """Yields the measured peak memory and the estimated memory of a rank."""
     peak_P = run.last(PEAK_BYTES_BY_RANK)
     if peak_P is not None:
         yield "measured, largest rank", format_bytes(float(max(peak_P)))

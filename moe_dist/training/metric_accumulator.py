@@ -1,14 +1,19 @@
-"""Sums between two log lines, over micro-batches and ranks: two all-reduces per line, none per step.
+"""Accumulation of metrics over micro-batches, steps and ranks, between two log lines.
 
-The keys of a MoE layer, `moe/LAYER/KEY`, are measured in training only; a "step" is all micro-batches on all ranks:
+A log line needs two all-reduces; a step needs none. The statistics of an MoE layer,
+`moe/LAYER/STATISTIC`, are measured in training only. They count all micro-batches of a step on all
+ranks:
 
-    importance_cv, load_cv, load_max_over_mean, load_p10_, load_p50_, load_p90_over_mean
-                        the value of each step (as in Table 6 of Shazeer et al. 2017), averaged over the line's steps
-    importance_per_expert, tokens_per_expert
-                        the sum over the steps of the line, by expert
-    dead_experts        experts without a row in all steps of the line
-    dropped             assignments over capacity in a step, averaged over the steps of the line
-    drop_rate           the part of all assignments of the line that is over capacity
+    importance_cv, load_cv,         value of each step (as in Table 6 of Shazeer et al. 2017),
+    load_max_over_mean,             averaged over the steps of the line
+    load_p10_over_mean, ..p50, ..p90
+    importance_per_expert,          sum over the steps of the line, by expert
+    tokens_per_expert
+    dead_experts                    experts without a token in all steps of the line
+    dropped                         assignments over capacity per step
+    drop_rate                       fraction of the assignments of the line that are over capacity
+
+Legend: E experts, S steps, P percentiles.
 """
 
 import contextlib
@@ -45,164 +50,203 @@ from moe_dist.monitoring.metric_keys import (
     throughput_key,
     time_key,
 )
+from moe_dist.monitoring.step_timer import PARTS
 
-SUMS = "sums/"  # before the names of a task's
-MOST_PENDING = 2**23  # numbers of steps that are not summed over ranks yet (64 MiB)
+TASK_SUMS = "sums/"  # prefix of the task's sums
+MAX_PENDING = 2**23  # numbers of steps that are not reduced yet (64 MiB of float64)
 RATIOS = (
     IMPORTANCE_CV,
     LOAD_CV,
     LOAD_MAX,
     *(load_percentile(percent) for percent in LOAD_PERCENTILES),
 )
+_BALANCE = "balance"
+
+Metrics = dict[str, float | list[float]]
 
 
 class MetricAccumulator:
-    """Adds up what micro-batches tell; `read` gives the means over all ranks since the last reading."""
+    """Accumulates metrics of micro-batches; `reduce_and_reset` reduces and averages them."""
 
     def __init__(self, mesh: Mesh, task: Any, flops_per_unit: int = 0) -> None:
-        """`task`: a `tasks.Task`; `flops_per_unit`: of it, forward and backward, as `summary.counts` has it."""
-        self.mesh, self.task, self.flops_per_unit = mesh, task, flops_per_unit
-        self._clear()
+        """Creates an empty accumulator.
 
-    def _clear(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.used: dict[
-            str, torch.Tensor
-        ] = {}  # importance and load (2, E) of the step so far, by layer
-        self.pending: list[
-            dict[str, torch.Tensor]
-        ] = []  # `used` of steps that are not summed over ranks yet
-        self.layers: dict[
-            str, torch.Tensor
-        ] = {}  # importance and load (2, E), summed over ranks and steps
-        self.ratios: dict[str, torch.Tensor] = {}  # RATIOS of each layer, summed over steps
+        Args:
+            mesh: The mesh of the run.
+            task: A `tasks.task.Task`; it computes its metrics from its sums.
+            flops_per_unit: Floating point operations of forward and backward per unit of work (see
+                `training.model_stats.count_params_and_flops`).
+        """
+        self.mesh = mesh
+        self.task = task
+        self.flops_per_unit = flops_per_unit
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}  # float64, of this rank
+        # importance and load by layer, (2, E): of the current step on this rank, of the steps that
+        # are not reduced yet on this rank, and of all other steps, over all ranks
+        self.usage: dict[str, torch.Tensor] = {}
+        self.pending: list[dict[str, torch.Tensor]] = []
+        self.total_usage: dict[str, torch.Tensor] = {}
+        self.ratios: dict[str, torch.Tensor] = {}  # RATIOS by layer, summed over steps
         self.steps = 0
-        self.seconds, self.sent = 0.0, Counter[TrafficKey]()
+        self.seconds = 0.0
+        self.sent = Counter[TrafficKey]()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step: counts it, its seconds and those of its parts, and the bytes that it sends."""
-        start, sent = time.perf_counter(), self.mesh.bytes_sent
+        """Context manager for one training step: measures its time, its parts and its traffic."""
+        start = time.perf_counter()
+        sent_before = self.mesh.bytes_sent
         with self.mesh.step_timer.step():
             yield
         self.steps += 1
         self.seconds += time.perf_counter() - start
-        for key, total in self.mesh.bytes_sent.items():
-            self.sent[key] += total - sent[key]
-        self.pending.append(self.used)
-        self.used = {}
-        if (
-            len(self.pending) * sum(used.numel() for used in self.pending[0].values())
-            > MOST_PENDING
-        ):
-            self._sum_pending()
+        for key, num_bytes in self.mesh.bytes_sent.items():
+            self.sent[key] += num_bytes - sent_before[key]
+        self.pending.append(self.usage)
+        self.usage = {}
+        numel_per_step = sum(usage_2E.numel() for usage_2E in self.pending[0].values())
+        if len(self.pending) * numel_per_step > MAX_PENDING:
+            self._reduce_pending()
 
-    def _sum_pending(self) -> None:
-        """Sums the pending steps over all ranks, then adds them up and their ratios. A collective."""
+    def _reduce_pending(self) -> None:
+        """Reduces the pending steps over all ranks and adds them to the totals. A collective."""
         if not self.pending or not self.pending[0]:
             return
-        stacks = {
-            name: torch.stack([used[name] for used in self.pending]) for name in self.pending[0]
-        }
-        flat = all_reduce_sum(
-            torch.cat([stack.flatten() for stack in stacks.values()]), self.mesh.dp
-        )
-        summed = flat.split([stack.numel() for stack in stacks.values()])
-        for (name, stack), part in zip(stacks.items(), summed, strict=True):
-            used_S2E = part.view_as(stack)
-            self.layers[name] = used_S2E.sum(0) + self.layers.get(name, 0)
-            self.ratios[name] = _ratios(*used_S2E.unbind(1)).sum(0) + self.ratios.get(name, 0)
+        stacks: dict[str, torch.Tensor] = {}  # (S, 2, E) by layer
+        for name in self.pending[0]:
+            stacks[name] = torch.stack([usage[name] for usage in self.pending])
+        for name, usage_S2E in self._all_reduce(stacks).items():
+            self.total_usage[name] = usage_S2E.sum(0) + self.total_usage.get(name, 0)
+            ratios = _ratios(*usage_S2E.unbind(1)).sum(0)
+            self.ratios[name] = ratios + self.ratios.get(name, 0)
         self.pending.clear()
+
+    def _all_reduce(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sums float64 tensors over all ranks with one all-reduce; returns them by their names."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+        parts = all_reduce_sum(flat, self.mesh.dp).split([t.numel() for t in tensors.values()])
+        reduced = {}
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True):
+            reduced[name] = part.view_as(tensor)
+        return reduced
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         value = value.detach().double()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def add(self, sums: dict[str, torch.Tensor], stats: dict[str, LayerStats]) -> None:
-        """One micro-batch of this rank: the task's sums, statistics by layer name."""
+        """Adds one micro-batch of this rank.
+
+        Args:
+            sums: The task's sums by name, scalars.
+            stats: Statistics of the MoE layers by layer name.
+        """
         for name, value in sums.items():
-            self._add(f"{SUMS}{name}", value)
+            self._add(f"{TASK_SUMS}{name}", value)
         for name, layer in stats.items():
             # the balance loss is the same on every rank
-            self._add("balance", layer.balance_loss / self.mesh.dp.size)
+            self._add(_BALANCE, layer.balance_loss / self.mesh.dp.size)
             self._add(f"{name}/dropped", layer.dropped)
-            used = torch.stack([layer.importance_E.double(), layer.load_E.double()])
-            self.used[name] = used + self.used.get(name, 0)
+            usage_2E = torch.stack([layer.importance_E.double(), layer.load_E.double()])
+            self.usage[name] = usage_2E + self.usage.get(name, 0)
 
-    def reduce_and_reset(self, prefix: str = "train") -> dict[str, float | list[float]]:
-        """The task's measures, speed, and the load of each layer; then starts anew. A collective: all ranks must call
-        it.
+    def reduce_and_reset(self, prefix: str = "train") -> Metrics:
+        """Reduces the metrics over all ranks and resets the accumulator. A collective.
 
-        Of steps also "time/PART_ms", milliseconds a step, the mean of the ranks, for each of `clock.PARTS`, and
-        "memory/peak_bytes_by_rank", a list (`peak_memory`), with the largest as "memory/max_peak_bytes".
+        Args:
+            prefix: First part of the keys of the task's metrics.
+
+        Returns:
+            The task's metrics. If steps were measured, also throughput, milliseconds per part of a
+            step (mean over ranks), bytes sent per step (sum over ranks), peak memory by rank, the
+            balance loss, and the statistics of each MoE layer.
         """
-        by_name = {bytes_key(*key): num_bytes for key, num_bytes in self.sent.items()}
-        sent = dict(sorted(by_name.items()))  # one order on every rank
-        self._sum_pending()
-        sums = self.sums | {
-            k: torch.tensor(float(n), dtype=torch.float64, device=self.mesh.device)
-            for k, n in sent.items()
-        }
-        parts: dict[str, float] = {}
+        sent: dict[str, float] = {}
+        for label, num_bytes in self.sent.items():
+            sent[bytes_key(*label)] = float(num_bytes)
+        sent = dict(sorted(sent.items()))  # the same order on every rank
+        self._reduce_pending()
+        sums = self.sums | {key: self._scalar(num_bytes) for key, num_bytes in sent.items()}
         if self.steps:
-            parts = {
-                time_key(part): 1e3 * seconds
-                for part, seconds in self.mesh.step_timer.read_and_reset().items()
-            }
-            sums |= {
-                key: torch.tensor(ms, dtype=torch.float64, device=self.mesh.device)
-                for key, ms in parts.items()
-            }
-            memory = torch.zeros(self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
-            memory[self.mesh.dp.index] = peak_memory(self.mesh.device)
-            sums[PEAK_BYTES_BY_RANK] = memory  # a place for each rank
-        flat = all_reduce_sum(torch.cat([v.reshape(-1) for v in sums.values()]), self.mesh.dp)
-        total = dict(zip(sums, flat.split([v.numel() for v in sums.values()]), strict=True))
-        of_task = {
-            key.removeprefix(SUMS): total[key].item() for key in total if key.startswith(SUMS)
-        }
-        values: dict[str, float | list[float]] = {
-            f"{prefix}/{name}": value for name, value in self.task.compute_metrics(of_task).items()
-        }
+            for part, seconds in self.mesh.step_timer.read_and_reset().items():
+                sums[time_key(part)] = self._scalar(1e3 * seconds)
+            # each rank fills its own entry, so that the sum is a gather
+            peak_P = torch.zeros(self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
+            peak_P[self.mesh.dp.index] = peak_memory(self.mesh.device)
+            sums[PEAK_BYTES_BY_RANK] = peak_P
+        totals = self._all_reduce(sums)
+        task_sums = {}
+        for key, total in totals.items():
+            if key.startswith(TASK_SUMS):
+                task_sums[key.removeprefix(TASK_SUMS)] = total.item()
+        values: Metrics = {}
+        for name, value in self.task.compute_metrics(task_sums).items():
+            values[f"{prefix}/{name}"] = value
         if self.steps:
-            unit = self.task.throughput_unit
-            per_second = of_task[unit] / self.seconds
-            values[throughput_key(unit)] = per_second
-            work = (
-                of_task.get("work", of_task[unit]) / self.seconds
-            )  # units of the size that flops are counted for
-            values[TFLOPS_PER_DEVICE] = self.flops_per_unit * work / self.mesh.dp.size / 1e12
-            values |= {key: total[key].item() / self.steps for key in sent}
-            values |= {key: total[key].item() / self.steps / self.mesh.dp.size for key in parts}
-            values[PEAK_BYTES_BY_RANK] = total[PEAK_BYTES_BY_RANK].tolist()
-            values[MAX_PEAK_BYTES] = total[PEAK_BYTES_BY_RANK].max().item()
-            if "balance" in total:
-                groups = self.steps * self.task.layout.num_balance_groups
-                values[BALANCE_LOSS] = total["balance"].item() / groups
-            for name in self.layers:
-                values |= self._layer(name, total[f"{name}/dropped"].item())
-        self._clear()
+            values |= self._throughput(task_sums)
+            values |= {key: totals[key].item() / self.steps for key in sent}
+            values |= self._step_metrics(totals)
+        self._reset()
         return values
 
-    def _layer(self, name: str, dropped: float) -> dict[str, float | list[float]]:
-        """Returns the keys of one layer that the head of this file lists. `dropped`: the sum over all steps."""
-        importance_E, load_E = self.layers[name].tolist()
-        kept = sum(load_E)
-        values: dict[str, float | list[float]] = {
-            layer_key(name, key): value / self.steps
-            for key, value in zip(RATIOS, self.ratios[name].tolist(), strict=True)
+    def _scalar(self, value: float) -> torch.Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.mesh.device)
+
+    def _throughput(self, task_sums: dict[str, float]) -> Metrics:
+        """Returns the units per second of all ranks, and TFLOPS per device."""
+        unit = self.task.throughput_unit
+        num_units = task_sums[unit]
+        # "work" counts units of the size for which the FLOPs are counted, if units differ in size
+        work_per_second = task_sums.get("work", num_units) / self.seconds
+        flops_per_device = self.flops_per_unit * work_per_second / self.mesh.dp.size
+        return {
+            throughput_key(unit): num_units / self.seconds,
+            TFLOPS_PER_DEVICE: flops_per_device / 1e12,
         }
+
+    def _step_metrics(self, totals: dict[str, torch.Tensor]) -> Metrics:
+        """Returns the times, memory, balance loss and layer statistics from their totals."""
+        values: Metrics = {}
+        for part in PARTS:
+            total = totals[time_key(part)].item()
+            values[time_key(part)] = total / self.steps / self.mesh.dp.size
+        values[PEAK_BYTES_BY_RANK] = totals[PEAK_BYTES_BY_RANK].tolist()
+        values[MAX_PEAK_BYTES] = totals[PEAK_BYTES_BY_RANK].max().item()
+        if _BALANCE in totals:
+            num_groups = self.steps * self.task.layout.num_balance_groups
+            values[BALANCE_LOSS] = totals[_BALANCE].item() / num_groups
+        for name in self.total_usage:
+            values |= self._layer_statistics(name, totals[f"{name}/dropped"].item())
+        return values
+
+    def _layer_statistics(self, name: str, dropped: float) -> Metrics:
+        """Returns the statistics of one layer; `dropped` is a sum over steps and ranks."""
+        importance_E, load_E = self.total_usage[name].tolist()
+        values: Metrics = {}
+        for statistic, total in zip(RATIOS, self.ratios[name].tolist(), strict=True):
+            values[layer_key(name, statistic)] = total / self.steps
         return values | {
             layer_key(name, DEAD_EXPERTS): load_E.count(0),
             layer_key(name, IMPORTANCE_PER_EXPERT): importance_E,
             layer_key(name, TOKENS_PER_EXPERT): load_E,
             layer_key(name, DROPPED): dropped / self.steps,
-            layer_key(name, DROP_RATE): dropped / max(1, dropped + kept),
+            layer_key(name, DROP_RATE): dropped / max(1, dropped + sum(load_E)),
         }
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes, the most so far: on CUDA of tensors on the device (torch's allocator), on CPU of the whole process."""
+    """Returns the peak memory so far in bytes.
+
+    Args:
+        device: On CUDA, tensors on the device (torch's allocator) are counted; on CPU, the whole
+            process.
+
+    Returns:
+        Bytes.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -210,12 +254,15 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _ratios(importance_SE: torch.Tensor, load_SE: torch.Tensor) -> torch.Tensor:
-    """Returns the RATIOS of steps, which are 0 where a step has no rows: (S, 6), float64."""
-    shares = []
-    for x_SE in (importance_SE, load_SE):
-        mean_S1 = x_SE.mean(1, keepdim=True)
-        shares.append(x_SE / torch.where(mean_S1 > 0, mean_S1, 1))
-    importance_SE, load_SE = shares
+    """Returns the RATIOS of each step, which are 0 for a step without tokens: (S, 3 + P)."""
+    importance_SE = _over_mean(importance_SE)
+    load_SE = _over_mean(load_SE)
     percentiles_PS = load_SE.quantile(load_SE.new_tensor(LOAD_PERCENTILES) / 100, dim=1)
-    cv_importance_S, cv_load_S = (share_SE.std(1, correction=0) for share_SE in shares)
-    return torch.stack([cv_importance_S, cv_load_S, load_SE.amax(1), *percentiles_PS], 1)
+    importance_cv_S = importance_SE.std(1, correction=0)
+    load_cv_S = load_SE.std(1, correction=0)
+    return torch.stack([importance_cv_S, load_cv_S, load_SE.amax(1), *percentiles_PS], 1)
+
+
+def _over_mean(x_SE: torch.Tensor) -> torch.Tensor:
+    mean_S1 = x_SE.mean(1, keepdim=True)
+    return x_SE / torch.where(mean_S1 > 0, mean_S1, 1)

@@ -87,7 +87,7 @@ def of_steps(text: str) -> list[tuple[dict, np.ndarray]]:
             MetricAccumulator(run.mesh, run.task),
             torch.zeros(2, STEPS, 8, dtype=torch.float64),
         )
-        meters.MOST_PENDING = 0 if accumulation == 2 else 2**23
+        meters.MAX_PENDING = 0 if accumulation == 2 else 2**23
         for step in range(1, STEPS + 1):
             with meter.step():
                 for _, sums, stats in train_step(run.training, step):

@@ -350,7 +350,7 @@ def test_a_finished_run_is_not_lost_for_its_report(tmp_path, capfd):
     report_files.try_to_write_all(tmp_path)
     (warning,) = capfd.readouterr().err.splitlines()
     assert (
-        warning.startswith(f"warning: {tmp_path}/report.html and its pictures cannot be written")
+        warning.startswith(f"warning: {tmp_path}/report.html and its plots cannot be written")
         and "line 1" in warning
     )
 
