@@ -14,7 +14,7 @@ class MetricFormat:
 
     Attributes:
         name: Name for people.
-        axis: Label of the y axis of its curve.
+        axis: Label for the y axis.
         is_share: True for a fraction, which is written in per cent.
         decimals: Digits after the point; None for the caller's default format.
     """
@@ -72,7 +72,7 @@ def primary_metric(keys: Iterable[str], split: str) -> str | None:
     """Selects the metric by which models are compared.
 
     Args:
-        keys: Keys of a line of metrics.
+        keys: Keys in a line of metrics.
         split: "train", "valid", "test" or "mismatched".
 
     Returns:

@@ -12,7 +12,7 @@
     comm/PLACE/DIRECTION/LINK      bytes sent per step by all ranks; PLACE and DIRECTION are those
                                    of `distributed.labels`, LINK is `intra_node_bytes` or
                                    `inter_node_bytes`
-    norms/...                      divergence of the LayerNorms of blocks
+    norms/...                      divergence between the LayerNorms of blocks
 
 Legend: n lines.
 """
@@ -84,12 +84,12 @@ def throughput_unit(lines: list[dict]) -> str:
 
 
 def time_key(part: str) -> str:
-    """Returns the key of the milliseconds per step of one of `step_timer.PARTS`."""
+    """Returns the key of the milliseconds per step that a part takes (`step_timer.PARTS`)."""
     return f"time/{part}_ms"
 
 
 def layer_key(layer: str, statistic: str) -> str:
-    """Returns the key of one statistic of an MoE layer."""
+    """Returns the key for a statistic of an MoE layer."""
     return f"moe/{layer}/{statistic}"
 
 
@@ -111,10 +111,10 @@ def layers_with(lines: list[dict], statistic: str) -> list[str]:
 
 
 def bytes_key(place: str, direction: str, inter_node: bool) -> str:
-    """Builds the key of the bytes that one kind of collective sends.
+    """Builds the key for the bytes that one kind of collective sends.
 
     Args:
-        place: Name of the layer, the module or the kind of parameter.
+        place: Name of the layer or module, or the kind of parameter.
         direction: Kind and direction of the data, as in "dispatch" or "dispatch_backward".
         inter_node: True for bytes that leave the node.
 
@@ -131,6 +131,11 @@ def step_milliseconds(line: dict) -> float | None:
     if not all(key in line for key in keys):
         return None
     return sum(line[key] for key in keys)
+
+
+def timed_lines(lines: list[dict]) -> list[dict]:
+    """Returns the lines that have the milliseconds of all parts of a step."""
+    return [line for line in lines if step_milliseconds(line) is not None]
 
 
 def bytes_sent_series(

@@ -23,7 +23,7 @@ _MAX_KEY_CHARS = 200  # names of plot files contain the layer's name
 
 
 def read_metrics(run: pathlib.Path) -> list[dict]:
-    """Reads all lines of the metrics file of a run.
+    """Reads all lines of a run's metrics file.
 
     A killed run may leave an incomplete last line, which is ignored.
 
@@ -109,7 +109,7 @@ def open_for_append(run: pathlib.Path) -> io.FileIO:
 
 
 def truncate_after(run: pathlib.Path, step: int) -> None:
-    """Drops the lines after `step` from the metrics file of a run.
+    """Drops the lines after `step` from a run's metrics file.
 
     The file is replaced atomically, and created if it does not exist. Lines that are damaged (for
     example by a crash of the machine) are dropped with a warning, so that an automatic restart

@@ -4,19 +4,18 @@ The innermost open range is the running part; time outside all ranges is "rest",
 step add up to the step. Each part comprises its forward, its backward, and recomputation within its
 backward:
 
-  gate       scores, noise, selection and capacity; also the gates of the groups of a hierarchical
-             layer
+  gate       scores, noise, selection and capacity; in hierarchical layers also the groups' gates
   dispatch   tokens and weights to the experts and back: counts, sorting, copies, collectives, and
              waiting there for slower ranks
-  experts    computation and copies of the experts, and their weight gradients on this rank
-  optimizer  reduction of the gradients of experts and row-sparse matrices, gradient norm, update,
-             and ZeRO's work around it
+  experts    the experts' computation and copies, and their weight gradients on this rank
+  optimizer  gradient reduction for experts and row-sparse matrices, gradient norm, update, and
+             ZeRO's work around it
   rest       everything else: data, other layers, loss with its reductions, dense gradients that
              ZeRO reduces within backward
 
 Autograd runs ready nodes in the reverse order of their creation. The backward of a range is
-therefore the time between two views: the view of its first output, which is created last, and the
-view of its first argument, which is created first.
+therefore the time between two views: one around its first output, which is created last, and one
+around its first argument, which is created first.
 
 On CUDA a range ends with an event on the stream. Events are read once the stream has passed them,
 so a step never waits for them.
@@ -198,8 +197,8 @@ class _Range:
             self.profiled.__exit__(None, None, None)
 
 
-# Order of autograd: ready nodes run in the reverse order of their creation, so the prehook of a view
-# marks the beginning or the end of a range in backward. Tried with torch 2.13. Held by
+# Autograd runs ready nodes in reverse creation order, so the prehook of a view marks the beginning
+# or the end of a range in backward. Tried with torch 2.13. Held by
 # test_step_timer.py::test_each_part_has_its_forward_and_its_backward.
 def _before_backward_of(x: torch.Tensor, do: Callable[[], None]) -> torch.Tensor:
     """Returns a view of `x`; `do` is called once its gradient is complete (never without one)."""

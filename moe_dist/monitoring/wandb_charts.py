@@ -18,8 +18,8 @@ from moe_dist.monitoring.metric_keys import (
     layer_key,
     layers_with,
     load_percentile,
-    step_milliseconds,
     time_key,
+    timed_lines,
 )
 from moe_dist.monitoring.step_timer import PARTS
 
@@ -47,7 +47,7 @@ def charts(lines: list[dict]) -> dict[str, Any]:
 
 def _times(lines: list[dict]) -> tuple[list[dict], dict[str, Any]]:
     """Returns the lines that have all parts of a step, and their milliseconds by part."""
-    timed = [line for line in lines if step_milliseconds(line) is not None]
+    timed = timed_lines(lines)
     return timed, {part: _column(timed, time_key(part)) for part in PARTS}
 
 
@@ -81,9 +81,11 @@ def _chart(title: str, lines: list[dict], series: dict[str, Any]) -> Any:
     if not lines or not series:
         return None
     stride = -(-len(lines) // _MAX_POINTS)
+    steps = _column(lines[::stride], "step")
+    ys = [list(map(float, values[::stride])) for values in series.values()]
     return wandb.plot.line_series(
-        [line["step"] for line in lines[::stride]],
-        [[float(value) for value in values[::stride]] for values in series.values()],
+        steps,
+        ys,
         keys=list(series),
         title=title,
         xname="training step",

@@ -1,4 +1,4 @@
-"""Writing of the plots and of the HTML page of runs."""
+"""Functions that write the plots and the HTML page of runs."""
 
 import pathlib
 import sys

@@ -61,7 +61,7 @@ class _Section:
 
     Attributes:
         title: Its heading.
-        stems: Beginnings of the file names of its plots.
+        stems: Beginnings of its file names (without suffix).
         note: Text below the heading.
         rows: Rows of its table; None for no table.
     """
@@ -79,8 +79,8 @@ _SECTIONS = (
         "Time of a step",
         ("step_time", "speed"),
         "Each part includes its forward and its backward. Dispatch: tokens to the experts and "
-        "back, including the wait for slower ranks. Optimizer: reduction of the gradients of experts, "
-        "norm, update, and the work of ZeRO around it. Rest: data, other layers, loss, and the "
+        "back, including the wait for slower ranks. Optimizer: reduction of expert gradients, "
+        "norm, update, and ZeRO's work around it. Rest: data, other layers, loss, and the "
         "reduction of dense gradients.",
         step_time_rows,
     ),
@@ -154,10 +154,13 @@ def _anchor(name: str) -> str:
 def _render_section(
     section: _Section, runs: list[RunSummary], plots_by_run: list[dict[str, Figure]]
 ) -> str:
-    """Returns the note, table and plots of a section; empty if no run has one of its plots."""
+    """Returns note, table and plots; empty if no run has a plot of the section."""
     columns = []
     for figures in plots_by_run:
-        selected = {stem: fig for stem, fig in figures.items() if stem.startswith(section.stems)}
+        selected = {}
+        for stem, figure in figures.items():
+            if stem.startswith(section.stems):
+                selected[stem] = figure
         columns.append(_figures(selected))
     if not any(columns):
         return ""
@@ -291,7 +294,11 @@ def _differences(runs: list[RunSummary]) -> str:
     keys: dict[str, None] = {}
     for run in runs:
         keys |= dict.fromkeys(run.config)
-    differing = [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]
+    differing = []
+    for key in keys:
+        values = {str(run.config.get(key)) for run in runs}
+        if len(values) > 1:
+            differing.append(key)
 
     def rows(run: RunSummary) -> Rows:
         for key in differing:

@@ -6,6 +6,7 @@ that are not finite are gaps. Every axis has a label with its unit.
 Legend: n lines, E experts, P ranks.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ from moe_dist.monitoring.metric_keys import (
     throughput_key,
     throughput_unit,
     time_key,
+    timed_lines,
 )
 from moe_dist.monitoring.step_timer import PARTS
 
@@ -114,7 +116,7 @@ def overlay_runs(runs: dict[str, list[dict]]) -> dict[str, Figure]:
     """Draws the curves of several runs on the same axes, with a color for each run.
 
     Args:
-        runs: Lines of metrics files by the name of the run.
+        runs: Lines of metrics files by run name.
 
     Returns:
         Figures by file name without suffix; only those that show a number other than 0.
@@ -122,7 +124,7 @@ def overlay_runs(runs: dict[str, list[dict]]) -> dict[str, Figure]:
     figures = {"loss": _overlay_metric(runs, "loss", "loss", "loss (nats)")}
     for metric, known in METRIC_FORMATS.items():
         figures[metric] = _overlay_metric(runs, metric, known.name, known.axis)
-    unit = throughput_unit([line for lines in runs.values() for line in lines])
+    unit = throughput_unit(list(itertools.chain(*runs.values())))
     overlays: dict[str, tuple[str, Callable[[dict], float | None]]] = {
         f"{unit} per second": ("of all ranks", lambda line: line.get(throughput_key(unit))),
         "time of a training step": ("milliseconds", step_milliseconds),
@@ -141,7 +143,7 @@ def overlay_runs(runs: dict[str, list[dict]]) -> dict[str, Figure]:
 
 
 def _overlay_metric(runs: dict[str, list[dict]], metric: str, title: str, ylabel: str) -> Figure:
-    """Draws a metric of the train and valid lines of each run; a run has one legend entry."""
+    """Draws a metric's train and valid curves; a run has one legend entry."""
     figure, (axes,) = _panels(f"{title}: train thin, valid thick", ylabel)
     for i, (name, lines) in enumerate(runs.items()):
         splits = [split for split in _OVERLAY_STYLES if _has(lines, f"{split}/{metric}")]
@@ -201,12 +203,20 @@ def _worst_layer(line: dict, statistic: str) -> float | None:
 
 
 def _stem(layer: str) -> str:
-    """Returns the name of a layer as part of a file name."""
+    """Returns a layer's name as part of a file name."""
     return layer.replace("/", "_")
+
+
+def _lines_with(lines: list[dict], key: str) -> list[dict]:
+    return [line for line in lines if key in line]
 
 
 def _has(lines: list[dict], key: str) -> bool:
     return any(key in line for line in lines)
+
+
+def _steps(lines: list[dict]) -> np.ndarray:
+    return np.array([line["step"] for line in lines])
 
 
 def _series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -214,14 +224,13 @@ def _series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
     Values that are infinite or too large for an axis become NaN.
     """
-    lines = [line for line in lines if key in line]
-    steps_n = np.array([line["step"] for line in lines])
+    lines = _lines_with(lines, key)
     values = np.array([line[key] for line in lines], dtype=float)
-    return steps_n, np.where(np.abs(values) < _MAX_VALUE, values, np.nan)
+    return _steps(lines), np.where(np.abs(values) < _MAX_VALUE, values, np.nan)
 
 
 def _edges(steps_n: np.ndarray) -> np.ndarray:
-    """Returns the n + 1 edges of n spans of steps, given by their last steps.
+    """Returns the n + 1 edges for n spans of steps, given by their last steps.
 
     A span begins at the end of the previous one; the first is as long as the second.
     """
@@ -325,7 +334,7 @@ def _load_map(lines: list[dict], layer: str, name: str) -> Figure:
     """Draws the load of each expert, divided by the mean over experts.
 
     A column is the sum over a span of steps. A row is an expert; if there are too many, it is the
-    busiest expert of a block of neighbors, and so is near 1.0 only if no expert is overloaded.
+    busiest expert in a block of neighbors, which is near 1.0 only if no expert is overloaded.
     """
     steps_n, load_nE = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))
     num_experts = load_nE.shape[1]
@@ -390,12 +399,12 @@ def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
 
 
 def _norms(lines: list[dict], name: str) -> Figure | None:
-    """Draws the divergence of the LayerNorms of blocks."""
-    keys = sorted({key for line in lines for key in line if key.startswith(NORMS_PREFIX)})
+    """Draws the divergence between the LayerNorms of blocks."""
+    keys = {key for key in itertools.chain(*lines) if key.startswith(NORMS_PREFIX)}
     if not keys:
         return None
     figure, (axes,) = _panels(f"{name}: LayerNorms of blocks", "divergence y over blocks")
-    for key in keys:
+    for key in sorted(keys):
         _plot(axes, lines, key, label=key.removeprefix(NORMS_PREFIX).replace(".", " norm, "))
     axes.legend(**_OUTSIDE)
     _from_zero(axes)
@@ -458,32 +467,38 @@ def _traffic(lines: list[dict], name: str) -> Figure | None:
         by_direction[direction] = by_direction.get(direction, 0) + bytes_n
         by_link[link] = by_link.get(link, 0) + bytes_n
         by_place[place] = by_place.get(place, 0) + bytes_n
-    stacks = [by_direction] + [stack for stack in (by_link, by_place) if len(stack) > 1]
+    stacks = [by_direction]
+    if len(by_link) > 1:
+        stacks.append(by_link)
+    if len(by_place) > 1:
+        stacks.append(by_place)
     size, unit = byte_unit(np.sum(list(sent.values()), axis=0).max())
     ylabels = [f"sent by all ranks\n({unit} per step)"] * len(stacks)
     figure, panels = _panels(f"{name}: sent to other ranks", *ylabels)
-    edges = _edges(np.array([line["step"] for line in lines]))
     for axes, stack in zip(panels, stacks, strict=True):
-        _stack(axes, edges, {label: bytes_n / size for label, bytes_n in stack.items()})
+        _stack(axes, _edges(_steps(lines)), stack, size)
     return figure
 
 
 def _step_time(lines: list[dict], name: str) -> Figure | None:
     """Draws the milliseconds of a step, stacked by part."""
-    lines = [line for line in lines if step_milliseconds(line) is not None]
+    lines = timed_lines(lines)
     if not lines:
         return None
     title = f"{name}: time of a training step by part"
     figure, (axes,) = _panels(title, "milliseconds per step\n(mean of the ranks)")
-    part_ms = {part: np.nan_to_num(_series(lines, time_key(part))[1]) for part in PARTS}
-    _stack(axes, _edges(np.array([line["step"] for line in lines])), part_ms)
+    part_ms: dict[str, np.ndarray] = {}
+    for part in PARTS:
+        _, ms_n = _series(lines, time_key(part))
+        part_ms[part] = np.nan_to_num(ms_n)
+    _stack(axes, _edges(_steps(lines)), part_ms)
     _cut_first_steps(axes, sum(part_ms.values(), np.zeros(len(lines))))
     return figure
 
 
 def _memory(lines: list[dict], name: str) -> Figure | None:
-    """Draws the peak memory of the largest and of the smallest rank."""
-    lines = [line for line in lines if PEAK_BYTES_BY_RANK in line]
+    """Draws the peak memory on the largest and on the smallest rank."""
+    lines = _lines_with(lines, PEAK_BYTES_BY_RANK)
     if not lines:
         return None
     size, unit = byte_unit(max(float(line[PEAK_BYTES_BY_RANK].max()) for line in lines))
@@ -499,11 +514,14 @@ def _memory(lines: list[dict], name: str) -> Figure | None:
     return figure
 
 
-def _stack(axes: Axes, edges: np.ndarray, values: dict[str, np.ndarray]) -> None:
+def _stack(
+    axes: Axes, edges: np.ndarray, values: dict[str, np.ndarray], unit_size: float = 1.0
+) -> None:
     """Draws areas on top of each other, and a legend in the same order."""
     base = np.zeros(len(edges) - 1)
-    for i, (label, height) in enumerate(values.items()):
+    for i, (label, value_n) in enumerate(values.items()):
         color = colormaps["viridis"](i / max(1, len(values) - 1))
+        height = value_n / unit_size
         axes.stairs(base + height, edges, baseline=base, fill=True, color=color, label=label)
         base = base + height
     axes.legend(reverse=True, **_OUTSIDE)

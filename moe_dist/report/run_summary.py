@@ -83,7 +83,7 @@ class RunSummary:
         return None
 
     def median(self, key: str) -> float | None:
-        """Returns the median of the finite values of a key; None if there are none."""
+        """Returns the median of a key's finite values; None if there are none."""
         values = np.array([line[key] for line in self.lines if key in line], dtype=float)
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else None
@@ -190,7 +190,7 @@ def _is_count(value: Any, minimum: int) -> bool:
 
 
 def headline_rows(run: RunSummary) -> Rows:
-    """Yields the names and values of the most important figures of a run."""
+    """Yields a run's most important figures as (name, value)."""
     layout = run.layout
     steps = run.config.get("steps")
     yield "steps", f"{run.lines[-1]['step']}" + (f" of {steps}" if steps else "")
@@ -265,7 +265,7 @@ def _median_ms(run: RunSummary) -> dict[str, float]:
 
 
 def step_time_rows(run: RunSummary) -> Rows:
-    """Yields the time of each part of a step."""
+    """Yields the milliseconds that each part of a step takes."""
     part_ms = _median_ms(run)
     total_ms = sum(part_ms.values())
     for part, milliseconds in part_ms.items():

@@ -4,16 +4,16 @@ A log line needs two all-reduces; a step needs none. The statistics of an MoE la
 `moe/LAYER/STATISTIC`, are measured in training only. They count all micro-batches of a step on all
 ranks:
 
-    importance_cv, load_cv,         value of each step (as in Table 6 of Shazeer et al. 2017),
-    load_max_over_mean,             averaged over the steps of the line
-    load_p10_over_mean, ..p50, ..p90
-    importance_per_expert,          sum over the steps of the line, by expert
+    importance_cv, load_cv,             value in each step (as in Table 6 of Shazeer et al. 2017),
+    load_max_over_mean,                 averaged over the steps since the last line
+    load_p10_over_mean, ..p50.., ..p90..
+    importance_per_expert,              sum over these steps, by expert
     tokens_per_expert
-    dead_experts                    experts without a token in all steps of the line
-    dropped                         assignments over capacity per step
-    drop_rate                       fraction of the assignments of the line that are over capacity
+    dead_experts                        experts without a token in all these steps
+    dropped                             assignments over capacity per step
+    drop_rate                           fraction of all assignments that are over capacity
 
-Legend: E experts, S steps, P percentiles.
+Legend: E experts, S steps, P percentiles or ranks.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class MetricAccumulator:
         Args:
             mesh: The mesh of the run.
             task: A `tasks.task.Task`; it computes its metrics from its sums.
-            flops_per_unit: Floating point operations of forward and backward per unit of work (see
+            flops_per_unit: Floating point operations per unit of work, forward and backward (see
                 `training.model_stats.count_params_and_flops`).
         """
         self.mesh = mesh
@@ -157,7 +157,7 @@ class MetricAccumulator:
         """Reduces the metrics over all ranks and resets the accumulator. A collective.
 
         Args:
-            prefix: First part of the keys of the task's metrics.
+            prefix: Prefix for the keys of the task's metrics.
 
         Returns:
             The task's metrics. If steps were measured, also throughput, milliseconds per part of a
