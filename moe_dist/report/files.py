@@ -12,11 +12,11 @@ _DRAWING = threading.Lock()  # matplotlib is not thread-safe, and wandb's thread
 
 
 def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Path]:
-    """Draws the metrics of a run as PNG files in `run/report`.
+    """Draws a run's metrics as PNG files in `run/report`.
 
     Args:
         run: The run folder.
-        only_loads: True to draw only the heat maps of the experts' loads.
+        only_loads: True to draw only heat maps of loads.
 
     Returns:
         The files.
@@ -46,7 +46,7 @@ def write_report(run: pathlib.Path, only_loads: bool = False) -> list[pathlib.Pa
 
 
 def write_all(run: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the plots of a run and its page `run/report.html`.
+    """Writes a run's plots and its page `run/report.html`.
 
     Args:
         run: The run folder.
@@ -85,7 +85,7 @@ def try_to_write_all(run: pathlib.Path) -> list[pathlib.Path]:
 
 
 def write_page(runs: list[pathlib.Path], file: pathlib.Path) -> pathlib.Path:
-    """Writes the HTML page of one or several runs atomically.
+    """Writes an HTML page about one or several runs atomically.
 
     Args:
         runs: The run folders.

@@ -24,7 +24,7 @@ from moe_dist.report.run_summary import (
 )
 
 _MAX_SVG_CHARS = 300_000  # a larger plot is a PNG
-_MAX_GRID_RANKS = 64  # the grid of ranks is left out for more
+_MAX_GRID_RANKS = 64  # more ranks are not shown as a grid
 _MIN_WIDTH_PX = 1500
 _RUN_WIDTH_PX = 640
 _STYLE = """
@@ -105,13 +105,13 @@ def render_html(runs: list[RunSummary]) -> str:
     """Renders one page for one or several runs.
 
     Several runs share one table with a column for each run; their curves are first drawn on the
-    same axes, then the plots of each run in columns.
+    same axes, then each run's plots in columns.
 
     Args:
         runs: The runs.
 
     Returns:
-        The HTML text of the page.
+        The page as HTML text.
     """
     parts = [("Summary", _table(runs, headline_rows))]
     differences = _differences(runs)
@@ -166,13 +166,13 @@ def _render_section(
         return ""
     note = f"<p>{section.note}</p>" if section.note else ""
     table = _table(runs, section.rows) if section.rows else ""
-    if len(runs) == 1:  # the table stands in the grid of the plots
+    if len(runs) == 1:  # the table is an element of the plots' grid
         return note + _columns([table + columns[0]], runs)
     return note + table + _columns(columns, runs)
 
 
 def _figures(figures: dict[str, Figure]) -> str:
-    """Returns the plots; the plots of one layer are adjacent."""
+    """Returns the plots; those for one layer are adjacent."""
     layers = list(dict.fromkeys(_layer(stem) for stem in figures))
     ordered = sorted(figures.items(), key=lambda item: layers.index(_layer(item[0])))
     return "".join(f"<figure>{_inline(stem, figure)}</figure>" for stem, figure in ordered)
@@ -183,7 +183,7 @@ def _layer(stem: str) -> str:
 
 
 def _inline(stem: str, figure: Figure) -> str:
-    """Returns a plot as an inline SVG; a heat map of loads or a large plot as a PNG."""
+    """Returns a plot as an inline SVG; a load heat map or a large plot as a PNG."""
     title = figure.axes[0].get_title()
     if not stem.startswith("load_"):
         svg = _svg(figure, title, salt=title + stem)
@@ -210,7 +210,7 @@ def _svg(figure: Figure, title: str, salt: str) -> str:
 
 
 def _columns(htmls: list[str], runs: list[RunSummary]) -> str:
-    """Returns one column per run; a single run has the width of the page."""
+    """Returns one column per run; a single run is as wide as the page."""
     if len(runs) == 1:
         return f'<div class="one">{htmls[0]}</div>'
     columns = []
@@ -244,7 +244,7 @@ def _two_columns(rows: list[tuple[str, str]]) -> str:
 
 
 def _layout_table(run: RunSummary) -> str:
-    """Returns the batch, the ranks, and the grid of ranks."""
+    """Returns the batch, the ranks, and a grid that shows each rank."""
     layout = run.layout
     if not layout:
         return "<p>The run folder has no layout.json.</p>"
@@ -278,7 +278,7 @@ def _rank_grid(layout: dict[str, Any]) -> str:
 
 
 def _describe_rank(rank: int, layout: dict[str, Any]) -> str:
-    """Returns the node and the experts of a rank, as HTML."""
+    """Returns a rank's node and experts, as HTML."""
     ranks_per_node = max(1, layout["world"] // max(1, layout.get("nodes", 1)))
     html = f"<b>rank {rank}</b>, node {rank // ranks_per_node}"
     if "num_experts" in layout:

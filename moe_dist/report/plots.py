@@ -1,4 +1,4 @@
-"""Plots of runs, drawn from the lines of their metrics files.
+"""Plots of runs, drawn from their metrics.
 
 A plot is drawn if some line has its keys, and it has no panel for keys that no line has. Numbers
 that are not finite are gaps. Every axis has a label with its unit.
@@ -44,11 +44,11 @@ from moe_dist.monitoring.metric_keys import (
 )
 from moe_dist.monitoring.step_timer import PARTS
 
-matplotlib.rcParams["text.parse_math"] = False  # the name of a run may contain a $
+matplotlib.rcParams["text.parse_math"] = False  # a run name may contain a $
 
 _LOAD_TICKS = {0.25: "≤ 0.25", 0.5: "0.5", 1.0: "1.0", 2.0: "2.0", 4.0: "≥ 4.0"}
 _MAX_VALUE = 1e30  # a larger number is not drawn
-# size of a heat map, about as many cells as it has pixels; more are drawn in groups
+# heat map cells, about as many as it has pixels; more are drawn in groups
 _MAX_COLUMNS = 300
 _MAX_ROWS = 256
 _SPLIT_STYLES: dict[str, dict[str, Any]] = {
@@ -70,8 +70,8 @@ def all_plots(lines: list[dict], name: str) -> dict[str, Figure]:
     """Draws every plot of a run.
 
     Args:
-        lines: Lines of its metrics file, as `metrics_file.read_metrics` returns them.
-        name: Name of the run, for the titles.
+        lines: Its metrics, as `metrics_file.read_metrics` returns them.
+        name: Run name for the titles.
 
     Returns:
         Figures by file name without suffix.
@@ -97,11 +97,11 @@ def all_plots(lines: list[dict], name: str) -> dict[str, Figure]:
 
 
 def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
-    """Draws a heat map for each MoE layer: the load of each expert over time.
+    """Draws a heat map for each MoE layer: each expert's load over time.
 
     Args:
-        lines: Lines of a metrics file.
-        name: Name of the run, for the titles.
+        lines: Metrics, as `metrics_file.read_metrics` returns them.
+        name: Run name for the titles.
 
     Returns:
         Figures by file name without suffix.
@@ -113,10 +113,10 @@ def load_maps(lines: list[dict], name: str) -> dict[str, Figure]:
 
 
 def overlay_runs(runs: dict[str, list[dict]]) -> dict[str, Figure]:
-    """Draws the curves of several runs on the same axes, with a color for each run.
+    """Draws several runs on the same axes, with a color for each run.
 
     Args:
-        runs: Lines of metrics files by run name.
+        runs: Metrics by run name.
 
     Returns:
         Figures by file name without suffix; only those that show a number other than 0.
@@ -197,7 +197,7 @@ def _color(i: int) -> Any:
 
 
 def _worst_layer(line: dict, statistic: str) -> float | None:
-    """Returns the largest value of a statistic over the MoE layers; None if there is none."""
+    """Returns the maximum of a statistic over the MoE layers; None if there is none."""
     layers = layers_with([line], statistic)
     return max((line[layer_key(layer, statistic)] for layer in layers), default=None)
 
@@ -220,7 +220,7 @@ def _steps(lines: list[dict]) -> np.ndarray:
 
 
 def _series(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps, [n], and values, [n] or [n, E], of the lines that have `key`.
+    """Returns steps, [n], and values, [n] or [n, E], from the lines that have `key`.
 
     Values that are infinite or too large for an axis become NaN.
     """
@@ -257,7 +257,7 @@ def _integer_ticks() -> MaxNLocator:
 
 
 def _plot(axes: Axes, lines: list[dict], key: str, **style: Any) -> None:
-    """Adds the curve of `key`. Each point has a mark, because a point between gaps has no line."""
+    """Adds a curve for `key`. Each point has a mark, because a point between gaps has no line."""
     steps_n, values_n = _series(lines, key)
     markersize = 7 if len(steps_n) <= 50 else 2
     defaults: dict[str, Any] = dict(linewidth=1, marker=".", markersize=markersize)
@@ -331,9 +331,9 @@ def _curves(lines: list[dict], metric: str, title: str, ylabel: str) -> Figure |
 
 
 def _load_map(lines: list[dict], layer: str, name: str) -> Figure:
-    """Draws the load of each expert, divided by the mean over experts.
+    """Draws each expert's load, divided by the mean over experts.
 
-    A column is the sum over a span of steps. A row is an expert; if there are too many, it is the
+    A column sums a span of steps. A row is an expert; if there are too many, it is the
     busiest expert in a block of neighbors, which is near 1.0 only if no expert is overloaded.
     """
     steps_n, load_nE = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))
@@ -365,7 +365,7 @@ def _load_map(lines: list[dict], layer: str, name: str) -> Figure:
 
 
 def _balance(lines: list[dict], layer: str, name: str) -> Figure | None:
-    """Draws how evenly the experts of a layer are used."""
+    """Draws how evenly a layer uses its experts."""
     if not _has(lines, layer_key(layer, LOAD_CV)):
         return None
     num_experts = _series(lines, layer_key(layer, TOKENS_PER_EXPERT))[1].shape[1]
@@ -481,7 +481,7 @@ def _traffic(lines: list[dict], name: str) -> Figure | None:
 
 
 def _step_time(lines: list[dict], name: str) -> Figure | None:
-    """Draws the milliseconds of a step, stacked by part."""
+    """Draws the milliseconds per step, stacked by part."""
     lines = timed_lines(lines)
     if not lines:
         return None
@@ -503,7 +503,7 @@ def _memory(lines: list[dict], name: str) -> Figure | None:
         return None
     size, unit = byte_unit(max(float(line[PEAK_BYTES_BY_RANK].max()) for line in lines))
     figure, (axes,) = _panels(f"{name}: memory of a rank", f"peak memory so far\n({unit})")
-    # a resumed run may have other ranks, so the curves are not those of one rank
+    # a resumed run may have other ranks, so a curve may mix ranks
     for label, select, color in (("largest", max, "tab:red"), ("smallest", min, "tab:blue")):
         points = []
         for line in lines:

@@ -65,7 +65,7 @@ class RunSummary:
 
     Attributes:
         name: Name for people.
-        lines: Lines of the metrics file.
+        lines: Its metrics, as `metrics_file.read_metrics` returns them.
         config: Values of the config by dotted key; empty if the config cannot be read.
         layout: The report of `training.model_stats.describe_layout`; empty if there is none.
     """
@@ -76,7 +76,7 @@ class RunSummary:
     layout: dict[str, Any]
 
     def last(self, key: str) -> Any:
-        """Returns the newest value of a key; None if no line has it."""
+        """Returns the newest value for a key; None if no line has it."""
         for line in reversed(self.lines):
             if key in line:
                 return line[key]
@@ -89,7 +89,7 @@ class RunSummary:
         return float(np.median(values)) if len(values) else None
 
     def layers(self, statistic: str) -> list[float]:
-        """Returns the newest value of a statistic for each MoE layer that has it."""
+        """Returns the newest value for each MoE layer that has the statistic."""
         layers = layers_with(self.lines, statistic)
         return [self.last(layer_key(layer, statistic)) for layer in layers]
 
@@ -102,7 +102,7 @@ def read_run(folder: Path, name: str | None = None) -> RunSummary:
         name: Name to show; None for the folder's name.
 
     Returns:
-        The contents of the folder.
+        The folder's contents.
 
     Raises:
         ValueError: The run has no metrics yet, or its metrics or its layout are damaged.
@@ -121,7 +121,7 @@ def read_run(folder: Path, name: str | None = None) -> RunSummary:
 
 
 def name_of(folder: Path) -> str:
-    """Returns the name of a run folder as valid Unicode text."""
+    """Returns a run folder's name as valid Unicode text."""
     return _printable(folder.resolve().name)
 
 
@@ -131,9 +131,9 @@ def _printable(value: str) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Returns the fields of a config without secrets; empty for a file that is not a config.
+    """Returns the config fields without secrets; empty for a file that is not a config.
 
-    A report can be drawn without the config, and nothing of an unknown file may be shown.
+    A report can be drawn without the config, and an unknown file must not be shown.
     """
     try:
         config = from_json(read(path).decode())
@@ -176,7 +176,7 @@ def _read_layout(path: Path) -> dict[str, Any]:
 
 
 def _is_per_rank(per_rank: Any) -> bool:
-    """Returns whether a value has the parameters and the memory of a rank."""
+    """Returns whether a value has a rank's parameters and memory."""
     if not isinstance(per_rank, dict) or not isinstance(per_rank.get("memory_bytes"), dict):
         return False
     sizes = per_rank["memory_bytes"]
@@ -210,7 +210,7 @@ def headline_rows(run: RunSummary) -> Rows:
 
 
 def _metric_rows(run: RunSummary) -> Rows:
-    """Yields the last loss and metrics of each split."""
+    """Yields the last loss and metrics per split."""
     for split in SPLITS:
         for metric in ("loss", *METRIC_FORMATS):
             value = run.last(f"{split}/{metric}")
@@ -248,14 +248,14 @@ def _balance_rows(run: RunSummary) -> Rows:
 
 
 def describe_ranks(layout: dict[str, Any]) -> str:
-    """Returns the number of ranks, nodes and ranks per axis, for people."""
+    """Returns a text with the numbers of ranks, nodes, and ranks per axis."""
     nodes = layout.get("nodes", 1)
     axes = f"edp {layout.get('edp')} x ep {layout.get('ep')}"
     return f"{layout.get('world')} on {nodes} node{'s' if nodes != 1 else ''}: {axes}"
 
 
 def _median_ms(run: RunSummary) -> dict[str, float]:
-    """Returns the median milliseconds per step of each part that was measured."""
+    """Returns the median milliseconds per step for each measured part."""
     medians = {}
     for part in PARTS:
         median = run.median(time_key(part))
@@ -301,7 +301,7 @@ def traffic_rows(run: RunSummary) -> Rows:
 
 
 def memory_rows(run: RunSummary) -> Rows:
-    """Yields the measured peak memory and the estimated memory of a rank."""
+    """Yields a rank's measured peak memory and its estimated memory."""
     peak_P = run.last(PEAK_BYTES_BY_RANK)
     if peak_P is not None:
         yield "measured, largest rank", format_bytes(float(max(peak_P)))
