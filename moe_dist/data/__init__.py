@@ -1,1 +1,1 @@
-"""Reads text and images, and cuts them into samples."""
+"""Data loading: text corpora, labelled texts, questions and images, and the order of their samples."""

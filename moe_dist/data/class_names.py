@@ -1,4 +1,4 @@
-"""Names of classes, as labels of texts and as folders of images."""
+"""Spelling of class names, which are labels of texts or folders of images."""
 
 import unicodedata
 from collections import Counter
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from moe_dist.data.files.messages import printable
 
-# Shown as nothing: zero-width space, word joiner, byte order mark, soft hyphen, marks of direction, and the choice
-# between a character as text and as a picture.
+# Characters without a visible form: zero-width space, word joiner, byte order mark, soft hyphen,
+# direction marks, and the variation selectors for text and emoji style.
 INVISIBLE = dict.fromkeys(
     [
         *map(ord, "\u200b\u2060\ufeff\u00ad\u200e\u200f\u061c\ufe0e\ufe0f"),
@@ -15,25 +15,33 @@ INVISIBLE = dict.fromkeys(
         *range(0x2066, 0x206A),
     ]
 )
-JOINERS = "\u200c\u200d"  # between letters of some scripts they change how these look
+# Joiners change the shape of neighbouring letters in some scripts, so they are removed only at the
+# ends of a word.
+JOINERS = "\u200c\u200d"
 
 
 def class_name(text: str) -> str:
-    """Returns the one spelling of all texts that look like this one.
+    """Returns one canonical spelling for all texts that look the same.
 
-    Composed form (NFC), without invisible characters, without white space around it and with single spaces inside.
+    The result is in composed form (NFC), without invisible characters, without leading or trailing
+    white space, and with single spaces between words.
     """
-    words = unicodedata.normalize("NFC", text).translate(INVISIBLE).split()
-    return " ".join(stripped for word in words if (stripped := word.strip(JOINERS)))
+    words = []
+    for word in unicodedata.normalize("NFC", text).translate(INVISIBLE).split():
+        stripped = word.strip(JOINERS)
+        if stripped:
+            words.append(stripped)
+    return " ".join(words)
 
 
 def names_differing_by_case(names: Iterable[str]) -> list[str]:
-    """Returns the names that differ from another one by case alone."""
-    kept = list(names)
-    count = Counter(name.casefold() for name in kept)
-    return [name for name in kept if count[name.casefold()] > 1]
+    """Returns the names that equal another name when case is ignored."""
+    name_list = list(names)
+    counts = Counter(name.casefold() for name in name_list)
+    return [name for name in name_list if counts[name.casefold()] > 1]
 
 
 def preview_names(names: Sequence[str]) -> str:
-    """Returns the first five names for use in a message."""
-    return printable(", ".join(names[:5]), 200) + (", ..." if len(names) > 5 else "")
+    """Returns the first five names, joined by commas, for use in a message."""
+    preview = printable(", ".join(names[:5]), 200)
+    return preview + ", ..." if len(names) > 5 else preview

@@ -167,5 +167,5 @@ def test_what_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label
     (tmp_path / "x.jsonl").write_text(
         '{"text": "a", "label": 1.5}\n' + f'{{"text": "b", "label": {label}}}\n'
     )
-    with pytest.raises(ValueError, match=r"row 2 of 'train' has label .*: a number would do"):
+    with pytest.raises(ValueError, match=r"row 2 of 'train' has label .*: give a number"):
         open_sentences(source)

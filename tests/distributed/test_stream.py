@@ -19,7 +19,7 @@ from runs import TINY, Run, tiny
 
 from moe_dist.data.text.corpus import Lines
 from moe_dist.data.text.lanes import Vocabulary
-from moe_dist.data.text.stream import Stream, _shared, check_lanes
+from moe_dist.data.text.stream import Stream, _repeated_fraction, check_lanes
 from moe_dist.distributed import batch_layout, rendezvous_port
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.collectives import run_on_main
@@ -141,7 +141,7 @@ def test_lanes_that_read_the_same_words_are_refused(name: str) -> None:
         words = [token for token in input_BS.flatten().tolist() if token != 1]
         again += len(words) - len(set(words)) + len(ends) - len(set(ends))
     share = again / (num_steps * lanes * steps)
-    assert _shared(np.array(lengths) + 1, lanes, steps) == pytest.approx(share, abs=1e-9)
+    assert _repeated_fraction(np.array(lengths) + 1, lanes, steps) == pytest.approx(share, abs=1e-9)
     if share > 0.1:
         with pytest.raises(
             ValueError,

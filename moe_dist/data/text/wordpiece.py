@@ -1,11 +1,11 @@
-"""Sub-word tokens (WordPiece): words cut into the longest pieces that a vocabulary has.
+"""Sub-word tokenizer (WordPiece): cuts words into the longest pieces of a vocabulary.
 
-Text is lower-cased, accents of Latin, Greek and Cyrillic letters are dropped and punctuation stands
-alone, as in uncased BERT. Marks of other scripts stay, of which BERT drops most: in Hindi, Thai and
-others they are vowels. ALBERT's own pieces are SentencePiece's (Kudo and Richardson 2018);
-WordPiece's can be found the same in every process.
+The text is lower-cased, accents of Latin, Greek and Cyrillic letters are removed, and punctuation
+marks are separate words, as in uncased BERT. Combining marks of other scripts stay, most of which
+BERT removes: in Hindi, Thai and others they are vowels. ALBERT uses SentencePiece instead (Kudo and
+Richardson 2018); WordPiece training gives the same result in every process.
 
-Legend: b samples, S tokens of each.
+Legend: V tokens of the vocabulary, b samples, S tokens of each.
 """
 
 import json
@@ -30,74 +30,97 @@ from moe_dist.monitoring.progress_bar import with_progress
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL))
-INSIDE = "##"  # before a piece that goes on with a word
-COVERAGE = 0.99995  # of a text's characters, the most frequent ones: what ALBERT's vocabulary was made with
-LEAST_COUNT = 2  # of a pair of pieces that is made one
-ACCENTS = "[\u0300-\u036f\u0483-\u0487]"  # as marks of their own
-IGNORE_INDEX = -100  # the target of what is not to be told: `F.cross_entropy` passes over it
+CONTINUATION_PREFIX = "##"  # marks a piece that continues a word
+COVERAGE = 0.99995  # part of a text's characters in the alphabet, as for ALBERT's vocabulary
+MIN_PAIR_COUNT = 2  # a pair of pieces that occurs less often is not merged
+ACCENTS = "[\u0300-\u036f\u0483-\u0487]"  # as combining marks
+IGNORE_INDEX = -100  # target of a token without a loss, the default of `F.cross_entropy`
+ENCODE_BATCH_SIZE = 1000  # texts
 
 
 @dataclass(frozen=True)
 class WordPieceTokenizer:
-    """Pieces by index: the special ones are 0 .. 4, in the order of SPECIAL. No text is ever read as a special one but
-    [UNK], even where it says "[SEP]"."""
+    """A WordPiece tokenizer, defined by its list of pieces.
+
+    No text is ever encoded as a special token other than [UNK], even if it contains "[SEP]".
+
+    Attributes:
+        words: The pieces by index. The special tokens are 0 .. 4, in the order of `SPECIAL`.
+    """
 
     words: tuple[str, ...]
 
     @classmethod
     def build(cls, lines: Iterable[str], size: int, exact: bool = True) -> "WordPieceTokenizer":
-        """Builds tokens for `lines`, the same in every process. Reads the lines twice, for characters and for pieces;
-        the progress is shown on stderr where it takes more than two seconds.
+        """Trains a tokenizer on lines of text, with the same result in every process.
+
+        The lines are read twice, once for the characters and once for the pieces. A progress bar
+        appears on stderr if this takes more than two seconds.
 
         Args:
-            lines: The text.
-            size: Number of tokens.
-            exact: Whether a size that is too small for the text's characters, or more than the text fills, is an
-                error. Otherwise the size is the nearest one that the text allows.
+            lines: The text, which must allow repeated iteration.
+            size: The number of tokens of the vocabulary.
+            exact: Whether it is an error if the text does not allow this size. If False, the size is
+                the nearest one that the text allows.
+
+        Returns:
+            The tokenizer.
 
         Raises:
-            ValueError: `exact`, and the text does not allow this size.
+            ValueError: `exact` is true, and the size is too small for the characters of the text or
+                larger than the number of pieces found in it.
         """
-        tokenizer, count = _tokenizer({}), Counter[str]()
+        tokenizer = _tokenizer({})
+        character_counts = Counter[str]()
         for line in with_progress(lines, "characters", " lines"):
-            count.update(tokenizer.normalizer.normalize_str(line))
-        alphabet = _alphabet(count)
-        # The trainer numbers pieces inside a word as it meets them in a hash table, which is in another order in every
-        # process, and ties between pairs go by number. Those that it is given first keep their number.
-        inside = [
-            INSIDE + c
-            for c in alphabet
-            if len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + c)) == 1
-        ]
-        least = len(SPECIAL) + len(alphabet) + len(inside)
+            character_counts.update(tokenizer.normalizer.normalize_str(line))
+        alphabet = _alphabet(character_counts)
+        continuations = _continuations(tokenizer, alphabet)
+        min_size = len(SPECIAL) + len(alphabet) + len(continuations)
         if not exact:
-            size = max(size, least)
-        if size < least:
+            size = max(size, min_size)
+        if size < min_size:
             raise ValueError(
-                f"model.vocabulary_size={size} is too small for the {len(alphabet)} characters of this text: at least "
-                f"{least} would do ({len(SPECIAL)} special tokens, each character, and those that go on with a word)"
+                f"model.vocabulary_size={size} is too small for the {len(alphabet)} characters of "
+                f"this text: use at least {min_size} ({len(SPECIAL)} special tokens, each character, "
+                f"and each character that continues a word)"
             )
+        # FENCE: the trainer numbers continuation pieces in the order of a hash table, which differs
+        # between processes, and it breaks ties between pairs by number. Pieces that are passed as
+        # special tokens keep their numbers, so the result is the same in every process.
+        # Tried with tokenizers 0.23.3; held by
+        # test_training_is_that_of_a_slow_reference_and_always_the_same.
         trainer = WordPieceTrainer(
             vocab_size=size,
-            min_frequency=LEAST_COUNT,
-            special_tokens=[*SPECIAL, *inside],
+            min_frequency=MIN_PAIR_COUNT,
+            special_tokens=[*SPECIAL, *continuations],
             initial_alphabet=alphabet,
             limit_alphabet=len(alphabet),
-            continuing_subword_prefix=INSIDE,
+            continuing_subword_prefix=CONTINUATION_PREFIX,
             show_progress=False,
         )
         tokenizer.train_from_iterator(with_progress(lines, "pieces", " lines"), trainer)
         index = tokenizer.get_vocab(with_added_tokens=False)
         if exact and len(index) < size:
             raise ValueError(
-                f"model.vocabulary_size={size} is more than this text fills: at most {len(index)} would do, or more "
-                f"text"
+                f"model.vocabulary_size={size} is more than this text fills: "
+                f"use at most {len(index)}, or give more text"
             )
         return cls(tuple(sorted(index, key=index.__getitem__)))
 
     @classmethod
     def from_json(cls, text: str) -> "WordPieceTokenizer":
-        """Inverse of `to_json`. Raises ValueError for text that holds no tokens."""
+        """Returns the tokenizer that `to_json` wrote.
+
+        Args:
+            text: The result of `to_json`.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: The text is not the JSON of a tokenizer.
+        """
         try:
             words = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -111,28 +134,40 @@ class WordPieceTokenizer:
         return cls(tuple(words))
 
     def to_json(self) -> str:
+        """Returns the pieces as a JSON list."""
         return json.dumps(self.words)
 
     def __len__(self) -> int:
+        """Returns V."""
         return len(self.words)
 
     @cached_property
-    def _whole(self) -> Tokenizer:
+    def _tokenizer(self) -> Tokenizer:
         return _tokenizer({word: index for index, word in enumerate(self.words)})
 
     @cached_property
     def is_inside_V(self) -> np.ndarray:
-        """Which tokens go on with a word (bool)."""
-        return np.array([word.startswith(INSIDE) for word in self.words])
+        """Marks the tokens that continue a word (bool)."""
+        return np.array([word.startswith(CONTINUATION_PREFIX) for word in self.words])
 
     def encode(self, text: str) -> list[int]:
-        """Token indices. What the vocabulary has no pieces for is [UNK]; no special token is added."""
-        return self._whole.encode(text, add_special_tokens=False).ids
+        """Returns the token indices of a text, without [CLS] and [SEP].
+
+        A word that the pieces cannot form is [UNK].
+        """
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Returns token indices, and the characters of `text` that each stands for: from the first to before the
-        second, with the accents that are characters of their own and were dropped."""
-        encoding = self._whole.encode(text, add_special_tokens=False)
+        """Returns the token indices of a text and the characters of each token.
+
+        Args:
+            text: The text.
+
+        Returns:
+            The indices, and for each token the first character and the end (exclusive) of its part
+            of `text`. The part includes removed accents that are separate characters.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = []
         for (start, end), (limit, _) in pairwise([*encoding.offsets, (len(text), len(text))]):
             while end < limit and unicodedata.category(text[end]).startswith("M"):
@@ -141,23 +176,36 @@ class WordPieceTokenizer:
         return encoding.ids, spans
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The tokens of each text (int32), a thousand texts at a time, by as many threads as there are."""
-        rest = iter(texts)
-        while some := list(islice(rest, 1000)):
-            encodings: list[Encoding] = self._whole.encode_batch_fast(
-                some, add_special_tokens=False
+        """Yields the token indices of each text (int32), encoded in batches by several threads."""
+        remaining = iter(texts)
+        while batch := list(islice(remaining, ENCODE_BATCH_SIZE)):
+            encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
+                batch, add_special_tokens=False
             )
             for encoding in encodings:
                 yield np.array(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Words joined by spaces, the special ones too. Lower case, accents and spaces are as `encode` saw them."""
-        return self._whole.decode(list(ids), skip_special_tokens=False)
+        """Returns the words of token indices, joined by spaces, with the special tokens.
+
+        Letter case, accents and spaces of the original text are lost.
+        """
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def join_segments(a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] -> tokens, and their kinds: 0 up to the first [SEP], then 1 (int64)."""
-    parts: list[Any] = [[CLS], a, [SEP]] if b is None else [[CLS], a, [SEP], b, [SEP]]
+    """Adds the special tokens: [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
+
+    Args:
+        a: The tokens of the first segment.
+        b: The tokens of the second segment, or None.
+
+    Returns:
+        token_S, and the token type kind_S: 0 up to the first [SEP], then 1 (both int64).
+    """
+    parts: list[Any] = [[CLS], a, [SEP]]
+    if b is not None:
+        parts += [b, [SEP]]
     token_S = np.concatenate(parts, dtype=np.int64)
     kind_S = np.zeros_like(token_S)
     kind_S[len(a) + 2 :] = 1
@@ -167,55 +215,76 @@ def join_segments(a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarra
 def pad_and_stack(
     samples: Iterable[tuple[np.ndarray, np.ndarray]], width: int
 ) -> tuple[torch.Tensor, ...]:
-    """Tokens and kinds of each sample, at most `width` -> token_bS, kind_bS (int64), valid_bS (bool). Behind a sample's
-    end are [PAD], kind 0 and False."""
+    """Pads samples to the same width and stacks them.
+
+    Args:
+        samples: The tokens and kinds of each sample, as `join_segments` returns them.
+        width: S; no sample is longer.
+
+    Returns:
+        token_bS and kind_bS (int64), and valid_bS (bool). Padding is [PAD], kind 0 and False.
+    """
     rows = list(samples)
-    token_bS, kind_bS = (
-        np.full((len(rows), width), PAD),
-        np.zeros((len(rows), width), dtype=np.int64),
-    )
+    token_bS = np.full((len(rows), width), PAD)
+    kind_bS = np.zeros((len(rows), width), dtype=np.int64)
     valid_bS = np.zeros((len(rows), width), dtype=bool)
     for i, (token_s, kind_s) in enumerate(rows):
-        token_bS[i, : len(token_s)], kind_bS[i, : len(token_s)], valid_bS[i, : len(token_s)] = (
-            token_s,
-            kind_s,
-            True,
-        )
+        length = len(token_s)
+        token_bS[i, :length] = token_s
+        kind_bS[i, :length] = kind_s
+        valid_bS[i, :length] = True
     return torch.from_numpy(token_bS), torch.from_numpy(kind_bS), torch.from_numpy(valid_bS)
 
 
-PADDING_SAMPLE = (
-    np.empty(0, dtype=np.int64),
-    np.empty(0, dtype=np.int64),
-)  # the tokens and kinds of a sample of padding
+# the tokens and kinds of a sample that is padding only
+PADDING_SAMPLE = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 def _tokenizer(index: dict[str, int]) -> Tokenizer:
-    # Special tokens are left out of its list of added ones, which it would look for in every text.
-    tokenizer = Tokenizer(
-        WordPiece(index, unk_token=SPECIAL[UNK], continuing_subword_prefix=INSIDE)
-    )
+    """Returns the library's tokenizer for a vocabulary.
+
+    The special tokens are not registered as added tokens, because the library would then find them
+    inside texts.
+    """
+    model = WordPiece(index, unk_token=SPECIAL[UNK], continuing_subword_prefix=CONTINUATION_PREFIX)
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = Normalizers(
         [
-            Replace("\u200b", " "),  # zero width space: Thai, Khmer and others divide words with it
+            # zero-width space: separates words in Thai, Khmer and other scripts
+            Replace("\u200b", " "),
             BertNormalizer(lowercase=True, strip_accents=False),
             NFD(),
             Replace(Regex(ACCENTS), ""),
         ]
     )
     tokenizer.pre_tokenizer = BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=INSIDE, cleanup=False)
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION_PREFIX, cleanup=False)
     return tokenizer
 
 
-def _alphabet(count: Counter[str]) -> list[str]:
-    """The most frequent characters that make up COVERAGE of all; ties go by the character. In order of their number."""
-    for space in [c for c in count if c.isspace()]:
-        del count[space]
-    least, covered, kept = COVERAGE * count.total(), 0, []
-    for character in sorted(count, key=lambda c: (-count[c], c)):
-        if covered >= least:
+def _continuations(tokenizer: Tokenizer, alphabet: Iterable[str]) -> list[str]:
+    """Returns a piece for each character of the alphabet that can continue a word."""
+    pieces = []
+    for character in alphabet:
+        if len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + character)) == 1:
+            pieces.append(CONTINUATION_PREFIX + character)
+    return pieces
+
+
+def _alphabet(counts: Counter[str]) -> list[str]:
+    """Returns the most frequent characters, in code point order, that cover `COVERAGE` of a text.
+
+    Characters of the same frequency are chosen in code point order. Removes white space from
+    `counts`.
+    """
+    for space in [character for character in counts if character.isspace()]:
+        del counts[space]
+    required = COVERAGE * counts.total()
+    covered = 0
+    alphabet = []
+    for character in sorted(counts, key=lambda c: (-counts[c], c)):
+        if covered >= required:
             break
-        covered += count[character]
-        kept.append(character)
-    return sorted(kept)
+        covered += counts[character]
+        alphabet.append(character)
+    return sorted(alphabet)

@@ -142,7 +142,8 @@ def test_a_long_pass_says_so_and_a_short_one_is_silent(capsys: pytest.CaptureFix
 @pytest.mark.parametrize("size", [2, 7])
 def test_vocabulary_size_that_does_not_fit_says_what_would(size: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"vocabulary_size={size} .* 4 different words: at least 3 and at most 6"
+        ValueError,
+        match=rf"vocabulary_size={size} .* 4 different words: use at least 3 and at most 6",
     ):
         Vocabulary.build(["c b a b", "a c b d"], size)
 
@@ -215,11 +216,11 @@ def test_a_lane_is_the_same_whichever_lanes_are_asked_for(cyclic: bool) -> None:
 
 
 def test_lanes_too_many_for_the_stream() -> None:
-    with pytest.raises(ValueError, match="3 tokens, too few for 4 lanes: at least 4"):
+    with pytest.raises(ValueError, match="3 tokens, too few for 4 lanes: give at least 4"):
         Lanes(np.arange(3), num_lanes=4, cyclic=True)
-    with pytest.raises(ValueError, match="1 tokens, too few for 4 lanes: at least 2"):
+    with pytest.raises(ValueError, match="1 tokens, too few for 4 lanes: give at least 2"):
         Lanes(np.arange(1), num_lanes=4, cyclic=False)
-    with pytest.raises(ValueError, match="num_lanes is 0: at least 1"):
+    with pytest.raises(ValueError, match="num_lanes=0: use at least 1"):
         Lanes(np.arange(3), num_lanes=0, cyclic=True)
 
 
@@ -237,9 +238,11 @@ def test_unigram_perplexity_of_four_tokens() -> None:
 
 
 def test_unigram_perplexity_refuses() -> None:
-    with pytest.raises(ValueError, match="1 tokens: at least 2"):
+    with pytest.raises(ValueError, match="1 tokens: give at least 2"):
         unigram_perplexity((1,), np.array([0]))
-    with pytest.raises(ValueError, match="token 4 is outside a vocabulary of 4: 5 would do"):
+    with pytest.raises(
+        ValueError, match="token 4 is outside a vocabulary of 4 words: use at least 5"
+    ):
         unigram_perplexity((1, 1, 1, 1), np.array([4, 1]))
 
 

@@ -43,7 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any
         return load(str(tmp_path / name), streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    monkeypatch.setattr(sources, "_ask_for", lambda repository, revision: None)
+    monkeypatch.setattr(sources, "_check_hub", lambda repository, revision: None)
     return tmp_path, asked
 
 
@@ -179,7 +179,7 @@ def test_check_reads_no_whole_file_and_asks_no_network(
     monkeypatch.setattr(sources, "read_rows", counted)
     check_text(str(tmp_path / "big.txt"))
     assert len(read_) == sources.MIN_LINES
-    monkeypatch.setattr(sources, "_library", None)  # not even imported
+    monkeypatch.setattr(sources, "_import_datasets", None)  # not even imported
     check_text("bundled")
     for data in (get(name).data for name in CONFIGS):
         if isinstance(data, TextDataConfig | PretrainingDataConfig):
@@ -190,7 +190,7 @@ def test_check_reads_no_whole_file_and_asks_no_network(
 def test_each_file_is_read_by_its_own_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
-    monkeypatch.setattr(sources, "_library", None)  # which would want a cache
+    monkeypatch.setattr(sources, "_import_datasets", None)  # which would want a cache
     lines = {name: numbered(0, 12, name).splitlines() for name in "abcdef"}
     rows = [{"meta": {f"page{i % 2}": i}, "text": line} for i, line in enumerate(lines["b"])]
     (tmp_path / "a.txt").write_text("\n".join(lines["a"]))
@@ -328,7 +328,7 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 
 def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path) -> None:
-    """The process has a Hub that refuses; without `_ask_for` the library goes on asking it for half a minute."""
+    """The process has a Hub that refuses; without `_check_hub` the library goes on asking it for half a minute."""
     code = "from moe_dist.data.text.corpus import open_text\ntry: open_text('owner/name', True)\n"
     code += "except ValueError as error: print(error)"
     for setting in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):

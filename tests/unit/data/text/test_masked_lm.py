@@ -262,8 +262,8 @@ def test_order_goes_through_epochs() -> None:
 @pytest.mark.parametrize(
     ("lines", "max_tokens", "message"),
     [
-        (["a", "b"], 4, r"model.max_tokens=4: at least 5, for \[CLS\] a \[SEP\] b \[SEP\]"),
-        (["a"], 9, "a split of data.text has 1 lines with any token: at least 2"),
+        (["a", "b"], 4, r"model.max_tokens=4: use at least 5, for \[CLS\] a \[SEP\] b \[SEP\]"),
+        (["a"], 9, "a split of data.text has 1 lines with any token: give at least 2"),
         (["\u200b", "a", "\x00"], 9, "has 1 lines with any token"),
         ([], 9, "has 0 lines with any token"),
     ],

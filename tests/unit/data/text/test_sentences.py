@@ -17,7 +17,13 @@ import torch
 from moe_dist.data.class_names import names_differing_by_case
 from moe_dist.data.sampling import hold_out_splits
 from moe_dist.data.text import corpus as sources
-from moe_dist.data.text.sentences import Sentence, Sentences, _kept, check_sentences, open_sentences
+from moe_dist.data.text.sentences import (
+    Sentence,
+    Sentences,
+    _kept_lengths,
+    check_sentences,
+    open_sentences,
+)
 from moe_dist.data.text.wordpiece import CLS, PAD, SEP, SPECIAL, WordPieceTokenizer
 
 TOKENS = WordPieceTokenizer((*SPECIAL, *"abcdefghij"))  # a is 5
@@ -51,7 +57,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any
         return load(str(tmp_path / name / (configuration or "")), streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    monkeypatch.setattr(sources, "_ask_for", lambda repository, revision: None)
+    monkeypatch.setattr(sources, "_check_hub", lambda repository, revision: None)
     return tmp_path, asked
 
 
@@ -295,9 +301,9 @@ def test_a_dataset_of_the_hub_whose_splits_name_labels_otherwise(
             for split, kind in kinds.items()
         }
 
-    monkeypatch.setattr(sources, "load", lambda *_: loaded(NO_YES))
+    monkeypatch.setattr(sources, "load_dataset_splits", lambda *_: loaded(NO_YES))
     assert open_sentences("owner/name")[0] == ("no", "yes")
-    monkeypatch.setattr(sources, "load", lambda *_: loaded(YES_NO))
+    monkeypatch.setattr(sources, "load_dataset_splits", lambda *_: loaded(YES_NO))
     with pytest.raises(
         ValueError, match="no, yes in split 'train', and for yes, no in split 'test'"
     ):
@@ -510,7 +516,7 @@ def test_the_longer_text_gives_way() -> None:
                     slow_a, slow_b = (
                         (slow_a - 1, slow_b) if slow_a > slow_b else (slow_a, slow_b - 1)
                     )
-                assert _kept(a, b, room) == (slow_a, slow_b), (a, b, room)
+                assert _kept_lengths(a, b, room) == (slow_a, slow_b), (a, b, room)
 
 
 def test_training_goes_through_epochs_on_any_layout() -> None:
@@ -537,8 +543,8 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
     [
         (("a", "\u200b"), 9, r"text 2 of 2, '\\u200b', has no token: leave it out"),
         (("a|b", "|"), 9, "text 2 of 2, '', has no token"),
-        (("a",), 2, "model.max_tokens=2: at least 3"),
-        (("a|b",), 4, "model.max_tokens=4: at least 5"),
+        (("a",), 2, "model.max_tokens=2: use at least 3"),
+        (("a|b",), 4, "model.max_tokens=4: use at least 5"),
     ],
 )
 def test_what_makes_no_sample(texts: tuple[str, ...], max_tokens: int, message: str) -> None:
@@ -639,7 +645,7 @@ def rows(*rows: str, heading: str = "text,label") -> str:
             "row 2 of 'train' has an empty text",
             False,
         ),
-        ({"x.csv": rows("a,1", "b,1")}, "has one label, '1': at least 2", False),
+        ({"x.csv": rows("a,1", "b,1")}, "has one label, '1': give at least 2", False),
         (
             {"x.csv": rows("a,1", "b,0")},
             "2 different texts, too few .*at least 10, or files for",
@@ -699,10 +705,10 @@ def test_labels_outside_of_those_that_have_names(tmp_path: Path) -> None:
     [
         (
             "movie_reviews",
-            "no file matches and no set is called so; did you mean 'movie-reviews'?, or give",
+            "no file matches and no dataset has this name; did you mean 'movie-reviews'?, or give",
         ),
         ("glue:sst", "did you mean 'glue:sst2'"),
-        ("glue", "no set is called so"),
+        ("glue", "no dataset has this name"),
         ("sst2", "did you mean 'glue:sst2'"),
         ("no/such.csv", "no file matches"),
         ("/no/such", "no file matches"),
@@ -720,7 +726,7 @@ def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route\nto it")
 
     check_sentences("glue:sst2")
-    monkeypatch.setattr(sources, "_ask_for", refused)
+    monkeypatch.setattr(sources, "_check_hub", refused)
     with pytest.raises(
         ValueError, match=r"data.sentences='glue:sst2' does not load: no route to it; give 'movie"
     ):

@@ -106,7 +106,7 @@ def test_squad_by_its_name(
         return load(str(tmp_path), streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    monkeypatch.setattr(sources, "_ask_for", lambda repository, revision: None)
+    monkeypatch.setattr(sources, "_check_hub", lambda repository, revision: None)
     for split, (first, last) in {"train": (0, 20), "validation": (20, 23)}.items():
         rows = [
             {"id": q.id, "title": "", "context": q.context, "question": q.question}
@@ -168,19 +168,27 @@ def row_of(**change: Any) -> str:
         ({"x.json": '{"version": "1.1"}'}, r"not in SQuAD's form \(KeyError: 'data'\)", True),
         ({"x.json": broken(answers=None)}, r"not in SQuAD's form \(KeyError: 'answers'\)", True),
         ({"x.json": broken(answers="b")}, "not in SQuAD's form", True),
-        ({"x.json": broken(id=1)}, "no text where one should be", True),
-        ({"x.json": broken(answers=[{"text": "b", "answer_start": "0"}])}, "has no number", True),
+        ({"x.json": broken(id=1)}, "is not a string", True),
+        (
+            {"x.json": broken(answers=[{"text": "b", "answer_start": "0"}])},
+            "not an integer within",
+            True,
+        ),
         (
             {"x.json": broken(answers=[{"text": "b", "answer_start": 10**400}])},
-            "or a very large one",
+            "not an integer within",
             True,
         ),
         (
             {"x.json": broken(answers=[{"text": "b", "answer_start": -(2**31)}])},
-            "or a very large one",
+            "not an integer within",
             True,
         ),
-        ({"x.json": broken(answers=[{"text": "b", "answer_start": 0.0}])}, "has no number", True),
+        (
+            {"x.json": broken(answers=[{"text": "b", "answer_start": 0.0}])},
+            "not an integer within",
+            True,
+        ),
         ({"x.json": '{"data": ' + "9" * 5000 + "}"}, "not in SQuAD's form", True),
         ({"x.json": '{"data": ' + '{"a":' * 50_000}, "not in SQuAD's form", True),
         (
@@ -188,7 +196,7 @@ def row_of(**change: Any) -> str:
             "surrogates not allowed",
             True,
         ),
-        ({"x.json": broken(id=[["q"]])}, "no text where one should be", True),
+        ({"x.json": broken(id=[["q"]])}, "is not a string", True),
         (
             {"x.json": b'{"data": "\xff' + b"a" * 10_000},
             r"not in SQuAD's form \(no UTF-8\); give",
@@ -227,10 +235,10 @@ def row_of(**change: Any) -> str:
             r"row 1 is not in SQuAD's form \(ValueError: zip",
             True,
         ),
-        ({"d/train.jsonl": row_of(context=None)}, "no text where one should be", True),
+        ({"d/train.jsonl": row_of(context=None)}, "is not a string", True),
         (
             {"d/train.jsonl": row_of(answers={"text": ["b"], "answer_start": [10**40]})},
-            "or a very large one",
+            "not an integer within",
             True,
         ),
         ({"d/x.odd": "a"}, "files that end with .odd are not read", True),
@@ -286,10 +294,10 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str)
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("squad2", "no set is called so; did you mean 'squad"),
+        ("squad2", "no dataset has this name; did you mean 'squad"),
         ("squad-v2", "did you mean 'squad_v2'"),
         ("no/such.json", "no file matches"),
-        ("", "no file matches and no set is called so; known: squad, squad_v2, or give"),
+        ("", "no file matches and no dataset has this name; known: squad, squad_v2, or give"),
     ],
 )
 def test_what_is_neither_a_file_nor_a_name(source: str, message: str) -> None:
@@ -380,7 +388,8 @@ def test_what_is_not_where_it_should_be_is_not_trained_on() -> None:
         "it is asked all the same"
     )
     with pytest.raises(
-        ValueError, match=r"data.questions: no answer of a split is in its context where it says"
+        ValueError,
+        match=r"data.questions: no answer of a split is at its stated position in its context",
     ):
         QuestionWindows([wrong], TOKENS, max_tokens=9, stride=1, global_batch_size=1, seed=0)
 
@@ -404,11 +413,11 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
             ask("a b c", "d"),
             6,
             1,
-            "question of 3 tokens leaves no room .* model.max_tokens=6: at least 7",
+            "question of 3 tokens leaves no room .* model.max_tokens=6: use at least 7",
         ),
         (ask("\u200b", "d"), 9, 1, "question 'q' or its context has no token: leave it out"),
         (ask("a", ""), 9, 1, "question 'q' or its context has no token"),
-        (ask("a", "b"), 9, 0, "data.doc_stride=0: at least 1"),
+        (ask("a", "b"), 9, 0, "data.doc_stride=0: use at least 1"),
     ],
 )
 def test_what_makes_no_sample(

@@ -149,15 +149,15 @@ def test_offsets_are_those_of_the_text_as_it_was() -> None:
         (
             LINES,
             10,
-            "vocabulary_size=10 is too small for the 3 characters of this text: at least 11 would do",
+            "vocabulary_size=10 is too small for the 3 characters of this text: use at least 11",
         ),
         (
             LINES,
             14,
-            "vocabulary_size=14 is more than this text fills: at most 13 would do, or more text",
+            "vocabulary_size=14 is more than this text fills: use at most 13, or give more text",
         ),
-        ([], 10, "vocabulary_size=10 is more than this text fills: at most 5"),
-        (LINES, 0, "vocabulary_size=0 is too small .* at least 11 would do"),
+        ([], 10, "vocabulary_size=10 is more than this text fills: use at most 5"),
+        (LINES, 0, "vocabulary_size=0 is too small .* use at least 11"),
     ],
 )
 def test_sizes_that_do_not_fit(lines: list[str], size: int, message: str) -> None:
