@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_dist.config.schema import Config, ImageDataConfig, VisionConfig
 from moe_dist.config.validate import MAX_COUNT
-from moe_dist.data.fingerprint import Source, of_arrays, of_files
+from moe_dist.data.data_source import DataSource, arrays_source, files_source
 from moe_dist.data.images.pipeline import AugmentedImages, check_images, open_images
 from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.collectives import all_reduce_sum
@@ -98,15 +98,15 @@ class ImageClassification(EncoderTask):
         }
         return {"steps": config.steps, "data": data, "images": config.batch.global_batch_size}
 
-    def data_source(self) -> Source:
+    def data_source(self) -> DataSource:
         splits = {name: split.images for name, split in self.splits.items()}
         given = self.config.data.images  # type: ignore[union-attr]
         if splits["train"].item_I.ndim > 1:
-            return of_arrays(
+            return arrays_source(
                 given, {name: (images.item_I, images.label_I) for name, images in splits.items()}
             )
         files = itertools.chain.from_iterable(images.item_I for images in splits.values())
-        return of_files("folder", files, given)
+        return files_source("folder", files, given)
 
     @property
     def uniform_loss(self) -> float:

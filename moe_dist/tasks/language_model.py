@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moe_dist.config.schema import Config, LSTMConfig, TextDataConfig
-from moe_dist.data.fingerprint import Source, of_text
+from moe_dist.data.data_source import DataSource, text_source
 from moe_dist.data.text.corpus import check_text, open_text
 from moe_dist.data.text.lanes import Lanes, Vocabulary, unigram_perplexity
 from moe_dist.data.text.stream import Stream, check_lanes
@@ -120,9 +120,9 @@ class LanguageModel:
         words = config.batch.global_batch_size * config.batch.seq_len
         return {"steps": config.steps, "data": asdict(config.data), "words": words}
 
-    def data_source(self) -> Source:
+    def data_source(self) -> DataSource:
         assert isinstance(self.config.data, TextDataConfig)
-        return of_text(self.config.data.text)
+        return text_source(self.config.data.text)
 
     @property
     def uniform_loss(self) -> float:

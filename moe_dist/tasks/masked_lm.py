@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moe_dist.config.schema import Config, PretrainingDataConfig
-from moe_dist.data.fingerprint import Source, of_text
+from moe_dist.data.data_source import DataSource, text_source
 from moe_dist.data.text.corpus import check_text, open_text
 from moe_dist.data.text.masked_lm import Pretraining
 from moe_dist.data.text.wordpiece import IGNORE_INDEX
@@ -37,9 +37,9 @@ class MaskedLM(TextTask):
         sizes = (self.model.max_tokens, self.layout.global_batch_size)
         self.splits = {s: Pretraining(lines[s], self.tokens, *sizes, self.seed(s)) for s in SPLITS}
 
-    def data_source(self) -> Source:
+    def data_source(self) -> DataSource:
         assert isinstance(self.config.data, PretrainingDataConfig)
-        return of_text(self.config.data.text)
+        return text_source(self.config.data.text)
 
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moe_dist.config.schema import Config, QuestionDataConfig
-from moe_dist.data.fingerprint import Source, of_named
+from moe_dist.data.data_source import DataSource, named_source
 from moe_dist.data.text.squad import SQUAD, check_questions, open_questions
 from moe_dist.data.text.squad_windows import QuestionWindows, best_spans, squad_scores
 from moe_dist.data.text.wordpiece import IGNORE_INDEX
@@ -51,8 +51,8 @@ class QuestionAnswering(TextTask):
             tuple[int, torch.Tensor]
         ] = []  # window, and (score, start, end) of its best spans
 
-    def data_source(self) -> Source:
-        return of_named(
+    def data_source(self) -> DataSource:
+        return named_source(
             self.data.questions,
             {name: (repository, None, None) for name, repository in SQUAD.items()},
         )

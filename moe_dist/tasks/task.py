@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_dist.config.schema import Config
-from moe_dist.data.fingerprint import Source
+from moe_dist.data.data_source import DataSource
 from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import LayerStats
@@ -87,7 +87,7 @@ class Task(Protocol):
     def comparison_key(config: Config) -> dict[str, Any]:
         """What two models must share for their results to be compared: data, batch and steps, not the layout."""
 
-    def data_source(self) -> Source:
+    def data_source(self) -> DataSource:
         """Returns the files or arrays that were read, for a fingerprint. Called on the main rank alone."""
 
     @property

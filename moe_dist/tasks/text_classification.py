@@ -8,7 +8,7 @@ import torch
 
 from moe_dist.config.schema import Config, SentenceDataConfig
 from moe_dist.data.class_names import names_differing_by_case, preview_names
-from moe_dist.data.fingerprint import Source, of_files, of_named
+from moe_dist.data.data_source import DataSource, files_source, named_source
 from moe_dist.data.text.sentences import (
     MOVIE_REVIEWS,
     MOVIE_REVIEWS_FILE,
@@ -79,12 +79,12 @@ class TextClassification(TextTask):
             tuple[int, torch.Tensor]
         ] = []  # in evaluation: first sample, and scores from there on
 
-    def data_source(self) -> Source:
+    def data_source(self) -> DataSource:
         assert isinstance(self.config.data, SentenceDataConfig)
         place = self.config.data.sentences
         if place == MOVIE_REVIEWS:
-            return of_files(place, [MOVIE_REVIEWS_FILE], MOVIE_REVIEWS_FILE)
-        return of_named(place, {"glue": ("nyu-mll/glue", None, None)})
+            return files_source(place, [MOVIE_REVIEWS_FILE], MOVIE_REVIEWS_FILE)
+        return named_source(place, {"glue": ("nyu-mll/glue", None, None)})
 
     @staticmethod
     def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:

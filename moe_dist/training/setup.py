@@ -126,7 +126,8 @@ def _fingerprint(
     field = dataclasses.fields(config.data)[0].name  # names the place of the data
     place = f"data.{field}={getattr(config.data, field)!r}"
     data, note = run_on_main(
-        lambda: fingerprint.checked(task.data_source(), kept, place, allow), mesh.checkpoint_group
+        lambda: fingerprint.check_unchanged(task.data_source(), kept, place, allow),
+        mesh.checkpoint_group,
     )
     if resumed and kept is None:
         note = f"the checkpoint has no fingerprint of its data: whether {place} is the same cannot be told"

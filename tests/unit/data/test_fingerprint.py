@@ -18,8 +18,9 @@ from runs import tiny, tiny_images
 
 from moe_dist.config import papers
 from moe_dist.config.overrides import override, to_json
-from moe_dist.data import fingerprint
-from moe_dist.data.fingerprint import Fingerprint, Source, checked, of_arrays, of_local, of_text
+from moe_dist.data import data_source, fingerprint
+from moe_dist.data.data_source import DataSource, arrays_source, local_source, text_source
+from moe_dist.data.fingerprint import Fingerprint, check_unchanged
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.distributed.spawn import run_distributed
@@ -43,20 +44,20 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def kept(source: Source) -> dict[str, Any]:
+def kept(source: DataSource) -> dict[str, Any]:
     """As a checkpoint keeps it."""
-    return json.loads(json.dumps(checked(source, None, "", False)[0]))
+    return json.loads(json.dumps(check_unchanged(source, None, "", False)[0]))
 
 
 def changes(before: dict[str, Any], place: Path | str) -> list[str]:
-    return Fingerprint.read(before).changes(of_local(str(place)))
+    return Fingerprint.from_json(before).changes(local_source(str(place)))
 
 
 def test_the_same_data_in_another_place(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under another root, beside what is no data, packed, behind a link, and by a relative path."""
-    before = kept(of_local(str(corpus)))
+    before = kept(local_source(str(corpus)))
     other = shutil.copytree(corpus, tmp_path / "elsewhere" / "renamed")
     (other / ".cache").mkdir()
     (other / ".cache" / "x.txt").write_text("hidden")
@@ -69,7 +70,7 @@ def test_the_same_data_in_another_place(
     monkeypatch.chdir(tmp_path / "elsewhere")
     for place in (corpus, f"{corpus}/", other, tmp_path / "link", "renamed", "./renamed/"):
         assert changes(before, place) == []
-    pattern = kept(of_local(f"{corpus}/*/*.[cp]*"))
+    pattern = kept(local_source(f"{corpus}/*/*.[cp]*"))
     assert (
         list(pattern["entries"]) == ["test/c.png", "train/a.csv"]
         and changes(pattern, "renamed/*/*.[cp]*") == []
@@ -83,7 +84,7 @@ def test_a_single_file_may_have_another_name(
     ending: str, pack: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("light " * 1000)
-    before = kept(of_local(str(tmp_path / "a.txt")))
+    before = kept(local_source(str(tmp_path / "a.txt")))
     (tmp_path / "[b].text").write_text("light " * 1000)
     (tmp_path / f"c.{ending}").write_bytes(pack(b"light " * 1000))
     for same in ("[b].text", f"c.{ending}"):
@@ -116,11 +117,16 @@ def test_a_single_file_that_is_read_in_another_way_is_another(
     for name in (before, now):
         content = b"light,1\n" * 6 + b"ok"
         (tmp_path / name).write_bytes(pack.get(Path(name).suffix, bytes)(content))
-    assert changes(kept(of_local(str(tmp_path / before))), tmp_path / now) == says
+    assert changes(kept(local_source(str(tmp_path / before))), tmp_path / now) == says
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [("MOST_UNPACKED", 16_000), ("MOST_UNPACKED", 100), ("MOST_NAMED", 3)]
+    ("limit", "value"),
+    [
+        ("MAX_DECOMPRESSED_BYTES", 16_000),
+        ("MAX_DECOMPRESSED_BYTES", 100),
+        ("MAX_DECOMPRESSED_FILES", 3),
+    ],
 )
 def test_packed_files_are_unpacked_within_a_budget(
     limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +135,7 @@ def test_packed_files_are_unpacked_within_a_budget(
     texts = [f"light {i} ".encode() * 600 for i in range(4)]  # 4,800 bytes each
     for i, content in enumerate(texts):
         (tmp_path / f"{i}.txt.gz").write_bytes(gzip.compress(content, mtime=0))
-    unpacked = kept(of_local(str(tmp_path)))
+    unpacked = kept(local_source(str(tmp_path)))
     names = [f"{i}.txt" for i in range(4)]
     assert list(unpacked["entries"]) == names and unpacked["entries"]["0.txt"][1] == 4800
     read: list[bytes] = []
@@ -139,11 +145,12 @@ def test_packed_files_are_unpacked_within_a_budget(
             read.append(super().read(size))
             return read[-1]
 
-    monkeypatch.setattr(fingerprint, limit, value)
-    monkeypatch.setitem(fingerprint.SEEKABLE, ".gz", lambda file: Counted(fileobj=file))
-    packed = kept(of_local(str(tmp_path)))
-    if limit != "MOST_NAMED":
-        assert list(packed["entries"]) == [f"{name}.gz" for name in names]
+    monkeypatch.setattr(data_source, limit, value)
+    monkeypatch.setitem(
+        data_source.SEEKABLE_DECOMPRESSORS, ".gz", lambda file: Counted(fileobj=file)
+    )
+    packed = kept(local_source(str(tmp_path)))
+    assert list(packed["entries"]) == [f"{name}.gz" for name in names]
     assert sum(map(len, read)) <= (value + 4800 if value > 1000 else 0)
     assert changes(packed, tmp_path) == []
     (tmp_path / "2.txt.gz").write_bytes(gzip.compress(texts[2][:-1] + b"!", mtime=0))
@@ -153,7 +160,7 @@ def test_packed_files_are_unpacked_within_a_budget(
 def test_a_file_in_two_packings_is_two_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"light " * 10))
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"dark  " * 10))
-    before = kept(of_local(str(tmp_path)))
+    before = kept(local_source(str(tmp_path)))
     assert list(before["entries"]) == ["a.txt", "a.txt.xz"] and changes(before, tmp_path) == []
     for name, pack in (("a.txt.gz", gzip.compress), ("a.txt.xz", lzma.compress)):
         was = (tmp_path / name).read_bytes()
@@ -188,29 +195,29 @@ def test_a_file_in_two_packings_is_two_files(tmp_path: Path) -> None:
 def test_what_has_changed_is_named(
     change: Callable[[Path], object], says: list[str], corpus: Path
 ) -> None:
-    before = kept(of_local(str(corpus)))
+    before = kept(local_source(str(corpus)))
     change(corpus)
     assert changes(before, corpus) == says
 
 
 def test_data_given_in_another_way_is_another_data_set(corpus: Path) -> None:
     """A folder is split by its names, a glob is not; the bundled text is no file."""
-    assert changes(kept(of_local(str(corpus))), f"{corpus}/*/*") == [
+    assert changes(kept(local_source(str(corpus))), f"{corpus}/*/*") == [
         "it was given as 'folder', and is 'files' now"
     ]
-    bundled = kept(of_text("bundled"))
-    assert checked(of_text("bundled"), bundled, "", False) == (bundled, "")
+    bundled = kept(text_source("bundled"))
+    assert check_unchanged(text_source("bundled"), bundled, "", False) == (bundled, "")
     assert changes(bundled, corpus) == ["it was given as 'bundled', and is 'folder' now"]
 
 
 def test_no_more_than_the_budget_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large file blocks at even distances, the first and the last among them, and the same ones when files are
     added, though each then has a smaller share."""
-    monkeypatch.setattr(fingerprint, "BUDGET", 4 * 2**16)
+    monkeypatch.setattr(fingerprint, "MAX_READ_BYTES", 4 * 2**16)
     large = tmp_path / "large.bin"
     right = bytes(2**20)  # 16 blocks, of which 4 are read: those from 0, 5, 10 and 15 blocks on
     large.write_bytes(right)
-    before = kept(of_local(f"{tmp_path}/*"))
+    before = kept(local_source(f"{tmp_path}/*"))
     for place, is_seen in (
         (0, True),
         (2**20 - 1, True),
@@ -223,21 +230,21 @@ def test_no_more_than_the_budget_is_read(tmp_path: Path, monkeypatch: pytest.Mon
             ["the file has other contents of the same size"] if is_seen else []
         )
     large.write_bytes(right)
-    before = kept(of_local(str(tmp_path)))
+    before = kept(local_source(str(tmp_path)))
     (tmp_path / "small.txt").write_text("x")
     assert changes(before, tmp_path) == ["small.txt (1 bytes) was added"]
-    assert kept(of_local(str(tmp_path)))["share"] == 2 * 2**16
+    assert kept(local_source(str(tmp_path)))["share"] == 2 * 2**16
 
 
 def test_many_files_are_kept_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "MOST_NAMED", 4)
-    monkeypatch.setattr(fingerprint, "NUM_READ", 3)
+    monkeypatch.setattr(fingerprint, "MAX_ENTRIES", 4)
+    monkeypatch.setattr(fingerprint, "MAX_HASHED_FILES", 3)
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(5):
                 (tmp_path / split / name / f"{i}.png").write_bytes(b"\x89PNG" + bytes([i]))
-    before = kept(of_local(str(tmp_path)))
+    before = kept(local_source(str(tmp_path)))
     assert set(before["entries"]) == {"train/cat", "train/dog", "test/cat", "test/dog"}
     assert len(before["contents"]) == 3
     (tmp_path / "train" / "cat" / "3.png").unlink()
@@ -246,30 +253,34 @@ def test_many_files_are_kept_by_folder(tmp_path: Path, monkeypatch: pytest.Monke
         "test/dog (5 files of 25 bytes) has files of other names or sizes",
         "train/cat had 5 files of 25 bytes, and has 4 files of 20 bytes",
     ]
-    monkeypatch.setattr(fingerprint, "MOST_NAMED", 1)
-    assert list(kept(of_local(str(tmp_path)))["entries"]) == ["."]
+    monkeypatch.setattr(fingerprint, "MAX_ENTRIES", 1)
+    assert list(kept(local_source(str(tmp_path)))["entries"]) == ["."]
 
 
 def test_only_a_few_changes_are_told(tmp_path: Path) -> None:
-    before = kept(of_local(str(tmp_path)))
+    before = kept(local_source(str(tmp_path)))
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text("x")
     says = r"^data.text='x' is not the data .*: 0.txt .* 2.txt .*; and 6 more changes\. "
     with pytest.raises(ValueError, match=says) as error:
-        checked(of_local(str(tmp_path)), before, "data.text='x'", False)
+        check_unchanged(local_source(str(tmp_path)), before, "data.text='x'", False)
     assert "--allow-changed-data" in str(error.value) and "3.txt" not in str(error.value)
-    now, note = checked(of_local(str(tmp_path)), before, "data.text='x'", True)
+    now, note = check_unchanged(local_source(str(tmp_path)), before, "data.text='x'", True)
     assert "6 more changes" in note
-    assert checked(of_local(str(tmp_path)), now, "", False) == (now, ""), "the new one is kept"
+    assert check_unchanged(local_source(str(tmp_path)), now, "", False) == (now, ""), (
+        "the new one is kept"
+    )
 
 
 def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     pixel_I = np.arange(60, dtype=np.uint8).reshape(5, 4, 3)
-    before = kept(of_arrays("cifar10", {"train": (pixel_I, np.arange(5))}))
-    source = of_arrays("cifar10", {"train": (pixel_I, np.arange(5)[::-1])})
-    assert Fingerprint.read(before).changes(source) == ["train has other contents of the same size"]
-    source = of_arrays("cifar10", {"train": (pixel_I[:4], np.arange(4))})
-    assert Fingerprint.read(before).changes(source) == [
+    before = kept(arrays_source("cifar10", {"train": (pixel_I, np.arange(5))}))
+    source = arrays_source("cifar10", {"train": (pixel_I, np.arange(5)[::-1])})
+    assert Fingerprint.from_json(before).changes(source) == [
+        "train has other contents of the same size"
+    ]
+    source = arrays_source("cifar10", {"train": (pixel_I[:4], np.arange(4))})
+    assert Fingerprint.from_json(before).changes(source) == [
         "train is shorter (100 bytes then, 80 bytes now)"
     ]
 
@@ -290,17 +301,20 @@ def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     there = files(train=10, test=5)
-    before = kept(of_text("wikitext:wikitext-2-raw-v1"))
+    before = kept(text_source("wikitext:wikitext-2-raw-v1"))
     assert before["given"] == "Salesforce/wikitext:wikitext-2-raw-v1"
-    assert checked(of_text("wikitext:wikitext-2-raw-v1"), before, "", False) == (before, "")
+    assert check_unchanged(text_source("wikitext:wikitext-2-raw-v1"), before, "", False) == (
+        before,
+        "",
+    )
     there = files(train=10, test=6, valid=1)
-    assert Fingerprint.read(before).changes(of_text("wikitext:wikitext-2-raw-v1")) == [
+    assert Fingerprint.from_json(before).changes(text_source("wikitext:wikitext-2-raw-v1")) == [
         "test.parquet is longer (5 bytes then, 6 bytes now)",
         "valid.parquet (1 bytes) was added",
     ]
     assert (
-        Fingerprint.read(before)
-        .changes(of_text("lm1b"))[0]
+        Fingerprint.from_json(before)
+        .changes(text_source("lm1b"))[0]
         .startswith("it was given as 'Salesforce/wikitext:")
     )
     assert asked[-1] == ("billion-word-benchmark/lm1b", "refs/convert/parquet")
@@ -331,12 +345,12 @@ def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatc
 )
 def test_a_broken_fingerprint_is_a_value_error(broken: Any, corpus: Path) -> None:
     with pytest.raises(ValueError, match="fingerprint of its data is broken"):
-        checked(of_local(str(corpus)), broken, "", True)
+        check_unchanged(local_source(str(corpus)), broken, "", True)
 
 
 def test_names_that_are_no_text_go_through_json(tmp_path: Path) -> None:
     (tmp_path / "\udcff\n.txt").write_text("x")
-    before = kept(of_local(str(tmp_path)))
+    before = kept(local_source(str(tmp_path)))
     json.dumps(before).encode()
     assert changes(before, tmp_path) == []
 
@@ -459,15 +473,15 @@ def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
             for i in range(num):
                 Image.new("L", (28, 28), i).save(folder / split / label / f"{i}.png")
 
-    def source(place: Path) -> Source:
+    def source(place: Path) -> DataSource:
         config = tiny_images(f"data.images={place}", "model.num_classes=2")
         return task_of(config)(config, make_batch_layout(config, 1), None, None).data_source()
 
     before = kept(source(folder))
-    assert Fingerprint.read(before).changes(source(folder.rename(tmp_path / "moved"))) == []
+    assert Fingerprint.from_json(before).changes(source(folder.rename(tmp_path / "moved"))) == []
     (tmp_path / "moved" / "train" / "dog" / "7.png").unlink()
     assert (
-        Fingerprint.read(before)
+        Fingerprint.from_json(before)
         .changes(source(tmp_path / "moved"))[0]
         .startswith("train/dog/7.png (")
     )
