@@ -57,6 +57,9 @@ def text_source(place: str) -> DataSource:
 
     Args:
         place: The value of data.text.
+
+    Returns:
+        The source of the bundled text, of local files, or of a dataset of the Hub.
     """
     if place != BUNDLED:
         return named_source(place, SHORT_NAMES)
@@ -73,6 +76,9 @@ def named_source(
     Args:
         place: A path, a glob, or a dataset's name, with ":" and its configuration if it has one.
         repositories: (repository, default configuration, revision) by short name.
+
+    Returns:
+        The source of the files if some have this name, and otherwise of the dataset.
     """
     if is_local(place):
         return local_source(place)
@@ -144,6 +150,9 @@ def arrays_source(given: str, arrays: Mapping[str, Iterable[np.ndarray]]) -> Dat
     Args:
         given: The kind of source, see `DataSource.given`.
         arrays: The arrays of each part, by name; hashed as a whole, with their types and shapes.
+
+    Returns:
+        The source. Its sizes are bytes of all arrays of a part.
     """
 
     def digest(name: str, max_bytes: int) -> str:
@@ -166,6 +175,9 @@ def hub_source(repository: str, configuration: str | None, revision: str | None)
         repository: The name of the dataset, such as "Salesforce/wikitext".
         configuration: The name of one of its configurations, or None.
         revision: A branch, a tag or a commit; None for the newest.
+
+    Returns:
+        The source, without the README and hidden files of the dataset.
 
     Raises:
         ValueError: The Hub does not answer, or has no such dataset.

@@ -56,6 +56,9 @@ class Fingerprint:
         Args:
             value: The JSON value that `check_unchanged` returned for the earlier run.
 
+        Returns:
+            The fingerprint, whose values all have their types.
+
         Raises:
             ValueError: It is not a fingerprint.
         """
