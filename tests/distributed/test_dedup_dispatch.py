@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config.overrides import override
 from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.engine.dispatcher_choice import build_dispatcher, dispatcher_kind
+from moe_dist.engine.dispatcher_choice import build_dispatcher
 from moe_dist.moe.routing import Routing, build_routing
 from moe_dist.nn.token_context import TokenContext
 
@@ -185,27 +184,3 @@ def test_what_there_is_in_a_node_and_between(
 def test_no_nodes_to_cross() -> None:
     with pytest.raises(ValueError, match="do not span several nodes of 2 ranks evenly"):
         run_distributed(chosen, 2, "dedup_node", 2, 2, 4)
-
-
-def test_the_best_kind_by_hand() -> None:
-    # of 8 experts on two ranks, of a node or not, a rank has none of k with C(4, k) / C(8, k): of 4 with 1/70, so that
-    # a token visits 2 (1 - 1/70) = 1.97 of them, less than half of 4; of 3 with 4/56, 1.86 ranks of 3
-    assert [
-        dispatcher_kind("auto", 8, k, 2, per_node) for per_node in (1, 2, 3) for k in (4, 3)
-    ] == [
-        "dedup_rank",
-        "all_to_all",
-    ] * 3
-    # four ranks, two experts each: of 5 a rank has none with C(6, 5) / C(8, 5) = 6/56, so 3.57 ranks; of 8, four
-    assert [dispatcher_kind("auto", 8, k, 4, 4) for k in (5, 8)] == ["all_to_all", "dedup_rank"]
-    # over two nodes of two evenly
-    assert [dispatcher_kind("auto", 8, k, 4, 2) for k in (1, 4)] == ["dedup_node", "dedup_node"]
-
-
-def test_an_unknown_exchange_is_refused() -> None:
-    from runs import tiny
-
-    from moe_dist.config.validate import check_config
-
-    with pytest.raises(ValueError, match=r"mesh\.dispatcher='twice'"):
-        check_config(override(tiny(), ["mesh.dispatcher=twice"]))

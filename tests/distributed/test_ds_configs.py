@@ -9,20 +9,13 @@ from runs import Run, tiny
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.deepspeed import import_deepspeed
-from moe_dist.engine.ds_config import ALLOWED_KEYS, DS_CONFIGS, read_ds_config
+from moe_dist.engine.ds_config import ALLOWED_KEYS
 
-NAMES = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
 SAME = (
     ("offload", 1, "bf16"),
     ("offload", 2, "zero2"),
     ("offload", 3, "zero3"),
 )  # where the state lies, no more
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_is_accepted_and_told(name: str) -> None:
-    assert read_ds_config(tiny(f"ds_config={name}"))["zero_optimization"]["stage"] in (1, 2, 3)
-    assert f"| `{name}` |" in (DS_CONFIGS / "README.md").read_text()
 
 
 def test_deepspeed_has_every_key() -> None:

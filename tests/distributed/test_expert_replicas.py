@@ -1,7 +1,6 @@
 """Experts that several ranks hold: each is one rank's to update. And gradients that are used and freed within backward,
 against those that wait for the step."""
 
-import itertools
 import math
 import os
 import subprocess
@@ -16,8 +15,6 @@ from runs import Run, tiny
 
 from moe_dist.config.overrides import override
 from moe_dist.config.schema import OptimConfig
-from moe_dist.config.validate import check_config
-from moe_dist.distributed import batch_layout
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.collectives import all_reduce_sum
 from moe_dist.distributed.spawn import run_distributed
@@ -25,7 +22,7 @@ from moe_dist.moe.experts import Experts
 from moe_dist.moe.routing import build_routing
 from moe_dist.nn.init import init_bounds, init_parameter
 from moe_dist.nn.token_context import TokenContext
-from moe_dist.optim.expert_state import AdamParam, FactoredAdamParam, ShardedExpertParam
+from moe_dist.optim.expert_state import ShardedExpertParam
 from moe_dist.optim.optimizer import Optimizer
 
 UNEVEN = [
@@ -36,18 +33,6 @@ FREE = [*PREVIOUS, "optim.fuse_expert_update_in_backward=true"]
 
 
 ALONE: Any = meshes.Axis(1, 0, None)  # type: ignore[arg-type]  # says nothing to anyone
-ONE_RANK = meshes.Mesh(ALONE, ALONE, ALONE, 1, torch.device("cpu"), None, None)  # type: ignore[arg-type]
-
-
-# owners
-
-
-def test_parts_are_those_of_chunk() -> None:
-    for number, ranks in itertools.product(range(1, 10), range(1, 6)):
-        axis = meshes.Axis(ranks, 0, None)  # type: ignore[arg-type]
-        expected = [c.tolist() for c in torch.arange(number).chunk(ranks)]
-        parts = [list(range(number))[part] for part in axis.split_ranges(number)]
-        assert parts == expected + [[]] * (ranks - len(expected))
 
 
 @pytest.mark.timeout(300)
@@ -221,103 +206,6 @@ def spoil(text: str) -> dict[tuple[int, str], str]:
 
 
 HIERARCHICAL = ["model.moe.num_experts=16", "model.moe.num_groups=4"]
-
-
-def test_the_previous_norm_clips_by_hand() -> None:
-    # gradients (3, 4) of norm 5, then (6, 8) of norm 10, clip_norm 2.5: factors 1 (no norm before), then 2.5 / 5.
-    # Means at beta1 = 0.5: 0.5 (3, 4), then 0.25 (3, 4) + 0.5 (3, 4). An infinite one is skipped and leaves 10.
-    p = torch.nn.Parameter(torch.zeros(2))
-    optimizer = Optimizer(
-        [p],
-        {},
-        {},
-        {},
-        OptimConfig(max_grad_norm=2.5, clip_norm_source="previous", beta1=0.5),
-        ONE_RANK,
-        zero_stage=0,
-    )
-    for g, mean, norm in (
-        ([3, 4], [1.5, 2.0], 5.0),
-        ([6, 8], [2.25, 3.0], 10.0),
-        ([math.inf, 0], [2.25, 3.0], 10.0),
-    ):
-        optimizer.start_step(1e-3)
-        p.grad = torch.tensor(g).float()
-        optimizer.step()
-        assert optimizer.state[p]["exp_avg"].tolist() == pytest.approx(mean)
-        assert optimizer.previous_norm == pytest.approx(norm)
-
-
-def test_a_second_gradient_in_a_step_is_refused() -> None:
-    w, config = (
-        torch.nn.Parameter(torch.ones(2, 3, 4)),
-        OptimConfig(max_grad_norm=None, fuse_expert_update_in_backward=True),
-    )
-    optimizer = Optimizer(
-        [torch.nn.Parameter(torch.ones(1))], {"w": w}, {}, {}, config, ONE_RANK, zero_stage=0
-    )
-    optimizer.start_step(1e-3)
-    w.sum().backward()
-    with pytest.raises(AssertionError, match="a second gradient"):
-        w.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("sets", "reason"),
-    [
-        (
-            ["optim.fuse_expert_update_in_backward=true"],
-            "optim.clip_norm_source=previous or optim.max_grad_norm=none",
-        ),
-        (["optim.clip_norm_source=last"], "optim.clip_norm_source='last' is unknown; did you mean"),
-        (
-            [*FREE, "batch.grad_accum_steps=2"],
-            "batch.grad_accum_steps=2, but with optim.fuse_expert_update_in_backward",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused(sets: list[str], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        config = tiny(*sets)
-        check_config(config)
-        batch_layout.make_batch_layout(config, 1)
-
-
-def test_without_clipping_gradients_may_be_freed() -> None:
-    check_config(tiny("optim.fuse_expert_update_in_backward=true", "optim.max_grad_norm=none"))
-
-
-# bytes
-
-
-def test_a_factored_state_is_rows_and_columns() -> None:
-    """Every tensor that is held after a step, other than parameter, master and gradient."""
-    p = torch.nn.Parameter(torch.ones(3, 20, 50))
-    state = FactoredAdamParam(p, ALONE)
-    for step in (1, 2):
-        p.grad = torch.ones(3, 20, 50)
-        state.square()
-        state.update(1.0, 1e-3, step, tiny().optim)
-    held = [
-        t
-        for t in vars(state).values()
-        if isinstance(t, torch.Tensor) and t.data_ptr() != p.data_ptr()
-    ]
-    assert sum(t.untyped_storage().nbytes() for t in held) == 3 * (20 + 50) * 4
-
-
-def test_an_owner_of_none_can_step() -> None:
-    none = meshes.Axis(2, 1, None)  # type: ignore[arg-type]
-    for kind in (FactoredAdamParam, AdamParam):
-        p = torch.nn.Parameter(torch.ones(1, 4, 5))
-        state = kind(p, none)
-        p.grad = torch.ones(1, 4, 5)
-        state.broadcast_from_owners = lambda x: x  # type: ignore[method-assign]
-        assert state.square() == 0
-        state.update(1.0, 1e-3, 1, tiny().optim)
-        assert all(len(t) == 0 for t in state.tensors(1).values()) and torch.equal(
-            p, torch.ones(1, 4, 5)
-        )
 
 
 @pytest.mark.timeout(220)

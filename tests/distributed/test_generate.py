@@ -21,11 +21,10 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.inference import generate
 from moe_dist.inference.expert_usage import expert_shares, top_contexts
-from moe_dist.inference.generate import as_text, context, draw, written
+from moe_dist.inference.generate import as_text, written
 from moe_dist.inference.load import TextModel
 from moe_dist.moe import hierarchical
 from moe_dist.moe.gating import noisy_topk
-from moe_dist.nn import prng
 from moe_dist.nn.init import uniform_parameter
 
 RUNS = {
@@ -202,23 +201,6 @@ def test_shares_and_the_heaviest_words_of_an_expert(trained: tuple[Path, dict[st
         )
 
 
-def test_draws_follow_the_probabilities() -> None:
-    p = [0.3, 0.05, 0.25, 0.2, 0.15, 0.05]  # of which <unk>, word 0, is never drawn
-    log_p_V = torch.tensor(p).log()
-    u_N = prng.uniform(20_000, 3, "draws").tolist()
-    for temperature, top in ((1.0, 5), (0.5, 5), (2.0, 3)):
-        drawn = [draw(log_p_V, u, temperature, top) for u in u_N]
-        weight = {
-            i: p[i] ** (1 / temperature) for i in sorted(range(1, 6), key=lambda i: -p[i])[:top]
-        }
-        assert set(drawn) <= weight.keys() and UNK_ID not in drawn
-        for i, w in weight.items():
-            q = w / sum(weight.values())
-            sigma = math.sqrt(q * (1 - q) / len(drawn))
-            assert abs(drawn.count(i) / len(drawn) - q) < 4 * sigma, (temperature, top, i)
-    assert {draw(log_p_V, u, 1e-6, 5) for u in (0.0, 0.5, 1 - 2**-53)} == {2}, "cold, the likeliest"
-
-
 def text_of(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     generate.main([str(a) for a in args])
     return capsys.readouterr().out
@@ -322,30 +304,6 @@ def test_specialisation_of_a_text_of_ones_own(
     assert told.out.startswith("layer middle: 10 words, ")
     assert told.err.count("\n") == 1 and "<unk>: " in told.err and "Zeppelin" in told.err
     assert "the Zeppelin, God. / And" in told.out.replace("[", "").replace("]", "")
-
-
-def test_context_is_cut_on_both_sides_and_lined_up() -> None:
-    words = [
-        EOS,
-        "He",
-        "said",
-        ",",
-        "(",
-        "go",
-        ")",
-        ";",
-        EOS,
-        "and",
-        *["far"] * 50,
-        "incomprehensibilities",
-        ".",
-    ]
-    lines = [context(words, position) for position in range(len(words))]
-    assert {line.index(" [") for line in lines} == {generate.SIDE}
-    assert lines[3].strip() == "/ He said [,] (go); / and far far far far fa…"
-    assert lines[8].strip() == "/ He said, (go); [/] and far far far far far far fa…"
-    assert lines[-2].strip() == "…far far far far far far far far [incomprehensi…]."
-    assert max(map(len, lines)) <= 2 * generate.SIDE + generate.WORD + 3
 
 
 @pytest.mark.timeout(300)

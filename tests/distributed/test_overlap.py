@@ -2,12 +2,10 @@
 the same is in test_parity.py. And rows that travel in bf16."""
 
 import os
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from moe_dist.config.schema import MeshConfig
 from moe_dist.distributed import chunked_all_to_all
@@ -18,7 +16,7 @@ from moe_dist.moe.delayed_wgrad import DelayedWeightGrads
 from moe_dist.moe.experts import Experts, GeluExperts
 from moe_dist.moe.hierarchical import ExpertGroups
 from moe_dist.moe.kernels import cpu_ffn
-from moe_dist.moe.routing import Routing, build_routing
+from moe_dist.moe.routing import build_routing
 from moe_dist.nn.token_context import TokenContext
 
 pytestmark = pytest.mark.timeout(100)
@@ -174,27 +172,6 @@ def test_experts_without_a_fast_path_do_likewise(what: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("sizes", [[4], [1, 3]])
-def test_what_an_earlier_backward_put_off_is_not_a_later_ones(sizes: list[int]) -> None:
-    """The first stops before the weights; in the second expert 3 has no part."""
-    experts = Experts(4, D, F)
-    for p in experts.parameters():
-        torch.nn.init.uniform_(p, 0.5, 1)
-    x_TD, token_T = torch.ones(4, D, requires_grad=True), torch.arange(4)
-    ctx = TokenContext(token_T, token_T, token_T >= 0, 0, 0, True, 0, 4, 4, 1)
-    counts = torch.ones(4, dtype=torch.int64).split(sizes)
-    experts.needs_context = True  # as the certificate's do
-    assert all(part.needs_context for part in experts.split_experts(sizes))
-    outputs = [
-        part(x_TD, Routing(torch.arange(len(c)), torch.ones(len(c)), c), ctx)[0]
-        for part, c in zip(experts.split_experts(sizes), counts, strict=True)
-    ]
-    torch.autograd.grad(sum(y.sum() for y in outputs) * 100, [x_TD], retain_graph=True)
-    outputs[0].sum().backward()
-    assert experts.w1_eDF.grad is not None
-    assert experts.w1_eDF.grad[: sizes[0]].all() and not experts.w1_eDF.grad[sizes[0] :].any()
-
-
 def narrow() -> dict[str, tuple[float, float]]:
     """By exchange: how far the output and the gradient are from those of float32 rows, and the bytes over theirs."""
     meshes.init_process_group()
@@ -238,14 +215,3 @@ def test_rows_that_travel_in_bf16_are_half_the_bytes() -> None:
         for error, share in told.values():
             assert share == 0.5
             assert 1e-4 < error < 8e-3  # a rounding of 2^-9 there and one back
-
-
-@pytest.mark.parametrize("backward", [True, False])
-def test_what_was_put_off_is_let_go(backward: bool) -> None:
-    later = DelayedWeightGrads([2, 2], nn.Parameter(torch.ones(4, 3)))
-    known = weakref.ref(later)
-    y = later.chunk(0)[0].sum() + later.chunk(1)[0].sum()
-    if backward:
-        y.backward()
-    del later, y
-    assert known() is None

@@ -17,7 +17,7 @@ import torch
 
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.moe.delayed_wgrad import GradFn
-from moe_dist.moe.experts import Experts, GeluExperts
+from moe_dist.moe.experts import Experts
 from moe_dist.moe.kernels import triton_ffn
 from moe_dist.moe.kernels.triton_ffn import TILES, TILES_FLOAT32, Tiles, feedforward, tile
 from moe_dist.moe.permutation import TokenPermutation
@@ -157,19 +157,6 @@ def test_recompute_keeps_no_hidden_units_and_gradients_of_weights_may_wait() -> 
     run_distributed(with_options, 1)
 
 
-def test_every_assignment_is_in_one_tile() -> None:
-    for _, count_e in CASES.values():
-        work = triton_ffn._Work.listed(torch.zeros(sum(count_e)), torch.tensor(count_e), SMALL)
-        tiles = [(i, n, min(n + 16, end)) for i, n, end in work.tile_M3.tolist() if n < end]
-        last_e = torch.tensor(count_e).cumsum(0).tolist()
-        in_order = [
-            (i, n, min(n + 16, last))
-            for i, (count, last) in enumerate(zip(count_e, last_e, strict=True))
-            for n in range(last - count, last, 16)
-        ]
-        assert tiles == in_order
-
-
 def compiled(cache: Path) -> None:
     """The kernels of a step as they are called, by Triton for a device of compute capability 9."""
     os.environ["TRITON_CACHE_DIR"] = str(cache)
@@ -262,23 +249,6 @@ def interpreted_experts() -> None:
 
 def test_experts_that_are_switched_on_have_the_results_of_others() -> None:
     run_distributed(interpreted_experts, 1)
-
-
-def test_experts_are_not_switched_on_and_ask_what_is_supported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def path(experts: Experts, num_rows: int = 10, on: Any = None) -> Any:
-        return experts._select_kernel(num_rows, torch.zeros(1, 16), on, *experts.parameters())
-
-    experts, with_biases = Experts(2, 16, 32), GeluExperts(2, 16, 32)
-    assert not experts.use_triton
-    experts.use_triton = with_biases.use_triton = True
-    assert path(experts) is None, "there is no GPU"
-    monkeypatch.setattr(triton_ffn, "supported", lambda num_rows, *_: num_rows > 0)
-    assert path(experts) is feedforward
-    assert path(experts, num_rows=0) is path(experts, on=torch.sign) is path(with_biases) is None
-    experts.use_triton = False
-    assert path(experts) is None
 
 
 def skip_unless_hopper() -> None:

@@ -131,21 +131,6 @@ def test_copies_are_perturbed_alike_on_any_layout(saved: tuple[str, Path, dict[s
         assert 0.09 < change.max() <= 0.1001 and not torch.equal(copies[:, 1], copies[:, 2])
 
 
-def test_a_second_growth_draws_anew() -> None:
-    """Two experts become four, and those eight: no two are alike."""
-    experts = torch.ones(2, 3, 5)
-    for number in (4, 8):
-        grown = torch.empty(number, 3, 5)
-        Upcycling(2, 0.1, seed=0).fill(grown, experts, range(0), "w", perturb=True)
-        experts = grown
-    assert all(
-        not torch.equal(experts[i], experts[j])
-        for i in range(8)
-        for j in range(i)
-        if (i, j) != (4, 0)
-    )
-
-
 @pytest.mark.timeout(150)
 def test_as_a_user(small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = tmp_path / "old", tmp_path / "new"

@@ -3,7 +3,12 @@
 from typing import Any
 
 import torch
-from runs import Run
+from runs import Run, tiny
+
+from moe_dist.distributed.batch_layout import make_batch_layout
+from moe_dist.engine.ds_config import read_ds_config
+from moe_dist.models.lstm_lm import LSTMLanguageModel
+from moe_dist.training.model_stats import per_rank
 
 
 def held_by(config: Any) -> dict[str, int]:
@@ -57,3 +62,27 @@ def held_by(config: Any) -> dict[str, int]:
 
 def size(tensors: list[torch.Tensor]) -> int:
     return sum(t.nbytes for t in tensors)
+
+
+SIZES = [
+    "model.dim=64",
+    "model.moe.num_experts=32",
+    "model.moe.expert_hidden_dim=128",
+    "batch.global_batch_size=32",
+    "batch.seq_len=16",
+]
+
+
+def planned(ds: str, zero: int, *sets: str) -> tuple[Any, dict[str, Any]]:
+    """The config on two ranks, and what is told of it."""
+    config = tiny(
+        *SIZES,
+        "mesh.ep=2",
+        f"ds_config={ds}",
+        f"zero_stage={zero}",
+        "data.vocabulary_size=2000",
+        *sets,
+    )
+    with torch.device("meta"):
+        model = LSTMLanguageModel(config.model, config.data.vocabulary_size)
+    return config, per_rank(model, config, make_batch_layout(config, 2), read_ds_config(config))

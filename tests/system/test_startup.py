@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from paths import ROOT
 
+from moe_dist.distributed import rendezvous_port
 from moe_dist.distributed.spawn import run_distributed
 
 RUN = """
@@ -117,3 +120,66 @@ def test_ranks_of_tests_are_forked_with_what_they_need() -> None:
         "moe_dist.optim.compiled_loops",
         "tests.helpers.preloaded",
     } <= set(names)
+
+
+def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path) -> None:
+    """The process has a Hub that refuses; without `_check_hub` the library goes on asking it for half a minute."""
+    code = "from moe_dist.data.text.corpus import open_text\ntry: open_text('owner/name', True)\n"
+    code += "except ValueError as error: print(error)"
+    for setting in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)} | setting,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert time.monotonic() - start < 15
+        assert (
+            done.stdout.startswith("data.text='owner/name' does not load: ")
+            and done.stdout.count("\n") == 1
+        )
+        assert "cannot be reached" in done.stdout and "give the folder" in done.stdout
+        assert done.stderr == ""
+
+
+def test_bundled_text_does_not_import_the_library() -> None:
+    code = "import sys; from moe_dist.data.text.corpus import *; check_text('bundled'); open_text('bundled', False)"
+    code += "; assert not {'datasets', 'pyarrow'} & set(sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=60,
+    )
+
+
+HELD = """
+import os, socket, sys
+from moe_dist.distributed import rendezvous_port
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
+rendezvous_port.reserve()
+assert not any(name.split(".")[0] == "torch" for name in sys.modules)
+for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::1"):
+    try:
+        socket.create_server((host, int(sys.argv[1])), family=family).close()
+    except OSError:
+        continue
+    sys.exit(f"another got it on {host}")
+
+from moe_dist.distributed import mesh
+mesh.init_process_group()
+assert rendezvous_port.release_fd() is None  # it is the store's now
+mesh.shutdown()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_the_port_is_held_before_torch_is_imported() -> None:
+    subprocess.run(
+        [sys.executable, "-c", HELD, str(rendezvous_port.find_free_port())],
+        cwd=ROOT,
+        check=True,
+        timeout=50,
+    )

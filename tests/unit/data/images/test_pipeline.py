@@ -5,24 +5,19 @@ Legend: I images, B samples, N classes, Q colours, Y and X pixels.
 
 import dataclasses
 import gzip
-import multiprocessing
 import os
 import pickle
-import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paths import ROOT
+from made_up_images import GRAY, files, joined, numbered, picture, same, told
 from PIL import Image
 
 from moe_dist.config.overrides import override
@@ -44,18 +39,8 @@ from moe_dist.inference.classify import images_of
 from moe_dist.nn import prng
 from moe_dist.tasks.image_classification import ImageClassification
 
-GRAY = VisionConfig(image_size=28, channels=1, patch_size=4, num_classes=10)
 PLAIN = ImageDataConfig()
 ALL = ImageDataConfig(crop="pad", flip=True, randaugment_layers=2, mixup=0.5, label_smoothing=0.1)
-
-
-def numbered(num: int, samples: int, train: bool = True, **changes: Any) -> ImageSplit:
-    """Images of 4 x 4 equal bytes, which are the number of the image; its label is that modulo 10."""
-    byte_I = np.arange(num, dtype=np.uint8)
-    item_IYX = np.broadcast_to(byte_I[:, None, None], (num, 4, 4)).copy()
-    images = Images(item_IYX, byte_I.astype(np.int64) % 10, tuple("0123456789"))
-    model = dataclasses.replace(GRAY, image_size=4)
-    return ImageSplit(images, ImageDataConfig(**changes), model, samples, 5, train)
 
 
 def numbers(batch: AugmentedImages) -> list[int]:
@@ -70,26 +55,6 @@ def one(item_YX: np.ndarray, samples: int, **changes: Any) -> ImageSplit:
     )
     images = Images(item_YX[None], np.zeros(1, np.int64), ("0",))
     return ImageSplit(images, ImageDataConfig(**changes), model, samples, 5, True)
-
-
-def picture(seed: int, *shape: int) -> np.ndarray:
-    return (prng.uniform(int(np.prod(shape)), "picture", seed) * 256).byte().view(*shape).numpy()
-
-
-def same(a: AugmentedImages, b: AugmentedImages) -> bool:
-    return all(
-        torch.equal(getattr(a, f.name), getattr(b, f.name))
-        for f in dataclasses.fields(AugmentedImages)
-    )
-
-
-def joined(batches: list[AugmentedImages]) -> AugmentedImages:
-    return AugmentedImages(
-        *(
-            torch.cat([getattr(b, f.name) for b in batches])
-            for f in dataclasses.fields(AugmentedImages)
-        )
-    )
 
 
 # which image is which sample
@@ -132,75 +97,12 @@ def test_any_part_of_a_step_is_the_same_whoever_makes_it() -> None:
     assert not any(torch.equal(b.image_BQYX, whole.image_BQYX) for b in different)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_any_number_of_workers(workers: int) -> None:
-    split = open_images(dataclasses.replace(ALL, workers=workers), GRAY, 12, seed=3)["train"]
-    parts = [range(6), range(6, 12)]
-    ahead = split.batches(448, parts)
-    for step in (448, 449, 450, 451):
-        for part in parts:
-            assert same(next(ahead), split.batch(step, part))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_evaluation_reads_every_image_once_in_order_and_pads_its_end(workers: int) -> None:
-    # 7 images in steps of 3: 3 steps, the last with one image and two samples of padding
-    split = numbered(
-        7, 3, train=False, workers=workers, mixup=0.5, label_smoothing=0.1, crop="pad", flip=True
-    )
-    assert split.num_steps == 3
-    batches = list(split.batches(0, [range(2), range(2, 3)]))
-    assert [numbers(b) for b in batches[:4]] == [[0, 1], [2], [3, 4], [5]]
-    assert [b.valid_B.tolist() for b in batches] == [[True, True], [True]] * 2 + [
-        [True, False],
-        [False],
-    ]
-    assert numbers(batches[4])[0] == 6
-    target_IN = joined(batches).target_BN
-    assert torch.equal(target_IN[:7], torch.eye(10)[:7]), "neither smoothed nor mixed"
-    assert not target_IN[7:].any()
-    assert same(split.batch(2, range(3)), joined(batches[4:]))
-
-
-def test_no_other_random_numbers_move() -> None:
-    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
-    split = open_images(dataclasses.replace(ALL, workers=1), GRAY, 12, seed=3)["train"]
-    split.batch(0, range(12))
-    next(split.batches(0, [range(12)]))
-    after = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
-    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
-
-
 def test_a_split_can_be_sent_to_a_process_that_knows_no_torchvision() -> None:
     split = numbered(7, 3, crop="pad")
     split.batch(0, range(3))
     sent = pickle.dumps(split)
     assert b"torchvision" not in sent
     assert same(pickle.loads(sent).batch(1, range(3)), split.batch(1, range(3)))
-
-
-HELD: list[Any] = []  # what is alive when a process ends
-
-
-def go_on_after_sigterm(workers: int) -> None:
-    """A rank whose group gets SIGTERM, as from torchrun; it ends while its workers read ahead."""
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    split = numbered(50, 4, workers=workers)
-    batches = split.batches(0, [range(4)])
-    for step in range(workers):  # one of each
-        assert same(next(batches), split.batch(step, range(4)))
-    os.killpg(0, signal.SIGTERM)
-    for step in range(workers, 20):  # more than was read ahead
-        assert same(next(batches), split.batch(step, range(4)))
-    HELD.append(batches)
-
-
-def test_workers_outlive_a_sigterm_to_the_rank_and_not_the_rank() -> None:
-    rank = multiprocessing.get_context("fork").Process(target=go_on_after_sigterm, args=(2,))
-    rank.start()
-    rank.join(30)
-    assert rank.exitcode == 0
 
 
 # what is done to an image
@@ -261,15 +163,6 @@ def test_augmentation_is_torchvisions_after_its_key(crop: str, channels: int) ->
             torch.manual_seed(prng.fold_in(5, "augment", 9, sample)[0])
             expected_QYX = compose(Image.fromarray(split.images.item_I[0]))
         torch.testing.assert_close(batch.image_BQYX[sample], expected_QYX / 127.5 - 1)
-
-
-def files(folder: Path, tree: dict[str, int]) -> Path:
-    """Gray PNG files of 6 x 8 pixels, as many as it says for each "split/class"."""
-    for place, num in tree.items():
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        for i in range(num):
-            Image.fromarray(picture(i, 6, 8)).save(folder / place / f"{i}.png")
-    return folder
 
 
 SMALL = VisionConfig(image_size=4, channels=1, patch_size=2, num_classes=2)
@@ -756,13 +649,6 @@ def test_bad_names(changes: dict[str, str], message: str) -> None:
     told(ImageDataConfig(**changes), message)
 
 
-def told(data: ImageDataConfig, message: str, model: VisionConfig = GRAY) -> None:
-    """One line, before training."""
-    with pytest.raises(ValueError, match=message) as error:
-        check_images(data, model)
-    assert "\n" not in str(error.value)
-
-
 def test_bad_models() -> None:
     told(
         PLAIN,
@@ -855,42 +741,6 @@ def test_bad_sets(tmp_path: Path) -> None:
         told(ImageDataConfig("fashion_mnist", str(root)), message)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: int) -> None:
-    data = ImageDataConfig(str(files(tmp_path, TREE)), workers=workers)
-    check_images(data, SMALL)
-    split = open_images(data, SMALL, 16, 0)["train"]
-    path = tmp_path / "train" / "b" / "3.png"
-    whole = path.read_bytes()
-    message = f"^{re.escape(repr(str(path)))} is no image that can be read .*: mend or remove it$"
-    for content, in_its_head in (
-        (whole[:60], False),
-        (b"\x89PNG nonsense", True),
-        (b"", True),
-        (None, True),
-    ):
-        path.unlink()
-        if content is not None:
-            path.write_bytes(content)
-        if content is None:
-            with pytest.raises(ValueError, match=message):
-                split.images.check_files()
-        elif in_its_head:
-            told(data, message, SMALL)
-        else:
-            check_images(data, SMALL)
-        for act in (
-            lambda: split.batch(0, range(16)),
-            lambda: list(islice(split.batches(0, [range(16)]), 1)),
-        ):
-            with pytest.raises(ValueError, match=message) as error:
-                act()
-            assert "\n" not in str(error.value)
-        with pytest.raises(ValueError, match=message):
-            read_image(path, data, 4, 1)
-        path.write_bytes(whole)
-
-
 @pytest.mark.parametrize("num_broken", [2, 7])
 def test_a_message_names_several_broken_files_and_counts_all(
     tmp_path: Path, num_broken: int
@@ -904,41 +754,3 @@ def test_a_message_names_several_broken_files_and_counts_all(
     ) as error:
         check_images(ImageDataConfig(str(root)), SMALL)
     assert [str(path) in str(error.value) for path in broken] == [i < 5 for i in range(num_broken)]
-
-
-# torchvision
-
-CURE = """
-import sys, pathlib
-root = pathlib.Path(sys.argv[1])
-def offer(name, code):
-    (root / name / "torchvision" / "transforms").mkdir(parents=True)
-    (root / name / "torchvision" / "__init__.py").write_text(code)
-    for file in ("__init__.py", "v2.py"):
-        (root / name / "torchvision" / "transforms" / file).write_text("")
-    sys.path[0] = str(root / name)
-    for module in [m for m in sys.modules if m.startswith("torchvision")]:
-        del sys.modules[module]
-sys.path.insert(0, "")
-from moe_dist.data.images import torchvision_import
-offer("works", "import torch\\nname = 'works'")
-assert torchvision_import.import_torchvision().name == 'works' and not torchvision_import._SCHEMAS
-assert torchvision_import.import_torchvision() is sys.modules["torchvision"]
-offer("other", "raise RuntimeError('other')")
-try:
-    torchvision_import.import_torchvision()
-    assert False
-except RuntimeError as error:
-    assert str(error) == "other" and not torchvision_import._SCHEMAS
-offer("misses", "import torch, torchvision.transforms\\ntorch.library.register_fake('torchvision::nms')(len)")
-torchvision = torchvision_import.import_torchvision()
-assert torchvision is sys.modules["torchvision"] and torchvision.transforms.v2 and len(torchvision_import._SCHEMAS) == 1
-assert torchvision_import.import_torchvision() is torchvision and len(torchvision_import._SCHEMAS) == 1
-"""
-
-
-def test_the_cure_of_torchvisions_import_is_taken_where_it_is_needed_alone(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, "-c", CURE, str(tmp_path)], env=environment, check=True, timeout=60
-    )

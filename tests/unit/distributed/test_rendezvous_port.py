@@ -3,8 +3,6 @@
 import errno
 import os
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,35 +10,6 @@ import pytest
 from paths import ROOT
 
 from moe_dist.distributed import mesh, rendezvous_port
-
-HELD = """
-import os, socket, sys
-from moe_dist.distributed import rendezvous_port
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1]}
-rendezvous_port.reserve()
-assert not any(name.split(".")[0] == "torch" for name in sys.modules)
-for family, host in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::1"):
-    try:
-        socket.create_server((host, int(sys.argv[1])), family=family).close()
-    except OSError:
-        continue
-    sys.exit(f"another got it on {host}")
-
-from moe_dist.distributed import mesh
-mesh.init_process_group()
-assert rendezvous_port.release_fd() is None  # it is the store's now
-mesh.shutdown()
-"""
-
-
-@pytest.mark.timeout(60)
-def test_the_port_is_held_before_torch_is_imported() -> None:
-    subprocess.run(
-        [sys.executable, "-c", HELD, str(rendezvous_port.find_free_port())],
-        cwd=ROOT,
-        check=True,
-        timeout=50,
-    )
 
 
 def test_train_takes_it_first() -> None:
