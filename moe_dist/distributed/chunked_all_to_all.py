@@ -1,6 +1,52 @@
-"""Differentiable all-to-all in chunks."""
+"""Differentiable all-to-all in chunks, so that one chunk travels while the experts run on another.
+
+A `ChunkedAllToAll` sends rows in C chunks, each with an asynchronous all-to-all. An MoE layer has
+two of them:
+
+    dispatch.scatter      splits one tensor and starts all chunks; each is waited for when needed
+    combine.send_chunk    starts one chunk as soon as the experts have computed it
+    combine.gather        waits for all chunks, which form one tensor
+
+`scatter` and `send_chunk` + `gather` are each other's gradient. The gradient of a row returns to
+the rank that sent the row, in the same chunk. So backward needs no schedule of its own: it is the
+forward pass, mirrored.
+
+Timeline of a layer with C = 2 chunks. "+" starts the all-to-all of a chunk, "-" waits for it, and
+the bar between them is the transfer. E0 and E1 are the experts' forward on each chunk, D0 and D1
+the gradients of their input rows, W the gradients of their weights (`moe.delayed_wgrad`):
+
+    forward, time from left to right
+      dispatch 0           +=========-
+      dispatch 1                +==============-
+      experts                          E0        E1
+      combine 0                           +==============-
+      combine 1                                     +=========-
+      events               +d0  +d1  -d0  +c0  -d1  +c1  -c0  -c1
+
+    backward
+      combine_backward 0   +===================-
+      combine_backward 1        +====-
+      experts                          D1        D0      W
+      dispatch_backward 1                 +========================-
+      dispatch_backward 0                           +=========-
+      events               +c0  +c1  -c1  +d1  -c0  +d0  W    -d0  -d1
+
+Legend: N rows sent by this rank, R rows received, P ranks of the axis, C chunks.
+
+FENCE: do not reorder the calls of autograd functions in this file or in the dispatchers.
+The backward timeline relies on two properties of autograd:
+  - Among the nodes that are ready, the engine runs the one that was created last in forward. This
+    makes chunk C - 1 the first chunk of backward, on every rank alike. Ranks that start collectives
+    in different orders would deadlock.
+  - A node runs only after all nodes that use its outputs. The functions return empty tensors
+    ("order tokens") for this reason alone: they carry no data, they are edges of the graph that
+    keep a wait behind its start.
+Tried with torch 2.13; tests/distributed/test_overlap.py holds the order of events
+(test_pieces_travel_while_experts_run_and_weights_wait_for_the_last).
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,7 +55,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from moe_dist.distributed.buffer_pool import pooled_empty
-from moe_dist.distributed.collectives import _call_options
+from moe_dist.distributed.collectives import call_options
+from moe_dist.distributed.flight_recorder import CollectiveCall
 from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis
 
@@ -22,20 +69,31 @@ def all_to_all_rows(
     label: CommLabel,
     comm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Sends `send_P[p]` consecutive rows to rank p and returns the rows received, by sender; differentiable.
+    """Exchanges rows between the ranks of an axis; differentiable.
 
-    Rows may have any trailing shape. Zero rows anywhere are fine: every rank always makes the call, both ways.
+    Every rank must make the call, also with zero rows to send or to receive. Backward is an
+    all-to-all too.
+
+    Args:
+        x_N: Rows sorted by destination rank, (N, ...).
+        send_P: Number of rows for each rank.
+        receive_P: Number of rows from each rank.
+        axis: The ranks that take part.
+        label: Name for the flight recorder and the byte counts.
+        comm_dtype: Dtype of floating-point rows on the wire; None: that of `x_N`.
+
+    Returns:
+        The received rows by sender, (R, ...), in the dtype of `x_N`.
     """
-    (x_R,) = ChunkedAllToAll([(send_P, receive_P)], axis, label, comm_dtype).scatter(x_N)
-    return x_R()
+    (wait,) = ChunkedAllToAll([(send_P, receive_P)], axis, label, comm_dtype).scatter(x_N)
+    return wait()
 
 
 class ChunkedAllToAll:
-    """Rows that travel to the ranks of an axis in pieces, one under way while another is used; differentiable.
+    """An all-to-all in chunks: either `scatter`, or `send_chunk` for each chunk and then `gather`.
 
-    `out`, where the rows are one tensor here and come out in pieces, and `into`, where they are pieces here and come
-    out as one, are each other's gradient. Autograd runs what was called last first, so all orders turn round by
-    themselves: a piece's gradient leaves as soon as it is there, and is waited for where the forward piece left.
+    An instance serves one forward pass and its backward pass. See the timeline at the head of this
+    file.
     """
 
     def __init__(
@@ -45,129 +103,188 @@ class ChunkedAllToAll:
         label: CommLabel,
         comm_dtype: torch.dtype | None = None,
     ) -> None:
-        """Of each piece the rows to each rank, and from each. `wire`: a dtype that floating-point rows travel in."""
-        self.chunks, self.axis, self.label, self.comm_dtype = chunks, axis, label, comm_dtype
-        back = [(receive, send) for send, receive in chunks]
-        self.forward_direction, self.backward_direction = (
-            _Direction(self),
-            _Direction(self, back, label.backward()),
-        )
+        """Prepares the transfer; nothing is sent yet.
+
+        Args:
+            chunks: For each chunk, the number of rows sent to each rank and received from each
+                rank.
+            axis: The ranks that take part.
+            label: Name of the forward calls; those of backward have `label.backward()`.
+            comm_dtype: Dtype of floating-point rows on the wire; None: that of the rows.
+        """
+        backward_chunks = [(receive_P, send_P) for send_P, receive_P in chunks]
+        self.num_chunks = len(chunks)
+        self.forward_direction = _Direction(chunks, axis, label, comm_dtype)
+        self.backward_direction = _Direction(backward_chunks, axis, label.backward(), comm_dtype)
 
     def scatter(self, x_N: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
-        """All pieces leave. Each is waited for, and returned (R, ...), by a call."""
-        return [
-            partial(_WaitChunk.apply, sign, self, c)
-            for c, sign in enumerate(_StartScatter.apply(x_N, self))
-        ]
+        """Splits rows into chunks and starts all of them.
 
-    def send_chunk(self, c: int, x_R: torch.Tensor) -> torch.Tensor:
-        """Piece c leaves. Returns a sign of it, for `whole`."""
-        return _StartChunk.apply(x_R, self, c)
+        Args:
+            x_N: Rows sorted by chunk, then by destination rank, (N, ...).
 
-    def gather(self, signs: list[torch.Tensor]) -> torch.Tensor:
-        """All pieces, one after the other (N, ...), waited for."""
-        return _WaitAll.apply(self, *signs)
+        Returns:
+            For each chunk, a function that waits for it and returns its rows by sender, (R, ...).
+            Call each one once.
+        """
+        tokens = _StartScatter.apply(x_N, self)
+        return [partial(_WaitChunk.apply, token, self, c) for c, token in enumerate(tokens)]
+
+    def send_chunk(self, c: int, x_N: torch.Tensor) -> torch.Tensor:
+        """Starts the all-to-all of one chunk.
+
+        Args:
+            c: Index of the chunk.
+            x_N: Its rows by destination rank, (N, ...).
+
+        Returns:
+            An order token: an empty tensor that keeps the call's place in the autograd graph; pass
+                it to `gather`.
+        """
+        return _StartChunk.apply(x_N, self, c)
+
+    def gather(self, tokens: list[torch.Tensor]) -> torch.Tensor:
+        """Waits for all chunks.
+
+        Args:
+            tokens: The order token of each `send_chunk`, by chunk.
+
+        Returns:
+            The received rows by chunk, then by sender, (R, ...).
+        """
+        return _WaitAll.apply(self, *tokens)
+
+
+@dataclass
+class _ChunkInFlight:
+    """A started all-to-all. It keeps both buffers alive until the wait."""
+
+    call: CollectiveCall
+    sent_N: torch.Tensor
+    received_R: torch.Tensor
 
 
 class _Direction:
-    """One way across."""
+    """The calls of one direction, forward or backward, without autograd."""
 
     def __init__(
-        self, crossing: ChunkedAllToAll, pieces: Any = None, label: CommLabel | None = None
+        self,
+        chunks: list[tuple[list[int], list[int]]],
+        axis: Axis,
+        label: CommLabel,
+        comm_dtype: torch.dtype | None,
     ) -> None:
-        self.axis, self.comm_dtype = crossing.axis, crossing.comm_dtype
-        self.chunks, self.label = pieces or crossing.chunks, label or crossing.label
-        self.in_flight: dict[int, Any] = {}
-        self.received: torch.Tensor | None = None  # of all pieces
+        self.chunks = chunks
+        self.axis = axis
+        self.label = label
+        self.comm_dtype = comm_dtype
+        self.sent_rows_C = [sum(send_P) for send_P, _ in chunks]
+        self.received_rows_C = [sum(receive_P) for _, receive_P in chunks]
+        self.dtype: torch.dtype | None = None  # of the rows before they are cast to comm_dtype
+        self.in_flight: dict[int, _ChunkInFlight] = {}
+        self.received: torch.Tensor | None = None  # one buffer for the rows of all chunks
 
     def start(self, c: int, x_N: torch.Tensor) -> None:
-        (send_P, receive_P), self.dtype = self.chunks[c], x_N.dtype
+        """Starts the all-to-all of chunk `c`."""
+        send_P, receive_P = self.chunks[c]
+        self.dtype = x_N.dtype
         if self.comm_dtype is not None and x_N.is_floating_point():
             x_N = x_N.to(self.comm_dtype)
         if self.received is None:
-            self.received = pooled_empty(
-                sum(sum(receive) for _, receive in self.chunks), *x_N.shape[1:], like=x_N
-            )
+            self.received = pooled_empty(sum(self.received_rows_C), *x_N.shape[1:], like=x_N)
         bytes_per_row = x_N.element_size() * x_N[:1].numel() if len(x_N) else 0
-        self.axis.record_bytes(self.label, [n * bytes_per_row for n in send_P])
-        x_N, x_R = (
-            x_N.contiguous(),
-            self.received.split([sum(receive) for _, receive in self.chunks])[c],
-        )
+        self.axis.record_bytes(self.label, [rows * bytes_per_row for rows in send_P])
+        x_N = x_N.contiguous()
+        x_R = self.received.split(self.received_rows_C)[c]
         start = partial(
-            dist.all_to_all_single, x_R, x_N, receive_P, send_P, **_call_options(self.axis)
+            dist.all_to_all_single, x_R, x_N, receive_P, send_P, **call_options(self.axis)
         )
         call = self.axis.flight_recorder.start_call(
             self.label, self.axis.ranks, start, send_P, receive_P
         )
-        self.in_flight[c] = call, x_N, x_R  # which live until then
+        self.in_flight[c] = _ChunkInFlight(call, x_N, x_R)
 
     def start_all(self, x_N: torch.Tensor) -> None:
-        for c, x in enumerate(x_N.split([sum(send) for send, _ in self.chunks])):
-            self.start(c, x)
+        """Starts all chunks of rows that are sorted by chunk."""
+        for c, chunk_N in enumerate(x_N.split(self.sent_rows_C)):
+            self.start(c, chunk_N)
 
     def wait(self, c: int) -> torch.Tensor:
-        call, _, x_R = self.in_flight.pop(c)
-        self.axis.flight_recorder.wait_for(call)
+        """Waits for chunk `c` and returns its rows by sender, (R, ...)."""
+        chunk = self.in_flight.pop(c)
+        self.axis.flight_recorder.wait_for(chunk.call)
         if not self.in_flight:
             self.received = None
-        return x_R.to(self.dtype)
+        return chunk.received_R.to(self.dtype)
 
     def wait_all(self) -> torch.Tensor:
-        got = self.received
-        assert got is not None
+        """Waits for all chunks and returns their rows by chunk, then by sender, (R, ...)."""
+        received = self.received
+        assert received is not None
         for c in range(len(self.chunks)):
             self.wait(c)
-        return got.to(self.dtype)
+        return received.to(self.dtype)
 
 
 class _StartScatter(torch.autograd.Function):
+    """Forward starts all chunks; backward waits for all gradients."""
+
     @staticmethod
-    def forward(ctx: Any, x_N: torch.Tensor, crossing: ChunkedAllToAll) -> tuple[torch.Tensor, ...]:
-        ctx.crossing = crossing
-        crossing.forward_direction.start_all(x_N)
-        return tuple(x_N.new_empty(0) for _ in crossing.chunks)
+    def forward(ctx: Any, x_N: torch.Tensor, exchange: ChunkedAllToAll) -> tuple[torch.Tensor, ...]:
+        ctx.exchange = exchange
+        exchange.forward_direction.start_all(x_N)
+        return tuple(x_N.new_empty(0) for _ in range(exchange.num_chunks))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *signs: torch.Tensor) -> tuple:
-        return ctx.crossing.backward_direction.wait_all(), None
+    def backward(ctx: Any, *token_grads: torch.Tensor) -> tuple:
+        return ctx.exchange.backward_direction.wait_all(), None
 
 
 class _WaitChunk(torch.autograd.Function):
+    """Forward waits for one chunk; backward starts its gradient."""
+
     @staticmethod
-    def forward(ctx: Any, sign: torch.Tensor, crossing: ChunkedAllToAll, c: int) -> torch.Tensor:
-        ctx.crossing, ctx.c = crossing, c
-        return crossing.forward_direction.wait(c)
+    def forward(ctx: Any, token: torch.Tensor, exchange: ChunkedAllToAll, c: int) -> torch.Tensor:
+        ctx.exchange = exchange
+        ctx.c = c
+        return exchange.forward_direction.wait(c)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_R: torch.Tensor) -> tuple:
-        ctx.crossing.backward_direction.start(ctx.c, grad_R[0])
-        return grad_R[0].new_empty(0), None, None
+    def backward(ctx: Any, *grads_R: torch.Tensor) -> tuple:
+        (grad_R,) = grads_R
+        ctx.exchange.backward_direction.start(ctx.c, grad_R)
+        return grad_R.new_empty(0), None, None
 
 
 class _StartChunk(torch.autograd.Function):
+    """Forward starts one chunk; backward waits for its gradient."""
+
     @staticmethod
-    def forward(ctx: Any, x_R: torch.Tensor, crossing: ChunkedAllToAll, c: int) -> torch.Tensor:
-        ctx.crossing, ctx.c = crossing, c
-        crossing.forward_direction.start(c, x_R)
-        return x_R.new_empty(0)
+    def forward(ctx: Any, x_N: torch.Tensor, exchange: ChunkedAllToAll, c: int) -> torch.Tensor:
+        ctx.exchange = exchange
+        ctx.c = c
+        exchange.forward_direction.start(c, x_N)
+        return x_N.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *sign: torch.Tensor) -> tuple:
-        return ctx.crossing.backward_direction.wait(ctx.c), None, None
+    def backward(ctx: Any, *token_grads: torch.Tensor) -> tuple:
+        return ctx.exchange.backward_direction.wait(ctx.c), None, None
 
 
 class _WaitAll(torch.autograd.Function):
+    """Forward waits for all chunks; backward starts all gradients."""
+
     @staticmethod
-    def forward(ctx: Any, crossing: ChunkedAllToAll, *signs: torch.Tensor) -> torch.Tensor:
-        ctx.crossing = crossing
-        return crossing.forward_direction.wait_all()
+    def forward(ctx: Any, exchange: ChunkedAllToAll, *tokens: torch.Tensor) -> torch.Tensor:
+        ctx.exchange = exchange
+        return exchange.forward_direction.wait_all()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_N: torch.Tensor) -> tuple:
-        ctx.crossing.backward_direction.start_all(grad_N[0])
-        return None, *(grad_N[0].new_empty(0) for _ in ctx.crossing.chunks)
+    def backward(ctx: Any, *grads_R: torch.Tensor) -> tuple:
+        (grad_R,) = grads_R
+        ctx.exchange.backward_direction.start_all(grad_R)
+        return None, *(grad_R.new_empty(0) for _ in range(ctx.exchange.num_chunks))

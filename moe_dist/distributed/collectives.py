@@ -1,9 +1,10 @@
-"""Everything ranks say to each other during a step; the only user of `all_to_all` in the package.
+"""Collectives of a training step. Only this package calls `all_to_all`.
 
-Each call carries a `CommLabel`. Bytes sent to other ranks are counted by its place and direction, those of a reduction
-as a ring sends them, the mean of the ranks. The flight recorder of the axis lists every call under its label.
+Each call carries a `CommLabel`. Bytes sent to other ranks are counted by the label's place and
+direction; a reduction counts as a ring sends it, with the mean over the ranks. The flight recorder
+of the axis lists every call by its label.
 
-Legend: N rows sent by this rank, R rows received, E global experts, e experts of this rank, P ranks of the axis.
+Legend: E global experts, e experts of this rank, P ranks of the axis.
 """
 
 from collections.abc import Callable
@@ -17,75 +18,136 @@ from torch.autograd.function import once_differentiable
 from moe_dist.distributed.labels import CommLabel
 from moe_dist.distributed.mesh import Axis, Mesh
 
+ALL_RANKS_SUM = CommLabel("all ranks", "sum")
+ALL_RANKS_GATHER = CommLabel("all ranks", "gather")
+CORPUS_TIMEOUT = timedelta(days=7)  # rank 0 may read a large corpus while the other ranks wait
+
 Group = dist.ProcessGroup
 T = TypeVar("T")
 
 
 def all_to_all_counts(count_E: torch.Tensor, axis: Axis, label: CommLabel) -> torch.Tensor:
-    """Tells every rank how many rows it will get for each of its experts. Returns count_Pe (int64), by sender."""
+    """Exchanges the numbers of rows that each rank will send for each expert.
+
+    Args:
+        count_E: Rows of this rank for each global expert, int64.
+        axis: The ranks that hold the experts.
+        label: Name for the flight recorder and the byte counts.
+
+    Returns:
+        Rows that this rank will receive for each of its experts, by sender: (P, e), int64.
+    """
     count_Pe = torch.empty_like(count_E)
     axis.record_bytes(label, [count_E.nbytes // axis.size] * axis.size)
-    _run_blocking(
-        axis,
-        label,
-        lambda: dist.all_to_all_single(count_Pe, count_E.contiguous(), **_call_options(axis)),
-    )
+
+    def start() -> Any:
+        return dist.all_to_all_single(count_Pe, count_E.contiguous(), **call_options(axis))
+
+    _run_blocking(axis, label, start)
     return count_Pe.view(axis.size, -1)
 
 
-def _run_blocking(axis: Axis, label: CommLabel, start: Callable[[], Any]) -> None:
-    """One that is waited for at once."""
-    axis.flight_recorder.wait_for(axis.flight_recorder.start_call(label, axis.ranks, start))
-
-
-def _call_options(axis: Axis) -> dict[str, Any]:
-    """What every call of torch gets."""
+def call_options(axis: Axis) -> dict[str, Any]:
+    """Returns the keyword arguments of every torch.distributed call on an axis."""
     return {"group": axis.group, "async_op": True}
 
 
+def _run_blocking(axis: Axis, label: CommLabel, start: Callable[[], Any]) -> None:
+    """Starts a collective under the flight recorder and waits for it."""
+    call = axis.flight_recorder.start_call(label, axis.ranks, start)
+    axis.flight_recorder.wait_for(call)
+
+
 def all_reduce_sum(x: torch.Tensor, axis: Axis, label: CommLabel | None = None) -> torch.Tensor:
-    """In-place sum over the ranks of the axis; returns `x`. Not differentiable."""
-    return _reduce(x, axis, label, dist.ReduceOp.SUM)
+    """Sums a tensor over the ranks of an axis, in place. Not differentiable.
+
+    Args:
+        x: The addend of this rank; becomes the sum.
+        axis: The ranks to sum over.
+        label: Name for the flight recorder and the byte counts; None: bytes are not counted.
+
+    Returns:
+        `x`.
+    """
+    return _all_reduce(x, axis, label, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(x: torch.Tensor, axis: Axis, label: CommLabel | None = None) -> torch.Tensor:
-    """In place, the largest of each element over the ranks of the axis; returns `x`."""
-    return _reduce(x, axis, label, dist.ReduceOp.MAX)
+    """Takes the maximum of each element over the ranks of an axis, in place.
+
+    Args:
+        x: The values of this rank; become the maxima.
+        axis: The ranks to compare.
+        label: Name for the flight recorder and the byte counts; None: bytes are not counted.
+
+    Returns:
+        `x`.
+    """
+    return _all_reduce(x, axis, label, dist.ReduceOp.MAX)
 
 
-def _reduce(x: torch.Tensor, axis: Axis, label: CommLabel | None, op: Any) -> torch.Tensor:
+def _all_reduce(x: torch.Tensor, axis: Axis, label: CommLabel | None, op: Any) -> torch.Tensor:
     if axis.size > 1:
-        _run_blocking(
-            axis,
-            label or CommLabel("all ranks", "sum"),
-            lambda: dist.all_reduce(x, op, **_call_options(axis)),
-        )
+
+        def start() -> Any:
+            return dist.all_reduce(x, op, **call_options(axis))
+
+        _run_blocking(axis, label or ALL_RANKS_SUM, start)
     if label:
         axis.record_ring_bytes(label, 2 * x.nbytes * (axis.size - 1) // axis.size)
     return x
 
 
 def reduce_sum(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None:
-    """In place on rank `owner` of the axis, the sum over its ranks; on the others `x` is of no use afterwards."""
-    if axis.size > 1:
-        _run_blocking(axis, label, lambda: dist.reduce(x, group_dst=owner, **_call_options(axis)))
-        axis.record_ring_bytes(label, x.nbytes * (axis.size - 1) // axis.size)
+    """Sums a tensor over the ranks of an axis, in place on one rank.
+
+    Args:
+        x: The addend of this rank; becomes the sum on `owner`, and is undefined on the other ranks.
+        axis: The ranks to sum over.
+        owner: Index along the axis of the rank that gets the sum.
+        label: Name for the flight recorder and the byte counts.
+    """
+    if axis.size == 1:
+        return
+
+    def start() -> Any:
+        return dist.reduce(x, group_dst=owner, **call_options(axis))
+
+    _run_blocking(axis, label, start)
+    axis.record_ring_bytes(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
 def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None:
-    """In place, the `x` of rank `owner` of the axis, on each of its ranks."""
-    if axis.size > 1:
-        _run_blocking(
-            axis, label, lambda: dist.broadcast(x, group_src=owner, **_call_options(axis))
-        )
-        axis.record_ring_bytes(label, x.nbytes * (axis.size - 1) // axis.size)
+    """Copies a tensor of one rank to all ranks of an axis, in place.
+
+    Args:
+        x: The tensor to send on `owner`; overwritten on the other ranks.
+        axis: The ranks that take part.
+        owner: Index along the axis of the rank that sends.
+        label: Name for the flight recorder and the byte counts.
+    """
+    if axis.size == 1:
+        return
+
+    def start() -> Any:
+        return dist.broadcast(x, group_src=owner, **call_options(axis))
+
+    _run_blocking(axis, label, start)
+    axis.record_ring_bytes(label, x.nbytes * (axis.size - 1) // axis.size)
 
 
 def all_reduce_shared(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Sum over ranks, from which every rank computes one and the same term of the loss.
+    """Sums a tensor over ranks for a loss term that every rank computes; backward is the identity.
 
-    That term exists once, not once per rank, so its gradient goes back to each addend unchanged: backward is the
-    identity, where a plain all-reduce would multiply it by the number of ranks.
+    The loss contains that term once, not once per rank, so each addend gets the gradient of the sum
+    unchanged. The backward of a plain all-reduce would multiply it by the number of ranks.
+
+    Args:
+        x: The addend of this rank.
+        axis: The ranks to sum over.
+
+    Returns:
+        The sum, a new tensor.
     """
     return _AllReduceShared.apply(x, axis)
 
@@ -102,18 +164,21 @@ class _AllReduceShared(torch.autograd.Function):
 
 
 def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The parts of all ranks of the axis, equal in shape, one after the other along the first dimension."""
+    """Concatenates the equally shaped tensors of all ranks along the first dimension."""
     parts = [torch.empty_like(x) for _ in range(axis.size)]
-    _run_blocking(
-        axis,
-        CommLabel("all ranks", "gather"),
-        lambda: dist.all_gather(parts, x.contiguous(), **_call_options(axis)),
-    )
+
+    def start() -> Any:
+        return dist.all_gather(parts, x.contiguous(), **call_options(axis))
+
+    _run_blocking(axis, ALL_RANKS_GATHER, start)
     return torch.cat(parts)
 
 
 def copy_to_owners(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """A value that every rank of the axis has, of which each uses a part of its own: backward sums over the ranks."""
+    """Copies a replicated tensor of which each rank uses its own part.
+
+    Backward sums the gradient over the ranks.
+    """
     return _CopyToOwners.apply(x, axis)
 
 
@@ -130,54 +195,65 @@ class _CopyToOwners(torch.autograd.Function):
 
 
 class StatReducer:
-    """What balance losses need of other ranks, on a mesh."""
+    """A set of sums over the ranks of a mesh, for balance losses."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
     def over_data(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks: every rank has tokens of its own."""
+        """Sums over all ranks, since each rank has its own tokens."""
         return all_reduce_shared(x, self.mesh.dp)
 
     def over_replicas(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks that hold the same experts: each got rows from an expert-parallel set of its own."""
+        """Sums over the ranks that hold the same experts, since each one received other rows."""
         return all_reduce_shared(x, self.mesh.expert_dp)
 
     def over_expert_shards(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks that together hold all experts."""
+        """Sums over the ranks that together hold all experts."""
         return all_reduce_shared(x, self.mesh.ep)
 
     def to_expert_shards(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` itself, of which each owner uses the part of its own experts."""
+        """Returns `x`, of which each rank uses the part for its experts."""
         return copy_to_owners(x, self.mesh.ep)
 
 
 def barrier_without_timeout() -> None:
-    """Waits until all ranks are here, for as long as it takes."""
+    """Blocks until all ranks have made this call, however long it takes."""
     run_on_main(lambda: None)
 
 
 def run_on_main(make: Callable[[], T], group: Group | None = None) -> T:
-    """What `make` returns on the main rank, on every rank (any picklable object); no other rank calls it.
+    """Runs a function on the main rank and sends its result to all ranks.
 
-    Raises its ValueError or OSError on every rank. The others wait in `group`; without one, in a group of their own for
-    as long as it takes, which may be a pass over a big corpus: the mesh's timeout is for steps.
+    Args:
+        make: The function; its result must be picklable. Other ranks do not call it.
+        group: The process group in which the other ranks wait. None: a new group without a
+            practical timeout, because the mesh's timeout is for steps and `make` may read a large
+            corpus.
+
+    Returns:
+        The result of `make`, on every rank.
+
+    Raises:
+        ValueError: `make` raised it; on every rank.
+        OSError: `make` raised it; on every rank.
     """
-    waiting = group or dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    told: list[Any] = [None, None]
+    waiting = group or dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
+    message: list[Any] = [None, None]  # the result, the error
     if dist.get_rank() == 0:
         try:
-            told[0] = make()
+            message[0] = make()
         except (ValueError, OSError) as error:
-            told[1] = error
-    dist.broadcast_object_list(told, src=0, group=waiting)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            message[1] = error
+    dist.broadcast_object_list(message, src=0, group=waiting)
+    result, error_on_main = message
+    if error_on_main is not None:
+        raise error_on_main
+    return result
 
 
-def all_gather_objects(mine: T, group: Group) -> list[T]:
-    """What each rank of the group has (any picklable object), in the order of ranks, on every rank."""
-    told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, mine, group=group)
-    return told
+def all_gather_objects(local: T, group: Group) -> list[T]:
+    """Returns the picklable object of each rank of the group, by rank, on every rank."""
+    objects: list[Any] = [None] * group.size()
+    dist.all_gather_object(objects, local, group=group)
+    return objects

@@ -1,13 +1,14 @@
 """Labels of collectives: the place in the model that a call serves, and the direction of its data.
 
-A layer's all-to-all has the layer's name as its place ("middle", "encoder.ffn.moe0"). Its directions are "counts",
-"dispatch" and "combine" in forward, "dispatch_backward" and "combine_backward" in backward. Other calls:
+A layer's all-to-all has the layer's name as its place ("middle", "encoder.ffn.moe0"). Its
+directions are "counts", "dispatch" and "combine" in forward, "dispatch_backward" and
+"combine_backward" in backward. Other calls:
 
-    place            direction                 data
-    NAME             rows                      touched rows of the vocabulary matrix NAME
-    experts          gradients, weights        expert parameters, between the replicas of one expert shard
-    DeepSpeed        all_reduce, ...           dense parameters, by the name of DeepSpeed's method
-    all ranks        sum, gather               everything else
+    place            direction                 data NAME             rows
+    touched rows of the vocabulary matrix NAME experts          gradients, weights        expert
+    parameters, between the replicas of one expert shard DeepSpeed        all_reduce, ...
+    dense parameters, by the name of DeepSpeed's method all ranks        sum, gather
+    everything else
 """
 
 from typing import NamedTuple
@@ -19,8 +20,9 @@ class CommLabel(NamedTuple):
     Attributes:
         place: Name of the layer, the module or the kind of parameter.
         direction: Kind and direction of the data.
-        layer_call: Index of the call within the forward pass, for layers (`TokenContext.layer_call`). A layer that
-            is shared by several blocks has several calls and one place.
+        layer_call: Index of the call within the forward pass, for layers
+            (`TokenContext.layer_call`). A layer that is shared by several blocks has several calls
+            and one place.
     """
 
     place: str
@@ -38,7 +40,9 @@ class CommLabel(NamedTuple):
 
 
 class TrafficKey(NamedTuple):
-    """A key of the byte counts. All calls of one layer add up, and links between nodes are counted apart.
+    """A key of the byte counts.
+
+    All calls of one layer add up, and links between nodes are counted apart.
 
     Attributes:
         place: As in `CommLabel`.
