@@ -1,5 +1,6 @@
-"""State of a run on disk: written by all ranks on any layout, read on any other.
+"""Checkpoints of a run: written by all ranks on any layout, and read on any other layout.
 
-Functions that need torch.distributed.checkpoint and torch.distributed.tensor import them when they are called: that
-takes 1.6 CPU seconds, which a run spends at its first checkpoint and not before its first step.
+Functions that need torch.distributed.checkpoint or torch.distributed.tensor import them when they
+are called. The import takes 1.6 CPU seconds, which a run then spends at its first checkpoint and
+not before its first step.
 """

@@ -1,10 +1,11 @@
-"""A run's state, written and read by all ranks on any layout.
+"""Writes and reads the state of a run by all ranks, on any layout.
 
-torch.distributed.checkpoint does it, in safetensors: nothing in them is ever executed. A checkpoint is written beside
-and renamed when whole.
+torch.distributed.checkpoint stores it in safetensors files; reading them executes no code. A
+checkpoint is written to a partial folder, which is renamed when it is complete.
 """
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -37,14 +38,19 @@ from moe_dist.optim.optimizer import Optimizer
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-EXIT_TIMEOUT_S = (
-    60  # that an end by Ctrl-C or an exception waits for a checkpoint in the background
-)
+EXIT_TIMEOUT_S = 60  # longest wait for a background checkpoint after Ctrl-C or an exception
 
 
 class Saver:
-    """Writes the checkpoints of a run. One that cannot be written is told on stderr, and the run goes on: those before
-    it stay. Left by an exception it waits for what is being written."""
+    """Writes the checkpoints of a run.
+
+    If a checkpoint cannot be written (a full disk, for example), a warning is printed to stderr and
+    the run continues; earlier checkpoints stay. As a context manager it waits at its end, also
+    after an exception, for the checkpoint that is being written.
+
+    Attributes:
+        failed: True if the last checkpoint could not be written.
+    """
 
     def __init__(
         self,
@@ -58,33 +64,45 @@ class Saver:
         config: str | None = None,
         restore: Callable[[], None] = lambda: None,
     ) -> None:
-        """Removes what killed runs left half written.
+        """Removes the partial checkpoints of killed runs.
 
         Args:
             run: The run folder.
-            engine: Parameters and optimizer.
-            task: An object with `save_state`, a `tasks.Task`.
-            mesh: The ranks, all of which save together.
-            keep: Checkpoints that stay, not counting those `refused`.
-            in_background: Training goes on while a copy of the state, in the memory of the host, is being written.
-            refused: Checkpoints that are never removed to make room.
-            config: The run's config (JSON), of which each checkpoint keeps a copy.
-            restore: Is called on the main rank before anything is written; makes the run folder again where it has been
-                removed, or raises OSError.
+            engine: The engine, with parameters and optimizer.
+            task: The task, whose `save_state` returns its tensors.
+            mesh: The ranks, which save together.
+            keep: Number of checkpoints that stay, without those in `refused`.
+            in_background: Copies the state to host memory and writes the copy in a thread, while
+                training continues.
+            refused: Damaged checkpoints, which are never removed to make room.
+            config: The run's config as JSON; each checkpoint has a copy.
+            restore: Called on the main rank before anything is written. It creates the run folder
+                again if it was removed, or raises OSError.
         """
-        self.run, self.engine, self.task, self.mesh = run, engine, task, mesh
-        self.config, self.restore = config, restore
-        self.keep, self.in_background, self.refused = keep, in_background, set(refused)
-        self.failed = False  # the last one
+        self.run = run
+        self.engine = engine
+        self.task = task
+        self.mesh = mesh
+        self.keep = keep
+        self.in_background = in_background
+        self.refused = set(refused)
+        self.config = config
+        self.restore = restore
+        self.failed = False
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         if mesh.is_main:
             manifest.remove_partial(run)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes a checkpoint after `step` steps, with `state` (JSON). A collective."""
+        """Writes a checkpoint, after the previous one is finished. A collective.
+
+        Args:
+            step: Number of steps so far.
+            state: Further values for state.json.
+        """
         self.finish()
-        tensors = self._tensors()
+        tensors = self._local_tensors()
         optimizer = self.engine.optimizer
         state = {
             "step": step,
@@ -92,21 +110,21 @@ class Saver:
             "previous_norm": optimizer.previous_norm,
             **state,
         }
-        self._writing = self._thread.submit(
-            self._write, manifest.folder(self.run, step), tensors, state
-        )
+        final = manifest.folder(self.run, step)
+        self._writing = self._thread.submit(self._write, final, tensors, state)
         if not self.in_background:
             self.finish()
 
     def finish(self) -> None:
-        """Waits for what is being written. A collective."""
+        """Waits until the current checkpoint is written or has failed. A collective."""
         if self._writing is None:
             return
-        error, self._writing = self._writing.exception(), None
+        error = self._writing.exception()
+        self._writing = None
         self.failed = error is not None
         if isinstance(error, OSError):
             if self.mesh.is_main:
-                tqdm.write(f"warning: {error}; earlier checkpoints are whole", file=sys.stderr)
+                tqdm.write(f"warning: {error}; earlier checkpoints are intact", file=sys.stderr)
         elif error:
             raise error
 
@@ -119,117 +137,131 @@ class Saver:
         if self._writing is not None:
             wait([self._writing], EXIT_TIMEOUT_S)
 
-    def _tensors(self) -> dict[str, Any]:
-        """This rank's part, on CPU."""
-        mesh, optimizer = self.mesh, self.engine.optimizer
+    def _local_tensors(self) -> dict[str, Any]:
+        """Returns the tensors that this rank writes, by key, on CPU. A collective."""
+        mesh = self.mesh
+        optimizer = self.engine.optimizer
 
-        def kept(t: torch.Tensor) -> torch.Tensor:
-            return t.detach().to("cpu", copy=self.in_background)
+        def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to("cpu", copy=self.in_background)
 
-        spread = _spread_tensors(optimizer)
-        tensors: dict[str, Any] = {
-            key: _as_shard(kept(t), of, mesh) for key, (t, of) in spread.items()
-        }
-        for i, (key, t) in enumerate(self.engine.dense_state()):
-            if mesh.owns_item(i):  # each rank keeps and writes a share of the whole tensors
-                tensors[f"dense/{key}"] = kept(t)
-        for i, (key, t) in enumerate(_row_tensors(optimizer).items()):
+        tensors: dict[str, Any] = {}
+        for key, (tensor, param) in _stack_tensors(optimizer).items():
+            tensors[key] = _as_shard(to_cpu(tensor), param, mesh)
+        # Every rank has all dense tensors and all rows; each rank writes a share of them.
+        for i, (key, tensor) in enumerate(self.engine.dense_state()):
             if mesh.owns_item(i):
-                tensors[key] = kept(t)
-        for key, t in self.task.save_state().items():
+                tensors[f"dense/{key}"] = to_cpu(tensor)
+        for i, (key, tensor) in enumerate(_row_tensors(optimizer).items()):
+            if mesh.owns_item(i):
+                tensors[key] = to_cpu(tensor)
+        for key, tensor in self.task.save_state().items():
             if mesh.is_main:
-                tensors[f"task/{key}"] = kept(t)
+                tensors[f"task/{key}"] = to_cpu(tensor)
         return tensors
 
     def _write(self, final: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """A collective, in a thread and a group of ranks of its own. Raises OSError on every rank."""
-        import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+        """Writes one checkpoint; raises OSError on every rank if one of them cannot write.
 
-        group, partial = self.mesh.checkpoint_group, final.with_name(f"{PARTIAL}{final.name}")
-        name = f"{manifest.FOLDER}/{partial.name}"
-        texts = {manifest.STATE: json.dumps(state)} | (
-            {manifest.CONFIG: self.config} if self.config else {}
-        )
+        A collective. It runs in a thread and uses a process group of its own.
+        """
+        import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
-        def begin() -> None:
+        group = self.mesh.checkpoint_group
+        partial = final.with_name(f"{PARTIAL}{final.name}")
+        partial_name = f"{manifest.FOLDER}/{partial.name}"
+        texts = {manifest.STATE: json.dumps(state)}
+        if self.config:
+            texts[manifest.CONFIG] = self.config
+
+        def prepare_folder() -> None:
             self.restore()
-            remove(self.run, name)
-            make_folder(self.run, name)
-            for file, text in texts.items():
-                write(partial, file, text)
+            remove(self.run, partial_name)
+            make_folder(self.run, partial_name)
+            for name, text in texts.items():
+                write(partial, name, text)
 
         try:
             _check_finite(tensors, group)
-            run_on_main(begin, group)
+            run_on_main(prepare_folder, group)
             writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=group)
             self.mesh.flight_recorder.enter_phase("save")
-            mine = sorted(partial.glob(f"shard-{self.mesh.dp.index + 1:05d}-*"))
-            mine += [partial / file for file in texts] if self.mesh.is_main else []
-            manifest.seal(partial, mine, final, group)
-        except (
-            OSError,
-            dcp.CheckpointException,
-        ) as error:  # of every rank, though one alone may have failed
-            run_on_main(lambda: _try_to_remove(self.run, name), group)
-            reasons = (
-                [f[0] for f in error.failures.values()]
-                if isinstance(error, dcp.CheckpointException)
-                else [error]
-            )
+            written = sorted(partial.glob(f"shard-{self.mesh.dp.index + 1:05d}-*"))
+            if self.mesh.is_main:
+                written += [partial / name for name in texts]
+            manifest.seal(partial, written, final, group)
+        except (OSError, dcp.CheckpointException) as error:  # on every rank, if one has failed
+            run_on_main(lambda: _try_to_remove(self.run, partial_name), group)
+            reasons: list[BaseException] = [error]
+            if isinstance(error, dcp.CheckpointException):
+                reasons = [failure[0] for failure in error.failures.values()]
             if not all(isinstance(reason, OSError | SafetensorError) for reason in reasons):
-                raise  # no fault of a disk
+                raise  # a programming error, not a failure of the disk
             raise OSError(f"{final} cannot be written ({reasons[0]})") from None
         self.refused.discard(final)
-        # together, for others wait in a step for one that deletes as long as for any other
+        # All ranks wait for the removal: a main rank that removes files during a step would delay
+        # the others there.
         run_on_main(lambda: manifest.prune(self.run, self.keep, self.refused), group)
 
 
 def load(
     checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Upcycling | None = None
 ) -> None:
-    """Fills parameters, masters, optimizer state and the task's state, on any layout. A collective.
+    """Loads the complete state of a run, on any layout. A collective.
 
-    The engine may have made steps: nothing of them is left.
+    It fills parameters, float32 masters, optimizer state and the state of the task. The engine may
+    have made steps; nothing of them is left.
+
+    Args:
+        checkpoint: Folder of a complete checkpoint.
+        engine: The engine, changed in place.
+        task: The task, whose state is changed in place.
+        mesh: The ranks.
+        growth: Growth of the number of experts from the checkpoint to the engine.
 
     Raises:
-        ValueError: On every rank, before anything is filled: a file is broken, or a tensor, which is named, is missing,
-            overlaps, is not finite or has another shape or dtype.
+        ValueError: On every rank, before anything is changed: a file is damaged; or a tensor is
+            missing, has overlapping parts, is not finite, or has another shape or dtype. The
+            message has its key.
     """
-    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+    import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
-    optimizer, state = engine.optimizer, read_state(checkpoint)
-    spread = _spread_tensors(optimizer)
-    outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
-    on_cpu = {
-        key: t.cpu() for key, t in outside.items()
-    }  # the tensor itself where it is there already
+    optimizer = engine.optimizer
+    state = read_state(checkpoint)
+    stacks = _stack_tensors(optimizer)
+    targets = {key: tensor for key, (tensor, _) in stacks.items()} | _row_tensors(optimizer)
+    on_cpu = {key: tensor.cpu() for key, tensor in targets.items()}  # no copy if it is on CPU
     dense = engine.empty_dense_state()
     task_state = {key: torch.empty_like(t, device="cpu") for key, t in task.save_state().items()}
-    tensors: dict[str, Any] = on_cpu | {
-        key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()
-    }
-    tensors |= {f"dense/{k}": t for k, t in dense.items()} | {
-        f"task/{k}": t for k, t in task_state.items()
-    }
-    kept = tensor_index(checkpoint)
-    made = {
-        key: growth.smaller(t, kept[key].size, mesh)
-        for key, t in tensors.items()
-        if growth and key in kept and (key in spread or ".gate." in key)
-    }
-    smaller = {key: t for key, t in made.items() if t is not None}
-    for key, tensor in (tensors | smaller).items():
-        check_shape(checkpoint, kept, key, tensor)
-    check_values(checkpoint, tensors, mesh.checkpoint_group)
+    wanted: dict[str, Any] = dict(on_cpu)
+    for key, (_, param) in stacks.items():
+        wanted[key] = _as_shard(on_cpu[key], param, mesh)
+    wanted |= {f"dense/{key}": tensor for key, tensor in dense.items()}
+    wanted |= {f"task/{key}": tensor for key, tensor in task_state.items()}
+    index = tensor_index(checkpoint)
+
+    smaller: dict[str, Any] = {}  # tensors that have fewer experts in the checkpoint
+    if growth:
+        for key, tensor in wanted.items():
+            if key in index and (key in stacks or ".gate." in key):
+                saved = growth.empty_saved(tensor, index[key].size, mesh)
+                if saved is not None:
+                    smaller[key] = saved
+    to_read = wanted | smaller
+    for key, tensor in to_read.items():
+        check_shape(checkpoint, index, key, tensor)
+    check_values(checkpoint, wanted, mesh.checkpoint_group)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-    dcp.load(tensors | smaller, storage_reader=reader, process_group=mesh.checkpoint_group)
-    for key, t in smaller.items():
-        mine = _global_rows(spread[key][1], mesh) if key in spread else range(0)
+    dcp.load(to_read, storage_reader=reader, process_group=mesh.checkpoint_group)
+
+    for key, saved in smaller.items():
+        owned = _owned_ids(stacks[key][1], mesh) if key in stacks else range(0)
         assert growth
-        growth.fill(tensors[key], t, mine, key, perturb=not key.endswith(STATE_SUFFIXES))
-    for key, t in outside.items():
-        t.copy_(on_cpu[key])
+        is_weight = not key.endswith(STATE_SUFFIXES)
+        growth.fill(wanted[key], saved, owned, key, perturb=is_weight)
+    for key, tensor in targets.items():
+        tensor.copy_(on_cpu[key])
     optimizer.updates = state["updates"]
     optimizer.previous_norm = state["previous_norm"]
     engine.load_dense_state(dense, optimizer.updates)
@@ -240,99 +272,116 @@ def load(
 def load_matching_weights(
     checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()
 ) -> tuple[int, list[str]]:
-    """Takes the weights that a checkpoint has by name and in the whole shape, on any layout. A collective.
+    """Loads the weights whose name and complete shape agree, on any layout. A collective.
 
     Args:
-        checkpoint: The checkpoint.
-        engine: A new engine; what is not taken stays as it is.
+        checkpoint: Folder of a complete checkpoint.
+        engine: A new engine. Weights that are not loaded stay as they are.
         mesh: The ranks.
-        new: Beginnings of names that are never taken.
+        new: Starts of names that are never loaded, such as ("head.",).
 
     Returns:
-        The number of weights that were taken, and the names of the others.
+        The number of loaded weights, and the names of the others.
 
     Raises:
-        ValueError: On every rank, before anything is filled: a file is broken, there is no weight to take, or one,
-            which is named, overlaps, is not finite or has another dtype.
+        ValueError: On every rank, before anything is changed: a file is damaged, no weight agrees,
+            or a weight that agrees has overlapping parts, is not finite or has another dtype. The
+            message has its key.
     """
-    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+    import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
     optimizer = engine.optimizer
-    spread = _spread_tensors(optimizer)
-    outside = {key: t for key, (t, _) in spread.items()} | _row_tensors(optimizer)
-    on_cpu = {key: t.cpu() for key, t in outside.items()}
-    dense = {f"dense/{key}": t.to("cpu", copy=True) for key, t in engine.dense_state()}
-    tensors: dict[str, Any] = on_cpu | dense
-    tensors |= {key: _as_shard(on_cpu[key], of, mesh) for key, (_, of) in spread.items()}
-    shapes = {key: tuple(each.size) for key, each in tensor_index(checkpoint).items()}
-    weights = {key: t for key, t in tensors.items() if not key.endswith(STATE_SUFFIXES)}
-    taken = {
-        key: t
-        for key, t in weights.items()
-        if shapes.get(key) == tuple(t.shape) and not key.partition("/")[2].startswith(new)
-    }
-    if not taken:
+    stacks = _stack_tensors(optimizer)
+    targets = {key: tensor for key, (tensor, _) in stacks.items()} | _row_tensors(optimizer)
+    on_cpu = {key: tensor.cpu() for key, tensor in targets.items()}
+    dense = {key: tensor.to("cpu", copy=True) for key, tensor in engine.dense_state()}
+    wanted: dict[str, Any] = dict(on_cpu)
+    wanted |= {f"dense/{key}": tensor for key, tensor in dense.items()}
+    for key, (_, param) in stacks.items():
+        wanted[key] = _as_shard(on_cpu[key], param, mesh)
+    index = tensor_index(checkpoint)
+
+    matching: dict[str, Any] = {}
+    others: list[str] = []
+    for key, tensor in wanted.items():
+        if key.endswith(STATE_SUFFIXES):
+            continue
+        name = key.partition("/")[2]
+        same_shape = key in index and tuple(index[key].size) == tuple(tensor.shape)
+        if same_shape and not name.startswith(new):
+            matching[key] = tensor
+        else:
+            others.append(name)
+    if not matching:
         raise ValueError(
-            f"{checkpoint}: no weight has the name and the shape of one of this model's"
+            f"{checkpoint}: no weight has the name and shape of a weight of this model; check that "
+            f"it is a run of a similar model"
         )
-    check_values(checkpoint, taken, mesh.checkpoint_group)
-    dcp.load(
-        taken,
-        storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)),
-        process_group=mesh.checkpoint_group,
-    )
-    for key, t in outside.items():
-        t.copy_(on_cpu[key])
-    engine.load_dense_state(
-        {key.removeprefix("dense/"): t for key, t in dense.items()}, optimizer.updates
-    )
+    check_values(checkpoint, matching, mesh.checkpoint_group)
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    dcp.load(matching, storage_reader=reader, process_group=mesh.checkpoint_group)
+
+    for key, tensor in targets.items():
+        tensor.copy_(on_cpu[key])
+    engine.load_dense_state(dense, optimizer.updates)
     optimizer.round_masters()
-    return len(taken), [key.partition("/")[2] for key in weights if key not in taken]
+    return len(matching), others
 
 
 def _check_finite(tensors: dict[str, Any], group: Group) -> None:
-    """Raises OSError, on every rank, for a tensor that is not finite: nothing could go on from it. A collective."""
-    from torch.distributed.tensor import DTensor  # here: see the package's docstring
+    """Raises OSError on every rank if a tensor is not finite: no run could continue from it."""
+    from torch.distributed.tensor import DTensor  # in the call: see the package's docstring
 
-    mine = [
-        key
-        for key, t in tensors.items()
-        if not is_finite(t.to_local() if isinstance(t, DTensor) else t)
-    ]
-    if wrong := sorted({key for of_rank in all_gather_objects(mine, group) for key in of_rank}):
-        more = f", as do {len(wrong) - 1} more" if wrong[1:] else ""
-        raise OSError(f"{wrong[0]!r} holds NaN or infinity{more}")
+    local: list[str] = []
+    for key, tensor in tensors.items():
+        if not is_finite(tensor.to_local() if isinstance(tensor, DTensor) else tensor):
+            local.append(key)
+    invalid = sorted(set(itertools.chain.from_iterable(all_gather_objects(local, group))))
+    if invalid:
+        first, *others = invalid
+        more = f", as do {len(others)} more" if others else ""
+        raise OSError(f"{first!r} contains NaN or infinity{more}")
 
 
 def _try_to_remove(run: Path, name: str) -> None:
+    """Removes a folder of a run if possible."""
     with contextlib.suppress(OSError):
         remove(run, name)
 
 
-def _spread_tensors(optimizer: Optimizer) -> dict[str, tuple[torch.Tensor, ShardedExpertParam]]:
-    """What belongs to experts and groups: of each global stack the rows that this rank owns, and whose they are."""
-    return {
-        f"{kind}/{name}{ending}": (t, state)
-        for kind, states in (("experts", optimizer.experts), ("gates", optimizer.gates))
-        for name, state in states.items()
-        for ending, t in state.tensors(optimizer.updates).items()
-    }
+def _stack_tensors(
+    optimizer: Optimizer,
+) -> dict[str, tuple[torch.Tensor, ShardedExpertParam]]:
+    """Returns the rows that this rank owns of each global stack, with their parameter, by key.
+
+    Stacks are the weights and the optimizer state of experts and of the gates of expert groups.
+    """
+    tensors: dict[str, tuple[torch.Tensor, ShardedExpertParam]] = {}
+    for kind, params in (("experts", optimizer.experts), ("gates", optimizer.gates)):
+        for name, param in params.items():
+            for suffix, tensor in param.tensors(optimizer.updates).items():
+                tensors[f"{kind}/{name}{suffix}"] = (tensor, param)
+    return tensors
 
 
-def _global_rows(of: ShardedExpertParam, mesh: Mesh) -> range:
-    """Ids of the experts or groups that this rank owns."""
-    first = mesh.ep.index * len(of.p)
-    return range(first + of.owned.start, first + of.owned.stop)
+def _owned_ids(param: ShardedExpertParam, mesh: Mesh) -> range:
+    """Returns the global ids of the experts or groups that this rank owns."""
+    first = mesh.ep.index * len(param.p)
+    return range(first + param.owned.start, first + param.owned.stop)
 
 
-def _as_shard(t: torch.Tensor, of: ShardedExpertParam, mesh: Mesh) -> "DTensor":
-    """Returns the part of the global stack that `t` is: a stack is cut over ep and then, maybe into uneven parts, over
-    its owners."""
-    from torch.distributed.tensor import DTensor, Shard  # here: see the package's docstring
+def _as_shard(tensor: torch.Tensor, param: ShardedExpertParam, mesh: Mesh) -> "DTensor":
+    """Returns this rank's rows of a global stack as a DTensor.
 
-    whole = t.new_empty(len(of.p) * mesh.ep.size, *t.shape[1:], device="meta")
+    A stack is split over the expert-parallel ranks and then over their replicas, the owners, whose
+    parts may differ in size.
+    """
+    from torch.distributed.tensor import DTensor, Shard  # in the call: see the package's docstring
+
+    num_rows = len(param.p) * mesh.ep.size
+    whole = tensor.new_empty(num_rows, *tensor.shape[1:], device="meta")
     return DTensor.from_local(
-        t,
+        tensor,
         mesh.device_mesh,
         [Shard(0), Shard(0)],
         shape=whole.shape,
@@ -342,9 +391,9 @@ def _as_shard(t: torch.Tensor, of: ShardedExpertParam, mesh: Mesh) -> "DTensor":
 
 
 def _row_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """What belongs to words, whole on every rank."""
-    return {
-        f"rows/{key}": t
-        for table in optimizer.row_tables.values()
-        for key, t in table.tensors().items()
-    }
+    """Returns the tables with one row per word, which every rank holds completely, by key."""
+    tensors: dict[str, torch.Tensor] = {}
+    for table in optimizer.row_tables.values():
+        for name, tensor in table.tensors().items():
+            tensors[f"rows/{name}"] = tensor
+    return tensors

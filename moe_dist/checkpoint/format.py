@@ -1,18 +1,38 @@
-"""What is in a checkpoint: tensors keyed by meaning, a parameter's name, an expert's global id, a lane's index. No
-layout is in them.
+"""The on-disk format of a checkpoint, and checks of its content.
+
+Tensors are stored under keys that do not depend on the layout: the name of a parameter, the global
+id of an expert, the global index of a lane. So a checkpoint can be read on any number of ranks.
 
     RUN/checkpoints/step_00000425/
-        shard-*.safetensors   dense/NAME, dense/NAME.exp_avg, dense/NAME.exp_avg_sq   whole float32 tensors
-                              experts/NAME, experts/NAME.row, experts/NAME.column     row i belongs to global expert i
-                              gates/NAME, with .exp_avg and .exp_avg_sq               row i belongs to global group i
-                              rows/NAME, likewise, and rows/MODULE.updates            row i belongs to word i
-                              task/lstm0.h and so on                                  row i belongs to global lane i
-        state.json            step, updates (steps not skipped), norm of the last one, wandb run id, and what the task
-                              knows of its data: vocabulary or tokens, classes; and a fingerprint of the data
-        config.json           the run's config (sealed_config.py)
-        manifest.sha256       checksums of them all (manifest.py)
+
+    file                  key                      content
+    --------------------  -----------------------  ---------------------------------------------
+    shard-*.safetensors   dense/NAME               float32 parameter
+                          dense/NAME.exp_avg       its first moment
+                          dense/NAME.exp_avg_sq    its second moment
+                          experts/NAME             float32 stack; row i is global expert i
+                          experts/NAME.row         factored Adam: row means of the second moment
+                          experts/NAME.column      factored Adam: column means of the second moment
+                          gates/NAME               float32 stack; row i is global expert group i
+                          rows/NAME                float32 table; row i is word i of the vocabulary
+                          rows/MODULE.updates      number of updates of each row
+                          task/NAME                task state; row i is global lane i
+    state.json            step                     number of steps
+                          updates                  number of steps that were not skipped
+                          previous_norm            gradient norm of the last step
+                          wandb_id                 id of the wandb run, or null
+                          data                     fingerprint of the data
+                          vocabulary, tokens,      metadata of the task, as far as it has them
+                          classes, pairs           (`TASK_METADATA_CHECKS`)
+    config.json                                    the run's config (`sealed_config.py`)
+    manifest.sha256                                checksums of the other files (`manifest.py`)
+
+`gates/NAME`, `rows/NAME`, and with Adam for experts also `experts/NAME`, have `.exp_avg` and
+`.exp_avg_sq` like a dense parameter. A tensor can be split along its first dimension into parts in
+several shards; torch.distributed.checkpoint defines the format of a shard.
 """
 
+import itertools
 import math
 import reprlib
 from collections.abc import Callable
@@ -28,89 +48,84 @@ from moe_dist.config.run_folder import read_json
 from moe_dist.data.text.lanes import EOS, UNK
 from moe_dist.distributed.collectives import Group, all_gather_objects
 
-PARAM_KINDS = (
-    "dense",
-    "experts",
-    "gates",
-    "rows",
-)  # of a parameter; its name is in a checkpoint once
-MAX_COUNT = (
-    2**53
-)  # of a count in state.json, and of all counts of words together: what a float holds
-STATE_SUFFIXES = (
-    ".exp_avg",
-    ".exp_avg_sq",
-    ".row",
-    ".column",
-    ".updates",
-)  # of what is an optimizer's, not a weight
-NON_NEGATIVE_SUFFIXES = (
-    ".exp_avg_sq",
-    ".row",
-    ".column",
-    ".updates",
-)  # means of squares, and a count
+# First part of a parameter's key; a name has one kind in a checkpoint.
+PARAM_KINDS = ("dense", "experts", "gates", "rows")
+# End of the keys of optimizer state; all other keys of these kinds are weights.
+STATE_SUFFIXES = (".exp_avg", ".exp_avg_sq", ".row", ".column", ".updates")
+NON_NEGATIVE_SUFFIXES = (".exp_avg_sq", ".row", ".column", ".updates")  # means of squares; a count
+# Largest count in state.json, and largest sum of word counts: exact as a float64.
+MAX_COUNT = 2**53
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads the state of a checkpoint and checks the type of each value.
+    """Reads state.json and checks the type and range of each value.
 
-    The values of tasks (`TASK_METADATA_CHECKS`) may be missing. They are not compared with the config.
+    Values of a task (`TASK_METADATA_CHECKS`) may be missing, and are not compared with the config.
 
     Args:
-        checkpoint: The folder of the checkpoint.
+        checkpoint: Folder of the checkpoint.
 
     Returns:
-        The values that `Saver.save` was given, with step, updates and the last norm.
+        The state passed to `Saver.save`, with step, updates and previous_norm.
 
     Raises:
-        ValueError: The file is broken, or of another step than the one that the checkpoint's folder is named after.
+        ValueError: The file is damaged, a value is one that `Saver` never writes, or the step is
+            not that in the folder's name.
     """
     path = checkpoint / STATE
     state = read_json(path)
-    if not isinstance(state, dict) or not _is_progress(state):
-        told = "step, updates or previous_norm is missing or out of its range"
-        raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
-    for key, is_whole in (TASK_METADATA_CHECKS | {"wandb_id": _is_wandb_id}).items():
-        if key in state and not is_whole(state[key]):
-            told = f"{key}={reprlib.repr(state[key])} is not a value that this version writes"
-            raise ValueError(f"{path}: broken ({told}); go on from another checkpoint")
+    if not isinstance(state, dict) or not _has_progress(state):
+        problem = "step, updates or previous_norm is missing or out of its range"
+        raise ValueError(f"{path}: damaged ({problem}); use another checkpoint")
+    for key, is_valid in (TASK_METADATA_CHECKS | {"wandb_id": _is_wandb_id}).items():
+        if key in state and not is_valid(state[key]):
+            problem = f"{key}={reprlib.repr(state[key])} is not a value that this version writes"
+            raise ValueError(f"{path}: damaged ({problem}); use another checkpoint")
     name = checkpoint.name
-    if fnmatchcase(name, STEP_GLOB) and name != f"step_{state['step']:08d}":
+    expected_name = f"step_{state['step']:08d}"
+    if fnmatchcase(name, STEP_GLOB) and name != expected_name:
         raise ValueError(
-            f"{path}: of step {state['step']}, in a folder that is named {name}; rename the right one"
+            f"{path}: has step {state['step']}, but its folder is named {name}; "
+            f"rename the folder to {expected_name}"
         )
     return state
 
 
-def _is_progress(state: dict[str, Any]) -> bool:
-    """Returns whether the numbers of a state are in their ranges. A run may save any finite norm."""
-    step, updates, norm = (state.get(key) for key in ("step", "updates", "previous_norm"))
+def _has_progress(state: dict[str, Any]) -> bool:
+    """Returns whether step, updates and previous_norm are in their ranges."""
+    step = state.get("step")
+    updates = state.get("updates")
+    norm = state.get("previous_norm")
     if not (_is_count(step) and _is_count(updates) and isinstance(norm, float)):
         return False
     return state["updates"] <= state["step"] and math.isfinite(norm) and norm >= 0
 
 
 def _is_count(value: Any) -> bool:
+    """Returns whether a JSON value is a whole number from 0 to `MAX_COUNT`; true is none."""
     return type(value) is int and 0 <= value <= MAX_COUNT
 
 
 def _are_texts(values: Any) -> bool:
-    """Returns whether this is a list of texts that can be written."""
+    """Returns whether a JSON value is a list of texts that UTF-8 can encode."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         return False
     try:
         "".join(values).encode()
-    except UnicodeEncodeError:  # half of a character
+    except UnicodeEncodeError:  # a surrogate, half of a character
         return False
     return True
 
 
 def _is_vocabulary(value: Any) -> bool:
-    """Returns whether this is a `Vocabulary` with counts, which older versions kept as a list of words."""
+    """Returns whether a JSON value is a `Vocabulary` with the count of each word.
+
+    Earlier versions saved a list of words without counts, which is refused.
+    """
     if not isinstance(value, dict) or value.keys() != {"words", "counts"}:
         return False
-    words, counts = value["words"], value["counts"]
+    words = value["words"]
+    counts = value["counts"]
     return (
         _are_texts(words)
         and words[:2] == [UNK, EOS]
@@ -123,10 +138,9 @@ def _is_vocabulary(value: Any) -> bool:
 
 
 def _are_tokens(value: Any) -> bool:
-    """Returns whether this is what `WordPieceTokenizer.to_json` writes."""
-    from moe_dist.data.text.wordpiece import (
-        WordPieceTokenizer,
-    )  # here, for its library takes a moment to import
+    """Returns whether a JSON value is the result of `WordPieceTokenizer.to_json`."""
+    # imported in the call, because the tokenizer library is slow to import
+    from moe_dist.data.text.wordpiece import WordPieceTokenizer
 
     try:
         return isinstance(value, str) and _are_texts(
@@ -137,113 +151,140 @@ def _are_tokens(value: Any) -> bool:
 
 
 def _is_wandb_id(value: Any) -> bool:
+    """Returns whether a JSON value is the id of a wandb run, or null."""
     return value is None or isinstance(value, str)
 
 
-# what tasks keep in state.json, and whether a value could be theirs
+def _is_bool(value: Any) -> bool:
+    """Returns whether a JSON value is true or false."""
+    return isinstance(value, bool)
+
+
+# Metadata of tasks in state.json, and a check of each value.
 TASK_METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
     "vocabulary": _is_vocabulary,
     "tokens": _are_tokens,
     "classes": _are_texts,
-    "pairs": lambda value: isinstance(value, bool),
+    "pairs": _is_bool,
 }
 
 
 def tensor_index(checkpoint: Path) -> dict[str, Any]:
-    """Returns the metadata of all tensors by name, for which only the heads of files are read.
+    """Reads the metadata of all tensors from the headers of the shards.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+
+    Returns:
+        The metadata of each tensor (`TensorStorageMetadata`), by key.
 
     Raises:
-        ValueError: A file is not whole, or the parts of a tensor overlap or do not make a whole one.
+        ValueError: A shard is damaged, a key has an unknown kind, or the parts of a tensor overlap
+            or leave a gap.
     """
-    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+    import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
     try:
-        kept: Any = (
-            dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-        )
-    except Exception as error:  # whatever a foreign file leads torch's reader to
-        raise ValueError(f"{checkpoint}: a shard is broken or foreign ({error!r})") from None
-    for key, tensor in kept.items():
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+        index: Any = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # torch's reader raises many types for an invalid file
+        raise ValueError(f"{checkpoint}: a shard is damaged or foreign ({error!r})") from None
+    for key, metadata in index.items():
         if key.partition("/")[0] not in (*PARAM_KINDS, "task"):
-            raise ValueError(f"{checkpoint}: {key!r} is none of {', '.join(PARAM_KINDS)} or task")
-        if not _is_whole(tensor):
-            raise ValueError(f"{checkpoint}: {key!r} has not all of its parts, or some twice")
-    return kept
+            known = ", ".join(PARAM_KINDS)
+            raise ValueError(f"{checkpoint}: {key!r} does not begin with one of {known} or task")
+        if not _parts_are_complete(metadata):
+            raise ValueError(f"{checkpoint}: the parts of {key!r} overlap or leave a gap")
+    return index
 
 
-def _is_whole(tensor: Any) -> bool:
-    """Returns whether the parts lie one after the other along the first dimension, from its start to its end."""
-    first, *others = tensor.size or (1,)
+def _parts_are_complete(metadata: Any) -> bool:
+    """Returns whether the parts of a tensor cover its first dimension without gap or overlap."""
+    num_rows, *row_shape = metadata.size or (1,)
     end = 0
-    for part in sorted(tensor.chunks, key=lambda part: (part.offsets, part.sizes)):
-        start, *starts = part.offsets or (end,)
-        size, *sizes = part.sizes or (1,)
-        if start != end or any(starts) or sizes != others:
+    for part in sorted(metadata.chunks, key=lambda part: (part.offsets, part.sizes)):
+        start, *other_starts = part.offsets or (end,)
+        part_rows, *part_row_shape = part.sizes or (1,)
+        if start != end or any(other_starts) or part_row_shape != row_shape:
             return False
-        end += size
-    return end == first
+        end += part_rows
+    return end == num_rows
 
 
-def check_shape(checkpoint: Path, kept: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError for a tensor that the checkpoint does not have, or has in another shape."""
-    if key not in kept:
+def check_shape(checkpoint: Path, index: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
+    """Checks that a checkpoint has a tensor with the shape that the model needs.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        index: Metadata of its tensors, from `tensor_index`.
+        key: Key of the tensor.
+        tensor: A tensor of the needed shape.
+
+    Raises:
+        ValueError: The tensor is missing or has another shape.
+    """
+    if key not in index:
         raise ValueError(
-            f"{checkpoint}: no tensor {key!r}; is config.json that of this run, and every shard there?"
+            f"{checkpoint}: no tensor {key!r}; check that config.json is that of this run, and "
+            f"that no shard is missing"
         )
-    shape, expected = tuple(kept[key].size), tuple(tensor.shape)
+    shape, expected = tuple(index[key].size), tuple(tensor.shape)
     if shape != expected:
         raise ValueError(
-            f"{checkpoint}: {key!r} is {shape} and {expected} by config.json; is it that of this run?"
+            f"{checkpoint}: {key!r} has shape {shape}, but config.json needs {expected}; check "
+            f"that it is the config of this run"
         )
 
 
 def check_values(
     checkpoint: Path, wanted: dict[str, torch.Tensor], group: Group | None = None
 ) -> None:
-    """Reads all parts of some tensors once, before anything is filled with them.
+    """Reads the values of some tensors once and checks them, before anything is overwritten.
 
     Args:
-        checkpoint: The checkpoint.
-        wanted: By name, tensors of the dtypes that are needed. A task's may be floats of another width: its activations
-            follow the precision of the run.
-        group: Ranks that share the reading; then a collective.
+        checkpoint: Folder of the checkpoint.
+        wanted: Tensors of the needed dtypes, by key. Floating-point state of a task may have
+            another width, because its activations have the precision of the run.
+        group: Ranks that share the reading; the call is then a collective.
 
     Raises:
-        ValueError: On every rank, naming the tensor: one has another dtype, is not finite, or is negative where it is a
-            mean of squares.
+        ValueError: On every rank: a tensor has another dtype, is not finite, or is a mean of
+            squares with negative numbers; the message has its key.
     """
-    size, index = (group.size(), group.rank()) if group else (1, 0)
-    wrong: list[str] = []
-    for path in sorted(checkpoint.glob("*.safetensors"))[index::size]:
+    num_readers, index = (group.size(), group.rank()) if group else (1, 0)
+    problems: list[str] = []
+    for path in sorted(checkpoint.glob("*.safetensors"))[index::num_readers]:
         try:
             with safe_open(path, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (it is no dict)
-                    if key in wanted and (
-                        reason := _unfit(opened.get_tensor(key), key, wanted[key].dtype)
-                    ):
-                        wrong.append(f"{key!r} {reason}")
-        except Exception as error:  # whatever a foreign file leads the library to
-            wrong.append(f"{path.name} is broken or foreign ({error!r})")
-    found = all_gather_objects(wrong, group) if group else [wrong]
-    if all_wrong := [each for of_rank in found for each in of_rank]:
-        more = f", and {len(all_wrong) - 1} more are unfit" if all_wrong[1:] else ""
-        raise ValueError(f"{checkpoint}: {all_wrong[0]}{more}; go on from another checkpoint")
+                    if key not in wanted:
+                        continue
+                    problem = _value_problem(opened.get_tensor(key), key, wanted[key].dtype)
+                    if problem is not None:
+                        problems.append(f"{key!r} {problem}")
+        except Exception as error:  # the library raises many types for an invalid file
+            problems.append(f"{path.name} is damaged or foreign ({error!r})")
+    problems_by_rank = all_gather_objects(problems, group) if group else [problems]
+    all_problems = list(itertools.chain.from_iterable(problems_by_rank))
+    if all_problems:
+        first, *others = all_problems
+        more = f", and {len(others)} more are invalid" if others else ""
+        raise ValueError(f"{checkpoint}: {first}{more}; use another checkpoint")
 
 
-def _unfit(tensor: torch.Tensor, key: str, dtype: torch.dtype) -> str:
-    """Returns why a tensor cannot be taken, empty where it can."""
-    alike = key.startswith("task/") and tensor.is_floating_point() and dtype.is_floating_point
-    if tensor.dtype != dtype and not alike:
+def _value_problem(tensor: torch.Tensor, key: str, dtype: torch.dtype) -> str | None:
+    """Returns what is wrong with a tensor's dtype or values, or None."""
+    is_task_state = key.startswith("task/")
+    both_float = tensor.is_floating_point() and dtype.is_floating_point
+    if tensor.dtype != dtype and not (is_task_state and both_float):
         return f"is {tensor.dtype} and must be {dtype}"
     if not is_finite(tensor):
-        return "holds NaN or infinity"
-    return (
-        "holds negative numbers"
-        if key.endswith(NON_NEGATIVE_SUFFIXES) and (tensor < 0).any()
-        else ""
-    )
+        return "contains NaN or infinity"
+    if key.endswith(NON_NEGATIVE_SUFFIXES) and (tensor < 0).any():
+        return "contains negative numbers"
+    return None
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Returns whether no number of a tensor is NaN or infinite."""
+    """Returns whether a tensor contains neither NaN nor infinity."""
     return bool(torch.isfinite(tensor).all())

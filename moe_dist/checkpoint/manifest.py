@@ -1,9 +1,13 @@
-"""Which files make a checkpoint, and whether they are as they were written.
+"""Finds, seals and removes checkpoints; the manifest shows which of them are complete.
 
-    RUN/checkpoints/step_00000425/manifest.sha256    a line for each other file, as `sha256sum --check` reads it
+    RUN/checkpoints/step_00000425/manifest.sha256   one line per other file, for `sha256sum --check`
+    RUN/checkpoints/partial_step_00000450/          a checkpoint that is being written or removed
 
-A checkpoint is whole where the manifest lists the files that are there, no more and no fewer, and each has its
-checksum. What is not whole is refused by name, and the newest whole one is used.
+A checkpoint is in one of three states:
+
+    complete    the files are exactly those in the manifest, and each has its checksum
+    damaged     a file is missing, added or changed; refused with the name of the file
+    partial     its folder is not renamed yet; never read, and removed by the next start
 """
 
 import contextlib
@@ -19,166 +23,238 @@ from moe_dist.distributed.collectives import Group, all_gather_objects, run_on_m
 
 NAME = "manifest.sha256"
 STATE = "state.json"
-CONFIG = "config.json"  # a copy of the run's; older versions saved none
+CONFIG = "config.json"  # copy of the run's config; earlier versions saved none
 LINE_PATTERN = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 STEP_GLOB = "step_" + "[0-9]" * 8
 FOLDER = "checkpoints"
 
 
 def folder(run: Path, step: int) -> Path:
+    """Returns the folder of the checkpoint after `step` steps."""
     return run / FOLDER / f"step_{step:08d}"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, the oldest first, whole or not."""
+    """Returns the folders of a run's checkpoints, oldest first, complete or damaged."""
     return sorted((run / FOLDER).glob(STEP_GLOB))
 
 
 def require_checkpoints(run: Path) -> list[Path]:
-    """As `found`. Raises ValueError where there is none."""
-    if not list_checkpoints(run):
+    """Returns the folders of `list_checkpoints`; raises ValueError if there is none."""
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
         raise ValueError(
-            f"{run}: no checkpoint to go on from; is it a run folder, and did the run reach its first save? If not, "
-            f"start it again with --folder {run}"
+            f"{run}: no checkpoint to continue from. Check that it is a run folder. If the run "
+            f"ended before its first save, start it again with --folder {run}"
         )
-    return list_checkpoints(run)
+    return checkpoints
 
 
 def newest_complete(run: Path, group: Group | None = None) -> tuple[Path, dict[Path, str]]:
-    """The newest whole checkpoint of a run, and newer ones that were refused, with the reason. With `group` a
-    collective, which shares the reading. Raises ValueError, on every rank, where there is none."""
+    """Finds the newest complete checkpoint of a run.
+
+    Args:
+        run: The run folder.
+        group: Ranks that share the reading of the files; the call is then a collective. None: this
+            process reads all of them.
+
+    Returns:
+        The folder of the checkpoint, and the newer damaged ones, each with what is wrong with it.
+
+    Raises:
+        ValueError: On every rank: the run has no complete checkpoint.
+    """
     refused: dict[Path, str] = {}
-    there = (
-        run_on_main(lambda: require_checkpoints(run), group) if group else require_checkpoints(run)
-    )
-    for checkpoint in reversed(there):
-        wrong = find_damage(checkpoint, group)
-        if not wrong:
+    if group:
+        checkpoints = run_on_main(lambda: require_checkpoints(run), group)
+    else:
+        checkpoints = require_checkpoints(run)
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint, group)
+        if not damage:
             return checkpoint, refused
-        refused[checkpoint] = f"{checkpoint} is not whole: {'; '.join(wrong)}"
-    raise ValueError(f"{run}: no whole checkpoint to go on from. {'. '.join(refused.values())}")
+        refused[checkpoint] = f"{checkpoint} is damaged: {'; '.join(damage)}"
+    raise ValueError(
+        f"{run}: no complete checkpoint to continue from. {'. '.join(refused.values())}"
+    )
 
 
 def check_complete(checkpoint: Path) -> None:
-    """Raises ValueError for a checkpoint that is not whole, naming what is wrong and the run's newest whole one."""
-    if not (wrong := find_damage(checkpoint)):
+    """Checks that a checkpoint is complete.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+
+    Raises:
+        ValueError: It is damaged; the message has the files and the newest complete checkpoint of
+            the same run.
+    """
+    damage = find_damage(checkpoint)
+    if not damage:
         return
     try:
-        instead = (
-            f"the newest whole one is {newest_complete(checkpoint.resolve().parent.parent)[0]}"
-        )
+        newest, _ = newest_complete(checkpoint.resolve().parent.parent)
+        instead = f"the newest complete checkpoint is {newest}"
     except ValueError:
-        instead = "its run has no whole one"
-    raise ValueError(f"{checkpoint} is not whole: {'; '.join(wrong)}. Refused; {instead}")
+        instead = "its run has no complete checkpoint"
+    raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}. Refused; {instead}")
 
 
 def find_damage(checkpoint: Path, group: Group | None = None) -> list[str]:
-    """What is wrong with a checkpoint's files, by name; empty for a whole one. With `group` a collective."""
-    size, index = (group.size(), group.rank()) if group else (1, 0)
-    wrong: list[str] = []
+    """Compares the files of a checkpoint with its manifest.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        group: Ranks that share the reading of the files; the call is then a collective.
+
+    Returns:
+        A phrase for each file that is missing, added or changed. Empty for a complete checkpoint.
+        The same on every rank.
+    """
+    num_readers, index = (group.size(), group.rank()) if group else (1, 0)
+    damage: list[str] = []
     try:
-        listed = _read(checkpoint)
-        # file systems leave hidden files; but one that ends like a shard would be read
-        seen = [
+        checksums = _read_manifest(checkpoint)
+        # File systems leave hidden files, which are ignored, except those named like a shard:
+        # torch's reader would read them.
+        paths = [
             path
             for path in checkpoint.iterdir()
-            if path.name[0] != "." or path.suffix == ".safetensors"
+            if not path.name.startswith(".") or path.suffix == ".safetensors"
         ]
-        there = {path.name for path in seen if path.is_file()} - {NAME}
-        wrong += [
-            f"{path.name} is not in {NAME}"
-            for path in sorted(seen)
-            if path.name not in {*listed, NAME}
-        ]
-        wrong += [f"{NAME} has no {STATE}"] if STATE not in listed else []
-        for name in sorted(listed)[index::size]:
-            if name not in there:
-                wrong.append(f"{name} is missing")
-            elif checksum(checkpoint / name) != listed[name]:
-                wrong.append(f"{name} is altered or torn (another checksum in {NAME})")
+        for path in sorted(paths):
+            if path.name not in checksums and path.name != NAME:
+                damage.append(f"{path.name} is not in {NAME}")
+        if STATE not in checksums:
+            damage.append(f"{NAME} has no {STATE}")
+        present = {path.name for path in paths if path.is_file()} - {NAME}
+        for name in sorted(checksums)[index::num_readers]:
+            if name not in present:
+                damage.append(f"{name} is missing")
+            elif checksum(checkpoint / name) != checksums[name]:
+                damage.append(f"{name} does not match its checksum in {NAME}")
     except (OSError, ValueError) as error:
-        wrong.append(str(error))
-    told = all_gather_objects(wrong, group) if group else [wrong]
-    return list(dict.fromkeys(each for of_rank in told for each in of_rank))
+        damage.append(str(error))
+    damage_by_rank = all_gather_objects(damage, group) if group else [damage]
+    unique: dict[str, None] = {}
+    for phrases in damage_by_rank:
+        unique |= dict.fromkeys(phrases)
+    return list(unique)
 
 
-def _read(checkpoint: Path) -> dict[str, str]:
-    """Checksums by name of file. Raises ValueError or OSError for a manifest that is not as it was written."""
+def _read_manifest(checkpoint: Path) -> dict[str, str]:
+    """Returns the checksums by file name; raises ValueError or OSError for a damaged manifest."""
     if not (checkpoint / NAME).is_file():
         raise ValueError(f"{NAME} is missing")
     *lines, rest = read(checkpoint / NAME).decode(errors="replace").split("\n")
-    matches = [LINE_PATTERN.fullmatch(line) for line in lines]
-    if rest or not all(matches):
-        raise ValueError(f"{NAME} is altered or torn")
-    return {match[2]: match[1] for match in matches if match}
+    checksums: dict[str, str] = {}
+    for line in lines:
+        match = LINE_PATTERN.fullmatch(line)
+        if match is None:
+            raise ValueError(f"{NAME} is damaged")
+        checksums[match[2]] = match[1]
+    if rest:  # the last line has no end
+        raise ValueError(f"{NAME} is damaged")
+    return checksums
 
 
 def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a regular file, in hexadecimal."""
     with open(open_existing(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_intact(checkpoint: Path, name: str) -> bool:
-    """Returns whether the manifest has this file, which is as it was written; the others are not looked at."""
+    """Returns whether one file of a checkpoint is in the manifest and has its checksum."""
     try:
-        return _read(checkpoint).get(name) == checksum(checkpoint / name)
+        return _read_manifest(checkpoint).get(name) == checksum(checkpoint / name)
     except (OSError, ValueError):
         return False
 
 
-def seal(partial: Path, mine: list[Path], final: Path, group: Group) -> None:
-    """Makes what all ranks have written to `partial` the checkpoint `final`. `mine`: files that this rank wrote. A
-    collective. Raises OSError on every rank."""
-    sums: dict[str, str] | OSError
-    try:
-        sums = {path.name: checksum(path) for path in mine}
-    except OSError as error:
-        sums = error
-    told = all_gather_objects(sums, group)
+def seal(partial: Path, written: list[Path], final: Path, group: Group) -> None:
+    """Writes the manifest of a partial checkpoint and renames its folder. A collective.
 
-    def end() -> None:
-        for of_rank in told:
-            if isinstance(of_rank, OSError):
-                raise of_rank
-        lines = [f"{sum_}  {name}\n" for of_rank in told for name, sum_ in of_rank.items()]  # type: ignore[union-attr]
+    Args:
+        partial: The folder to which all ranks have written.
+        written: The files that this rank wrote.
+        final: The folder of the complete checkpoint. A checkpoint of this name is replaced.
+        group: The ranks.
+
+    Raises:
+        OSError: On every rank: a file of a rank cannot be read, or the folder cannot be renamed.
+    """
+    local: dict[str, str] | OSError
+    try:
+        local = {path.name: checksum(path) for path in written}
+    except OSError as error:
+        local = error
+    checksums_by_rank = all_gather_objects(local, group)
+
+    def complete() -> None:
+        lines: list[str] = []
+        for checksums in checksums_by_rank:
+            if isinstance(checksums, OSError):
+                raise checksums
+            lines += [f"{digest}  {name}\n" for name, digest in checksums.items()]
         write(partial, NAME, "".join(lines))
-        small = [
-            path for path in mine if path.suffix == ".json"
-        ]  # shards have been written through
+        # Shards are flushed by their writer, the small files are not.
+        small = [path for path in written if path.suffix == ".json"]
         for path in (*small, partial / NAME, partial):
-            _write_through(path)
-        remove(final)  # refused, where there is one, since the run went on from an earlier one
+            _flush_to_disk(path)
+        # A checkpoint of this name was refused, because the run continued from an earlier one.
+        remove(final)
         partial.rename(final)
 
-    run_on_main(end, group)
+    run_on_main(complete, group)
 
 
 def prune(run: Path, keep: int, refused: Container[Path]) -> None:
-    """Removes all checkpoints but the newest `keep`, not counting those `refused`, which stay."""
-    for old in [path for path in list_checkpoints(run) if path not in refused][:-keep]:
-        with contextlib.suppress(OSError):  # a file that is in use; the next time will do
+    """Removes old checkpoints.
+
+    Args:
+        run: The run folder.
+        keep: Number of checkpoints that stay, the newest ones.
+        refused: Damaged checkpoints, which are neither counted nor removed.
+    """
+    candidates = [path for path in list_checkpoints(run) if path not in refused]
+    for old in candidates[:-keep]:
+        with contextlib.suppress(OSError):  # a file is in use; the next call tries again
             remove(old)
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint, if it exists; it is never seen half removed. Raises OSError where it cannot be moved."""
-    run, gone = checkpoint.parent.parent, f"{FOLDER}/{PARTIAL}old_{checkpoint.name}"
-    run_folder.remove(run, gone)
+    """Removes a checkpoint, if it exists.
+
+    It is renamed to a partial checkpoint first, so that no reader finds half of it.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+
+    Raises:
+        OSError: The folder cannot be renamed.
+    """
+    run = checkpoint.parent.parent
+    removed_name = f"{FOLDER}/{PARTIAL}old_{checkpoint.name}"
+    run_folder.remove(run, removed_name)
     if os.path.lexists(checkpoint):
-        checkpoint.rename(run / gone)
-        with contextlib.suppress(OSError):  # a file that is in use; the next start will do
-            run_folder.remove(run, gone)
+        checkpoint.rename(run / removed_name)
+        with contextlib.suppress(OSError):  # a file is in use; the next start removes it
+            run_folder.remove(run, removed_name)
 
 
 def remove_partial(run: Path) -> None:
-    """Removes what killed runs left half written or half removed."""
+    """Removes partial checkpoints, which killed runs leave behind."""
     for partial in (run / FOLDER).glob(f"{PARTIAL}*"):
         with contextlib.suppress(OSError):
             run_folder.remove(run, f"{FOLDER}/{partial.name}")
 
 
-def _write_through(path: Path) -> None:
-    """To the disk: power may fail, and earlier checkpoints are removed."""
+def _flush_to_disk(path: Path) -> None:
+    """Flushes a file or folder to the disk.
+
+    After a power failure an unflushed checkpoint would be lost, and earlier ones are removed.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,9 @@
-"""Reads the config of a run: each checkpoint keeps a copy under its checksums, and RUN/config.json must agree with it.
+"""Reads the config of a run and compares it with the copies in its checkpoints.
 
-RUN/config.json                                for people, and for a run without a checkpoint
-RUN/checkpoints/step_00000425/config.json      as the run was when the checkpoint was saved
+Each checkpoint has a copy of the config under its checksums, with which RUN/config.json must agree:
+
+    RUN/config.json                              for people, and for a run without a checkpoint
+    RUN/checkpoints/step_00000425/config.json    the config when this checkpoint was saved
 """
 
 from collections.abc import Container
@@ -14,52 +16,62 @@ from moe_dist.config.run_folder import read
 from moe_dist.config.schema import Config
 from moe_dist.config.validate import check_config
 
+MAX_DIFFERENCES = 5  # named in one error
+
 
 def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:
-    """Returns the config of a run, that of its newest checkpoint with an intact copy, and a note for the user.
+    """Reads the config of a run from its newest checkpoint with an intact copy.
 
-    Without such a copy, as older versions saved checkpoints, the config is that of RUN/config.json.
+    Without such a copy (earlier versions saved none) the config is that of RUN/config.json.
 
     Args:
         run: The run folder.
-        given: Dotted keys of fields that are overridden anyway, in which the two may differ.
+        given: Dotted keys of fields that the caller overrides; the two files may differ in them.
 
     Returns:
-        The config, and why it was not read from RUN/config.json or not compared, empty where it was both.
+        The config, and a note for the user. The note is empty if the two files were compared;
+        otherwise it gives the reason.
 
     Raises:
-        ValueError: The two differ, or there is no config that can be read.
+        ValueError: The two files differ, or neither can be read.
     """
-    file, found = run / "config.json", manifest.list_checkpoints(run)
-    checkpoint = next(
-        (each for each in reversed(found) if manifest.is_intact(each, manifest.CONFIG)), None
-    )
+    file = run / manifest.CONFIG
+    checkpoints = manifest.list_checkpoints(run)
+    sealed = _newest_with_config(checkpoints)
     try:
-        shown = _parse(file)
+        shown_config = _parse(file)
     except ValueError as error:
-        if checkpoint:
-            return _parse(
-                checkpoint / manifest.CONFIG
-            ), f"{error}; using the copy in {checkpoint.name}"
+        if sealed:
+            return _parse(sealed / manifest.CONFIG), f"{error}; using the copy in {sealed.name}"
         if not file.exists():
             raise ValueError(f"{run}: not a run folder (no config.json)") from None
         raise
-    if not checkpoint:
-        return (
-            shown,
-            f"{run}: no checkpoint has a copy of config.json to compare it with" if found else "",
-        )
-    sealed = _parse(checkpoint / manifest.CONFIG)
-    if differ := [text for key, text in differences(shown, sealed).items() if key not in given]:
+    if not sealed:
+        note = f"{run}: no checkpoint has a copy of config.json to compare it with"
+        return shown_config, note if checkpoints else ""
+    sealed_config = _parse(sealed / manifest.CONFIG)
+    changes = differences(shown_config, sealed_config)
+    unexpected = [change for key, change in changes.items() if key not in given]
+    if unexpected:
+        more = "; ..." if len(unexpected) > MAX_DIFFERENCES else ""
         raise ValueError(
-            f"{file} is not as {checkpoint.name} was saved: {'; '.join(differ[:5])}{'; ...' if differ[5:] else ''}. "
-            f"Remove the file to go on as it was saved; --set changes what may change"
+            f"{file} differs from the copy in {sealed.name}: "
+            f"{'; '.join(unexpected[:MAX_DIFFERENCES])}{more}. "
+            f"Remove the file to use the copy; change fields with --set"
         )
-    return sealed, ""
+    return sealed_config, ""
+
+
+def _newest_with_config(checkpoints: list[Path]) -> Path | None:
+    """Returns the newest checkpoint whose copy of the config is intact, or None."""
+    for checkpoint in reversed(checkpoints):
+        if manifest.is_intact(checkpoint, manifest.CONFIG):
+            return checkpoint
+    return None
 
 
 def _parse(path: Path) -> Config:
-    """Raises ValueError, naming the file, where it cannot be read."""
+    """Reads and checks a config file; raises ValueError, whose message begins with the path."""
     try:
         config = from_json(read(path).decode())
         check_config(config)
@@ -69,15 +81,28 @@ def _parse(path: Path) -> Config:
 
 
 def differences(config: Config, other: Config) -> dict[str, str]:
-    """Returns, by dotted key, the values of all fields in which two configs differ, as text."""
-    values, others = _values(config), _values(other)
-    nothing = object()
-    return {
-        key: f"{key}={values.get(key, 'none')!r:.80}, not {others.get(key, 'none')!r:.80}"
-        for key in {**values, **others}
-        if values.get(key, nothing) != others.get(key, nothing)
-    }
+    """Compares two configs field by field.
+
+    Args:
+        config: A config.
+        other: Another config, perhaps with other sections.
+
+    Returns:
+        For each field that differs, by dotted key, a text such as "optim.lr=0.1, not 0.2". A field
+        that one of the configs does not have is "none" there.
+    """
+    values = _values(config)
+    other_values = _values(other)
+    missing = object()
+    texts: dict[str, str] = {}
+    for key in {**values, **other_values}:
+        if values.get(key, missing) != other_values.get(key, missing):
+            value = values.get(key, "none")
+            other_value = other_values.get(key, "none")
+            texts[key] = f"{key}={value!r:.80}, not {other_value!r:.80}"
+    return texts
 
 
 def _values(config: Config) -> dict[str, Any]:
+    """Returns the value of each field, by dotted key."""
     return {key: value_of(config, key) for key in dotted_keys(config)}

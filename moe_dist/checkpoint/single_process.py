@@ -1,4 +1,4 @@
-"""Checkpoints in one process, without a mesh: their weights for use, and what is in them."""
+"""Checkpoints read by one process, without a mesh: loads, lists and exports their weights."""
 
 import json
 import os
@@ -25,48 +25,70 @@ from moe_dist.config.run_folder import PARTIAL, read
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fills the parameters of a plain whole model in place, in one process and without a mesh.
+    """Fills the parameters of a complete model in place.
 
-    A parameter is found whichever of the kinds it is kept as.
+    Args:
+        checkpoint: Folder of the checkpoint.
+        model: A model that holds all experts, not sharded. Each parameter is found under its name,
+            in any of the kinds of `PARAM_KINDS`.
 
     Raises:
-        ValueError: A file is broken, or a parameter, which is named, is missing, overlaps, is not finite or has another
-            shape or dtype.
+        ValueError: A shard is damaged; or a parameter is missing, has overlapping parts, is not
+            finite, or has another shape or dtype. The message has its key.
     """
-    kept, tensors = tensor_index(checkpoint), {}
-    for name, p in model.named_parameters():
-        key = next((key for kind in PARAM_KINDS if (key := f"{kind}/{name}") in kept), name)
-        check_shape(checkpoint, kept, key, p)
-        tensors[key] = p.detach()  # shares storage with the parameter
+    index = tensor_index(checkpoint)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, param in model.named_parameters():
+        key = _weight_key(index, name)
+        check_shape(checkpoint, index, key, param)
+        tensors[key] = param.detach()  # shares storage with the parameter
     _read(checkpoint, tensors)
 
 
+def _weight_key(index: dict[str, Any], name: str) -> str:
+    """Returns the key of a parameter in a checkpoint, or its name if the checkpoint has none."""
+    for kind in PARAM_KINDS:
+        if f"{kind}/{name}" in index:
+            return f"{kind}/{name}"
+    return name
+
+
 def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills whole tensors in place, in one process. Raises ValueError, naming the tensor, for values that are unfit."""
-    import torch.distributed.checkpoint as dcp  # here: see the package's docstring
+    """Fills complete tensors in place, by key; raises ValueError for values that are invalid."""
+    import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
     check_values(checkpoint, tensors)
-    with warnings.catch_warnings():  # torch warns that one process is all, which was asked for
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    with warnings.catch_warnings():  # torch warns about a single process, which is intended
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(
-            tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True
-        )
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def inspect(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds: {"step", "updates", "weights": by name, with kind, shape and bytes, "task": likewise}.
+    """Lists the content of a checkpoint without reading tensor values.
 
-    Raises ValueError for one that is not whole.
+    Args:
+        checkpoint: Folder of the checkpoint.
+
+    Returns:
+        A dictionary with "checkpoint" (its path), "step", "updates", "weights" and "task".
+        "weights" has, by name, the kind of a weight, its shape, and under "optimizer" the shapes of
+        its optimizer state by suffix. "task" has, by name, the shape of each task tensor.
+
+    Raises:
+        ValueError: The checkpoint is damaged.
     """
     manifest.check_complete(checkpoint)
-    state, weights, task = read_state(checkpoint), {}, {}
-    kept = {key: tuple(each.size) for key, each in tensor_index(checkpoint).items()}
-    for key, shape in sorted(kept.items()):
+    state = read_state(checkpoint)
+    shapes = {key: tuple(each.size) for key, each in tensor_index(checkpoint).items()}
+    weights: dict[str, Any] = {}
+    task: dict[str, Any] = {}
+    for key, shape in sorted(shapes.items()):
         kind, _, name = key.partition("/")
         if kind == "task":
             task[name] = {"shape": shape}
         elif not name.endswith(STATE_SUFFIXES):
-            optimizer = {end: kept[key + end] for end in STATE_SUFFIXES if key + end in kept}
+            optimizer = {end: shapes[key + end] for end in STATE_SUFFIXES if key + end in shapes}
             weights[name] = {"kind": kind, "shape": shape, "optimizer": optimizer}
     return {
         "checkpoint": str(checkpoint),
@@ -78,37 +100,66 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
 
 
 def export(checkpoint: Path, file: Path) -> int:
-    """Writes all weights, whole, float32 and named as in the plain model, to one safetensors file, whose metadata have
-    step, config (JSON) and what the task knew: vocabulary, tokens, classes. Returns the number of parameters.
+    """Writes all weights of a checkpoint to one safetensors file.
 
-    Raises ValueError for a checkpoint that is not whole and a file that exists, and OSError where it cannot be written.
+    The weights are complete float32 tensors with the names of the unsharded model. The metadata of
+    the file has the step, the config as JSON, and the metadata of the task as JSON (vocabulary,
+    tokens, classes).
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        file: The safetensors file, which must not exist.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        ValueError: The checkpoint is damaged, the file exists, or its folder does not.
+        OSError: The file cannot be written.
     """
     if file.exists():
         raise ValueError(f"{file} exists: give another name, or remove it")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"{file} cannot be written: {file.parent} is no folder")
-    told = inspect(checkpoint)
-    tensors = {
-        f"{each['kind']}/{name}": torch.empty(each["shape"])
-        for name, each in told["weights"].items()
-    }
+    summary = inspect(checkpoint)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in summary["weights"].items():
+        tensors[f"{weight['kind']}/{name}"] = torch.empty(weight["shape"])
     _read(checkpoint, tensors)
+    _write_file(
+        file,
+        {key.partition("/")[2]: tensor for key, tensor in tensors.items()},
+        _export_metadata(checkpoint, summary["step"]),
+    )
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _export_metadata(checkpoint: Path, step: int) -> dict[str, str]:
+    """Returns step, config and the metadata of the task as texts."""
+    metadata = {"step": str(step)}
     state = read_state(checkpoint)
-    metadata = {"step": str(told["step"])} | {
-        key: json.dumps(state[key]) for key in TASK_METADATA_CHECKS if key in state
-    }
-    copy = checkpoint / manifest.CONFIG  # of older versions that of the run
-    config = copy if copy.is_file() else checkpoint.resolve().parent.parent / manifest.CONFIG
-    metadata |= {"config": read(config).decode(errors="replace")} if config.is_file() else {}
+    for key in TASK_METADATA_CHECKS:
+        if key in state:
+            metadata[key] = json.dumps(state[key])
+    config = checkpoint / manifest.CONFIG
+    if not config.is_file():  # earlier versions saved no copy; use the file of the run
+        config = checkpoint.resolve().parent.parent / manifest.CONFIG
+    if config.is_file():
+        metadata["config"] = read(config).decode(errors="replace")
+    return metadata
+
+
+def _write_file(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file under a partial name and renames it; raises OSError."""
     partial = file.with_name(f"{PARTIAL}{file.name}")
     try:
         partial.unlink(missing_ok=True)
-        save_file({key.partition("/")[2]: t for key, t in tensors.items()}, partial, metadata)
+        save_file(tensors, partial, metadata)
+        # The library lets only the owner read the file; give it the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # as others' files; the library makes it its owner's alone
+        partial.chmod(0o666 & ~umask)
         partial.rename(file)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"{file} cannot be written ({error})") from None
-    return sum(t.numel() for t in tensors.values())

@@ -1,10 +1,13 @@
-"""Growth: a checkpoint goes on with more experts than it was saved with.
+"""Upcycling: continues a checkpoint with more experts than it was saved with.
 
-Each expert becomes `times` experts, one after the other: itself, and copies of its matrices, of its optimizer's state
-and of its columns in the gates. Every weight of a copy is multiplied by 1 + noise x U(-1, 1), keyed by its name, the
-number of experts and its global id, so that copies part ways, on any layout in the same way. With noise 0 and k `times`
-as large the grown model computes what the saved one did: a word goes to all copies of its experts, with an equal share
-of their weight.
+Each expert becomes `times` consecutive experts: the expert itself and copies of it. Its matrices,
+its optimizer state and its columns in the gates are copied (sparse upcycling, Komatsuzaki et al.
+2022). Every weight of a copy is multiplied by 1 + noise x U(-1, 1), so that copies learn different
+things. The noise is keyed by the tensor's name, the number of experts and the global id of the
+expert, so it is the same on every layout.
+
+With noise 0 and `times` as many chosen experts (k), the larger model computes the same function: a
+token goes to all copies of its experts, and each copy has an equal share of the gate weight.
 """
 
 from dataclasses import dataclass
@@ -20,83 +23,118 @@ from moe_dist.nn import prng
 
 @dataclass(frozen=True)
 class Upcycling:
-    """How a checkpoint's experts become more."""
+    """A growth of the number of experts, applied when a checkpoint is loaded.
+
+    Attributes:
+        times: Number of experts per saved expert, 2 or more.
+        noise: Largest relative change of a copy's weights, 0 to 1.
+        seed: Seed of the noise.
+    """
 
     times: int
-    noise: float  # largest relative change of a copy's weights
+    noise: float
     seed: int
 
-    def of(self, config: Config) -> Config:
-        """The grown model's."""
-        experts = moe_section(config)
-        assert experts
-        section, moe = experts
-        return override(config, [f"{section}.num_experts={moe.num_experts * self.times}"])
+    def grow_config(self, config: Config) -> Config:
+        """Returns the config of the larger model."""
+        section_with_key = moe_section(config)
+        assert section_with_key
+        key, moe = section_with_key
+        return override(config, [f"{key}.num_experts={moe.num_experts * self.times}"])
 
-    def dim(self, saved: torch.Size, wanted: torch.Size) -> int | None:
-        """The dimension along which the experts of a tensor lie: `times` as large as the saved one. None where nothing
-        has grown."""
+    def expert_dim(self, saved: torch.Size, wanted: torch.Size) -> int | None:
+        """Finds the dimension of a tensor along which its experts lie.
+
+        Args:
+            saved: Shape of the tensor in the checkpoint.
+            wanted: Shape of the tensor in the larger model.
+
+        Returns:
+            The dimension that is `times` as large. None if the shapes are equal or differ in
+            another way.
+        """
         if len(saved) != len(wanted):
             return None
-        other = [i for i, (a, b) in enumerate(zip(saved, wanted, strict=True)) if a != b]
-        return (
-            other[0]
-            if len(other) == 1 and saved[other[0]] * self.times == wanted[other[0]]
-            else None
-        )
+        changed = [dim for dim in range(len(saved)) if saved[dim] != wanted[dim]]
+        if len(changed) != 1:
+            return None
+        (dim,) = changed
+        return dim if saved[dim] * self.times == wanted[dim] else None
 
-    def smaller(self, wanted: Any, saved: torch.Size, mesh: Mesh) -> Any:
-        """Returns memory for the saved tensor from which `fill` makes `wanted`; None where it has not grown."""
-        from torch.distributed.tensor import (
-            DTensor,
-            Replicate,
-            Shard,
-        )  # here: see the package's docstring
+    def empty_saved(self, wanted: Any, saved: torch.Size, mesh: Mesh) -> Any:
+        """Allocates memory for a saved tensor, from which `fill` computes the larger one.
 
-        dim = self.dim(saved, wanted.shape)
-        if dim is None or not isinstance(wanted, DTensor):
-            return None if dim is None else wanted.new_empty(saved)
-        local, cut = list(wanted.to_local().shape), wanted.placements
-        local[dim] //= self.times
-        if (
-            dim == 0
-        ):  # experts of all replicas: an owner's part of the grown ones may begin within one
-            local[0], cut = saved[0] // mesh.ep.size, (Shard(0), Replicate())
+        Args:
+            wanted: A tensor of the larger model, complete or sharded (DTensor).
+            saved: Shape of the complete tensor in the checkpoint.
+            mesh: The ranks.
+
+        Returns:
+            An uninitialized tensor, sharded if `wanted` is. None if the tensor has not grown.
+        """
+        # imported in the call: see the package's docstring
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        dim = self.expert_dim(saved, wanted.shape)
+        if dim is None:
+            return None
+        if not isinstance(wanted, DTensor):
+            return wanted.new_empty(saved)
+        local_shape = list(wanted.to_local().shape)
+        local_shape[dim] //= self.times
+        placements = wanted.placements
+        if dim == 0:
+            # An owner's rows of the larger tensor can begin within the copies of one expert, so
+            # every replica reads all experts of its expert-parallel rank.
+            local_shape[0] = saved[0] // mesh.ep.size
+            placements = (Shard(0), Replicate())
         whole = torch.empty(saved, dtype=wanted.dtype, device="meta")
-        part = torch.empty(local, dtype=wanted.dtype)
+        local = torch.empty(local_shape, dtype=wanted.dtype)
         return DTensor.from_local(
-            part, mesh.device_mesh, cut, shape=saved, stride=whole.stride(), run_check=False
+            local,
+            mesh.device_mesh,
+            placements,
+            shape=saved,
+            stride=whole.stride(),
+            run_check=False,
         )
 
-    def fill(self, wanted: Any, smaller: Any, mine: range, key: str, *, perturb: bool) -> None:
-        """Makes the experts of `wanted` from those that were read. `mine`: global ids of this rank's first dimension,
-        of a tensor that lies over ranks."""
-        from torch.distributed.tensor import DTensor  # here: see the package's docstring
+    def fill(self, wanted: Any, smaller: Any, owned: range, key: str, *, perturb: bool) -> None:
+        """Fills a tensor of the larger model with copies of the saved experts.
 
-        dim = self.dim(smaller.shape, wanted.shape)
+        Args:
+            wanted: The tensor of the larger model, changed in place.
+            smaller: The saved tensor, read into the memory from `empty_saved`.
+            owned: Global ids of the rows of this rank, for a sharded tensor.
+            key: Key of the tensor, which keys the noise.
+            perturb: Multiplies the copies by the noise; for weights, not for optimizer state.
+        """
+        from torch.distributed.tensor import DTensor  # in the call: see the package's docstring
+
+        dim = self.expert_dim(smaller.shape, wanted.shape)
         assert dim is not None
-        spread = isinstance(wanted, DTensor)
-        grown = (smaller.to_local() if spread else smaller).repeat_interleave(self.times, dim)
-        target = wanted.to_local() if spread else wanted
-        if spread and dim == 0:
-            start = mine.start % max(1, len(grown))
-            grown = grown[start : start + len(mine)]
-        target.copy_(grown)
-        name = (
-            key,
-            wanted.shape[dim],
-        )  # the number of experts: else a second growth would draw the same again
-        if perturb and spread and dim > 0:  # gates: a row for each group of experts
-            for group, part in zip(mine, target, strict=True):
-                self._perturb(part, dim - 1, *name, group)
-        elif perturb:
-            self._perturb(target, dim, *name, first=mine.start if spread else 0)
+        is_sharded = isinstance(wanted, DTensor)
+        saved_local = smaller.to_local() if is_sharded else smaller
+        copies = saved_local.repeat_interleave(self.times, dim)
+        target = wanted.to_local() if is_sharded else wanted
+        if is_sharded and dim == 0:
+            start = owned.start % max(1, len(copies))
+            copies = copies[start : start + len(owned)]
+        target.copy_(copies)
+        if not perturb:
+            return
+        # The number of experts is part of the key: otherwise a second growth would draw the same
+        # noise again.
+        noise_key = (key, wanted.shape[dim])
+        if is_sharded and dim > 0:  # gates, with one row per group of experts
+            for group, gate in zip(owned, target, strict=True):
+                self._perturb(gate, dim - 1, *noise_key, group)
+        else:
+            self._perturb(target, dim, *noise_key, first=owned.start if is_sharded else 0)
 
     def _perturb(self, experts: torch.Tensor, dim: int, *key: int | str, first: int = 0) -> None:
-        """Changes copies in place, keyed by `key` and their place along `dim`, which is `first` for the first one."""
+        """Multiplies the copies along `dim` by the noise, in place; `first` is the first id."""
         for expert, weights in enumerate(experts.unbind(dim), first):
-            if expert % self.times:
-                drawn = prng.uniform(weights.numel(), self.seed, "grow", *key, expert).view(
-                    weights.shape
-                )
-                weights.mul_(1 + self.noise * (2 * drawn - 1))
+            if expert % self.times:  # the first of `times` experts stays as it was saved
+                uniform = prng.uniform(weights.numel(), self.seed, "grow", *key, expert)
+                weights.mul_(1 + self.noise * (2 * uniform.view(weights.shape) - 1))

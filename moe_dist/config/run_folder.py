@@ -160,7 +160,7 @@ def read_json(path: Path) -> Any:
         return json.loads(read(path))
     except (OSError, ValueError, RecursionError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: broken ({problem})") from None
+        raise ValueError(f"{path}: damaged ({problem})") from None
 
 
 def reason(error: OSError) -> str:

@@ -455,7 +455,7 @@ def _resolve(args: argparse.Namespace) -> TrainingRun:
     if args.grow is not None:
         make_batch_layout(config, world_size())  # for the saved experts are read by the same ranks
         folder, growth = args.folder, _growth(args, config)
-        config = growth.of(config)
+        config = growth.grow_config(config)
         check_config(config)
     return TrainingRun(
         config,

@@ -332,7 +332,7 @@ def without_copies(run: Path) -> Path:
             lambda run: (run / "metrics.jsonl").write_text("[1]\n"),
             "metrics.jsonl line 1 has no step",
         ),
-        (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint to go on from"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint to continue from"),
     ],
 )
 def test_a_spoilt_run_is_one_line(

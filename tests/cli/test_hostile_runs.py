@@ -149,7 +149,7 @@ def test_a_state_that_no_run_saves_is_refused_by_its_key(
     state = {"step": 2, "updates": 2, "previous_norm": 1.0} | change
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(
-        ValueError, match=rf"state\.json: broken \(.*{next(iter(change))}.*go on from another"
+        ValueError, match=rf"state\.json: damaged \(.*{next(iter(change))}.*use another"
     ):
         read_state(tmp_path)
 
@@ -188,15 +188,15 @@ def test_a_run_that_kept_something_else_is_one_line_before_any_work(
     status, stderr = end(start(*args[command_]))
     assert status == 2
     (line,) = [line for line in stderr.splitlines() if not line.startswith("note")]
-    assert "state.json: broken (classes=[1, 2] is not a value" in line
+    assert "state.json: damaged (classes=[1, 2] is not a value" in line
     assert contents(run) == before and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"tokens": 5}, "broken (tokens=5 is not a value"),
-        ({"classes": 5}, "broken (classes=5 is not a value"),
+        ({"tokens": 5}, "damaged (tokens=5 is not a value"),
+        ({"classes": 5}, "damaged (classes=5 is not a value"),
         ({"classes": None}, "keeps no classes, which a run of task=text_classification needs"),
         ({"tokens": None, "classes": None}, "keeps no tokens, classes, which"),
         ({"classes": list("abcdefgh")}, "has 8 classes, and model.num_classes of config.json is 3"),
@@ -219,7 +219,7 @@ def test_a_classifier_of_what_is_not_kept_is_one_line(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"vocabulary": WORDS | {"counts": ["a", 1, 2]}}, "broken (vocabulary={"),
+        ({"vocabulary": WORDS | {"counts": ["a", 1, 2]}}, "damaged (vocabulary={"),
         ({"vocabulary": None}, "keeps no vocabulary, which a run of task=language_model needs"),
         ({"vocabulary": WORDS}, "has 3 words, and data.vocabulary_size of config.json is 300"),
     ],
@@ -245,7 +245,7 @@ def test_every_flipped_bit_of_the_config_is_seen_or_changes_nothing(run: Path) -
         try:
             config, note = read_config(run)
         except ValueError as error:
-            assert str(error).startswith(f"{file} is not as step_00000002 was saved: ")
+            assert str(error).startswith(f"{file} differs from the copy in step_00000002: ")
             told["refused"] += 1
         else:
             assert to_json(config).encode() == whole
@@ -299,9 +299,7 @@ def test_a_step_that_is_not_the_folders_is_refused(step: int, run: Path) -> None
     checkpoint = manifest.require_checkpoints(run)[-1]
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | {"step": step, "updates": 1}))
-    with pytest.raises(
-        ValueError, match=f"of step {step}, in a folder that is named step_00000002"
-    ):
+    with pytest.raises(ValueError, match=f"has step {step}, but its folder is named step_00000002"):
         read_state(checkpoint)
 
 
@@ -316,11 +314,11 @@ def infinite(t: torch.Tensor) -> torch.Tensor:
 
 
 UNFIT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
-    "nan": (not_a_number, "holds NaN or infinity"),
-    "infinity": (infinite, "holds NaN or infinity"),
+    "nan": (not_a_number, "contains NaN or infinity"),
+    "infinity": (infinite, "contains NaN or infinity"),
     "float64": (torch.Tensor.double, "is torch.float64 and must be torch.float32"),
-    "negative": (lambda t: t - 1, "holds negative numbers"),
-    "shape": (lambda t: t[:-1], "is ("),
+    "negative": (lambda t: t - 1, "contains negative numbers"),
+    "shape": (lambda t: t[:-1], "has shape ("),
     "bfloat16": (torch.Tensor.bfloat16, "is torch.bfloat16 and must be torch.float32"),
 }
 
@@ -425,7 +423,7 @@ def test_parts_that_overlap_are_refused_by_name(moved: tuple[int, int], tmp_path
             )
         if starts == (0, 4):
             assert set(tensor_index(tmp_path)) == {"dense/w", "dense/b"}
-    with pytest.raises(ValueError, match="'dense/w' has not all of its parts, or some twice"):
+    with pytest.raises(ValueError, match="the parts of 'dense/w' overlap or leave a gap"):
         tensor_index(tmp_path)
 
 

@@ -68,7 +68,7 @@ def test_no_damaged_checkpoint_is_taken(run: Path) -> None:
         assert got == older and len(refused) == 1, (spoil, path)
         assert str(newest) in refused[newest] and path.name in refused[newest]
         with pytest.raises(
-            ValueError, match=f"{path.name}.*; the newest whole one is .*{older.name}"
+            ValueError, match=f"{path.name}.*; the newest complete checkpoint is .*{older.name}"
         ):
             export(newest, run / "model.safetensors")
         path.write_bytes(whole[path])
@@ -127,7 +127,7 @@ def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run:
     flip(newest / "state.json", random.Random(0))
     status, stderr = end(start("--resume", str(run), "--set", "steps=3", "--set", "keep_last_n=1"))
     assert status == 0
-    assert f"warning: {newest} is not whole: state.json is altered or torn" in stderr
+    assert f"warning: {newest} is damaged: state.json does not match its checksum" in stderr
     assert "Refused; using step_00000001" in stderr
     assert [path.name for path in manifest.require_checkpoints(run)] == ["step_00000003"]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -210,11 +210,11 @@ def test_where_none_is_whole_it_is_one_line_and_nothing_is_written(
     for option in ("--resume", "--evaluate"):
         status, stderr = end(start(option, str(run), "--set", "steps=3"))
         assert status == 2
-        check_one_line(stderr, "no whole checkpoint to go on from")
+        check_one_line(stderr, "no complete checkpoint to continue from")
     assert contents(run) == before
     with pytest.raises(SystemExit) as exit_:
         generate.main([str(run)])
-    check_one_line(capsys.readouterr().err, "no whole checkpoint to go on from")
+    check_one_line(capsys.readouterr().err, "no complete checkpoint to continue from")
     assert exit_.value.code == 2
 
 
