@@ -1,4 +1,4 @@
-"""Shows the content of a checkpoint, or exports its weights to one file.
+"""Shows a checkpoint's content, or exports its weights to one file.
 
     python -m moe_dist.checkpoint inspect RUN                     content of the newest checkpoint
     python -m moe_dist.checkpoint export RUN model.safetensors    its weights, for use elsewhere

@@ -42,7 +42,7 @@ EXIT_TIMEOUT_S = 60  # longest wait for a background checkpoint after Ctrl-C or 
 
 
 class Saver:
-    """Writes the checkpoints of a run.
+    """Writes a run's checkpoints.
 
     If a checkpoint cannot be written (a full disk, for example), a warning is printed to stderr and
     the run continues; earlier checkpoints stay. As a context manager it waits at its end, also
@@ -71,7 +71,7 @@ class Saver:
             engine: The engine, with parameters and optimizer.
             task: The task, whose `save_state` returns its tensors.
             mesh: The ranks, which save together.
-            keep: Number of checkpoints that stay, without those in `refused`.
+            keep: Checkpoints that stay, without those in `refused`.
             in_background: Copies the state to host memory and writes the copy in a thread, while
                 training continues.
             refused: Damaged checkpoints, which are never removed to make room.
@@ -208,13 +208,13 @@ class Saver:
 def load(
     checkpoint: Path, engine: Engine, task: Any, mesh: Mesh, growth: Upcycling | None = None
 ) -> None:
-    """Loads the complete state of a run, on any layout. A collective.
+    """Loads a run's complete state, on any layout. A collective.
 
     It fills parameters, float32 masters, optimizer state and the state of the task. The engine may
     have made steps; nothing of them is left.
 
     Args:
-        checkpoint: Folder of a complete checkpoint.
+        checkpoint: A complete checkpoint's folder.
         engine: The engine, changed in place.
         task: The task, whose state is changed in place.
         mesh: The ranks.
@@ -275,7 +275,7 @@ def load_matching_weights(
     """Loads the weights whose name and complete shape agree, on any layout. A collective.
 
     Args:
-        checkpoint: Folder of a complete checkpoint.
+        checkpoint: A complete checkpoint's folder.
         engine: A new engine. Weights that are not loaded stay as they are.
         mesh: The ranks.
         new: Starts of names that are never loaded, such as ("head.",).

@@ -63,7 +63,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Values of a task (`TASK_METADATA_CHECKS`) may be missing, and are not compared with the config.
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
 
     Returns:
         The state passed to `Saver.save`, with step, updates and previous_norm.
@@ -173,7 +173,7 @@ def tensor_index(checkpoint: Path) -> dict[str, Any]:
     """Reads the metadata of all tensors from the headers of the shards.
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
 
     Returns:
         The metadata of each tensor (`TensorStorageMetadata`), by key.
@@ -215,9 +215,9 @@ def check_shape(checkpoint: Path, index: dict[str, Any], key: str, tensor: torch
     """Checks that a checkpoint has a tensor with the shape that the model needs.
 
     Args:
-        checkpoint: Folder of the checkpoint.
-        index: Metadata of its tensors, from `tensor_index`.
-        key: Key of the tensor.
+        checkpoint: The checkpoint's folder.
+        index: Its tensors' metadata, from `tensor_index`.
+        key: The tensor's key.
         tensor: A tensor of the needed shape.
 
     Raises:
@@ -242,7 +242,7 @@ def check_values(
     """Reads the values of some tensors once and checks them, before anything is overwritten.
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
         wanted: Tensors of the needed dtypes, by key. Floating-point state of a task may have
             another width, because its activations have the precision of the run.
         group: Ranks that share the reading; the call is then a collective.

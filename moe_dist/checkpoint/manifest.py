@@ -35,12 +35,12 @@ def folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Returns the folders of a run's checkpoints, oldest first, complete or damaged."""
+    """Returns a run's checkpoints, oldest first, complete or damaged."""
     return sorted((run / FOLDER).glob(STEP_GLOB))
 
 
 def require_checkpoints(run: Path) -> list[Path]:
-    """Returns the folders of `list_checkpoints`; raises ValueError if there is none."""
+    """Returns `list_checkpoints`; raises ValueError if there is none."""
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise ValueError(
@@ -51,11 +51,11 @@ def require_checkpoints(run: Path) -> list[Path]:
 
 
 def newest_complete(run: Path, group: Group | None = None) -> tuple[Path, dict[Path, str]]:
-    """Finds the newest complete checkpoint of a run.
+    """Finds a run's newest complete checkpoint.
 
     Args:
         run: The run folder.
-        group: Ranks that share the reading of the files; the call is then a collective. None: this
+        group: Ranks that share the reading; the call is then a collective. None: this
             process reads all of them.
 
     Returns:
@@ -83,7 +83,7 @@ def check_complete(checkpoint: Path) -> None:
     """Checks that a checkpoint is complete.
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
 
     Raises:
         ValueError: It is damaged; the message has the files and the newest complete checkpoint of
@@ -101,11 +101,11 @@ def check_complete(checkpoint: Path) -> None:
 
 
 def find_damage(checkpoint: Path, group: Group | None = None) -> list[str]:
-    """Compares the files of a checkpoint with its manifest.
+    """Compares a checkpoint's files with its manifest.
 
     Args:
-        checkpoint: Folder of the checkpoint.
-        group: Ranks that share the reading of the files; the call is then a collective.
+        checkpoint: The checkpoint's folder.
+        group: Ranks that share the reading; the call is then a collective.
 
     Returns:
         A phrase for each file that is missing, added or changed. Empty for a complete checkpoint.
@@ -214,7 +214,7 @@ def prune(run: Path, keep: int, refused: Container[Path]) -> None:
 
     Args:
         run: The run folder.
-        keep: Number of checkpoints that stay, the newest ones.
+        keep: Checkpoints that stay, the newest ones.
         refused: Damaged checkpoints, which are neither counted nor removed.
     """
     candidates = [path for path in list_checkpoints(run) if path not in refused]
@@ -229,7 +229,7 @@ def remove(checkpoint: Path) -> None:
     It is renamed to a partial checkpoint first, so that no reader finds half of it.
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
 
     Raises:
         OSError: The folder cannot be renamed.

@@ -1,4 +1,4 @@
-"""Reads the config of a run and compares it with the copies in its checkpoints.
+"""Reads a run's config and compares it with the copies in its checkpoints.
 
 Each checkpoint has a copy of the config under its checksums, with which RUN/config.json must agree:
 
@@ -20,7 +20,7 @@ MAX_DIFFERENCES = 5  # named in one error
 
 
 def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:
-    """Reads the config of a run from its newest checkpoint with an intact copy.
+    """Reads a run's config from its newest checkpoint with an intact copy.
 
     Without such a copy (earlier versions saved none) the config is that of RUN/config.json.
 

@@ -25,10 +25,10 @@ from moe_dist.config.run_folder import PARTIAL, read
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fills the parameters of a complete model in place.
+    """Fills a complete model's parameters in place.
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
         model: A model that holds all experts, not sharded. Each parameter is found under its name,
             in any of the kinds of `PARAM_KINDS`.
 
@@ -65,10 +65,10 @@ def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def inspect(checkpoint: Path) -> dict[str, Any]:
-    """Lists the content of a checkpoint without reading tensor values.
+    """Lists a checkpoint's content without reading tensor values.
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
 
     Returns:
         A dictionary with "checkpoint" (its path), "step", "updates", "weights" and "task".
@@ -100,14 +100,14 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
 
 
 def export(checkpoint: Path, file: Path) -> int:
-    """Writes all weights of a checkpoint to one safetensors file.
+    """Writes all weights from a checkpoint to one safetensors file.
 
     The weights are complete float32 tensors with the names of the unsharded model. The metadata of
-    the file has the step, the config as JSON, and the metadata of the task as JSON (vocabulary,
+    the file has the step, the config as JSON, and the task's metadata as JSON (vocabulary,
     tokens, classes).
 
     Args:
-        checkpoint: Folder of the checkpoint.
+        checkpoint: The checkpoint's folder.
         file: The safetensors file, which must not exist.
 
     Returns:
@@ -135,7 +135,7 @@ def export(checkpoint: Path, file: Path) -> int:
 
 
 def _export_metadata(checkpoint: Path, step: int) -> dict[str, str]:
-    """Returns step, config and the metadata of the task as texts."""
+    """Returns step, config and the task's metadata as texts."""
     metadata = {"step": str(step)}
     state = read_state(checkpoint)
     for key in TASK_METADATA_CHECKS:

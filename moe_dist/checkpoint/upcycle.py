@@ -26,7 +26,7 @@ class Upcycling:
     """A growth of the number of experts, applied when a checkpoint is loaded.
 
     Attributes:
-        times: Number of experts per saved expert, 2 or more.
+        times: Experts per saved expert, 2 or more.
         noise: Largest relative change of a copy's weights, 0 to 1.
         seed: Seed of the noise.
     """
@@ -46,8 +46,8 @@ class Upcycling:
         """Finds the dimension of a tensor along which its experts lie.
 
         Args:
-            saved: Shape of the tensor in the checkpoint.
-            wanted: Shape of the tensor in the larger model.
+            saved: The tensor's shape in the checkpoint.
+            wanted: The tensor's shape in the larger model.
 
         Returns:
             The dimension that is `times` as large. None if the shapes are equal or differ in
@@ -105,8 +105,8 @@ class Upcycling:
         Args:
             wanted: The tensor of the larger model, changed in place.
             smaller: The saved tensor, read into the memory from `empty_saved`.
-            owned: Global ids of the rows of this rank, for a sharded tensor.
-            key: Key of the tensor, which keys the noise.
+            owned: Global ids of this rank's rows, for a sharded tensor.
+            key: The tensor's key, which keys the noise.
             perturb: Multiplies the copies by the noise; for weights, not for optimizer state.
         """
         from torch.distributed.tensor import DTensor  # in the call: see the package's docstring
