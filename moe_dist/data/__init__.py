@@ -1,1 +1,1 @@
-"""Data loading: text corpora, labelled texts, questions and images, and the order of their samples."""
+"""Data loading: text corpora, labelled texts, questions, images, and their sample order."""

@@ -1,6 +1,6 @@
 """Held-out splits, and the order in which a training run reads its samples.
 
-Legend: N examples, B samples of a step over all ranks, b requested samples.
+Legend: N examples, B samples per step over all ranks, b requested samples.
 """
 
 import hashlib
@@ -66,13 +66,13 @@ class SampleOrder:
     """An assignment of examples to the samples of each step, which does not depend on the ranks.
 
     Training runs through epochs without end. Each epoch is a new permutation of the examples, and
-    sample b of step s is number s B + b in the sequence of all epochs. Evaluation reads each example
-    once, in order; samples after the last example are padding.
+    sample b of step s is number s B + b in the sequence over all epochs. Evaluation reads each
+    example once, in order; samples after the last example are padding.
 
     Attributes:
         length_N: The tokens of each example (int64).
         global_batch_size: B.
-        seed: The seed of the permutations; None for evaluation.
+        seed: The seed for the permutations; None for evaluation.
         num_steps: The steps of one epoch, the last of which may be partial.
     """
 
@@ -82,7 +82,7 @@ class SampleOrder:
         Args:
             length_N: The tokens of each example; there is at least one example.
             global_batch_size: B.
-            seed: The seed of the permutations; None for evaluation.
+            seed: The seed for the permutations; None for evaluation.
         """
         self.length_N = np.fromiter(length_N, dtype=np.int64)
         self.global_batch_size = global_batch_size

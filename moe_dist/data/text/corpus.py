@@ -1,8 +1,8 @@
-"""Text sources: the bundled corpus, local files, or a dataset of the Hugging Face Hub.
+"""Text sources: the bundled corpus, local files, or a Hugging Face Hub dataset.
 
-An example is one line of a text file or the "text" of one row. It is stripped, and left out if nothing
-remains. Line breaks inside a row's text count as spaces, so a document is one example. Local files
-are read by `data.files.read.read_rows`.
+An example is one line in a text file, or the "text" in one row. It is stripped, and left out if
+nothing remains. Line breaks inside a row's text count as spaces, so a document is one
+example. Local files are read by `data.files.read.read_rows`.
 """
 
 import errno
@@ -47,14 +47,14 @@ DATASET_HINT = "give another dataset"
 # HELD_OUT[split] are that split.
 HELD_OUT = {"test": 198, "valid": 199}
 PERIOD = 200
-# Only this many examples are split, so that a held-out split has at most 5,000 examples and is found
+# Only this many examples are split. A held-out split thus has at most 5,000 examples and is found
 # without a pass over the whole text.
 HELD_OUT_UP_TO = 1_000_000
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of text that each iteration reads again from the source.
+    """Text lines that each iteration reads again from the source.
 
     Attributes:
         read: Opens the source and returns its lines.
@@ -69,11 +69,11 @@ class Lines:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one split, as dicts by column, that each iteration reads again from the source.
+    """Rows in one split, as dicts by column, that each iteration reads again from the source.
 
     Attributes:
         read: Opens the source and returns its rows.
-        label_names: The names of the numbers in column "label"; empty if the source has none.
+        label_names: The names for the numbers in column "label"; empty if the source has none.
     """
 
     read: Callable[[], Iterator[dict[str, Any]]]
@@ -85,19 +85,20 @@ class Rows:
 
 
 def open_text(source: str, streamed: bool) -> dict[str, Iterable[str]]:
-    """Opens the lines of "train", "valid" and "test".
+    """Opens the lines for "train", "valid" and "test".
 
-    The splits of the source are used if it has any. Local files without splits are read in sorted
-    order: the first 90 % of the lines are train, the next 5 % valid, the last 5 % test. If a dataset
-    has no "valid" or "test", examples of "train" are held out by their index (`HELD_OUT`).
+    The source's own splits are used if it has any. Local files without splits are read in sorted
+    order: the first 90 % of the lines are train, the next 5 % valid, the last 5 % test. If a
+    dataset has no "valid" or "test", some "train" examples are held out by their index
+    (`HELD_OUT`).
 
     Args:
-        source: `BUNDLED`, a file, a glob, a folder, or the name of a dataset.
-        streamed: Whether each iteration over a split reads the source again. If False, the lines are
-            read once and kept in memory.
+        source: `BUNDLED`, a file, a glob, a folder, or a dataset name.
+        streamed: If True, each iteration over a split reads the source again. If False, the lines
+            are read once and kept in memory.
 
     Returns:
-        The lines of each split.
+        The lines by split.
 
     Raises:
         ValueError: The text cannot be found, read or split.
@@ -113,8 +114,8 @@ def open_text(source: str, streamed: bool) -> dict[str, Iterable[str]]:
     for split, lines in splits.items():
         if next(iter(lines), None) is None:
             raise ValueError(
-                f"data.text={source!r} has no line for {split!r}: give it some, or leave that split "
-                f"out and give {PERIOD} lines of 'train', so that one can be held out"
+                f"data.text={source!r} has no line for {split!r}: give it some, or leave that "
+                f"split out and give {PERIOD} lines of 'train', so that one can be held out"
             )
     return splits
 
@@ -122,8 +123,8 @@ def open_text(source: str, streamed: bool) -> dict[str, Iterable[str]]:
 def check_text(source: str) -> None:
     """Checks a text source early, without network.
 
-    For local text, reads the first lines and checks the endings of all file names. For a dataset,
-    checks the form of its name.
+    For local text, reads the first lines and checks all file name endings. For a dataset, checks
+    the form of its name.
 
     Args:
         source: The source, as for `open_text`.
@@ -141,18 +142,18 @@ def check_text(source: str) -> None:
 
 
 def is_local(source: str) -> bool:
-    """Returns whether `source` is a local folder or matches local files, and so is no dataset name."""
+    """Returns whether `source` is a local folder or matches local files, not a dataset name."""
     if source in ("", BUNDLED):
         return False
     return os.path.isdir(source) or bool(find_files(source))
 
 
 def read_lines(key: str, source: str, files: Iterable[Path]) -> Iterator[str]:
-    """Returns an iterator over the stripped lines of local files.
+    """Returns an iterator over the stripped lines in local files.
 
     Args:
-        key: The config field of the source, with which errors begin.
-        source: The value of that field.
+        key: The config field, with which errors begin.
+        source: The value in that field.
         files: The files, in the order in which they are read.
 
     Returns:
@@ -165,17 +166,16 @@ def read_lines(key: str, source: str, files: Iterable[Path]) -> Iterator[str]:
 def open_rows(
     key: str, source: str, dataset: tuple[str, str | None, str | None], hint: str
 ) -> dict[str, Rows]:
-    """Opens the rows of local files, or of a dataset of the Hub.
+    """Opens the rows in local files, or in a Hub dataset.
 
     Args:
-        key: The config field of the source, with which errors begin.
-        source: The value of that field: a file, a glob, a folder, or anything else for `dataset`.
+        key: The config field, with which errors begin.
+        source: The value in that field: a file, a glob, a folder, or anything else for `dataset`.
         dataset: The repository, configuration and revision to load if `source` is not local.
-        hint: The end of an error: the values that are valid.
+        hint: The valid values, for the end of an error.
 
     Returns:
-        The rows of each split. Splits of local files have the names of `SPLITS`, splits of a dataset
-        keep their names.
+        The rows by split. Local splits have names from `SPLITS`; dataset splits keep their names.
 
     Raises:
         ValueError: The source does not load or is damaged, or a label number has different names in
@@ -204,16 +204,16 @@ def open_rows(
 def load_dataset_splits(
     key: str, source: str, dataset: tuple[str, str | None, str | None], hint: str
 ) -> dict[str, Any]:
-    """Opens the splits of a dataset of the Hub as streams.
+    """Opens the splits of a Hub dataset as streams.
 
     Args:
-        key: The config field of the source, with which errors begin.
-        source: The value of that field.
+        key: The config field, with which errors begin.
+        source: The value in that field.
         dataset: The repository, configuration and revision.
-        hint: The end of an error: the values that are valid.
+        hint: The valid values, for the end of an error.
 
     Returns:
-        The `IterableDataset` of each split, by the dataset's own split names.
+        The `IterableDataset` for each split, by the dataset's own split names.
 
     Raises:
         ValueError: The dataset does not load; the message contains the reason.
@@ -231,7 +231,7 @@ def load_dataset_splits(
 
 
 def _own_splits(source: str) -> dict[str, Lines]:
-    """Returns the splits of the source itself, in the order of `SPLITS`; one of them is "train"."""
+    """Returns the source's own splits in the order of `SPLITS`, always with "train"."""
     if source == BUNDLED:
         return {split: Lines(partial(_read_bundled, split)) for split in SPLITS}
     found: dict[str, Any]
@@ -257,7 +257,7 @@ def _own_splits(source: str) -> dict[str, Lines]:
 
 
 def _read_bundled(split: str) -> Iterator[str]:
-    """Yields the lines of the King James Bible and of Shakespeare, split by whole books and plays."""
+    """Yields the lines from the King James Bible and Shakespeare, split by whole works."""
     with lzma.open(BUNDLED_FOLDER / f"{split}.txt.xz", "rt", encoding="utf-8") as file:
         for line in file:
             stripped = line.strip()
@@ -269,7 +269,7 @@ def _read_bundled(split: str) -> Iterator[str]:
 
 
 def _find_splits(key: str, source: str) -> dict[str, list[Path]]:
-    """Returns the local files of each split, or raises ValueError that begins with `key`."""
+    """Returns the local files by split, or raises ValueError that begins with `key`."""
     try:
         splits = find_splits(source)
         for file in chain.from_iterable(splits.values()):
@@ -280,7 +280,7 @@ def _find_splits(key: str, source: str) -> dict[str, list[Path]]:
 
 
 def _texts_of_files(key: str, source: str, files: Iterable[Path]) -> Iterator[str | None]:
-    """Yields the text of each row of local files."""
+    """Yields the text in each row."""
     for file in files:
         rows = read_rows(file, ["text"])
         try:
@@ -297,7 +297,7 @@ def _texts_of_files(key: str, source: str, files: Iterable[Path]) -> Iterator[st
 
 
 def _rows_of_files(key: str, source: str, files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of local files."""
+    """Yields the rows in local files."""
     for file in files:
         try:
             yield from read_rows(file)
@@ -306,7 +306,7 @@ def _rows_of_files(key: str, source: str, files: list[Path]) -> Iterator[dict[st
 
 
 def _label_names_of_files(files: Iterable[Path]) -> list[tuple[str, tuple[str, ...]]]:
-    """Returns each file, or member of an archive, with its label names."""
+    """Returns each file, or archive member, with its label names."""
     places = []
     for file in files:
         for name, names in label_names(file):
@@ -330,7 +330,7 @@ def _stripped(key: str, source: str, texts: Iterable[str | None]) -> Iterator[st
 
 
 def _check_name(source: str) -> None:
-    """Raises ValueError if `source` cannot be the name of a dataset."""
+    """Raises ValueError if `source` cannot be a dataset name."""
     is_file_name = Path(source).suffix.lower() in (*KNOWN_ENDINGS, *DECOMPRESSORS)
     if is_file_name or not DATASET_NAME.fullmatch(source):
         raise ValueError(f"data.text={source!r}: no file matches; {HINT}")
@@ -359,7 +359,7 @@ def _cut(source: str, lines: Iterable[str]) -> dict[str, Iterable[str]]:
 
 
 def _hold_out(lines: Iterable[str], missing: list[str]) -> dict[str, Iterable[str]]:
-    """Returns the `missing` splits of `lines`, and "train" without their lines."""
+    """Returns the `missing` splits from `lines`, and "train" without their lines."""
     split_of_remainder = {HELD_OUT[split]: split for split in missing}
 
     def read(wanted: str, stop: int | None) -> Iterator[str]:
@@ -407,11 +407,11 @@ def _preview(names: Sequence[str]) -> str:
     return printable(", ".join(names), 100)
 
 
-# Datasets of the Hub
+# Hub datasets
 
 
 def _load_text_dataset(source: str) -> dict[str, Any]:
-    """Returns the splits of a text dataset, by the names of `SPLITS` if there are such."""
+    """Returns the splits of a text dataset, with names from `SPLITS` if possible."""
     _check_name(source)
     name, _, configuration = source.partition(":")
     repository, default, revision = SHORT_NAMES.get(name, (name, None, None))
@@ -427,7 +427,7 @@ def _lines_of_dataset(key: str, source: str, dataset: Any) -> Iterator[str]:
 
 
 def _texts_of_dataset(key: str, source: str, dataset: Any) -> Iterator[str | None]:
-    """Yields the text of each example of a dataset."""
+    """Yields the text in each example."""
     for table in _tables(key, source, dataset):
         has_text = "text" in table.column_names and str(table.schema.field("text").type) in (
             "string",
@@ -443,13 +443,13 @@ def _texts_of_dataset(key: str, source: str, dataset: Any) -> Iterator[str | Non
 
 
 def _rows_of_dataset(key: str, source: str, dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a dataset."""
+    """Yields the rows in a dataset."""
     for table in _tables(key, source, dataset):
         yield from table.to_pylist()
 
 
 def _tables(key: str, source: str, dataset: Any) -> Iterator[Any]:
-    """Yields the examples as Arrow tables of 1000 rows, which is faster than one by one."""
+    """Yields the examples as Arrow tables with 1000 rows, which is faster than one by one."""
     try:
         yield from dataset.with_format("arrow").iter(batch_size=1000)
     # There are many kinds of errors: no UTF-8, JSON, parquet or archive, or columns that change.

@@ -1,6 +1,6 @@
-"""Text for language modelling: tokenizer, vocabulary, and lanes of one long token stream.
+"""Text for language modelling: tokenizer, vocabulary, and lanes cut from one long token stream.
 
-Legend: N tokens of a stream, V words of the vocabulary, B lanes, S timesteps.
+Legend: N tokens in a stream, V words in the vocabulary, B lanes, S timesteps.
 """
 
 import re
@@ -79,9 +79,9 @@ class Vocabulary:
 
     Attributes:
         words: The words by index, the most frequent first.
-        counts: The occurrences of each word in the lines that the vocabulary was built from. The
-            count of `<unk>` is that of all words outside the vocabulary, the count of `<eos>` is the
-            number of lines.
+        counts: How often each word occurs in the lines from which the vocabulary was built. The
+            `<unk>` count is for all words outside the vocabulary; the `<eos>` count is the number
+            of lines.
     """
 
     words: tuple[str, ...]
@@ -89,15 +89,15 @@ class Vocabulary:
 
     @classmethod
     def build(cls, lines: Iterable[str], size: int, exact: bool = True) -> "Vocabulary":
-        """Builds a vocabulary of the most frequent words in one pass over the lines.
+        """Builds a vocabulary from the most frequent words in one pass over the lines.
 
-        Words of the same frequency are ordered alphabetically. A progress bar appears on stderr if
-        the pass takes more than two seconds.
+        Words with the same frequency are ordered alphabetically. A progress bar appears on stderr
+        if the pass takes more than two seconds.
 
         Args:
             lines: The text.
             size: The number of words, `<unk>` and `<eos>` included.
-            exact: Whether fewer different words are an error. If False, the vocabulary is smaller.
+            exact: If True, fewer different words are an error. If False, the vocabulary is smaller.
 
         Returns:
             The vocabulary.
@@ -134,7 +134,7 @@ class Vocabulary:
         return {word: index for index, word in enumerate(self.words)}
 
     def encode(self, lines: Iterable[str]) -> np.ndarray:
-        """Returns the token indices of all lines as one stream (int64, [N]), with `<eos>` after each."""
+        """Returns all lines as one token stream (int64, [N]), with `<eos>` after each line."""
         get = self._index.get
         ids: list[int] = []
         for line in lines:
@@ -150,8 +150,8 @@ class Vocabulary:
 class Lanes:
     """A token stream cut into B global lanes, each of which is read in order with its own state.
 
-    The rank and micro-batch of a lane follow from its index alone, so the tokens of a window do not
-    depend on the layout.
+    A lane's rank and micro-batch follow from its index alone, so a window's tokens do not depend on
+    the layout.
 
     Cyclic lanes (training): `lane_len = N // B`, and position p of lane b is token
     (b * lane_len + p) mod N. At its end a lane continues with the text of the next lane, so a new
@@ -164,8 +164,8 @@ class Lanes:
     Attributes:
         token_N: The token stream (int64).
         num_lanes: B.
-        cyclic: Whether the lanes are for training.
-        lane_len: The positions of one lane.
+        cyclic: True for training, False for evaluation.
+        lane_len: The positions per lane.
     """
 
     def __init__(self, token_N: np.ndarray, num_lanes: int, cyclic: bool) -> None:
@@ -194,7 +194,7 @@ class Lanes:
         self.lane_len = num_tokens // num_lanes if cyclic else -(-(num_tokens - 1) // num_lanes)
 
     def num_windows(self, steps: int) -> int:
-        """Returns the number of windows of `steps` timesteps in one pass.
+        """Returns the number of windows in one pass, each with `steps` timesteps.
 
         Cyclic lanes count complete windows only; other lanes count enough windows to score every
         token.
@@ -204,7 +204,7 @@ class Lanes:
     def window(
         self, start: int, steps: int, lane_B: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the tokens of some lanes at consecutive positions.
+        """Returns tokens from some lanes at consecutive positions.
 
         Args:
             start: The first position.

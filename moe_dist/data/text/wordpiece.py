@@ -1,11 +1,11 @@
-"""Sub-word tokenizer (WordPiece): cuts words into the longest pieces of a vocabulary.
+"""Sub-word tokenizer (WordPiece): cuts words into the longest pieces in a vocabulary.
 
 The text is lower-cased, accents of Latin, Greek and Cyrillic letters are removed, and punctuation
-marks are separate words, as in uncased BERT. Combining marks of other scripts stay, most of which
-BERT removes: in Hindi, Thai and others they are vowels. ALBERT uses SentencePiece instead (Kudo and
+marks are separate words, as in uncased BERT. Combining marks in other scripts stay: in Hindi, Thai
+and others they are vowels. BERT removes most. ALBERT uses SentencePiece instead (Kudo and
 Richardson 2018); WordPiece training gives the same result in every process.
 
-Legend: V tokens of the vocabulary, b samples, S tokens of each.
+Legend: V vocabulary size, b samples, S tokens per sample.
 """
 
 import json
@@ -59,16 +59,16 @@ class WordPieceTokenizer:
 
         Args:
             lines: The text, which must allow repeated iteration.
-            size: The number of tokens of the vocabulary.
-            exact: Whether it is an error if the text does not allow this size. If False, the size is
-                the nearest one that the text allows.
+            size: The vocabulary size.
+            exact: If True, a size that the text does not allow is an error. If False, the
+                vocabulary has the nearest size that the text allows.
 
         Returns:
             The tokenizer.
 
         Raises:
-            ValueError: `exact` is true, and the size is too small for the characters of the text or
-                larger than the number of pieces found in it.
+            ValueError: `exact` is true, and the size is too small for the text's characters or
+                larger than the number of pieces in the text.
         """
         tokenizer = _tokenizer({})
         character_counts = Counter[str]()
@@ -82,8 +82,8 @@ class WordPieceTokenizer:
         if size < min_size:
             raise ValueError(
                 f"model.vocabulary_size={size} is too small for the {len(alphabet)} characters of "
-                f"this text: use at least {min_size} ({len(SPECIAL)} special tokens, each character, "
-                f"and each character that continues a word)"
+                f"this text: use at least {min_size} ({len(SPECIAL)} special tokens, each "
+                f"character, and each character that continues a word)"
             )
         # FENCE: the trainer numbers continuation pieces in the order of a hash table, which differs
         # between processes, and it breaks ties between pairs by number. Pieces that are passed as
