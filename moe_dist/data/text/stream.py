@@ -110,9 +110,9 @@ class Stream:
     """The streamed lanes on one rank.
 
     The rank reads every line in order, but tokenizes only the lines for its own lanes. Unused
-    tokens stay in the buffers `ahead`, at 4 bytes per token. Lanes use tokens at one pace but lines at
-    different paces, so while a lane with short lines reads more lines, the other buffers grow. If
-    the lines come in random order, the buffers grow like the spread of B random walks: about
+    tokens stay in the buffers `ahead`, at 4 bytes per token. Lanes use tokens at one pace but lines
+    at different paces, so while a lane with short lines reads more lines, the other buffers grow.
+    If the lines come in random order, the buffers grow like the spread of B random walks: about
     8 sd(words per line) sqrt(lines per lane). They grow without limit only if each lane gets the
     same lines in every pass, which happens if L and B have a large common divisor and there are
     many passes. Such a text is small: read it with `data.streamed=false`.
