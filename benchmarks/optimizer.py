@@ -25,7 +25,7 @@ from torch import nn
 
 from moe_dist.config.schema import OptimConfig
 from moe_dist.distributed.mesh import Axis
-from moe_dist.optim.expert_state import AdamParam, FactoredAdamParam
+from moe_dist.optim.expert_state import AdamParam, FactoredAdamParam, Statistics
 
 DIM, HIDDEN = 512, 1024
 CONFIG, LR, SCALE = OptimConfig(), 1e-3, 0.5
@@ -42,22 +42,24 @@ def contenders(num_experts: int, device: torch.device) -> dict[str, Callable[[],
     factored = [FactoredAdamParam(p, alone) for p in parameters]
     adam_form = [AdamParam(p, alone) for p in parameters]
     fused = torch.optim.Adam(parameters, lr=LR, fused=True)
+    last_statistics: list[Statistics] = []  # of the last `norm`
     steps = 0
 
     def update() -> None:
         nonlocal steps
         steps += 1
-        for state in factored:
-            state.update(SCALE, LR, steps, CONFIG)
+        for state, sums in zip(factored, last_statistics, strict=True):
+            state.update(state.local_gradient(), sums, SCALE, LR, steps, CONFIG)
 
     def norm() -> None:
+        last_statistics.clear()
         for state in factored:
-            state.square()
+            last_statistics.append(state.square(state.local_gradient())[1])
 
     def step_of_adam_form() -> None:
-        sum(state.square() for state in adam_form)
+        sum(state.square(state.local_gradient())[0] for state in adam_form)
         for state in adam_form:
-            state.update(1.0, LR, 1, CONFIG)
+            state.update(state.local_gradient(), (), 1.0, LR, 1, CONFIG)
 
     def clipped() -> None:
         torch.nn.utils.clip_grad_norm_(

@@ -1,1 +1,1 @@
-"""Plain models that contain no code about ranks."""
+"""Plain models; they contain no code about ranks."""

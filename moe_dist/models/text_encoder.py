@@ -1,15 +1,16 @@
-"""Text encoders after ALBERT (Lan et al. 2020): ALBERT, BERT with its factorised embedding and WideNet (Xue et al.
-2021), which differ in their encoder alone: the blocks of the first two are post-LN, as published, WideNet's pre-LN.
+"""Text encoders after ALBERT (Lan et al. 2020).
 
-    (words + kinds + positions) of width E -> LN -> width D -> encoder -> heads of pre-training: masked words, and
-    whether two texts are in order
+These are ALBERT, BERT with a factorized embedding, and WideNet (Xue et al. 2021). Only their
+encoders differ: the first two have post-LN blocks, as published, and WideNet has pre-LN blocks.
 
-Layers, activations and biases are where ALBERT's published code has them, but that keys have no bias, GELU is exact
-instead of approximated by tanh, the epsilon of LayerNorms is 1e-6 instead of 1e-12, and dropout of embeddings comes
-after width D instead of before.
+    words + kinds + positions (width E) -> LN -> linear (width D) -> encoder -> heads
 
-Legend: B samples, S tokens of each, T = B S tokens, D width of the encoder, E of the embedding, V vocabulary, N masked
-tokens.
+Layers, activations and biases are in the same places as in ALBERT's published code, except for:
+keys have no bias, GELU is exact, not a tanh approximation, LayerNorms' epsilon is 1e-6,
+not 1e-12, and embedding dropout comes after the linear layer, not before it.
+
+Legend: B samples, S tokens in each, T = B S tokens, D width, E embedding width, V vocabulary, N
+masked tokens, C classes.
 """
 
 import torch
@@ -24,18 +25,27 @@ from moe_dist.nn.init import set_init_bound, uniform_parameter
 from moe_dist.nn.token_context import TokenContext
 from moe_dist.nn.token_noise import token_dropout
 
-KINDS = 2  # of tokens: those of a first and of a second text
-POOLED = 2**20  # the site of a classifier's dropout, behind those of any encoder
+KINDS = 2  # token kinds: first text, second text
+POOLED_CALL = 2**20  # layer call for a classifier's dropout, after any encoder's
 
 
 class TextEncoder(nn.Module):
-    """What all of them share; the heads that a task needs are in those below."""
+    """Embeddings and encoder; subclasses add a task's heads."""
 
     def __init__(self, config: TextConfig) -> None:
-        """Raises ValueError for numbers that do not fit together."""
+        """Creates the layers.
+
+        Args:
+            config: The config's section `model`.
+
+        Raises:
+            ValueError: Sizes do not fit together.
+        """
         super().__init__()
-        width, dim = config.embedding_dim, config.encoder.dim
-        self.p, self.num_tokens = config.encoder.dropout, config.max_tokens
+        width = config.embedding_dim
+        dim = config.encoder.dim
+        self.p = config.encoder.dropout
+        self.num_tokens = config.max_tokens
         self.words = _table(config.vocabulary_size, width)
         self.kinds = _table(KINDS, width)
         self.positions = Positions(config.max_tokens, width)
@@ -46,31 +56,45 @@ class TextEncoder(nn.Module):
     def read(
         self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, dict[str, LayerStats]]:
-        """Tokens -> what the heads see (T, D), statistics. Raises ValueError for samples that are too long."""
+        """Runs embedding and encoder.
+
+        Args:
+            token_BS: Tokens, int64.
+            kind_BS: Their kinds, 0 or 1.
+            ctx: The tokens' context.
+
+        Returns:
+            The encoder's output (T, D) and each routing's statistics.
+
+        Raises:
+            ValueError: Samples are longer than `model.max_tokens`.
+        """
         num_samples, tokens = token_BS.shape
         if tokens > self.num_tokens:
             raise ValueError(
-                f"{tokens} tokens in a sample: at most model.max_tokens={self.num_tokens}"
+                f"{tokens} tokens in a sample; at most model.max_tokens={self.num_tokens}"
             )
         x_BSE = self.norm(self.positions(self.words(token_BS) + self.kinds(kind_BS)))
         x_TD = token_dropout(self.widen(x_BSE).flatten(0, 1), self.p, ctx.at_layer(0))
-        # padding is not seen, but by itself: a token that saw nothing would be no number
+        # padding is visible to itself only: a token without any visible token becomes NaN
         valid_BS = ctx.valid_T.view(num_samples, tokens)
-        mask_B1SS = (
-            valid_BS[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=x_TD.device)
-        )[:, None]
-        return self.encoder(x_TD, (num_samples, tokens), mask_B1SS, ctx)
+        itself_SS = torch.eye(tokens, dtype=torch.bool, device=x_TD.device)
+        mask_BSS = valid_BS[:, None, :] | itself_SS
+        return self.encoder(x_TD, (num_samples, tokens), mask_BSS[:, None], ctx)
 
     def rows_per_sample(self) -> dict[str, int]:
-        """How many rows each matrix meets in a sample of `max_tokens`, by the beginning of its name."""
-        of_encoder = {
-            f"encoder.{name}": self.num_tokens * uses for name, uses in self.encoder.uses().items()
-        }
-        return of_encoder | {"widen.": self.num_tokens}
+        """Counts the rows that each matrix multiplies, by its name's prefix.
+
+        The sample has `max_tokens` tokens.
+        """
+        rows = {"widen.": self.num_tokens}
+        for name, uses in self.encoder.uses().items():
+            rows[f"encoder.{name}"] = self.num_tokens * uses
+        return rows
 
 
 class PretrainingModel(TextEncoder):
-    """Tokens to masked words and the order of sentences."""
+    """A text encoder with the pre-training heads: masked words, and the order of two texts."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
@@ -86,24 +110,30 @@ class PretrainingModel(TextEncoder):
         masked_N: torch.Tensor,
         ctx: TokenContext,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
-        """Tokens, their kinds, and which of the T tokens are to be told -> logits of those words (N, V), of the order
-        (B, 2), and the statistics of each routing."""
+        """Runs the encoder and both heads.
+
+        Args:
+            token_BS: Tokens, int64.
+            kind_BS: Their kinds, 0 or 1.
+            masked_N: Indices among the T tokens.
+            ctx: The tokens' context.
+
+        Returns:
+            Logits for the masked words (N, V) and the order (B, 2), and each routing's statistics.
+        """
         x_TD, stats = self.read(token_BS, kind_BS, ctx)
         order_B2 = self.order(_pooled(self.pooler, x_TD, token_BS.shape))
         return self.masked(x_TD[masked_N], self.words.weight), order_B2, stats
 
     def rows_per_sample(self) -> dict[str, int]:
-        told = round(MLM_FRACTION * self.num_tokens)
-        return super().rows_per_sample() | {
-            "words.": told,
-            "masked.": told,
-            "pooler.": 1,
-            "order.": 1,
-        }
+        """Returns the rows for each matrix, with the expected masked words."""
+        num_masked = round(MLM_FRACTION * self.num_tokens)
+        heads = {"words.": num_masked, "masked.": num_masked, "pooler.": 1, "order.": 1}
+        return super().rows_per_sample() | heads
 
 
 class TextClassifier(TextEncoder):
-    """Texts, or pairs of them, to classes."""
+    """A text encoder that classifies texts or text pairs."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
@@ -113,19 +143,19 @@ class TextClassifier(TextEncoder):
     def forward(
         self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, dict[str, LayerStats]]:
-        """Tokens and their kinds -> logits of classes (B, C), and the statistics of each routing."""
+        """Returns logits (B, C) and each routing's statistics; see `read`."""
         x_TD, stats = self.read(token_BS, kind_BS, ctx)
-        pooled_BD = token_dropout(
-            _pooled(self.pooler, x_TD, token_BS.shape), self.p, _of_samples(ctx, token_BS.shape)
-        )
+        pooled_BD = _pooled(self.pooler, x_TD, token_BS.shape)
+        pooled_BD = token_dropout(pooled_BD, self.p, _sample_context(ctx, token_BS.shape))
         return self.head(pooled_BD), stats
 
     def rows_per_sample(self) -> dict[str, int]:
+        """Returns the rows for each matrix; the heads see one row."""
         return super().rows_per_sample() | {"pooler.": 1, "head.": 1}
 
 
 class AnswerFinder(TextEncoder):
-    """A question and a text to the first and the last token of the answer."""
+    """A text encoder that finds an answer's first and last token."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
@@ -134,29 +164,29 @@ class AnswerFinder(TextEncoder):
     def forward(
         self, token_BS: torch.Tensor, kind_BS: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, LayerStats]]:
-        """Tokens and their kinds -> logits of the first token (B, S), of the last one, and the statistics of each
-        routing."""
+        """Returns logits (B, S) for first and last token, and the statistics; see `read`."""
         x_TD, stats = self.read(token_BS, kind_BS, ctx)
         start_BS, end_BS = self.span(x_TD).view(*token_BS.shape, 2).unbind(2)
         return start_BS, end_BS, stats
 
     def rows_per_sample(self) -> dict[str, int]:
+        """Returns the rows for each matrix; the head sees all tokens."""
         return super().rows_per_sample() | {"span.": self.num_tokens}
 
 
 def _pooled(pooler: nn.Module, x_TD: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """(T, D) -> (B, D), of each sample's first token. `shape`: (B, S)."""
+    """Returns the tanh layer's output (B, D) for each sample's first token; `shape` is (B, S)."""
     return pooler(x_TD.view(*shape, x_TD.shape[1])[:, 0]).tanh()
 
 
-def _of_samples(ctx: TokenContext, shape: torch.Size) -> TokenContext:
-    """The context of each sample's first token, at a use of its own."""
+def _sample_context(ctx: TokenContext, shape: torch.Size) -> TokenContext:
+    """Returns the context of each sample's first token, with its own layer call."""
     first_B = torch.arange(shape[0], device=ctx.sample_T.device) * shape[1]
-    return ctx.select(first_B).at_layer(POOLED)
+    return ctx.select(first_B).at_layer(POOLED_CALL)
 
 
 class MaskedWords(nn.Module):
-    """(N, D) -> logits (N, V), by the words' own embedding."""
+    """A head from masked tokens (N, D) to logits (N, V); it uses the word embedding (V, E)."""
 
     def __init__(self, dim: int, width: int, vocabulary_size: int) -> None:
         super().__init__()
@@ -165,11 +195,14 @@ class MaskedWords(nn.Module):
         self.bias_V = uniform_parameter(vocabulary_size, bound=0.0)
 
     def forward(self, x_ND: torch.Tensor, w_VE: torch.Tensor) -> torch.Tensor:
+        """Returns the logits (N, V)."""
         return self.norm(F.gelu(self.narrow(x_ND))) @ w_VE.t() + self.bias_V
 
 
 def _table(rows: int, width: int) -> nn.Embedding:
-    # from a tensor: nn.Embedding's own initialisation costs seconds on the meta device, and ours follows
+    """Returns an embedding with `rows` entries."""
+    # from a tensor: nn.Embedding's initialization takes seconds on the meta device and would be
+    # overwritten
     table = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
     set_init_bound(table.weight, EMBEDDING_BOUND)
     return table

@@ -1,1 +1,1 @@
-"""Optimizers: factored Adam for experts, row-sparse Adam for vocabularies, and one step over everything."""
+"""Optimizers for experts, vocabulary rows and dense parameters, combined into one step."""

@@ -1,15 +1,17 @@
-"""Adam without first moment and with a factored second one, of stacked matrices (Shazeer et al. 2017, Appendix D).
+"""Adam without first moment and with a factored second moment, for stacked matrices.
 
-Of the running mean of g² only row means r and column means c are kept, and v_ij = r_i c_j / mean(r): rows + columns
-numbers, not rows x columns. "factored_adam_t2t" is tensor2tensor's form of it: sqrt(v)_ij = sqrt(r_i) sqrt(c_j) / mean(sqrt(c)), a
-smaller step.
+Shazeer et al. 2017, Appendix D: the running mean of g² is stored only as row means r and column
+means c, and v_ij = r_i c_j / mean(r). This takes rows + columns numbers, not rows x
+columns. "factored_adam_t2t" is tensor2tensor's variant: sqrt(v)_ij = sqrt(r_i) sqrt(c_j) /
+mean(sqrt(c)), a smaller step.
 
-Two passes over memory, for the update's second moments are those of the whole gradient: `row_and_column_squares` reads it, and
-`factored_update` reads it again and moves the weights. On CPU numba makes one loop of each for matrices that are worth
-it, without a compiler on the machine (`jit`); in eager torch, as on a GPU and for small matrices, each is two or three
-passes over temporaries.
+The update needs the whole gradient's second moments, so there are two passes over memory:
+`row_and_column_squares` reads the gradient, and `factored_update` reads it again and changes the
+weights. On CPU, numba compiles each pass to one loop if the matrices are large enough, without a
+compiler on the machine (`compiled_loops`). In eager torch, used on GPUs and for small matrices,
+each is two or three passes over temporaries.
 
-Legend: e experts, each a matrix and all of one shape; D rows, F columns.
+Legend: e experts, each a matrix, all with one shape; D rows, F columns.
 """
 
 import functools
@@ -22,24 +24,25 @@ import torch
 
 from moe_dist.config.schema import OptimConfig
 
-WORTH_A_LOOP = (
-    2**14
-)  # elements of a matrix; below, eager temporaries stay in cache and cost less than a compilation
-ELEMENTS_AT_ONCE = {
-    "cpu": 2**17,
-    "cuda": 2**26,
-}  # of eager temporaries: in cache, or enough to fill a GPU
-ELEMENTS_A_THREAD = 2**17  # at least
+# matrix elements; for smaller matrices eager temporaries stay in cache and cost less than compiling
+MIN_COMPILED_ELEMENTS = 2**14
+# elements in eager temporaries, by device: small enough for the cache, or large enough for a GPU
+EAGER_CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
+MIN_THREAD_ELEMENTS = 2**17
 SHORT = 64  # rows whose squares add up in one float32
 
 
 def row_and_column_squares(g_eDF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of squares of each row (e, D) and column (e, F) of every expert, of which norm and means are made. They are
-    short: float32 will do."""
-    (e, rows, columns) = g_eDF.shape
-    row_eD, column_eF = g_eDF.new_empty(e, rows), g_eDF.new_empty(e, columns)
-    if _is_worth_a_loop(g_eDF):
-        _loop(_sum_squares, g_eDF, row_eD, column_eF)
+    """Returns each row's (e, D) and column's (e, F) sum of squares, in the gradient's dtype.
+
+    Rows and columns are short enough for float32 sums. The norm and the means are computed from
+    these sums.
+    """
+    e, rows, columns = g_eDF.shape
+    row_eD = g_eDF.new_empty(e, rows)
+    column_eF = g_eDF.new_empty(e, columns)
+    if _is_compiled(g_eDF):
+        _run_compiled(_sum_squares, g_eDF, row_eD, column_eF)
     else:
         _sum_squares_eagerly(g_eDF, row_eD, column_eF)
     return row_eD, column_eF
@@ -57,75 +60,106 @@ def factored_update(
     step: int,
     config: OptimConfig,
 ) -> None:
-    """In place: weights, row means and column means of g² after one step of Adam with beta1 = 0 (Appendix D).
+    """Takes one Adam step with beta1 = 0 and a factored second moment (Appendix D), in place.
 
-    w -= lr (g / (sqrt(v) + eps) + weight_decay w) with v from bias-corrected means. Rows and columns without any
-    gradient give v = 0 and g = 0: no update, not NaN.
+    w -= lr (g / (sqrt(v) + eps) + weight_decay w), with v from bias-corrected means. Rows and
+    columns without any gradient have v = 0 and g = 0: they get no update, not NaN.
+
+    Args:
+        w_eDF: Weights; updated.
+        g_eDF: Gradient before scaling.
+        row_square_eD: Its row sums from `row_and_column_squares`.
+        column_square_eF: Its column sums.
+        row_eD: Running means of g² over each row; updated.
+        column_eF: Running means of g² over each column; updated.
+        scale: Factor for the gradient.
+        lr: Learning rate.
+        step: This update's number, from 1.
+        config: `expert_beta2`, `expert_optimizer`, `eps` and `weight_decay`.
     """
-    beta, correction = config.expert_beta2, 1 - config.expert_beta2**step
+    beta = config.expert_beta2
+    correction = 1 - beta**step
     rows, columns = g_eDF.shape[1:]
     row_eD.lerp_(row_square_eD * (scale**2 / columns), 1 - beta)
     column_eF.lerp_(column_square_eF * (scale**2 / rows), 1 - beta)
-    r_eD, c_eF = row_eD / correction, column_eF / correction
-    if config.expert_optimizer == "factored_adam":  # sqrt(r c / mean(r)), the root of each factor
-        left_eD = (r_eD / _or_one(r_eD.mean(1, keepdim=True))).sqrt_()
-        right_eF = c_eF.sqrt_()
-    else:  # tensor2tensor, diet.py: roots, then the mean
-        left_eD, right_eF = r_eD.sqrt_(), c_eF.sqrt_()
-        right_eF = right_eF / _or_one(right_eF.mean(1, keepdim=True))
-    scalars = (config.eps, lr * scale, 1 - lr * config.weight_decay)
-    if _is_worth_a_loop(w_eDF):
-        torch.autograd.graph.increment_version(
-            w_eDF
-        )  # as an operation in place does: a graph that holds it is stale
-        _loop(_apply_update, w_eDF, g_eDF, left_eD, right_eF, scalars=scalars)
+    r_eD = row_eD / correction
+    c_eF = column_eF / correction
+    if config.expert_optimizer == "factored_adam":
+        # sqrt(r c / mean(r)) as a product: two roots
+        row_scale_eD = (r_eD / _positive_or_one(r_eD.mean(1, keepdim=True))).sqrt_()
+        column_scale_eF = c_eF.sqrt_()
     else:
-        _apply_update_eagerly(w_eDF, g_eDF, left_eD, right_eF, *scalars)
+        # tensor2tensor, diet.py: roots first, then the mean
+        row_scale_eD = r_eD.sqrt_()
+        column_scale_eF = c_eF.sqrt_()
+        mean_e1 = column_scale_eF.mean(1, keepdim=True)
+        column_scale_eF = column_scale_eF / _positive_or_one(mean_e1)
+    scalars = (config.eps, lr * scale, 1 - lr * config.weight_decay)
+    if _is_compiled(w_eDF):
+        # as torch's in-place operations do: autograd rejects a graph that saved the old weights
+        torch.autograd.graph.increment_version(w_eDF)
+        _run_compiled(_apply_update, w_eDF, g_eDF, row_scale_eD, column_scale_eF, scalars=scalars)
+    else:
+        _apply_update_eagerly(w_eDF, g_eDF, row_scale_eD, column_scale_eF, *scalars)
 
 
-def _or_one(x: torch.Tensor) -> torch.Tensor:
+def _positive_or_one(x: torch.Tensor) -> torch.Tensor:
+    """Returns x with zeros replaced by 1, as a safe divisor."""
     return torch.where(x > 0, x, 1)
 
 
-def _is_worth_a_loop(t_eDF: torch.Tensor) -> bool:
-    """By the matrix and not by the stack, which depends on how many ranks share it."""
-    return t_eDF.device.type == "cpu" and t_eDF.shape[1] * t_eDF.shape[2] >= WORTH_A_LOOP
+def _is_compiled(t_eDF: torch.Tensor) -> bool:
+    """Returns True if the compiled loops are used.
+
+    Depends on the matrix size, not on the stack's, which depends on the ranks.
+    """
+    return t_eDF.device.type == "cpu" and t_eDF.shape[1] * t_eDF.shape[2] >= MIN_COMPILED_ELEMENTS
 
 
-def _loop(
-    over: Callable[..., None], *stacks: torch.Tensor, scalars: tuple[float, ...] = ()
+def _run_compiled(
+    loop: Callable[..., None], *stacks: torch.Tensor, scalars: tuple[float, ...] = ()
 ) -> None:
-    """Runs a loop over experts, compiled; whole experts to each of torch's threads. Scalars in the type of the stacks:
-    a wider one would widen all."""
-    kernel, arrays = _compiled(over), [t.detach().numpy() for t in stacks]
-    assert all(a.dtype == arrays[0].dtype and len(a) == len(arrays[0]) for a in arrays)
+    """Compiles a loop over experts and runs it on torch's threads, with whole experts for each.
+
+    Scalars are converted to the stacks' dtype, because a wider scalar would widen all arithmetic.
+    """
+    kernel = _compiled(loop)
+    arrays = [t.detach().numpy() for t in stacks]
+    for array in arrays:
+        assert array.dtype == arrays[0].dtype and len(array) == len(arrays[0])
     numbers = [arrays[0].dtype.type(x) for x in scalars]
-    parts = min(torch.get_num_threads(), len(arrays[0]), arrays[0].size // ELEMENTS_A_THREAD)
-    if parts < 2:
+    num_threads = torch.get_num_threads()
+    num_parts = min(num_threads, len(arrays[0]), arrays[0].size // MIN_THREAD_ELEMENTS)
+    if num_parts < 2:
         return kernel(*arrays, *numbers)
-    by_part = zip(*(np.array_split(a, parts) for a in arrays), strict=True)
-    for done in [
-        _threads(torch.get_num_threads()).submit(kernel, *part, *numbers) for part in by_part
-    ]:
-        done.result()
+    parts_by_array = [np.array_split(array, num_parts) for array in arrays]
+    pending = []
+    for part in zip(*parts_by_array, strict=True):
+        pending.append(_thread_pool(num_threads).submit(kernel, *part, *numbers))
+    for future in pending:
+        future.result()
 
 
 @functools.cache
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    from moe_dist.optim.compiled_loops import (
-        compiled,
-    )  # here, for numba takes a quarter of a second that others save
+    """Returns the function compiled by numba."""
+    # imported late: numba takes 0.25 seconds, and other runs do not need it
+    from moe_dist.optim.compiled_loops import compiled
 
     return compiled(function)
 
 
 @functools.cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number)
+def _thread_pool(num_threads: int) -> ThreadPoolExecutor:
+    """Returns a pool of `num_threads` threads, created once."""
+    return ThreadPoolExecutor(num_threads)
 
 
 def _sum_squares(g_eDF: Any, row_eD: Any, column_eF: Any) -> None:
-    """Writes the sums of squares of rows and columns. To be compiled, so without expressions of arrays (see `jit`)."""
+    """Writes each row's and column's sum of squares.
+
+    To be compiled, so without expressions over whole arrays (see `compiled_loops`).
+    """
     e, rows, columns = g_eDF.shape
     zero = g_eDF.dtype.type(0)
     part_F = np.empty(columns, g_eDF.dtype)
@@ -147,22 +181,30 @@ def _sum_squares(g_eDF: Any, row_eD: Any, column_eF: Any) -> None:
 
 
 def _apply_update(
-    w_eDF: Any, g_eDF: Any, left_eD: Any, right_eF: Any, eps: float, size: float, keep: float
+    w_eDF: Any,
+    g_eDF: Any,
+    row_scale_eD: Any,
+    column_scale_eF: Any,
+    eps: float,
+    step_size: float,
+    decay_factor: float,
 ) -> None:
+    """Writes the new weights; to be compiled."""
     e, rows, columns = w_eDF.shape
     for i in range(e):
         for d in range(rows):
-            left = left_eD[i, d]
+            row_scale = row_scale_eD[i, d]
             for f in range(columns):
-                w_eDF[i, d, f] = keep * w_eDF[i, d, f] - size * g_eDF[i, d, f] / (
-                    left * right_eF[i, f] + eps
+                w_eDF[i, d, f] = decay_factor * w_eDF[i, d, f] - step_size * g_eDF[i, d, f] / (
+                    row_scale * column_scale_eF[i, f] + eps
                 )
 
 
 def _sum_squares_eagerly(
     g_eDF: torch.Tensor, row_eD: torch.Tensor, column_eF: torch.Tensor
 ) -> None:
-    for g, row, column in _in_pieces(g_eDF, row_eD, column_eF):
+    """Does the same as `_sum_squares` in eager torch."""
+    for g, row, column in _expert_chunks(g_eDF, row_eD, column_eF):
         square = g.square()
         torch.sum(square, 2, out=row)
         torch.sum(square, 1, out=column)
@@ -171,20 +213,23 @@ def _sum_squares_eagerly(
 def _apply_update_eagerly(
     w_eDF: torch.Tensor,
     g_eDF: torch.Tensor,
-    left_eD: torch.Tensor,
-    right_eF: torch.Tensor,
+    row_scale_eD: torch.Tensor,
+    column_scale_eF: torch.Tensor,
     eps: float,
-    size: float,
-    keep: float,
+    step_size: float,
+    decay_factor: float,
 ) -> None:
-    for w, g, left, right in _in_pieces(w_eDF, g_eDF, left_eD, right_eF):
-        if keep != 1:
-            w.mul_(keep)
-        w.addcdiv_(g, (left[:, :, None] * right[:, None]).add_(eps), value=-size)
+    """Does the same as `_apply_update` in eager torch."""
+    stacks = (w_eDF, g_eDF, row_scale_eD, column_scale_eF)
+    for w, g, row_scale, column_scale in _expert_chunks(*stacks):
+        if decay_factor != 1:
+            w.mul_(decay_factor)
+        root = (row_scale[:, :, None] * column_scale[:, None]).add_(eps)
+        w.addcdiv_(g, root, value=-step_size)
 
 
-def _in_pieces(*stacks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Of whole experts, so that temporaries stay small and kernels few."""
+def _expert_chunks(*stacks: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yields chunks with whole experts: small temporaries, but few kernels."""
     _, rows, columns = stacks[0].shape
-    at_once = max(1, ELEMENTS_AT_ONCE[stacks[0].device.type] // (rows * columns))
-    return zip(*(t.split(at_once) for t in stacks), strict=True)
+    chunk_size = max(1, EAGER_CHUNK_ELEMENTS[stacks[0].device.type] // (rows * columns))
+    return zip(*(t.split(chunk_size) for t in stacks), strict=True)

@@ -1,25 +1,31 @@
-"""One optimizer for what DeepSpeed shards and for what it never sees.
+"""One optimizer for the parameters that DeepSpeed shards and the parameters outside it.
 
-DeepSpeed hands over the dense parameters (whole at ZeRO 0, this rank's flat float32 partition at 1 to 3) with gradients
-averaged over all ranks. Gradients of experts and gates of groups are summed over the ranks that hold the same ones,
-those of rows over all ranks; both are divided by the number of all ranks, as if there were one rank. Then: one norm
-over everything, one clip factor, one update: AdamW (torch's fused one, the base class) for the dense parameters, and
-what `outside.py` says for the others. With `trust_ratio` the step of a matrix is scaled to lr x its norm, which makes
-LAMB of AdamW (You et al. 2020), on any layout: libraries' own LAMB needs whole matrices, which ZeRO does not have.
+DeepSpeed passes the dense parameters (whole at ZeRO 0, this rank's flat float32 partition at 1 to
+3) with gradients averaged over all ranks. Expert and gate gradients are summed over the ranks that
+hold the same stack, row gradients over all ranks; both are divided by the number of all ranks, as
+if there were one rank. `Optimizer.step` documents the order.
 
-Weight decay and trust ratio are of matrices alone, as in the LAMB authors' code: vectors (biases, the
-gains of LayerNorms) are left out. A gain is kept as its offset from 1, so that decay would pull all of
-them to the same 1, and the divergence of norms that is logged (`transformer.norm_divergence`) to 0.
-ZeRO gives the base class flat partitions of many parameters, so the decay is not its own but is taken
-here, from each matrix's part of them.
+Dense parameters use AdamW (torch's fused one, the base class); experts and gates use
+`expert_state`, vocabulary rows `row_sparse_adam`. With `optim.lamb` each matrix's step is scaled to
+lr x its norm, which turns AdamW into LAMB (You et al. 2020) on any layout. Other LAMB
+implementations need whole matrices, and ZeRO has only parts.
 
-Where the clip factor comes from the norm of the step before (`clip_by`), or there is none, experts need not wait: with
-`free_gradients` each stack of them is updated within backward, when its gradient is whole, which is then freed.
+Weight decay and trust ratio apply to matrices alone, as in the LAMB authors' code, not to vectors
+(biases, LayerNorm gains). A gain is stored as its offset from 1, so decay would pull all gains to
+the same 1, and the logged divergence of norms (`transformer.norm_divergence`) to 0. ZeRO gives the
+base class flat partitions that mix many parameters, so its weight decay is 0 and the decay is
+applied here, to each matrix's part.
+
+If the clip coefficient comes from the previous step's norm (`optim.clip_norm_source=previous`), or
+there is no clipping, an expert update does not depend on other gradients. With
+`optim.fuse_expert_update_in_backward` each stack is then updated within backward, as soon as its
+gradient is complete, and the gradient is freed.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,10 +40,11 @@ from moe_dist.optim.expert_state import (
     AdamParam,
     FactoredAdamParam,
     ShardedExpertParam,
+    Statistics,
     apply_trust_ratio,
     sum_of_squares,
 )
-from moe_dist.optim.row_sparse_adam import RowSparseAdam
+from moe_dist.optim.row_sparse_adam import RowGradients, RowSparseAdam
 
 EXPERT_OPTIMIZERS: dict[str, type[AdamParam] | type[FactoredAdamParam]] = {
     "factored_adam": FactoredAdamParam,
@@ -46,16 +53,48 @@ EXPERT_OPTIMIZERS: dict[str, type[AdamParam] | type[FactoredAdamParam]] = {
 }
 
 
-class Optimizer(torch.optim.AdamW):
-    """See the head of this file. The base class's `param_groups` are the dense parameters, which DeepSpeed replaces.
+@dataclass(frozen=True)
+class ReducedGradient:
+    """A stack's gradient after the sum over its replicas, ready for the update.
 
-    Methods of torch's optimizers are wrapped for torch.compile, and a wrapper imports the compiler when it is called: a
-    CPU second of each rank's start. The methods that are used here are the wrapped ones themselves (torch 2.13;
-    test_startup.py), which do the same where nothing is compiled.
+    Attributes:
+        owned: The gradient for the part that this rank owns.
+        square: Its sum of squares, float64 scalar.
+        statistics: Tensors that `square` computed and `update` reuses.
+    """
+
+    owned: torch.Tensor
+    square: torch.Tensor
+    statistics: Statistics
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW for dense parameters, combined with the optimizers for experts, gates and rows.
+
+    The base class's `param_groups` are the dense parameters; DeepSpeed replaces them.
+
+    FENCE: torch wraps the methods of its optimizers for torch.compile, and a wrapper imports the
+    compiler when it is called, which costs each rank a CPU second at start. The methods used here
+    are the unwrapped ones, which do the same if nothing is compiled. Tried with torch 2.13; held by
+    test_startup.py.
+
+    Attributes:
+        experts: Expert stacks by parameter name.
+        gates: Stacks with group gates by parameter name.
+        row_tables: Row-sparse vocabulary matrices by module name.
+        updates: Steps so far that were not skipped.
+        norm: The last step's gradient norm before clipping; NaN if DeepSpeed skipped the step.
+        previous_norm: The norm in the last step that was not skipped; part of a checkpoint.
+        step_started: True between `start_step` and `step`.
+        local_matrix_shards: Returns, for each dense matrix, a view into its master, the part that
+            this rank updates. Set by the engine.
+        squares: Sum of squares for each gradient that was reduced in this step so far.
     """
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+
+    local_matrix_shards: Callable[[], list[torch.Tensor]]
 
     def __init__(
         self,
@@ -67,154 +106,218 @@ class Optimizer(torch.optim.AdamW):
         mesh: Mesh,
         zero_stage: int,
     ) -> None:
-        """`rows`: by module. `zero`: the engine's ZeRO stage. Raises ValueError for an unknown `expert_form`."""
+        """Creates all parameters' state.
+
+        Args:
+            dense: The parameters that DeepSpeed shards.
+            experts: This rank's stacked expert parameters, by name.
+            gates: Stacked gates for expert groups, by name.
+            rows: Row-sparse parameters by module name, then by parameter name.
+            config: The config's section `optim`.
+            mesh: The ranks.
+            zero_stage: The engine's ZeRO stage.
+
+        Raises:
+            ValueError: `optim.expert_optimizer` is unknown.
+        """
         if config.expert_optimizer not in EXPERT_OPTIMIZERS:
             raise ValueError(
-                f"optim.expert_optimizer={config.expert_optimizer!r}; {nearest(config.expert_optimizer, EXPERT_OPTIMIZERS)}"
+                f"optim.expert_optimizer={config.expert_optimizer!r}; "
+                f"{nearest(config.expert_optimizer, EXPERT_OPTIMIZERS)}"
             )
-        betas = (config.beta1, config.beta2)
         super().__init__(
-            dense, lr=config.lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=True
+            dense,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=0.0,
+            fused=True,
         )
-        self.experts = {
-            name: EXPERT_OPTIMIZERS[config.expert_optimizer](p, mesh.expert_dp)
-            for name, p in experts.items()
-        }
+        expert_class = EXPERT_OPTIMIZERS[config.expert_optimizer]
+        self.experts = {name: expert_class(p, mesh.expert_dp) for name, p in experts.items()}
         self.gates = {name: AdamParam(p, mesh.expert_dp) for name, p in gates.items()}
-        self.row_tables = {
-            name: RowSparseAdam(name, named, mesh.dp) for name, named in rows.items()
-        }
-        self.config, self.mesh, self.zero_stage = config, mesh, zero_stage
-        self.updates = 0  # steps that were not skipped
-        self.norm = (
-            math.nan
-        )  # of the last step, before clipping; not a number where DeepSpeed refused to step
-        self.previous_norm = 0.0  # of the last step that was not skipped; part of a checkpoint
+        self.row_tables: dict[str, RowSparseAdam] = {}
+        for name, named in rows.items():
+            self.row_tables[name] = RowSparseAdam(name, named, mesh.dp)
+        self.config = config
+        self.mesh = mesh
+        self.zero_stage = zero_stage
+        self.updates = 0
+        self.norm = math.nan
+        self.previous_norm = 0.0
         self.step_started = False
-        self.local_matrix_shards: Callable[
-            [], list[torch.Tensor]
-        ]  # of the dense matrices' masters, what this rank updates; in place
-        self.squares: dict[
-            ShardedExpertParam, torch.Tensor
-        ] = {}  # of this step's gradients, so far
-        for state in self.experts.values() if config.fuse_expert_update_in_backward else ():
-            state.register_grad_ready_hook(partial(self._update_and_free, state))
+        self.squares: dict[ShardedExpertParam, torch.Tensor] = {}
+        if config.fuse_expert_update_in_backward:
+            for state in self.experts.values():
+                state.register_grad_ready_hook(partial(self._update_in_backward, state))
 
     @property
     def expert_params(self) -> list[ShardedExpertParam]:
+        """All stacks: experts, then gates."""
         return [*self.experts.values(), *self.gates.values()]
 
+    @property
+    def lr(self) -> float:
+        """This step's learning rate."""
+        return self.param_groups[0]["lr"]
+
     def round_masters(self) -> None:
-        """After masters have been loaded: narrow parameters follow them."""
-        of_rows = [master for table in self.row_tables.values() for master in table.named.values()]
-        for master in (*self.expert_params, *of_rows):
-            master.round_master()
+        """Copies all masters to narrow parameters, after masters were loaded. A collective."""
+        for state in self.expert_params:
+            state.round_master()
+        for table in self.row_tables.values():
+            for param in table.named.values():
+                param.round_master()
 
     def start_step(self, lr: float) -> None:
-        """To be called before the first backward of a step that is to use `lr`."""
+        """Starts a step; to be called before its first backward.
+
+        Args:
+            lr: The step's learning rate.
+        """
         self.param_groups[0]["lr"] = lr
-        self.norm, self.step_started = math.nan, True
+        self.norm = math.nan
+        self.step_started = True
         self.squares.clear()
         for state in self.expert_params:
             state.clear()
         for table in self.row_tables.values():
             table.clear()
 
-    def _reduce_and_square(self, state: ShardedExpertParam) -> None:
-        """The gradient, and its part of the norm."""
-        state.reduce()
-        self.squares[state] = state.square()
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates every parameter once. A collective.
 
-    def _clip_coefficient(self, norm: float) -> float:
-        """That all gradients are multiplied by."""
-        clip = self.config.max_grad_norm
-        return 1.0 if clip is None or norm <= clip else clip / norm
+        The order, which is the same on every rank:
 
-    def _update(self, state: ShardedExpertParam, factor: float) -> None:
-        state.update(
-            factor / self.mesh.dp.size, self.param_groups[0]["lr"], self.updates + 1, self.config
-        )
+          1. reduce   expert and gate gradients to their owners, row gradients to all ranks
+          2. norm     one norm over all gradients: dense, experts, gates, rows
+          3. clip     one coefficient for all gradients
+          4. update   dense parameters; experts and gates, whose owners broadcast; rows
+
+        An expert stack updated in backward (`_update_in_backward`) has gone through 1, 3 and 4 for
+        itself and only counts in the norm. If the norm is not finite, nothing else changes and
+        `norm` contains it.
+        """
+        if not self.step_started:
+            # DeepSpeed's bf16 optimizer at stage 0 steps on zeros in its constructor
+            return
+        self.step_started = False
+        self.mesh.flight_recorder.enter_phase("step")
+        (group,) = self.param_groups  # more groups would be stepped apart, without a common norm
+        dense_gradients = [p.grad for p in group["params"] if p.grad is not None]
+        tables = list(self.row_tables.values())
+
+        reduced: dict[ShardedExpertParam, ReducedGradient] = {}
+        for state in self.expert_params:
+            if state not in self.squares:
+                reduced[state] = self._reduce_and_square(state)
+        row_gradients = [table.reduce() for table in tables]
+
+        self.norm = self._global_norm(dense_gradients, row_gradients)
+        if not math.isfinite(self.norm):
+            return
+
+        clip_by_this_step = self.config.clip_norm_source == "step"
+        clip_coef = self._clip_coefficient(self.norm if clip_by_this_step else self.previous_norm)
+
+        self._update_dense(dense_gradients, clip_coef)
+        for state, gradient in reduced.items():
+            self._update(state, gradient, clip_coef)
+        for table, row_gradient in zip(tables, row_gradients, strict=True):
+            table.update(row_gradient, clip_coef / self.mesh.dp.size, self.lr, self.config)
+        self.updates += 1
+        self.previous_norm = self.norm
 
     @torch.no_grad()
-    def _update_and_free(self, state: ShardedExpertParam) -> None:
+    def _update_in_backward(self, state: ShardedExpertParam) -> None:
+        """Reduces, clips and updates one stack as `step` does, then frees its gradient."""
         assert self.step_started and state not in self.squares, (
             "a second gradient of experts that have been updated"
         )
         with self.mesh.step_timer.range("optimizer"):
-            self._reduce_and_square(state)
-            self._update(state, self._clip_coefficient(self.previous_norm))
+            gradient = self._reduce_and_square(state)
+            self._update(state, gradient, self._clip_coefficient(self.previous_norm))
             state.clear()
 
-    def _apply_trust_ratios(self, parts: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-        """Scales the steps of the dense matrices by LAMB's ratios. This rank has a part of each matrix (none: an empty
-        one), or at stage 0 the whole."""
-        device = self.mesh.device
-        squares = [
-            [sum_of_squares([x], device) for x in (old, new - old)]
-            for old, new in zip(before, parts, strict=True)
-        ]
-        square_p2 = torch.stack([torch.stack(pair) for pair in squares])
-        if self.zero_stage > 0:
-            all_reduce_sum(square_p2, self.mesh.dp)
-        for new, old, square_2 in zip(parts, before, square_p2, strict=True):
-            apply_trust_ratio(new[None], old[None], square_2[None], self.param_groups[0]["lr"])
+    def _reduce_and_square(self, state: ShardedExpertParam) -> ReducedGradient:
+        """Sums a stack's gradient on its owners and records its part of the norm."""
+        owned = state.reduce()
+        square, statistics = state.square(owned)
+        self.squares[state] = square
+        return ReducedGradient(owned, square, statistics)
 
-    def check_not_skipped(self) -> None:
-        """Raises FloatingPointError after a step that was skipped where its experts were not."""
-        if self.config.fuse_expert_update_in_backward and not math.isfinite(self.norm):
-            raise FloatingPointError(
-                f"after {self.updates} updates the gradient is not finite, and with optim.fuse_expert_update_in_backward experts have "
-                f"been updated by it; --resume goes on from the last checkpoint, and a lower optim.lr may help"
-            )
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update at `param_groups[0]["lr"]`. Where the norm is not finite nothing changes and `norm` says so."""
-        if (
-            not self.step_started
-        ):  # DeepSpeed's bf16 optimizer of stage 0 takes a step on zeros when it is made
-            return
-        self.step_started = False
-        self.mesh.flight_recorder.enter_phase("step")
-        (group,) = self.param_groups  # a norm needs every gradient at once
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        rows, waiting = (
-            list(self.row_tables.values()),
-            [state for state in self.expert_params if state not in self.squares],
-        )
-        for state in waiting:
-            self._reduce_and_square(state)
-        for table in rows:
-            table.reduce()
-        dense_square = sum_of_squares(gradients, self.mesh.device)
+    def _global_norm(
+        self, dense_gradients: list[torch.Tensor], row_gradients: list[RowGradients]
+    ) -> float:
+        """Returns the norm over all gradients, the same on every rank. A collective."""
+        dense_square = sum_of_squares(dense_gradients, self.mesh.device)
         if self.zero_stage > 0:  # partitions; at stage 0 every rank holds the whole gradient
             all_reduce_sum(dense_square, self.mesh.dp)
-        zero = torch.zeros_like(dense_square)
-        outside_square = all_reduce_sum(
-            sum((self.squares[state] for state in self.expert_params), zero), self.mesh.dp
-        )
-        outside_square = sum((table.square() for table in rows), outside_square)
-        world = self.mesh.dp.size
-        self.norm = math.sqrt((dense_square + outside_square / world**2).item())
-        if not math.isfinite(self.norm):
-            return
-        factor = self._clip_coefficient(
-            self.norm if self.config.clip_norm_source == "step" else self.previous_norm
-        )
+        sum_square = torch.zeros_like(dense_square)  # of gradients not yet divided by the ranks
+        for state in self.expert_params:
+            sum_square = sum_square + self.squares[state]
+        sum_square = all_reduce_sum(sum_square, self.mesh.dp)
+        for table, row_gradient in zip(self.row_tables.values(), row_gradients, strict=True):
+            sum_square = sum_square + table.square(row_gradient)
+        return math.sqrt((dense_square + sum_square / self.mesh.dp.size**2).item())
+
+    def _clip_coefficient(self, norm: float) -> float:
+        """Returns the factor for all gradients: min(1, max_grad_norm / norm)."""
+        max_norm = self.config.max_grad_norm
+        return 1.0 if max_norm is None or norm <= max_norm else max_norm / norm
+
+    def _update(
+        self, state: ShardedExpertParam, gradient: ReducedGradient, clip_coef: float
+    ) -> None:
+        """Updates one stack on its owners, which broadcast the weights."""
+        scale = clip_coef / self.mesh.dp.size
+        step = self.updates + 1
+        state.update(gradient.owned, gradient.statistics, scale, self.lr, step, self.config)
+
+    def _update_dense(self, gradients: list[torch.Tensor], clip_coef: float) -> None:
+        """Takes one AdamW or LAMB step on the dense parameters; scales their gradients in place."""
         if gradients:
-            torch._foreach_mul_(gradients, factor)
-        parts = self.local_matrix_shards() if self.config.weight_decay or self.config.lamb else []
-        before = [part.clone() for part in parts] if self.config.lamb else []
-        if (
-            parts and self.config.weight_decay
-        ):  # AdamW's decoupled decay (Loshchilov and Hutter 2019, Algorithm 2)
-            torch._foreach_mul_(parts, 1 - group["lr"] * self.config.weight_decay)
+            torch._foreach_mul_(gradients, clip_coef)
+        shards: list[torch.Tensor] = []
+        if self.config.weight_decay or self.config.lamb:
+            shards = self.local_matrix_shards()
+        before = [shard.clone() for shard in shards] if self.config.lamb else []
+        if shards and self.config.weight_decay:
+            # AdamW's decoupled decay (Loshchilov and Hutter 2019, Algorithm 2)
+            torch._foreach_mul_(shards, 1 - self.lr * self.config.weight_decay)
         inspect.unwrap(torch.optim.AdamW.step)(self)
         if before:
-            self._apply_trust_ratios(parts, before)
-        for state in waiting:
-            self._update(state, factor)
-        for table in rows:
-            table.update(factor / world, group["lr"], self.config)
-        self.updates += 1
-        self.previous_norm = self.norm
+            self._apply_trust_ratios(shards, before)
+
+    def _apply_trust_ratios(self, shards: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+        """Scales the dense matrices' steps by LAMB's ratios. A collective above stage 0.
+
+        Args:
+            shards: This rank's part of each matrix after the step; may be empty, whole at stage 0.
+            before: The same parts before the step.
+        """
+        device = self.mesh.device
+        squares: list[torch.Tensor] = []
+        for old, new in zip(before, shards, strict=True):
+            old_square = sum_of_squares([old], device)
+            step_square = sum_of_squares([new - old], device)
+            squares.append(torch.stack([old_square, step_square]))
+        square_p2 = torch.stack(squares)
+        if self.zero_stage > 0:
+            all_reduce_sum(square_p2, self.mesh.dp)
+        for new, old, square_2 in zip(shards, before, square_p2, strict=True):
+            apply_trust_ratio(new[None], old[None], square_2[None], self.lr)
+
+    def check_not_skipped(self) -> None:
+        """Checks that a skipped step did not already update experts in backward.
+
+        Raises:
+            FloatingPointError: The gradient is not finite and experts were updated by it.
+        """
+        if self.config.fuse_expert_update_in_backward and not math.isfinite(self.norm):
+            raise FloatingPointError(
+                f"after {self.updates} updates the gradient is not finite, and experts were "
+                f"already updated by it (optim.fuse_expert_update_in_backward=true); continue from "
+                f"the last checkpoint with --resume, perhaps with a lower optim.lr"
+            )

@@ -1,4 +1,11 @@
-"""Adam for the rows of a vocabulary's matrices that a step touched."""
+"""Adam for vocabulary matrices, applied only to the rows touched in a step.
+
+Rows that no rank touched are neither reduced nor updated, and their moments stay as they are.
+
+Legend: V words, n touched in this step; D width.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,87 +18,125 @@ from moe_dist.distributed.mesh import Axis
 from moe_dist.optim.expert_state import MasterParam, sum_of_squares
 
 
-class RowSparseAdam:
-    """Matrices (V, D) and vectors (V,) of one module whose backward touches the same rows of each (sparse gradients).
+@dataclass(frozen=True)
+class RowGradients:
+    """The summed gradients for the rows touched in one step; the same on every rank.
 
-    Every row is under an Adam of its own, which counts the steps that touched it.
+    Attributes:
+        touched_n: The rows touched by any rank, ascending, int64.
+        by_name: For each parameter, the gradient for those rows, (n, D) or (n,).
+    """
+
+    touched_n: torch.Tensor
+    by_name: dict[str, torch.Tensor]
+
+
+class RowSparseAdam:
+    """Adam for matrices (V, D) and vectors (V,) in one module, with a step count for each row.
+
+    Backward touches the same rows in all these parameters and gives sparse gradients.
+
+    Attributes:
+        name: The module's name.
+        axis: The ranks; each touches its own rows.
+        named: The parameters by name.
+        exp_avg: First moment for each parameter.
+        exp_avg_sq: Second moment for each parameter.
+        updates_V: How often each row was updated, int32.
     """
 
     def __init__(self, name: str, named: dict[str, nn.Parameter], axis: Axis) -> None:
-        """`name`: of the module; `axis`: the ranks that touch rows of their own."""
-        self.name, self.axis, self.label = name, axis, CommLabel(name, "rows")
+        """Creates zero moments; see the attributes for the arguments."""
+        self.name = name
+        self.axis = axis
+        self.label = CommLabel(name, "rows")
         self.named = {name: MasterParam(p) for name, p in named.items()}
-        masters = {name: m.master for name, m in self.named.items()}
-        self.exp_avg = {name: _untouched_zeros(t) for name, t in masters.items()}
-        self.exp_avg_sq = {name: _untouched_zeros(t) for name, t in masters.items()}
+        masters = {name: param.master for name, param in self.named.items()}
+        self.exp_avg = {name: _lazy_zeros(master) for name, master in masters.items()}
+        self.exp_avg_sq = {name: _lazy_zeros(master) for name, master in masters.items()}
         first = next(iter(masters.values()))
         self.updates_V = first.new_zeros(len(first), dtype=torch.int32)
-        self.touched_n = self.updates_V.new_zeros(
-            0, dtype=torch.int64
-        )  # of this step, on any rank, ascending
-        self.gradients: dict[str, torch.Tensor] = {}  # of those rows
 
     def clear(self) -> None:
-        for master in self.named.values():
-            master.clear()
+        """Frees the gradients."""
+        for param in self.named.values():
+            param.clear()
 
-    def reduce(self) -> None:
-        """Sums the rows touched on any rank over all ranks: a byte per word, then those rows alone."""
+    def reduce(self) -> RowGradients:
+        """Sums each touched row's gradient over all ranks. A collective.
+
+        One byte per word is reduced to find the touched rows, then only those rows.
+
+        Returns:
+            The sums; this rank's own gradients are freed.
+        """
         touched_V = torch.zeros_like(self.updates_V, dtype=torch.uint8)
-        mine = {
-            name: m.accumulated_grad.coalesce()
-            for name, m in self.named.items()
-            if m.accumulated_grad is not None
-        }
-        for sparse in mine.values():
+        local: dict[str, torch.Tensor] = {}
+        for name, param in self.named.items():
+            if param.accumulated_grad is not None:
+                local[name] = param.accumulated_grad.coalesce()
+        for sparse in local.values():
             touched_V[sparse.indices()[0]] = 1
-        self.touched_n = all_reduce_max(touched_V, self.axis, self.label).nonzero().squeeze(1)
-        for name, master in self.named.items():
-            rows = master.master.new_zeros(len(self.touched_n), *master.master.shape[1:])
-            if name in mine:
-                rows[torch.searchsorted(self.touched_n, mine[name].indices()[0])] = mine[
-                    name
-                ].values()
-            self.gradients[name] = all_reduce_sum(rows, self.axis, self.label)
-            master.clear()
+        touched_n = all_reduce_max(touched_V, self.axis, self.label).nonzero().squeeze(1)
+        sums: dict[str, torch.Tensor] = {}
+        for name, param in self.named.items():
+            rows = param.master.new_zeros(len(touched_n), *param.master.shape[1:])
+            if name in local:
+                position = torch.searchsorted(touched_n, local[name].indices()[0])
+                rows[position] = local[name].values()
+            sums[name] = all_reduce_sum(rows, self.axis, self.label)
+            param.clear()
+        return RowGradients(touched_n, sums)
 
-    def square(self) -> torch.Tensor:
-        """Of the gradient (float64 scalar), after `reduce`; the same on every rank."""
-        return sum_of_squares(self.gradients.values(), self.updates_V.device)
+    def square(self, gradients: RowGradients) -> torch.Tensor:
+        """Returns the gradients' sum of squares (float64 scalar), the same on every rank."""
+        return sum_of_squares(gradients.by_name.values(), self.updates_V.device)
 
-    def update(self, scale: float, lr: float, config: OptimConfig) -> None:
-        """One step of the touched rows with gradient `scale` x the sum."""
-        at, (beta1, beta2) = self.touched_n, (config.beta1, config.beta2)
-        self.updates_V[at] += 1
-        done_n = self.updates_V[at].double()
-        for name, master in self.named.items():
-            g = self.gradients[name].mul_(scale)
-            mean = self.exp_avg[name][at].lerp_(g, 1 - beta1)
-            square = self.exp_avg_sq[name][at].lerp_(g.square_(), 1 - beta2)
-            self.exp_avg[name][at], self.exp_avg_sq[name][at] = mean, square
+    def update(self, gradients: RowGradients, scale: float, lr: float, config: OptimConfig) -> None:
+        """Takes one Adam step on the touched rows.
+
+        Args:
+            gradients: The result from `reduce`; overwritten.
+            scale: Factor for the gradients: clip coefficient / ranks.
+            lr: Learning rate.
+            config: Betas and epsilon.
+        """
+        touched_n = gradients.touched_n
+        self.updates_V[touched_n] += 1
+        num_updates_n = self.updates_V[touched_n].double()
+        for name, param in self.named.items():
+            g = gradients.by_name[name].mul_(scale)
+            mean = self.exp_avg[name][touched_n].lerp_(g, 1 - config.beta1)
+            square = self.exp_avg_sq[name][touched_n].lerp_(g.square_(), 1 - config.beta2)
+            self.exp_avg[name][touched_n] = mean
+            self.exp_avg_sq[name][touched_n] = square
             per_row = (-1, *[1] * (g.dim() - 1))
-            size_n, root_n = lr / (1 - beta1**done_n), (1 - beta2**done_n).rsqrt()
-            root = square.sqrt_().mul_(root_n.to(g.dtype).view(per_row)).add_(config.eps)
-            rows = master.master[at].sub_(mean.mul_(size_n.to(g.dtype).view(per_row)).div_(root))
-            master.master[at] = rows
-            if master.narrow:
-                master.p.data[at] = rows.to(master.p.dtype)
+            step_size_n = lr / (1 - config.beta1**num_updates_n)
+            root_scale_n = (1 - config.beta2**num_updates_n).rsqrt()
+            step_size = step_size_n.to(g.dtype).view(per_row)
+            root_scale = root_scale_n.to(g.dtype).view(per_row)
+            root = square.sqrt_().mul_(root_scale).add_(config.eps)
+            rows = param.master[touched_n].sub_(mean.mul_(step_size).div_(root))
+            param.master[touched_n] = rows
+            if param.narrow:
+                param.p.data[touched_n] = rows.to(param.p.dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Masters, moments and the number of updates of each row, by name."""
-        named = {f"{self.name}.updates": self.updates_V}
-        for name, master in self.named.items():
-            named |= {name: master.master}
-            named |= {
-                f"{name}.exp_avg": self.exp_avg[name],
-                f"{name}.exp_avg_sq": self.exp_avg_sq[name],
-            }
-        return named
+        """Returns masters, moments and each row's update count, by name."""
+        tensors = {f"{self.name}.updates": self.updates_V}
+        for name, param in self.named.items():
+            tensors[name] = param.master
+            tensors[f"{name}.exp_avg"] = self.exp_avg[name]
+            tensors[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
+        return tensors
 
 
-def _untouched_zeros(like: torch.Tensor) -> torch.Tensor:
-    """On CPU they take memory only where they are written to: numpy leaves it to the system (calloc), torch writes
-    zeros. Moments of rows that never come up are twice a large vocabulary."""
+def _lazy_zeros(like: torch.Tensor) -> torch.Tensor:
+    """Returns zeros; on CPU, pages take memory only when written.
+
+    Moments for words that never occur are twice a large vocabulary. numpy allocates with calloc,
+    torch writes the zeros.
+    """
     if like.device.type != "cpu":
         return torch.zeros_like(like)
     return torch.from_numpy(np.zeros(like.shape, dtype=str(like.dtype).removeprefix("torch.")))

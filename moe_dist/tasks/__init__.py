@@ -1,1 +1,1 @@
-"""Tasks: a model, its batches, its loss and its metrics."""
+"""Tasks: each has a model, batches, a loss and metrics."""

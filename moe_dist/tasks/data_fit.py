@@ -1,4 +1,4 @@
-"""Takes sizes of the model from the data."""
+"""Fits sizes in the config to the data."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -10,25 +10,25 @@ from moe_dist.data.class_names import preview_names
 
 @dataclass
 class DataFit:
-    """A config that takes over what its data determines, except for the fields that the user has set.
+    """A config that takes values from its data, except for fields that the user has set.
 
     Attributes:
         config: The config so far.
-        explicit: Dotted keys that keep their value; data that contradicts one is an error.
-        notes: A line for the user about each field that was taken from the data.
+        explicit_keys: Dotted keys that keep their value; data that contradicts one is an error.
+        notes: One line for the user about each field that was taken from the data.
     """
 
     config: Config
     explicit_keys: Collection[str] = ()
     notes: list[str] = field(default_factory=list)
 
-    def take(self, key: str, value: int, why: str) -> None:
-        """Sets a field to what the data determines.
+    def take(self, key: str, value: int, reason: str) -> None:
+        """Sets a field to the data's value.
 
         Args:
-            key: Dotted key of the field.
-            value: The value that follows from the data.
-            why: A clause that says so, such as "data.text='x.txt' has 1402 different words".
+            key: The field's dotted key.
+            value: The data's value.
+            reason: A clause about the data, such as "data.text='x.txt' has 1402 different words".
 
         Raises:
             ValueError: The user has set the field to another value.
@@ -37,19 +37,21 @@ class DataFit:
         if configured == value:
             return
         if key in self.explicit_keys:
-            raise ValueError(f"{key}={configured}, but {why}: leave it out, or set it to {value}")
+            raise ValueError(
+                f"{key}={configured}, but {reason}: leave it out, or set it to {value}"
+            )
         self.config = override(self.config, [f"{key}={value}"])
-        self.notes.append(f"{key}={value}, for {why} (the config has {configured})")
+        self.notes.append(f"{key}={value}, for {reason} (the config has {configured})")
 
     def take_classes(self, classes: Sequence[str], source: str) -> None:
-        """Sets `model.num_classes`. The user may have set it to more than the data has, which is noted.
+        """Sets `model.num_classes`; more classes than in the data are allowed and noted.
 
         Args:
-            classes: Names of the classes of the data.
+            classes: The data's class names.
             source: The field that names the data, with its value.
 
         Raises:
-            ValueError: The user has set it to less.
+            ValueError: The user has set fewer classes.
         """
         num_classes = len(classes)
         configured = value_of(self.config, "model.num_classes")
@@ -57,17 +59,14 @@ class DataFit:
             unused = configured - num_classes
             self.notes.append(f"{unused} of model.num_classes={configured} are not in the data")
         else:
-            self.take(
-                "model.num_classes",
-                num_classes,
-                f"{source} has {num_classes} classes ({preview_names(classes)})",
-            )
+            reason = f"{source} has {num_classes} classes ({preview_names(classes)})"
+            self.take("model.num_classes", num_classes, reason)
 
     def take_channels(self, channels: int, source: str) -> None:
-        """Sets `model.channels`. The user may have set it to another number, which is noted.
+        """Sets `model.channels`; another number set by the user is allowed and noted.
 
         Args:
-            channels: 3 for images with colors, 1 for gray ones.
+            channels: 3 for images with colors, 1 for gray images.
             source: The field that names the data, with its value.
         """
         configured = value_of(self.config, "model.channels")
@@ -75,21 +74,22 @@ class DataFit:
         if "model.channels" not in self.explicit_keys:
             self.take("model.channels", channels, has)
         elif configured != channels:
-            loses = "makes them gray" if channels == 3 else "repeats each value"
+            effect = "makes them gray" if channels == 3 else "repeats each value"
             self.notes.append(
-                f"{has}, and model.channels={configured} {loses}; model.channels={channels} fits"
+                f"{has}, and model.channels={configured} {effect}; model.channels={channels} fits"
             )
 
     def note_repeats(self, num_examples: int, unit: str) -> None:
-        """Adds a note where a step reads some training examples more than once.
+        """Adds a note if a step reads some training examples more than once.
 
         Args:
-            num_examples: Number of training examples.
-            unit: The name of several of them, such as "images".
+            num_examples: How many training examples there are.
+            unit: Plural noun for them, such as "images".
         """
         samples = self.config.batch.global_batch_size
         if num_examples < samples:
             self.notes.append(
-                f"each of the {num_examples} training {unit} is {samples / num_examples:.1f} times in a step of "
-                f"batch.global_batch_size={samples}; set batch.global_batch_size to {num_examples} or less"
+                f"each of the {num_examples} training {unit} is {samples / num_examples:.1f} times "
+                f"in a step of batch.global_batch_size={samples}; set batch.global_batch_size to "
+                f"{num_examples} or less"
             )

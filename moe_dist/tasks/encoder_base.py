@@ -1,4 +1,4 @@
-"""What all tasks make their batches and models with.
+"""Functions for all tasks' batches and models, and the base class for encoder tasks.
 
 Legend: T tokens.
 """
@@ -15,6 +15,7 @@ from moe_dist.models.transformer import norm_divergence
 from moe_dist.moe.layer import LayerStats
 from moe_dist.monitoring.metric_keys import NORMS_PREFIX
 from moe_dist.nn.token_context import TokenContext
+from moe_dist.tasks.task import ModelEngine
 
 
 def token_context(
@@ -28,7 +29,22 @@ def token_context(
     step: int,
     train: bool,
 ) -> TokenContext:
-    """Of this rank's tokens in micro-batch `micro` of step `step` (from 0). `sample_T`: within the step's batch."""
+    """Creates the context of this rank's tokens in one micro-batch.
+
+    Args:
+        layout: The batch layout.
+        mesh: The ranks.
+        micro: The micro-batch's number in the step.
+        sample_T: Each token's sample, numbered within the step's batch.
+        position_T: Each token's position in its sample.
+        valid_T: False for padding.
+        seed: The run's seed.
+        step: The step's number, from 0.
+        train: True in training.
+
+    Returns:
+        The context, on the mesh's device.
+    """
     return TokenContext(
         sample_T=sample_T.to(mesh.device),
         position_T=position_T.to(mesh.device),
@@ -44,36 +60,60 @@ def token_context(
 
 
 def balance_loss(layout: BatchLayout, stats: dict[str, LayerStats]) -> Any:
-    """Of one micro-batch's layers, its part of the mean over the step's balance groups."""
+    """Adds the layers' balance losses.
+
+    Args:
+        layout: The batch layout.
+        stats: Statistics for each MoE layer.
+
+    Returns:
+        The micro-batch's part of the mean over the step's balance groups; 0 without MoE layers.
+    """
     return sum(s.balance_loss for s in stats.values()) / layout.num_balance_groups
 
 
 class EncoderTask:
-    """What the tasks of encoders have in common: nothing is carried from step to step. See `tasks.Task`."""
+    """A base class for encoder tasks, which carry no state from step to step. See `tasks.Task`."""
 
     test_splits: tuple[str, ...] = ("test",)
 
     def finalize_eval(self, split: str) -> dict[str, float]:
+        """Returns no metrics."""
         return {}
 
-    def weight_metrics(self, engine: Any) -> dict[str, float]:
-        """How far LayerNorms of blocks are from each other (Xue et al. 2021), by what they are before."""
-        norms = {
-            name: engine.dense_weight(name) for name in engine.names if "encoder.norm_" in name
-        }
-        return {f"{NORMS_PREFIX}{name}": value for name, value in norm_divergence(norms).items()}
+    def weight_metrics(self, engine: ModelEngine) -> dict[str, float]:
+        """Returns how different the LayerNorms are (Xue et al. 2021). A collective."""
+        norms: dict[str, torch.Tensor] = {}
+        for name in engine.names:
+            if "encoder.norm_" in name:
+                norms[name] = engine.dense_weight(name)
+        return {NORMS_PREFIX + part: value for part, value in norm_divergence(norms).items()}
 
     def save_state(self) -> dict[str, torch.Tensor]:
+        """Returns no state."""
         return {}
 
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """There is none."""
+        """Does nothing: there is no state."""
 
 
 def build_on_meta(model: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    """On the meta device: shapes alone, no memory. Raises ValueError for a model that cannot be."""
+    """Builds a model on the meta device: shapes without memory.
+
+    Args:
+        model: The model's class.
+        *args: Arguments for its constructor.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: Sizes do not fit together, or a tensor has 2**63 elements or more.
+    """
     try:
         with torch.device("meta"):
             return model(*args)
-    except RuntimeError as error:  # sizes whose product is beyond 64 bits
-        raise ValueError(f"a model of these sizes cannot be, make some smaller ({error})") from None
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model is too large for a tensor; use smaller sizes ({error})"
+        ) from None

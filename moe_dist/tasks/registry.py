@@ -19,15 +19,25 @@ TASKS: dict[str, type[Task]] = {
 
 
 def task_of(config: Config) -> type[Task]:
-    """Raises ValueError for an unknown name, or sections that are not this task's."""
+    """Looks up a config's task.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The task's class.
+
+    Raises:
+        ValueError: The name is unknown, or a section has another task's type.
+    """
     if config.task not in TASKS:
         raise ValueError(f"task={config.task!r}; {nearest(config.task, TASKS)}")
     task = TASKS[config.task]
-    if not isinstance(config.model, task.model_config) or not isinstance(
-        config.data, task.data_config
-    ):
+    model_fits = isinstance(config.model, task.model_config)
+    if not model_fits or not isinstance(config.data, task.data_config):
         raise ValueError(
-            f"task={config.task}: a {type(config.model).__name__} and a {type(config.data).__name__} are another "
-            f"task's; start from a config of that task (train.py --list)"
+            f"task={config.task}: {type(config.model).__name__} and "
+            f"{type(config.data).__name__} are another task's sections; start from a config of "
+            f"this task (train.py --list)"
         )
     return task

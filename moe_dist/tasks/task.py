@@ -1,6 +1,6 @@
-"""What is trained on what, by the name in a config's `task`."""
+"""The task protocol: a model, its batches, its loss and its metrics."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,28 +13,55 @@ from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer import LayerStats
 from moe_dist.nn.token_context import TokenContext
 
+# a micro-batch's part of the loss (scalar), sums over its samples by name, statistics by MoE layer
+LossResult = tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]
 
-class Batch(Protocol):
-    """This rank's share of one micro-batch; what else is in it is the task's own matter."""
+
+class ModelEngine(Protocol):
+    """The engine interface for tasks."""
 
     @property
-    def ctx(self) -> TokenContext: ...
+    def names(self) -> Mapping[str, Any]:
+        """The dense parameters by name."""
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the model's forward pass."""
+
+    def dense_weight(self, name: str) -> torch.Tensor:
+        """Returns a dense parameter's whole float32 master. A collective."""
+
+
+class Batch(Protocol):
+    """This rank's share of one micro-batch; each task adds its own fields."""
+
+    @property
+    def ctx(self) -> TokenContext:
+        """The context for the batch's tokens."""
 
 
 class Task(Protocol):
-    """A plain model, this rank's micro-batches of a step, their loss, and what is measured."""
+    """A plain model, this rank's micro-batches in a step, their loss, and their metrics.
 
-    model_config: type  # of Config.model
-    data_config: type  # of Config.data
-    throughput_unit: (
-        str  # what speed counts, one of the sums of `loss`: "tokens", "images" or "texts"
-    )
-    primary_metric: str  # the measure that models are compared by, of data of one's own
-    test_splits: tuple[str, ...]  # what is evaluated at the end
-    required_metadata: tuple[str, ...]  # keys of `known` that its model cannot be used without
-    fields_from_data: tuple[
-        str, ...
-    ]  # dotted keys of the config that follow from the data where the user has not set them
+    Attributes:
+        model_config: The type for `Config.model`.
+        data_config: The type for `Config.data`.
+        throughput_unit: The unit for throughput, one of the sums in `loss`: "tokens", "images" or
+            "texts".
+        primary_metric: The metric that compares models on a user's own data.
+        test_splits: The splits that are evaluated at a run's end.
+        required_metadata: Keys in `checkpoint_metadata` that the model cannot be used without.
+        fields_from_data: Dotted config keys whose values follow from the data unless the user sets
+            them.
+        layout: The batch layout.
+    """
+
+    model_config: type
+    data_config: type
+    throughput_unit: str
+    primary_metric: str
+    test_splits: tuple[str, ...]
+    required_metadata: tuple[str, ...]
+    fields_from_data: tuple[str, ...]
     layout: BatchLayout
 
     def __init__(
@@ -49,34 +76,45 @@ class Task(Protocol):
 
         Args:
             config: The run's config.
-            layout: The layout of its batch.
+            layout: The batch layout.
             mesh: The ranks.
-            saved: The result of `known` of the run that this one goes on from, or begins with.
-            explicit: Dotted keys that the user has set, which are not taken from the data.
+            saved: `checkpoint_metadata` from the run that this run continues or starts from.
+            explicit: Dotted keys set by the user, which are not taken from the data.
 
         Raises:
-            ValueError: On every rank, the data cannot be found, read or used, or contradicts an explicit field.
+            ValueError: On every rank: the data cannot be found, read or used, or contradicts an
+                explicit field.
         """
 
     @property
     def config(self) -> Config:
-        """The run's config with the fields of `from_data` as the data determines them, the same on every rank."""
+        """The run's config; `fields_from_data` have the data's values, the same on every rank."""
 
     @property
     def notes(self) -> list[str]:
-        """About the data, one line each."""
+        """Notes about the data for the user, one line each."""
 
     @staticmethod
     def build_model(config: Config) -> nn.Module:
-        """On the meta device. Raises ValueError for a model that cannot be."""
-
-    @staticmethod
-    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
-        """Takes a quick look at the data, on every rank, before there is a process group.
+        """Builds the model.
 
         Args:
             config: The run's config.
-            main: Whether this is the main rank.
+
+        Returns:
+            The model on the meta device.
+
+        Raises:
+            ValueError: The sizes do not fit together.
+        """
+
+    @staticmethod
+    def check_data(config: Config, main: bool, explicit: Collection[str]) -> None:
+        """Checks the data quickly, on every rank, before there is a process group.
+
+        Args:
+            config: The run's config.
+            main: True on the main rank.
             explicit: As in `__init__`.
 
         Raises:
@@ -85,53 +123,86 @@ class Task(Protocol):
 
     @staticmethod
     def comparison_key(config: Config) -> dict[str, Any]:
-        """What two models must share for their results to be compared: data, batch and steps, not the layout."""
+        """Returns the settings that comparable runs share: data, batch and steps."""
 
     def data_source(self) -> DataSource:
-        """Returns the files or arrays that were read, for a fingerprint. Called on the main rank alone."""
+        """Returns the files or arrays to fingerprint. Called on the main rank only."""
 
     @property
     def uniform_loss(self) -> float:
-        """The loss of a model that gives every word, class or place the same probability, in nats (`finite`)."""
+        """The loss for equal probabilities for all words, classes or places, in nats."""
 
     def checkpoint_metadata(self) -> dict[str, Any]:
-        """What a checkpoint keeps so that the run finds its data as it was (`contents.OF_TASKS`); goes into JSON."""
+        """Returns JSON values for a checkpoint, from which a later run restores its data."""
 
     def reset_state(self, dtype: torch.dtype) -> None:
-        """The state before the first step, of the model's `dtype`."""
+        """Sets the state before the first step.
+
+        Args:
+            dtype: The model's dtype.
+        """
 
     def batches(self, step: int, split: str = "train") -> Iterator[Batch]:
-        """This rank's micro-batches of step `step` (from 0) of a split."""
+        """Iterates over this rank's micro-batches in a step.
+
+        Args:
+            step: The step's number, from 0.
+            split: The split's name.
+
+        Returns:
+            An iterator over the micro-batches.
+        """
 
     def loss_denominator(self, batches: list[Any]) -> torch.Tensor:
-        """What the step's loss is a mean over: of all ranks and micro-batches, float64. A collective."""
+        """Counts the units that the step's loss is a mean over. A collective.
 
-    def loss(
-        self, engine: Any, batch: Any, total: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, LayerStats]]:
-        """This micro-batch's part of the step's loss, sums over its samples by name, and its layers' statistics.
+        Args:
+            batches: This rank's micro-batches in the step.
 
-        Every rank and micro-batch has a part of the loss proper; the mean over the step's balance groups of the balance
-        losses every rank has whole and differentiates for its own rows (`all_reduce_shared`).
+        Returns:
+            The count over all ranks and micro-batches, float64.
+        """
+
+    def loss(self, engine: ModelEngine, batch: Any, total: torch.Tensor) -> LossResult:
+        """Returns a micro-batch's part of the step's loss.
+
+        The task loss is divided among ranks and micro-batches. The balance losses (their mean over
+        the step's balance groups) are whole on every rank, and each rank differentiates them for
+        its own rows (`all_reduce_shared`).
+
+        Args:
+            engine: Runs the model.
+            batch: The micro-batch.
+            total: The result from `loss_denominator`.
+
+        Returns:
+            The loss part, sums over its samples by name, and its layers' statistics.
         """
 
     def compute_metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Returns "loss" and the other measures of a line of metrics, from sums over many micro-batches."""
+        """Computes the metrics for a metrics line.
+
+        Args:
+            sums: The sums from `loss`, added over many micro-batches.
+
+        Returns:
+            "loss" and other metrics by name.
+        """
 
     def eval_batches(self, split: str) -> Iterator[list[Any]]:
-        """Every sample of a split once, in the same number of micro-batches on every rank."""
+        """Yields every sample in a split once, in as many micro-batches on every rank."""
 
     def finalize_eval(self, split: str) -> dict[str, float]:
-        """What can only be measured when all of a split has been evaluated. A collective."""
+        """Returns metrics that need a whole split at once. A collective."""
 
-    def weight_metrics(self, engine: Any) -> dict[str, float]:
-        """What a line of metrics tells of the model's weights. A collective."""
+    def weight_metrics(self, engine: ModelEngine) -> dict[str, float]:
+        """Returns metrics about the model's weights for a metrics line. A collective."""
 
     def save_state(self) -> dict[str, torch.Tensor]:
-        """What is carried from step to step beside the model, whole. A collective."""
+        """Returns the whole state that steps carry, besides the model. A collective."""
 
     def load_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """Inverse of `save_state`, on any layout."""
+        """Restores a saved state, on any layout."""
 
     def format_result(self, result: dict[str, float]) -> str:
-        """The test metrics, in a line for people."""
+        """Returns the test metrics as one line for people."""

@@ -85,7 +85,7 @@ from moe_dist.training.run import TrainingRun, result_lines
             "model.moe.num_groups=8 model.moe.capacity_factor=1",
             "with num_groups nothing is dropped",
         ),
-        ("model.lstm_units=8", "at least the model's width, dim=128"),
+        ("model.lstm_units=8", "less than model.dim=128"),
         ("model.dim=2000000000", "a model of these sizes cannot be"),
         ("batch.balance_loss_group_size=0", "balance_loss_group_size=0"),
         ("batch.global_batch_size=2000000011 batch.balance_loss_group_size=4", "nearest: 1"),

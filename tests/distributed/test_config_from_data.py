@@ -226,8 +226,8 @@ def go_on(folder: Path, run_folder: Path) -> bool:
         )
     except ValueError as error:
         assert (
-            "model.vocabulary_size=60, but the run to go on from, or to begin with (init), has"
-            in str(error)
+            "model.vocabulary_size=60, but the run to continue (--resume) or to start from "
+            "(init_from) has" in str(error)
         )
     else:
         raise AssertionError("another number of tokens was not refused")

@@ -23,7 +23,7 @@ from moe_dist.moe.routing import build_routing
 from moe_dist.nn.init import init_bounds, init_parameter
 from moe_dist.nn.token_context import TokenContext
 from moe_dist.optim.expert_state import ShardedExpertParam
-from moe_dist.optim.optimizer import Optimizer
+from moe_dist.optim.optimizer import Optimizer, ReducedGradient
 
 UNEVEN = [
     "model.moe.num_experts=6"
@@ -102,16 +102,20 @@ def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
     """Masters as they will be after the next step, each replica of an expert updating all of the stack: filled in by
     the next step, which gives the clip factor."""
     expected: dict[str, torch.Tensor] = {}
-    optimizer, honest = run.optimizer, Optimizer._reduce_and_square
+    optimizer = run.optimizer
+    reduce_honestly = Optimizer._reduce_and_square
 
-    def form(self: Optimizer, state: ShardedExpertParam) -> None:
-        whole = all_reduce_sum(state.gradient().clone(), run.mesh.expert_dp)
+    def reduce(self: Optimizer, state: ShardedExpertParam) -> ReducedGradient:
+        whole = all_reduce_sum(state.local_gradient().clone(), run.mesh.expert_dp)
         name = next((n for n, s in optimizer.experts.items() if s is state), None)
-        honest(self, state)
+        reduced = reduce_honestly(self, state)
         if name:
             expected[name] = whole
+        return reduced
 
-    def update(self: Optimizer, state: ShardedExpertParam, factor: float) -> None:
+    def update(
+        self: Optimizer, state: ShardedExpertParam, gradient: ReducedGradient, factor: float
+    ) -> None:
         name = next((n for n, s in optimizer.experts.items() if s is state), None)
         if name:
             reference = type(state)(torch.nn.Parameter(state.whole_master()), ALONE)  # type: ignore[arg-type]
@@ -121,14 +125,16 @@ def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
                 whole[state.owned] = before[ending]
                 t.copy_(all_reduce_sum(whole, run.mesh.expert_dp))
             reference.p.grad = expected[name]
-            reference.square()
-            lr = optimizer.param_groups[0]["lr"]
-            reference.update(factor / run.mesh.dp.size, lr, optimizer.updates + 1, optimizer.config)
+            whole = reference.reduce()
+            _, statistics = reference.square(whole)
+            scale, lr = factor / run.mesh.dp.size, optimizer.param_groups[0]["lr"]
+            step = optimizer.updates + 1
+            reference.update(whole, statistics, scale, lr, step, optimizer.config)
             expected[name] = reference.master
-        update_honestly(self, state, factor)
+        update_honestly(self, state, gradient, factor)
 
     update_honestly = Optimizer._update
-    optimizer._reduce_and_square = form.__get__(optimizer)  # type: ignore[method-assign]
+    optimizer._reduce_and_square = reduce.__get__(optimizer)  # type: ignore[method-assign]
     optimizer._update = update.__get__(optimizer)  # type: ignore[method-assign]
     return expected
 

@@ -139,8 +139,8 @@ def one_large_step(text: str) -> dict[str, int]:
     told = {
         "embedding": run.mesh.bytes_sent[TrafficKey("embedding", "rows", False)],
         "softmax": run.mesh.bytes_sent[TrafficKey("softmax", "rows", False)],
-        "inputs": len(run.optimizer.row_tables["embedding"].touched_n),
-        "outputs": len(table.touched_n),
+        "inputs": int(run.optimizer.row_tables["embedding"].updates_V.sum()),
+        "outputs": int(table.updates_V.sum()),
         "changed": int((weights.sum(1) != before).sum()),
         "peak bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -192,9 +192,9 @@ def test_a_group_of_blocks_asks_its_router_once(per_routing: int | None) -> None
         ({"num_heads": 3}, "encoder.dim=8 is not a multiple of model.encoder.num_heads=3"),
         (
             {"moe_blocks": "0,3"},
-            "encoder.moe_blocks='0,3': all, none, or numbers from 0 to 2 with commas",
+            "encoder.moe_blocks='0,3': must be all, none, or numbers from 0 to 2 with commas",
         ),
-        ({"moe_blocks": "some"}, "encoder.moe_blocks='some': all, none"),
+        ({"moe_blocks": "some"}, "encoder.moe_blocks='some': must be all, none"),
         (
             {"blocks_per_ffn": 1, "blocks_per_routing": 2},
             "encoder.blocks_per_routing=2, but block 1 has experts of its",
@@ -216,7 +216,7 @@ def test_images_and_texts_that_do_not_fit_are_refused() -> None:
         ValueError, match=r"model\.image_size=225 is not a multiple of model\.patch_size=16"
     ):
         VisionTransformer(VisionConfig(image_size=225))
-    with pytest.raises(ValueError, match=r"6 tokens in a sample: at most model\.max_tokens=5"):
+    with pytest.raises(ValueError, match=r"6 tokens in a sample; at most model\.max_tokens=5"):
         filled(CASES["text"][0])(
             *(torch.zeros(1, 6, dtype=torch.int64),) * 2, torch.tensor([0]), context(0, 1, Case())
         )
@@ -258,7 +258,9 @@ def test_divergence_of_norms_by_hand() -> None:
     others = {"norm.gain_D": torch.ones(2), "encoder.norm_ffn.0.gain_D.exp_avg": torch.ones(3)}
     kept = {f"dense/{name}": p for name, p in named.items()}
     assert norm_divergence(kept | others) == norm_divergence(named), "a checkpoint's, among others"
-    with pytest.raises(ValueError, match=r"no norm_attention\.0\.gain_D or its like among 2 names"):
+    with pytest.raises(
+        ValueError, match=r"2 names without a block's LayerNorm, such as norm_attention\.0\.gain_D"
+    ):
         norm_divergence(others)
 
 

@@ -188,9 +188,9 @@ def test_the_name_of_a_file_depends_on_processor_signature_and_source(
         def magic_tuple(self) -> tuple[str, ...]:
             return ("x86_64-linux", self.processor, "+avx2")
 
-    files = compiled_loops._Files(double)
+    files = compiled_loops._DiskCache(double)
     names = [files.path(sig, Codegen(cpu)).name for sig in ("f4", "f8") for cpu in ("a", "b")]
-    other = compiled_loops._Files(double)
+    other = compiled_loops._DiskCache(double)
     other.source = files.source + b"#"
     names += [other.path("f4", Codegen("a")).name]
     assert len(set(names)) == len(names)

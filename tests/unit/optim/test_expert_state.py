@@ -107,8 +107,9 @@ def test_a_factored_state_is_rows_and_columns() -> None:
     state = FactoredAdamParam(p, ALONE)
     for step in (1, 2):
         p.grad = torch.ones(3, 20, 50)
-        state.square()
-        state.update(1.0, 1e-3, step, tiny().optim)
+        gradient = state.reduce()
+        _, statistics = state.square(gradient)
+        state.update(gradient, statistics, 1.0, 1e-3, step, tiny().optim)
     held = [
         t
         for t in vars(state).values()
@@ -124,8 +125,10 @@ def test_an_owner_of_none_can_step() -> None:
         state = kind(p, none)
         p.grad = torch.ones(1, 4, 5)
         state.broadcast_from_owners = lambda x: x  # type: ignore[method-assign]
-        assert state.square() == 0
-        state.update(1.0, 1e-3, 1, tiny().optim)
+        gradient = state.local_gradient()[state.owned]
+        square, statistics = state.square(gradient)
+        assert square == 0
+        state.update(gradient, statistics, 1.0, 1e-3, 1, tiny().optim)
         assert all(len(t) == 0 for t in state.tensors(1).values()) and torch.equal(
             p, torch.ones(1, 4, 5)
         )

@@ -103,8 +103,8 @@ def test_many_steps_equal_the_plain_form(form: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five experts, of 150 rows: column sums are made of three parts."""
-    monkeypatch.setattr(factored_adam, "WORTH_A_LOOP", 1)
-    monkeypatch.setattr(factored_adam, "ELEMENTS_A_THREAD", 1)
+    monkeypatch.setattr(factored_adam, "MIN_COMPILED_ELEMENTS", 1)
+    monkeypatch.setattr(factored_adam, "MIN_THREAD_ELEMENTS", 1)
     config = OptimConfig(eps=1e-3, expert_beta2=0.9)
     generator = torch.Generator().manual_seed(0)
     g_list = [torch.randn(5, 150, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -124,13 +124,13 @@ def test_eager_passes_equal_the_compiled_ones(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the same float32 numbers; 5 experts of 12 x 16."""
-    monkeypatch.setitem(factored_adam.ELEMENTS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(factored_adam.EAGER_CHUNK_ELEMENTS, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     g, w = (torch.randn(5, 12, 16, generator=generator) for _ in range(2))
     config = OptimConfig(eps=1e-3, weight_decay=0.1)
     told = []
     for worth in (2**20, 1):
-        monkeypatch.setattr(factored_adam, "WORTH_A_LOOP", worth)
+        monkeypatch.setattr(factored_adam, "MIN_COMPILED_ELEMENTS", worth)
         moved, row, column = w.clone(), torch.zeros(5, 12), torch.zeros(5, 16)
         sums = row_and_column_squares(g)
         factored_update(moved, g, *sums, row, column, 0.5, 0.1, 3, config)
@@ -156,7 +156,7 @@ def test_a_graph_of_earlier_weights_is_refused(columns: int) -> None:
 @pytest.mark.parametrize("worth", [2**20, 1], ids=["eager", "compiled"])
 def test_what_is_not_a_number_is_seen(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sums, of which the norm is made."""
-    monkeypatch.setattr(factored_adam, "WORTH_A_LOOP", worth)
+    monkeypatch.setattr(factored_adam, "MIN_COMPILED_ELEMENTS", worth)
     for value in (math.nan, math.inf, 1e30):
         g = torch.ones(2, 5, 70)
         g[1, 3, 66] = value
@@ -236,8 +236,10 @@ def less_by_decay(w: torch.Tensor, g: torch.Tensor, form: str) -> torch.Tensor:
     for decay in (0.0, 0.1):
         state = EXPERT_OPTIMIZERS[form](nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
         state.p.grad = g.clone()
-        state.square()
-        state.update(1.0, 0.01, 1, OptimConfig(weight_decay=decay, expert_optimizer=form))
+        gradient = state.reduce()
+        _, statistics = state.square(gradient)
+        config = OptimConfig(weight_decay=decay, expert_optimizer=form)
+        state.update(gradient, statistics, 1.0, 0.01, 1, config)
         after[decay] = state.p.detach().clone()
     return after[0.0] - after[0.1]
 
@@ -262,8 +264,9 @@ def test_trust_ratios_of_experts_are_lambs(shape: tuple[int, ...]) -> None:
     for step in range(1, 5):
         g = torch.randn(*shape, generator=generator)
         state.p.grad = 2 * g
-        state.square()
-        state.update(0.5, 0.1, step, config)
+        gradient = state.reduce()
+        _, statistics = state.square(gradient)
+        state.update(gradient, statistics, 0.5, 0.1, step, config)
         for p, expert in zip(theirs, g, strict=True):
             p.grad = expert.clone()
         optimizer.step()
