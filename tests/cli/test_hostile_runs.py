@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from processes import check_one_line, check_plan, end, set_, start
+from processes import check_one_line, check_plan, set_, train_forked
 from runs import TINY, Run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -185,7 +185,7 @@ def test_a_run_that_kept_something_else_is_one_line_before_any_work(
         "init": of,
     }
     before = contents(run)
-    status, stderr = end(start(*args[command_]))
+    status, _, stderr = train_forked(*args[command_])
     assert status == 2
     (line,) = [line for line in stderr.splitlines() if not line.startswith("note")]
     assert "state.json: damaged (classes=[1, 2] is not a value" in line

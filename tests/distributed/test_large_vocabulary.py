@@ -103,6 +103,7 @@ def train_narrow(text: str, folder: Path) -> dict[str, Any]:
 WORDS, WIDTH = 793_471, 512
 
 
+@pytest.mark.slow  # fast: test_narrow_rows_follow_their_masters_and_resume, test_row_sparse_adam.py
 @pytest.mark.timeout(280)
 def test_a_step_at_793471_words_moves_touched_rows_alone_and_fits(tmp_path: Path) -> None:
     """Two ranks, width 512. Bytes that a rank sends in a ring's all-reduce of n bytes on two ranks: n. Each module

@@ -38,9 +38,9 @@ FEW = [(2, 2, 3, 1), (4, 2, 1, 1)]
 @pytest.mark.parametrize(
     ("config", "layouts"),
     [
-        (tiny_images(), MANY),
+        pytest.param(tiny_images(), MANY, marks=pytest.mark.slow),
         (tiny_images("model.encoder.recompute=true"), FEW),
-        (tiny_pretraining(), MANY),
+        pytest.param(tiny_pretraining(), MANY, marks=pytest.mark.slow),
         (tiny_pretraining("model.encoder.recompute=true"), FEW),
     ],
     ids=["images", "images-recompute", "texts", "texts-recompute"],

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import check_plan, end, set_, start
+from processes import check_plan, set_, train_forked
 from runs import TINY, Run, tiny
 
 from moe_dist.checkpoint import manifest
@@ -135,16 +135,18 @@ def test_copies_are_perturbed_alike_on_any_layout(saved: tuple[str, Path, dict[s
 def test_as_a_user(small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     sets = set_(*TINY, "steps=2", "save_every=2", f"data.text={small_text}")
-    assert end(start("lstm_moe_demo", "--folder", str(old), *sets))[0] == 0
+    assert train_forked("lstm_moe_demo", "--folder", str(old), *sets)[0] == 0
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
     more = set_("steps=4", "model.moe.k=4")
-    status, stderr = end(start("--resume", str(old), "--grow", "2", "--folder", str(new), *more))
+    status, _, stderr = train_forked(
+        "--resume", str(old), "--grow", "2", "--folder", str(new), *more
+    )
     assert status == 0, stderr
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
     first, last = manifest.require_checkpoints(new)
     assert [inspect(path)["step"] for path in (first, last)] == [2, 4]
     assert inspect(last)["weights"]["middle.experts.w1_eDF"]["shape"] == (16, 16, 24)
-    assert end(start("--resume", str(new), *set_("steps=5")))[0] == 0
+    assert train_forked("--resume", str(new), *set_("steps=5"))[0] == 0
     for args, says in (
         (["--resume", str(old), "--grow", "1"], "--grow 1: 2 or more"),
         (["lstm_moe_demo", "--grow", "2"], "--grow 2: only with --resume RUN"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from paths import ROOT
-from processes import check_one_line, end, set_, start
+from processes import check_one_line, end, set_, start, train_forked
 from runs import TINY, Run, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -125,7 +125,9 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_pat
 def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run: Path) -> None:
     newest = manifest.require_checkpoints(run)[-1]
     flip(newest / "state.json", random.Random(0))
-    status, stderr = end(start("--resume", str(run), "--set", "steps=3", "--set", "keep_last_n=1"))
+    status, _, stderr = train_forked(
+        "--resume", str(run), "--set", "steps=3", "--set", "keep_last_n=1"
+    )
     assert status == 0
     assert f"warning: {newest} is damaged: state.json does not match its checksum" in stderr
     assert "Refused; using step_00000001" in stderr
@@ -208,7 +210,7 @@ def test_where_none_is_whole_it_is_one_line_and_nothing_is_written(
         cut(next(path.glob("*.safetensors")), random.Random(0))
     before = contents(run)
     for option in ("--resume", "--evaluate"):
-        status, stderr = end(start(option, str(run), "--set", "steps=3"))
+        status, _, stderr = train_forked(option, str(run), "--set", "steps=3")
         assert status == 2
         check_one_line(stderr, "no complete checkpoint to continue from")
     assert contents(run) == before
@@ -253,7 +255,7 @@ def test_a_hostile_checkpoint_executes_nothing(
         (next(path.glob("*.safetensors")) if name == "shard" else path / name).write_bytes(payload)
     seal(path)
     harmless = "x.pt" in names  # files that nobody reads
-    status, stderr = end(start("--resume", str(run), "--set", "steps=3"))
+    status, _, stderr = train_forked("--resume", str(run), "--set", "steps=3")
     assert status == (0 if harmless else 2), stderr
     assert harmless or stderr.count("\n") == 1, stderr
     assert command.main(["inspect", str(path)]) == (0 if harmless else 2)
@@ -386,7 +388,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, step + 1))
-    status, stderr = end(start("--resume", str(run), "--set", f"steps={step + 1}"))
+    status, _, stderr = train_forked("--resume", str(run), "--set", f"steps={step + 1}")
     assert status == 0, stderr
 
 

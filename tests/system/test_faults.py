@@ -120,6 +120,7 @@ def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
     assert re.match(f"error on rank 0: {where}", error), error
 
 
+@pytest.mark.slow  # fast: test_a_rank_that_others_wait_for_in_a_sum_of_deepspeed_is_named
 @pytest.mark.timeout(120)
 def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path) -> None:
     """Alive, so nobody calls it dead; and who was late changes nothing."""
@@ -365,21 +366,30 @@ def test_who_is_kept_from_writing_is_not_dead_where_nobody_waits(
     assert bool(ended) == (stall > 1) and all("rank 2: stopped or dead" in each for each in ended)
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_rank_and_a_killed_agent_are_survived(small_text: Path, tmp_path: Path) -> None:
-    """`experiments/faults.py` in short: the losses of an unbroken run, from the newest checkpoint on."""
-    sets = (*TINY, *faults.SETS, "write_report=false", "wandb.mode=off", f"data.text={small_text}")
+def survive(fault: faults.Fault, text: Path, folder: Path) -> str:
+    """`experiments/faults.py` in short: the losses are those of an unbroken run, from the newest checkpoint on.
+
+    Returns the log of the run.
+    """
+    sets = (*TINY, *faults.SETS, "write_report=false", "wandb.mode=off", f"data.text={text}")
     (found_,) = run_distributed(unbroken, 1, *sets)
     whole = dict(enumerate(found_, 1))
     assert len(whole) == faults.STEPS
-    for fault in (
-        faults.Fault("kill", 1, 13, "dispatch"),
-        faults.Fault("kill_agent", 0, 15, "save"),
-    ):
-        outcome = faults.survive(fault, tmp_path / fault.fault, whole, "lstm_moe_demo", *sets)
-        log = (tmp_path / f"{fault.fault}.log").read_text()
-        assert outcome.holds and outcome.after == 10, f"{outcome}\n{log}"
-    assert (
-        "the agent ended with status 137; starting it again (1 left)"
-        in (tmp_path / "kill_agent.log").read_text()
+    outcome = faults.survive(fault, folder / fault.fault, whole, "lstm_moe_demo", *sets)
+    log = (folder / f"{fault.fault}.log").read_text()
+    assert outcome.holds and outcome.after == 10, f"{outcome}\n{log}"
+    return log
+
+
+@pytest.mark.timeout(200)
+def test_run_survives_a_killed_rank(small_text: Path, tmp_path: Path) -> None:
+    assert "starting it again" not in survive(
+        faults.Fault("kill", 1, 13, "dispatch"), small_text, tmp_path
     )
+
+
+@pytest.mark.slow  # fast: test_run_survives_a_killed_rank, test_only_an_agent_that_died_is_started_again
+@pytest.mark.timeout(200)
+def test_run_survives_a_killed_agent(small_text: Path, tmp_path: Path) -> None:
+    log = survive(faults.Fault("kill_agent", 0, 15, "save"), small_text, tmp_path)
+    assert "the agent ended with status 137; starting it again (1 left)" in log

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from paths import ROOT
-from processes import check_one_line, check_plan, end, set_, start
+from processes import check_plan, end, set_, start
 from runs import TINY
 
 from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses
@@ -608,6 +608,7 @@ def test_two_nodes_train_as_one_process(small_text: Path, tmp_path: Path) -> Non
     assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
 
 
+@pytest.mark.slow  # fast: test_two_nodes_train_as_one_process, test_any_other_layout_goes_on_and_back
 @pytest.mark.timeout(200)
 def test_a_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
     """Two nodes, one, two: the same losses at equal samples."""
@@ -758,6 +759,7 @@ def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow  # fast: test_sigterm_to_one_rank_saves_and_ends_all, test_resume_auto_takes_the_same_run_alone
 def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -> None:
     """The same command three times, stopped in the middle of the first, and with fewer steps in the last."""
     folder = tmp_path / "run"
@@ -806,7 +808,11 @@ def test_resume_auto_takes_the_same_run_alone(
     )
     check_plan(["widenet_demo", *auto], "trained with name=lstm_moe_demo, not widenet_demo", capsys)
     check_plan(["--resume", "auto"], "give NAME and --folder", capsys)
-    parse_run(["lstm_moe_demo", *auto, *set_(*same, "optim.lr=5e-4")], None)
+    again = parse_run(["lstm_moe_demo", *auto, *set_(*same, "optim.lr=5e-4")], None)
+    assert again.source_run == run and again.config.steps == 9, "it goes on"
+    new = ["--folder", str(run.with_name("new")), "--resume", "auto"]
+    begun = parse_run(["lstm_moe_demo", *new, *set_(*same)], None)
+    assert begun.source_run is None and begun.first_step == 0, "it begins"
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, ranks: int, nodes: int, here: int) -> None:
@@ -889,7 +895,5 @@ def test_nodes_of_different_size_are_refused(
     )
 
 
-def test_a_mistake_is_still_one_line() -> None:
-    status, stderr = end(start("lstm_moe_demo", "--resume", "auto"))
-    assert status == 2
-    check_one_line(stderr, "--folder PATH")
+def test_a_mistake_is_still_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    check_plan(["lstm_moe_demo", "--resume", "auto"], "--folder PATH", capsys)
