@@ -181,11 +181,11 @@ def test_not_a_number_is_skipped_and_told_with_its_layer(small_text: Path, tmp_p
             assert seen == {
                 "input": f"step 2: the output of lstm1 is not finite (rank {rank})",
                 "gradient": "step 4: the gradient of lstm2's output is not finite (rank 0)",
-                "weights": "step 5: a gradient of weights is not finite, though what all layers give out is",
+                "weights": "step 5: a gradient of weights is not finite, though the outputs of all layers are",
                 "updates": 5 - 3,
                 "unchanged": True,
                 "then": True,
-                "end": "step 9: a gradient of weights is not finite, though what all layers give out is; 3 steps in a "
+                "end": "step 9: a gradient of weights is not finite, though the outputs of all layers are; 3 steps in a "
                 "row",
             }
 
@@ -324,7 +324,7 @@ def refusals(text: str, folder: Path) -> list[str]:
         ["fault_injection.fault=kill", "fault_injection.rank=1", "fault_injection.step=3"],
     )
     fault_injection.inject(
-        dataclasses.replace(training, config=config), folder, begins=False
+        dataclasses.replace(training, config=config), folder, new_run=False
     )  # it goes on, on fewer ranks
     return told
 

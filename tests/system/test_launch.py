@@ -809,10 +809,10 @@ def test_resume_auto_takes_the_same_run_alone(
     check_plan(["widenet_demo", *auto], "trained with name=lstm_moe_demo, not widenet_demo", capsys)
     check_plan(["--resume", "auto"], "give NAME and --folder", capsys)
     again = parse_run(["lstm_moe_demo", *auto, *set_(*same, "optim.lr=5e-4")], None)
-    assert again.source_run == run and again.config.steps == 9, "it goes on"
+    assert again.auto_resume and again.source_run == run and again.config.steps == 9
     new = ["--folder", str(run.with_name("new")), "--resume", "auto"]
     begun = parse_run(["lstm_moe_demo", *new, *set_(*same)], None)
-    assert begun.source_run is None and begun.first_step == 0, "it begins"
+    assert begun.auto_resume and begun.first_step == 0
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, ranks: int, nodes: int, here: int) -> None:
