@@ -37,7 +37,7 @@ from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
 from moe_dist.checkpoint.format import TASK_METADATA_CHECKS, read_state
 from moe_dist.checkpoint.sealed_config import read_config
-from moe_dist.config.overrides import dotted_keys, from_json
+from moe_dist.config.overrides import dotted_keys, from_json, to_json
 from moe_dist.config.schema import LSTMConfig
 from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.distributed.flight_recorder import FlightRecorder
@@ -48,7 +48,8 @@ from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import files as report_files
 from moe_dist.tasks import language_model, text_base
 from moe_dist.tasks.registry import task_of
-from moe_dist.training import run as training_run
+from moe_dist.training.run_directory import RunDirectory
+from moe_dist.training.run_spec import parse_run
 from moe_dist.training.setup import check_classes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,7 +301,7 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
             errors = io.StringIO()
             try:
                 with contextlib.redirect_stderr(errors):
-                    training_run.parse_run(args, None)
+                    parse_run(args, None)
             except SystemExit as exit_:
                 lines = [
                     line for line in errors.getvalue().splitlines() if not line.startswith("note: ")
@@ -310,7 +311,7 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
                     lines,
                 )
         with contextlib.suppress(ValueError, OSError):
-            _write(training_run.TrainingRun(config, {}, run))
+            _write(RunDirectory(run, {"config.json": to_json(config), "layout.json": "{}"}))
         with contextlib.suppress(ValueError):
             build_task(run)
         with contextlib.suppress(ValueError):
@@ -359,9 +360,10 @@ def use(run: Path) -> None:
         print(*classify(classifier, ["the end\tof it" if classifier.pairs else "the end"], 3))
 
 
-def _write(run: training_run.TrainingRun) -> None:
+def _write(run: RunDirectory) -> None:
     """Writes what a run writes that goes on, but for a checkpoint."""
-    folder = run._claim()
+    run.claim()
+    folder = run.path
     try:
         manifest.remove_partial(folder)
         with (

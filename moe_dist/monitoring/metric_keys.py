@@ -21,8 +21,8 @@ import re
 
 import numpy as np
 
-from moe_dist.monitoring.step_timer import PARTS
-
+# parts of a training step (`monitoring.step_timer` says what each comprises)
+PARTS = ("gate", "dispatch", "experts", "optimizer", "rest")
 BALANCE_LOSS = "train/balance_loss"
 LEARNING_RATE = "train/lr"
 GRAD_NORM = "train/grad_norm"

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-PARTS = ("gate", "dispatch", "experts", "optimizer", "rest")
+from moe_dist.monitoring.metric_keys import PARTS
 
 
 class StepTimer:

@@ -13,6 +13,7 @@ import numpy as np
 from moe_dist.monitoring.metric_keys import (
     LOAD_MAX,
     LOAD_PERCENTILES,
+    PARTS,
     TOKENS_PER_EXPERT,
     bytes_sent_series,
     layer_key,
@@ -21,7 +22,6 @@ from moe_dist.monitoring.metric_keys import (
     time_key,
     timed_lines,
 )
-from moe_dist.monitoring.step_timer import PARTS
 
 _MAX_POINTS = 500  # per series, because wandb uploads the whole table of a chart
 

@@ -26,7 +26,7 @@ from moe_dist.distributed.batch_layout import BatchLayout, make_batch_layout
 from moe_dist.distributed.launch_env import memory_per_rank
 from moe_dist.distributed.spawn import RankFailed
 from moe_dist.engine.ds_config import read_ds_config
-from moe_dist.monitoring.step_timer import PARTS
+from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.planner.cost_model import (
     GPUS,
     Link,
@@ -40,7 +40,7 @@ from moe_dist.planner.cost_model import (
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.errors import plain_errors
 from moe_dist.training.model_stats import dispatcher_of
-from moe_dist.training.run import MOST_RANKS, named_config
+from moe_dist.training.run_spec import MAX_RANKS, named_config
 
 PROCESSES_PER_CORE = 4  # that take turns on a CPU, still about as ranks would
 
@@ -272,11 +272,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with plain_errors():
         for key, number in (("nodes", args.nodes), ("gpus-per-node", args.gpus_per_node)):
-            if not 1 <= number <= MOST_RANKS:
-                raise ValueError(f"--{key} {shorten(number)}: from 1 to {MOST_RANKS}")
-        if args.nodes * args.gpus_per_node > MOST_RANKS:
+            if not 1 <= number <= MAX_RANKS:
+                raise ValueError(f"--{key} {shorten(number)}: from 1 to {MAX_RANKS}")
+        if args.nodes * args.gpus_per_node > MAX_RANKS:
             raise ValueError(
-                f"--nodes {args.nodes} x --gpus-per-node {args.gpus_per_node}: {MOST_RANKS} ranks at most"
+                f"--nodes {args.nodes} x --gpus-per-node {args.gpus_per_node}: {MAX_RANKS} ranks at most"
             )
         if args.measure and args.gpus_per_node > (most := most_processes()):
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import nn
 from moe_dist.config.schema import Config, LSTMConfig, moe_section
 from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.engine.dispatcher_choice import expected_blocks_visited, num_overlap_chunks
-from moe_dist.monitoring.step_timer import PARTS
+from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.training.model_stats import (
     FLOAT,
     activation_bytes,

@@ -34,7 +34,7 @@ from moe_dist.distributed.loopback import loopback_mesh
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.deepspeed import import_deepspeed
 from moe_dist.engine.ds_config import read_ds_config
-from moe_dist.monitoring.step_timer import PARTS
+from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.planner.cost_model import (
     Link,
     Machine,

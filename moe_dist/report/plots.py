@@ -28,6 +28,7 @@ from moe_dist.monitoring.metric_keys import (
     LOAD_CV,
     LOAD_MAX,
     NORMS_PREFIX,
+    PARTS,
     PEAK_BYTES_BY_RANK,
     SKIPPED_STEPS,
     TFLOPS_PER_DEVICE,
@@ -42,7 +43,6 @@ from moe_dist.monitoring.metric_keys import (
     time_key,
     timed_lines,
 )
-from moe_dist.monitoring.step_timer import PARTS
 
 matplotlib.rcParams["text.parse_math"] = False  # a run name may contain a $
 

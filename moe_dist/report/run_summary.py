@@ -27,6 +27,7 @@ from moe_dist.monitoring.metric_keys import (
     LOAD_MAX,
     MAX_PEAK_BYTES,
     NONFINITE_SOURCE,
+    PARTS,
     PEAK_BYTES_BY_RANK,
     SKIPPED_STEPS,
     TFLOPS_PER_DEVICE,
@@ -38,7 +39,6 @@ from moe_dist.monitoring.metric_keys import (
     time_key,
 )
 from moe_dist.monitoring.metrics_file import FILE_NAME, read_metrics
-from moe_dist.monitoring.step_timer import PARTS
 
 SPLITS = ("train", "valid", "test", "mismatched")
 

@@ -41,6 +41,7 @@ from moe_dist.monitoring.metric_keys import (
     LOAD_MAX,
     LOAD_PERCENTILES,
     MAX_PEAK_BYTES,
+    PARTS,
     PEAK_BYTES_BY_RANK,
     TFLOPS_PER_DEVICE,
     TOKENS_PER_EXPERT,
@@ -50,7 +51,6 @@ from moe_dist.monitoring.metric_keys import (
     throughput_key,
     time_key,
 )
-from moe_dist.monitoring.step_timer import PARTS
 
 TASK_SUMS = "sums/"  # prefix of the task's sums
 MAX_PENDING = 2**23  # numbers of steps that are not reduced yet (64 MiB of float64)

@@ -1,8 +1,8 @@
-"""A config on a mesh, ready to train, and one step of it: what train.py, verify.py, the benchmarks and tests share."""
+"""A config on a mesh, ready to train, and one step of it: shared by train.py, verify, benchmarks and tests."""
 
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,24 @@ from moe_dist.tasks.registry import task_of
 from moe_dist.tasks.task import Batch, Task
 from moe_dist.training.nan_detector import NonFiniteDetector
 
+# weights of a classifier's head, which are not taken from a run with other classes
+HEAD_PREFIX = "head."
+
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that a step needs."""
+    """Everything that a training step needs.
+
+    Attributes:
+        config: The config with the sizes that the data determines.
+        mesh: The ranks.
+        layout: Which rank has which samples.
+        task: Batches, loss and metrics.
+        model: The parallel model.
+        engine: Forward, backward and step.
+        nan_detector: Watches the layers.
+        metadata: What checkpoints store about the task and its data (JSON).
+    """
 
     config: Config
     mesh: Mesh
@@ -41,7 +55,7 @@ class Training:
     model: ParallelModel
     engine: Engine
     nan_detector: NonFiniteDetector
-    metadata: dict[str, Any]  # of the task and its data; checkpoints keep it
+    metadata: dict[str, Any]
 
 
 def set_up(
@@ -59,133 +73,167 @@ def set_up(
 
     Args:
         config: The config of the run.
-        ds: The DeepSpeed config of `engine.read_ds_config`.
+        ds: The DeepSpeed config of `engine.ds_config.read_ds_config`.
         mesh: The ranks.
-        known: `Training.metadata` of an earlier call with the same config.
-        resumed: Whether `known` is that of an earlier run, whose weights will be loaded, whose config is kept as it is,
-            and whose data must be the same. Otherwise weights begin as `config.init` says.
-        explicit: Dotted keys of the config that are not taken from the data.
-        allow_changed_data: Whether an earlier run goes on with other data.
-        settle: Is called with the config as the data determines it, before the model is built; may raise ValueError.
+        metadata: `Training.metadata` of an earlier call with the same config.
+        resumed: Whether `metadata` is that of an earlier run, whose weights will be loaded, whose config
+            stays as it is, and whose data must be the same. Otherwise weights start as
+            `config.init_from` says.
+        explicit: Dotted keys of the config that the data does not change.
+        allow_changed_data: Whether an earlier run may continue with other data.
+        on_config: Called with the config as the data determines it, before the model is built; may raise
+            ValueError.
 
     Returns:
-        Everything that a step needs, with the config as the data determines it.
+        Everything that a step needs.
 
     Raises:
         ValueError: On every rank, parts do not fit together, or the data is not that of the earlier run.
     """
-    layout, dtype = make_batch_layout(config, mesh.dp.size), compute_dtype(ds)
-    first = None if resumed or config.init_from is None else _initial(config.init_from, mesh)
-    before = metadata or (read_state(first) if first else None)
-    task = task_of(config)(
-        config, layout, mesh, before, dotted_keys(config) if resumed else explicit
-    )
+    layout = make_batch_layout(config, mesh.dp.size)
+    dtype = compute_dtype(ds)
+    initial_checkpoint = None
+    if config.init_from is not None and not resumed:
+        initial_checkpoint = _initial_checkpoint(config.init_from, mesh)
+    source_metadata = metadata
+    if not source_metadata and initial_checkpoint:
+        source_metadata = read_state(initial_checkpoint)
+    fixed_keys = dotted_keys(config) if resumed else explicit
+    task = task_of(config)(config, layout, mesh, source_metadata, fixed_keys)
     config = task.config
     if metadata is None and mesh.is_main:
         for note in task.notes:
             print(f"note: {note}", flush=True)
     on_config(config)
     data = _fingerprint(task, config, mesh, metadata, resumed, allow_changed_data)
-    was, classes = ((each or {}).get("classes") for each in (before, task.checkpoint_metadata()))
+    source_classes = (source_metadata or {}).get("classes")
+    classes = task.checkpoint_metadata().get("classes")
     if resumed:
-        check_classes(was, classes)
+        check_classes(source_classes, classes)
+
     model = parallelize(task.build_model(config), mesh, config.seed, dtype, config.mesh)
-    finite = NonFiniteDetector(model.module, mesh)
+    nan_detector = NonFiniteDetector(model.module, mesh)
     engine = Engine(model, config.optim, ds, layout, mesh)
-    if first:
-        num_taken, new = load_matching_weights(
-            first, engine, mesh, ("head.",) if read_state(first).get("classes") != classes else ()
-        )
-        if mesh.is_main and metadata is None:
-            print(
-                f"note: {num_taken} of {num_taken + len(new)} weights are those of {first}",
-                end="",
-                flush=True,
-            )
-            print(f"; not there, or of another shape: {_told(new)}" if new else "", flush=True)
+    if initial_checkpoint:
+        _load_initial_weights(initial_checkpoint, engine, mesh, classes, quiet=metadata is not None)
     task.reset_state(dtype)
-    return Training(
-        config,
-        mesh,
-        layout,
-        task,
-        model,
-        engine,
-        finite,
-        task.checkpoint_metadata() | {"data": data},
-    )
+    metadata = task.checkpoint_metadata() | {"data": data}
+    return Training(config, mesh, layout, task, model, engine, nan_detector, metadata)
 
 
 def _fingerprint(
-    task: Task, config: Config, mesh: Mesh, known: dict[str, Any] | None, resumed: bool, allow: bool
+    task: Task,
+    config: Config,
+    mesh: Mesh,
+    metadata: dict[str, Any] | None,
+    resumed: bool,
+    allow_changed_data: bool,
 ) -> dict[str, Any]:
-    """Returns the fingerprint of the data for checkpoints, where it is that of the earlier run. A collective."""
-    kept = (known or {}).get("data")
+    """Returns the fingerprint of the data for checkpoints. A collective.
+
+    Raises:
+        ValueError: On every rank, the data is not that of the earlier run.
+    """
+    kept = (metadata or {}).get("data")
     if kept is not None and not resumed:
         return kept
-    field = dataclasses.fields(config.data)[0].name  # names the place of the data
-    place = f"data.{field}={getattr(config.data, field)!r}"
-    data, note = run_on_main(
-        lambda: fingerprint.check_unchanged(task.data_source(), kept, place, allow),
-        mesh.checkpoint_group,
-    )
+    path_field = dataclasses.fields(config.data)[0].name  # contains the path or name of the data
+    data_name = f"data.{path_field}={getattr(config.data, path_field)!r}"
+
+    def compare() -> tuple[dict[str, Any], str]:
+        return fingerprint.check_unchanged(task.data_source(), kept, data_name, allow_changed_data)
+
+    data, note = run_on_main(compare, mesh.checkpoint_group)
     if resumed and kept is None:
-        note = f"the checkpoint has no fingerprint of its data: whether {place} is the same cannot be told"
+        note = f"the checkpoint has no fingerprint of its data, so {data_name} was not compared with it"
     if note and mesh.is_main:
         print(f"note: {note}", flush=True)
     return data
 
 
-def _initial(run: str, mesh: Mesh) -> Path:
-    """The checkpoint of `config.init`; says which were refused."""
+def _initial_checkpoint(run: str, mesh: Mesh) -> Path:
+    """Returns the newest complete checkpoint of `config.init_from`, and prints which ones were refused."""
     try:
         checkpoint, refused = newest_complete(Path(run), mesh.checkpoint_group)
     except ValueError as error:
         raise ValueError(f"init_from={run}: {error}") from None
-    for reason in refused.values() if mesh.is_main else ():
-        print(
-            f"warning: {reason}. Refused; beginning with {checkpoint.name}",
-            file=sys.stderr,
-            flush=True,
-        )
+    if mesh.is_main:
+        for reason in refused.values():
+            warning = f"warning: {reason}. Refused; beginning with {checkpoint.name}"
+            print(warning, file=sys.stderr, flush=True)
     return checkpoint
 
 
-def check_classes(was: list[str] | None, now: list[str] | None) -> None:
-    """Raises ValueError where a run that goes on was trained on other classes. `was`: None where it kept none."""
-    if was not in (None, now):
+def _load_initial_weights(
+    checkpoint: Path, engine: Engine, mesh: Mesh, classes: Any, quiet: bool
+) -> None:
+    """Loads the weights of another run that have the same name and shape, and prints which ones are new."""
+    same_classes = read_state(checkpoint).get("classes") == classes
+    never_loaded = () if same_classes else (HEAD_PREFIX,)
+    num_loaded, new = load_matching_weights(checkpoint, engine, mesh, never_loaded)
+    if quiet or not mesh.is_main:
+        return
+    note = f"note: {num_loaded} of {num_loaded + len(new)} weights are those of {checkpoint}"
+    if new:
+        note += f"; not there, or of another shape: {_shorten_list(new)}"
+    print(note, flush=True)
+
+
+def check_classes(source_classes: list[str] | None, classes: list[str] | None) -> None:
+    """Checks that a resumed run has the classes that it was trained on.
+
+    Args:
+        source_classes: Classes of the checkpoint, None if it has none.
+        classes: Classes of the data now.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if source_classes is not None and source_classes != classes:
         raise ValueError(
-            f"the run was trained on classes {_told(was)}, and its data has {_told(now or [])} now"
+            f"the run was trained on classes {_shorten_list(source_classes)}, and its data has "
+            f"{_shorten_list(classes or [])} now"
         )
 
 
-def _told(classes: Any) -> str:
-    return f"{preview_names(classes)} ({len(classes)})"
+def _shorten_list(names: Sequence[str]) -> str:
+    """Returns some of the names, and their number."""
+    return f"{preview_names(names)} ({len(names)})"
 
 
 def train_step(
     training: Training, step: int
 ) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:
-    """Optimizer step `step` (from 1): yields each micro-batch of this rank after its backward, with its sums and its
-    layers' statistics. The update comes with the last one's backward.
+    """Runs one optimizer step; the update follows the backward of the last micro-batch.
 
-    Raises FloatingPointError, on every rank, where too many steps in a row have been skipped (`finite`)."""
-    config, task, engine = training.config, training.task, training.engine
-    training.mesh.flight_recorder.step = step
+    Args:
+        training: The run.
+        step: Number of the step, from 1.
+
+    Yields:
+        Each micro-batch of this rank after its backward, with its sums and its layers' statistics.
+
+    Raises:
+        FloatingPointError: On every rank, too many steps in a row were skipped (`nan_detector`).
+    """
+    config = training.config
+    task = training.task
+    engine = training.engine
+    flight_recorder = training.mesh.flight_recorder
+    flight_recorder.step = step
     training.nan_detector.start_step()
     engine.optimizer.start_step(learning_rate(config.optim, step, config.steps))
     with record_function("data"):
         batches = list(task.batches(step - 1))
-        total = task.loss_denominator(batches)
+        denominator = task.loss_denominator(batches)
     for batch in batches:
-        training.mesh.flight_recorder.enter_phase("forward")
+        flight_recorder.enter_phase("forward")
         with record_function("forward"):
-            loss, sums, stats = task.loss(engine, batch, total)
+            loss, sums, stats = task.loss(engine, batch, denominator)
             training.nan_detector.watch("the loss", loss)
-        training.mesh.flight_recorder.enter_phase("backward")
+        flight_recorder.enter_phase("backward")
         with record_function("backward and update"):
             engine.backward(loss)
         yield batch, sums, stats
-    training.nan_detector.end_step(
-        step, engine.optimizer, config.optim.max_consecutive_skipped_steps
-    )
+    max_skipped = config.optim.max_consecutive_skipped_steps
+    training.nan_detector.end_step(step, engine.optimizer, max_skipped)

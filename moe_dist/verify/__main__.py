@@ -35,7 +35,7 @@ from moe_dist.distributed import batch_layout
 from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.errors import plain_errors
-from moe_dist.training.run import named_config
+from moe_dist.training.run_spec import named_config
 from moe_dist.verify.certificate import (
     ACCUMULATIONS,
     MAX_PROCESSES,

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from moe_dist.distributed import rendezvous_port
 from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.engine import ds_config
 from moe_dist.tasks.language_model import saved_vocabulary
-from moe_dist.training import run as training_run
-from moe_dist.training.run import TrainingRun, result_lines
+from moe_dist.training import run_directory, run_spec
+from moe_dist.training.results import result_lines
 
 
 @pytest.mark.parametrize(
@@ -91,8 +92,8 @@ from moe_dist.training.run import TrainingRun, result_lines
         ("batch.global_batch_size=2000000011 batch.balance_loss_group_size=4", "nearest: 1"),
         ("save_every=25", "not a multiple of log_every=10"),
         # more than any machine has
-        ("batch.seq_len=999999999", "GB: the table above tells what for"),
-        ("model.moe.num_experts=999999999", "GB: the table above tells what for"),
+        ("batch.seq_len=999999999", "GB (breakdown in the table above)"),
+        ("model.moe.num_experts=999999999", "GB (breakdown in the table above)"),
     ],
 )
 def test_a_bad_setting_is_one_line_and_status_2(
@@ -164,7 +165,7 @@ def test_a_field_without_set_gets_a_hint(
     args: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        training_run.parse_run(["lstm_moe_demo", *args], None)
+        run_spec.parse_run(["lstm_moe_demo", *args], None)
     assert exit_.value.code == 2
     assert capsys.readouterr().err.endswith(
         f"error: unrecognized arguments: {' '.join(args)}{hint}\n"
@@ -353,10 +354,10 @@ def test_a_disk_without_locks_is_told(
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(training_run.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_directory.fcntl, "flock", no_locks)
     with (tmp_path / "lock").open("a") as lock:
-        training_run._lock(lock, tmp_path, 0)
-    said = f"warning: {tmp_path}: its disk has no locks (Function not implemented); do not start two runs in it\n"
+        run_directory.acquire(lock, tmp_path, 0)
+    said = f"warning: {tmp_path}: its file system has no locks (Function not implemented); do not start two runs in it\n"
     assert capsys.readouterr().err == said
 
 
@@ -388,6 +389,7 @@ def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path
 
 
 def test_steps_that_were_skipped_are_told() -> None:
-    run = TrainingRun(tiny("steps=3", "baseline=none"), {}, None)
-    assert "2 of 3 steps were skipped" in result_lines(run, "test perplexity 9.00", updates=1)
-    assert "skipped" not in result_lines(run, "test perplexity 9.00", updates=3)
+    config = tiny("steps=3", "baseline=none")
+    result = partial(result_lines, config, Path("x"), "test perplexity 9.00", 3)
+    assert "2 of 3 steps were skipped" in result(num_updates=1, baseline_is_explicit=False)
+    assert "skipped" not in result(num_updates=3, baseline_is_explicit=False)

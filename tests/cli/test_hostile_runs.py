@@ -42,7 +42,7 @@ from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import files as report_files
 from moe_dist.report import plots
 from moe_dist.tasks.registry import task_of
-from moe_dist.training import run as training_run
+from moe_dist.training.run_directory import RunDirectory, acquire, open_lock
 
 
 @pytest.mark.timeout(200)
@@ -427,12 +427,15 @@ def test_parts_that_overlap_are_refused_by_name(moved: tuple[int, int], tmp_path
         tensor_index(tmp_path)
 
 
+def directory_of(run: Path, config: str) -> RunDirectory:
+    return RunDirectory(run, {"config.json": config, "layout.json": "{}"})
+
+
 @pytest.fixture
-def opened(run: Path) -> Iterator[training_run.TrainingRun]:
-    config = from_json((run / "config.json").read_text())
+def opened(run: Path) -> Iterator[RunDirectory]:
     (run / "metrics.jsonl").unlink()
-    whole = training_run.TrainingRun(config, {}, run)
-    whole._claim()
+    whole = directory_of(run, (run / "config.json").read_text())
+    whole.claim()
     yield whole
     assert whole.lock
     whole.lock.close()
@@ -449,7 +452,7 @@ GONE: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("gone", GONE)
 def test_a_run_folder_that_goes_while_it_trains_comes_again(
-    gone: str, opened: training_run.TrainingRun, run: Path, capsys: pytest.CaptureFixture[str]
+    gone: str, opened: RunDirectory, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (run / "config.json").read_text()
     with MetricsLogger(
@@ -462,8 +465,8 @@ def test_a_run_folder_that_goes_while_it_trains_comes_again(
     assert (run / "config.json").read_text() == text and (run / "layout.json").exists()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
-    with training_run._open_lock(run) as lock, pytest.raises(ValueError, match="in use by a run"):
-        training_run._lock(lock, run, 0)
+    with open_lock(run) as lock, pytest.raises(ValueError, match="in use by a run"):
+        acquire(lock, run, 0)
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warned) == (gone != "metrics.jsonl")
     assert all(
@@ -472,14 +475,14 @@ def test_a_run_folder_that_goes_while_it_trains_comes_again(
 
 
 def test_a_folder_that_another_run_has_taken_is_left_alone(
-    opened: training_run.TrainingRun, run: Path, capsys: pytest.CaptureFixture[str]
+    opened: RunDirectory, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with MetricsLogger(
         run, {}, enabled=True, wandb_mode="off", total_steps=9, restore=opened.restore
     ) as metrics:
         shutil.rmtree(run)
-        other = training_run.TrainingRun(opened.config, {}, run)
-        other._claim()
+        other = directory_of(run, "{}")
+        other.claim()
         before = contents(run)
         metrics.log(1, {"train/loss": 1.0})
         metrics.log(2, {"train/loss": 2.0})

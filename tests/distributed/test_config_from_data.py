@@ -16,8 +16,10 @@ from moe_dist.config.schema import Config
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.planner.microbenchmark import adopt_data_sizes
-from moe_dist.training import run as training_run
+from moe_dist.training import run_spec
 from moe_dist.training import setup as training_module
+from moe_dist.training.results import result_lines
+from moe_dist.training.resume import find_checkpoint
 from moe_dist.training.setup import set_up, train_step
 
 DATA = {  # config -> the field that names its data
@@ -81,19 +83,19 @@ def own(name: str, folder: Path, *more: str) -> list[str]:
 
 def begin(argv: list[str]) -> Any:
     """The beginning of train.py: the run and its training, after a step."""
-    run = training_run.parse_run(argv, None)
+    run = run_spec.parse_run(argv, None)
     mesh = meshes.build_mesh(1)
     training = set_up(
         run.config,
         run.ds_config,
         mesh,
-        run.task_metadata(),
+        None,
         explicit=run.explicit_keys,
-        on_config=run.adopt_config,
+        on_config=run.print_changes,
     )
     for _ in train_step(training, 1):
         pass
-    return run, training
+    return run.with_config(training.config), training
 
 
 @pytest.mark.timeout(200)
@@ -123,9 +125,7 @@ def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
         engine_parameters = sum(
             p.numel() for p in training.task.build_model(training.config).parameters()
         )
-        named = {
-            key: training_run.attrgetter(key)(run.config) for key in training.task.fields_from_data
-        }
+        named = {key: value_of(run.config, key) for key in training.task.fields_from_data}
         taken[name] = named | {"parameters": (run.layout_report["parameters"], engine_parameters)}
         assert training.config == run.config == from_json(to_json(run.config))
     meshes.shutdown()
@@ -143,12 +143,12 @@ def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
 def test_a_model_that_its_data_makes_too_large_is_refused(
     name: str, larger: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = training_run.parse_run(own(name, folder, "batch.global_batch_size=16"), None)
+    run = run_spec.parse_run(own(name, folder, "batch.global_batch_size=16"), None)
     needed = sum(run.layout_report["per_rank"]["memory_bytes"].values())
-    monkeypatch.setattr(training_run, "memory_per_rank", lambda: needed)
-    run.adopt_config(run.config)
+    monkeypatch.setattr(run_spec, "memory_per_rank", lambda: needed)
+    run.print_changes(run.config)
     with pytest.raises(ValueError, match=r"^a rank needs .* GB and has .* GB"):
-        run.adopt_config(override(run.config, [larger]))
+        run.print_changes(override(run.config, [larger]))
 
 
 @pytest.mark.timeout(200)
@@ -176,7 +176,7 @@ def refuse_all(folder: Path) -> list[str]:
             ("lstm_moe_demo", "data.vocabulary_size"),
             ("widenet_text_demo", "model.num_classes"),
         ):
-            run = training_run.parse_run(own(name, folder, "batch.global_batch_size=16"), None)
+            run = run_spec.parse_run(own(name, folder, "batch.global_batch_size=16"), None)
             with pytest.raises(ValueError, match=r"^too large$"):
                 set_up(
                     run.config, run.ds_config, meshes.build_mesh(1), on_config=partial(refuse, key)
@@ -205,11 +205,11 @@ def go_on(folder: Path, run_folder: Path) -> bool:
         ["--resume", str(run_folder)],
         ["--evaluate", str(run_folder)],
     ):
-        again = training_run.parse_run(argv, None)
+        again = run_spec.parse_run(argv, None)
         assert again.config == run.config
-        again.find_checkpoint(training.mesh)
+        resume = find_checkpoint(again, training.mesh)
         resumed = set_up(
-            again.config, again.ds_config, training.mesh, again.task_metadata(), resumed=True
+            again.config, again.ds_config, training.mesh, resume.metadata, resumed=True
         )
         assert resumed.config == run.config
     # weights and tokens of another run: their number is taken as well
@@ -288,7 +288,7 @@ def test_classes_that_the_user_has_set_too_low_are_found_before_any_work(
 
 @pytest.mark.timeout(100)
 def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
-    config, _ = training_run.named_config(
+    config, _ = run_spec.named_config(
         "lstm_moe_demo", [f"data.text={folder / 'text.txt'}", "mesh.ep=4"]
     )
     taken = adopt_data_sizes(config, frozenset())
@@ -328,7 +328,7 @@ def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
 def test_groups_of_samples_follow_from_the_batch(
     name: str, sets: list[str], groups: tuple[int | None, int], changed: list[str]
 ) -> None:
-    config, notes = training_run.named_config(name, sets)
+    config, notes = run_spec.named_config(name, sets)
     assert (config.batch.balance_loss_group_size, config.batch.capacity_group_size) == groups
     assert [note.split("=")[0] for note in notes] == [
         f"batch.{group}_group_size" for group in changed
@@ -345,7 +345,7 @@ def test_a_dry_run_reads_no_data_and_says_so(
         ["widenet_text_demo", *set_("model.num_classes=2", "model.vocabulary_size=90"), "--json"],
     ):
         with pytest.raises(SystemExit) as exit_:
-            training_run.parse_run([*argv, "--dry-run"], None)
+            run_spec.parse_run([*argv, "--dry-run"], None)
         assert exit_.value.code == 0
         told.append(capsys.readouterr().out.splitlines()[-1])
     note = "note: --dry-run reads no data, from which a run takes"
@@ -368,8 +368,10 @@ def test_a_dry_run_reads_no_data_and_says_so(
 def test_a_baseline_of_other_data_is_not_mentioned_unless_it_was_named(
     sets: list[str], lines: int
 ) -> None:
-    config, _ = training_run.named_config("lstm_moe_demo", sets)
-    run = training_run.TrainingRun(config, {}, Path("x"), explicit_keys=training_run.keys_of(sets))
-    told = training_run.result_lines(run, "test perplexity 9.00", updates=config.steps).splitlines()
+    config, _ = run_spec.named_config("lstm_moe_demo", sets)
+    steps = config.steps
+    named = any(text.startswith("baseline=") for text in sets)
+    text = result_lines(config, Path("x"), "test perplexity 9.00", steps, steps, named)
+    told = text.splitlines()
     assert len(told) == 2 + lines
     assert any("not comparable" in line for line in told) == (lines == 1)

@@ -9,7 +9,7 @@ from runs import Run, tiny
 
 from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.monitoring.step_timer import PARTS
+from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.training import metric_accumulator as meters
 from moe_dist.training.metric_accumulator import MetricAccumulator
 from moe_dist.training.setup import train_step

@@ -12,7 +12,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from moe_dist.training.run import parse_run
+from moe_dist.training.run_spec import parse_run
 
 
 def check_one_line(stderr: str, says: str) -> None:

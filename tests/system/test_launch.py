@@ -20,7 +20,7 @@ from runs import TINY
 from experiments.elastic import PATH, Nodes, alone, coming_and_going, losses
 from moe_dist.checkpoint import manifest
 from moe_dist.distributed import rendezvous_port
-from moe_dist.training.run import parse_run
+from moe_dist.training.run_spec import parse_run
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "multinode.sh", "deepspeed.sh", "slurm.sbatch")

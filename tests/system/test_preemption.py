@@ -19,7 +19,7 @@ from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring import metrics_logger, wandb_logger
 from moe_dist.monitoring.metrics_logger import MetricsLogger
 from moe_dist.report import files as report_files
-from moe_dist.training.run import parse_run
+from moe_dist.training.run_spec import parse_run
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from moe_dist.data.data_source import DataSource, arrays_source, local_source, t
 from moe_dist.data.fingerprint import Fingerprint, check_unchanged
 from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.tasks.registry import task_of
-from moe_dist.training import run as training_run
+from moe_dist.training import run_spec
 
 ROWS = ["text,label", *(f"a film of {i} parts,{i % 2}" for i in range(50))]
 
@@ -374,8 +374,8 @@ def test_where_data_lies_may_change(
         papers.get(name), [f"{key}=/job1/data", "init_from=none", "baseline=none", "mesh.ep=1"]
     )
     (run / "config.json").write_text(to_json(was))
-    monkeypatch.setattr(training_run.task_of(was), "check_data", lambda *args: None)
-    monkeypatch.setattr(training_run, "_check_memory", lambda told: None)
+    monkeypatch.setattr(run_spec.task_of(was), "check_data", lambda *args: None)
+    monkeypatch.setattr(run_spec, "check_memory", lambda told: None)
     sets = ["--set", f"{key}=/job2/data"]
     auto = [
         name,
@@ -385,9 +385,7 @@ def test_where_data_lies_may_change(
         "auto",
         *set_("init_from=none", "baseline=none"),
     ]
-    planned = training_run.parse_run(
-        [*(auto if how == "--folder" else [how, str(run)]), *sets], None
-    )
+    planned = run_spec.parse_run([*(auto if how == "--folder" else [how, str(run)]), *sets], None)
     assert to_json(planned.config) == to_json(override(was, [f"{key}=/job2/data"])), (
         "and is kept in the run folder"
     )

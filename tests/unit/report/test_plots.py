@@ -14,8 +14,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.monitoring.metrics_file import read_metrics
-from moe_dist.monitoring.step_timer import PARTS
 from moe_dist.report import __main__ as report_command
 from moe_dist.report import files as report_files
 from moe_dist.report import plots

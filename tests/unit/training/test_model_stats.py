@@ -13,7 +13,7 @@ from moe_dist.config.schema import Config
 from moe_dist.models.lstm_lm import LSTMLanguageModel
 from moe_dist.tasks.registry import TASKS
 from moe_dist.training.model_stats import count_params_and_flops, param_kinds
-from moe_dist.training.run import parse_run
+from moe_dist.training.run_spec import parse_run
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from moe_dist.config.schema import PretrainingDataConfig, TextDataConfig
 from moe_dist.data.files.read import read_rows
 from moe_dist.data.text import corpus as sources
 from moe_dist.data.text.corpus import check_text, is_local, open_text
-from moe_dist.training.run import parse_run
+from moe_dist.training.run_spec import parse_run
 
 
 def numbered(first: int, last: int, word: str = "line") -> str:
