@@ -24,7 +24,7 @@ from moe_dist.config.arg_parser import Parser, path_argument
 from moe_dist.config.schema import ImageDataConfig, VisionConfig
 from moe_dist.data.files.messages import columns_of, printable
 from moe_dist.data.files.read import read_rows
-from moe_dist.data.images.image_files import check_heads, list_images, told_left_out
+from moe_dist.data.images.image_files import check_heads, format_left_out, list_images
 from moe_dist.data.images.pipeline import read_image
 from moe_dist.data.text.sentences import Sentence, Sentences
 from moe_dist.data.text.wordpiece import WordPieceTokenizer
@@ -125,10 +125,10 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
             raise ValueError(f"{path}: no such file or folder")
     if not found:
         raise ValueError(
-            f"no image there ({told_left_out(left_out) or 'the folder is empty'}): give image files"
+            f"no image there ({format_left_out(left_out) or 'the folder is empty'}): give image files"
         )
     if left_out:
-        print(f"note: {told_left_out(left_out)}", file=sys.stderr)
+        print(f"note: {format_left_out(left_out)}", file=sys.stderr)
     check_heads(progress_bar.with_progress(found, "image files"))
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.data.images.datasets import DEBIAN_NAMES, read_idx
+from moe_dist.data.images.known_sets import DEBIAN_NAMES, read_idx
 
 IMAGES_PER_CLASS = {"train": 600, "test": 100}
 

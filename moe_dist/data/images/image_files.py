@@ -1,7 +1,9 @@
-"""Image files: which files of a folder are images, and how one is opened, for training, evaluation and `classify`.
+"""Image files: the files of a folder that are images, and how an image file is opened.
 
-A folder is read as `ls` shows it and an image as a viewer shows it: names that begin with a dot are passed over, the
-camera's orientation is applied, transparency lies on white, and of an animation the first frame is taken.
+Training, evaluation and `classify` share these rules. A folder is listed as `ls` lists it: names
+that begin with a dot are skipped. An image is opened as a viewer shows it: the camera's orientation
+is applied, transparent pixels are blended with white, and only the first frame of an animation is
+read.
 """
 
 import contextlib
@@ -16,100 +18,194 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moe_dist.data.files.regular_file import open_file
 
-# folders that other programs make, with thumbnails, halves of files and what was deleted
-SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-# formats that PIL recognises and cannot decode, and EPS, for which it starts Ghostscript
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-LONGEST_SIDE = (
-    100  # times the other: resized to a short side of 384 pixels, such an image has 15 million
-)
-AGAIN = "a link to a folder that is listed already"
-MOST_NAMED = 5  # files of a message
+REPEATED_FOLDER = "a link to a folder that is listed already"
 NO_ENDING = "without an ending"
 
-# of damaged metadata, and of half the pixels from which it refuses an image; they do not name the file
+# folders that other programs create, with thumbnails, parts of files and deleted files
+_SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+# formats that PIL recognizes but does not decode; and EPS, for which PIL starts Ghostscript
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# PIL's modes with more than 8 bits begin with these letters; `convert` cuts their values at 255
+_WIDE_MODES = ("I", "F")
+# Long side over short side. With the short side resized to 384 pixels, the largest image that is
+# accepted has 15 million pixels.
+_MAX_ASPECT_RATIO = 100
+_MAX_LISTED_FILES = 5  # in an error
+_MAX_LISTED_KINDS = 5  # in a note
+_MAX_KIND_CHARS = 60
+
+# PIL warns of damaged metadata, and of images with half as many pixels as it refuses; these
+# warnings do not name the file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def list_images(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[list[str]], Counter[str]]:
-    """Lists the image files of each folder and of the folders below it, by their endings; a file without an ending is
-    opened to find out.
+    """Lists the image files of each folder and of the folders below it.
 
-    Links are followed, after all real folders. No folder is listed twice, and none that contains one of `folders`: a
-    link to such a folder would list images of one class for another.
+    A file is an image if its ending is that of an image format; a file without an ending is opened
+    to find out. Links are followed, after all real folders. No folder is listed twice, and neither
+    is a folder that contains one of `folders`: a link to such a folder adds images of one class to
+    another.
+
+    Args:
+        folders: The folders, such as one for each class.
 
     Returns:
-        The sorted paths of each folder's images; and what is left out: how many files by ending, and links (`AGAIN`).
+        The sorted paths of each folder's images, and the number of entries that are left out: files
+        by their endings, and links (`REPEATED_FOLDER`).
 
     Raises:
-        ValueError: for a folder that cannot be read, and for an entry that is neither a file nor a folder, naming it.
+        ValueError: A folder cannot be read, or an entry is neither a file nor a folder. The message
+            names it.
     """
-    found: list[list[str]] = [[] for _ in folders]
+    images: list[list[str]] = [[] for _ in folders]
     left_out: Counter[str] = Counter()
-    listed = {
-        _identity(parent) for folder in folders for parent in Path(os.path.realpath(folder)).parents
-    }
-    places = deque((i, os.fspath(folder)) for i, folder in enumerate(folders))
+    listed = set()  # identities of folders
+    for folder in folders:
+        listed.update(map(_identity, Path(os.path.realpath(folder)).parents))
+    real_folders = deque((i, os.fspath(folder)) for i, folder in enumerate(folders))
     links: deque[tuple[int, str]] = deque()
-    while places or links:
-        i, place = (places or links).popleft()
-        if (identity := _identity(place)) in listed:
-            left_out[AGAIN] += 1
+    while real_folders or links:
+        i, place = (real_folders or links).popleft()
+        identity = _identity(place)
+        if identity in listed:
+            left_out[REPEATED_FOLDER] += 1
             continue
         listed.add(identity)
-        for entry in entries(place):
+        for entry in visible_entries(place):
             if entry.is_dir():
-                (links if entry.is_symlink() else places).append((i, entry.path))
+                queue = links if entry.is_symlink() else real_folders
+                queue.append((i, entry.path))
             elif _is_image(entry.path):
-                found[i].append(entry.path)
+                images[i].append(entry.path)
             else:
                 left_out[_ending(entry.name) or NO_ENDING] += 1
-    return [sorted(files, key=os.path.split) for files in found], left_out
+    return [sorted(files, key=os.path.split) for files in images], left_out
 
 
-def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+def format_left_out(left_out: Counter[str]) -> str:
+    """Returns a note on the entries that were left out, the most frequent kinds first.
+
+    Args:
+        left_out: The number of entries by kind, from `list_images`.
+
+    Returns:
+        One printable line such as "3 left out: 2 .txt, 1 .csv"; "" if nothing is left out.
+    """
+    if not left_out:
+        return ""
+    kinds = []
+    for kind, count in left_out.most_common(_MAX_LISTED_KINDS):
+        kinds.append(f"{count} {ascii(kind)[1:-1][:_MAX_KIND_CHARS]}")
+    if len(left_out) > _MAX_LISTED_KINDS:
+        kinds.append("...")
+    return f"{left_out.total()} left out: {', '.join(kinds)}"
+
+
+def visible_entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """Returns the files and folders in `folder` that are not hidden, sorted by name.
 
+    Args:
+        folder: The folder; folders below it are not entered.
+
+    Returns:
+        The entries, each of which is a file, a folder, or a link to one.
+
     Raises:
-        ValueError: where it cannot be read, and for an entry that is neither a file nor a folder, naming it.
+        ValueError: The folder cannot be read, or an entry is neither a file nor a folder. The
+            message names it.
     """
+    visible = []
     try:
         with os.scandir(folder) as scan:
-            shown = [
-                entry
-                for entry in scan
-                if not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS
-            ]
-        for entry in shown:
+            for entry in scan:
+                if not entry.name.startswith(".") and entry.name not in _SYSTEM_FOLDERS:
+                    visible.append(entry)
+        for entry in visible:
             if not entry.is_dir() and not entry.is_file():
                 raise ValueError(
-                    f"{entry.path!r} is neither a file nor a folder, but a link that leads nowhere, a pipe or a "
-                    f"device: mend or remove it"
+                    f"{entry.path!r} is neither a file nor a folder, but a broken link, a pipe or "
+                    "a device; repair or remove it"
                 )
     except OSError as error:
-        raise _unreadable(folder, error) from None
-    return sorted(shown, key=lambda entry: entry.name)
+        raise _cannot_be_read(folder, error) from None
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def open_image(
+    path: str | bytes | os.PathLike[str], mode: str | None, min_side: int | None = None
+) -> Image.Image:
+    """Opens an image file as a viewer shows it.
+
+    Args:
+        path: The file.
+        mode: PIL's mode to which the image is decoded, such as "L" or "RGB"; None reads only the
+            head of the file.
+        min_side: The number of pixels that suffices for each side. A larger JPEG file is decoded to
+            a half, a quarter or an eighth of its size, which is faster.
+
+    Returns:
+        The decoded image; if `mode` is None, an image without pixels.
+
+    Raises:
+        ValueError: The file cannot be read, or is not an image. The message names it.
+    """
+    path = os.fsdecode(path)
+    try:
+        formats = _formats().get(_ending(path), _formats()[""])
+        with open_file(path) as file, Image.open(file, formats=formats) as image:
+            _check_head(image)
+            if min_side:
+                image.draft(None, (min_side, min_side))
+            return _decode(image, mode) if mode else image
+    except UnidentifiedImageError:
+        reason = "it does not begin like any image that PIL decodes"
+    except Exception as error:  # a decoder raises errors of many types for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+    raise ValueError(f"{path!r} is not a readable image ({reason}); repair or remove it")
+
+
+def check_heads(paths: Iterable[str | bytes | os.PathLike[str]]) -> None:
+    """Reads the head of every image file.
+
+    Args:
+        paths: The files.
+
+    Raises:
+        ValueError: Files are not images. The message has their number and names the first ones.
+    """
+    errors = []
+    for path in paths:
+        try:
+            open_image(path, None)
+        except ValueError as error:
+            errors.append(str(error))
+    if len(errors) > 1:
+        listed = "; ".join(errors[:_MAX_LISTED_FILES])
+        raise ValueError(f"{len(errors)} files are not readable images: {listed}")
+    if errors:
+        raise ValueError(errors[0])
 
 
 def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
-    """The same for all paths that lead to one folder."""
+    """Returns a key that is equal for all paths that lead to one folder."""
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise _cannot_be_read(folder, error) from None
     return status.st_dev, status.st_ino
 
 
-def _unreadable(folder: str | os.PathLike[str], error: OSError) -> ValueError:
-    return ValueError(
-        f"{error.filename or os.fspath(folder)!r} cannot be read ({error.strerror}): mend or remove it"
-    )
+def _cannot_be_read(folder: str | os.PathLike[str], error: OSError) -> ValueError:
+    path = error.filename or os.fspath(folder)
+    return ValueError(f"{path!r} cannot be read ({error.strerror}); repair or remove it")
 
 
 def _is_image(path: str) -> bool:
-    """Whether a file is one by its ending, or by its head where it has no ending."""
-    if _ending(path):
-        return _ending(path) in _formats()
+    """Returns whether a file is an image by its ending, or by its head if it has no ending."""
+    ending = _ending(path)
+    if ending:
+        return ending in _formats()
     try:
         open_image(path, None)
     except ValueError:
@@ -118,95 +214,44 @@ def _is_image(path: str) -> bool:
 
 
 def _ending(path: str) -> str:
-    """Returns ".jpg" of "a/B.JPG"; empty where there is none."""
+    """Returns ".jpg" for "a/B.JPG", and "" for a name without an ending."""
     return os.path.splitext(path)[1].lower()
 
 
 @cache
 def _formats() -> dict[str, list[str]]:
-    """Returns PIL's formats that a file may have, by its ending; "" stands for an unknown one.
+    """Returns PIL's formats that a file may have, by its ending; "" stands for all other endings.
 
-    Files often have another format than their ending says. A format without a signature, which
-    almost any bytes match, is only accepted with its own ending.
+    Files often have another format than their ending indicates, so that every format with a
+    signature is accepted. A format without a signature matches almost any bytes, and is accepted
+    only with its own ending.
     """
     Image.init()
-    decoded = Image.OPEN.keys() - NOT_DECODED
-    signed = [kind for kind, (_, accept) in Image.OPEN.items() if kind in decoded and accept]
-    endings = {
-        ending: kind for ending, kind in Image.registered_extensions().items() if kind in decoded
-    }
-    return {"": signed} | {
-        ending: signed if kind in signed else [*signed, kind] for ending, kind in endings.items()
-    }
+    decoded = Image.OPEN.keys() - _NOT_DECODED
+    signed = [name for name, (_, accept) in Image.OPEN.items() if name in decoded and accept]
+    formats = {"": signed}
+    for ending, name in Image.registered_extensions().items():
+        if name in decoded:
+            formats[ending] = signed if name in signed else [*signed, name]
+    return formats
 
 
-def told_left_out(left_out: Counter[str]) -> str:
-    """Returns a line for people of what `list_images` left out, the most frequent kinds first; empty for nothing."""
-    if not left_out:
-        return ""
-    kinds = [f"{count} {ascii(kind)[1:-1][:60]}" for kind, count in left_out.most_common()]
-    return f"{left_out.total()} left out: {', '.join(kinds[:5] + ['...'] * (len(kinds) > 5))}"
-
-
-def open_image(
-    path: str | bytes | os.PathLike[str], mode: str | None, side: int | None = None
-) -> Image.Image:
-    """Opens an image file as a viewer shows it.
-
-    Args:
-        path: The file.
-        mode: PIL's mode that it is decoded to; None reads its head alone.
-        side: Pixels that are enough for each side: a JPEG that has more is decoded to a half, a quarter or an eighth.
-
-    Raises:
-        ValueError: for a file that cannot be read, or is none (a pipe is not waited for), naming it.
-    """
-    path = os.fsdecode(path)
-    try:
-        formats = _formats().get(_ending(path), _formats()[""])
-        with open_file(path) as file, Image.open(file, formats=formats) as image:
-            if image.mode[0] in "IF":  # which `convert` would cut off at 255
-                raise ValueError(
-                    f"its numbers are of PIL's mode {image.mode}, more than 8 bits: make them bytes"
-                )
-            short, long = sorted(image.size)
-            if long > LONGEST_SIDE * short:
-                raise ValueError(
-                    f"it has {short} x {long} pixels, and no side may be {LONGEST_SIDE} times the other"
-                )
-            if side:
-                image.draft(None, (side, side))
-            return _shown(image, mode) if mode else image
-    except UnidentifiedImageError:
-        reason = "it does not begin like any image that PIL decodes"
-    except Exception as error:  # of many kinds: what a damaged file does to a decoder
-        reason = " ".join(str(error).split()) or type(error).__name__
-    raise ValueError(f"{path!r} is no image that can be read ({reason}): mend or remove it")
-
-
-def check_heads(paths: Iterable[str | bytes | os.PathLike[str]]) -> None:
-    """Reads the head of every image file.
-
-    Raises:
-        ValueError: Files hold no image; with their number, and naming the first ones.
-    """
-    refused = []
-    for path in paths:
-        try:
-            open_image(path, None)
-        except ValueError as error:
-            refused.append(str(error))
-    if len(refused) > 1:
+def _check_head(image: Image.Image) -> None:
+    """Raises ValueError for values of more than 8 bits, and for a very long image."""
+    if image.mode.startswith(_WIDE_MODES):
+        raise ValueError(f"its mode in PIL is {image.mode}, more than 8 bits; convert it to 8 bits")
+    short, long = sorted(image.size)
+    if long > _MAX_ASPECT_RATIO * short:
         raise ValueError(
-            f"{len(refused)} files are no images that can be read: {'; '.join(refused[:MOST_NAMED])}"
+            f"it has {short} x {long} pixels, but no side may be more than {_MAX_ASPECT_RATIO} "
+            "times the other"
         )
-    if refused:
-        raise ValueError(refused[0])
 
 
-def _shown(image: Image.Image, mode: str) -> Image.Image:
-    image.load()  # before what may hide the error of a damaged file
-    with contextlib.suppress(Exception):  # of many kinds: damaged metadata, which a viewer ignores
+def _decode(image: Image.Image, mode: str) -> Image.Image:
+    # before `exif_transpose`, whose errors are suppressed: a damaged file must raise an error here
+    image.load()
+    with contextlib.suppress(Exception):  # errors of many types: damaged metadata
         ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")

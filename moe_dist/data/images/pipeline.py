@@ -1,11 +1,12 @@
-"""Images with a class each, as batches: which image is which sample of a step, and what is done to it.
+"""Batches of labeled images: the images of each step, and their augmentation.
 
-An epoch is a permutation of the training split keyed by (seed, epoch), and sample b of step s is number s B + b of all
-epochs in a row. What is drawn for it is keyed by (seed, step, sample). So a batch depends on nothing else: neither on
-the rank and the worker process that make it, nor on batches made before.
+An epoch is a permutation of the training split with the key (seed, epoch). Sample b of step s is
+number s * B + b in the sequence of all epochs. Random numbers for a sample have the key (seed,
+step, sample). A batch therefore does not depend on the rank or the worker process that makes it,
+nor on batches made before.
 
-Legend: I images of a split, B samples (of a step over all ranks, or those asked for), N classes, Q colours, Y and X
-pixels.
+Legend: I images of a split, B samples (of a step over all ranks, or the requested ones), N classes,
+Q color channels, Y and X pixels.
 """
 
 import itertools
@@ -24,44 +25,67 @@ from torch.utils.data import DataLoader, Dataset
 
 from moe_dist.config.messages import nearest
 from moe_dist.config.schema import ImageDataConfig, VisionConfig
-from moe_dist.data.images.datasets import BLOCK, Images, open_splits
+from moe_dist.data.images.datasets import open_splits
 from moe_dist.data.images.image_files import open_image
+from moe_dist.data.images.image_set import DIGEST_BLOCK_BYTES, Images
 from moe_dist.data.images.torchvision_import import import_torchvision
 from moe_dist.nn import prng
 
-MODES = {1: "L", 3: "RGB"}  # PIL's, by the number of colours
+_MODES = {1: "L", 3: "RGB"}  # PIL's mode by the number of color channels
+_PAD_PIXELS = 4  # on each side, for data.crop="pad"
 
 
 @dataclass(frozen=True)
 class AugmentedImages:
-    """Some samples of one step."""
+    """Some samples of one step.
 
-    image_BQYX: torch.Tensor  # float32 in [-1, 1]
-    label_B: torch.Tensor  # int64, each image's own; 0 for padding
-    target_BN: (
-        torch.Tensor
-    )  # float32, what is learned: classes smoothed and mixed; rows of padding are 0
-    valid_B: torch.Tensor  # bool, False for padding, which ends an evaluation
+    Attributes:
+        image_BQYX: Pixels, float32 in [-1, 1].
+        label_B: The label of each image, int64; 0 for padding.
+        target_BN: Target probabilities, float32; smoothed and mixed in training, 0 for padding.
+        valid_B: bool; False for padding at the end of an evaluation.
+    """
+
+    image_BQYX: torch.Tensor
+    label_B: torch.Tensor
+    target_BN: torch.Tensor
+    valid_B: torch.Tensor
 
 
 @dataclass(frozen=True)
-class _Read:
-    """What a worker process sends: bytes of each sample, and with mixup of the one that follows the last."""
+class _PixelBatch:
+    """The result of a worker process, to be normalized and mixed in the process of the rank.
+
+    Attributes:
+        step: The step.
+        samples: The numbers of the samples in the step.
+        pixel_BQYX: uint8 pixels. With mixup they include the sample that follows the last one.
+        label_B: int64 labels of the same images.
+    """
 
     step: int
     samples: range
-    pixel_BQYX: torch.Tensor  # uint8
+    pixel_BQYX: torch.Tensor
     label_B: torch.Tensor
 
 
 @dataclass(frozen=True)
 class ImageSplit(Dataset):
-    """One split, read `samples` images a step (over all ranks): without end in training, once in evaluation."""
+    """One split as a sequence of steps: endless in training, each image once in evaluation.
+
+    Attributes:
+        images: The images.
+        data: The config section of the data.
+        model: The config section of the model.
+        global_batch_size: The number of images of a step over all ranks.
+        seed: The seed of the run.
+        train: If true, images are shuffled and augmented.
+    """
 
     images: Images
     data: ImageDataConfig
     model: VisionConfig
-    samples: int
+    global_batch_size: int
     seed: int
     train: bool
 
@@ -70,92 +94,128 @@ class ImageSplit(Dataset):
 
     @property
     def num_steps(self) -> int:
-        """In which every image is read once; the last may be padded."""
-        return -(-len(self) // self.samples)
+        """The number of steps in which every image is read once; the last one may be padded."""
+        return -(-len(self) // self.global_batch_size)
 
     def batch(self, step: int, samples: range) -> AugmentedImages:
-        """The consecutive `samples` (global, at least one) of `step` (from 0), made in this process.
+        """Returns samples of one step, made in this process.
 
-        Raises ValueError for a file that cannot be read, naming it.
+        Args:
+            step: The step, from 0.
+            samples: Consecutive sample numbers in the step over all ranks, at least one.
+
+        Returns:
+            The samples.
+
+        Raises:
+            ValueError: A file cannot be read; the message names it.
         """
         return self._finish(self[step, samples])
 
     def batches(self, step: int, parts: Sequence[range]) -> Iterator[AugmentedImages]:
-        """`batch` of each of `parts`, step by step from `step` on: in training without end, in evaluation to the end of
-        the split. `data.workers` processes read ahead. Raises what `batch` does."""
-        steps = itertools.count(step) if self.train else range(step, self.num_steps)
+        """Yields the parts of each step; `data.workers` processes read ahead.
+
+        Args:
+            step: The first step.
+            parts: The sample numbers of each part of a step, such as a micro-batch.
+
+        Yields:
+            The samples of one part: without end in training, to the last step in evaluation.
+
+        Raises:
+            ValueError: A file cannot be read; the message names it.
+        """
         loader = DataLoader(
             self,
-            sampler=((step, part) for step in steps for part in parts),  # type: ignore[arg-type]
+            sampler=self._keys(step, parts),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=self.data.workers,
-            worker_init_fn=_leave_the_group,
-            generator=prng.generator(self.seed, "workers"),  # else it draws from the default one
+            worker_init_fn=_leave_process_group,
+            # without a generator, DataLoader draws from the default one
+            generator=prng.generator(self.seed, "workers"),
         )
         yield from map(self._finish, loader)
 
-    def __getitem__(self, key: tuple[int, range]) -> "_Read | ValueError":
-        """What `batch` and DataLoader begin with. A mistake is handed over, for DataLoader would wrap what is raised in
-        a worker's traceback."""
+    def __getitem__(self, key: tuple[int, range]) -> "_PixelBatch | ValueError":
+        """Returns the pixels of samples, for `batch` and DataLoader.
+
+        An error is returned instead of raised, because DataLoader wraps the traceback of a worker
+        around the message of an error.
+        """
         try:
             return self._read(*key)
         except ValueError as error:
             return error
 
-    def _read(self, step: int, samples: range) -> _Read:
-        drawn = [*samples]
-        if (
-            self._mixes
-        ):  # a partner is the next sample, so that of all partners only the last one's is missing
-            drawn.append((samples[-1] + 1) % self.samples)
-        size, channels = self.model.image_size, self.model.channels
+    def _keys(self, first_step: int, parts: Sequence[range]) -> Iterator[tuple[int, range]]:
+        steps = itertools.count(first_step) if self.train else range(first_step, self.num_steps)
+        for step in steps:
+            for part in parts:
+                yield step, part
+
+    def _read(self, step: int, samples: range) -> _PixelBatch:
+        """Decodes and augments samples of one step."""
+        numbers = list(samples)
+        if self._uses_mixup:
+            # Each sample is mixed with the next one, so that only the partner of the last is added.
+            numbers.append((samples[-1] + 1) % self.global_batch_size)
+        size = self.model.image_size
+        channels = self.model.channels
         transform = _transform(self.data, size, self.train)
-        pixel_BYXQ = np.zeros((len(drawn), size, size, channels), np.uint8)
-        label_B = np.zeros(len(drawn), np.int64)
+        pixel_BYXQ = np.zeros((len(numbers), size, size, channels), np.uint8)
+        label_B = np.zeros(len(numbers), np.int64)
         with prng.default_generator() as reseed:
-            for b, sample in enumerate(drawn):
-                i = self._index(step * self.samples + sample)
+            for b, sample in enumerate(numbers):
+                i = self._image_index(step * self.global_batch_size + sample)
                 if i < len(self):
                     reseed(self.seed, "augment", step, sample)
-                    pixel_BYXQ[b] = _pixels(transform(self.images.open(i, MODES[channels])))
+                    image = transform(self.images.open(i, _MODES[channels]))
+                    pixel_BYXQ[b] = _pixels(image)
                     label_B[b] = self.images.label_I[i]
-        return _Read(
-            step, samples, torch.from_numpy(_colours_first(pixel_BYXQ)), torch.from_numpy(label_B)
-        )
+        pixel_BQYX = torch.from_numpy(_channels_first(pixel_BYXQ))
+        return _PixelBatch(step, samples, pixel_BQYX, torch.from_numpy(label_B))
 
-    def _index(self, number: int) -> int:
-        """Which image the sample of this number is; in evaluation, one of padding is beyond the last."""
+    def _image_index(self, number: int) -> int:
+        """Returns the index of the image with this number in the sequence of all epochs.
+
+        In evaluation, the index of padding is greater than that of the last image.
+        """
         if not self.train:
             return number
-        return int(_order(len(self), self.seed, number // len(self))[number % len(self)])
+        epoch, position = divmod(number, len(self))
+        return int(_epoch_order(len(self), self.seed, epoch)[position])
 
-    def _finish(self, read: "_Read | ValueError") -> AugmentedImages:
+    def _finish(self, read: "_PixelBatch | ValueError") -> AugmentedImages:
+        """Normalizes pixels, and forms the targets."""
         if isinstance(read, ValueError):
             raise read
-        image_BQYX, label_B, num = _normalised(read.pixel_BQYX), read.label_B, len(read.samples)
+        num_samples = len(read.samples)
+        image_BQYX = _normalize(read.pixel_BQYX)
+        label_B = read.label_B
         target_BN = one_hot(label_B, self.model.num_classes).float()
         if not self.train:
-            first = read.step * self.samples + read.samples.start
-            valid_B = torch.arange(first, first + num) < len(self)
+            first = read.step * self.global_batch_size + read.samples.start
+            valid_B = torch.arange(first, first + num_samples) < len(self)
             return AugmentedImages(image_BQYX, label_B, target_BN * valid_B[:, None], valid_B)
         smoothing = self.data.label_smoothing
         target_BN = (1 - smoothing) * target_BN + smoothing / self.model.num_classes
-        if self._mixes:
+        if self._uses_mixup:
             weight = self.mixup_weight(read.step)
-            image_BQYX, target_BN = (
-                weight * t[:-1] + (1 - weight) * t[1:] for t in (image_BQYX, target_BN)
-            )
-        return AugmentedImages(
-            image_BQYX, label_B[:num], target_BN, torch.ones(num, dtype=torch.bool)
-        )
+            image_BQYX = _mix_with_next(image_BQYX, weight)
+            target_BN = _mix_with_next(target_BN, weight)
+        valid_B = torch.ones(num_samples, dtype=torch.bool)
+        return AugmentedImages(image_BQYX, label_B[:num_samples], target_BN, valid_B)
 
     @property
-    def _mixes(self) -> bool:
+    def _uses_mixup(self) -> bool:
         return self.train and self.data.mixup > 0
 
     def mixup_weight(self, step: int) -> float:
-        """lambda ~ Beta(alpha, alpha) of Zhang et al. 2018, one for each step. Their partner is a random image; here it
-        is that of sample (b + 1) mod B, for the order of images is random already."""
+        """Returns lambda ~ Beta(alpha, alpha) of Zhang et al. 2018, one for each step.
+
+        There the partner of a sample is a random image. Here it is sample (b + 1) mod B, because
+        the order of the images is random already.
+        """
         alpha = torch.tensor(self.data.mixup, dtype=torch.float64)
         with prng.default_generator() as reseed:
             reseed(self.seed, "mixup", step)
@@ -163,45 +223,66 @@ class ImageSplit(Dataset):
 
 
 def open_images(
-    data: ImageDataConfig, model: VisionConfig, samples: int, seed: int
+    data: ImageDataConfig, model: VisionConfig, global_batch_size: int, seed: int
 ) -> dict[str, ImageSplit]:
-    """Splits "train", "valid" and "test" (`image_sources.open_splits` tells which images they are) for steps of
-    `samples` images over all ranks. Test images are never trained on.
+    """Opens the splits of an image data set; test images are never used for training.
 
-    Raises ValueError for images that cannot be found or split, or do not fit the model.
+    Args:
+        data: The config section of the data.
+        model: The config section of the model.
+        global_batch_size: The number of images of a step over all ranks.
+        seed: The seed of the run.
+
+    Returns:
+        "train", "valid" and "test", see `datasets.open_splits`.
+
+    Raises:
+        ValueError: The images cannot be found or split, or do not fit the model.
     """
-    if model.channels not in MODES:
-        raise ValueError(f"model.channels={model.channels}: 1 (gray) or 3 (colours)")
-    _transform(data, model.image_size, train=True)  # which knows whether there is such a crop
+    if model.channels not in _MODES:
+        raise ValueError(
+            f"model.channels={model.channels} is not supported; use 1 (gray) or 3 (color)"
+        )
+    _transform(data, model.image_size, train=True)  # raises an error for an unknown crop
     splits = open_splits(data)
     num_classes = len(splits["train"].classes)
     if num_classes > model.num_classes:
         raise ValueError(
-            f"model.num_classes={model.num_classes}, but data.images={data.images!r} has {num_classes} classes: give "
-            f"at least as many"
+            f"model.num_classes={model.num_classes}, but data.images={data.images!r} has "
+            f"{num_classes} classes; set model.num_classes to at least {num_classes}"
         )
-    return {
-        name: ImageSplit(images, data, model, samples, seed, name == "train")
-        for name, images in splits.items()
-    }
+    image_splits = {}
+    for name, images in splits.items():
+        is_train = name == "train"
+        image_splits[name] = ImageSplit(images, data, model, global_batch_size, seed, is_train)
+    return image_splits
 
 
 def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True) -> None:
-    """Checks data before training; with `files`, also the head of every file, and whether files of valid and test are
-    in train too, which is reported on stderr. A file that is broken further on is only found when it is used.
+    """Checks image data before training.
+
+    A file that is damaged after its head is detected only when it is read.
+
+    Args:
+        data: The config section of the data.
+        model: The config section of the model.
+        files: If true, the head of every file is read, and a note on stderr reports files of valid
+            and test that are also in train.
 
     Raises:
-        ValueError: what `open_images` does, and for a file whose head is no image's, naming it.
+        ValueError: As in `open_images`; or the head of a file is not that of an image.
     """
-    splits = open_images(data, model, samples=1, seed=0)
+    splits = open_images(data, model, global_batch_size=1, seed=0)
     if not files:
         return
     digest_I = {name: split.images.check_files() for name, split in splits.items()}
     for name in ("valid", "test"):
-        if shared := np.isin(digest_I[name], digest_I["train"]).sum():
+        num_shared = np.isin(digest_I[name], digest_I["train"]).sum()
+        if num_shared:
             print(
-                f"note: {shared} of {len(splits[name])} images of {name!r} are in 'train' too (same size, first and "
-                f"last {BLOCK} bytes), so its accuracy is too high",
+                f"note: {num_shared} of {len(splits[name])} images of {name!r} are also in 'train' "
+                f"(same size, first and last {DIGEST_BLOCK_BYTES} bytes), so that its accuracy is "
+                "too high",
                 file=sys.stderr,
                 flush=True,
             )
@@ -210,66 +291,103 @@ def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True)
 def read_image(
     path: str | PathLike[str], data: ImageDataConfig, image_size: int, channels: int
 ) -> torch.Tensor:
-    """An image file as evaluation sees it: (Q, Y, X), float32 in [-1, 1]. Raises ValueError naming a broken file."""
-    image = open_image(path, MODES[channels])
+    """Reads an image file like an image of an evaluation.
+
+    Args:
+        path: The file.
+        data: The config section of the data, for its crop.
+        image_size: Pixels of each side.
+        channels: 1 or 3.
+
+    Returns:
+        (Q, Y, X), float32 in [-1, 1].
+
+    Raises:
+        ValueError: The file cannot be read; the message names it.
+    """
+    image = open_image(path, _MODES[channels])
     pixel_YXQ = _pixels(_transform(data, image_size, train=False)(image))
-    return _normalised(torch.from_numpy(_colours_first(pixel_YXQ)))
+    return _normalize(torch.from_numpy(_channels_first(pixel_YXQ)))
 
 
 @lru_cache(maxsize=4)
-def _order(num: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of `num` images that an epoch is."""
-    return prng.uniform(num, seed, "epoch", epoch).argsort(stable=True).numpy()
+def _epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the permutation of the images in one epoch."""
+    return prng.uniform(num_images, seed, "epoch", epoch).argsort(stable=True).numpy()
 
 
 @cache
 def _transform(
     data: ImageDataConfig, size: int, train: bool
 ) -> Callable[[Image.Image], Image.Image]:
-    """PIL image -> PIL image of `size` x `size` pixels, by torchvision. No split keeps it: a worker process that is
-    given the split may not have imported torchvision yet."""
-    v2 = import_torchvision().transforms.v2
+    """Returns a function from a PIL image to one of `size` x `size` pixels, by torchvision.
 
-    def middle(short_side: int) -> Callable[[Image.Image], Image.Image]:
-        resized = v2.Compose([v2.Resize(short_side), v2.CenterCrop(size)])
-        # many a small set has the size already, and torchvision takes longer to find that out
-        return lambda image: (
-            image if image.height == image.width == short_side == size else resized(image)
-        )
-
-    crops = {  # in training, in evaluation
-        "none": ([middle(size)], middle(size)),
-        "pad": ([middle(size), v2.RandomCrop(size, padding=4)], middle(size)),
-        "inception": ([v2.RandomResizedCrop(size)], middle(round(size * 256 / 224))),
-    }
+    `ImageSplit` does not store it, because a worker process that receives a split may not have
+    imported torchvision yet.
+    """
+    crops = ("none", "pad", "inception")
     if data.crop not in crops:
-        raise ValueError(f"data.crop={data.crop!r}; {nearest(data.crop, crops)}")
-    in_training, in_evaluation = crops[data.crop]
+        raise ValueError(f"data.crop={data.crop!r} is not known; {nearest(data.crop, crops)}")
+    v2 = import_torchvision().transforms.v2
+    # the short side before the center crop; Szegedy et al. crop 224 of 256 pixels
+    short_side = round(size * 256 / 224) if data.crop == "inception" else size
+    center_crop = _center_crop(short_side, size)
     if not train:
-        return in_evaluation
-    flip = [v2.RandomHorizontalFlip()] if data.flip else []
-    layers, magnitude = data.randaugment_layers, data.randaugment_magnitude
-    return v2.Compose(
-        [*in_training, *flip, *([v2.RandAugment(layers, magnitude)] if layers else [])]
-    )
+        return center_crop
+    steps: list[Callable[[Image.Image], Image.Image]]
+    if data.crop == "inception":
+        steps = [v2.RandomResizedCrop(size)]
+    elif data.crop == "pad":
+        steps = [center_crop, v2.RandomCrop(size, padding=_PAD_PIXELS)]
+    else:
+        steps = [center_crop]
+    if data.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if data.randaugment_layers:
+        steps.append(v2.RandAugment(data.randaugment_layers, data.randaugment_magnitude))
+    return v2.Compose(steps)
+
+
+def _center_crop(short_side: int, size: int) -> Callable[[Image.Image], Image.Image]:
+    """Returns a function that resizes the short side of an image and crops its center."""
+    v2 = import_torchvision().transforms.v2
+    resize_and_crop = v2.Compose([v2.Resize(short_side), v2.CenterCrop(size)])
+
+    def center_crop(image: Image.Image) -> Image.Image:
+        # images of many small sets have this size already, and torchvision detects that slowly
+        if image.height == image.width == short_side == size:
+            return image
+        return resize_and_crop(image)
+
+    return center_crop
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """(Y, X, Q), uint8."""
+    """Returns the pixels of an image, (Y, X, Q), uint8."""
     return np.asarray(image).reshape(image.height, image.width, -1)
 
 
-def _colours_first(pixel_YXQ: np.ndarray) -> np.ndarray:
-    """(..., Y, X, Q) -> (..., Q, Y, X)"""
+def _channels_first(pixel_YXQ: np.ndarray) -> np.ndarray:
+    """Returns (..., Q, Y, X) for (..., Y, X, Q)."""
     return np.moveaxis(pixel_YXQ, -1, -3).copy()
 
 
-def _normalised(pixel_QYX: torch.Tensor) -> torch.Tensor:
-    """Bytes -> [-1, 1], the same for every set."""
+def _normalize(pixel_QYX: torch.Tensor) -> torch.Tensor:
+    """Returns float32 values in [-1, 1] for bytes, in the same way for every image set."""
     return pixel_QYX.float().div_(127.5).sub_(1)
 
 
-def _leave_the_group(worker: int) -> None:
-    """torchrun sends SIGTERM to a rank's whole process group, and the rank wants to finish its step before it stops.
-    (Deaf to SIGTERM a worker must not be: it is how a rank that ends ends them.)"""
+def _mix_with_next(x_B: torch.Tensor, weight: float) -> torch.Tensor:
+    """Returns weight * x[b] + (1 - weight) * x[b + 1], one row less than `x_B` has."""
+    return weight * x_B[:-1] + (1 - weight) * x_B[1:]
+
+
+def _leave_process_group(worker: int) -> None:
+    """Moves a worker process out of the process group of its rank.
+
+    FENCE: torchrun sends SIGTERM to the process group of a rank, which finishes its step before it
+    stops, and needs its workers until then. The workers must not ignore SIGTERM instead, because a
+    rank that ends stops them by it. Held by
+    test_workers_outlive_a_sigterm_to_the_rank_and_not_the_rank.
+    """
     os.setpgrp()

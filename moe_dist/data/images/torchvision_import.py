@@ -1,4 +1,7 @@
-"""The package's only import of torchvision. What imports it by itself, as transformers and timm do, comes after."""
+"""The only import of torchvision in the package.
+
+Libraries that import torchvision themselves, such as transformers and timm, are imported after it.
+"""
 
 import importlib
 import sys
@@ -6,29 +9,32 @@ from typing import Any
 
 import torch
 
-_SCHEMAS: list[torch.library.Library] = []  # what one defines is gone when nobody holds it
+# A schema exists only as long as the library object that defined it.
+_SCHEMAS: list[torch.library.Library] = []
 
 
 def import_torchvision() -> Any:
-    """torchvision with `transforms.v2`; the first call takes about a second.
+    """Returns the module torchvision, with `transforms.v2`; the first call takes about a second.
 
-    torchvision's CUDA build, which package indexes give by default, does not load its operators beside a CPU build of
-    torch, and then fails where it describes one ("operator torchvision::nms does not exist"). Their schemas are all
-    that it misses: with them data sets, transforms and models work. `torchvision.io` does not, so images are opened
-    with PIL. Where the import works nothing else is done.
+    FENCE: torchvision's CUDA build, which package indexes offer by default, does not load its
+    operators with a CPU build of torch, and then fails when it describes one of them ("operator
+    torchvision::nms does not exist"). Only the schemas of these operators are missing: with them,
+    data sets, transforms and models work. `torchvision.io` does not work, so that images are opened
+    with PIL. Nothing is changed if the import succeeds. Tried with torch 2.13; held by
+    test_pipeline.py: test_the_cure_of_torchvisions_import_is_taken_where_it_is_needed_alone.
     """
     try:
         return _import()
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-    _SCHEMAS.append(torch.library.Library("torchvision", "FRAGMENT"))
+    schemas = torch.library.Library("torchvision", "FRAGMENT")
+    _SCHEMAS.append(schemas)
     for name in ("nms", "qnms"):
-        _SCHEMAS[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for name in [
-        name for name in sys.modules if name.split(".")[0] == "torchvision"
-    ]:  # half imported
-        del sys.modules[name]
+        schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in list(sys.modules):  # the failed import has left modules
+        if name.split(".")[0] == "torchvision":
+            del sys.modules[name]
     return _import()
 
 

@@ -15,11 +15,11 @@ from made_up_images import png
 from PIL import Image
 
 from moe_dist.data.images.image_files import (
-    AGAIN,
     NO_ENDING,
+    REPEATED_FOLDER,
+    format_left_out,
     list_images,
     open_image,
-    told_left_out,
 )
 from moe_dist.inference.classify import images_of
 
@@ -110,17 +110,17 @@ def test_every_file_that_pil_decodes_is_an_image(
         NO_ENDING: 1,
         ".": 1,
     }
-    assert told_left_out(left_out).startswith("9 left out: 2 .csv, 1 ") and told_left_out(
+    assert format_left_out(left_out).startswith("9 left out: 2 .csv, 1 ") and format_left_out(
         left_out
     ).endswith(", ...")
     assert images_of([tmp_path]) == [*map(Path, found)]
-    assert capsys.readouterr().err == f"note: {told_left_out(left_out)}\n"
+    assert capsys.readouterr().err == f"note: {format_left_out(left_out)}\n"
 
 
 def test_what_is_left_out_is_told_in_plain_characters() -> None:
-    assert told_left_out(Counter()) == ""
+    assert format_left_out(Counter()) == ""
     assert (
-        told_left_out(Counter({".a\nb\udcff": 2, NO_ENDING: 1}))
+        format_left_out(Counter({".a\nb\udcff": 2, NO_ENDING: 1}))
         == r"3 left out: 2 .a\nb\udcff, 1 without an ending"
     )
 
@@ -149,7 +149,7 @@ def test_no_folder_is_listed_twice_and_links_elsewhere_are_followed(tmp_path: Pa
         ["cat/0.png", "cat/z/1.png"],
         ["dog/2.png", "dog/6.png", "dog/more/4.png", "dog/more/below/5.png", "dog/sub/3.png"],
     ]
-    assert left_out == {AGAIN: 8}
+    assert left_out == {REPEATED_FOLDER: 8}
     (train / "bird").symlink_to("cat")  # one folder for two classes
     assert listed(train / "cat", train / "bird", train / "dog")[0] == [found[0], [], found[1]]
 
