@@ -1,7 +1,7 @@
-"""Data sources as sets of named contents: sizes and hashes of files, arrays or Hub datasets.
+"""Data sources as named parts with sizes and hashes: files, arrays or Hub datasets.
 
-`fingerprint` compares them between the runs of one training. File names are relative to the folder
-or to the first part of the glob, so that data may be moved as a whole. A single file is named by
+`fingerprint` compares them between two starts of a run. File names are relative to the folder or
+to the glob's first part, so that data may be moved as a whole. A single file is named by
 its format alone (`formats.format_of`), so that it may be renamed.
 
 A small compressed file (.gz, .bz2, .xz) is described by its decompressed contents, and may be
@@ -27,13 +27,13 @@ from moe_dist.data.files.regular_file import open_file
 from moe_dist.data.text.corpus import BUNDLED, SHORT_NAMES, SPLITS, is_local
 from moe_dist.monitoring.progress_bar import with_progress
 
-BLOCK_BYTES = 2**16  # large files are hashed in blocks of this size
+BLOCK_BYTES = 2**16  # large files are hashed in such blocks
 MAX_COMPRESSED_BYTES = 2**24  # a larger compressed file is described as it is
 MAX_DECOMPRESSED_FILES = 5000
-MAX_DECOMPRESSED_BYTES = 2**28  # of all files together
+MAX_DECOMPRESSED_BYTES = 2**28  # for all files together
 # compressions whose contents can be read from any position
 SEEKABLE_DECOMPRESSORS = {ending: DECOMPRESSORS[ending] for ending in (".gz", ".bz2", ".xz")}
-SINGLE_FILE = "the file"  # name of the only file of a source, if it is plain text
+SINGLE_FILE = "the file"  # a source's only file, if it is plain text
 _HUB_TIMEOUT_S = 60
 
 
@@ -42,9 +42,9 @@ class DataSource:
     """A data set whose parts have names, sizes and hashes.
 
     Attributes:
-        given: The kind of source: "bundled", "folder", "files", or the name of a dataset.
-        size: Bytes of each part, by name.
-        digest: A function (name, maximum of bytes to read) -> hash of the contents.
+        given: The source kind: "bundled", "folder", "files", or a dataset name.
+        size: Bytes by part name.
+        digest: A function (part name, maximum bytes to read) -> contents hash.
     """
 
     given: str
@@ -53,13 +53,13 @@ class DataSource:
 
 
 def text_source(place: str) -> DataSource:
-    """Returns the source of the text that a language model or a pre-training reads.
+    """Returns the source for the text that a language model or a pre-training reads.
 
     Args:
-        place: The value of data.text.
+        place: data.text.
 
     Returns:
-        The source of the bundled text, of local files, or of a dataset of the Hub.
+        The source for the bundled text, local files, or a Hub dataset.
     """
     if place != BUNDLED:
         return named_source(place, SHORT_NAMES)
@@ -71,14 +71,14 @@ def text_source(place: str) -> DataSource:
 def named_source(
     place: str, repositories: Mapping[str, tuple[str, str | None, str | None]]
 ) -> DataSource:
-    """Returns the source of local files, or of a dataset of the Hub.
+    """Returns the source for local files, or for a Hub dataset.
 
     Args:
         place: A path, a glob, or a dataset's name, with ":" and its configuration if it has one.
         repositories: (repository, default configuration, revision) by short name.
 
     Returns:
-        The source of the files if some have this name, and otherwise of the dataset.
+        The source for the files if some have this name, and otherwise for the dataset.
     """
     if is_local(place):
         return local_source(place)
@@ -88,7 +88,7 @@ def named_source(
 
 
 def local_source(place: str) -> DataSource:
-    """Returns the source of a file, a folder or a glob."""
+    """Returns the source for a file, a folder or a glob."""
     files = find_files(place)
     if os.path.isdir(place):
         return files_source("folder", files, place)
@@ -107,14 +107,14 @@ def files_source(
     decompress: bool = True,
     single_name: str = SINGLE_FILE,
 ) -> DataSource:
-    """Returns the source of files.
+    """Returns the source for files.
 
     Args:
-        given: The kind of source, see `DataSource.given`.
-        files: Paths of the files.
-        root: The folder to which their names are relative, or the path of the only file.
+        given: The source kind, see `DataSource.given`.
+        files: The file paths.
+        root: The folder to which their names are relative, or the only file's path.
         decompress: If true, small compressed files are described by their decompressed contents.
-        single_name: The name of the only file, if `root` is its path.
+        single_name: The only file's name, if `root` is its path.
 
     Returns:
         The source. Its hashes are computed when they are needed.
@@ -145,14 +145,14 @@ def files_source(
 
 
 def arrays_source(given: str, arrays: Mapping[str, Iterable[np.ndarray]]) -> DataSource:
-    """Returns the source of arrays in memory.
+    """Returns the source for arrays in memory.
 
     Args:
-        given: The kind of source, see `DataSource.given`.
-        arrays: The arrays of each part, by name; hashed as a whole, with their types and shapes.
+        given: The source kind, see `DataSource.given`.
+        arrays: The arrays in each part, by part name; hashed with their types and shapes.
 
     Returns:
-        The source. Its sizes are bytes of all arrays of a part.
+        The source. A part's size is the sum over its arrays.
     """
 
     def digest(name: str, max_bytes: int) -> str:
@@ -167,17 +167,17 @@ def arrays_source(given: str, arrays: Mapping[str, Iterable[np.ndarray]]) -> Dat
 
 
 def hub_source(repository: str, configuration: str | None, revision: str | None) -> DataSource:
-    """Returns the source of a dataset of the Hub.
+    """Returns the source for a Hub dataset.
 
     Its files are not read: the Hub lists their sizes and hashes.
 
     Args:
-        repository: The name of the dataset, such as "Salesforce/wikitext".
-        configuration: The name of one of its configurations, or None.
+        repository: The dataset's name, such as "Salesforce/wikitext".
+        configuration: A configuration's name, or None.
         revision: A branch, a tag or a commit; None for the newest.
 
     Returns:
-        The source, without the README and hidden files of the dataset.
+        The source, without README and hidden files.
 
     Raises:
         ValueError: The Hub does not answer, or has no such dataset.
@@ -208,7 +208,7 @@ def hub_source(repository: str, configuration: str | None, revision: str | None)
 def _named_paths(
     files: Iterable[Path | bytes], root: str | Path, single_name: str
 ) -> dict[str, str]:
-    """Returns the path of each file by its name in the source."""
+    """Returns the file paths by their names in the source."""
     normal_root = os.path.normpath(root)
     prefix = os.path.join(normal_root, "")
     paths = {}
@@ -222,7 +222,7 @@ def _named_paths(
 
 
 def _decompressed_names(paths: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, str]:
-    """Returns the names of small compressed files without their endings, by their names.
+    """Returns the names that small compressed files have without their endings, by name.
 
     A file is left out if another file has its name without the ending.
     """
@@ -271,7 +271,7 @@ def _open(path: str, decompress: bool) -> Iterator[Any]:
 
 
 def _hash_blocks(file: Any, size: int, max_bytes: int) -> str:
-    """Returns the hash of a whole file, or of blocks at equal distances if it is larger.
+    """Returns a hash over a whole file, or over blocks at equal distances if it is larger.
 
     The first and the last block are among them.
     """

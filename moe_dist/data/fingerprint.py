@@ -1,17 +1,16 @@
 """Fingerprint of a run's data: detects that the data has changed between two starts of a run.
 
-A checkpoint contains the kind of its data source, the name and size of each file, and hashes of
-contents (`data_source`). The cost is bounded, because data may be terabytes:
+A checkpoint contains its data's source kind, file names and sizes, and content hashes
+(`data_source`). The cost is bounded, because data may be terabytes:
 
-- At most `MAX_READ_BYTES` bytes of at most `MAX_HASHED_FILES` files are read. A file is read as a
-  whole if it is not larger than its share of these bytes, and otherwise in blocks at equal
+- At most `MAX_READ_BYTES` bytes from at most `MAX_HASHED_FILES` files are read. A file is read as
+  a whole if it is not larger than its share, and otherwise in blocks at equal
   distances, including the first and the last. A change between these blocks, or in a file that is
   not read, is detected by the size alone.
-- The names and sizes of all files are read: 2 to 4 seconds of CPU on the main rank for 100,000
-  files.
-- A source of more than `MAX_ENTRIES` files is stored by folder: the number of its files, their
-  bytes, and a hash of their names and sizes.
-- Compressed files are decompressed within the limits of `data_source`. Beyond them they are
+- All file names and sizes are read: 2 to 4 CPU seconds on the main rank for 100,000 files.
+- A source with more than `MAX_ENTRIES` files is stored by folder: its file count, their bytes,
+  and a hash over their names and sizes.
+- Compressed files are decompressed within the limits in `data_source`. Beyond them they are
   compared as they are, so that data which was compressed by another program is different data.
 """
 
@@ -24,7 +23,7 @@ from typing import Any
 from moe_dist.data.data_source import BLOCK_BYTES, DataSource
 
 MAX_READ_BYTES = 2**26
-MAX_HASHED_FILES = 1000  # chosen by a hash of their names
+MAX_HASHED_FILES = 1000  # chosen by name hash
 MAX_ENTRIES = 5000
 MAX_LISTED_CHANGES = 3  # in an error
 _MAX_NUMBER = 2**63 - 1
@@ -32,15 +31,14 @@ _MAX_NUMBER = 2**63 - 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The description of a data source in a checkpoint; the field names are part of its format.
+    """A data source's description in a checkpoint; the field names are part of its format.
 
     Attributes:
-        given: The kind of source, see `DataSource.given`.
-        levels: The number of path parts that are removed from the end of file names to form entry
-            names; 0 if the entries are files.
-        entries: [number of files, their bytes, hash of their names and sizes], by entry name.
-        share: The maximum of bytes that are read of a file.
-        contents: The hash of each file that was read, by file name.
+        given: The source kind, see `DataSource.given`.
+        levels: Path parts removed from file names to form entry names; 0 if the entries are files.
+        entries: [file count, bytes, hash over names and sizes], by entry name.
+        share: The maximum bytes that are read from a file.
+        contents: Contents hashes by file name, for the files that were read.
     """
 
     given: str
@@ -75,7 +73,7 @@ class Fingerprint:
 
     @classmethod
     def of_source(cls, source: DataSource) -> "Fingerprint":
-        """Returns the fingerprint of a source, after reading a part of its contents."""
+        """Reads some contents from a source, and returns its fingerprint."""
         hashed_files = heapq.nsmallest(MAX_HASHED_FILES, source.size, key=_hash_name)
         share = max(2 * BLOCK_BYTES, MAX_READ_BYTES // max(1, len(hashed_files)))
         levels = 0
@@ -90,7 +88,7 @@ class Fingerprint:
         """Compares a source with this fingerprint.
 
         Args:
-            source: The data of the current run.
+            source: The current run's data.
 
         Returns:
             A phrase for each change, sorted by name; empty if the data is the same.
@@ -123,7 +121,7 @@ class Fingerprint:
 def check_unchanged(
     source: DataSource, saved: Any, place: str, allow_changes: bool
 ) -> tuple[dict[str, Any], str]:
-    """Compares the data of a run with the fingerprint in a checkpoint.
+    """Compares a run's data with the fingerprint in a checkpoint.
 
     Args:
         source: The data.
@@ -160,7 +158,7 @@ def _first_changes(changes: Sequence[str]) -> str:
 def _entries(source: DataSource, levels: int) -> dict[str, list[Any]]:
     """Returns the entries of a fingerprint.
 
-    An entry consists of the files whose names are equal without their last `levels` parts.
+    An entry contains the files whose names are equal without their last `levels` parts.
     """
     files_of_entry: dict[str, list[str]] = {}
     for name in sorted(source.size):

@@ -440,7 +440,11 @@ def test_what_cannot_be_classified_is_one_line(
         ("widenet_demo", "data.text=bundled", "no field 'data.text'"),
         ("widenet_demo", "task=language_model", "another task's"),
         ("widenet_demo", "model.patch_size=5", "image_size=28 is not a multiple"),
-        ("widenet_demo", "model.channels=2", "channels=2: 1 (gray) or 3 (colours)"),
+        (
+            "widenet_demo",
+            "model.channels=2",
+            "channels=2 is not supported; use 1 (gray) or 3 (color)",
+        ),
         ("widenet_demo", "model.num_classes=5", "has 10 classes"),
         (
             "widenet_demo",

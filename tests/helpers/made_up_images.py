@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from moe_dist.config.schema import ImageDataConfig, VisionConfig
-from moe_dist.data.images.datasets import Images
+from moe_dist.data.images.image_set import Images
 from moe_dist.data.images.pipeline import (
     AugmentedImages,
     ImageSplit,

@@ -19,7 +19,7 @@ from made_up_images import GRAY, files, joined, numbered, png, same, told
 from paths import ROOT
 
 from moe_dist.config.schema import ImageDataConfig, VisionConfig
-from moe_dist.data.images.datasets import Images
+from moe_dist.data.images.image_set import Images
 from moe_dist.data.images.pipeline import (
     AugmentedImages,
     check_images,
@@ -127,7 +127,7 @@ def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: in
     split = open_images(data, SMALL, 16, 0)["train"]
     path = tmp_path / "train" / "b" / "3.png"
     whole = path.read_bytes()
-    message = f"^{re.escape(repr(str(path)))} is no image that can be read .*: mend or remove it$"
+    message = f"^{re.escape(repr(str(path)))} is not a readable image .*; repair or remove it$"
     for content, in_its_head in (
         (whole[:60], False),
         (b"\x89PNG nonsense", True),

@@ -1,1 +1,1 @@
-"""Local data files: which files a path names, their formats, and the rows of each."""
+"""Local data files: which files a path names, their formats, and their rows."""

@@ -1,6 +1,6 @@
-"""Check of quoted fields that cover several lines: one field, or separate rows of a table.
+"""Check for quoted fields that cover several lines: one field, or separate table rows.
 
-Two texts of which one begins and another one ends with a quote look like a quoted field:
+A text that begins with a quote and a later text that ends with one look like a quoted field:
 
     text,label
     "I like it.,pos
@@ -8,7 +8,7 @@ Two texts of which one begins and another one ends with a quote look like a quot
     It was good.",pos
 
 By RFC 4180 this is one row, whose text is three lines long. The lines are more likely three rows,
-because the column "label" is filled like that of the rows around them. Such a file is refused,
+because their column "label" is filled as in the rows around them. Such a file is refused,
 because either reading may be wrong.
 """
 
@@ -29,15 +29,15 @@ _MAX_ID_CHARS = 99
 class QuoteChecker:
     """A check of all records of a table, each against the rows around it.
 
-    A record is checked when `_NEIGHBORS` more rows have been added. The statistics of the rows
-    around are updated after half as many rows, which bounds their cost.
+    A record is checked when `_NEIGHBORS` more rows have been added. The statistics on the
+    surrounding rows are updated after half as many rows, which bounds their cost.
     """
 
     def __init__(self) -> None:
         self._num_rows = 0
         self._window: deque[Record] = deque(maxlen=2 * _NEIGHBORS)
         self._ambiguous: deque[tuple[int, Record]] = deque()  # with their row numbers
-        self._columns: list[_Column] = []  # statistics of the window, until row `_refresh_at`
+        self._columns: list[_Column] = []  # statistics on the window, until row `_refresh_at`
         self._refresh_at = 0
 
     def add(self, record: Record) -> None:
@@ -47,7 +47,7 @@ class QuoteChecker:
             record: A row with as many fields as all others.
 
         Raises:
-            ValueError: The lines of the earlier row are more likely separate rows.
+            ValueError: The earlier row's lines are more likely separate rows.
         """
         row_number = self._num_rows
         self._num_rows += 1
@@ -64,7 +64,7 @@ class QuoteChecker:
         """Checks the last rows of the table.
 
         Raises:
-            ValueError: The lines of one of them are more likely separate rows.
+            ValueError: The lines in such a row are more likely separate rows.
         """
         if not self._ambiguous:
             return
@@ -75,13 +75,13 @@ class QuoteChecker:
 
 @dataclass
 class _Column:
-    """Statistics of the cells of one column.
+    """Statistics on the cells in one column.
 
     Attributes:
-        counts: The number of cells with each value.
-        num_without_indent: The number of cells that begin without a space.
-        num_with_last_digit: The number of cells that end with a digit.
-        id_patterns: The number of cells with each pattern, for cells that look like ids.
+        counts: Cell counts by value.
+        num_without_indent: Cells that begin without a space.
+        num_with_last_digit: Cells that end with a digit.
+        id_patterns: Cell counts by pattern, for cells that look like ids.
     """
 
     counts: Counter[str]
@@ -126,10 +126,10 @@ def _check_record(record: Record, columns: Sequence[_Column]) -> None:
 def _are_separate_rows(record: Record, columns: Sequence[_Column]) -> bool:
     """Returns whether the lines of a record are filled like the rows around it.
 
-    A column is comparable if it has few values, such as labels, or values of one pattern, such as
+    A column is comparable if it has few values, such as labels, or values with one pattern, such as
     ids. If all columns are free text, the lines are rows if there are many and each begins its
-    fields like the rows around. A table of one column gives no evidence: there a field of several
-    lines is always read as RFC 4180 defines it.
+    fields like the rows around. A table with one column gives no evidence: there a field with
+    several lines is always read as RFC 4180 defines it.
     """
     rows = record.unquoted_rows
     num_others = columns[0].counts.total() - 1  # rows around, without this one
@@ -142,7 +142,7 @@ def _are_separate_rows(record: Record, columns: Sequence[_Column]) -> bool:
     for i, column in enumerate(columns):
         if opening <= i <= closing:
             continue
-        # a field of the record itself, before or after the quotes, gives no evidence
+        # the record's own field, before or after the quotes, gives no evidence
         start = 1 if i <= opening else 0
         stop = len(rows) - 1 if i >= closing else len(rows)
         cells = [row[i] for row in rows[start:stop]]
@@ -189,14 +189,14 @@ def _are_free_rows(
 def _compare(
     cells: list[str], row_like_cells: list[str], own: str, column: _Column, num_others: int
 ) -> _Evidence:
-    """Compares the cells that possible rows have in one column with the rows around them.
+    """Compares the cells in one column with the rows around them.
 
     Args:
-        cells: The cells of all lines.
-        row_like_cells: The cells of those lines that are row-like.
-        own: The cell of the record itself, which is contained in `column`.
-        column: Statistics of the column.
-        num_others: The number of rows in `column` without the record itself.
+        cells: The cells in all lines.
+        row_like_cells: The cells in the row-like lines.
+        own: The record's own cell, which is contained in `column`.
+        column: Statistics on the column.
+        num_others: Rows in `column` without the record itself.
 
     Returns:
         The evidence that this column gives.
@@ -209,7 +209,7 @@ def _compare(
         # empty cells are no evidence
         return _Evidence.ROWS if any(known) else _Evidence.NONE
     num_values = len(column.counts) - (1 if column.counts[own] == 1 else 0)
-    if 2 * num_values <= num_others:  # a column of few values, which these cells do not have
+    if 2 * num_values <= num_others:  # a column with few values, which these cells do not have
         return _Evidence.NO_ROWS
     if 2 * column.id_patterns.total() > num_others:
         matching = {cell for cell in row_like_cells if column.id_patterns[_id_pattern(cell)]}
@@ -220,7 +220,7 @@ def _compare(
 def _begins_without_space(cell: str) -> bool:
     """Returns whether a cell has text from its first character on.
 
-    Text after a comma of prose begins with a space.
+    Text after a comma in prose begins with a space.
     """
     return not cell[:1].isspace() and cell != ""
 
@@ -233,7 +233,7 @@ def _is_number_cut(cell: str, following: str, ends_with_digit: bool) -> bool:
     Args:
         cell: The field before the comma.
         following: The field after it.
-        ends_with_digit: True if most fields in the column of `cell` end with a digit, which texts
+        ends_with_digit: True if most fields in this column end with a digit, which texts
             do not.
 
     Returns:

@@ -1,13 +1,13 @@
-"""Records of .csv and .tsv files: which lines and fields belong together, by their quotes.
+"""Records in .csv and .tsv files: which lines and fields belong together, by their quotes.
 
 A field in quotes may contain separators, line ends and doubled quotes, as in RFC 4180. A quote that
 is not closed before a separator or a line end is part of the text: the line is read as it stands.
 
-A line of a .tsv file with as many fields as the heading is a row of its own, unless a quote opens
+A line in a .tsv file with as many fields as the heading is a separate row, unless a quote opens
 in it that is closed before any other such line.
 
-In a file of one column, a field of several lines cannot be distinguished from texts that contain
-one quote each, and is read as one field; for other files see `csv_quotes`.
+In a file with one column, a field with several lines cannot be distinguished from texts that
+contain one quote each, and is read as one field; for other files see `csv_quotes`.
 """
 
 import csv
@@ -25,9 +25,9 @@ class Record:
     """A heading or a row.
 
     Attributes:
-        line_number: The number of its first line, from 1.
+        line_number: Its first line's number, from 1.
         fields: The fields, without the quotes around them.
-        unquoted_rows: The rows that its lines would be if the quotes were part of texts; empty if
+        unquoted_rows: The rows that its lines would be if the quotes were text; empty if
             they cannot be rows.
         all_lines_fit: True if each of its lines would be such a row.
     """
@@ -46,11 +46,11 @@ def read_records(lines: Iterator[str], separator: str) -> Iterator[Record]:
         separator: The character between fields, "," or a tab.
 
     Yields:
-        The heading, then the rows. Their numbers of fields may differ.
+        The heading, then the rows. Their field counts may differ.
     """
     source = _LineSource(lines)
     num_lines = 0
-    width = 0  # fields of the heading
+    width = 0  # fields in the heading
     while (line := source.take()) is not None:
         line_number = num_lines + 1
         num_lines += 1
@@ -133,8 +133,8 @@ def _lines_until_row(
 def _add_unquoted_rows(record: Record, lines: list[str], separator: str, width: int) -> None:
     """Adds the rows that the lines of a record would be without quotes, if they may be rows.
 
-    They may be if the first line, the last line, and at least half of all lines have the number of
-    fields of the heading.
+    They may be if the first line, the last line, and at least half the lines have as many fields as
+    the heading.
     """
     rows = [_split_line(line, separator) for line in lines]
     fitting = [row for row in rows if len(row) == width]

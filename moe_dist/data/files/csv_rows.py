@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files: records with the columns of a heading."""
+"""Rows in .csv and .tsv files: records with the heading's columns."""
 
 from collections.abc import Iterator
 from typing import IO, Any
@@ -23,7 +23,7 @@ def csv_rows(file: IO[bytes], separator: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         ValueError: The heading is not one, a row has another number of fields than the heading, or
-            it is not clear whether quotes enclose a field of several lines.
+            it is not clear whether quotes enclose a field with several lines.
     """
     records = read_records(text_lines(file, newline=""), separator)
     heading = next(records, None)

@@ -1,4 +1,4 @@
-"""Files of a data source: the files that a path, a glob or a folder names, and their splits.
+"""Files in a data source: the files that a path, a glob or a folder names, and their splits.
 
 Copies that editors keep (x.txt~, #x.txt#) are skipped in folders and globs.
 """
@@ -47,7 +47,7 @@ def find_files(source: str) -> list[Path]:
 def find_splits(source: str) -> dict[str, list[Path]]:
     """Returns the files of each split of a data source.
 
-    A folder is split by the names of its subfolders, or else of its files, such as `train/`,
+    A folder is split by its subfolder names, or else by its file names, such as `train/`,
     `train-00000.jsonl` or `my_test.txt`. All files are "train" if no name contains a split, and for
     a file or a glob.
 

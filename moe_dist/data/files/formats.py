@@ -1,14 +1,14 @@
 """File endings: the formats that are supported, and the compressions around them.
 
     .txt .text .md .tokens       plain text: a row {"text": line} for each line
-    .jsonl .ndjson .json         one object a line; .json may also be one list of objects
+    .jsonl .ndjson .json         one object a line; .json may also be one list
     .csv .tsv                    a heading and rows; see `csv_records` for quotes
     .parquet                     rows
     .zip                         several files, each read by its own ending
 
 Each may be compressed as .gz, .bz2, .xz or .zst. A name without an ending is plain text if its
 first line looks like it. Every other ending that begins with a letter is refused, and so is a
-number after the ending of a table, such as .csv.1. Text is UTF-8.
+number after a table's ending, such as .csv.1. Text is UTF-8.
 """
 
 import bz2
@@ -22,7 +22,7 @@ from typing import IO, Any
 from moe_dist.data.files.messages import printable
 
 PLAIN_TEXT = ".txt"
-# ending of a text format -> the ending that stands for all endings of the same format
+# text file ending -> the ending that stands for its format
 TEXT_FORMATS = {
     ".txt": PLAIN_TEXT,
     ".text": PLAIN_TEXT,
@@ -40,7 +40,7 @@ KNOWN_ENDINGS = (*TEXT_FORMATS, PARQUET, ARCHIVE)
 
 # an ending that names a format; one such as .00001 does not
 _NAMED_ENDING = re.compile(r"\.[a-zA-Z].*", re.DOTALL)
-# the ending of one of several files: .en-00001-of-00100 is plain text, .csv-00001-of-00100 is not
+# ending with a file number: .en-00001-of-00100 is plain text, .csv-00001-of-00100 is not
 _SHARD_ENDING = re.compile(r"(\.[a-zA-Z]\w*)-[0-9]+-of-[0-9]+")
 
 
@@ -50,7 +50,7 @@ def _open_zstandard(file: IO[bytes]) -> IO[bytes]:
     return pyarrow.input_stream(file, compression="zstd")
 
 
-# ending -> function that opens the decompressed contents of an open file
+# ending -> function that opens a file's decompressed contents
 DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -106,7 +106,7 @@ def format_of(name: str) -> str:
     stem, ending = split_ending(name)
     if ending in DECOMPRESSORS:
         return format_of(stem)
-    if ending == ARCHIVE:  # a member without an ending is read by the ending of the stem
+    if ending == ARCHIVE:  # a member without an ending is read by the stem's ending
         return format_of(stem) + ARCHIVE
     if ending == PARQUET:
         return PARQUET

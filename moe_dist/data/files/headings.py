@@ -3,7 +3,7 @@
 import json
 import re
 
-# columns of a single text, or of a pair of texts
+# columns for a single text, or for two texts
 TEXT_COLUMNS = (
     ("text", "text2"),
     ("text",),

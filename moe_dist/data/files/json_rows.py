@@ -1,4 +1,4 @@
-"""Rows of JSON files: one object a line, or one list of objects."""
+"""Rows in JSON files: one object a line, or one list."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ def json_line_rows(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         A row: the object's values by key.
 
     Raises:
-        ValueError: A line is not a JSON object, or contains a NUL character or half of a surrogate
+        ValueError: A line is not a JSON object, or contains a NUL character or half a surrogate
             pair.
     """
     yield from _rows_of_lines(text_lines(file))
@@ -69,7 +69,7 @@ def _parse(text: str) -> Any:
     if "\\u" in text:
         if "\\u0000" in text:
             raise ValueError("a string contains a NUL character; remove it")
-        json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair
     return value
 
 

@@ -1,4 +1,4 @@
-"""Rows of plain text files: {"text": line} for each line."""
+"""Rows in plain text files: {"text": line} for each line."""
 
 from collections.abc import Iterator
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Rows of data files in all supported formats, and the label names that a file contains."""
+"""Rows in data files in all supported formats, and the label names that a file contains."""
 
 import contextlib
 import io
@@ -51,7 +51,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
 
     Raises:
         ValueError: The file cannot be read or is damaged, for any reason. The message begins with
-            `path` and contains the number of the last row before.
+            `path` and contains the last row's number.
     """
     num_rows = 0
     try:
@@ -60,7 +60,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
                 yield row
                 num_rows += 1
     except Exception as error:  # each library raises its own types for a damaged file
-        # a line number is more exact than the number of rows, because tables are read ahead
+        # a line number is more exact than the row count, because tables are read ahead
         has_line = str(error).startswith("line ")
         place = f", after row {num_rows}" if num_rows and not has_line else ""
         raise ValueError(f"{path}{place}: {_reason(error)}") from error
@@ -69,14 +69,15 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
 def label_names(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yields the label names that a file contains.
 
-    Parquet files of the datasets library have such names in their metadata; other files have none.
-    A file that cannot be read yields nothing here, and raises an error when its rows are read.
+    Parquet files from the datasets library have such names in their metadata; other files have
+    none. A file that cannot be read yields nothing here, and raises an error when its rows are
+    read.
 
     Args:
         path: The file.
 
     Yields:
-        The name of a table (the file, or a member of an archive), and its label names by number;
+        The name of a table (the file, or an archive member), and its label names by number;
         empty if it has none.
     """
     # each library raises its own types for a damaged file
@@ -130,7 +131,7 @@ def _label_names_of_stream(name: str, file: IO[bytes]) -> Iterator[tuple[str, tu
 def _archive_members(stem: str, file: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
     """Yields the data files of a .zip, and the names by which they are read.
 
-    A member without an ending is read by `stem`, the name of the archive without .zip. Raises
+    A member without an ending is read by `stem`, the archive's name without .zip. Raises
     ValueError if the members belong to several splits by their names.
     """
     with zipfile.ZipFile(file) as archive:

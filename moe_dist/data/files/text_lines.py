@@ -1,4 +1,4 @@
-"""Lines of an open file, decoded as UTF-8 and checked."""
+"""Lines in an open file, decoded as UTF-8 and checked."""
 
 import io
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ MAX_LINE_CHARS = 2**28  # some corpora are a single line of 10^8 characters
 
 
 def text_lines(file: IO[bytes], newline: str | None = None) -> Iterator[str]:
-    """Yields the lines of a file with their line ends, without a byte order mark at the beginning.
+    """Yields the lines in a file with their line ends, without a byte order mark at the beginning.
 
     Args:
         file: The decompressed bytes.

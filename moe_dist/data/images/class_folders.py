@@ -25,7 +25,7 @@ def read_class_folders(root: str) -> dict[str, Images]:
         root: The folder, data.images.
 
     Returns:
-        The splits of `SPLIT_FOLDERS` that exist, "train" at least. The note of "train" names the
+        The splits in `SPLIT_FOLDERS` that exist, "train" at least. The note for "train" names the
         folders that are not splits.
 
     Raises:
@@ -100,7 +100,7 @@ def _as_array(files_of_class: Iterable[list[str]]) -> np.ndarray:
     A list of strings would be copied into each of them, page by page, as its reference counts
     change.
     """
-    names = []
+    names: list[bytes] = []
     for files in files_of_class:
         names += map(os.fsencode, files)
     return np.array(names, np.bytes_)

@@ -21,7 +21,7 @@ MAX_HELD_OUT = 10_000  # images
 def open_splits(data: ImageDataConfig) -> dict[str, Images]:
     """Returns the splits of an image data set. Files of a folder are listed, but not opened.
 
-    The splits of the source are used if it has them. Without "valid", a tenth of "train" is held
+    The source's own splits are used. Without "valid", a tenth of "train" is held
     out for it, at most 10,000 images, independent of the seed. If a folder has no test/, its valid/
     is "test", and "valid" is held out of train/.
 

@@ -1,9 +1,9 @@
-"""Image files: the files of a folder that are images, and how an image file is opened.
+"""Image files: which files in a folder are images, and how an image file is opened.
 
 Training, evaluation and `classify` share these rules. A folder is listed as `ls` lists it: names
 that begin with a dot are skipped. An image is opened as a viewer shows it: the camera's orientation
-is applied, transparent pixels are blended with white, and only the first frame of an animation is
-read.
+is applied, transparent pixels are blended with white, and only the first frame is read from an
+animation.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from moe_dist.data.files.regular_file import open_file
 REPEATED_FOLDER = "a link to a folder that is listed already"
 NO_ENDING = "without an ending"
 
-# folders that other programs create, with thumbnails, parts of files and deleted files
+# folders that other programs create, with thumbnails, partial files and deleted files
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 # formats that PIL recognizes but does not decode; and EPS, for which PIL starts Ghostscript
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -34,7 +34,7 @@ _MAX_LISTED_FILES = 5  # in an error
 _MAX_LISTED_KINDS = 5  # in a note
 _MAX_KIND_CHARS = 60
 
-# PIL warns of damaged metadata, and of images with half as many pixels as it refuses; these
+# PIL warns about damaged metadata, and about images with half as many pixels as it refuses; these
 # warnings do not name the file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -42,16 +42,15 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 def list_images(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[list[str]], Counter[str]]:
     """Lists the image files of each folder and of the folders below it.
 
-    A file is an image if its ending is that of an image format; a file without an ending is opened
+    A file is an image if it has the ending for an image format; a file without an ending is opened
     to find out. Links are followed, after all real folders. No folder is listed twice, and neither
-    is a folder that contains one of `folders`: a link to such a folder adds images of one class to
-    another.
+    is a parent of `folders`: a link to such a folder adds one class's images to another.
 
     Args:
         folders: The folders, such as one for each class.
 
     Returns:
-        The sorted paths of each folder's images, and the number of entries that are left out: files
+        The sorted paths of each folder's images, and a count for each kind that is left out: files
         by their endings, and links (`REPEATED_FOLDER`).
 
     Raises:
@@ -60,7 +59,7 @@ def list_images(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[list[st
     """
     images: list[list[str]] = [[] for _ in folders]
     left_out: Counter[str] = Counter()
-    listed = set()  # identities of folders
+    listed: set[tuple[int, int]] = set()  # folder identities
     for folder in folders:
         listed.update(map(_identity, Path(os.path.realpath(folder)).parents))
     real_folders = deque((i, os.fspath(folder)) for i, folder in enumerate(folders))
@@ -87,7 +86,7 @@ def format_left_out(left_out: Counter[str]) -> str:
     """Returns a note on the entries that were left out, the most frequent kinds first.
 
     Args:
-        left_out: The number of entries by kind, from `list_images`.
+        left_out: A count by kind, from `list_images`.
 
     Returns:
         One printable line such as "3 left out: 2 .txt, 1 .csv"; "" if nothing is left out.
@@ -140,9 +139,9 @@ def open_image(
     Args:
         path: The file.
         mode: PIL's mode to which the image is decoded, such as "L" or "RGB"; None reads only the
-            head of the file.
-        min_side: The number of pixels that suffices for each side. A larger JPEG file is decoded to
-            a half, a quarter or an eighth of its size, which is faster.
+            file's head.
+        min_side: Pixels that suffice for each side. A larger JPEG file is decoded at a half, a
+            quarter or an eighth scale, which is faster.
 
     Returns:
         The decoded image; if `mode` is None, an image without pixels.
@@ -160,7 +159,7 @@ def open_image(
             return _decode(image, mode) if mode else image
     except UnidentifiedImageError:
         reason = "it does not begin like any image that PIL decodes"
-    except Exception as error:  # a decoder raises errors of many types for a damaged file
+    except Exception as error:  # a decoder raises many types for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
     raise ValueError(f"{path!r} is not a readable image ({reason}); repair or remove it")
 
@@ -251,7 +250,7 @@ def _check_head(image: Image.Image) -> None:
 def _decode(image: Image.Image, mode: str) -> Image.Image:
     # before `exif_transpose`, whose errors are suppressed: a damaged file must raise an error here
     image.load()
-    with contextlib.suppress(Exception):  # errors of many types: damaged metadata
+    with contextlib.suppress(Exception):  # many types, for damaged metadata
         ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")

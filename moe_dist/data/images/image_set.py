@@ -1,4 +1,4 @@
-"""The images of one split: pixels in memory or names of files, with labels.
+"""One split's images: pixels in memory or file names, with labels.
 
 Legend: I images of a split, Y and X pixels, Q color channels.
 """
@@ -23,10 +23,10 @@ _GRAY_MODES = ("1", "L", "LA", "La")  # of PIL
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one split, as the source stores them.
+    """One split's images, as the source stores them.
 
     Attributes:
-        item_I: uint8 pixels (I, Y, X) or (I, Y, X, 3), or the names of files as bytes (I,).
+        item_I: uint8 pixels (I, Y, X) or (I, Y, X, 3), or file names as bytes (I,).
         label_I: Class numbers (I,), int64.
         classes: The class names.
         note: For a folder: the entries that were left out, for the user.
@@ -49,7 +49,7 @@ class Images:
         """Returns one image.
 
         Args:
-            i: The number of the image.
+            i: The image's number.
             mode: PIL's mode to which it is converted.
 
         Returns:
@@ -64,9 +64,13 @@ class Images:
         return open_image(item, mode)
 
     def channels(self) -> int:
-        """Returns 1 if the images are gray, and 3 if one of them has colors.
+        """Returns the number of color channels that the images need.
 
-        If there are more than 500, 500 at equal distances, and so of all classes, are examined.
+        If there are more than 500 images, 500 at equal distances are examined. Folders are sorted
+        by class, so that these include all classes.
+
+        Returns:
+            1 if all images are gray, 3 if one image has colors.
 
         Raises:
             ValueError: A file cannot be read; the message names it.
@@ -89,8 +93,8 @@ class Images:
         """Reads the head of every file, with a progress bar on stderr after two seconds.
 
         Returns:
-            A number for each file, int64 (I,), which is equal for files of one size whose first and
-            last `DIGEST_BLOCK_BYTES` bytes are equal; (0,) for images in memory.
+            A number for each file, int64 (I,), which is equal for files with the same size whose
+            first and last `DIGEST_BLOCK_BYTES` bytes are equal; (0,) for images in memory.
 
         Raises:
             ValueError: Files are not images. The message has their number and names the first ones.

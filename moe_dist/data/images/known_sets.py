@@ -44,7 +44,7 @@ def known_set(name: str, root: str | None) -> dict[str, Images]:
     """Reads an image set as torchvision or Debian store it.
 
     Args:
-        name: A key of `KNOWN_SETS`.
+        name: A key in `KNOWN_SETS`.
         root: The folder that contains the set, data.image_root.
 
     Returns:
@@ -69,7 +69,7 @@ def known_set(name: str, root: str | None) -> dict[str, Images]:
         else:
             for split in DEBIAN_NAMES:
                 splits[split] = _torchvision_split(getattr(datasets, class_name), root, split)
-    except Exception as error:  # errors of many types: missing, damaged and truncated files
+    except Exception as error:  # many types, for missing, damaged and truncated files
         advice = " You can use download=True to download it"
         reason = " ".join(str(error).split()).removesuffix(advice)
         raise ValueError(
@@ -82,7 +82,7 @@ def known_set(name: str, root: str | None) -> dict[str, Images]:
 def read_idx(path: Path) -> np.ndarray:
     """Returns the array of an .idx.gz file, uint8, in its shape.
 
-    The fourth byte is the number of dimensions; it is followed by their sizes.
+    The fourth byte is the dimension count; the sizes follow it.
     """
     with open_file(path) as file:
         raw = gzip.decompress(file.read())

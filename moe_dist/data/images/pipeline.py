@@ -1,11 +1,11 @@
-"""Batches of labeled images: the images of each step, and their augmentation.
+"""Batches of labeled images: which images belong to a step, and their augmentation.
 
-An epoch is a permutation of the training split with the key (seed, epoch). Sample b of step s is
-number s * B + b in the sequence of all epochs. Random numbers for a sample have the key (seed,
-step, sample). A batch therefore does not depend on the rank or the worker process that makes it,
-nor on batches made before.
+An epoch is a permutation of the training split with the key (seed, epoch). Sample b in step s is
+number s * B + b in the sequence that all epochs form. Random numbers for a sample have the key
+(seed, step, sample). A batch therefore does not depend on the rank or the worker process that makes
+it, nor on batches made before.
 
-Legend: I images of a split, B samples (of a step over all ranks, or the requested ones), N classes,
+Legend: I images of a split, B samples (in a step over all ranks, or the requested ones), N classes,
 Q color channels, Y and X pixels.
 """
 
@@ -31,7 +31,7 @@ from moe_dist.data.images.image_set import DIGEST_BLOCK_BYTES, Images
 from moe_dist.data.images.torchvision_import import import_torchvision
 from moe_dist.nn import prng
 
-_MODES = {1: "L", 3: "RGB"}  # PIL's mode by the number of color channels
+_MODES = {1: "L", 3: "RGB"}  # PIL's mode by channel count
 _PAD_PIXELS = 4  # on each side, for data.crop="pad"
 
 
@@ -41,9 +41,9 @@ class AugmentedImages:
 
     Attributes:
         image_BQYX: Pixels, float32 in [-1, 1].
-        label_B: The label of each image, int64; 0 for padding.
+        label_B: Labels, int64; 0 for padding.
         target_BN: Target probabilities, float32; smoothed and mixed in training, 0 for padding.
-        valid_B: bool; False for padding at the end of an evaluation.
+        valid_B: bool; False for padding when an evaluation ends.
     """
 
     image_BQYX: torch.Tensor
@@ -58,9 +58,9 @@ class _PixelBatch:
 
     Attributes:
         step: The step.
-        samples: The numbers of the samples in the step.
+        samples: Sample numbers in the step.
         pixel_BQYX: uint8 pixels. With mixup they include the sample that follows the last one.
-        label_B: int64 labels of the same images.
+        label_B: int64 labels for the same images.
     """
 
     step: int
@@ -75,10 +75,10 @@ class ImageSplit(Dataset):
 
     Attributes:
         images: The images.
-        data: The config section of the data.
-        model: The config section of the model.
-        global_batch_size: The number of images of a step over all ranks.
-        seed: The seed of the run.
+        data: The data config.
+        model: The model config.
+        global_batch_size: Images in a step over all ranks.
+        seed: The run's seed.
         train: If true, images are shuffled and augmented.
     """
 
@@ -117,10 +117,10 @@ class ImageSplit(Dataset):
 
         Args:
             step: The first step.
-            parts: The sample numbers of each part of a step, such as a micro-batch.
+            parts: The sample numbers for each part, such as a micro-batch.
 
         Yields:
-            The samples of one part: without end in training, to the last step in evaluation.
+            One part's samples: without end in training, to the last step in evaluation.
 
         Raises:
             ValueError: A file cannot be read; the message names it.
@@ -139,8 +139,8 @@ class ImageSplit(Dataset):
     def __getitem__(self, key: tuple[int, range]) -> "_PixelBatch | ValueError":
         """Returns the pixels of samples, for `batch` and DataLoader.
 
-        An error is returned instead of raised, because DataLoader wraps the traceback of a worker
-        around the message of an error.
+        An error is returned instead of raised, because DataLoader wraps a worker's traceback
+        around an error message.
         """
         try:
             return self._read(*key)
@@ -157,7 +157,7 @@ class ImageSplit(Dataset):
         """Decodes and augments samples of one step."""
         numbers = list(samples)
         if self._uses_mixup:
-            # Each sample is mixed with the next one, so that only the partner of the last is added.
+            # Each sample is mixed with the next one, so that only the last one's partner is added.
             numbers.append((samples[-1] + 1) % self.global_batch_size)
         size = self.model.image_size
         channels = self.model.channels
@@ -178,7 +178,7 @@ class ImageSplit(Dataset):
     def _image_index(self, number: int) -> int:
         """Returns the index of the image with this number in the sequence of all epochs.
 
-        In evaluation, the index of padding is greater than that of the last image.
+        In evaluation, padding has indices after the last image.
         """
         if not self.train:
             return number
@@ -213,8 +213,8 @@ class ImageSplit(Dataset):
     def mixup_weight(self, step: int) -> float:
         """Returns lambda ~ Beta(alpha, alpha) of Zhang et al. 2018, one for each step.
 
-        There the partner of a sample is a random image. Here it is sample (b + 1) mod B, because
-        the order of the images is random already.
+        There a sample's partner is a random image. Here it is sample (b + 1) mod B, because
+        the image order is random already.
         """
         alpha = torch.tensor(self.data.mixup, dtype=torch.float64)
         with prng.default_generator() as reseed:
@@ -228,10 +228,10 @@ def open_images(
     """Opens the splits of an image data set; test images are never used for training.
 
     Args:
-        data: The config section of the data.
-        model: The config section of the model.
-        global_batch_size: The number of images of a step over all ranks.
-        seed: The seed of the run.
+        data: The data config.
+        model: The model config.
+        global_batch_size: Images in a step over all ranks.
+        seed: The run's seed.
 
     Returns:
         "train", "valid" and "test", see `datasets.open_splits`.
@@ -264,13 +264,13 @@ def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True)
     A file that is damaged after its head is detected only when it is read.
 
     Args:
-        data: The config section of the data.
-        model: The config section of the model.
-        files: If true, the head of every file is read, and a note on stderr reports files of valid
-            and test that are also in train.
+        data: The data config.
+        model: The model config.
+        files: If true, every file's head is read, and a note on stderr reports files in valid and
+            test that are also in train.
 
     Raises:
-        ValueError: As in `open_images`; or the head of a file is not that of an image.
+        ValueError: As in `open_images`; or a file does not begin like an image.
     """
     splits = open_images(data, model, global_batch_size=1, seed=0)
     if not files:
@@ -291,12 +291,12 @@ def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True)
 def read_image(
     path: str | PathLike[str], data: ImageDataConfig, image_size: int, channels: int
 ) -> torch.Tensor:
-    """Reads an image file like an image of an evaluation.
+    """Reads an image file as an evaluation reads it.
 
     Args:
         path: The file.
-        data: The config section of the data, for its crop.
-        image_size: Pixels of each side.
+        data: The data config, for its crop.
+        image_size: Pixels on each side.
         channels: 1 or 3.
 
     Returns:
@@ -329,7 +329,7 @@ def _transform(
     if data.crop not in crops:
         raise ValueError(f"data.crop={data.crop!r} is not known; {nearest(data.crop, crops)}")
     v2 = import_torchvision().transforms.v2
-    # the short side before the center crop; Szegedy et al. crop 224 of 256 pixels
+    # the short side before the center crop; Szegedy et al. crop 224 from 256 pixels
     short_side = round(size * 256 / 224) if data.crop == "inception" else size
     center_crop = _center_crop(short_side, size)
     if not train:
@@ -354,7 +354,7 @@ def _center_crop(short_side: int, size: int) -> Callable[[Image.Image], Image.Im
     resize_and_crop = v2.Compose([v2.Resize(short_side), v2.CenterCrop(size)])
 
     def center_crop(image: Image.Image) -> Image.Image:
-        # images of many small sets have this size already, and torchvision detects that slowly
+        # images in many small sets have this size already, and torchvision detects that slowly
         if image.height == image.width == short_side == size:
             return image
         return resize_and_crop(image)
@@ -383,9 +383,9 @@ def _mix_with_next(x_B: torch.Tensor, weight: float) -> torch.Tensor:
 
 
 def _leave_process_group(worker: int) -> None:
-    """Moves a worker process out of the process group of its rank.
+    """Moves a worker process out of its rank's process group.
 
-    FENCE: torchrun sends SIGTERM to the process group of a rank, which finishes its step before it
+    FENCE: torchrun sends SIGTERM to a rank's process group. The rank finishes its step before it
     stops, and needs its workers until then. The workers must not ignore SIGTERM instead, because a
     rank that ends stops them by it. Held by
     test_workers_outlive_a_sigterm_to_the_rank_and_not_the_rank.

@@ -1,4 +1,4 @@
-"""The only import of torchvision in the package.
+"""The package's only import of torchvision.
 
 Libraries that import torchvision themselves, such as transformers and timm, are imported after it.
 """
@@ -18,7 +18,7 @@ def import_torchvision() -> Any:
 
     FENCE: torchvision's CUDA build, which package indexes offer by default, does not load its
     operators with a CPU build of torch, and then fails when it describes one of them ("operator
-    torchvision::nms does not exist"). Only the schemas of these operators are missing: with them,
+    torchvision::nms does not exist"). Only these operators' schemas are missing: with them,
     data sets, transforms and models work. `torchvision.io` does not work, so that images are opened
     with PIL. Nothing is changed if the import succeeds. Tried with torch 2.13; held by
     test_pipeline.py: test_the_cure_of_torchvisions_import_is_taken_where_it_is_needed_alone.

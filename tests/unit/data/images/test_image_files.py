@@ -279,7 +279,7 @@ def test_an_animation_is_its_first_frame(tmp_path: Path, kind: str) -> None:
     ("content", "reason"),
     [
         (png(60_000, 60_000), "exceeds limit"),
-        (png(1, 65_000), "1 x 65000 pixels, and no side may be 100 times the other"),
+        (png(1, 65_000), "1 x 65000 pixels, but no side may be more than 100 times the other"),
         (png(50_500, 500), "500 x 50500 pixels"),
         (b"", "does not begin like any image"),
         (

@@ -24,8 +24,9 @@ from moe_dist.config.overrides import override
 from moe_dist.config.papers import get
 from moe_dist.config.schema import ImageDataConfig, VisionConfig
 from moe_dist.data.bundled import prepare_images
-from moe_dist.data.images import datasets as sources
-from moe_dist.data.images.datasets import Images, open_splits
+from moe_dist.data.images import datasets, known_sets
+from moe_dist.data.images.datasets import open_splits
+from moe_dist.data.images.image_set import Images
 from moe_dist.data.images.pipeline import (
     AugmentedImages,
     ImageSplit,
@@ -215,7 +216,7 @@ def test_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((9, 9), 4096, np.uint16)).save(path)  # which PIL would make white
     told(
         ImageDataConfig(str(root)),
-        f"{re.escape(repr(str(path)))} is no image .*mode I;16, more than 8 bits",
+        f"{re.escape(repr(str(path)))} is not a readable image .*mode in PIL is I;16, more than 8 bits",
         SMALL,
     )
 
@@ -262,7 +263,7 @@ def test_a_mixed_step_is_the_plain_one_mixed_with_its_next_samples() -> None:
                     y[sample], weight * x[sample] + (1 - weight) * x[(sample + 1) % 9]
                 )
         assert torch.equal(a.label_B, b.label_B)
-    alone = dataclasses.replace(mixed, samples=1)  # its partner is itself
+    alone = dataclasses.replace(mixed, global_batch_size=1)  # its partner is itself
     torch.testing.assert_close(alone.batch(2, range(1)).target_BN.max(), torch.tensor(1.0))
 
 
@@ -322,8 +323,8 @@ def test_prepared_images_are_the_first_of_each_class(
     (tmp_path / "bundled").mkdir()
     for split in ("train", "test"):
         (tmp_path / f"fashion_{split}.xz").rename(tmp_path / "bundled" / f"fashion_{split}.xz")
-    monkeypatch.setattr(sources, "__file__", str(tmp_path / "images" / "datasets.py"))
-    bundled = {split: sources._bundled(split) for split in ("train", "test")}
+    monkeypatch.setattr(known_sets, "__file__", str(tmp_path / "images" / "known_sets.py"))
+    bundled = {split: known_sets._bundled_split(split) for split in ("train", "test")}
     # image i has class i mod 10: the first 3 and 2 of each class are the first 30 and 20 images
     for split, seed, num in (("train", 0, 30), ("test", 1, 20)):
         assert (bundled[split].item_I == picture(seed, 50, 28, 28)[:num]).all()
@@ -368,7 +369,9 @@ def test_a_pipe_in_a_known_set_is_not_waited_for(name: str, file: str, tmp_path:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).unlink(missing_ok=True)
     os.mkfifo(tmp_path / file)
-    with pytest.raises(ValueError, match=rf"has no whole {name} \(.*a pipe.* a device"):
+    with pytest.raises(
+        ValueError, match=rf"does not contain the complete {name} \(.*a pipe.* a device"
+    ):
         open_splits(ImageDataConfig(name, str(tmp_path)))
 
 
@@ -395,7 +398,7 @@ def test_cifar_as_torchvision_stores_it(
     (tmp_path / kind.base_folder / kind.meta["filename"]).write_bytes(
         pickle.dumps({kind.meta["key"]: classes})
     )
-    monkeypatch.setattr(sources, "MOST_HELD_OUT", 5)
+    monkeypatch.setattr(datasets, "MAX_HELD_OUT", 5)
     splits = open_images(
         ImageDataConfig(name, str(tmp_path)), VisionConfig(32, 3, 4, num_classes), 20, 0
     )
@@ -436,7 +439,7 @@ def test_splits_of_a_folder(tmp_path: Path, valid: str) -> None:
 def test_held_out_images_are_a_tenth_up_to_ten_thousand() -> None:
     for num, held_out in ((10, 1), (59, 5), (99_999, 9_999), (100_000, 10_000), (300_000, 10_000)):
         images = Images(np.arange(num), np.zeros(num, np.int64), ("0",))
-        splits = sources._hold_out(images)
+        splits = datasets._hold_out(images)
         assert len(splits["valid"]) == held_out
         assert (
             np.sort(np.concatenate([splits["train"].item_I, splits["valid"].item_I]))
@@ -470,9 +473,9 @@ def test_what_is_beside_the_classes_and_splits_is_told(tmp_path: Path) -> None:
     files(root, {"Test/a": 1, "test/": 2, "dev/a": 2})
     alike = "{}/: classes whose names differ by case alone: Ä, ä"
     assert opened(f"data.images={root}", "model.num_classes=4").notes == [
-        f"folders that are no split and are not read: Test, dev; {alike.format('train')}",
+        f"folders that are not splits and are not read: Test, dev; {alike.format('train')}",
         alike.format("valid"),
-        f"test/: 2 left out: 2 beside the folders of classes; {alike.format('test')}",
+        f"test/: 2 left out: 2 outside the class folders; {alike.format('test')}",
     ]
 
 
@@ -508,7 +511,7 @@ def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
         files(root, {f"train/{name}": 1})
         told(
             ImageDataConfig(str(root)),
-            "train/ has two folders for one class, '.*' and '.*': move the files",
+            "train/ has two folders for one class, '.*' and '.*'; move the files",
         )
         shutil.rmtree(root / "train" / name)
     for name in ("a\nb", "\udcff", " ", "\x1b[31m"):
@@ -610,7 +613,7 @@ def test_images_that_are_in_two_splits_are_told(
     assert capsys.readouterr().err == ""
     check_images(ImageDataConfig(str(tmp_path)), SMALL)
     assert capsys.readouterr().err.startswith(
-        "note: 2 of 10 images of 'test' are in 'train' too (same size, first and la"
+        "note: 2 of 10 images of 'test' are also in 'train' (same size, first and la"
     )
 
 
@@ -619,28 +622,28 @@ def test_images_that_are_in_two_splits_are_told(
 BAD = [
     (
         {"images": "cifr10"},
-        "'cifr10' is no folder and no known name; did you mean 'cifar10'.*; give 'bundled'",
+        "'cifr10' is neither a folder nor a known name; did you mean 'cifar10'.*; give 'bundled'",
     ),
     (
         {"images": "/no/such"},
-        "'/no/such' is no folder and no known name; known: bundled, cifar10, cifar100",
+        "'/no/such' is neither a folder nor a known name; known: bundled, cifar10, cifar100",
     ),
-    ({"images": ""}, "'' is no folder"),
-    ({"image_root": "."}, "image_root='.' has no meaning with data.images='bundled'"),
+    ({"images": ""}, "'' is neither a folder nor a known name"),
+    ({"image_root": "."}, "image_root='.' has no effect with data.images='bundled'"),
     (
         {"images": "cifar10"},
-        "image_root=None is no folder: data.images='cifar10' needs .*cifar-10-batches-py",
+        "image_root=None is not a folder; data.images='cifar10' needs .*cifar-10-batches-py",
     ),
-    ({"images": "cifar10", "image_root": "/no/such"}, "image_root='/no/such' is no folder"),
+    ({"images": "cifar10", "image_root": "/no/such"}, "image_root='/no/such' is not a folder"),
     (
         {"images": "cifar100", "image_root": "."},
-        r"has no whole cifar100 \(Dataset not found or corrupted.\): give",
+        r"does not contain the complete cifar100 \(Dataset not found or corrupted.\); give",
     ),
     (
         {"images": "fashion_mnist", "image_root": "."},
-        r"has no whole fashion_mnist \(Dataset not found.\): give",
+        r"does not contain the complete fashion_mnist \(Dataset not found.\); give",
     ),
-    ({"crop": "inceptoin"}, "data.crop='inceptoin'; did you mean 'inception'"),
+    ({"crop": "inceptoin"}, "data.crop='inceptoin' is not known; did you mean 'inception'"),
 ]
 
 
@@ -655,27 +658,31 @@ def test_bad_models() -> None:
         "num_classes=9, but data.images='bundled' has 10 classes",
         dataclasses.replace(GRAY, num_classes=9),
     )
-    told(PLAIN, r"channels=2: 1 \(gray\) or 3", dataclasses.replace(GRAY, channels=2))
+    told(
+        PLAIN,
+        r"channels=2 is not supported; use 1 \(gray\) or 3",
+        dataclasses.replace(GRAY, channels=2),
+    )
     check_images(PLAIN, dataclasses.replace(GRAY, num_classes=11))
 
 
 def test_bad_folders(tmp_path: Path) -> None:
     for name, tree, message in [
-        ("none", {}, "has no folder train/: give"),
+        ("none", {}, "has no folder train/; give"),
         ("unnamed", {"a": 3, "b": 3}, "has no folder train/"),
-        ("only train", {"train/a": 20}, "neither test/ nor valid/ beside train/"),
-        ("both", {**TREE, "val/a": 1}, "has valid and val: leave one"),
+        ("only train", {"train/a": 20}, "neither test/ nor valid/ next to train/"),
+        ("both", {**TREE, "val/a": 1}, "has valid and val; leave only one"),
         ("no classes", {"train": 20, "test/a": 2}, "has no folders of classes in train/"),
         ("flat test", {"train/a": 20, "test": 2}, "has no folders of classes in test/"),
         (
             "differ",
             {**TREE, "test/c": 2},
-            "test/ and train/ have different classes, for c is in one",
+            "test/ and train/ have different classes, because c is in only one",
         ),
         (
             "differ too",
             {**TREE, "train/c": 2},
-            "valid/ and train/ have different classes, for c is",
+            "valid/ and train/ have different classes, because c is",
         ),
         ("empty class", {**TREE, "train/b": 0}, r"classes without an image in 'train' \(b\)"),
         ("empty test class", {**TREE, "test/b": 0}, r"classes without an image in 'test' \(b\)"),
@@ -712,14 +719,18 @@ def test_bad_sets(tmp_path: Path) -> None:
         (
             "cut short",
             lambda f: f.write_bytes(f.read_bytes()[:500]),
-            r"has no whole fashion_mnist \(Compressed file",
+            r"does not contain the complete fashion_mnist \(Compressed file",
         ),
         (
             "no archive",
             lambda f: f.write_bytes(b"nothing"),
-            r"has no whole fashion_mnist \(Not a gzipped file",
+            r"does not contain the complete fashion_mnist \(Not a gzipped file",
         ),
-        ("missing", lambda f: f.unlink(), r"has no whole fashion_mnist \(.*No such file"),
+        (
+            "missing",
+            lambda f: f.unlink(),
+            r"does not contain the complete fashion_mnist \(.*No such file",
+        ),
         (
             "other sizes",
             lambda f: write_idx(f.parent, 20, [0, 1, 2]),
@@ -749,8 +760,6 @@ def test_a_message_names_several_broken_files_and_counts_all(
     broken = sorted((root / "train" / "a").iterdir())[:num_broken]
     for path in broken:
         path.write_bytes(b"GIF87a, or not")
-    with pytest.raises(
-        ValueError, match=f"^{num_broken} files are no images that can be read: "
-    ) as error:
+    with pytest.raises(ValueError, match=f"^{num_broken} files are not readable images: ") as error:
         check_images(ImageDataConfig(str(root)), SMALL)
     assert [str(path) in str(error.value) for path in broken] == [i < 5 for i in range(num_broken)]
