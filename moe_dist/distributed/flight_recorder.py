@@ -1,68 +1,74 @@
-"""A record of what a rank says to the others, and whom it waits for.
+"""Flight recorder: logs every collective of this rank and names the rank that blocks it.
 
-Each rank keeps RUN/calls/rank00000.txt: a first line that says it is there, and its last calls, what goes to others and
-comes from them with each. The system holds the file, so it outlives a killed rank, and the
-next start keeps it beside its own, as rank00000.before. A thread writes the first line twice
-a second, and looks whether the rank gets on. One that has got nowhere for `patience` seconds reads the others' files,
-twice: whose first line has stayed the same does not answer; who answers, but has begun fewer calls, is late. It says
-whom it waits for, in which call, and ends: after `patience` and at most 5 seconds more. After half of `patience` it
-says so and waits on. Where a call fails because a peer is gone, it is found in the same way.
+`FlightRecorder.recording` opens RUN/calls/rank00000.txt (`record_file`) and starts a thread, the
+watch. The watch writes the header of the file twice a second (the heartbeat) and follows the
+progress of this rank through the states of `watch_state`. After half the timeout without progress
+it prints a warning and waits on. After the timeout it prints an error and ends the process.
 
-No clocks are compared: time is counted in lines that this rank wrote, so one that was stopped itself blames nobody.
+Before either message the watch reads the headers of the other ranks twice, two seconds apart. A
+rank whose header stays the same is stopped or dead. A rank that answers but has started fewer
+collectives is late. So a rank ends at most 5 seconds after the timeout. If a collective fails
+because a peer is gone, the same look names the peer at once.
+
+Time is counted in heartbeats of this rank, never by comparing clocks: a rank that was itself
+stopped for an hour has counted no time, and blames nobody.
 """
 
 import contextlib
 import os
 import re
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from moe_dist.config.run_folder import make_folder, open_existing
 from moe_dist.distributed.labels import CommLabel
+from moe_dist.distributed.record_file import Header, RecordFiles
+from moe_dist.distributed.watch_state import Clock, SystemClock, Watch, WatchEvent, WatchState
 
 T = TypeVar("T")
-FOLDER_NAME = "calls"
-HEARTBEAT_S = 0.5  # seconds between two first lines
-NUM_RECORDS, RECORD_WIDTH = 256, 160  # calls that a file holds, and characters of a line
-_FIRST_LINE = re.compile(r"line (\d+), (\d+) calls begun(, ended)?, in (\w+)")
-
-
-class Header(NamedTuple):
-    """The first one of a rank's file."""
-
-    heartbeat: int
-    num_started: int  # calls
-    ended: bool
-    phase: str
+HEARTBEAT_S = 0.5  # seconds between two headers
+LOOK_HEARTBEATS = 4  # heartbeats between the two readings of the other ranks' headers
+MAX_NAMED_RANKS = 4  # in a message
 
 
 @dataclass(eq=False)
 class CollectiveCall:
-    """One that this rank has begun."""
+    """A collective that this rank has started.
 
-    work: Any  # of torch
+    Attributes:
+        work: The handle of torch.distributed.
+        number: Index among this rank's collectives, from 1.
+        description: Direction, layer and step.
+        peers: Global ranks that take part, this one included.
+        send_P: Rows sent to each peer; None if all peers get the same.
+        receive_P: Rows received from each peer; None if all peers send the same.
+        started_at_heartbeat: This rank's heartbeat at the start.
+        start_time: Seconds of the recorder's clock at the start.
+        waited: True if `wait_for` was called. On CUDA the collective may still run.
+        returned: True if a library's blocking call, which is its own `work`, has returned.
+    """
+
+    work: Any
     number: int = 0
-    description: str = ""  # direction, layer and step
-    peers: tuple[int, ...] = ()  # ranks, this one among them
-    send_P: list[int] | None = (
-        None  # rows to each of the peers, and from each; None where all get the same
-    )
+    description: str = ""
+    peers: tuple[int, ...] = ()
+    send_P: list[int] | None = None
     receive_P: list[int] | None = None
-    started_at_heartbeat: int = 0  # that was the first one's number when it began
+    started_at_heartbeat: int = 0
     start_time: float = 0.0
-    waited: bool = False  # for it, which on CUDA is not to its end
-    returned: bool = False  # that of a library, which is a work of its own
+    waited: bool = False
+    returned: bool = False
 
     def is_completed(self) -> bool:
+        """Returns `returned`, as the `work` of a library's blocking call."""
         return self.returned
 
     def describe_rows(self, rank: int) -> str:
+        """Returns the rows sent to and received from a rank, or "" if they are not counted."""
         if self.send_P is None or self.receive_P is None or rank not in self.peers:
             return ""
         i = self.peers.index(rank)
@@ -71,70 +77,61 @@ class CollectiveCall:
 
 @dataclass
 class FlightRecorder:
-    """Of one rank. Outside of `kept` it costs nothing and knows nothing."""
+    """The flight recorder of one rank. Disabled (no overhead) outside `recording()`.
+
+    Attributes:
+        rank: This rank.
+        size: Number of ranks.
+        step: Training step, which the caller updates.
+        phase: Phase of the step (`enter_phase`).
+        on_phase: Called with each phase and each direction before it begins (fault injection).
+        clock: Source of time.
+        files: Files of all ranks; None while disabled.
+    """
 
     rank: int = 0
-    size: int = 1  # ranks in all
+    size: int = 1
     step: int = 0
     phase: str = "start"
-    on_phase: Callable[[str], None] | None = (
-        None  # is told each phase, and the direction of a call to begin (`chaos`)
-    )
-    file: int | None = None
+    on_phase: Callable[[str], None] | None = None
+    clock: Clock = field(default_factory=SystemClock)
+    files: RecordFiles | None = None
 
     @contextlib.contextmanager
     def recording(
         self, run: Path, timeout_s: float, barrier: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Records into the run folder until it is left, from when `meet` returns: for what some rank had to do before,
-        others have all the patience that it takes. Where another rank's end is the cause of an exception, this one
-        says whose, and ends at once: what else would end in an orderly way may wait for that rank, or for a network."""
-        self.folder, self.timeout_s = run / FOLDER_NAME, timeout_s
-        self.num_started, self.heartbeat, self.last_progress = 0, 0, 0
-        self.open_calls: dict[int, CollectiveCall] = {}
-        self.stale_headers = self._first_lines()  # from an earlier start
-        barrier()
-        self.started = time.perf_counter()
-        try:
-            make_folder(run, FOLDER_NAME)
-            path = self._path(self.rank)
-            if os.path.lexists(path):  # from the last start
-                path.replace(path.with_suffix(".before"))
-            self.file = self._new_file()
-        except OSError as error:
-            print(
-                f"warning: {self.folder}: {error.strerror}; calls are not recorded",
-                file=sys.stderr,
-                flush=True,
-            )
-            self.file = None
+        """Records collectives and watches the progress of this rank.
+
+        If a collective fails because another rank is gone, the process prints which one and ends at
+        once: an orderly shutdown could wait for that rank, or for the network.
+
+        Args:
+            run: The run folder.
+            timeout_s: Seconds without progress after which this rank ends.
+            barrier: Returns when all ranks are ready to train. Time before it does not count.
+
+        Yields:
+            Nothing.
+        """
+        if not self._start(run, timeout_s, barrier):
             yield
             return
-        self._write_first_line()
         end = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(end,), name="calls", daemon=True)
-        watch.start()
+        thread = threading.Thread(target=self._watch_loop, args=(end,), name="calls", daemon=True)
+        thread.start()
         try:
             yield
-        except RuntimeError as error:  # what gloo and NCCL raise
-            call = next(iter(self.open_calls.values()), None)
-            if silent := self._silent():
-                self._end(f"{self._told(silent, 'lost another rank', call)}: {_reason(error)}")
-            ended = [str(rank) for rank, line in self._first_lines().items() if line and line.ended]
-            if call and ended:
-                self._end(
-                    f"in {call.description}: rank {', '.join(ended[:4])} ended first, and says why"
-                )
+        except RuntimeError as error:  # gloo and NCCL raise it if a peer is gone
+            self._explain(error)
             raise
         finally:
             end.set()
-            watch.join()
-            self._write_first_line(", ended")
-            os.close(self.file)
-            self.file = None
+            thread.join()
+            self._stop()
 
     def enter_phase(self, phase: str) -> None:
-        """What this rank is at, for others that wait for it."""
+        """Sets the phase of the step, which other ranks read from this rank's header."""
         self.phase = phase
         if self.on_phase:
             self.on_phase(phase)
@@ -147,13 +144,93 @@ class FlightRecorder:
         send_P: list[int] | None = None,
         receive_P: list[int] | None = None,
     ) -> CollectiveCall:
-        """Starts a call: `start` gives torch's work."""
-        if self.file is None:
+        """Starts a collective and records it.
+
+        Args:
+            label: Name of the collective.
+            peers: Global ranks that take part, this one included.
+            start: Starts it and returns the handle of torch.distributed.
+            send_P: Rows sent to each peer, if they differ.
+            receive_P: Rows received from each peer, if they differ.
+
+        Returns:
+            The call; pass it to `wait_for`.
+        """
+        if self.files is None:
             return CollectiveCall(start())
         call = self._begin(label, peers, send_P, receive_P)
         call.work = start()
         self.open_calls[call.number] = call
         return call
+
+    def wait_for(self, call: CollectiveCall) -> None:
+        """Blocks until the collective completes; on CUDA, makes the current stream wait for it."""
+        call.work.wait()
+        if self.files is not None:
+            call.waited = True
+            self._close_if_completed(call)
+
+    def record_blocking_call(
+        self,
+        label: CommLabel,
+        peers: tuple[int, ...],
+        run: Callable[[], T],
+        work: Callable[[T], Any],
+    ) -> T:
+        """Records a collective that a library makes and that may block.
+
+        Args:
+            label: Name of the collective.
+            peers: Global ranks that take part, this one included.
+            run: Makes the call.
+            work: Returns the unfinished work of a result of `run` (an object with `is_completed`),
+                or None if nothing is left to wait for.
+
+        Returns:
+            The result of `run`.
+        """
+        if self.files is None:
+            return run()
+        call = self._begin(label, peers)
+        call.work = call  # open until `run` returns
+        self.open_calls[call.number] = call
+        result = run()
+        call.work = work(result) or call
+        call.waited = True
+        call.returned = call.work is call
+        self._close_if_completed(call)
+        return result
+
+    def _start(self, run: Path, timeout_s: float, barrier: Callable[[], None]) -> bool:
+        """Opens the file and writes the first header. Returns False if it cannot be written."""
+        files = RecordFiles(run, self.rank, self.size)
+        self.timeout_s = timeout_s
+        self.num_started = 0
+        self.heartbeat = 0
+        self.last_progress = 0  # heartbeat of the last start or end of a collective
+        self.open_calls: dict[int, CollectiveCall] = {}
+        self.watch = Watch()
+        self.stale_headers = files.read_headers()  # of an earlier start
+        barrier()
+        self.start_time = self.clock.now()
+        try:
+            files.create()
+        except OSError as error:
+            print(
+                f"warning: {files.folder}: {error.strerror}; calls are not recorded",
+                file=sys.stderr,
+                flush=True,
+            )
+            return False
+        self.files = files
+        self._write_header()
+        return True
+
+    def _stop(self) -> None:
+        assert self.files is not None
+        self._write_header(ended=True)
+        self.files.close()
+        self.files = None
 
     def _begin(
         self,
@@ -167,198 +244,160 @@ class FlightRecorder:
         self.num_started += 1
         self.last_progress = self.heartbeat
         call = CollectiveCall(
-            None,
-            self.num_started,
-            f"{label.describe()}, step {self.step}",
-            peers,
-            send_P,
-            receive_P,
-            self.heartbeat,
-            time.perf_counter(),
+            work=None,
+            number=self.num_started,
+            description=f"{label.describe()}, step {self.step}",
+            peers=peers,
+            send_P=send_P,
+            receive_P=receive_P,
+            started_at_heartbeat=self.heartbeat,
+            start_time=self.clock.now(),
         )
-        self._write(call, "begun")
+        self._write_record(call, "begun")
         return call
 
-    def record_blocking_call(
-        self,
-        label: CommLabel,
-        peers: tuple[int, ...],
-        run: Callable[[], T],
-        work: Callable[[T], Any],
-    ) -> T:
-        """What `run` returns, a call of a library's. It may wait for others itself; what it has left to wait for is the
-        `work` of what it returns, as torch's (`is_completed`), None where that is nothing."""
-        if self.file is None:
-            return run()
-        call = self._begin(label, peers)
-        call.work = self.open_calls[call.number] = call  # under way until it returns
-        result = run()
-        call.work, call.waited = work(result) or call, True
-        call.returned = call.work is call
-        self._close(call)
-        return result
-
-    def wait_for(self, call: CollectiveCall) -> None:
-        """For its end; on CUDA the stream waits."""
-        call.work.wait()
-        if self.file is not None:
-            call.waited = True
-            self._close(call)
-
-    def _close(self, call: CollectiveCall) -> None:
-        if call.waited and call.work.is_completed() and self.open_calls.pop(call.number, None):
+    def _close_if_completed(self, call: CollectiveCall) -> None:
+        if not (call.waited and call.work.is_completed()):
+            return
+        # the main thread and the watch may both come here: the one that pops the call records it
+        if self.open_calls.pop(call.number, None):
             self.last_progress = self.heartbeat
-            self._write(call, f"done after {1e3 * (time.perf_counter() - call.start_time):.3f} ms")
+            milliseconds = 1e3 * (self.clock.now() - call.start_time)
+            self._write_record(call, f"done after {milliseconds:.3f} ms")
 
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"rank{rank:05d}.txt"
-
-    def _new_file(self) -> int:
-        """Makes this rank's file and returns its descriptor."""
-        make_folder(self.folder.parent, FOLDER_NAME)
-        file = open_existing(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        os.write(
-            file, (b" " * (RECORD_WIDTH - 1) + b"\n") * (NUM_RECORDS + 1)
-        )  # room, before a disk may be full
-        return file
-
-    def _restore(self) -> None:
-        """Makes the file again where the run folder was removed and has been made again."""
-        assert self.file is not None
-        if self.folder.parent.is_dir() and not os.path.lexists(self._path(self.rank)):
-            with contextlib.suppress(OSError):
-                file = self._new_file()
-                os.dup2(file, self.file)  # in its place, for other threads write to it
-                os.close(file)
-
-    def _write(self, call: CollectiveCall, state: str) -> None:
-        rows = (
-            ""
-            if call.send_P is None or call.receive_P is None
-            else (f", {sum(call.send_P)} rows out, {sum(call.receive_P)} in")
+    def _write_record(self, call: CollectiveCall, state: str) -> None:
+        rows = ""
+        if call.send_P is not None and call.receive_P is not None:
+            rows = f", {sum(call.send_P)} rows out, {sum(call.receive_P)} in"
+        seconds = call.start_time - self.start_time
+        assert self.files is not None
+        self.files.write_record(
+            call.number, f"{call.number:8d}  {seconds:12.4f} s  {call.description}{rows}: {state}"
         )
-        text = f"{call.number:8d}  {call.start_time - self.started:12.4f} s  {call.description}{rows}: {state}"
-        self._put(1 + (call.number - 1) % NUM_RECORDS, text)
 
-    def _write_first_line(self, state: str = "") -> None:
+    def _write_header(self, ended: bool = False) -> None:
+        """Writes the next heartbeat."""
+        assert self.files is not None
         self.heartbeat += 1
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        where = f"rank {self.rank} of {self.size} on {socket.gethostname()}, process {os.getpid()}"
-        self._put(
-            0,
-            f"line {self.heartbeat}, {self.num_started} calls begun{state}, in {self.phase}, {now}; {where}",
-        )
-        assert self.file is not None
-        os.close(
-            os.dup(self.file)
-        )  # a network's file system hands to others what is written before a close
+        header = Header(self.heartbeat, self.num_started, ended, self.phase)
+        self.files.write_header(header, time.strftime("%Y-%m-%d %H:%M:%S"))
 
-    def _put(self, line: int, text: str) -> None:
-        assert self.file is not None
-        with contextlib.suppress(OSError):
-            os.pwrite(
-                self.file,
-                text[: RECORD_WIDTH - 1].ljust(RECORD_WIDTH - 1).encode("ascii", "replace") + b"\n",
-                line * RECORD_WIDTH,
-            )
-
-    def _watch(self, end: threading.Event) -> None:
-        warned: Any = None
-        seen: dict[int, Header | None] = {}  # when it warned
+    def _watch_loop(self, end: threading.Event) -> None:
         while not end.wait(HEARTBEAT_S):
-            self._restore()
-            self._write_first_line()
-            for call in list(self.open_calls.values()):
-                self._close(call)
-            oldest = next(
-                (call for call in list(self.open_calls.values()) if not call.work.is_completed()),
-                None,
-            )
-            since = oldest.started_at_heartbeat if oldest else self.last_progress
-            waited = (self.heartbeat - since) * HEARTBEAT_S
-            if waited < self.timeout_s / 2 or (waited < self.timeout_s and warned == since):
-                continue
-            silent = self._silent()
-            if (
-                not oldest
-            ):  # nobody waits: one that a slow disk kept from writing for a moment is not dead
-                silent = [
-                    rank
-                    for rank in silent
-                    if waited < self.timeout_s or self._first_line(rank) == seen.get(rank)
-                ]
-            warned, seen = since, self._first_lines() if waited < self.timeout_s else seen
-            if oldest and oldest.work.is_completed():
-                continue
-            if not (oldest or silent):  # all are at work, for as long as it takes
-                self.last_progress = self.heartbeat
-                continue
-            told = self._told(silent, f"has waited for {waited:.0f} s", oldest)
-            if waited < self.timeout_s:
-                print(f"warning: {told}", file=sys.stderr, flush=True)
-            else:
-                self._end(told)
+            self._tick()
 
-    def _end(self, told: str) -> NoReturn:
-        self._write_first_line(", ended")
+    def _tick(self) -> None:
+        """Writes a heartbeat and checks the progress of this rank."""
+        assert self.files is not None
+        self.files.restore()
+        self._write_header()
+        for call in list(self.open_calls.values()):
+            self._close_if_completed(call)
+        oldest = self._oldest_open_call()
+        since = oldest.started_at_heartbeat if oldest else self.last_progress
+        if since != self.watch.since:
+            self.watch.since = since
+            self.watch.apply(WatchEvent.PROGRESS)
+        idle_s = (self.heartbeat - since) * HEARTBEAT_S
+        if idle_s >= self.timeout_s:
+            event = WatchEvent.TIMEOUT
+        elif idle_s >= self.timeout_s / 2:
+            event = WatchEvent.HALF_TIMEOUT
+        elif oldest:
+            event = WatchEvent.CALL_OPEN
+        else:
+            return
+        if self.watch.apply(event) and event is not WatchEvent.CALL_OPEN:
+            self._look(oldest, idle_s)
+
+    def _oldest_open_call(self) -> CollectiveCall | None:
+        for call in list(self.open_calls.values()):
+            if not call.work.is_completed():
+                return call
+        return None
+
+    def _look(self, call: CollectiveCall | None, idle_s: float) -> None:
+        """Finds the ranks that block this one; prints a warning if stalled, ends if lost."""
+        assert self.files is not None
+        lost = self.watch.state is WatchState.LOST
+        silent = self._silent_ranks()
+        if lost and call is None:
+            # no rank waits here, and a slow disk can keep a live rank from writing for a moment:
+            # only a rank that has been silent since the warning is dead
+            seen = self.watch.headers_at_warning
+            silent = [rank for rank in silent if self.files.read_header(rank) == seen.get(rank)]
+        if not lost:
+            self.watch.headers_at_warning = self.files.read_headers()
+        if call and call.work.is_completed():
+            return
+        if call is None and not silent:
+            self.last_progress = self.heartbeat
+            self.watch.apply(WatchEvent.ALL_WORKING)
+            return
+        message = self._describe_block(f"has waited for {idle_s:.0f} s", silent, call)
+        if lost:
+            self._end(message)
+        else:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    def _silent_ranks(self) -> list[int]:
+        """Returns the ranks that have started, have not ended, and write no heartbeats."""
+        assert self.files is not None
+        before = self.files.read_headers()
+        for _ in range(LOOK_HEARTBEATS):
+            self.clock.sleep(HEARTBEAT_S)
+            self._write_header()  # other ranks may look at this one meanwhile
+        silent = []
+        for rank, header in self.files.read_headers().items():
+            if header is None or header.ended:
+                continue
+            if header == before[rank] and header != self.stale_headers[rank]:
+                silent.append(rank)
+        return silent
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Ends the process if another rank is the cause of a failed collective."""
+        assert self.files is not None
+        call = next(iter(self.open_calls.values()), None)
+        silent = self._silent_ranks()
+        if silent:
+            message = self._describe_block("lost another rank", silent, call)
+            self._end(f"{message}: {_first_sentence(error)}")
+        headers = self.files.read_headers()
+        ended = [str(rank) for rank, header in headers.items() if header and header.ended]
+        if call and ended:
+            ranks = ", ".join(ended[:MAX_NAMED_RANKS])
+            self._end(f"in {call.description}: rank {ranks} ended first; see its error message")
+
+    def _describe_block(self, problem: str, silent: list[int], call: CollectiveCall | None) -> str:
+        """Returns a message that names the silent ranks, or else the late ones."""
+        assert self.files is not None
+        named = []
+        for rank in silent:
+            named.append(f"rank {rank}{call.describe_rows(rank) if call else ''}")
+        if call and not silent:
+            for rank, header in self.files.read_headers().items():
+                if header and header.num_started < call.number:
+                    state = "which has ended" if header.ended else f"late in {header.phase}"
+                    named.append(f"rank {rank}{call.describe_rows(rank)}, {state}")
+        ranks = "; ".join(named[:MAX_NAMED_RANKS])
+        if len(named) > MAX_NAMED_RANKS:
+            ranks += f"; and {len(named) - MAX_NAMED_RANKS} more"
+        if silent:
+            ranks += ": stopped or dead"
+        place = call.description if call else f"a call that is not recorded, step {self.step}"
+        cause = ranks or "all ranks are in it, so the network may be broken"
+        return f"{problem} in {place}: {cause} (see {self.files.folder})"
+
+    def _end(self, message: str) -> NoReturn:
+        """Ends this process at once."""
+        self._write_header(ended=True)
         sys.stdout.flush()
-        print(f"error on rank {self.rank}: {told}", file=sys.stderr, flush=True)
+        print(f"error on rank {self.rank}: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def _first_lines(self) -> dict[int, Header | None]:
-        """Of every other rank; None for one that has none in this folder."""
-        return {rank: self._first_line(rank) for rank in range(self.size) if rank != self.rank}
 
-    def _first_line(self, rank: int) -> Header | None:
-        try:
-            with open(open_existing(self._path(rank)), errors="replace") as file:
-                match = _FIRST_LINE.match(file.readline(2 * RECORD_WIDTH))
-        except OSError:
-            return None
-        return Header(int(match[1]), int(match[2]), bool(match[3]), match[4]) if match else None
-
-    def _silent(self) -> list[int]:
-        """Ranks that have come, and write nothing though they have not ended."""
-        before = self._first_lines()
-        for _ in range(4):  # meanwhile the others may ask the same
-            time.sleep(HEARTBEAT_S)
-            self._write_first_line()
-        after = self._first_lines()
-        return [
-            rank
-            for rank, line in after.items()
-            if line and line == before[rank] != self.stale_headers[rank] and not line.ended
-        ]
-
-    def _told(self, silent: list[int], what: str, call: CollectiveCall | None) -> str:
-        """Whom this rank waits for, or has lost."""
-        where = (
-            f"in {call.description}"
-            if call
-            else f"in a call that is none of the exchange's, step {self.step}"
-        )
-        late = (
-            {}
-            if silent or call is None
-            else {
-                rank: f"late in {line.phase}" if not line.ended else "which has ended"
-                for rank, line in self._first_lines().items()
-                if line and line.num_started < call.number
-            }
-        )
-        whom = [f"rank {rank}{call.describe_rows(rank) if call else ''}" for rank in silent]
-        whom += [
-            f"rank {rank}{call.describe_rows(rank) if call else ''}, {why}"
-            for rank, why in late.items()
-        ]
-        named = "; ".join(whom[:4]) + (f"; and {len(whom) - 4} more" if len(whom) > 4 else "")
-        if silent:
-            named += ": stopped or dead"
-        return f"{what} {where}: {named or 'all ranks are in it, so the network may be broken'} (see {self.folder})"
-
-
-def _reason(error: BaseException) -> str:
-    """Its first sentence, without the place in torch's code that it begins with."""
-    return re.sub(
-        r"^\[[^]]*\] *|\. .*", "", (str(error).strip() or type(error).__name__).splitlines()[0]
-    )
+def _first_sentence(error: BaseException) -> str:
+    """Returns the first sentence of an error, without the leading [file:line] of torch."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^]]*\] *|\. .*", "", line)

@@ -19,7 +19,7 @@ from moe_dist.checkpoint.manifest import list_checkpoints
 from moe_dist.config.overrides import override
 from moe_dist.distributed import flight_recorder, launch_env, rendezvous_port
 from moe_dist.distributed import mesh as meshes
-from moe_dist.distributed.flight_recorder import RECORD_WIDTH
+from moe_dist.distributed.record_file import RECORD_WIDTH
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring.metrics_file import read_metrics
 from moe_dist.training import fault_injection
@@ -329,41 +329,24 @@ def refusals(text: str, folder: Path) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("stalls", [(1.3,), (0.2, 1.3)])
-def test_who_is_kept_from_writing_is_not_dead_where_nobody_waits(
-    stalls: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_watch_names_a_silent_rank_in_real_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Patience of 1.6 s, in which all are asked after 0.8 and 1.6, for 0.4 each. One that writes nothing from 1.3 on
-    for 0.9 s is well; one that writes nothing at all is not. What it wrote when it was last started is nothing."""
+    """The thread of `recording`, with 0.1 s between heartbeats and a timeout of 1.6 s. All other cases have a fake
+    clock (unit/distributed/test_flight_recorder.py)."""
     monkeypatch.setattr(flight_recorder, "HEARTBEAT_S", 0.1)
-    ended: list[str] = []
+    errors: list[str] = []
     monkeypatch.setattr(
-        flight_recorder.FlightRecorder, "_end", lambda self, told: ended.append(told)
+        flight_recorder.FlightRecorder, "_end", lambda self, message: errors.append(message)
     )
-    (tmp_path / "calls").mkdir()
-    (tmp_path / "calls" / "rank00001.txt").write_text(
-        "line 9, 7 calls begun, in step, long ago; rank 1 of 3\n"
-    )
-    other, start, put = (
-        flight_recorder.FlightRecorder(2, 3),
-        time.perf_counter(),
-        flight_recorder.FlightRecorder._put,
-    )
-    stall = 0.9 if len(stalls) == 1 else 5.0
-
-    def slow(self: flight_recorder.FlightRecorder, line: int, text: str) -> None:
-        passed = time.perf_counter() - start
-        if self is other and stalls[0] <= passed < stalls[0] + stall:
-            time.sleep(stalls[0] + stall - passed)
-        put(self, line, text)
-
-    monkeypatch.setattr(flight_recorder.FlightRecorder, "_put", slow)
-    with (
-        other.recording(tmp_path, 600),
-        flight_recorder.FlightRecorder(0, 3).recording(tmp_path, 1.6),
-    ):
-        time.sleep(3)
-    assert bool(ended) == (stall > 1) and all("rank 2: stopped or dead" in each for each in ended)
+    silent = flight_recorder.FlightRecorder(1, 2)
+    assert silent._start(tmp_path, 600, lambda: None)
+    start = time.monotonic()
+    with flight_recorder.FlightRecorder(0, 2).recording(tmp_path, 1.6):
+        while not errors and time.monotonic() < start + 60:
+            time.sleep(0.05)
+    assert "rank 1: stopped or dead" in errors[0] and time.monotonic() - start > 1.4
+    silent._stop()
 
 
 def survive(fault: faults.Fault, text: Path, folder: Path) -> str:
