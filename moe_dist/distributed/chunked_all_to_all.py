@@ -42,7 +42,7 @@ The backward timeline relies on two properties of autograd:
     ("order tokens") for this reason alone: they carry no data, they are edges of the graph that
     keep a wait behind its start.
 Tried with torch 2.13; tests/distributed/test_overlap.py holds the order of events
-(test_pieces_travel_while_experts_run_and_weights_wait_for_the_last).
+(test_chunks_overlap_experts_and_wgrads_run_last).
 """
 
 from collections.abc import Callable

@@ -199,7 +199,7 @@ class _Range:
 
 # Autograd runs ready nodes in reverse creation order, so the prehook of a view marks the beginning
 # or the end of a range in backward. Tried with torch 2.13. Held by
-# test_step_timer.py::test_each_part_has_its_forward_and_its_backward.
+# test_step_timer.py::test_each_part_has_forward_and_backward_time.
 def _before_backward_of(x: torch.Tensor, do: Callable[[], None]) -> torch.Tensor:
     """Returns a view of `x`; `do` is called once its gradient is complete (never without one)."""
     if not (x.requires_grad and torch.is_grad_enabled()):

@@ -96,7 +96,7 @@ from moe_dist.training.results import result_lines
         ("model.moe.num_experts=999999999", "GB (breakdown in the table above)"),
     ],
 )
-def test_a_bad_setting_is_one_line_and_status_2(
+def test_invalid_setting_prints_one_line_and_exits_with_2(
     assignments: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_plan(["lstm_moe_demo", *set_(*assignments.split())], says, capsys)
@@ -120,7 +120,7 @@ def test_a_bad_setting_is_one_line_and_status_2(
         (["--resume", "runs/x"], "not a run folder"),
     ],
 )
-def test_a_bad_command_is_one_line_and_status_2(
+def test_invalid_command_prints_one_line_and_exits_with_2(
     args: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_plan(args, says, capsys)
@@ -141,7 +141,7 @@ def test_a_bad_command_is_one_line_and_status_2(
         ),
     ],
 )
-def test_half_an_environment_of_ranks_is_one_line(
+def test_incomplete_rank_environment_prints_one_line(
     environment: dict[str, str],
     says: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,7 +161,7 @@ def test_half_an_environment_of_ranks_is_one_line(
         (["--speed"], ""),
     ],
 )
-def test_a_field_without_set_gets_a_hint(
+def test_field_without_set_gets_a_hint(
     args: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -172,7 +172,7 @@ def test_a_field_without_set_gets_a_hint(
     )
 
 
-def test_a_wrong_field_is_named_without_its_value() -> None:
+def test_unknown_field_is_named_without_its_value() -> None:
     with pytest.raises(
         ValueError, match=r"^--set: no field 'mesh\.eq'; did you mean 'mesh\.ep'\?$"
     ):
@@ -205,9 +205,7 @@ def test_a_wrong_field_is_named_without_its_value() -> None:
         ),
     ],
 )
-def test_an_illegal_layout_names_the_nearest_legal_one(
-    world: int, sets: list[str], says: str
-) -> None:
+def test_illegal_layout_names_the_nearest_legal_one(world: int, sets: list[str], says: str) -> None:
     with pytest.raises(ValueError) as error:
         make_batch_layout(tiny(*sets), world)
     assert says in str(error.value)
@@ -253,7 +251,7 @@ def test_an_illegal_layout_names_the_nearest_legal_one(
         ('{"bf16"', "ds_configs/mine.json: "),
     ],
 )
-def test_a_ds_config_that_contradicts_the_run_or_is_broken(
+def test_contradicting_or_broken_ds_config_is_rejected(
     ds: str,
     says: str,
     tmp_path: Path,
@@ -273,7 +271,7 @@ def test_a_ds_config_that_contradicts_the_run_or_is_broken(
         ("mesh.ep=3", "mesh.ep=3 does not divide 2 ranks"),
     ],
 )
-def test_every_rank_ends_with_one_line(
+def test_every_rank_exits_with_one_line(
     assignment: str, says: str, small_text: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -287,7 +285,7 @@ def test_every_rank_ends_with_one_line(
 
 
 @pytest.mark.timeout(100)
-def test_a_port_in_use_ends_every_rank() -> None:
+def test_port_in_use_ends_every_rank() -> None:
     with socket.socket() as stranger:  # that takes calls and never answers
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
@@ -299,7 +297,7 @@ def test_a_port_in_use_ends_every_rank() -> None:
 
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes(rank: int) -> None:
+def test_missing_rank_ends_the_others_after_a_timeout(rank: int) -> None:
     """Rank 1 is left in a wait of torch's, which would abort an orderly end."""
     world = {
         "RANK": str(rank),
@@ -336,19 +334,19 @@ def without_copies(run: Path) -> Path:
         (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint to continue from"),
     ],
 )
-def test_a_spoilt_run_is_one_line(
+def test_damaged_run_prints_one_line(
     spoil: Callable[[Path], object], says: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(run)
     check_plan(["--resume", str(run), "--set", "steps=3"], says, capsys)
 
 
-def test_a_run_of_an_earlier_version_cannot_go_on() -> None:
+def test_run_without_vocabulary_counts_cannot_resume() -> None:
     with pytest.raises(ValueError, match="no vocabulary with counts"):
         saved_vocabulary({"step": 2, "updates": 2, "vocabulary": ["a"]})
 
 
-def test_a_disk_without_locks_is_told(
+def test_disk_without_locks_prints_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def no_locks(*_: Any) -> None:
@@ -362,7 +360,7 @@ def test_a_disk_without_locks_is_told(
 
 
 @pytest.mark.timeout(200)
-def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path: Path) -> None:
+def test_unwritable_or_busy_run_folder_is_rejected(small_text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     sets = set_(*TINY, "steps=100000", "save_every=5", f"data.text={small_text}")
     run = tmp_path / "run"
@@ -388,7 +386,7 @@ def test_a_folder_that_cannot_be_written_or_is_in_use(small_text: Path, tmp_path
         first.kill()
 
 
-def test_steps_that_were_skipped_are_told() -> None:
+def test_result_reports_skipped_steps() -> None:
     config = tiny("steps=3", "baseline=none")
     result = partial(result_lines, config, Path("x"), "test perplexity 9.00", 3)
     assert "2 of 3 steps were skipped" in result(num_updates=1, baseline_is_explicit=False)

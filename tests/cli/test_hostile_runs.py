@@ -47,7 +47,9 @@ from moe_dist.training.run_directory import RunDirectory, acquire, open_lock
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("seed", range(40))
-def test_a_hostile_run_folder_is_one_line_and_touches_nothing_outside(seed: int, run: Path) -> None:
+def test_hostile_run_folder_prints_one_line_and_touches_nothing_outside(
+    seed: int, run: Path
+) -> None:
     try_all(seed, run)
 
 
@@ -63,11 +65,11 @@ def of_classes(good_classes: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("seed", [SPOILS.index(kept) + len(SPOILS) * i for i in range(20)])
-def test_what_a_task_of_classes_keeps_may_be_anything(seed: int, of_classes: Path) -> None:
+def test_hostile_state_of_a_classifier_prints_one_line(seed: int, of_classes: Path) -> None:
     try_all(seed, of_classes)
 
 
-def test_a_run_that_is_whole_is_built_and_used(run: Path, of_classes: Path) -> None:
+def test_intact_run_is_loaded_and_used(run: Path, of_classes: Path) -> None:
     """Else the seeds would show nothing."""
     for each in (run, of_classes):
         build_task(each)
@@ -136,16 +138,14 @@ BROKEN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", GOOD, ids=str)
-def test_a_state_that_a_run_may_save_is_read(change: dict[str, Any], tmp_path: Path) -> None:
+def test_valid_saved_state_is_read(change: dict[str, Any], tmp_path: Path) -> None:
     state = {"step": 2, "updates": 2, "previous_norm": 1.0} | change
     (tmp_path / "state.json").write_text(json.dumps(state))
     assert read_state(tmp_path) == state
 
 
 @pytest.mark.parametrize("change", BROKEN, ids=lambda change: repr(change)[:60])
-def test_a_state_that_no_run_saves_is_refused_by_its_key(
-    change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_invalid_saved_state_is_rejected_by_key(change: dict[str, Any], tmp_path: Path) -> None:
     state = {"step": 2, "updates": 2, "previous_norm": 1.0} | change
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(
@@ -166,7 +166,7 @@ def keep(run: Path, **changes: Any) -> None:
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("command_", ["resume", "evaluate", "init"])
-def test_a_run_that_kept_something_else_is_one_line_before_any_work(
+def test_invalid_saved_state_prints_one_line_before_any_work(
     command_: str, run: Path, small_text: Path, tmp_path: Path
 ) -> None:
     keep(run, classes=[1, 2])
@@ -206,7 +206,7 @@ def test_a_run_that_kept_something_else_is_one_line_before_any_work(
         ),
     ],
 )
-def test_a_classifier_of_what_is_not_kept_is_one_line(
+def test_classifier_without_saved_tokens_or_classes_prints_one_line(
     changes: dict[str, Any], says: str, of_classes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep(of_classes, **changes)
@@ -224,7 +224,7 @@ def test_a_classifier_of_what_is_not_kept_is_one_line(
         ({"vocabulary": WORDS}, "has 3 words, and data.vocabulary_size of config.json is 300"),
     ],
 )
-def test_a_text_is_not_continued_without_its_vocabulary(
+def test_generate_without_saved_vocabulary_is_rejected(
     changes: dict[str, Any], says: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep(run, **changes)
@@ -234,7 +234,7 @@ def test_a_text_is_not_continued_without_its_vocabulary(
     check_one_line(capsys.readouterr().err, says)
 
 
-def test_every_flipped_bit_of_the_config_is_seen_or_changes_nothing(run: Path) -> None:
+def test_flipped_config_bit_is_detected_or_harmless(run: Path) -> None:
     chance, file = random.Random(0), run / "config.json"
     whole = file.read_bytes()
     told = {"refused": 0, "noted": 0, "same": 0}
@@ -254,9 +254,7 @@ def test_every_flipped_bit_of_the_config_is_seen_or_changes_nothing(run: Path) -
     assert told["refused"] > 0 and told["noted"] > 0, told
 
 
-def test_a_config_that_was_changed_is_refused_by_its_fields(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_edited_config_is_rejected_by_field(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = from_json((run / "config.json").read_text())
     changed = override(config, ["optim.lr=0.5", "model.dim=32", "steps=7"])
     (run / "config.json").write_text(to_json(changed))
@@ -273,7 +271,7 @@ def test_a_config_that_was_changed_is_refused_by_its_fields(
 
 
 @pytest.mark.parametrize("spoilt", [None, "{broken", "[]", "[" * 100_000])
-def test_a_config_that_is_missing_or_broken_is_that_of_the_checkpoint(
+def test_missing_or_broken_config_is_restored_from_the_checkpoint(
     spoilt: str | None, run: Path
 ) -> None:
     config, _ = read_config(run)
@@ -295,7 +293,7 @@ def test_a_config_that_is_missing_or_broken_is_that_of_the_checkpoint(
 
 
 @pytest.mark.parametrize("step", [1, 20])
-def test_a_step_that_is_not_the_folders_is_refused(step: int, run: Path) -> None:
+def test_step_different_from_the_folder_name_is_rejected(step: int, run: Path) -> None:
     checkpoint = manifest.require_checkpoints(run)[-1]
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | {"step": step, "updates": 1}))
@@ -324,7 +322,7 @@ UNFIT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 
 
 @pytest.mark.timeout(300)
-def test_values_that_are_unfit_are_neither_taken_nor_saved(run: Path) -> None:
+def test_unfit_values_are_neither_loaded_nor_saved(run: Path) -> None:
     """Refused by name, on every rank, before the engine is changed."""
     assert run_distributed(refuse_unfit, 2, run, timeout=280) == [[]] * 2
 
@@ -409,7 +407,9 @@ def change_tensor(
 @pytest.mark.parametrize(
     "moved", [(0, 2), (2, 4), (0, 0)]
 )  # starts of two parts of four rows each, of eight in all
-def test_parts_that_overlap_are_refused_by_name(moved: tuple[int, int], tmp_path: Path) -> None:
+def test_overlapping_tensor_parts_are_rejected_by_name(
+    moved: tuple[int, int], tmp_path: Path
+) -> None:
     """(0, 4) is whole. The numbers of rows are right in each case."""
     for starts in ((0, 4), moved):
         for i, first in enumerate(starts):
@@ -451,7 +451,7 @@ GONE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("gone", GONE)
-def test_a_run_folder_that_goes_while_it_trains_comes_again(
+def test_removed_run_folder_is_written_again_during_training(
     gone: str, opened: RunDirectory, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (run / "config.json").read_text()
@@ -474,7 +474,7 @@ def test_a_run_folder_that_goes_while_it_trains_comes_again(
     )
 
 
-def test_a_folder_that_another_run_has_taken_is_left_alone(
+def test_folder_taken_by_another_run_is_left_alone(
     opened: RunDirectory, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with MetricsLogger(
@@ -493,7 +493,7 @@ def test_a_folder_that_another_run_has_taken_is_left_alone(
 
 
 @pytest.mark.parametrize("name", [*run_folder.SUBFOLDERS, "lock"])
-def test_a_link_in_a_run_that_would_be_written_is_refused_before_any_work(
+def test_link_in_a_run_folder_is_rejected_before_any_work(
     name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if (run / name).exists():
@@ -509,7 +509,7 @@ def test_a_link_in_a_run_that_would_be_written_is_refused_before_any_work(
 @pytest.mark.parametrize(
     "name", ["report", "report/loss.png", "report/partial_loss.png", "report.html"]
 )
-def test_a_report_is_not_drawn_through_a_link(
+def test_report_is_not_written_through_a_link(
     name: str,
     run: Path,
     tmp_path: Path,

@@ -91,7 +91,7 @@ def try_it(config: Config) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_hostile_value_of_any_field_is_a_value_error_or_a_config() -> None:
+def test_hostile_field_value_is_a_value_error_or_a_config() -> None:
     """From a config.json and from --set. No other error, and some of each outcome."""
     refused, accepted, done = 0, 0, set()
     for name in NAMES:
@@ -175,7 +175,7 @@ def test_every_number_has_a_range() -> None:
         ("data.text=" + "t/" * 501, "has 1002 characters; at most 1000"),
     ],
 )
-def test_a_value_out_of_range_is_named(
+def test_value_out_of_range_is_named(
     assignment: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_plan(["lstm_moe_demo", "--set", assignment], says, capsys)
@@ -183,7 +183,7 @@ def test_a_value_out_of_range_is_named(
 
 @pytest.mark.parametrize("path", ["", "  ", "y" * 5000, "a/" * 2000, "run\0", "run\n2", "\udcff"])
 @pytest.mark.parametrize("argument", ["--folder", "--resume", "--evaluate"])
-def test_a_path_that_names_nothing(
+def test_invalid_path_is_rejected(
     argument: str,
     path: str,
     tmp_path: Path,
@@ -217,7 +217,7 @@ def test_a_path_that_names_nothing(
         (report_command.main, ["PATH"]),
     ],
 )
-def test_the_other_commands_refuse_it_too(
+def test_other_commands_reject_invalid_paths(
     main: Any,
     args: list[str],
     path: str,
@@ -251,7 +251,7 @@ def test_the_other_commands_refuse_it_too(
         (verify_command.main, ["--set", "data.text="], "data.text='' is empty"),
     ],
 )
-def test_numbers_of_the_other_commands(
+def test_other_commands_reject_invalid_numbers(
     main: Any, args: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -276,7 +276,7 @@ LAUNCHED = {
     "text", ["abc", "-1", "1.5", "1e3", "9" * 30, "²", "٣", " 1", "1\n", "0x1", "007"]
 )
 @pytest.mark.parametrize("key", sorted(LAUNCHED.keys() - {"MASTER_ADDR"}))
-def test_a_number_of_the_environment_that_is_none(
+def test_invalid_number_in_the_environment_is_named(
     key: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether a launcher has set the others, or nobody."""
@@ -307,7 +307,7 @@ def test_a_number_of_the_environment_that_is_none(
         ),
     ],
 )
-def test_numbers_of_the_environment_that_contradict_each_other(
+def test_contradicting_environment_numbers_are_rejected(
     environment: dict[str, str],
     says: str,
     monkeypatch: pytest.MonkeyPatch,

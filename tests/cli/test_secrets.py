@@ -23,7 +23,7 @@ KEYS = {
 
 
 @pytest.mark.timeout(120)
-def test_keys_of_the_environment_are_nowhere(small_text: Path, tmp_path: Path) -> None:
+def test_run_keeps_and_prints_no_key_of_the_environment(small_text: Path, tmp_path: Path) -> None:
     """In a run with wandb, its report, its record of calls, and the traceback of one that a bug has ended."""
     folder = tmp_path / "run"
     sets = set_(
@@ -44,7 +44,7 @@ def test_keys_of_the_environment_are_nowhere(small_text: Path, tmp_path: Path) -
         assert key not in said and not [path for path, text in kept.items() if key.encode() in text]
 
 
-def test_the_launch_scripts_share_the_list() -> None:
+def test_launch_scripts_and_redact_share_one_list() -> None:
     """By a program that imports the standard library alone, with any bytes in its words."""
     command = [
         sys.executable,
@@ -68,7 +68,7 @@ def test_the_launch_scripts_share_the_list() -> None:
     assert not re.search(rb"\b(torch|numpy|moe_dist)\b", done.stderr)
 
 
-def test_a_long_text_takes_no_time() -> None:
+def test_redacting_a_long_text_is_fast() -> None:
     start = time.process_time()
     texts = (
         "a.",

@@ -16,7 +16,7 @@ from moe_dist.checkpoint import format as checkpoint_format
 from moe_dist.checkpoint import manifest
 from moe_dist.config import papers
 from moe_dist.config.overrides import from_json
-from moe_dist.training.run import parse_run
+from moe_dist.training.run_spec import parse_run
 
 
 def train(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def train(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_closed_stdout_is_no_error() -> None:
     """As `| head -c 1` does; what a run prints later is left out, and the run goes on."""
     command = f"{sys.executable} -c 'from moe_dist.monitoring.console import print_on_main as say; say(str(0) * 100_000); say(str(1) * 100_000)'"
     done = subprocess.run(
@@ -57,7 +57,7 @@ def test_list_and_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_a_run_leaves_what_it_promises_and_can_be_evaluated(
+def test_run_writes_all_its_files_and_can_be_evaluated(
     small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [f"data.text={small_text}", "eval_every=10", "write_report=true", "wandb.mode=offline"]

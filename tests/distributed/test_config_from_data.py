@@ -99,7 +99,7 @@ def begin(argv: list[str]) -> Any:
 
 
 @pytest.mark.timeout(200)
-def test_every_task_trains_on_own_data_at_the_first_start(folder: Path) -> None:
+def test_every_task_trains_on_own_data_at_first_start(folder: Path) -> None:
     """On two ranks, which take the same from it."""
     one, other = run_distributed(first_starts, 2, folder, timeout=150)
     assert one == other
@@ -140,7 +140,7 @@ def first_starts(folder: Path) -> dict[str, dict[str, Any]]:
         ("widenet_demo", "model.channels=3"),
     ],
 )
-def test_a_model_that_its_data_makes_too_large_is_refused(
+def test_model_too_large_for_its_data_is_rejected(
     name: str, larger: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_spec.parse_run(own(name, folder, "batch.global_batch_size=16"), None)
@@ -152,7 +152,7 @@ def test_a_model_that_its_data_makes_too_large_is_refused(
 
 
 @pytest.mark.timeout(200)
-def test_the_config_is_settled_before_the_model_is_built(folder: Path) -> None:
+def test_config_is_complete_before_the_model_is_built(folder: Path) -> None:
     assert run_distributed(refuse_all, 1, folder, timeout=120) == [
         ["data.vocabulary_size=14", "model.num_classes=3"]
     ]
@@ -186,7 +186,7 @@ def refuse_all(folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(200)
-def test_what_was_taken_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_fields_taken_from_data_are_saved(folder: Path, tmp_path: Path) -> None:
     assert run_distributed(go_on, 1, folder, tmp_path / "run", timeout=120) == [True]
 
 
@@ -236,7 +236,7 @@ def go_on(folder: Path, run_folder: Path) -> bool:
 
 
 @pytest.mark.timeout(100)
-def test_what_the_user_has_set_is_an_error_as_it_was(folder: Path) -> None:
+def test_explicitly_set_field_is_not_taken_from_data(folder: Path) -> None:
     refused = run_distributed(refusals, 1, folder, timeout=90)[0]
     assert refused["data.vocabulary_size=15"].startswith(
         "data.vocabulary_size=15 does not fit 12 different words"
@@ -280,14 +280,14 @@ def refusals(folder: Path) -> dict[str, str]:
     return told
 
 
-def test_classes_that_the_user_has_set_too_low_are_found_before_any_work(
+def test_too_few_classes_are_found_before_any_work(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_plan(own("widenet_demo", folder, "model.num_classes=2"), "has 3 classes", capsys)
 
 
 @pytest.mark.timeout(100)
-def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
+def test_measured_plan_takes_fields_from_data(folder: Path) -> None:
     config, _ = run_spec.named_config(
         "lstm_moe_demo", [f"data.text={folder / 'text.txt'}", "mesh.ep=4"]
     )
@@ -325,7 +325,7 @@ def test_a_plan_that_measures_takes_it_too(folder: Path) -> None:
         ("moe_32", ["batch.global_batch_size=24", "batch.grad_accum_steps=2"], (None, 1), []),
     ],
 )
-def test_groups_of_samples_follow_from_the_batch(
+def test_group_sizes_follow_from_the_batch_size(
     name: str, sets: list[str], groups: tuple[int | None, int], changed: list[str]
 ) -> None:
     config, notes = run_spec.named_config(name, sets)
@@ -335,7 +335,7 @@ def test_groups_of_samples_follow_from_the_batch(
     ]
 
 
-def test_a_dry_run_reads_no_data_and_says_so(
+def test_dry_run_reads_no_data_and_reports_it(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = []
@@ -365,9 +365,7 @@ def test_a_dry_run_reads_no_data_and_says_so(
         ([], 4),  # a head, two arms, a command
     ],
 )
-def test_a_baseline_of_other_data_is_not_mentioned_unless_it_was_named(
-    sets: list[str], lines: int
-) -> None:
+def test_baseline_of_other_data_is_shown_only_if_named(sets: list[str], lines: int) -> None:
     config, _ = run_spec.named_config("lstm_moe_demo", sets)
     steps = config.steps
     named = any(text.startswith("baseline=") for text in sets)

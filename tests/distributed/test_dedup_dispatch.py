@@ -93,7 +93,7 @@ def start() -> meshes.Mesh:
     return meshes.build_mesh(4)
 
 
-def test_bytes_by_hand() -> None:
+def test_dedup_bytes_by_hand() -> None:
     told = run_distributed(by_hand, 4, timeout=120)
     # rank 0, by rank of the experts: [0, 0, 1], [1, 2, 2], [2, 3, 3], [1, 1, 0]
     # ragged: to rank 1 four of its rows, to the other node 2 + 3; a weight each
@@ -146,7 +146,7 @@ def a_page() -> tuple[float, ...]:
     return tuple(map(float, bytes_))
 
 
-def test_half_the_bytes_cross_between_nodes() -> None:
+def test_dedup_node_halves_inter_node_bytes() -> None:
     far, total, far_once, total_once = (
         torch.tensor(run_distributed(a_page, 4, timeout=120)).sum(0).tolist()
     )
@@ -175,12 +175,12 @@ def chosen(kind: str, ep: int, per_node: int, k: int) -> str:
         ("auto", 2, 1, 2, "AllToAllDispatcher 4"),
     ],
 )
-def test_what_there_is_in_a_node_and_between(
+def test_default_dispatcher_depends_on_ranks_per_node(
     kind: str, ep: int, per_node: int, k: int, name: str
 ) -> None:
     assert run_distributed(chosen, 2, kind, ep, per_node, k) == [name] * 2
 
 
-def test_no_nodes_to_cross() -> None:
+def test_default_dispatcher_without_inter_node_links() -> None:
     with pytest.raises(ValueError, match="do not span several nodes of 2 ranks evenly"):
         run_distributed(chosen, 2, "dedup_node", 2, 2, 4)

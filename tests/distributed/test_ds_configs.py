@@ -18,7 +18,7 @@ SAME = (
 )  # where the state lies, no more
 
 
-def test_deepspeed_has_every_key() -> None:
+def test_deepspeed_defines_every_allowed_key() -> None:
     """Of sections that it reads with classes; it ignores none, for they forbid what they do not know."""
     import_deepspeed()
     from deepspeed.comm.config import CommsLoggerConfig
@@ -71,7 +71,7 @@ def train(text: str) -> dict[int, tuple[list[float], list[float]]]:
     return told
 
 
-def test_deepspeed_quotes_words_for_other_nodes_as_launch_has_it() -> None:
+def test_deepspeed_quotes_arguments_as_the_launch_script_expects() -> None:
     """launch/deepspeed.sh quotes for what is left: a word with a space is put between double quotes, others stay."""
     import_deepspeed()
     from deepspeed.launcher.multinode_runner import PDSHRunner

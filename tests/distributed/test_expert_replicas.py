@@ -36,7 +36,7 @@ ALONE: Any = meshes.Axis(1, 0, None)  # type: ignore[arg-type]  # says nothing t
 
 
 @pytest.mark.timeout(300)
-def test_an_owner_does_what_everyone_did(small_text: Path, tmp_path: Path) -> None:
+def test_sharded_update_equals_replicated_update(small_text: Path, tmp_path: Path) -> None:
     """Four ranks, parts that are uneven and empty: gradients summed over all replicas by hand, and the update of the
     whole stack, are the slow reference; a checkpoint goes on, bit by bit, and on another layout."""
     by_rank = run_distributed(own, 4, str(small_text), tmp_path, timeout=280)
@@ -143,7 +143,7 @@ def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(300)
-def test_gradients_that_are_freed_early_give_the_same(small_text: Path) -> None:
+def test_fused_update_in_backward_equals_separate_update(small_text: Path) -> None:
     """On two ranks at ep 1 and 2. And a step that cannot be skipped is an error on both."""
     for told in run_distributed(free, 2, str(small_text), timeout=280):
         for case, same in told.pop("same").items():
@@ -215,7 +215,7 @@ HIERARCHICAL = ["model.moe.num_experts=16", "model.moe.num_groups=4"]
 
 
 @pytest.mark.timeout(220)
-def test_four_bytes_a_parameter_are_all() -> None:
+def test_fused_update_peaks_at_four_bytes_per_parameter() -> None:
     """Four layers of experts, 144 MB each: at the peak their weights, and one layer's gradient."""
     done = subprocess.run(
         [sys.executable, __file__, "optim.fuse_expert_update_in_backward=true"],

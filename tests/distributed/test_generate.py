@@ -92,7 +92,7 @@ def prompt(reader: TextModel, lines: int = 3) -> torch.Tensor:
 
 @pytest.mark.timeout(300)  # the first test trains the runs
 @pytest.mark.parametrize("name", [*RUNS, *EP2])
-def test_the_model_read_back_is_the_one_trained(
+def test_loaded_model_equals_the_trained_one(
     name: str, trained: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, told = trained
@@ -122,7 +122,9 @@ def test_the_model_read_back_is_the_one_trained(
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["flat", "hierarchical", "dense", "capacity"])
-def test_a_text_may_be_read_in_any_parts(name: str, trained: tuple[Path, dict[str, Any]]) -> None:
+def test_text_read_in_parts_gives_the_same_state(
+    name: str, trained: tuple[Path, dict[str, Any]]
+) -> None:
     reader = TextModel(trained[0] / name)
     word_T = prompt(reader)
     whole_V, after = reader.read(word_T, reader.initial_state())
@@ -137,7 +139,7 @@ def test_a_text_may_be_read_in_any_parts(name: str, trained: tuple[Path, dict[st
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MOE)
-def test_visits_are_those_that_the_layer_is_made_of(
+def test_recorded_assignments_reproduce_the_layer(
     name: str, trained: tuple[Path, dict[str, Any]]
 ) -> None:
     """Each word's output, summed in a loop over the experts and weights that are told of it; weights from the gates."""
@@ -187,7 +189,7 @@ def gate_weights(x_D: torch.Tensor, weights: dict[str, torch.Tensor], k: int) ->
 
 
 @pytest.mark.timeout(300)
-def test_shares_and_the_heaviest_words_of_an_expert(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_expert_shares_and_heaviest_words(trained: tuple[Path, dict[str, Any]]) -> None:
     reader = TextModel(trained[0] / "hierarchical")
     visits = reader.expert_assignments(prompt(reader, 20))["middle"]
     share_E = expert_shares(visits)
@@ -207,7 +209,7 @@ def text_of(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
 
 
 @pytest.mark.timeout(300)
-def test_cold_sampling_is_greedy_and_a_seed_is_a_text(
+def test_low_temperature_is_greedy_and_a_seed_repeats(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trained[0] / "flat"
@@ -235,7 +237,7 @@ def test_cold_sampling_is_greedy_and_a_seed_is_a_text(
 
 
 @pytest.mark.timeout(300)
-def test_next_lists_the_most_probable_words(
+def test_next_prints_the_most_probable_words(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trained[0] / "hierarchical"
@@ -260,7 +262,7 @@ def test_next_lists_the_most_probable_words(
 
 
 @pytest.mark.timeout(300)
-def test_tables_of_experts(
+def test_expert_tables_are_printed(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, visited in (("flat", 2), ("hierarchical", 4)):
@@ -285,7 +287,7 @@ def test_tables_of_experts(
 
 
 @pytest.mark.timeout(300)
-def test_specialisation_of_a_text_of_ones_own(
+def test_specialization_on_a_user_text(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own.txt").write_text("In the Zeppelin, God.\n\nAnd so\n" + "more words\n" * 9)
@@ -336,7 +338,7 @@ def test_specialisation_of_a_text_of_ones_own(
         ("deeper", [], "model.ffn_layers=3, not 2"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_generate_mistake_prints_one_line(
     name: str,
     args: list[str],
     says: str,
@@ -361,7 +363,7 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.timeout(300)
-def test_the_program_is_quiet_and_starts_without_deepspeed(
+def test_generate_is_quiet_and_imports_no_deepspeed(
     trained: tuple[Path, dict[str, Any]],
 ) -> None:
     run = str(trained[0] / "hierarchical_ep2")

@@ -17,7 +17,7 @@ from moe_dist.training.evaluate import evaluate
 
 
 @pytest.mark.timeout(200)
-def test_measures_of_glue_are_those_of_all_predictions_on_any_layout(tmp_path: Path) -> None:
+def test_glue_scores_of_any_layout_are_those_of_all_predictions(tmp_path: Path) -> None:
     """37 texts of test in steps of 16: the last step has padding."""
     words = ["good", "bad", "fine", "dull", "long"]
     for name, label in (

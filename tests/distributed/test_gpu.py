@@ -16,7 +16,7 @@ from moe_dist.nn.token_context import TokenContext
 pytestmark = pytest.mark.gpu
 
 
-def test_native_grouped_matmul_equals_the_portable_one() -> None:
+def test_native_grouped_matmul_equals_portable() -> None:
     generator = torch.Generator().manual_seed(0)
     x_RD, w_eDF = (
         torch.randn(*s, generator=generator, dtype=torch.bfloat16)
@@ -37,7 +37,7 @@ def test_native_grouped_matmul_equals_the_portable_one() -> None:
     assert results[1][2][1].count_nonzero() == 0, "an expert without rows has a zero gradient"
 
 
-def test_no_rows_at_all_give_zero_gradients() -> None:
+def test_zero_rows_give_zero_gradients() -> None:
     x_RD = torch.zeros(0, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     w_eDF = torch.ones(5, 64, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     y_RF = grouped_matmul(x_RD, w_eDF, torch.zeros(5, dtype=torch.int64, device="cuda"))
@@ -46,7 +46,7 @@ def test_no_rows_at_all_give_zero_gradients() -> None:
     assert w_eDF.grad is not None and w_eDF.grad.count_nonzero() == 0
 
 
-def test_bits_are_those_of_the_cpu() -> None:
+def test_noise_bits_on_cuda_equal_cpu() -> None:
     def normal(device: str) -> torch.Tensor:
         sample_T = torch.arange(50, device=device)
         ctx = TokenContext(
@@ -60,7 +60,7 @@ def test_bits_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("ds", ["fp32", "bf16"])
-def test_a_few_steps_on_every_stage_agree(ds: str, small_text: Path) -> None:
+def test_steps_agree_on_every_zero_stage(ds: str, small_text: Path) -> None:
     if not torch.distributed.is_initialized():
         meshes.init_process_group()
     norms = [
@@ -71,7 +71,7 @@ def test_a_few_steps_on_every_stage_agree(ds: str, small_text: Path) -> None:
         assert other == pytest.approx(norms[0], rel=1e-5 if ds == "fp32" else 0.02)
 
 
-def test_the_clock_tells_where_the_stream_was() -> None:
+def test_step_timer_measures_stream_time() -> None:
     """20 products of 2 x 4096³ operations take their time on any device, whenever Python was done with them."""
     clock, x = StepTimer(torch.device("cuda")), torch.ones(4096, 4096, device="cuda")
     for _ in range(2):  # the first one loads kernels

@@ -260,7 +260,7 @@ def test_layer_equals_reference(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_token_crosses_once_for_each_chosen_group(
+def test_token_is_sent_once_for_each_chosen_group(
     ran: tuple[Layout, list[dict[str, Any]]], case: str
 ) -> None:
     """k rows a token and not k²; and counts of groups, not of experts."""
@@ -309,7 +309,7 @@ def test_secondary_gates_stay_in_float32(ran: tuple[Layout, list[dict[str, Any]]
 # training
 
 
-def test_gates_are_in_the_norm_and_under_adam(ran: tuple[Layout, list[dict[str, Any]]]) -> None:
+def test_group_gates_are_in_the_norm_and_use_adam(ran: tuple[Layout, list[dict[str, Any]]]) -> None:
     """Rank r has a gradient of (1, -1) (1 + r) for its gate; that of the gate is the sum over its replicas, over all
     ranks. The dense gradient is (3, 4), so norm² = 25 + 2 sum of squares of the gates'."""
     layout, by_rank = ran
@@ -330,7 +330,7 @@ def test_gates_are_in_the_norm_and_under_adam(ran: tuple[Layout, list[dict[str, 
         )  # the first step of Adam is the learning rate
 
 
-def test_training_on_two_ranks_is_training_on_one(spawned: Any) -> None:
+def test_training_on_two_ranks_equals_one(spawned: Any) -> None:
     """Ten clipped steps at ep 2 with accumulation 2."""
     alone = spawned(1)[0]["trained"]
     gates = [name for name in alone["weights"] if ".experts.w_" in name]
@@ -343,12 +343,12 @@ def test_training_on_two_ranks_is_training_on_one(spawned: Any) -> None:
         assert deviation(told["weights"], alone["weights"]) < 1e-5
 
 
-def test_a_checkpoint_goes_on_bit_identically(spawned: Any) -> None:
+def test_resume_is_bit_identical(spawned: Any) -> None:
     for rank in spawned(2):
         assert all(rank["trained"]["same"].values()), rank["trained"]["same"]
 
 
-def test_a_checkpoint_goes_on_at_another_ep(spawned: Any) -> None:
+def test_resume_at_another_ep(spawned: Any) -> None:
     for rank in spawned(2):
         assert (
             deviation(rank["trained"]["moved weights"], spawned(1)[0]["trained"]["weights"]) < 1e-5

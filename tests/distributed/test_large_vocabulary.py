@@ -37,7 +37,7 @@ def train(text: str, layouts: list[tuple[int, int, int]], sets: list[str]) -> li
 
 
 @pytest.mark.timeout(200)
-def test_every_layout_agrees(small_text: Path) -> None:
+def test_sampled_softmax_agrees_on_every_layout(small_text: Path) -> None:
     reference = run_distributed(train, 1, str(small_text), [(1, 0, 1)], [])[0][0]
     assert min(reference["norms"]) > 0.3, "clipping at 0.3 is active at every step"
     for world, layouts in (
@@ -56,7 +56,7 @@ def test_every_layout_agrees(small_text: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-def test_narrow_rows_follow_their_masters_and_resume(small_text: Path, tmp_path: Path) -> None:
+def test_bf16_rows_follow_their_masters_and_resume(small_text: Path, tmp_path: Path) -> None:
     for told in run_distributed(train_narrow, 2, str(small_text), tmp_path):
         assert told["norms"] == pytest.approx(told["wide norms"], rel=0.01)
         assert told["rounded"] and told["waited"] and told["same"]
@@ -103,9 +103,9 @@ def train_narrow(text: str, folder: Path) -> dict[str, Any]:
 WORDS, WIDTH = 793_471, 512
 
 
-@pytest.mark.slow  # fast: test_narrow_rows_follow_their_masters_and_resume, test_row_sparse_adam.py
+@pytest.mark.slow  # fast: test_bf16_rows_follow_their_masters_and_resume, test_row_sparse_adam.py
 @pytest.mark.timeout(280)
-def test_a_step_at_793471_words_moves_touched_rows_alone_and_fits(tmp_path: Path) -> None:
+def test_step_at_793471_words_updates_touched_rows_alone(tmp_path: Path) -> None:
     """Two ranks, width 512. Bytes that a rank sends in a ring's all-reduce of n bytes on two ranks: n. Each module
     tells a byte per word and then n rows of 512 (the softmax: and a bias) float32."""
     text = tmp_path / "words.txt"

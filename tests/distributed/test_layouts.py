@@ -77,7 +77,7 @@ def every_layout(world: int) -> list[tuple[int, int, int]]:
         pytest.param(4, every_layout(4), id="4-all", marks=pytest.mark.slow),
     ],
 )
-def test_norm_loss_weights_and_bytes_on_every_layout(
+def test_every_layout_equals_one_rank(
     world: int, layouts: list[tuple[int, int, int]], one_rank: Result, small_text: Path
 ) -> None:
     by_rank = run_distributed(train, world, str(small_text), layouts, timeout=400)

@@ -16,7 +16,7 @@ from moe_dist.training.setup import train_step
 
 
 @pytest.mark.timeout(120)
-def test_a_line_adds_up_to_the_loss(small_text: Path) -> None:
+def test_logged_losses_add_up(small_text: Path) -> None:
     """Loss per word + balance loss is the step's loss, over 2 ranks, 2 micro-batches and 4 balance groups."""
     for total, line in run_distributed(one_line, 2, str(small_text), timeout=100):
         assert line["train/loss"] + line["train/balance_loss"] == pytest.approx(total, rel=1e-6)
@@ -45,7 +45,7 @@ STEPS = 3
 
 
 @pytest.mark.timeout(120)
-def test_balance_is_measured_in_each_step_and_then_averaged(small_text: Path) -> None:
+def test_balance_is_measured_per_step_and_averaged(small_text: Path) -> None:
     """On 2 ranks, with 1 and 2 micro-batches, summed over ranks once a line and after every step."""
     ranks = run_distributed(of_steps, 2, str(small_text), timeout=100)
     lines = []

@@ -36,9 +36,9 @@ def columns(case: str) -> int:
     return 2000 if case != "rows" else 1 + round(inclusion_probability(2000, 50).sum().item())
 
 
-@pytest.mark.slow  # fast: test_two_ranks_hold_and_send_what_was_planned
+@pytest.mark.slow  # fast: test_two_ranks_hold_and_send_the_planned_bytes
 @pytest.mark.timeout(200)
-def test_estimates_are_what_a_rank_holds() -> None:
+def test_memory_estimates_equal_what_a_rank_holds() -> None:
     for told in run_distributed(held, 2, timeout=180):
         for (case, ds, zero), got in told.items():
             memory = planned(ds, zero, *CASES[case])[1]["memory_bytes"]

@@ -21,7 +21,7 @@ def state(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.timeout(200)
-def test_matrices_alone_decay_on_any_layout() -> None:
+def test_only_matrices_decay_on_any_layout() -> None:
     """Where every gradient is zero a matrix is multiplied by 1 - 1e-3 x 0.1 and a vector stays as it is, bit by bit."""
     for rank in run_distributed(decay_alone, 2, timeout=150):
         for (zero, name), (kind, off) in rank.items():
@@ -66,7 +66,7 @@ def decay_alone() -> dict[tuple[int, str], tuple[str, float]]:
 
 
 @pytest.mark.timeout(120)
-def test_a_norm_that_is_not_finite_changes_nothing(small_text: Path) -> None:
+def test_nonfinite_norm_skips_the_step(small_text: Path) -> None:
     for rank in run_distributed(poison, 2, str(small_text), timeout=100):
         assert rank == {
             (zero, place): True for zero in (0, 1, 2, 3) for place in ("expert", "dense")
@@ -106,7 +106,7 @@ LAMB = ["optim.lamb=true", "optim.weight_decay=0.1", "optim.expert_optimizer=ada
 
 
 @pytest.mark.timeout(200)
-def test_trust_ratios_of_dense_matrices_are_lambs_on_any_layout(small_text: Path) -> None:
+def test_dense_trust_ratios_equal_lamb_on_any_layout(small_text: Path) -> None:
     """One rank takes timm's steps on the same gradients, and two ranks at any stage those of one."""
     (expected,) = run_distributed(beside_timm, 1, str(small_text), timeout=100)
     for rank in run_distributed(lamb_on_stages, 2, str(small_text), timeout=100):

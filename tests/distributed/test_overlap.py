@@ -88,7 +88,7 @@ def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
     return told
 
 
-def test_pieces_travel_while_experts_run_and_weights_wait_for_the_last() -> None:
+def test_chunks_overlap_experts_and_wgrads_run_last() -> None:
     first, second = run_distributed(events, 2, "all_to_all", 2, timeout=90)
     assert (
         first
@@ -128,12 +128,12 @@ def test_pieces_travel_while_experts_run_and_weights_wait_for_the_last() -> None
         ("dedup_rank", "groups"),
     ],
 )
-def test_in_one_piece_the_weights_alone_wait(kind: str, what: str) -> None:
+def test_one_chunk_delays_only_wgrads(kind: str, what: str) -> None:
     told = run_distributed(events, 2, kind, 1, what, timeout=90)[0]
     assert told[-4:] == ["+dispatch_backward 0", "w1 0", "w2 0", "-dispatch_backward 0"]
 
 
-def test_over_nodes_they_wait_for_the_rows_of_other_nodes() -> None:
+def test_dedup_node_wgrads_wait_for_rows_of_other_nodes() -> None:
     told = run_distributed(events, 4, "dedup_node", 4, timeout=90)[0]
     assert told[told.index("backward") :] == [
         "backward",
@@ -151,7 +151,7 @@ def test_over_nodes_they_wait_for_the_rows_of_other_nodes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["all_to_all", "dedup_rank"])
-def test_without_pieces_nothing_is_put_off(kind: str) -> None:
+def test_without_chunks_nothing_is_delayed(kind: str) -> None:
     told = run_distributed(events, 2, kind, 0, timeout=90)[0]
     assert told[-2:] == ["+dispatch_backward 0", "-dispatch_backward 0"] and not any(
         event[0] == "w" for event in told
@@ -159,7 +159,7 @@ def test_without_pieces_nothing_is_put_off(kind: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["plain", "gelu"])
-def test_experts_without_a_fast_path_do_likewise(what: str) -> None:
+def test_experts_without_a_fast_path_overlap_too(what: str) -> None:
     told = run_distributed(events, 2, "all_to_all", 2, what, timeout=90)[0]
     assert told[:2] == ["+dispatch 0", "+dispatch 1"]
     assert told[-6:] == [
@@ -210,7 +210,7 @@ def narrow() -> dict[str, tuple[float, float]]:
     return told
 
 
-def test_rows_that_travel_in_bf16_are_half_the_bytes() -> None:
+def test_bf16_rows_halve_the_bytes() -> None:
     for told in run_distributed(narrow, 2, timeout=90):
         for error, share in told.values():
             assert share == 0.5

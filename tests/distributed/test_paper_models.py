@@ -40,7 +40,7 @@ def divided(name: str, text: str) -> Config:
 
 
 @pytest.mark.timeout(200)
-def test_every_model_trains_three_steps_and_goes_on(small_text: Path, tmp_path: Path) -> None:
+def test_every_paper_model_trains_and_resumes(small_text: Path, tmp_path: Path) -> None:
     for told in run_distributed(train_all, 2, str(small_text), tmp_path, timeout=180):
         assert told.keys() == {make.__name__ for make in shazeer2017.CONFIGS}
         for name, (losses, same) in told.items():

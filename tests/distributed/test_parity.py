@@ -376,7 +376,7 @@ def test_language_model_equals_reference(
     assert_equal(gathered([rank[name] for rank in by_rank], layout.ep), expected)
 
 
-def test_cases_are_what_they_say() -> None:
+def test_parity_cases_have_their_properties() -> None:
     expected = {name: expected_layer(case) for name, case in CASES.items()}
     valid = sum(LENGTHS)  # 18
     assert [int(expected[name]["rows_E"].sum()) for name in ("k1", "k2", "k4")] == [

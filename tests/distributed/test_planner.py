@@ -79,7 +79,7 @@ def live(text: str) -> tuple[dict[str, int], dict[str, float], dict[str, int]]:
 
 
 @pytest.mark.timeout(120)
-def test_two_ranks_hold_and_send_what_was_planned(small_text: Path) -> None:
+def test_two_ranks_hold_and_send_the_planned_bytes(small_text: Path) -> None:
     config = tiny(*MEASURED)
     plain, layout, ds = (
         task_of(config).build_model(config),
@@ -138,7 +138,7 @@ def echoed(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(120)
-def test_others_send_what_a_rank_sends_itself(small_text: Path) -> None:
+def test_loopback_traffic_equals_real_traffic(small_text: Path) -> None:
     """The second of two ranks has experts 4 to 7 of 8, and of each twice the rows that its own words have there."""
     (told,) = run_distributed(echoed, 1, str(small_text), timeout=100)
     assert told["held"] == 4 and sum(told["sent"]) == 48 * 2
@@ -146,6 +146,6 @@ def test_others_send_what_a_rank_sends_itself(small_text: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_what_two_ranks_say_is_timed() -> None:
+def test_collective_benchmark_of_two_ranks_returns_times() -> None:
     for link in run_distributed(microbenchmark.benchmark_collectives, 2, 2, timeout=100)[0]:
         assert 0 < link.latency < 1 and 1e6 < link.bandwidth < 1e12

@@ -14,9 +14,7 @@ from moe_dist.distributed import rendezvous_port
 
 
 @pytest.mark.timeout(120)
-def test_a_profile_of_two_ranks_has_named_ranges_with_what_they_say(
-    small_text: Path, tmp_path: Path
-) -> None:
+def test_profile_of_two_ranks_has_named_ranges(small_text: Path, tmp_path: Path) -> None:
     """Of a hierarchical layer, whose groups have gates, exchanges and experts of their own."""
     sets = set_(
         *TINY,

@@ -23,7 +23,7 @@ WORDS = tuple("abcdefgh")
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("where", ["both", "rank 1"])
-def test_every_rank_ends_with_one_line_where_a_file_breaks(where: str, tmp_path: Path) -> None:
+def test_broken_file_ends_every_rank_with_one_line(where: str, tmp_path: Path) -> None:
     """Cut short while two ranks train on it, for both or for one alone, which has a disk of its own."""
     rng = random.Random(0)
     rows = [json.dumps({"text": " ".join(rng.choices(WORDS, k=9))}) for _ in range(3000)]
@@ -87,7 +87,7 @@ LAYOUTS = {
 
 
 @pytest.mark.timeout(300)
-def test_a_streamed_run_is_the_same_on_every_layout_and_goes_on_on_any(
+def test_streamed_run_is_the_same_on_every_layout_and_resumes(
     small_text: Path, tmp_path: Path
 ) -> None:
     """18 lines of about 28 tokens on 8 lanes of 6 timesteps: 16 steps are more than a pass."""
@@ -134,7 +134,7 @@ def train_streamed(
 
 
 @pytest.mark.timeout(120)
-def test_the_main_rank_makes_it_alone_and_its_error_is_everyones(tmp_path: Path) -> None:
+def test_run_on_main_shares_its_result_and_its_error(tmp_path: Path) -> None:
     told = run_distributed(from_main_thrice, 3, tmp_path, timeout=100)
     assert told == [("made by 0", "data.text='x': made by 0", "in time")] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["0"]

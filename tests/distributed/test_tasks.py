@@ -45,7 +45,7 @@ FEW = [(2, 2, 3, 1), (4, 2, 1, 1)]
     ],
     ids=["images", "images-recompute", "texts", "texts-recompute"],
 )
-def test_widenet_is_certified_and_the_run_is_live(
+def test_widenet_is_certified_on_a_live_run(
     config: Config, layouts: list[tuple[int, int, int, int]], small_text: Path
 ) -> None:
     if config.task == "pretraining":
@@ -63,7 +63,7 @@ def test_widenet_is_certified_and_the_run_is_live(
 
 
 @pytest.mark.timeout(200)
-def test_a_run_goes_on_bit_identically(tmp_path: Path) -> None:
+def test_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     for same in run_distributed(interrupt, 2, tmp_path, timeout=180):
         assert same == {"images": True, "sentences": True}
 
@@ -90,9 +90,7 @@ def interrupt(folder: Path) -> dict[str, bool]:
 
 
 @pytest.mark.timeout(200)
-def test_fine_tuning_begins_with_the_weights_and_tokens_of_another_run(
-    small_text: Path, tmp_path: Path
-) -> None:
+def test_fine_tuning_loads_weights_and_tokens(small_text: Path, tmp_path: Path) -> None:
     """On two ranks with experts on both, from a run on two ranks."""
     for before, after, tokens in run_distributed(
         fine_tune, 2, str(small_text), tmp_path, timeout=180
@@ -126,7 +124,7 @@ def fine_tune(text: str, folder: Path) -> Any:
 
 
 @pytest.mark.timeout(200)
-def test_what_a_run_begins_with_is_the_same_on_any_layout(tmp_path: Path) -> None:
+def test_initial_weights_are_the_same_on_any_layout(tmp_path: Path) -> None:
     """From a run of 4 experts one of 8 takes none of them, also where a rank has as many as one of that run's had."""
     one = run_distributed(grown, 1, tmp_path, 1, timeout=90)[0]
     for two in run_distributed(grown, 2, tmp_path, 2, timeout=90):
@@ -166,7 +164,7 @@ def grown(folder: Path, ep: int) -> dict[str, Any]:
     return told
 
 
-def test_a_certificate_of_a_run_that_begins_with_another(trained: dict[str, Path]) -> None:
+def test_certificate_of_a_fine_tuned_run(trained: dict[str, Path]) -> None:
     config = tiny_images(f"init_from={trained['image_classification']}")
     told = certificate.verify(
         config, [ParallelConfig(1, 1, 3, 1), ParallelConfig(1, 1, 1, 1)], steps=3, replay=True
@@ -174,7 +172,7 @@ def test_a_certificate_of_a_run_that_begins_with_another(trained: dict[str, Path
     assert max(max(t["loss"], t["weights"]) for t in told["layouts"]) < 1e-5, told["layouts"]
 
 
-def test_a_language_model_begins_with_the_vocabulary_of_the_other(tmp_path: Path) -> None:
+def test_language_model_inherits_the_vocabulary(tmp_path: Path) -> None:
     for name, digits in (
         ("first", "012345678"),
         ("second", "876543210"),
@@ -199,7 +197,7 @@ def two_vocabularies(folder: Path) -> bool:
     return apart and same
 
 
-def test_other_classes_are_refused(trained: dict[str, Path]) -> None:
+def test_different_classes_are_rejected(trained: dict[str, Path]) -> None:
     with pytest.raises(
         ValueError, match=r"trained on classes a, b \(2\), and its data has T-shirt"
     ):
@@ -233,7 +231,7 @@ def squad(folder: Path, num: int) -> Path:
 
 
 @pytest.mark.timeout(200)
-def test_answers_score_the_same_on_any_layout(tmp_path: Path) -> None:
+def test_squad_scores_are_the_same_on_any_layout(tmp_path: Path) -> None:
     file = squad(tmp_path, 90)
     one = run_distributed(answer, 1, str(file), 1, timeout=90)[0]
     assert 0 <= one["test/exact"] <= one["test/f1"] <= 100 and one["test/f1"] > 0
@@ -264,7 +262,7 @@ def tiny_questions(file: str) -> Config:
     return dataclasses.replace(config, task="question_answering", data=data)
 
 
-def test_dropped_assignments_and_the_divergence_of_norms_are_told() -> None:
+def test_drop_rate_and_norm_divergence_are_logged() -> None:
     (line, told, expected), _ = run_distributed(one_line, 2, timeout=90)
     # of sharded weights as of whole ones
     assert told == {
@@ -411,7 +409,7 @@ def test_sentences_are_classified(
         ("pretraining", ["--text", "a film"], "has no classes"),
     ],
 )
-def test_what_cannot_be_classified_is_one_line(
+def test_unclassifiable_input_prints_one_line(
     task: str,
     args: list[str],
     says: str,
@@ -508,7 +506,7 @@ def test_a_bad_setting_is_one_line_and_status_2(
     check_plan([name, *set_(*assignments.split())], says, capsys)
 
 
-def test_classes_that_the_data_lacks_are_told() -> None:
+def test_classes_missing_from_the_data_are_reported() -> None:
     mesh: Any = None  # not asked
     for more, notes in ((0, []), (2, ["2 of model.num_classes=12 are not in the data"])):
         config = tiny_images(f"model.num_classes={10 + more}")

@@ -135,7 +135,7 @@ def every_case(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_output_and_gradients_are_those_of_a_loop(dtype: str) -> None:
+def test_kernels_equal_a_loop(dtype: str) -> None:
     run_distributed(every_case, 1, dtype)
 
 
@@ -153,7 +153,7 @@ def with_options() -> None:
     assert (sum(CASES["ragged"][1]), 48) not in kept, "no hidden units"
 
 
-def test_recompute_keeps_no_hidden_units_and_gradients_of_weights_may_wait() -> None:
+def test_recompute_and_delayed_wgrad_options() -> None:
     run_distributed(with_options, 1)
 
 
@@ -247,7 +247,7 @@ def interpreted_experts() -> None:
     experts_with_and_without("cpu", "bf16")
 
 
-def test_experts_that_are_switched_on_have_the_results_of_others() -> None:
+def test_triton_experts_equal_other_experts() -> None:
     run_distributed(interpreted_experts, 1)
 
 
@@ -259,7 +259,7 @@ def skip_unless_hopper() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mean", [4, 20, 60])
-def test_a_gpu_has_the_results_of_a_loop_twice_the_same(
+def test_kernels_on_a_gpu_equal_a_loop_and_repeat(
     mean: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the tiles for each size: there are 11 / 7 of `mean` assignments to an expert."""
@@ -273,6 +273,6 @@ def test_a_gpu_has_the_results_of_a_loop_twice_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_experts_on_a_gpu_have_the_results_of_others(dtype: str) -> None:
+def test_triton_experts_on_a_gpu_equal_other_experts(dtype: str) -> None:
     skip_unless_hopper()
     experts_with_and_without("cuda", dtype)

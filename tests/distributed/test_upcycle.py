@@ -88,7 +88,7 @@ def saved(
 
 
 @pytest.mark.timeout(150)
-def test_exact_copies_with_as_many_more_choices_compute_the_same(
+def test_exact_copies_with_proportional_k_compute_the_same(
     saved: tuple[str, Path, dict[str, Told]],
 ) -> None:
     """8 experts become 24, and k = 2 becomes 6."""
@@ -114,7 +114,9 @@ def test_exact_copies_with_as_many_more_choices_compute_the_same(
 
 
 @pytest.mark.timeout(150)
-def test_copies_are_perturbed_alike_on_any_layout(saved: tuple[str, Path, dict[str, Told]]) -> None:
+def test_copies_are_perturbed_equally_on_any_layout(
+    saved: tuple[str, Path, dict[str, Told]],
+) -> None:
     text, folder, first = saved
     jobs = [("flat", 0.1), ("groups", 0.1)]
     one, *others = [
@@ -132,7 +134,9 @@ def test_copies_are_perturbed_alike_on_any_layout(saved: tuple[str, Path, dict[s
 
 
 @pytest.mark.timeout(150)
-def test_as_a_user(small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grow_from_the_command_line(
+    small_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     sets = set_(*TINY, "steps=2", "save_every=2", f"data.text={small_text}")
     assert train_forked("lstm_moe_demo", "--folder", str(old), *sets)[0] == 0

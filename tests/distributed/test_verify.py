@@ -55,7 +55,7 @@ def small(text: Path, *sets: str) -> Config:
     ],
     ids=["flat", "flat-1e-2", "hierarchical", "hierarchical-1e-2"],
 )
-def test_the_demo_is_certified_and_the_run_is_live(
+def test_demo_is_certified_on_a_live_run(
     sets: list[str], layouts: list[tuple[int, int, int, int]], small_text: Path
 ) -> None:
     told = certificate.verify(
@@ -175,7 +175,7 @@ def reference(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_a_planted_fault_is_reported(fault: str | None, small_text: Path, reference: Path) -> None:
+def test_planted_fault_is_reported(fault: str | None, small_text: Path, reference: Path) -> None:
     (told,), _ = run_distributed(
         run_faulty,
         2,
@@ -191,7 +191,9 @@ def test_a_planted_fault_is_reported(fault: str | None, small_text: Path, refere
     ), json.dumps(told)
 
 
-def test_command_line(small_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_verify_from_the_command_line(
+    small_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     sets = [part for s in [*SMALL, f"data.text={small_text}", "steps=7"] for part in ("--set", s)]
     file = tmp_path / "told.json"
     assert (

@@ -239,7 +239,7 @@ def test_models_equal_the_reference(ran: tuple[Layout, list[dict[str, Any]]], na
     assert_equal(gathered(tensors, layout.ep), expected_case(name))
 
 
-def test_shared_experts_exchange_at_every_depth_and_are_reduced_once(
+def test_shared_experts_dispatch_at_every_depth_and_reduce_once(
     ran: tuple[Layout, list[dict[str, Any]]],
 ) -> None:
     """T blocks are T exchanges each way, each with the shared layer's name and its own layer call, also if blocks share
@@ -272,7 +272,7 @@ def test_shared_experts_exchange_at_every_depth_and_are_reduced_once(
         assert len(rank["step"]["changed"]) == 4
 
 
-def test_cases_are_what_they_say() -> None:
+def test_widenet_cases_have_their_properties() -> None:
     for name, (config, _) in CASES.items():
         expected = expected_case(name)
         assert (expected["dropped"] > 0).all() and (expected["rows"].sum(1) > 0).all()

@@ -261,7 +261,7 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", VITS)
-def test_vit_equals_timms(name: str, dtype: torch.dtype) -> None:
+def test_vit_equals_timm(name: str, dtype: torch.dtype) -> None:
     config = VITS[name]
     image_BQYX = drawn(5, 3, 12, 12, key="images").to(dtype)
     model = filled(VisionTransformer(config), dtype)
@@ -305,7 +305,7 @@ def test_albert_equals_transformers(name: str, dtype: torch.dtype) -> None:
     ],
     ids=["vit_b", "vit_l", "albert", "bert_factorised"],
 )
-def test_the_papers_models_have_the_peers_parameters(
+def test_paper_models_have_the_parameters_of_their_peers(
     config: Any,
     make: Callable[..., nn.Module],
     make_peer: Callable[..., nn.Module],

@@ -53,7 +53,7 @@ def remove(path: Path, chance: random.Random) -> None:
     path.unlink()
 
 
-def test_no_damaged_checkpoint_is_taken(run: Path) -> None:
+def test_damaged_checkpoint_is_never_loaded(run: Path) -> None:
     """194 of 200; the other six are kills."""
     chance = random.Random(0)
     older, newest = manifest.require_checkpoints(run)
@@ -86,7 +86,7 @@ def save_for_ever(text: str, folder: Path) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_path: Path) -> None:
+def test_kill_during_save_leaves_a_complete_checkpoint(small_text: Path, tmp_path: Path) -> None:
     chance, torn = random.Random(0), 0
     for first in (0, 2, 4, 6):
         if (
@@ -122,7 +122,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(small_text: Path, tmp_pat
 
 
 @pytest.mark.timeout(100)
-def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run: Path) -> None:
+def test_resume_uses_the_newest_complete_checkpoint_and_names_damaged_ones(run: Path) -> None:
     newest = manifest.require_checkpoints(run)[-1]
     flip(newest / "state.json", random.Random(0))
     status, _, stderr = train_forked(
@@ -147,7 +147,9 @@ def test_resume_names_what_it_refuses_and_goes_on_from_the_newest_whole_one(run:
         (3, ["step_00000002", "step_00000003"]),  # the damaged one does not count
     ],
 )
-def test_a_refused_checkpoint_pushes_no_other_out(step: int, left: list[str], run: Path) -> None:
+def test_refused_checkpoint_does_not_count_for_keep_last_n(
+    step: int, left: list[str], run: Path
+) -> None:
     newest = manifest.require_checkpoints(run)[-1]
     cut(newest / "state.json", random.Random(0))
     (run / "checkpoints" / "partial_step_00000007").mkdir()  # of a killed run
@@ -163,7 +165,7 @@ def resave(folder: Path, step: int) -> str:
     return manifest.newest_complete(folder)[0].name
 
 
-def test_a_hidden_shard_is_seen(run: Path) -> None:
+def test_hidden_shard_is_detected(run: Path) -> None:
     """torch's reader takes every file that ends like one."""
     older, newest = manifest.require_checkpoints(run)
     shutil.copy(shard(newest), newest / ".x.safetensors")
@@ -175,9 +177,7 @@ def test_a_hidden_shard_is_seen(run: Path) -> None:
 
 
 @pytest.mark.timeout(90)
-def test_a_checkpoint_in_the_background_outlives_an_exception(
-    small_text: Path, tmp_path: Path
-) -> None:
+def test_async_save_completes_after_an_exception(small_text: Path, tmp_path: Path) -> None:
     assert run_distributed(save_and_raise, 1, str(small_text), tmp_path, timeout=60) == [
         "step_00000001"
     ]
@@ -203,7 +203,7 @@ def save_and_raise(text: str, folder: Path) -> str:
 
 
 @pytest.mark.timeout(150)
-def test_where_none_is_whole_it_is_one_line_and_nothing_is_written(
+def test_without_a_complete_checkpoint_one_line_and_no_writes(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in manifest.require_checkpoints(run):
@@ -244,7 +244,7 @@ def seal(path: Path) -> None:
 @pytest.mark.parametrize(
     "names", [["shard"], ["state.json"], [".metadata", "__0_0.distcp", "x.pt", "x.pkl"]]
 )
-def test_a_hostile_checkpoint_executes_nothing(
+def test_hostile_checkpoint_executes_nothing(
     names: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mark = tmp_path / "mark"
@@ -304,7 +304,7 @@ def shard(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("spoil", FOREIGN.values(), ids=FOREIGN)
-def test_a_sealed_checkpoint_that_cannot_be_is_one_line(
+def test_impossible_sealed_checkpoint_prints_one_line(
     spoil: Callable[[Path], object], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = manifest.require_checkpoints(run)[-1]
@@ -318,7 +318,7 @@ def test_a_sealed_checkpoint_that_cannot_be_is_one_line(
 
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> None:
+def test_full_disk_is_reported_and_training_continues(background: str, run: Path) -> None:
     limit = "ulimit -f 190; exec "  # no file above 190 kB, as if the disk were full: pictures fit, checkpoints do not
     sets = set_("steps=5", "write_report=true", f"async_save={background}")
     command = [
@@ -346,7 +346,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(background: str, run: Path) -> 
 
 
 @pytest.mark.timeout(150)
-def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path) -> None:
+def test_sigterm_to_one_rank_saves_and_ends_all_ranks(small_text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sets = set_(
         *TINY,
@@ -393,7 +393,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all(small_text: Path, tmp_path: Path
 
 
 @pytest.mark.timeout(120)
-def test_a_checkpoint_in_the_background_is_of_its_step(small_text: Path, tmp_path: Path) -> None:
+def test_async_checkpoint_has_the_state_of_its_step(small_text: Path, tmp_path: Path) -> None:
     for expert_form in ("factored_adam", "adam"):
         same = run_distributed(
             save_beside, 2, str(small_text), tmp_path / expert_form, expert_form, timeout=100

@@ -57,7 +57,7 @@ def told(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
 
 
 @pytest.mark.timeout(120)
-def test_a_stopped_rank_is_named_with_layer_direction_and_rows(
+def test_stopped_rank_is_named_with_layer_direction_and_rows(
     small_text: Path, tmp_path: Path
 ) -> None:
     """Within patience and 5 seconds, by a rank that ends; its record has the call and how long others waited."""
@@ -106,7 +106,7 @@ def test_a_stopped_rank_is_named_with_layer_direction_and_rows(
 
 
 @pytest.mark.timeout(120)
-def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
+def test_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
     other, dead = two_ranks(
         tmp_path,
         small_text,
@@ -120,9 +120,9 @@ def test_a_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
     assert re.match(f"error on rank 0: {where}", error), error
 
 
-@pytest.mark.slow  # fast: test_a_rank_that_others_wait_for_in_a_sum_of_deepspeed_is_named
+@pytest.mark.slow  # fast: test_late_rank_in_a_deepspeed_collective_is_named
 @pytest.mark.timeout(120)
-def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path) -> None:
+def test_late_rank_is_reported_and_changes_nothing(small_text: Path, tmp_path: Path) -> None:
     """Alive, so nobody calls it dead; and who was late changes nothing."""
     late = (
         "fault_injection.fault=delay",
@@ -142,7 +142,7 @@ def test_a_late_rank_is_told_of_and_waited_for(small_text: Path, tmp_path: Path)
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("zero", [0, 3])
-def test_a_rank_that_others_wait_for_in_a_sum_of_deepspeed_is_named(
+def test_late_rank_in_a_deepspeed_collective_is_named(
     zero: int, small_text: Path, tmp_path: Path
 ) -> None:
     """Nothing is exchanged between these two: only DeepSpeed has them wait for each other."""
@@ -171,7 +171,7 @@ def unbroken(*sets: str) -> list[float]:
 
 
 @pytest.mark.timeout(120)
-def test_not_a_number_is_skipped_and_told_with_its_layer(small_text: Path, tmp_path: Path) -> None:
+def test_nan_is_skipped_and_reported_with_its_layer(small_text: Path, tmp_path: Path) -> None:
     """On two ranks and on one; what it was never began. A gradient, too; and too many in a row are the end."""
     for world in (1, 2):
         for seen in run_distributed(
@@ -241,7 +241,7 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(120)
-def test_chaotic_routings_train_on_any_layout(small_text: Path) -> None:
+def test_extreme_routings_train_on_any_layout(small_text: Path) -> None:
     """All tokens to one expert, ranks that send nothing, experts of a rank that get nothing: the same losses with
     experts spread over two ranks and with all on each, and with rows that travel in pieces or once."""
     for kind in ("one_expert", "ragged"):
@@ -281,17 +281,18 @@ def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
 
 
 @pytest.mark.timeout(120)
-def test_what_cannot_happen_is_refused(small_text: Path, tmp_path: Path) -> None:
+def test_impossible_faults_are_rejected(small_text: Path, tmp_path: Path) -> None:
     """In 30 steps of one process that is not torchrun's: it would look like survived."""
     assert run_distributed(refusals, 1, str(small_text), tmp_path) == [
         [
-            "fault_injection.rank=1: ranks are 0 to 0",
-            "fault_injection.step=31: the run has 30",
-            "fault_injection.phase='dispatch': nothing is exchanged on one expert-parallel rank; --set mesh.ep",
+            "fault_injection.rank=1: use 0 to 0",
+            "fault_injection.step=31: the run has 30 steps",
+            "fault_injection.phase='dispatch': one expert-parallel rank dispatches nothing; set mesh.ep to 2 or "
+            "more",
             "fault_injection.step=3: a checkpoint is saved at multiples of save_every=2",
             "fault_injection.step=3: evaluations are at multiples of eval_every=2",
-            "fault_injection.step=3: the phase 'report' follows the last step, 30",
-            "fault_injection.fault='kill_agent': this process was not started by torchrun",
+            "fault_injection.step=3: fault_injection.phase='report' follows the last step, 30",
+            "fault_injection.fault='kill_agent': this process has no agent; start it with torchrun",
         ]
     ]
 
@@ -371,7 +372,7 @@ def test_run_survives_a_killed_rank(small_text: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow  # fast: test_run_survives_a_killed_rank, test_only_an_agent_that_died_is_started_again
+@pytest.mark.slow  # fast: test_run_survives_a_killed_rank, test_only_a_dead_agent_is_restarted
 @pytest.mark.timeout(200)
 def test_run_survives_a_killed_agent(small_text: Path, tmp_path: Path) -> None:
     log = survive(faults.Fault("kill_agent", 0, 15, "save"), small_text, tmp_path)

@@ -28,7 +28,7 @@ from moe_dist.data.images.pipeline import (
 )
 
 
-def test_a_large_photograph_is_no_bomb(tmp_path: Path) -> None:
+def test_large_photograph_is_no_decompression_bomb(tmp_path: Path) -> None:
     """PIL warns of 89 million pixels and refuses twice as many; cameras have 100 million."""
     (tmp_path / "x.png").write_bytes(png(12_000, 9_000))
     code = "import sys; from moe_dist.data.images.image_files import open_image; open_image(sys.argv[1], None)"
@@ -47,7 +47,7 @@ def numbers(batch: AugmentedImages) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_any_number_of_workers(workers: int) -> None:
+def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
     split = open_images(dataclasses.replace(ALL, workers=workers), GRAY, 12, seed=3)["train"]
     parts = [range(6), range(6, 12)]
     ahead = split.batches(448, parts)
@@ -57,7 +57,7 @@ def test_batches_are_those_of_any_number_of_workers(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_evaluation_reads_every_image_once_in_order_and_pads_its_end(workers: int) -> None:
+def test_evaluation_reads_every_image_once_and_pads_the_end(workers: int) -> None:
     # 7 images in steps of 3: 3 steps, the last with one image and two samples of padding
     split = numbered(
         7, 3, train=False, workers=workers, mixup=0.5, label_smoothing=0.1, crop="pad", flip=True
@@ -76,7 +76,7 @@ def test_an_evaluation_reads_every_image_once_in_order_and_pads_its_end(workers:
     assert same(split.batch(2, range(3)), joined(batches[4:]))
 
 
-def test_no_other_random_numbers_move() -> None:
+def test_global_random_state_is_unchanged() -> None:
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     split = open_images(dataclasses.replace(ALL, workers=1), GRAY, 12, seed=3)["train"]
     split.batch(0, range(12))
@@ -102,7 +102,7 @@ def go_on_after_sigterm(workers: int) -> None:
     HELD.append(batches)
 
 
-def test_workers_outlive_a_sigterm_to_the_rank_and_not_the_rank() -> None:
+def test_workers_survive_sigterm_but_not_their_rank() -> None:
     rank = multiprocessing.get_context("fork").Process(target=go_on_after_sigterm, args=(2,))
     rank.start()
     rank.join(30)
@@ -121,7 +121,7 @@ def whole(splits: dict[str, Images]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: int) -> None:
+def test_broken_file_is_named_whenever_it_is_found(tmp_path: Path, workers: int) -> None:
     data = ImageDataConfig(str(files(tmp_path, TREE)), workers=workers)
     check_images(data, SMALL)
     split = open_images(data, SMALL, 16, 0)["train"]
@@ -187,7 +187,7 @@ assert torchvision_import.import_torchvision() is torchvision and len(torchvisio
 """
 
 
-def test_the_cure_of_torchvisions_import_is_taken_where_it_is_needed_alone(tmp_path: Path) -> None:
+def test_torchvision_import_fix_is_applied_only_when_needed(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(
         [sys.executable, "-c", CURE, str(tmp_path)], env=environment, check=True, timeout=60

@@ -90,7 +90,7 @@ def stub(folder: Path, **programs: str) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
+def test_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
     """There is no torchrun, srun or deepspeed on its path."""
     line = printed(script, "--set", "data.text=two words")
     assert line.startswith("+ ") and line.endswith(r"--set data.text=two\ words"), line
@@ -117,7 +117,7 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_is_printed_has_no_password_and_no_key(script: str, tmp_path: Path) -> None:
+def test_printed_command_has_no_password_and_no_key(script: str, tmp_path: Path) -> None:
     """What is run has them."""
     keys = [
         "https://me:pa$s@host/a@b",
@@ -205,9 +205,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
-def test_the_shell_of_another_node_reads_the_words_that_were_given(
-    shell: str, tmp_path: Path
-) -> None:
+def test_arguments_survive_the_shell_of_another_node(shell: str, tmp_path: Path) -> None:
     path = stub(
         tmp_path,
         deepspeed=REMOTE.replace("sh -c", f"{shell} -c"),
@@ -220,7 +218,7 @@ def test_the_shell_of_another_node_reads_the_words_that_were_given(
     assert not Path("/made").exists()
 
 
-def test_on_one_node_no_shell_reads_them_again(tmp_path: Path) -> None:
+def test_one_node_passes_arguments_without_a_shell(tmp_path: Path) -> None:
     path = stub(tmp_path, deepspeed=r'printf "%s\n" "$@"')
     for variables in ({"NODES": "1"}, {"NODE_RANK": "1"}):
         assert (
@@ -229,7 +227,7 @@ def test_on_one_node_no_shell_reads_them_again(tmp_path: Path) -> None:
         )
 
 
-def test_deepspeed_is_given_a_line_for_each_node(tmp_path: Path) -> None:
+def test_deepspeed_gets_a_hostfile_line_for_each_node(tmp_path: Path) -> None:
     """With one it would train there alone, and hand on the quotes."""
     (tmp_path / "hosts").write_text("node0 slots=2\n# node1 slots=2\n\n")
     for hosts in (tmp_path / "hosts", tmp_path / "none"):
@@ -240,7 +238,7 @@ def test_deepspeed_is_given_a_line_for_each_node(tmp_path: Path) -> None:
         )
 
 
-def test_without_a_python_nothing_is_printed_that_could_be_a_key(tmp_path: Path) -> None:
+def test_without_python_no_possible_key_is_printed(tmp_path: Path) -> None:
     path = stub(tmp_path, python3="exit 1")
     line = printed("slurm.sbatch", "password=mine", PATH=path)
     assert "mine" not in line and "python3" in line
@@ -248,7 +246,7 @@ def test_without_a_python_nothing_is_printed_that_could_be_a_key(tmp_path: Path)
 
 @pytest.mark.parametrize("script", ["multinode.sh", "deepspeed.sh"])
 @pytest.mark.parametrize("missing", ["RDZV_ENDPOINT", "RDZV_ID"])
-def test_a_missing_variable_is_named(script: str, missing: str) -> None:
+def test_missing_variable_is_named(script: str, missing: str) -> None:
     done = ran(script, **{missing: ""})
     assert done.returncode == 1 and f"{missing}: " in done.stderr
 
@@ -295,7 +293,7 @@ def test_a_missing_variable_is_named(script: str, missing: str) -> None:
         ),
     ],
 )
-def test_a_variable_that_is_wrong_is_one_line(
+def test_invalid_variable_prints_one_line(
     script: str, variable: str, value: str, says: str
 ) -> None:
     done = ran(script, **{variable: value})
@@ -306,11 +304,11 @@ def test_a_variable_that_is_wrong_is_one_line(
     )
 
 
-def test_no_number_of_restarts_is_none() -> None:
+def test_restarts_must_be_a_number() -> None:
     assert " --max-restarts 0 " in printed("multinode.sh", RESTARTS="")
 
 
-def test_an_ipv6_address_has_brackets_only_before_a_port() -> None:
+def test_ipv6_address_has_brackets_only_before_a_port() -> None:
     assert " --rdzv-endpoint \\[::1\\]:29400 " in printed(
         "multinode.sh", RDZV_ENDPOINT="[::1]:29400"
     )
@@ -338,7 +336,7 @@ def test_an_ipv6_address_has_brackets_only_before_a_port() -> None:
         ("node0:29400", "", "", None),
     ],
 )
-def test_who_has_the_store(
+def test_rendezvous_host_is_found_by_address(
     master: str, address: str, conf: str, told: str | None, tmp_path: Path
 ) -> None:
     path = stub(tmp_path, getent="exit 0")
@@ -348,14 +346,14 @@ def test_who_has_the_store(
     )
 
 
-def test_a_node_whose_own_name_has_no_address_is_not_asked_for_it(tmp_path: Path) -> None:
+def test_node_without_an_address_for_its_name_can_launch(tmp_path: Path) -> None:
     """torchrun would end there."""
     path = stub(tmp_path, getent="exit 2")
     assert " --rdzv-conf is_host=0 " in printed("multinode.sh", ADDRESS="10.0.0.1", PATH=path)
     assert " --rdzv-conf is_host=1 " in printed("multinode.sh", ADDRESS="node0", PATH=path)
 
 
-def test_a_master_without_an_address_is_told(tmp_path: Path) -> None:
+def test_unresolvable_master_is_reported(tmp_path: Path) -> None:
     """Not refused: the names of pods come up with them."""
     path = stub(tmp_path, getent='[[ $2 != "$UNKNOWN" ]]', torchrun="exit 0")
     for unknown, said in (
@@ -366,7 +364,7 @@ def test_a_master_without_an_address_is_told(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr.splitlines()) == (0, said)
 
 
-def test_who_asks_to_stop_between_two_agents_is_heard(tmp_path: Path) -> None:
+def test_sigterm_between_two_agents_stops_the_run(tmp_path: Path) -> None:
     """The script gets the signal when it says that it starts the next one."""
     again = tmp_path / "again.sh"  # of every bash
     again.write_text(
@@ -387,7 +385,7 @@ def test_who_asks_to_stop_between_two_agents_is_heard(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not host_address(), reason="this machine's name has no address")
-def test_a_master_by_name_is_the_node_of_its_address(small_text: Path, tmp_path: Path) -> None:
+def test_master_given_by_name_hosts_the_store(small_text: Path, tmp_path: Path) -> None:
     """ADDRESS is the address, RDZV_ENDPOINT the name of the same machine: the store is there."""
     done = subprocess.run(
         [
@@ -416,7 +414,7 @@ def test_a_master_by_name_is_the_node_of_its_address(small_text: Path, tmp_path:
 
 
 @pytest.mark.parametrize("script", ["local.sh", "multinode.sh"])
-def test_ranks_have_less_time_to_save_than_the_cluster_grants(script: str, tmp_path: Path) -> None:
+def test_ranks_get_less_time_to_save_than_the_cluster_grants(script: str, tmp_path: Path) -> None:
     """torchrun kills them after that time, by itself 30 s."""
     path = stub(tmp_path, torchrun='echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
     assert ran(script, PATH=path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="7").stdout.splitlines()[1:] == [
@@ -438,9 +436,7 @@ def test_ranks_have_less_time_to_save_than_the_cluster_grants(script: str, tmp_p
 
 
 @pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "deepspeed.sh"])
-def test_without_an_environment_of_ones_own_that_of_make_is_taken(
-    script: str, tmp_path: Path
-) -> None:
+def test_launch_scripts_default_to_the_environment_of_make(script: str, tmp_path: Path) -> None:
     shutil.copytree(LAUNCH, tmp_path / "launch")
     bin = tmp_path / ".venv" / "bin"
     bin.mkdir(parents=True)
@@ -462,7 +458,7 @@ def test_shellcheck_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_image_names_its_base_by_digest_and_keeps_no_password() -> None:
+def test_docker_image_pins_its_base_and_keeps_no_password() -> None:
     text = (ROOT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-\S+@sha256:[0-9a-f]{64}$", text, re.M)
     assert all(
@@ -481,7 +477,7 @@ def test_the_image_names_its_base_by_digest_and_keeps_no_password() -> None:
         assert done.returncode == status
 
 
-def test_the_pods_of_kubernetes_find_each_other() -> None:
+def test_kubernetes_pods_find_each_other() -> None:
     claim, service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     runs = next(each["persistentVolumeClaim"] for each in pod["volumes"] if each["name"] == "runs")
@@ -516,7 +512,7 @@ def test_the_pods_of_kubernetes_find_each_other() -> None:
     subprocess.run([ROOT / container["command"][0], "--dry-run"], env=VARIABLES | PLAIN, check=True)
 
 
-def test_the_cluster_of_docker_is_two_nodes_without_privileges_or_keys() -> None:
+def test_docker_cluster_has_two_nodes_without_privileges_or_keys() -> None:
     compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
     for name, node in compose["services"].items():
         variables = node["environment"]
@@ -564,7 +560,7 @@ def no_namespaces() -> str:
 
 
 @pytest.mark.timeout(250)
-def test_two_nodes_train_as_one_process(small_text: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_like_one_process(small_text: Path, tmp_path: Path) -> None:
     """Two ranks each: 20 losses at a learning rate of 1e-4. Over a cable, each with an address of its own, or where
     network namespaces cannot be made, two agents side by side."""
     sets = small(small_text, "steps=20", "save_every=20")
@@ -608,9 +604,9 @@ def test_two_nodes_train_as_one_process(small_text: Path, tmp_path: Path) -> Non
     assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
 
 
-@pytest.mark.slow  # fast: test_two_nodes_train_as_one_process, test_any_other_layout_goes_on_and_back
+@pytest.mark.slow  # fast: test_two_nodes_train_like_one_process, test_resume_on_any_other_layout_and_back
 @pytest.mark.timeout(200)
-def test_a_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
+def test_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
     """Two nodes, one, two: the same losses at equal samples."""
     sets = small(small_text, "steps=30", "save_every=10")
     whole = alone(tmp_path / "whole", "lstm_moe_demo", *sets)
@@ -632,7 +628,7 @@ def agent_that(does: str, folder: Path, **variables: str) -> tuple[int, int, str
     return done.returncode, len((folder / "starts").read_text().splitlines()), done.stderr
 
 
-def test_only_an_agent_that_died_is_started_again(tmp_path: Path) -> None:
+def test_only_a_dead_agent_is_restarted(tmp_path: Path) -> None:
     """1 + RESTARTS times. Ranks that failed too often, which torchrun does not write to its error file, are the end."""
     assert agent_that("kill -9 $$", tmp_path / "killed")[:2] == (137, 3)
     assert agent_that('echo lost >"$TORCHELASTIC_ERROR_FILE"; exit 1', tmp_path / "lost")[:2] == (
@@ -653,7 +649,7 @@ def test_only_an_agent_that_died_is_started_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "then"), [(143, ["scontrol requeue 77"]), (1, ["scontrol requeue 77"]), (0, [])]
 )
-def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(
+def test_slurm_job_near_its_time_limit_saves_and_is_requeued(
     status: int, then: list[str], tmp_path: Path
 ) -> None:
     """But for one that has just ended. As the real one, this srun kills its step where it gets a SIGTERM itself;
@@ -695,12 +691,12 @@ def test_a_slurm_job_near_its_time_limit_saves_and_is_requeued(
     assert done.returncode == (0 if then else status)
 
 
-def test_a_range_of_nodes_is_written_as_slurm_has_it() -> None:
+def test_node_range_uses_slurm_syntax() -> None:
     line = printed("slurm.sbatch", NODES="1:2")
     assert " NODES=1:2 " in line and " srun --nodes 1-2 " in line, line
 
 
-def test_a_container_is_healthy_while_all_its_ranks_run(tmp_path: Path) -> None:
+def test_container_is_healthy_while_all_ranks_run(tmp_path: Path) -> None:
     """By processes as /proc tells of them: the shell, torchrun and two ranks, as python and as torchrun start them."""
     commands = [
         "bash launch/local.sh",
@@ -725,7 +721,7 @@ def test_a_container_is_healthy_while_all_its_ranks_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(150)
-def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
+def test_deepspeed_script_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
     """Without ssh: one script a node."""
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     variables = VARIABLES | {
@@ -759,8 +755,8 @@ def test_deepspeed_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 2
 
 
-@pytest.mark.slow  # fast: test_sigterm_to_one_rank_saves_and_ends_all, test_resume_auto_takes_the_same_run_alone
-def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # fast: test_sigterm_to_one_rank_saves_and_ends_all_ranks, test_resume_auto_requires_the_same_config
+def test_resume_auto_starts_resumes_and_finishes(small_text: Path, tmp_path: Path) -> None:
     """The same command three times, stopped in the middle of the first, and with fewer steps in the last."""
     folder = tmp_path / "run"
     command = [
@@ -794,7 +790,7 @@ def test_resume_auto_begins_goes_on_and_ends(small_text: Path, tmp_path: Path) -
     assert losses(folder).keys() == set(range(1, 301))
 
 
-def test_resume_auto_takes_the_same_run_alone(
+def test_resume_auto_requires_the_same_config(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`run` has two steps of the small demo."""
@@ -812,7 +808,7 @@ def test_resume_auto_takes_the_same_run_alone(
     assert again.auto_resume and again.source_run == run and again.config.steps == 9
     new = ["--folder", str(run.with_name("new")), "--resume", "auto"]
     begun = parse_run(["lstm_moe_demo", *new, *set_(*same)], None)
-    assert begun.auto_resume and begun.first_step == 0
+    assert begun.auto_resume and begun.folder == run.with_name("new")
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, ranks: int, nodes: int, here: int) -> None:
@@ -860,7 +856,7 @@ HIERARCHICAL = ("model.moe.num_experts=32", "model.moe.num_groups=8", "model.moe
         (16, 2, HIERARCHICAL, 8, "all on each", "all_to_all"),  # 8 groups
     ],
 )
-def test_experts_stay_in_a_node_by_default_and_the_table_tells(
+def test_experts_stay_in_a_node_by_default(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     ranks: int,
@@ -884,7 +880,7 @@ def test_experts_stay_in_a_node_by_default_and_the_table_tells(
     ) == exchange
 
 
-def test_nodes_of_different_size_are_refused(
+def test_nodes_of_different_size_are_rejected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched(monkeypatch, 3, 2, 2)
@@ -895,5 +891,5 @@ def test_nodes_of_different_size_are_refused(
     )
 
 
-def test_a_mistake_is_still_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_auto_without_folder_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     check_plan(["lstm_moe_demo", "--resume", "auto"], "--folder PATH", capsys)

@@ -42,7 +42,7 @@ def after(seconds: float) -> threading.Timer:
 
 
 @pytest.mark.parametrize("when", [0.0, 0.2])
-def test_what_a_run_can_do_without_is_ended(when: float) -> None:
+def test_optional_work_is_ended_by_sigterm(when: float) -> None:
     """In its first moment, or while it waits; SIGTERM then does nothing more."""
     began, done = time.monotonic(), []
 
@@ -58,7 +58,7 @@ def test_what_a_run_can_do_without_is_ended(when: float) -> None:
     assert time.monotonic() - began < 10 and not done
 
 
-def test_what_a_run_can_do_without_is_left_out_after_a_sigterm_and_else_done() -> None:
+def test_optional_work_is_skipped_only_after_sigterm() -> None:
     done = []
     with PreemptionHandler(None) as stop:  # type: ignore[arg-type]
         assert stop.run_unless_preempted(lambda: done.append(1)) and done == [1]
@@ -68,7 +68,7 @@ def test_what_a_run_can_do_without_is_left_out_after_a_sigterm_and_else_done() -
         assert not stop.run_unless_preempted(lambda: done.append(2)) and done == [1]
 
 
-def test_an_error_in_it_is_none_of_sigterms() -> None:
+def test_error_in_optional_work_is_raised() -> None:
     with pytest.raises(RuntimeError, match="no ink"), PreemptionHandler(None) as stop:  # type: ignore[arg-type]
 
         def work() -> None:
@@ -81,9 +81,7 @@ def stuck(self: Any) -> None:
     threading.Event().wait(60)
 
 
-def test_a_wandb_that_does_not_finish_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_wandb_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a SIGTERM at once; after one, and where the run fails, in the time that launchers give."""
     monkeypatch.setattr(wandb_logger.WandbLogger, "run", stuck)
     monkeypatch.setattr(metrics_logger, "_FAILED_CLOSE_TIMEOUT_S", 0.3)
@@ -113,7 +111,7 @@ def test_a_wandb_that_does_not_finish_is_left(
 
 
 @pytest.mark.timeout(200)
-def test_a_finished_run_ends_with_0(small_text: Path, tmp_path: Path) -> None:
+def test_finished_run_exits_with_0_after_sigterm(small_text: Path, tmp_path: Path) -> None:
     """It gets a SIGTERM while it draws, and wandb hangs."""
     ((status, out, seconds),) = run_distributed(
         finishes, 1, str(small_text), tmp_path / "run", timeout=180

@@ -40,7 +40,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 @pytest.mark.timeout(200)
-def test_a_browser_shows_the_page_without_an_error_or_a_request(
+def test_browser_shows_the_page_without_errors_or_requests(
     of_one: str, of_both: str, tmp_path: Path
 ) -> None:
     """What a page asks for has an initiator in the browser's record of its network; what the browser asks for itself
@@ -88,7 +88,7 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request(
 
 
 @pytest.mark.timeout(120)
-def test_wandb_has_the_same_in_panels_of_its_own(
+def test_wandb_panels_have_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "NETRC"):

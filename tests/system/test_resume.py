@@ -27,7 +27,7 @@ STAGES = [(ds, zero) for ds in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
 
 
 @pytest.mark.timeout(240)
-def test_every_stage_and_precision_goes_on_bit_identically(
+def test_resume_is_bit_identical_at_every_stage_and_precision(
     small_text: Path, tmp_path: Path
 ) -> None:
     for same in run_distributed(interrupt, 2, str(small_text), tmp_path, timeout=220):
@@ -80,9 +80,7 @@ def goes_back(run: Run, folder: Path, first: int, last: int) -> bool:
 
 
 @pytest.mark.timeout(200)
-def test_an_engine_that_has_stepped_goes_back_with_every_kind_of_state(
-    small_text: Path, tmp_path: Path
-) -> None:
+def test_loading_into_a_used_engine_restores_all_state(small_text: Path, tmp_path: Path) -> None:
     for same in run_distributed(step_and_go_back, 2, str(small_text), tmp_path, timeout=180):
         assert same == dict.fromkeys((0, 1, 2, 3), True)
 
@@ -108,7 +106,7 @@ def step_and_go_back(text: str, folder: Path) -> dict[int, bool]:
 
 
 @pytest.mark.timeout(200)
-def test_a_skipped_step_is_not_counted_after_resume(small_text: Path, tmp_path: Path) -> None:
+def test_skipped_step_is_not_counted_after_resume(small_text: Path, tmp_path: Path) -> None:
     for same in run_distributed(skip_and_resume, 2, str(small_text), tmp_path, timeout=180):
         assert same == [True] * 4
 
@@ -137,7 +135,7 @@ LAYOUTS = ((1, 1, 1), (2, 1, 3), (2, 2, 2), (4, 2, 1))  # world, ep, ZeRO
 
 
 @pytest.mark.timeout(300)
-def test_any_other_layout_goes_on_and_back(small_text: Path, tmp_path: Path) -> None:
+def test_resume_on_any_other_layout_and_back(small_text: Path, tmp_path: Path) -> None:
     """From (4, 4, 2), 20 steps on every other layout; and from what that saves half way, 10 more on (4, 4, 2) again."""
     text = str(small_text)
     whole = run_distributed(save_and_go_on, 4, text, tmp_path / "first", timeout=100)[0]
@@ -205,9 +203,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.slow  # fast: test_every_stage_and_precision_goes_on_bit_identically, test_run_survives_a_killed_rank
+@pytest.mark.slow  # fast: test_resume_is_bit_identical_at_every_stage_and_precision, test_run_survives_a_killed_rank
 @pytest.mark.timeout(240)
-def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_bit_identically(small_text: Path, tmp_path: Path) -> None:
     sets = [
         *TINY,
         "steps=90",
@@ -258,7 +256,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(small_text: Path, tmp_pat
         assert all(torch.equal(expected[k], got[k]) for k in expected)
 
 
-def test_resume_from_nothing_is_one_clear_line(
+def test_resume_without_a_run_prints_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(to_json(tiny()))

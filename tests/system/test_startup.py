@@ -44,7 +44,7 @@ def imported(*command: str) -> tuple[int, str, set[str]]:
         ("moe_dist.report --help", 0, "--html"),
     ],
 )
-def test_what_needs_no_torch_imports_none(command: str, status: int, says: str) -> None:
+def test_commands_without_torch_do_not_import_it(command: str, status: int, says: str) -> None:
     code, out, names = imported(*command.split())
     assert code == status and says in out, out
     heavy = {
@@ -84,7 +84,7 @@ print("IMPORTED", *sys.modules)
 """
 
 
-def test_a_step_of_training_imports_nothing_that_it_does_not_use() -> None:
+def test_training_step_imports_no_unused_library() -> None:
     """Neither torch's compiler nor what checkpoints, pictures, logs and other data need."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", STEPS]
@@ -111,7 +111,7 @@ def imported_before() -> list[str]:
     return list(sys.modules)
 
 
-def test_ranks_of_tests_are_forked_with_what_they_need() -> None:
+def test_forked_ranks_have_their_imports() -> None:
     """A forkserver is silent about a module that it cannot import, and every rank then takes five seconds longer."""
     (names,) = run_distributed(imported_before, 1)
     assert {
@@ -122,7 +122,7 @@ def test_ranks_of_tests_are_forked_with_what_they_need() -> None:
     } <= set(names)
 
 
-def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path) -> None:
+def test_dataset_name_without_network_fails_fast_with_one_line(tmp_path: Path) -> None:
     """The process has a Hub that refuses; without `_check_hub` the library goes on asking it for half a minute."""
     code = "from moe_dist.data.text.corpus import open_text\ntry: open_text('owner/name', True)\n"
     code += "except ValueError as error: print(error)"
@@ -144,7 +144,7 @@ def test_a_name_without_a_network_fails_in_seconds_with_one_line(tmp_path: Path)
         assert done.stderr == ""
 
 
-def test_bundled_text_does_not_import_the_library() -> None:
+def test_bundled_text_does_not_import_datasets() -> None:
     code = "import sys; from moe_dist.data.text.corpus import *; check_text('bundled'); open_text('bundled', False)"
     code += "; assert not {'datasets', 'pyarrow'} & set(sys.modules)"
     subprocess.run(
@@ -176,7 +176,7 @@ mesh.shutdown()
 
 
 @pytest.mark.timeout(60)
-def test_the_port_is_held_before_torch_is_imported() -> None:
+def test_port_is_reserved_before_torch_is_imported() -> None:
     subprocess.run(
         [sys.executable, "-c", HELD, str(rendezvous_port.find_free_port())],
         cwd=ROOT,

@@ -24,7 +24,7 @@ def values(step: int) -> dict:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("by_config", [False, True])
-def test_labels_are_the_configs_or_else_the_environments(tmp_path, monkeypatch, capfd, by_config):
+def test_labels_come_from_the_config_or_the_environment(tmp_path, monkeypatch, capfd, by_config):
     elsewhere = tmp_path / "scratch"
     told = {
         "PROJECT": "theirs",
@@ -81,7 +81,7 @@ def server(status: int):
 @pytest.mark.parametrize(
     ("status", "key"), [(401, "a" * 40), (500, "b" * 40), (0, "c" * 40), (404, "no key at all")]
 )
-def test_a_server_that_cannot_be_used_leaves_an_offline_run_with_all_curves(
+def test_unusable_server_leaves_an_offline_run_with_all_curves(
     tmp_path, monkeypatch, capfd, status, key
 ):
     monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 2.0)
@@ -107,7 +107,7 @@ def test_a_server_that_cannot_be_used_leaves_an_offline_run_with_all_curves(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("mode", ["offline", "online"])  # online without a login is offline
-def test_the_wandb_log_holds_the_config_and_the_same_curves(tmp_path, capfd, mode):
+def test_wandb_log_has_the_config_and_the_same_curves(tmp_path, capfd, mode):
     with make(tmp_path, wandb_mode=mode) as log:
         for step in range(600):  # more than one block of the log
             log.log(step, values(step) | {"train/perplexity": math.exp(step)})
@@ -168,7 +168,7 @@ def test_wandb_gets_the_load_map_at_an_evaluation(tmp_path):
 
 
 @pytest.mark.timeout(120)
-def test_pictures_are_drawn_in_wandbs_thread_and_not_without_wandb(tmp_path, capsys):
+def test_pictures_are_drawn_only_in_the_wandb_thread(tmp_path, capsys):
     names = []
 
     def draw() -> list[pathlib.Path]:
@@ -187,7 +187,7 @@ def test_pictures_are_drawn_in_wandbs_thread_and_not_without_wandb(tmp_path, cap
 
 
 @pytest.mark.timeout(120)
-def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
+def test_resumed_run_keeps_its_wandb_id(tmp_path):
     with make(tmp_path, wandb_mode="offline", wandb_id="abcd1234", start_step=2) as log:
         log.log(3, values(3))
     assert log.wandb_id == "abcd1234"
@@ -196,7 +196,7 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("broken", [(wandb, "init"), (wandb.Run, "log"), (wandb.Run, "finish")])
-def test_a_failing_wandb_is_one_warning(tmp_path, capsys, monkeypatch, broken):
+def test_failing_wandb_prints_one_warning(tmp_path, capsys, monkeypatch, broken):
     def fail(*_, **__):
         raise RuntimeError("wandb is broken")
 
@@ -213,7 +213,7 @@ def test_a_failing_wandb_is_one_warning(tmp_path, capsys, monkeypatch, broken):
 @pytest.mark.parametrize(
     ("backlog", "reason"), [(100, "does not finish"), (3, "is 3 lines behind")]
 )
-def test_a_stuck_wandb_does_not_hold_the_run_up(tmp_path, capsys, monkeypatch, backlog, reason):
+def test_stuck_wandb_does_not_delay_the_run(tmp_path, capsys, monkeypatch, backlog, reason):
     monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 0.2)
     monkeypatch.setattr(wandb_logger, "FINISH_TIMEOUT_S", 0.2)
     monkeypatch.setattr(wandb_logger, "_MAX_QUEUE", backlog)

@@ -102,7 +102,7 @@ def test_imports_lead_down() -> None:
     assert len(FLOORS) <= 8
 
 
-def test_imports_make_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     assert circle(import_graph(PACKAGE)) == []
 
 
@@ -111,7 +111,7 @@ def test_the_package_has_few_entries() -> None:
 
 
 @pytest.mark.parametrize("inside_function", [False, True])
-def test_an_import_that_is_turned_round_is_found(inside_function: bool, tmp_path: Path) -> None:
+def test_reversed_import_is_found(inside_function: bool, tmp_path: Path) -> None:
     """Of two modules of the package, one of which imports the other."""
     package = tmp_path / "moe_dist"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.xz"))
@@ -125,7 +125,7 @@ def test_an_import_that_is_turned_round_is_found(inside_function: bool, tmp_path
     assert {"moe.routing", "engine.parallelize"} <= set(circle(graph))
 
 
-def test_gating_and_dispatch_meet_in_routing_alone() -> None:
+def test_gating_and_dispatch_meet_only_in_routing() -> None:
     for path in files():
         other = {"gating": "moe_dist.moe.dispatch", "dispatch": "moe_dist.moe.gating"}.get(
             part(path)
@@ -145,7 +145,7 @@ def test_deepspeed_is_imported_once() -> None:
     assert uses == [PACKAGE / "engine" / "deepspeed.py"]
 
 
-def test_triton_is_imported_by_its_kernels_and_they_when_they_run() -> None:
+def test_triton_is_imported_lazily_by_its_kernels() -> None:
     """So that nothing misses it where there is none: at the top of no other file, and of none those kernels."""
     for path in files():
         at_top = [
@@ -168,7 +168,7 @@ def test_torchvision_is_imported_once() -> None:
     ]
 
 
-def test_only_the_mesh_and_collectives_know_torch_distributed() -> None:
+def test_only_distributed_imports_torch_distributed() -> None:
     """Models, gating and all the rest; checkpoint uses torch's library of that name."""
     for path in files():
         if part(path) != "distributed":
@@ -223,7 +223,7 @@ def test_nothing_branches_on_the_world_size() -> None:
             assert not [b for b in branches(path) if ABOUT_SIZE.search(b)], path
 
 
-def test_the_branch_finder_finds_one(tmp_path: Path) -> None:
+def test_branch_finder_finds_a_branch(tmp_path: Path) -> None:
     path = tmp_path / "guilty.py"
     path.write_text(
         "if mesh.ep.size == 1:\n    pass\nx = 1 if 1 < config.world else 2\ny = [s for s in x if s <= step]\n"
@@ -249,7 +249,7 @@ UNKEYED = re.compile(
         "random.shuffle(x)",
     ],
 )
-def test_the_search_for_randomness_finds_it(line: str) -> None:
+def test_randomness_search_finds_unkeyed_calls(line: str) -> None:
     assert UNKEYED.search(line)
 
 

@@ -13,7 +13,7 @@ from moe_dist.tasks.registry import task_of
 RESULTS = ROOT / "experiments" / "results"
 
 
-def test_tables_of_widenet_are_those_of_the_kept_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widenet_tables_equal_the_kept_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "experiments" / "widenet"))
     report = importlib.import_module("report")
     try:
@@ -24,7 +24,7 @@ def test_tables_of_widenet_are_those_of_the_kept_runs(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["lstm_moe_demo", "widenet_demo", "widenet_text_demo"])
-def test_a_demo_is_beside_kept_runs_of_the_same_data_and_steps(name: str) -> None:
+def test_demo_results_have_the_same_data_and_steps(name: str) -> None:
     """Else it would say that they are not comparable; and the README has their means."""
     config, kept = get(name), json.loads((RESULTS / f"{name}.json").read_text())
     task = task_of(config)

@@ -388,6 +388,6 @@ def _leave_process_group(worker: int) -> None:
     FENCE: torchrun sends SIGTERM to a rank's process group. The rank finishes its step before it
     stops, and needs its workers until then. The workers must not ignore SIGTERM instead, because a
     rank that ends stops them by it. Held by
-    test_workers_outlive_a_sigterm_to_the_rank_and_not_the_rank.
+    test_workers_survive_sigterm_but_not_their_rank.
     """
     os.setpgrp()

@@ -89,7 +89,7 @@ class WordPieceTokenizer:
         # between processes, and it breaks ties between pairs by number. Pieces that are passed as
         # special tokens keep their numbers, so the result is the same in every process.
         # Tried with tokenizers 0.23.3; held by
-        # test_training_is_that_of_a_slow_reference_and_always_the_same.
+        # test_training_equals_a_slow_reference_and_is_deterministic.
         trainer = WordPieceTrainer(
             vocab_size=size,
             min_frequency=MIN_PAIR_COUNT,

@@ -5,7 +5,7 @@ import torch
 from moe_dist.checkpoint.upcycle import Upcycling
 
 
-def test_a_second_growth_draws_anew() -> None:
+def test_second_growth_uses_new_noise() -> None:
     """Two experts become four, and those eight: no two are alike."""
     experts = torch.ones(2, 3, 5)
     for number in (4, 8):

@@ -13,7 +13,7 @@ from moe_dist.config.overrides import SYNONYMS, dotted_keys, from_json, override
 from moe_dist.config.schema import Config
 
 
-def test_override_reaches_every_kind_of_field() -> None:
+def test_override_sets_every_kind_of_field() -> None:
     config = override(
         papers.get("lstm_moe_demo"),
         [
@@ -50,7 +50,7 @@ def test_override_reaches_every_kind_of_field() -> None:
         ("lstm_moe_demo", "foo", "known: async_save, baseline, batch.balance_loss_group_size, "),
     ],
 )
-def test_an_unknown_field_names_the_nearest(name: str, key: str, says: str) -> None:
+def test_unknown_field_names_the_nearest(name: str, key: str, says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"no field {key!r}; {says}")):
         override(papers.get(name), [f"{key}=1"])
 
@@ -76,7 +76,7 @@ def test_json_round_trip_of_every_config(name: str) -> None:
         ({"data": {"text": 1}}, "data.text=1, expected text"),
     ],
 )
-def test_a_spoilt_json_is_refused(change: dict, says: str) -> None:
+def test_invalid_json_is_rejected(change: dict, says: str) -> None:
     with pytest.raises(ValueError) as error:
         from_json(json.dumps(dataclasses.asdict(tiny()) | change))
     assert says in str(error.value)

@@ -116,7 +116,7 @@ ORDINARY = [
 
 
 @pytest.mark.parametrize("text", MADE_UP)
-def test_a_key_is_hidden_and_refused_in_a_config(text: str) -> None:
+def test_key_is_hidden_and_rejected_in_a_config(text: str) -> None:
     assert redact(text) == MADE_UP[text]
     assert redact(f"data.text={text}").startswith("data.text=") and "***" in redact(
         f"data.text={text}"
@@ -133,7 +133,7 @@ def test_a_key_is_hidden_and_refused_in_a_config(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ORDINARY)
-def test_an_ordinary_value_is_none(text: str) -> None:
+def test_ordinary_value_is_not_redacted(text: str) -> None:
     for each in (text, f"data.text={text}", f"--folder={text}"):
         assert redact(each) == each
     check_config(tiny(f"data.text={text}"))

@@ -23,7 +23,7 @@ def outside(tmp_path: Path) -> Path:
     "name", ["config.json", "partial_config.json", "report/loss.png", "report/partial_loss.png"]
 )
 @pytest.mark.parametrize("leads_to", ["victim", "missing"])
-def test_a_link_in_place_of_a_file_is_replaced(
+def test_link_in_place_of_a_file_is_replaced(
     name: str, leads_to: str, outside: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -38,7 +38,7 @@ def test_a_link_in_place_of_a_file_is_replaced(
 
 
 @pytest.mark.parametrize("link", ["report", "report/deep"])
-def test_a_link_in_place_of_a_folder_is_refused_by_name(
+def test_link_in_place_of_a_folder_is_rejected_by_name(
     link: str, outside: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -57,16 +57,14 @@ def test_a_link_in_place_of_a_folder_is_refused_by_name(
     assert not (run / link).is_symlink() and (outside / "victim").exists()
 
 
-def test_the_run_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_run_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     run_folder.write(tmp_path / "run" / "a", "report/x", "ours")
     assert (tmp_path / "disk" / "a" / "report" / "x").read_text() == "ours"
 
 
-def test_a_folder_is_removed_with_its_links_and_not_what_they_lead_to(
-    outside: Path, tmp_path: Path
-) -> None:
+def test_removing_a_folder_keeps_the_targets_of_its_links(outside: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     inner = run_folder.make_folder(run, "checkpoints/partial_x")
     (inner / "link").symlink_to(outside)
@@ -74,7 +72,7 @@ def test_a_folder_is_removed_with_its_links_and_not_what_they_lead_to(
     assert not inner.exists() and (outside / "victim").read_text() == PRECIOUS
 
 
-def test_what_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_failed_write_leaves_the_file_unchanged(tmp_path: Path) -> None:
     run_folder.write(tmp_path, "x", "whole")
     with pytest.raises(KeyError), run_folder.atomic_write(tmp_path, "x") as file:
         file.write(b"half")

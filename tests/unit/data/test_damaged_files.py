@@ -18,7 +18,7 @@ def test_damaged_files_are_read_or_refused_with_one_line(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["pipe", "device", "closed", "loop", "folder of loops", "none"])
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+def test_special_files_are_rejected_at_once(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "closed").symlink_to("/no/such")
@@ -31,7 +31,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
         assert "read" not in told.values() and len(told) == len(READERS)
 
 
-def test_a_folder_of_loops_is_read_once(tmp_path: Path) -> None:
+def test_folder_of_link_loops_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "x.txt").write_text("x\n" * 25)
     for i, folder in enumerate((tmp_path, tmp_path / "a", tmp_path / "a" / "b")):
@@ -41,13 +41,13 @@ def test_a_folder_of_loops_is_read_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["a" * 5000, "\0", "a/" * 3000, "corpus\ud800.txt"])
-def test_names_that_no_file_can_have(source: str) -> None:
+def test_impossible_file_names_are_rejected(source: str) -> None:
     assert not is_local(source)
     with pytest.raises(ValueError, match=r"data.text="):
         check_text(source) or open_text(source, True)
 
 
-def test_what_a_file_holds_is_one_short_printable_line_of_a_message(tmp_path: Path) -> None:
+def test_message_quotes_file_content_in_one_short_line(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     for name in ("\x1b[2J\u202e\u2028", '"two\nlines\x07"', "long" * 5000, "te\ufeffxt"):
         path.write_text(f"{name},label\n" + "a,b\n" * 30)
@@ -56,7 +56,7 @@ def test_what_a_file_holds_is_one_short_printable_line_of_a_message(tmp_path: Pa
         read(path)
 
 
-def test_an_archive_of_archives_ends(tmp_path: Path) -> None:
+def test_nested_archives_are_limited(tmp_path: Path) -> None:
     content = b"x\n" * 30
     for _ in range(30):
         with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:

@@ -49,7 +49,7 @@ def changes(before: dict[str, Any], place: Path | str) -> list[str]:
     return Fingerprint.from_json(before).changes(local_source(str(place)))
 
 
-def test_the_same_data_in_another_place(
+def test_moved_data_has_the_same_fingerprint(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under another root, beside what is no data, packed, behind a link, and by a relative path."""
@@ -76,7 +76,7 @@ def test_the_same_data_in_another_place(
 @pytest.mark.parametrize(
     ("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
 )
-def test_a_single_file_may_have_another_name(
+def test_single_file_may_have_another_name(
     ending: str, pack: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("light " * 1000)
@@ -106,7 +106,7 @@ def test_a_single_file_may_have_another_name(
         ("a.txt", "b.00001", []),
     ],
 )
-def test_a_single_file_that_is_read_in_another_way_is_another(
+def test_single_file_of_another_format_is_different(
     before: str, now: str, says: list[str], tmp_path: Path
 ) -> None:
     pack = {".gz": gzip.compress, ".xz": lzma.compress}
@@ -153,7 +153,7 @@ def test_packed_files_are_unpacked_within_a_budget(
     assert changes(packed, tmp_path)
 
 
-def test_a_file_in_two_packings_is_two_files(tmp_path: Path) -> None:
+def test_file_in_two_packings_counts_twice(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"light " * 10))
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"dark  " * 10))
     before = kept(local_source(str(tmp_path)))
@@ -188,7 +188,7 @@ def test_a_file_in_two_packings_is_two_files(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_has_changed_is_named(
+def test_changed_files_are_named(
     change: Callable[[Path], object], says: list[str], corpus: Path
 ) -> None:
     before = kept(local_source(str(corpus)))
@@ -196,7 +196,7 @@ def test_what_has_changed_is_named(
     assert changes(before, corpus) == says
 
 
-def test_data_given_in_another_way_is_another_data_set(corpus: Path) -> None:
+def test_data_from_another_source_is_different(corpus: Path) -> None:
     """A folder is split by its names, a glob is not; the bundled text is no file."""
     assert changes(kept(local_source(str(corpus))), f"{corpus}/*/*") == [
         "it was given as 'folder', and is 'files' now"
@@ -253,7 +253,7 @@ def test_many_files_are_kept_by_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(kept(local_source(str(tmp_path)))["entries"]) == ["."]
 
 
-def test_only_a_few_changes_are_told(tmp_path: Path) -> None:
+def test_only_a_few_changes_are_listed(tmp_path: Path) -> None:
     before = kept(local_source(str(tmp_path)))
     for i in range(9):
         (tmp_path / f"{i}.txt").write_text("x")
@@ -268,7 +268,7 @@ def test_only_a_few_changes_are_told(tmp_path: Path) -> None:
     )
 
 
-def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_of_images_in_memory_and_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     pixel_I = np.arange(60, dtype=np.uint8).reshape(5, 4, 3)
     before = kept(arrays_source("cifar10", {"train": (pixel_I, np.arange(5))}))
     source = arrays_source("cifar10", {"train": (pixel_I, np.arange(5)[::-1])})
@@ -339,12 +339,12 @@ def test_images_in_memory_and_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatc
         {"given": "files", "levels": 0, "entries": [], "share": 10, "contents": {}},
     ],
 )
-def test_a_broken_fingerprint_is_a_value_error(broken: Any, corpus: Path) -> None:
+def test_broken_fingerprint_is_a_value_error(broken: Any, corpus: Path) -> None:
     with pytest.raises(ValueError, match="fingerprint of its data is broken"):
         check_unchanged(local_source(str(corpus)), broken, "", True)
 
 
-def test_names_that_are_no_text_go_through_json(tmp_path: Path) -> None:
+def test_non_text_file_names_survive_json(tmp_path: Path) -> None:
     (tmp_path / "\udcff\n.txt").write_text("x")
     before = kept(local_source(str(tmp_path)))
     json.dumps(before).encode()
@@ -361,7 +361,7 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("how", ["--resume", "--evaluate", "--folder"])
-def test_where_data_lies_may_change(
+def test_data_paths_may_change_on_resume(
     name: str,
     how: str,
     tmp_path: Path,
@@ -395,14 +395,14 @@ def test_where_data_lies_may_change(
     )
 
 
-def test_the_flag_is_for_runs_that_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_allow_changed_data_requires_resume(capsys: pytest.CaptureFixture[str]) -> None:
     check_plan(
         ["lstm_moe_demo", "--allow-changed-data"], "only with --resume or --evaluate", capsys
     )
 
 
 @pytest.mark.timeout(120)
-def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_missing_image_is_named(tmp_path: Path) -> None:
     """Through the task, which lists what it read."""
     folder = tmp_path / "images"
     for split, num in (("train", 20), ("test", 4)):

@@ -40,14 +40,14 @@ def test_json_lines_and_lists(tmp_path: Path, name: str) -> None:
     assert list(read_rows(write(tmp_path / name, content))) == ROWS
 
 
-def test_other_columns_differ_from_row_to_row(tmp_path: Path) -> None:
+def test_unused_columns_may_differ_between_rows(tmp_path: Path) -> None:
     others: list[Any] = [1, "a", None, {"page": [1, {}]}, [[]], 10**400, 1e400, True]
     rows = [{"text": "a", f"meta{i % 3}": other} for i, other in enumerate(others)]
     path = write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert list(read_rows(path)) == rows
 
 
-def test_an_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
+def test_json_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
     for row in ({"text": "a", "n": [1, {"b": 2}]}, {"data": [{"text": "a"}]}):
         assert list(read_rows(write(tmp_path / "x.json", "\n" + json.dumps(row, indent=1)))) == [
             row
@@ -96,7 +96,7 @@ def packed(ending: str, content: bytes) -> bytes:
         ("x.txt", "label;text\n", "csv"),
     ],
 )
-def test_rows_that_are_named_as_text_are_refused(
+def test_table_rows_in_a_text_file_are_rejected(
     tmp_path: Path, name: str, content: Any, ending: str
 ) -> None:
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_rows_that_are_named_as_text_are_refused(
         "{" * 10_000,
     ],
 )
-def test_text_may_begin_nearly_like_rows(tmp_path: Path, first: str) -> None:
+def test_text_may_start_almost_like_rows(tmp_path: Path, first: str) -> None:
     assert rows_of(tmp_path, f"\n{first}\nb", "x.txt") == [("\n",), (f"{first}\n",), ("b",)]
 
 
@@ -134,12 +134,12 @@ def test_text_may_begin_nearly_like_rows(tmp_path: Path, first: str) -> None:
         "Freud distinguished the ego, id, and superego",
     ],
 )
-def test_a_first_line_of_prose_is_no_heading(tmp_path: Path, first: str) -> None:
+def test_first_line_of_prose_is_not_a_header(tmp_path: Path, first: str) -> None:
     assert rows_of(tmp_path, f"{first}\nb", "bare") == [(f"{first}\n",), ("b",)]
 
 
 @pytest.mark.parametrize("what", ["pipe", "folder", "device", "link to a pipe"])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, what: str) -> None:
+def test_special_files_are_rejected_at_once(tmp_path: Path, what: str) -> None:
     path = tmp_path / "x.txt"
     if what == "folder":
         path.mkdir()
@@ -159,7 +159,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, what: str) -
     assert list(label_names(path)) == []
 
 
-def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
+def test_pipe_in_place_of_a_file_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "x.txt", "a")
@@ -186,12 +186,12 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
         ("x.zip", ".txt.zip"),
     ],
 )
-def test_kinds_of_files(name: str, kind: str) -> None:
+def test_file_kinds_by_name(name: str, kind: str) -> None:
     assert format_of(name) == kind
 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
-def test_packed_files(tmp_path: Path, ending: str) -> None:
+def test_packed_files_are_read(tmp_path: Path, ending: str) -> None:
     content = packed(ending, LINES.encode())
     assert list(read_rows(write(tmp_path / f"x.jsonl{ending}", content))) == ROWS
     bare = write(tmp_path / f"x{ending}", packed(ending, b"a b\nc"))
@@ -201,7 +201,7 @@ def test_packed_files(tmp_path: Path, ending: str) -> None:
             list(read_rows(write(tmp_path / f"cut.jsonl{ending}", content[:cut])))
 
 
-def test_members_of_a_zip_are_read_each_by_its_own_ending(tmp_path: Path) -> None:
+def test_zip_members_are_read_by_their_own_suffix(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.jsonl.zip", "w") as archive:
         members = {"b/c.txt": "last", "a.csv": "text\nfirst", "bare": '{"text": "second"}'}
         hidden = {
@@ -228,7 +228,7 @@ def test_members_of_a_zip_are_read_each_by_its_own_ending(tmp_path: Path) -> Non
         ("x/train/a", "x/test/a"),
     ],
 )
-def test_a_zip_of_several_splits_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_zip_of_several_splits_is_rejected(tmp_path: Path, names: tuple[str, ...]) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in names:
             archive.writestr(name, "a")
@@ -243,7 +243,7 @@ def test_a_zip_of_several_splits_is_refused(tmp_path: Path, names: tuple[str, ..
     assert [row["text"] for row in read_rows(tmp_path / "x.zip")] == ["a"]
 
 
-def test_parquet_reads_the_columns_that_are_needed(tmp_path: Path) -> None:
+def test_parquet_reads_only_needed_columns(tmp_path: Path) -> None:
     table = pyarrow.table(
         {"n": [1, 2], "text": ["a", None], "at": pyarrow.array([2**62, 1], pyarrow.timestamp("us"))}
     )
@@ -279,7 +279,7 @@ LITERAL = {
 
 @pytest.mark.parametrize("separator", [",", "\t"])
 @pytest.mark.parametrize("texts", LITERAL.values(), ids=LITERAL)
-def test_a_quote_that_is_not_closed_swallows_no_row(
+def test_unclosed_quote_swallows_no_row(
     tmp_path: Path, texts: dict[int, str], separator: str
 ) -> None:
     rows = rows_of(tmp_path, labelled(texts, separator), "x.csv" if separator == "," else "x.tsv")
@@ -297,7 +297,7 @@ def test_a_quote_that_is_not_closed_swallows_no_row(
     ],
 )
 @pytest.mark.parametrize("text_first", [True, False])
-def test_quotes_that_open_one_text_and_close_another_are_refused_in_csv_and_rows_in_tsv(
+def test_quotes_across_rows_are_rejected_in_csv_and_literal_in_tsv(
     tmp_path: Path, first: int, last: int, rows: int, label: Any, text_first: bool
 ) -> None:
     texts = {first: '"I like it.', last: 'It was good."'}
@@ -344,7 +344,7 @@ KINDS = (
 
 @pytest.mark.parametrize(("first", "last"), [(10, 40), (0, 6), (51, 59)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_their_own_are_known_by_most_of_their_columns(
+def test_swallowed_rows_are_recognized_by_most_columns(
     tmp_path: Path, kind: str, first: int, last: int
 ) -> None:
     number = last - first + 1
@@ -383,7 +383,7 @@ def paragraphs(rng: random.Random, most: int) -> str:
         lambda rng, i, text: (text(),),
     ],
 )
-def test_prose_of_several_lines_in_quotes_is_never_refused(tmp_path: Path, row: Any) -> None:
+def test_quoted_prose_of_several_lines_is_never_rejected(tmp_path: Path, row: Any) -> None:
     for seed in range(40):
         rng = random.Random(seed)
         most, num = rng.choice([2, 5, 12, 40]), rng.choice([2, 5, 30, 120])
@@ -402,7 +402,7 @@ def test_prose_of_several_lines_in_quotes_is_never_refused(tmp_path: Path, row: 
         "Of all\n7, it said\n1,000 were",
     ],
 )
-def test_numbers_of_prose_are_no_ids(tmp_path: Path, text: str) -> None:
+def test_numbers_in_prose_are_not_ids(tmp_path: Path, text: str) -> None:
     rows = [*((str(i), f"film {i} is fine") for i in range(20)), ("20", text)]
     content = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in rows)
     assert rows_of(tmp_path, content) == rows
@@ -410,7 +410,7 @@ def test_numbers_of_prose_are_no_ids(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["x.tsv", "x.csv"])
 @pytest.mark.parametrize("text_first", [True, False])
-def test_a_text_of_several_lines_in_quotes_is_one_row(
+def test_quoted_text_of_several_lines_is_one_row(
     tmp_path: Path, name: str, text_first: bool
 ) -> None:
     """As pandas writes it, beside quotes that are never closed."""
@@ -439,7 +439,7 @@ def test_a_text_of_several_lines_in_quotes_is_one_row(
         ("At 1,000 feet", "2"),
     ],
 )
-def test_numbers_with_a_comma_are_no_fields(tmp_path: Path, first: str, label: str) -> None:
+def test_numbers_with_a_comma_are_not_fields(tmp_path: Path, first: str, label: str) -> None:
     rows = [(f"ein Film {i}, der endet", label if i % 2 else "1") for i in range(200)]
     rows[::20] = [(f"{first}\nTolles Hotel gern wieder", label)] * 10
     with (tmp_path / "x.csv").open("w", newline="") as file:
@@ -447,7 +447,7 @@ def test_numbers_with_a_comma_are_no_fields(tmp_path: Path, first: str, label: s
     assert [tuple(row.values()) for row in read_rows(tmp_path / "x.csv")] == rows
 
 
-def test_what_a_csv_writer_writes_is_read_as_it_was(tmp_path: Path) -> None:
+def test_csv_writer_output_round_trips(tmp_path: Path) -> None:
     rng = random.Random(0)
     letters = ["a", "b", " ", "'", '"', '""', ",", "\t", ";", "é", "\n", "\r\n", "1", "0", ".", "#"]
     for case in range(200):
@@ -489,12 +489,12 @@ def test_what_a_csv_writer_writes_is_read_as_it_was(tmp_path: Path) -> None:
         ("text\0,label\n", "NUL byte"),
     ],
 )
-def test_tables_that_do_not_hold_together(tmp_path: Path, content: str, message: str) -> None:
+def test_inconsistent_tables_are_rejected(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rows_of(tmp_path, content)
 
 
-def test_which_files_a_source_names(tmp_path: Path) -> None:
+def test_files_named_by_a_source(tmp_path: Path) -> None:
     shown = ["a.txt", "a/b.txt", "a/c.jsonl", "b.md", "x[1].txt"]
     passed_over = [
         ".a.txt",
@@ -574,21 +574,23 @@ def test_splits_of_a_folder_by_names(tmp_path: Path, names: str, splits: dict[st
         ("README.md .train.txt", "the folder has no data files"),
     ],
 )
-def test_folders_without_clear_splits(tmp_path: Path, names: str, message: str) -> None:
+def test_folders_with_ambiguous_splits_are_rejected(
+    tmp_path: Path, names: str, message: str
+) -> None:
     for name in names.split():
         write(tmp_path / name, "x")
     with pytest.raises(ValueError, match=message):
         find_splits(str(tmp_path))
 
 
-def test_a_file_that_is_not_read_is_named_before_its_split(tmp_path: Path) -> None:
+def test_unreadable_file_is_named_before_its_split(tmp_path: Path) -> None:
     for name in ("train.txt", "picture.png"):
         write(tmp_path / name, "x")
     with pytest.raises(ValueError, match=r"files that end with \.png are not read"):
         find_splits(str(tmp_path))
 
 
-def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
+def test_folder_with_several_datasets_is_rejected(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train.txt", "x")
     card = "---\nconfigs:\n- config_name: one\n  data_files: a/*\n- config_name: two\n---\n# A\n"
     write(tmp_path / "README.md", card)
@@ -643,9 +645,7 @@ def test_a_folder_with_several_datasets(tmp_path: Path) -> None:
         ("x.txt", "é".encode("latin1"), "invalid UTF-8 .*0xe9.*; convert the file to UTF-8"),
     ],
 )
-def test_what_is_not_understood_is_refused(
-    tmp_path: Path, name: str, content: Any, message: str
-) -> None:
+def test_unknown_content_is_rejected(tmp_path: Path, name: str, content: Any, message: str) -> None:
     path = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message) as error:
         list(read_rows(path))

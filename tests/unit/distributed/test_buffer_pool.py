@@ -18,7 +18,7 @@ def nothing_yet() -> None:
     buffer_pool._total = buffer_pool._most = 0
 
 
-def test_pages_go_to_the_next_tensor_when_the_last_view_is_gone() -> None:
+def test_buffer_is_reused_after_its_last_view() -> None:
     first = buffer_pool.pooled_empty(3, MEGA, like=LIKE)
     where, view = first.data_ptr(), first[1:]
     del first
@@ -30,7 +30,7 @@ def test_pages_go_to_the_next_tensor_when_the_last_view_is_gone() -> None:
     assert again.data_ptr() == where and again.dtype == torch.bfloat16 and again.shape == (5, MEGA)
 
 
-def test_a_block_that_was_outgrown_is_let_go() -> None:
+def test_outgrown_buffer_is_released() -> None:
     for size in range(8, 20):
         tensor = buffer_pool.pooled_empty(size, MEGA, like=LIKE)
         del tensor
@@ -38,7 +38,7 @@ def test_a_block_that_was_outgrown_is_let_go() -> None:
     assert [len(block) for block in buffer_pool._free] == [19 * 4 * MEGA]
 
 
-def test_sizes_that_change_do_not_pile_up() -> None:
+def test_changing_sizes_do_not_accumulate() -> None:
     """Four tensors alive at once, of 1 to 16 MB: however they change, no more than 1.5 times what they ever took."""
     chance = random.Random(0)
     alive: list[torch.Tensor] = []
@@ -53,18 +53,18 @@ def test_sizes_that_change_do_not_pile_up() -> None:
     )  # blocks may be 1.5 times as large as what they are lent for
 
 
-def test_autograd_may_add_to_them_in_place() -> None:
+def test_autograd_may_accumulate_into_buffers() -> None:
     """It does not where other tensors have the memory; of a view the base has."""
     assert not buffer_pool.pooled_empty(MEGA, like=LIKE)._is_view()
 
 
-def test_small_ones_are_left_to_torch() -> None:
+def test_small_tensors_are_not_pooled() -> None:
     tensor = buffer_pool.pooled_empty(2**10, like=LIKE)
     del tensor
     assert not buffer_pool._free
 
 
-def test_gradients_take_the_pages_of_the_last_step() -> None:
+def test_gradients_reuse_the_buffers_of_the_last_step() -> None:
     x_TD = torch.ones(2**10, 2**9, requires_grad=True)
     copies = TokenPermutation(torch.arange(2**10).repeat(2), 2**10)
     for _ in range(3):

@@ -12,7 +12,7 @@ from paths import ROOT
 from moe_dist.distributed import mesh, rendezvous_port
 
 
-def test_train_takes_it_first() -> None:
+def test_train_reserves_the_port_first() -> None:
     """Nothing between it and the standard library."""
     lines = [
         line
@@ -37,7 +37,7 @@ def test_train_takes_it_first() -> None:
         {"MASTER_PORT": ""},
     ],
 )
-def test_nothing_is_held_where_it_is_not_rank_0s(
+def test_only_rank_0_reserves_the_port(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, value in (
@@ -60,7 +60,7 @@ def test_nothing_is_held_where_it_is_not_rank_0s(
         ("", "::"),
     ],
 )
-def test_no_other_machine_reaches_the_port_where_ranks_are_on_one(
+def test_port_of_one_node_is_bound_to_loopback(
     master: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if ":" in address and not socket.has_dualstack_ipv6():
@@ -78,7 +78,7 @@ def test_no_other_machine_reaches_the_port_where_ranks_are_on_one(
         assert listening.getsockname()[0] == address
 
 
-def test_a_port_of_another_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_of_another_process_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
@@ -86,11 +86,11 @@ def test_a_port_of_another_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> Non
         assert rendezvous_port.release_fd() is None
 
 
-def test_a_free_port_is_not_one_that_linux_hands_out_by_itself() -> None:
+def test_free_port_is_outside_the_ephemeral_range() -> None:
     assert all(1024 <= rendezvous_port.find_free_port() < 32768 for _ in range(100))
 
 
-def test_who_is_still_to_meet_the_others_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_before_rendezvous_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Python's own end, in which torch's wait for them may abort."""
 
     class Ended(Exception):
@@ -111,7 +111,7 @@ def test_who_is_still_to_meet_the_others_ends_at_once(monkeypatch: pytest.Monkey
     never.set()
 
 
-def test_no_free_port_where_none_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError(errno.EPERM, "no")
 

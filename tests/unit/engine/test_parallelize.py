@@ -8,7 +8,7 @@ from moe_dist.engine.dispatcher_choice import dispatcher_kind
 pytestmark = pytest.mark.timeout(150)
 
 
-def test_the_best_kind_by_hand() -> None:
+def test_best_dispatcher_by_hand() -> None:
     # of 8 experts on two ranks, of a node or not, a rank has none of k with C(4, k) / C(8, k): of 4 with 1/70, so that
     # a token visits 2 (1 - 1/70) = 1.97 of them, less than half of 4; of 3 with 4/56, 1.86 ranks of 3
     assert [
@@ -23,7 +23,7 @@ def test_the_best_kind_by_hand() -> None:
     assert [dispatcher_kind("auto", 8, k, 4, 2) for k in (1, 4)] == ["dedup_node", "dedup_node"]
 
 
-def test_an_unknown_exchange_is_refused() -> None:
+def test_unknown_dispatcher_is_rejected() -> None:
     from runs import tiny
 
     from moe_dist.config.validate import check_config

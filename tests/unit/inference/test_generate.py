@@ -10,7 +10,7 @@ from moe_dist.inference.generate import context, draw
 from moe_dist.nn import prng
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_sampling_follows_the_probabilities() -> None:
     p = [0.3, 0.05, 0.25, 0.2, 0.15, 0.05]  # of which <unk>, word 0, is never drawn
     log_p_V = torch.tensor(p).log()
     u_N = prng.uniform(20_000, 3, "draws").tolist()
@@ -27,7 +27,7 @@ def test_draws_follow_the_probabilities() -> None:
     assert {draw(log_p_V, u, 1e-6, 5) for u in (0.0, 0.5, 1 - 2**-53)} == {2}, "cold, the likeliest"
 
 
-def test_context_is_cut_on_both_sides_and_lined_up() -> None:
+def test_context_is_cut_on_both_sides_and_aligned() -> None:
     words = [
         EOS,
         "He",

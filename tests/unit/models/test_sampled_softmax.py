@@ -36,7 +36,7 @@ def tokens(dim: int = D) -> tuple[torch.Tensor, torch.Tensor]:
     return x_TD, torch.tensor([0, 29, 1, 5, 0, 17, 2])
 
 
-def test_inclusion_by_hand() -> None:
+def test_inclusion_probability_by_hand() -> None:
     # V = 3: q = ln 2 / ln 4, ln 1.5 / ln 4, ln (4/3) / ln 4 = 0.5, 0.29248, 0.20752, which add up to 1
     # two draws: P = 1 - (1 - q)^2 = 0.75, 1 - 0.70752^2 = 0.49942, 1 - 0.79248^2 = 0.37198
     torch.testing.assert_close(
@@ -47,7 +47,7 @@ def test_inclusion_by_hand() -> None:
     )
 
 
-def test_words_drawn_are_distinct_in_order_and_follow_from_seed_and_step_alone() -> None:
+def test_negatives_are_distinct_sorted_and_keyed_by_seed_and_step() -> None:
     word_N, weight_N = draw_negatives(1000, 50, seed=3, step=4)
     assert word_N.tolist() == sorted(set(word_N.tolist())) and set(word_N.tolist()) <= set(
         range(1000)
@@ -59,7 +59,7 @@ def test_words_drawn_are_distinct_in_order_and_follow_from_seed_and_step_alone()
     )
 
 
-def test_words_are_drawn_as_often_as_their_inclusion_says() -> None:
+def test_negatives_are_drawn_with_their_inclusion_probability() -> None:
     draws, count_V = 4000, torch.zeros(20)
     for step in range(draws):
         count_V[draw_negatives(20, 8, 0, step)[0]] += 1
@@ -104,7 +104,7 @@ def test_both_corrections_by_hand(
     ("samples", "step", "tensorflows", "without_the_targets_correction"),
     [(12, 9, 29.812604786701037, 34.521634), (40, 2, 33.19680654157417, 35.112926)],
 )
-def test_sampled_loss_is_tensorflows(
+def test_sampled_loss_equals_tensorflow(
     samples: int, step: int, tensorflows: float, without_the_targets_correction: float
 ) -> None:
     """The constants are the sums over valid tokens of `tf.nn.sampled_softmax_loss` (TensorFlow 2.21.0, float64) on the
@@ -128,7 +128,7 @@ def test_sampled_loss_is_tensorflows(
     assert layer(x_TD, target_T, context(step)).item() == pytest.approx(tensorflows, rel=1e-12)
 
 
-def test_corrections_are_not_rounded_with_a_narrow_model() -> None:
+def test_corrections_stay_in_float32_with_bf16_weights() -> None:
     """In bf16, log P of a rare word is off by up to 0.03. All logits are zero, which bf16 holds exactly."""
     size, samples, target_T = 500_000, 50, torch.tensor([0, 400_000, 123_456])
     layer = Softmax(2, size, samples).bfloat16()
@@ -224,7 +224,7 @@ def test_sampled_loss_fits_known_distributions() -> None:
     assert told[200] < 1.03 * told[None], told
 
 
-def test_gradients_tend_to_the_whole_ones() -> None:
+def test_gradients_converge_to_those_of_the_full_softmax() -> None:
     """Away from the true distribution the mean gradient is not the whole one: with ten times the draws it comes closer,
     and where every word is drawn it is the whole one."""
     errors = []
@@ -289,7 +289,7 @@ def test_sampled_loss_and_gradients_equal_loops(
     assert set(layer.w_VD.grad.coalesce().indices()[0].tolist()) == touched
 
 
-def test_evaluation_is_whole() -> None:
+def test_evaluation_uses_the_full_softmax() -> None:
     x_TD, target_T = tokens()
     expected = softmax(None)(x_TD, target_T, context(train=False))
     torch.testing.assert_close(

@@ -92,7 +92,7 @@ def changed(config: VisionConfig | TextConfig, **changes: Any) -> VisionConfig |
         ("widenet_text_16", 82_697_138, 83),
     ],
 )
-def test_parameters_are_the_papers(name: str, parameters: int, millions: int) -> None:
+def test_parameters_equal_the_paper(name: str, parameters: int, millions: int) -> None:
     """Truncated or rounded to a million."""
     counted = num_parameters(papers.get(name).model)
     assert counted == parameters
@@ -111,7 +111,7 @@ def test_parameters_of_widenet_b_by_hand() -> None:
 
 
 def test_every_named_model_is_tested() -> None:
-    tested = {argument[0] for argument in test_parameters_are_the_papers.pytestmark[0].args[1]}
+    tested = {argument[0] for argument in test_parameters_equal_the_paper.pytestmark[0].args[1]}
     assert tested == {make_config.__name__ for make_config in (*xue2021.VISION, *xue2021.TEXT)}
 
 
@@ -134,7 +134,7 @@ def test_initial_weights() -> None:
             )
 
 
-def test_a_sharing_changes_the_parameters_that_it_names() -> None:
+def test_sharing_changes_only_the_named_parameters() -> None:
     tiny = CASES["vision"][0]
     names = parameters_of(tiny).keys()
 
@@ -174,7 +174,7 @@ def test_blocks_by_hand() -> None:
 
 
 @pytest.mark.parametrize("per_routing", [1, 2, 3, 6, None])
-def test_a_group_of_blocks_asks_its_router_once(per_routing: int | None) -> None:
+def test_router_runs_once_per_group_of_blocks(per_routing: int | None) -> None:
     depth = 6
     model = filled(changed(CASES["vision"][0], depth=depth, blocks_per_routing=per_routing))
     asked: list[int] = []
@@ -205,13 +205,13 @@ def test_a_group_of_blocks_asks_its_router_once(per_routing: int | None) -> None
         ),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], says: str) -> None:
+def test_invalid_encoder_sizes_are_rejected(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError) as error:
         parameters_of(changed(CASES["vision"][0], **changes))
     assert says in str(error.value)
 
 
-def test_images_and_texts_that_do_not_fit_are_refused() -> None:
+def test_invalid_image_and_text_sizes_are_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"model\.image_size=225 is not a multiple of model\.patch_size=16"
     ):
@@ -222,7 +222,7 @@ def test_images_and_texts_that_do_not_fit_are_refused() -> None:
         )
 
 
-def test_padding_of_a_text_changes_nothing_else() -> None:
+def test_text_padding_changes_nothing_else() -> None:
     model, (token_BS, kind_BS) = filled(CASES["text"][0]), words()
     valid_BS = torch.arange(TIMESTEPS) < torch.tensor(LENGTHS)[:, None]
     masked_N = places(0, NUM_SAMPLES)

@@ -16,7 +16,7 @@ T, D, F, E = 16, 8, 12, 8
 
 
 @pytest.mark.parametrize("sizes", [[4], [1, 3]])
-def test_what_an_earlier_backward_put_off_is_not_a_later_ones(sizes: list[int]) -> None:
+def test_delayed_wgrads_belong_to_their_own_backward(sizes: list[int]) -> None:
     """The first stops before the weights; in the second expert 3 has no part."""
     experts = Experts(4, D, F)
     for p in experts.parameters():
@@ -37,7 +37,7 @@ def test_what_an_earlier_backward_put_off_is_not_a_later_ones(sizes: list[int]) 
 
 
 @pytest.mark.parametrize("backward", [True, False])
-def test_what_was_put_off_is_let_go(backward: bool) -> None:
+def test_delayed_wgrad_releases_memory(backward: bool) -> None:
     later = DelayedWeightGrads([2, 2], nn.Parameter(torch.ones(4, 3)))
     known = weakref.ref(later)
     y = later.chunk(0)[0].sum() + later.chunk(1)[0].sum()

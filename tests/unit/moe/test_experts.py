@@ -128,9 +128,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("cls", [Fast, Plain])
 @pytest.mark.parametrize("kind", ["ragged", "dropped", "nothing"])
-def test_output_and_gradients_are_those_of_a_loop(
-    kind: str, cls: type[Experts], threads: None
-) -> None:
+def test_output_and_gradients_equal_a_loop(kind: str, cls: type[Experts], threads: None) -> None:
     right = expected(kind)
     for options in (
         {},
@@ -158,7 +156,7 @@ def test_bf16_is_within_its_rounding(cls: type[Experts]) -> None:
 
 
 @pytest.mark.parametrize("cls", [Fast, Plain])
-def test_inference_mode_is_that_of_all_threads(cls: type[Experts], threads: None) -> None:
+def test_inference_mode_applies_to_all_threads(cls: type[Experts], threads: None) -> None:
     experts, x_TD = cls(E, D, F).double(), drawn(T, D, key="x")
     with torch.no_grad():
         for p, key in zip(experts.parameters(), ("w1", "w2"), strict=True):
@@ -169,7 +167,7 @@ def test_inference_mode_is_that_of_all_threads(cls: type[Experts], threads: None
     torch.testing.assert_close(y_TD.clone(), expected("ragged")["y"], rtol=1e-12, atol=1e-12)
 
 
-def test_threads_that_begin_later_have_what_torch_was_told() -> None:
+def test_later_threads_use_the_torch_settings() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     grouped_mm._threads.cache_clear()
@@ -179,7 +177,7 @@ def test_threads_that_begin_later_have_what_torch_was_told() -> None:
     torch.set_num_threads(before)
 
 
-def test_torchs_own_grouped_matmul_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_grouped_matmul_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken on CUDA alone (tests/distributed/test_gpu.py); on CPU torch has it, too, slowly."""
     count_e = torch.tensor([100, 0, 7, 193, 0])
     results: list[list[torch.Tensor]] = []
@@ -198,7 +196,7 @@ def test_torchs_own_grouped_matmul_gives_the_same(monkeypatch: pytest.MonkeyPatc
     assert not results[1][2][1].any(), "an expert without rows has a zero gradient"
 
 
-def test_no_tokens_at_all() -> None:
+def test_experts_without_any_token() -> None:
     for cls in (Fast, Plain):
         experts = cls(E, D, F)
         x_TD = torch.zeros(0, D, requires_grad=True)
@@ -212,7 +210,7 @@ def test_no_tokens_at_all() -> None:
         assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
 
 
-def test_signs_from_outside_decide() -> None:
+def test_relu_mask_override_decides() -> None:
     """A unit below zero that is on adds to the output, and its gradient comes through: x = 1, w1 = (-2, 3),
     w2 = (5, 7), of which the first alone is on: y = -10, dx = -2 x 5, dw1 = (5, 0), dw2 = (-2, 0)."""
     for cls in (Fast, Plain):
@@ -232,7 +230,7 @@ def test_signs_from_outside_decide() -> None:
 
 
 @pytest.mark.parametrize("cls", [Fast, Plain, GeluExperts])
-def test_recompute_keeps_nothing_of_the_hidden_size(cls: type[Experts]) -> None:
+def test_recompute_saves_no_hidden_activations(cls: type[Experts]) -> None:
     numbers = []
     for recompute in (False, True):
         experts, sizes = cls(E, D, F, recompute), []
@@ -249,7 +247,7 @@ def test_recompute_keeps_nothing_of_the_hidden_size(cls: type[Experts]) -> None:
     assert numbers[0] >= T * K * F and numbers[1] == 0
 
 
-def test_the_fast_path_is_taken_where_an_expert_has_much_to_do() -> None:
+def test_fast_path_is_used_for_large_experts() -> None:
     """128 KiB of hidden units an expert: 4 experts of 64 units have them from 4 x 2^17 / (4 x 64) = 2048 rows on."""
 
     def is_fast(experts: Experts, num_rows: int, num_experts: int = 4) -> bool:

@@ -35,14 +35,14 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_importance_sums_to_the_valid_tokens(case: str) -> None:
+def test_importance_sums_to_the_number_of_valid_tokens(case: str) -> None:
     _, stats = whole_layer(CASES[case])(batch()["x"], context(0, NUM_SAMPLES, CASES[case]))
     assert stats.importance_E.sum().item() == pytest.approx(sum(LENGTHS), abs=1e-12)
     assert stats.load_E.sum() == CASES[case].k ** 2 * sum(LENGTHS)
 
 
 @pytest.mark.parametrize("case", ["k1", "k2", "balance_groups"])
-def test_the_load_loss_teaches_the_primary_gate(case: str) -> None:
+def test_load_loss_has_a_gradient_for_the_primary_gate(case: str) -> None:
     """Why Eq. 14 has the factor Load_prim: the load of a group's experts alone has no derivative by the primary
     gate."""
     moe = whole_layer(CASES[case], importance_loss_weight=0.0)
@@ -68,7 +68,7 @@ def test_empty_groups_give_no_nan(case: str) -> None:
         assert not moe.experts.w_gate.w_gDb.grad[i].any()
 
 
-def test_no_token_at_all() -> None:
+def test_hierarchical_layer_without_any_token() -> None:
     case = CASES["balance_groups"]
     moe, x_TD = whole_layer(case), batch()["x"].clone().requires_grad_()
     ctx = dataclasses.replace(
@@ -169,12 +169,12 @@ def test_eqs_12_and_13_by_hand() -> None:
 
 
 @pytest.mark.parametrize("k", [0, 3])
-def test_more_experts_than_a_group_has_are_refused(k: int) -> None:
+def test_k_larger_than_a_group_is_rejected(k: int) -> None:
     with pytest.raises(ValueError, match=f"k={k} experts per group: must be 1 to 2"):
         ExpertGroups(4, 2, DIM, HIDDEN, k, noise=True)
 
 
-def test_cases_are_what_they_say() -> None:
+def test_hierarchical_cases_have_their_properties() -> None:
     valid = sum(LENGTHS)  # 18
     results = {name: reference(case)[0] for name, case in CASES.items()}
     for name, result in results.items():

@@ -10,7 +10,7 @@ TOKEN_N = torch.tensor(
 )  # of 5 tokens: three copies of 3, two of 0, none of 2 and 4
 
 
-def test_copies_and_sums_by_hand() -> None:
+def test_permute_and_unpermute_by_hand() -> None:
     copies = TokenPermutation(TOKEN_N, 5)
     x_TD = torch.arange(5.0)[:, None].expand(5, 2).clone().requires_grad_()
     y_ND = copies.permute(x_TD)
@@ -26,7 +26,7 @@ def test_copies_and_sums_by_hand() -> None:
 
 @pytest.mark.parametrize("num_tokens, num_copies", [(0, 0), (4, 0), (4, 9)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_any_number_of_copies(num_tokens: int, num_copies: int, dtype: torch.dtype) -> None:
+def test_permute_any_number_of_rows(num_tokens: int, num_copies: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     token_N = torch.randint(max(num_tokens, 1), (num_copies,), generator=generator)
     y_ND = torch.randn(num_copies, 3, generator=generator).to(dtype)

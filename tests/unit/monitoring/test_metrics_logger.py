@@ -28,7 +28,7 @@ def values(step: int) -> dict:
     return {"train/loss": 1 / (step + 2), "moe/1/tokens_per_expert": [step, 2 * step, 0.1, 0.0]}
 
 
-def test_lines_come_back_as_logged(tmp_path):
+def test_logged_lines_are_read_back(tmp_path):
     lines = [{"step": 0, "valid/loss": 0.1 + 0.2}, {"step": 1, **values(1)}]
     with make(tmp_path) as log:
         for line in lines:
@@ -40,7 +40,7 @@ def in_arrays(line: dict) -> dict:
     return {k: np.array(v, dtype=np.float32) if isinstance(v, list) else v for k, v in line.items()}
 
 
-def test_what_is_not_finite_is_null_in_the_file_and_not_a_number_when_read(tmp_path):
+def test_nonfinite_values_are_null_in_the_file_and_nan_when_read(tmp_path):
     with make(tmp_path) as log:
         log.log(
             1,
@@ -75,7 +75,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_not_a_number_when_read(tmp_p
         )
 
 
-def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
+def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
     with make(tmp_path / "whole") as log:
         for step in range(1, 11):
             log.log(step, values(step))
@@ -93,24 +93,24 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_torn_line_goes_even_where_no_step_is_dropped(tmp_path):
+def test_torn_line_is_removed_even_if_no_step_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2')
     make(tmp_path, start_step=2).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
 
 
-def test_a_run_from_step_0_starts_an_empty_file(tmp_path):
+def test_run_from_step_0_starts_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n{"step": 1}\n')
     make(tmp_path).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
-def test_resume_copes_with_a_lost_file(tmp_path):
+def test_resume_accepts_a_missing_file(tmp_path):
     make(tmp_path, start_step=2).close()
     assert read_metrics(tmp_path) == []
 
 
-def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
+def test_damaged_line_and_missing_file_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no metrics file .*metrics\.jsonl"):
         read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\nspoilt\n')
@@ -131,7 +131,7 @@ def test_a_spoilt_line_and_a_missing_file_are_named(tmp_path):
             read_metrics(tmp_path)
 
 
-def test_a_run_that_is_started_again_goes_on_without_spoilt_lines(tmp_path, capfd):
+def test_restarted_run_drops_damaged_lines(tmp_path, capfd):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 2}\n[3]\n')
     make(tmp_path, start_step=2).close()
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
@@ -139,7 +139,7 @@ def test_a_run_that_is_started_again_goes_on_without_spoilt_lines(tmp_path, capf
     assert "line 2 is not JSON" in first and "line 4 has no step" in second and "dropped" in first
 
 
-def test_disabled_does_nothing(tmp_path, capfd):
+def test_disabled_logger_does_nothing(tmp_path, capfd):
     with make(tmp_path / "run", enabled=False, wandb_mode="offline", wandb_id="kept") as log:
         log.log(1, values(1))
         log.log_images(1, lambda: pytest.fail("drawn where nothing is logged"))
@@ -149,7 +149,7 @@ def test_disabled_does_nothing(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_an_unknown_wandb_mode_is_refused(tmp_path, enabled):
+def test_unknown_wandb_mode_is_rejected(tmp_path, enabled):
     with pytest.raises(ValueError, match="'disabled' is unknown: use one of online, offline, off"):
         make(tmp_path, wandb_mode="disabled", enabled=enabled)
 
@@ -168,15 +168,13 @@ def test_an_unknown_wandb_mode_is_refused(tmp_path, enabled):
         ("off", "online", "off"),
     ],
 )
-def test_the_mode_is_the_configs_or_else_the_environments(monkeypatch, mode, asked, expected):
+def test_wandb_mode_comes_from_the_config_or_the_environment(monkeypatch, mode, asked, expected):
     monkeypatch.setenv("WANDB_MODE", asked)
     assert wandb_logger.wandb_mode_of(mode) == expected
 
 
 @pytest.mark.parametrize("asked", ["offlin", "OFF", "1", "false"])
-def test_a_mode_of_the_environment_that_is_none_is_named_before_any_work(
-    monkeypatch, capsys, asked
-):
+def test_invalid_wandb_mode_in_the_environment_is_named_before_any_work(monkeypatch, capsys, asked):
     monkeypatch.setenv("WANDB_MODE", asked)
     check_plan(
         ["lstm_moe_demo"],
@@ -185,9 +183,7 @@ def test_a_mode_of_the_environment_that_is_none_is_named_before_any_work(
     )
 
 
-def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(
-    tmp_path, capsys, monkeypatch
-):
+def test_progress_without_a_terminal_is_plain_lines(tmp_path, capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(metrics_logger.time, "monotonic", lambda: clock[0])
     with make(tmp_path, total_steps=50, start_step=10) as log:
@@ -208,7 +204,7 @@ def test_without_a_terminal_progress_is_plain_lines_at_a_sensible_rate(
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [*range(11, 48, 4), 50]
 
 
-def test_an_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch):
+def test_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(metrics_logger.time, "monotonic", lambda: clock[0])
     with make(tmp_path, total_steps=3) as log:
@@ -230,7 +226,7 @@ def test_an_evaluation_stays_in_the_progress_line(tmp_path, capsys, monkeypatch)
     ]
 
 
-def test_on_a_terminal_progress_is_a_bar(tmp_path, capsys, monkeypatch):
+def test_progress_on_a_terminal_is_a_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(metrics_logger.sys.stderr, "isatty", lambda: True)
     with make(tmp_path, start_step=4) as log:
         for step in range(5, 11):

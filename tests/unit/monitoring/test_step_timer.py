@@ -113,7 +113,7 @@ def step(clock: StepTimer, recompute: bool = False, learned: bool = True) -> Non
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_each_part_has_its_forward_and_its_backward(clock: StepTimer, recompute: bool) -> None:
+def test_each_part_has_forward_and_backward_time(clock: StepTimer, recompute: bool) -> None:
     for _ in range(2):
         with clock.step():
             step(clock, recompute)
@@ -130,7 +130,7 @@ def test_each_part_has_its_forward_and_its_backward(clock: StepTimer, recompute:
     assert set(clock.read_and_reset().values()) == {0.0}
 
 
-def test_events_are_read_when_the_stream_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_are_read_after_the_stream_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "_event", Event)
     monkeypatch.setattr(Event, "behind", 0.04)
     clock = StepTimer(torch.device("cuda"))
@@ -143,7 +143,7 @@ def test_events_are_read_when_the_stream_has_passed_them(monkeypatch: pytest.Mon
     )  # 19 + 1 + 3 + 7 + 13 + 29 + ... of a step
 
 
-def test_where_no_gradient_comes_by_the_others_have_theirs(clock: StepTimer) -> None:
+def test_parts_without_gradient_do_not_disturb_others(clock: StepTimer) -> None:
     with clock.step():
         step(clock, learned=False)
     expected = {
@@ -158,7 +158,7 @@ def test_where_no_gradient_comes_by_the_others_have_theirs(clock: StepTimer) -> 
     )
 
 
-def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: StepTimer) -> None:
+def test_unclosed_range_ends_with_its_parent(clock: StepTimer) -> None:
     """Its output has a gradient, but does not come of its argument."""
     weight = torch.ones(1, requires_grad=True)
     experts = timed(clock, "experts", lambda x: (work(weight, 1, 2), None), "experts")
@@ -172,7 +172,7 @@ def test_a_range_that_finds_no_end_ends_with_the_one_around_it(clock: StepTimer)
     )
 
 
-def test_of_an_argument_without_a_gradient_the_forward_is_timed_alone(clock: StepTimer) -> None:
+def test_argument_without_gradient_times_only_forward(clock: StepTimer) -> None:
     weight = torch.ones(1, requires_grad=True)
     with clock.step():
         timed(clock, "experts", lambda x: (work(weight, 1, 2), None), "experts")(torch.ones(1))[
@@ -194,7 +194,7 @@ class Fail(torch.autograd.Function):
         raise FloatingPointError
 
 
-def test_an_error_in_backward_leaves_the_next_step_alone(clock: StepTimer) -> None:
+def test_error_in_backward_does_not_affect_the_next_step(clock: StepTimer) -> None:
     x = torch.ones(1, requires_grad=True)
     with pytest.raises(FloatingPointError), clock.step():
         timed(clock, "experts", lambda x: (Fail.apply(x), None), "experts")(x)[0].sum().backward()
@@ -206,7 +206,7 @@ def test_an_error_in_backward_leaves_the_next_step_alone(clock: StepTimer) -> No
     )
 
 
-def test_outside_of_a_step_nothing_is_done(clock: StepTimer) -> None:
+def test_timer_outside_a_step_does_nothing(clock: StepTimer) -> None:
     x = torch.ones(1, requires_grad=True)
     y, _ = timed(clock, "experts", lambda x: (x * 2, None), "experts")(x)
     assert type(y.grad_fn).__name__ == "MulBackward0"  # no view
@@ -218,9 +218,7 @@ def test_only_training_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture
     check_plan(["--evaluate", str(tmp_path), "--profile"], "--profile: only of training", capsys)
 
 
-def test_a_full_disk_costs_the_trace_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk_loses_only_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "profile").write_text("no folder can be made here")
     mesh: Any = SimpleNamespace(
         dp=SimpleNamespace(index=0),

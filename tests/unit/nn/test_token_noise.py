@@ -69,7 +69,7 @@ def test_noise_and_dropout_belong_to_the_token() -> None:
     )
 
 
-def test_the_layout_of_the_batch_does_not_matter() -> None:
+def test_noise_does_not_depend_on_the_batch_layout() -> None:
     ctx = context(8, 8)
     other = context(
         8, 8, train=False, valid_T=~ctx.valid_T, first_sample=4, balance_loss_group_size=1
@@ -77,7 +77,7 @@ def test_the_layout_of_the_batch_does_not_matter() -> None:
     assert torch.equal(normal(ctx), normal(other))
 
 
-def test_every_part_of_the_key_matters() -> None:
+def test_every_part_of_the_key_changes_the_noise() -> None:
     ctx = context()
     one = normal(ctx)
     others = {
@@ -100,7 +100,7 @@ def test_every_part_of_the_key_matters() -> None:
         assert abs((same * other).mean()) < 4 / same.numel() ** 0.5, name
 
 
-def test_bits_are_the_hash_in_plain_integers() -> None:
+def test_bits_equal_the_hash_in_plain_integers() -> None:
     """The same on every device and in every version: a change of these numbers is a change of every run."""
 
     def mix(x: int, between: int = 0) -> int:  # lowbias32
@@ -139,7 +139,7 @@ def test_generators_follow_from_their_key() -> None:
     )
 
 
-def test_the_default_generator_is_lent_and_given_back() -> None:
+def test_default_generator_is_seeded_and_restored() -> None:
     before = torch.get_rng_state()
     drawn = []
     with pytest.raises(ZeroDivisionError), prng.default_generator() as reseed:
@@ -186,7 +186,7 @@ def test_normal_has_the_moments_of_a_normal(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
-def test_normal_of_any_word_is_finite(dtype: torch.dtype) -> None:
+def test_normal_is_finite_for_any_bits(dtype: torch.dtype) -> None:
     word = torch.tensor([0, 1, 2**31 - 1, -(2**31), -1], dtype=torch.int32)
     z = token_noise._normal_of(word, dtype)
     assert z.dtype == dtype
@@ -195,7 +195,7 @@ def test_normal_of_any_word_is_finite(dtype: torch.dtype) -> None:
     assert -5.5 < z.min() < -5
 
 
-def test_normal_is_the_same_in_any_precision() -> None:
+def test_normal_is_equal_in_any_precision() -> None:
     narrow = token_noise.token_normal(context(), "gate", torch.arange(C), torch.float32)
     torch.testing.assert_close(narrow.double(), normal(context()), atol=1e-5, rtol=1e-5)
 

@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "moe_dist"
 
 
-def test_the_second_start_reads_what_the_first_compiled(cache: Path) -> None:
+def test_second_start_uses_the_cache(cache: Path) -> None:
     os.umask(before := os.umask(0))
     try:
         os.umask(0)
@@ -54,7 +54,7 @@ def test_the_second_start_reads_what_the_first_compiled(cache: Path) -> None:
     assert run() == (DOUBLED, 1)
 
 
-def test_damaged_files_are_compiled_again_and_replaced(cache: Path) -> None:
+def test_damaged_cache_files_are_recompiled(cache: Path) -> None:
     run()
     (file,) = cache.iterdir()
     whole = file.read_bytes()
@@ -67,7 +67,7 @@ def test_damaged_files_are_compiled_again_and_replaced(cache: Path) -> None:
         assert list(cache.iterdir()) == [file]
 
 
-def test_a_file_that_is_whole_but_holds_something_else_is_compiled_again(cache: Path) -> None:
+def test_intact_file_with_other_content_is_recompiled(cache: Path) -> None:
     """As another numba of the same version string might leave."""
     run()
     (file,) = cache.iterdir()
@@ -82,7 +82,7 @@ def halve(x_N: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["swapped", "copied"])
-def test_a_whole_file_under_the_name_of_another_is_compiled_again(how: str, cache: Path) -> None:
+def test_file_under_another_name_is_recompiled(how: str, cache: Path) -> None:
     """Both are this user's own, in a folder that may be another's."""
     x_N = np.arange(4, dtype=np.float32)
     compiled_loops.compiled(halve)(x_N)
@@ -97,7 +97,7 @@ def test_a_whole_file_under_the_name_of_another_is_compiled_again(how: str, cach
 
 
 @pytest.mark.parametrize("days", [29, 31])
-def test_who_writes_a_file_removes_those_that_nobody_has_used(
+def test_writing_a_file_removes_unused_ones(
     days: int, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run()
@@ -126,7 +126,7 @@ def test_who_writes_a_file_removes_those_that_nobody_has_used(
 
 
 @pytest.mark.parametrize("how", ["owner", "group", "others", "link", "fifo", "folder"])
-def test_nothing_is_unpickled_that_another_user_may_have_written(
+def test_files_writable_by_other_users_are_not_unpickled(
     how: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run()
@@ -153,7 +153,7 @@ def test_nothing_is_unpickled_that_another_user_may_have_written(
 
 
 @pytest.mark.parametrize("home", ["/proc/none", "/dev/null", ""])
-def test_where_nothing_can_be_kept_all_is_compiled(
+def test_without_a_cache_folder_everything_is_compiled(
     home: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -167,7 +167,7 @@ def test_where_nothing_can_be_kept_all_is_compiled(
     assert run() == (DOUBLED, 0)
 
 
-def test_a_full_disk_ends_nothing_and_leaves_nothing(
+def test_full_disk_is_ignored_and_leaves_no_file(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -178,7 +178,7 @@ def test_a_full_disk_ends_nothing_and_leaves_nothing(
     assert list(cache.iterdir()) == []
 
 
-def test_the_name_of_a_file_depends_on_processor_signature_and_source(
+def test_cache_file_name_depends_on_processor_signature_and_source(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Codegen:
@@ -197,7 +197,7 @@ def test_the_name_of_a_file_depends_on_processor_signature_and_source(
     assert all(name.startswith("double-") for name in names)
 
 
-def test_a_relative_cache_home_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """So says the XDG specification: else each working folder would have a cache."""
     monkeypatch.setenv("HOME", "/home/somebody")
     for given in ("relative", ""):

@@ -26,7 +26,7 @@ ONE_RANK = meshes.Mesh(ALONE, ALONE, ALONE, 1, torch.device("cpu"), None, None) 
 # owners
 
 
-def test_parts_are_those_of_chunk() -> None:
+def test_owned_parts_equal_torch_chunk() -> None:
     for number, ranks in itertools.product(range(1, 10), range(1, 6)):
         axis = meshes.Axis(ranks, 0, None)  # type: ignore[arg-type]
         expected = [c.tolist() for c in torch.arange(number).chunk(ranks)]
@@ -34,7 +34,7 @@ def test_parts_are_those_of_chunk() -> None:
         assert parts == expected + [[]] * (ranks - len(expected))
 
 
-def test_the_previous_norm_clips_by_hand() -> None:
+def test_clipping_by_the_previous_norm_by_hand() -> None:
     # gradients (3, 4) of norm 5, then (6, 8) of norm 10, clip_norm 2.5: factors 1 (no norm before), then 2.5 / 5.
     # Means at beta1 = 0.5: 0.5 (3, 4), then 0.25 (3, 4) + 0.5 (3, 4). An infinite one is skipped and leaves 10.
     p = torch.nn.Parameter(torch.zeros(2))
@@ -59,7 +59,7 @@ def test_the_previous_norm_clips_by_hand() -> None:
         assert optimizer.previous_norm == pytest.approx(norm)
 
 
-def test_a_second_gradient_in_a_step_is_refused() -> None:
+def test_second_gradient_in_a_step_is_rejected() -> None:
     w, config = (
         torch.nn.Parameter(torch.ones(2, 3, 4)),
         OptimConfig(max_grad_norm=None, fuse_expert_update_in_backward=True),
@@ -87,7 +87,7 @@ def test_a_second_gradient_in_a_step_is_refused() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(sets: list[str], reason: str) -> None:
+def test_incompatible_fused_update_is_rejected(sets: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         config = tiny(*sets)
         check_config(config)
@@ -101,7 +101,7 @@ def test_without_clipping_gradients_may_be_freed() -> None:
 # bytes
 
 
-def test_a_factored_state_is_rows_and_columns() -> None:
+def test_factored_state_has_rows_and_columns() -> None:
     """Every tensor that is held after a step, other than parameter, master and gradient."""
     p = torch.nn.Parameter(torch.ones(3, 20, 50))
     state = FactoredAdamParam(p, ALONE)
@@ -118,7 +118,7 @@ def test_a_factored_state_is_rows_and_columns() -> None:
     assert sum(t.untyped_storage().nbytes() for t in held) == 3 * (20 + 50) * 4
 
 
-def test_an_owner_of_none_can_step() -> None:
+def test_owner_of_no_expert_can_step() -> None:
     none = meshes.Axis(2, 1, None)  # type: ignore[arg-type]
     for kind in (FactoredAdamParam, AdamParam):
         p = torch.nn.Parameter(torch.ones(1, 4, 5))

@@ -41,7 +41,7 @@ def test_first_step_of_the_paper_form_by_hand() -> None:
     torch.testing.assert_close(column, torch.tensor([[2.5, 1.0]], dtype=torch.float64))
 
 
-def test_first_step_of_the_diet_form_by_hand() -> None:
+def test_first_step_of_the_t2t_form_by_hand() -> None:
     # roots first: sqrt(rows) = 2, 1; sqrt(columns) = 1, 3 with mean 2 -> sqrt(v) = [[1, 3], [0.5, 1.5]]
     # g² with row means 4, 1 and column means 1, 9 does not exist; scale the ones that do:
     # g² = [[2, 6], [0.5, 1.5]] has row means 4, 1 and column means 1.25, 3.75
@@ -120,9 +120,7 @@ def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("at_once", [1, 400, 2**26], ids=["one expert", "two experts", "all"])
-def test_eager_passes_equal_the_compiled_ones(
-    at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eager_steps_equal_compiled_steps(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same float32 numbers; 5 experts of 12 x 16."""
     monkeypatch.setitem(factored_adam.EAGER_CHUNK_ELEMENTS, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
@@ -140,7 +138,7 @@ def test_eager_passes_equal_the_compiled_ones(
 
 
 @pytest.mark.parametrize("columns", [7, 2**13], ids=["eager", "compiled"])
-def test_a_graph_of_earlier_weights_is_refused(columns: int) -> None:
+def test_graph_of_earlier_weights_is_rejected(columns: int) -> None:
     w = nn.Parameter(torch.ones(1, 2, columns))
     loss = (w * w).sum()
     loss.backward(retain_graph=True)
@@ -154,7 +152,7 @@ def test_a_graph_of_earlier_weights_is_refused(columns: int) -> None:
 
 
 @pytest.mark.parametrize("worth", [2**20, 1], ids=["eager", "compiled"])
-def test_what_is_not_a_number_is_seen(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonfinite_gradient_is_detected(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the sums, of which the norm is made."""
     monkeypatch.setattr(factored_adam, "MIN_COMPILED_ELEMENTS", worth)
     for value in (math.nan, math.inf, 1e30):
@@ -173,7 +171,7 @@ def test_rank_one_is_exact_and_row_means_are_kept() -> None:
     torch.testing.assert_close(w, -0.1 * g.sign())
 
 
-def test_diet_steps_are_smaller() -> None:
+def test_t2t_steps_are_smaller() -> None:
     """sqrt(mean c) >= mean(sqrt c), so tensor2tensor's denominator is the larger one."""
     g = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     moved = {}
@@ -206,7 +204,7 @@ def test_no_gradient_gives_no_update(form: str) -> None:
     assert w.count_nonzero() == 1 and w[0, 1, 1] < 0
 
 
-def test_the_norm_of_many_elements_is_that_of_float64() -> None:
+def test_norm_of_many_elements_equals_float64() -> None:
     """Three million elements: all in float32 it would be off in the fifth digit."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(n, generator=generator) for n in (2**21, 2**20 + 3)]
@@ -220,7 +218,7 @@ def test_the_norm_of_many_elements_is_that_of_float64() -> None:
 
 
 @pytest.mark.parametrize("form", ["factored_adam", "factored_adam_t2t", "adam"])
-def test_weights_decay_apart_from_the_step(form: str) -> None:
+def test_weight_decay_is_decoupled(form: str) -> None:
     """w (1 - lr x decay), and then the step that there is without decay; of a matrix, not of a vector."""
     # 0.01 x 0.1 of 2 and of 4
     for shape, decayed in (((1, 2, 1), [0.002, 0.004]), ((1, 1, 2), [0.0, 0.0])):
@@ -245,7 +243,7 @@ def less_by_decay(w: torch.Tensor, g: torch.Tensor, form: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3, 1, 5)])
-def test_trust_ratios_of_experts_are_lambs(shape: tuple[int, ...]) -> None:
+def test_expert_trust_ratios_equal_lamb(shape: tuple[int, ...]) -> None:
     """Each expert is a tensor of its own to timm's; biases, matrices of one row, have Adam's step without a ratio and
     without decay."""
     import_torchvision()

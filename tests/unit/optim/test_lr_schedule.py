@@ -8,7 +8,7 @@ from moe_dist.config.schema import OptimConfig
 from moe_dist.optim.lr_schedule import learning_rate
 
 
-def test_schedule() -> None:
+def test_schedule_by_hand() -> None:
     # warm-up of 4 steps to 8, then 8 sqrt(4 / step): step 16 -> 4
     config = OptimConfig(lr=8.0, warmup_steps=4)
     assert [learning_rate(config, s, 16) for s in (1, 2, 4, 16)] == [2.0, 4.0, 8.0, 4.0]

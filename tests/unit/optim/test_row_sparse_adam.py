@@ -25,7 +25,7 @@ class Alone:
         self.sent[label] += num_bytes
 
 
-def test_each_row_is_an_adam_of_its_own_and_the_others_wait() -> None:
+def test_each_row_has_its_own_adam_and_untouched_rows_wait() -> None:
     config, generator = (
         OptimConfig(beta1=0.8, beta2=0.9, eps=1e-3),
         torch.Generator().manual_seed(0),

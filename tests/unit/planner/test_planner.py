@@ -50,7 +50,7 @@ def sent(config: Config, world: int, per_node: int, what: str) -> tuple[float, f
     return one.intra_node_bytes, one.inter_node_bytes
 
 
-def test_bytes_of_an_exchange_by_hand() -> None:
+def test_all_to_all_bytes_by_hand() -> None:
     # 64 lanes x 32 words on two ranks: 1,024 words each, 4 experts a word, of which half are on the other rank:
     # 2,048 rows of 128 float32 there, and their gradients back, with a weight of 4 bytes and its gradient
     assert sent(demo("mesh.ep=2", "mesh.dispatcher=all_to_all"), 2, 2, "dispatch") == (
@@ -84,7 +84,7 @@ def test_bytes_of_an_exchange_by_hand() -> None:
     )
 
 
-def test_bytes_once_to_a_rank_and_to_a_node_by_hand() -> None:
+def test_dedup_rank_and_dedup_node_bytes_by_hand() -> None:
     # 8 experts, 2 a word, on 4 ranks of 2: none of a rank's with 6 x 5 / (8 x 7) = 15/28, so 13/28 of words visit it;
     # a node's 4 experts with 1 - 4 x 3 / (8 x 7) = 22/28. 512 words of 16 float32 there and back
     sets = ["model.dim=128", "model.moe.num_experts=8", "model.moe.k=2", "mesh.ep=4"]
@@ -97,14 +97,14 @@ def test_bytes_once_to_a_rank_and_to_a_node_by_hand() -> None:
     assert node == pytest.approx((row * (4 / 28 + 13 / 28), row * 22 / 28))
 
 
-def test_blocks_visited_are_those_of_every_choice() -> None:
+def test_distinct_destinations_equal_an_enumeration() -> None:
     for num, k, blocks in ((8, 2, 4), (12, 3, 3), (6, 6, 2), (6, 1, 6)):
         choices = list(itertools.combinations(range(num), k))
         mean = sum(len({e // (num // blocks) for e in choice}) for choice in choices) / len(choices)
         assert expected_blocks_visited(num, k, blocks) == pytest.approx(mean)
 
 
-def test_bytes_of_sums_by_hand() -> None:
+def test_all_reduce_bytes_by_hand() -> None:
     # 2,336,576 dense parameters (below) of 4 bytes: a ring of two sends 2 x 1/2 of them; above ZeRO 0 half of the
     # weights are told besides, and at 3 gathered for forward while gradients are summed where they are kept
     dense = 4 * 2_336_576
@@ -161,7 +161,7 @@ def test_memory_by_hand(ep: int, zero: int) -> None:
     assert told["gradients"] == gradients // 2 + here * EXPERT
 
 
-def test_a_gpu_holds_buffers_and_libraries_besides() -> None:
+def test_gpu_memory_includes_buffers_and_libraries() -> None:
     config = demo("mesh.ep=2", "zero_stage=1")
     plain, ds = task_of(config).build_model(config), read_ds_config(config)
     told = rank_cost_on_gpu("h100", plain, config, make_batch_layout(config, 2), ds).bytes
@@ -182,7 +182,7 @@ def test_a_gpu_holds_buffers_and_libraries_besides() -> None:
 # seconds
 
 
-def test_seconds_by_hand() -> None:
+def test_step_seconds_by_hand() -> None:
     own = RankCost(
         {"gate": 1.0, "dispatch": 2.0, "experts": 3.0, "rest": 4.0, "optimizer": 5.0}, {}
     )
@@ -206,7 +206,7 @@ def test_seconds_by_hand() -> None:
     assert told["rest"] == pytest.approx(4.0 + (2 + 3 + 1) * 1e-2 + 4 * DENSE / 1e9)
 
 
-def test_pieces_hide_the_shorter_of_rows_and_experts() -> None:
+def test_chunks_hide_the_shorter_of_communication_and_experts() -> None:
     """The kept runs of docs/log.md: a transfer of 560 ms and experts of 500 ms took 816 to 830 in two pieces, 693 to
     736 in four, where 1,041 to 1,075 is without; in one, where gradients of weights alone wait, 916 to 962. Sent once,
     131 ms and 183 took 286."""
@@ -229,7 +229,7 @@ def test_pieces_hide_the_shorter_of_rows_and_experts() -> None:
         assert 1e3 * (told["dispatch"] + told["experts"]) == pytest.approx(ms)
 
 
-def test_a_gpu_is_reckoned_by_peaks() -> None:
+def test_gpu_cost_follows_from_peak_rates() -> None:
     """The parts of matrices add up to the paper's count at the achieved part of the peak, where bandwidth is free."""
     config = override(get("moe_256"), ["ds_config=bf16", "batch.global_batch_size=1024"])
     plain, ds = task_of(config).build_model(config), read_ds_config(config)
@@ -283,7 +283,7 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
     return asked
 
 
-def test_parts_are_put_together_by_layout(as_if_measured: dict[int, Config]) -> None:
+def test_measured_parts_are_combined_by_layout(as_if_measured: dict[int, Config]) -> None:
     """Of two ranks: experts of a rank's share, its part of the update, and what a ZeRO stage adds."""
     _, owns = microbenchmark.calibrate(list(legal_layouts(demo(), 1, 2)), 2, 10**10, FREE)
     assert owns.keys() == set(itertools.product((1, 2), range(4)))
@@ -329,7 +329,7 @@ def test_parts_are_put_together_by_layout(as_if_measured: dict[int, Config]) -> 
     }
 
 
-def test_a_share_that_does_not_fit_is_not_measured(as_if_measured: dict[int, Config]) -> None:
+def test_share_that_does_not_fit_is_not_measured(as_if_measured: dict[int, Config]) -> None:
     """Its times are those of the nearest degree. A world of one of 64 experts takes 71 MB, of 32 about 54, and either
     keeps 46 for backward."""
     _, owns = microbenchmark.calibrate(list(legal_layouts(demo(), 1, 2)), 2, 108_000_000, FREE)
@@ -338,7 +338,7 @@ def test_a_share_that_does_not_fit_is_not_measured(as_if_measured: dict[int, Con
         microbenchmark.calibrate(list(legal_layouts(demo(), 1, 2)), 2, 10**7, FREE)
 
 
-def test_a_measured_machine_is_planned(
+def test_plan_on_a_measured_machine(
     small_text: Path,
     as_if_measured: dict[int, Config],
     tmp_path: Path,
@@ -373,7 +373,7 @@ def test_a_measured_machine_is_planned(
 # the program
 
 
-def test_every_legal_layout_is_planned_and_the_best_comes_first() -> None:
+def test_every_legal_layout_is_planned_best_first() -> None:
     # ep divides 8 ranks and the experts, 12: so 1, 2 and 4
     config = demo("model.moe.num_experts=12")
     assert {layout.world for _, layout in legal_layouts(config, 2, 4)} == {8}
@@ -386,14 +386,14 @@ def test_without_experts_there_is_no_expert_parallel() -> None:
     assert {at.mesh.ep for at, _ in legal_layouts(get("lstm_wide_demo"), 1, 4)} == {1}
 
 
-def test_a_file_is_planned_at_the_stages_that_it_is_read_at() -> None:
+def test_ds_config_is_planned_only_at_its_stages() -> None:
     layouts = list(legal_layouts(demo("ds_config=zero2"), 1, 2))  # overlap_comm is of no use at 0
     assert {(at.mesh.ep, at.zero_stage) for at, _ in layouts} == set(
         itertools.product((1, 2), (1, 2, 3))
     )
 
 
-def test_131072_experts_in_seconds(tmp_path: Path) -> None:
+def test_plan_of_131072_experts_is_fast(tmp_path: Path) -> None:
     start, file = time.perf_counter(), tmp_path / "plan.json"
     args = [
         "--nodes",
@@ -419,7 +419,9 @@ def test_131072_experts_in_seconds(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 60
 
 
-def test_what_does_not_fit_is_refused_with_the_number(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_that_does_not_fit_is_rejected_with_the_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     # 2 GB of CUDA and as much of DeepSpeed's bucket above ZeRO 0: with 3 GB of memory ZeRO 0 alone fits
     args = ["lstm_moe_demo", "--gpus-per-node", "2", "--gpu", "h100"]
     assert main([*args, "--memory", "3"]) == 0
@@ -472,7 +474,9 @@ def test_what_does_not_fit_is_refused_with_the_number(capsys: pytest.CaptureFixt
         ),
     ],
 )
-def test_bad_input_is_one_line(args: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_plan_input_prints_one_line(
+    args: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         main(args.split())
     err: Any = capsys.readouterr().err

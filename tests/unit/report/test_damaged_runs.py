@@ -78,7 +78,7 @@ LAYOUT_PATHS = [(key,) for key in LAYOUT] + [
 ]
 
 
-def test_every_field_of_a_layout_may_hold_anything(
+def test_layout_fields_may_have_any_value(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report_files, "write_report", lambda run: [])
@@ -131,7 +131,7 @@ def test_every_field_of_a_layout_may_hold_anything(
         ("metrics.jsonl", ""),
     ],
 )
-def test_a_file_that_no_run_writes_is_named(
+def test_invalid_run_file_is_named(
     run: Path,
     file: str,
     content: str | None,
@@ -148,7 +148,7 @@ def test_a_file_that_no_run_writes_is_named(
     assert error.startswith("error: ") and f"{run}/{file}" in error and len(error) < 500
 
 
-def test_a_config_that_cannot_be_read_is_left_out(
+def test_unreadable_config_is_left_out(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = json.loads((run / "config.json").read_text())
@@ -170,7 +170,7 @@ def test_a_config_that_cannot_be_read_is_left_out(
     )
 
 
-def test_names_that_are_no_text_are_shown_as_far_as_they_are(run: Path) -> None:
+def test_non_text_names_are_shown_escaped(run: Path) -> None:
     odd = run.rename(Path(os.fsdecode(os.fsencode(run.parent) + b"/odd\xff")))
     assert (
         report_files.write_all(odd) == [odd / "report.html"]
@@ -178,13 +178,13 @@ def test_names_that_are_no_text_are_shown_as_far_as_they_are(run: Path) -> None:
     )
 
 
-def test_a_run_that_is_not_there_is_status_2(
+def test_missing_run_exits_with_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert "no metrics file" in told(tmp_path / "nowhere", monkeypatch, capfd)
 
 
-def test_random_damage_is_one_line_or_a_report(
+def test_random_damage_gives_one_line_or_a_report(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Values, bits, cuts and repetitions in both files, 300 times (seeded)."""
@@ -235,7 +235,7 @@ DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 @pytest.mark.timeout(120)
-def test_numbers_of_any_size_are_drawn(tmp_path: Path) -> None:
+def test_numbers_of_any_magnitude_are_drawn(tmp_path: Path) -> None:
     """Pictures and page of lines whose numbers are as large, as small or as strange as JSON allows."""
     run = a_run(tmp_path / "run")
     rng = random.Random(5)

@@ -45,7 +45,7 @@ def cells(text: str) -> dict[str, list[str]]:
     }
 
 
-def test_the_page_of_a_run_has_the_numbers_of_its_metrics(of_one: str) -> None:
+def test_page_has_the_numbers_of_the_metrics(of_one: str) -> None:
     found = {key: told for key, (told, *_) in cells(of_one).items()}
     expected = {
         "steps": "5 of 20",
@@ -82,7 +82,7 @@ def test_the_page_of_a_run_has_the_numbers_of_its_metrics(of_one: str) -> None:
     assert {key: found.get(key) for key in expected} == expected
 
 
-def test_each_picture_is_on_the_page_and_the_layout_says_where_ranks_are(of_one: str) -> None:
+def test_page_has_every_picture_and_the_layout(of_one: str) -> None:
     titles = re.findall(r'<svg role="img" aria-label="one: ([^"]+)"', of_one)
     assert titles == [
         "loss",
@@ -102,7 +102,7 @@ def test_each_picture_is_on_the_page_and_the_layout_says_where_ranks_are(of_one:
     )
 
 
-def test_several_runs_have_a_column_each_and_what_differs_is_told(of_both: str) -> None:
+def test_several_runs_have_columns_and_differences(of_both: str) -> None:
     text, found = of_both, cells(of_both)
     assert found["milliseconds per step, median"] == ["40.0", "80.0"]
     assert found["gate, median"] == ["4.00 ms  (10.0 %)", "8.00 ms  (10.0 %)"]
@@ -131,7 +131,7 @@ def outside(text: str) -> list[str]:
     )
 
 
-def test_nothing_on_the_page_is_elsewhere(of_one: str, of_both: str) -> None:
+def test_page_is_self_contained(of_one: str, of_both: str) -> None:
     for bad in (
         '<img src="x.png">',
         "<script>",
@@ -143,9 +143,7 @@ def test_nothing_on_the_page_is_elsewhere(of_one: str, of_both: str) -> None:
     assert outside(of_one) == [] and outside(of_both) == []
 
 
-def test_no_token_of_a_config_is_on_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_has_no_secret_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "e" * 40)
     monkeypatch.setattr(plots, "all_plots", lambda *_: {})  # which take a while, and know no config
     text = to_json(
@@ -167,7 +165,7 @@ def test_no_token_of_a_config_is_on_the_page(
     assert "no config.json of this version" in hidden
 
 
-def test_names_are_text_and_a_run_may_lack_anything(tmp_path: Path) -> None:
+def test_names_are_escaped_and_files_may_be_missing(tmp_path: Path) -> None:
     run = tmp_path / "<b>&amp;"
     run.mkdir()
     (run / "metrics.jsonl").write_text(
@@ -179,7 +177,7 @@ def test_names_are_text_and_a_run_may_lack_anything(tmp_path: Path) -> None:
     assert "gate" not in text and "no layout.json" in text
 
 
-def test_a_run_that_goes_on_with_other_ranks_has_a_page(tmp_path: Path) -> None:
+def test_run_resumed_on_other_ranks_has_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     peaks = [1e9, 3e9, 2e9, 1.5e9], [4e9, 5e9]
@@ -191,7 +189,7 @@ def test_a_run_that_goes_on_with_other_ranks_has_a_page(tmp_path: Path) -> None:
     assert cells(render_html([read_run(run)]))["measured, largest rank"] == ["5.00 GB"]
 
 
-def test_the_command_line_writes_one_page(
+def test_report_command_writes_one_page(
     both: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -227,5 +225,5 @@ def test_the_command_line_writes_one_page(
     ("num_bytes", "told"),
     [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.50 kB"), (2.5e12, "2,500.00 GB")],
 )
-def test_sizes(num_bytes: float, told: str) -> None:
+def test_bytes_as_text(num_bytes: float, told: str) -> None:
     assert format_bytes(num_bytes) == told

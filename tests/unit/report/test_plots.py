@@ -86,7 +86,7 @@ def share(path: pathlib.Path, red: float, green: float, blue: float) -> float:
     return float((abs(pixel[..., :3] - [red, green, blue]).max(axis=-1) < 0.1).mean())
 
 
-def test_report_draws_every_curve(tmp_path):
+def test_report_draws_every_plot(tmp_path):
     paths = report_files.write_report(
         write(tmp_path, a_run({"1": [1, 1, 1, 1], "blocks.2/moe": [4, 0, 0, 0]}))
     )
@@ -115,7 +115,7 @@ def test_report_draws_every_curve(tmp_path):
     )[2:4]
 
 
-def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
+def test_run_gets_the_plots_it_has_numbers_for(tmp_path):
     dense = {"loss", "perplexity", "speed", "optimizer"}
     sent = {"comm/middle/dispatch/intra_node_bytes": 2e6}
     assert drawn(tmp_path, a_run({})).keys() == dense
@@ -135,7 +135,7 @@ def test_a_run_gets_the_pictures_that_it_has_numbers_for(tmp_path):
     assert drawn(tmp_path, [{"step": 1, "else": 4.0}]) == {}
 
 
-def test_axes_have_names_and_units(tmp_path):
+def test_axes_have_labels_and_units(tmp_path):
     lines = a_run(
         {"1": [2, 0, 1, 1]},
         **{"comm/middle/dispatch/intra_node_bytes": 2e6, "train/skipped_steps": 1},
@@ -164,7 +164,7 @@ def test_axes_have_names_and_units(tmp_path):
         assert figure.axes[0].get_title().startswith("tiny: ")
 
 
-def test_a_run_of_images_has_its_own(tmp_path):
+def test_image_run_has_its_own_plots(tmp_path):
     lines = [
         {
             "step": step,
@@ -199,7 +199,7 @@ def test_a_run_of_images_has_its_own(tmp_path):
     )
 
 
-def test_lines_show_the_numbers_of_the_file(tmp_path):
+def test_curves_show_the_numbers_of_the_file(tmp_path):
     lines = a_run({"1": [2, 0, 1, 1]}, **{"train/skipped_steps": 3})
     found = drawn(tmp_path, lines)
     cv, load, dead, dropped = found["balance_1"].axes
@@ -237,7 +237,7 @@ def test_lines_show_the_numbers_of_the_file(tmp_path):
         assert axes.get_ylim()[0] < 0 and axes.get_ylim()[1] > max(axes.lines[0].get_ydata())
 
 
-def test_a_scale_is_logarithmic_where_that_helps(tmp_path):
+def test_scale_is_logarithmic_for_a_wide_range(tmp_path):
     wide, narrow = (
         [train_line(1) | {"train/grad_norm": norm} for norm in pair]
         for pair in ((0.1, 5.0), (1.0, 5.0))
@@ -270,7 +270,7 @@ def test_bytes_are_stacked_by_direction_and_by_place(tmp_path):
     assert {axes.get_ylabel() for axes in figure.axes} == {"sent by all ranks\n(kB per step)"}
 
 
-def test_the_map_of_few_experts_has_a_row_for_each(tmp_path):
+def test_load_map_of_few_experts_has_one_row_each(tmp_path):
     pair = [4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]
     lines = [{"step": step, "moe/1/tokens_per_expert": pair[step % 2]} for step in range(1, 601)]
     axes = drawn(tmp_path, lines)["load_1"].axes[0]
@@ -281,7 +281,7 @@ def test_the_map_of_few_experts_has_a_row_for_each(tmp_path):
     assert axes.get_xlim() == (0, 600) and axes.get_ylim() == (-0.5, 3.5)
 
 
-def test_the_map_of_many_experts_shows_the_busiest_of_each_block(tmp_path):
+def test_load_map_of_many_experts_shows_the_busiest_per_block(tmp_path):
     load = np.ones(1001)
     load[[5, 999]] = 3.0
     load[996:999] = 0.0
@@ -302,7 +302,7 @@ def test_the_map_of_many_experts_shows_the_busiest_of_each_block(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("number", [None, -math.inf, 0])
-def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
+def test_single_line_and_nonfinite_numbers_are_drawn(tmp_path, number):
     whole = (
         train_line(1)
         | layer("1", [1.0, 3.0])
@@ -329,7 +329,7 @@ def test_one_line_and_numbers_that_are_none_are_drawn(tmp_path, number):
     np.testing.assert_array_equal(gap, [9.0, 0.0 if number == 0 else math.nan, 9.0])
 
 
-def test_report_of_a_run_without_metrics_is_one_line(tmp_path, monkeypatch, capfd):
+def test_report_without_metrics_prints_one_line(tmp_path, monkeypatch, capfd):
     with pytest.raises(ValueError, match="no metrics file"):
         report_files.write_report(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
@@ -340,12 +340,12 @@ def test_report_of_a_run_without_metrics_is_one_line(tmp_path, monkeypatch, capf
     assert end.value.code == 2 and re.match(r"error: metrics file .*metrics\.jsonl is empty", error)
 
 
-def test_no_name_of_a_run_hinders_its_pictures(tmp_path):
+def test_any_run_name_can_be_drawn(tmp_path):
     run = write(tmp_path / r"lr$\alfa$", [train_line(1), train_line(2)])
     assert report_files.write_report(run)
 
 
-def test_a_finished_run_is_not_lost_for_its_report(tmp_path, capfd):
+def test_failing_report_does_not_fail_a_finished_run(tmp_path, capfd):
     (tmp_path / "metrics.jsonl").write_text("spoilt\n")
     report_files.try_to_write_all(tmp_path)
     (warning,) = capfd.readouterr().err.splitlines()
@@ -380,9 +380,7 @@ def test_two_threads_never_draw_at_once(tmp_path, monkeypatch):
     assert most == [1] * 6 and matplotlib.image.imread(runs[0] / "report" / "loss.png").size
 
 
-def test_the_files_that_were_drawn_are_returned_and_none_after_an_error(
-    tmp_path, monkeypatch, capfd
-):
+def test_drawn_files_are_returned_and_none_after_an_error(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(plots, "all_plots", lambda lines, name: {})
     run = write(tmp_path / "run", [train_line(1)])
     assert report_files.try_to_write_all(run) == [run / "report.html"]

@@ -39,7 +39,7 @@ def test_correlations_by_hand() -> None:
     assert pearson(x, np.full(4, 3.0)) == spearman(np.zeros(4), x) == 0, "constant"
 
 
-def test_one_way_to_write_a_measure() -> None:
+def test_scores_have_one_text_format() -> None:
     assert format_metric("accuracy", 0.40625) == "40.62 %" and format_metric("f1", 0.5) == "50.00 %"
     assert (
         format_metric("matthews", -0.12345) == "-0.1235" and format_metric("pearson", 1) == "1.0000"
@@ -80,7 +80,9 @@ def test_mnli_has_two_test_splits() -> None:
 
 
 @pytest.mark.parametrize("label", ['"high"', "true", "1e300", "NaN", "null"])
-def test_what_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+def test_invalid_scores_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str
+) -> None:
     source = str(tmp_path / "x.jsonl")
     monkeypatch.setattr(sentences, "REGRESSION_TASKS", (source,))
     (tmp_path / "x.jsonl").write_text(

@@ -68,7 +68,7 @@ from moe_dist.training.nan_detector import divergence_reason
         ({}, 0.0, ""),
     ],
 )
-def test_a_run_has_diverged_where_its_loss_is_far_above_a_guess(
+def test_run_has_diverged_if_its_loss_is_far_above_a_guess(
     values: dict[str, float], uniform: float, says: str
 ) -> None:
     assert divergence_reason(values, uniform) == says
@@ -84,7 +84,9 @@ def test_a_run_has_diverged_where_its_loss_is_far_above_a_guess(
         (QuestionAnswering, tiny_pretraining(), math.log(24)),
     ],
 )
-def test_each_task_has_the_loss_of_a_uniform_guess(task: Any, config: Any, expected: float) -> None:
+def test_each_task_defines_the_loss_of_a_uniform_guess(
+    task: Any, config: Any, expected: float
+) -> None:
     one = object.__new__(task)
     if issubclass(task, TextTask):
         one.fit = DataFit(config, ())

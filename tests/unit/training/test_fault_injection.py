@@ -21,12 +21,12 @@ from moe_dist.config.validate import check_config
         "optim.max_consecutive_skipped_steps=0",
     ],
 )
-def test_what_chaos_cannot_be_is_named(sets: str) -> None:
+def test_invalid_fault_settings_are_named(sets: str) -> None:
     with pytest.raises(ValueError, match=sets.partition("=")[0]):
         check_config(tiny(sets))
 
 
-def test_faults_are_of_every_kind() -> None:
+def test_fault_list_covers_every_kind() -> None:
     drawn = faults.draw(30)
     assert {fault.fault for fault in drawn} == set(faults.FAULTS) and {
         fault.rank for fault in drawn
@@ -58,7 +58,7 @@ def test_faults_are_of_every_kind() -> None:
         (("kill", 0, 3, "start"), None, True),
     ],
 )
-def test_where_a_run_goes_on_after_each_fault(fault: tuple, after: int | None, holds: bool) -> None:
+def test_resume_step_after_each_fault(fault: tuple, after: int | None, holds: bool) -> None:
     outcome = faults.Outcome(faults.Fault(*fault), 0, after, 0.0, [], 1.0)
     assert outcome.holds == holds
     assert (

@@ -39,21 +39,21 @@ from moe_dist.training.run_spec import parse_run
         ("moe_131072_h", 137577.6e6, 9.7e6),
     ],
 )  # Table 7
-def test_parameters_and_ops_are_the_papers(name: str, parameters: float, ops: float) -> None:
+def test_parameters_and_ops_equal_the_paper(name: str, parameters: float, ops: float) -> None:
     config = papers.get(name)
     count = count_params_and_flops(TASKS[config.task].build_model(config), config)
     assert count["parameters_without_embedding_and_softmax"] == pytest.approx(parameters, rel=0.01)
     assert count["ops_per_timestep"] == pytest.approx(ops, rel=0.01)
 
 
-def test_demo_and_its_baseline_have_equal_ops_and_differ_in_the_middle_alone() -> None:
+def test_demo_and_baseline_have_equal_ops_and_differ_only_in_the_middle() -> None:
     moe, wide = papers.get("lstm_moe_demo"), papers.get("lstm_wide_demo")
     assert moe.model.moe.k * moe.model.moe.expert_hidden_dim == wide.model.ffn_hidden_dim
     same = {"name": "", "baseline": None, "model": Config("").model}
     assert dataclasses.replace(moe, **same) == dataclasses.replace(wide, **same)  # type: ignore[arg-type]
 
 
-def test_kinds_and_active_parameters_by_hand() -> None:
+def test_parameter_kinds_and_active_parameters_by_hand() -> None:
     config = tiny("model.moe.num_experts=8", "model.moe.num_groups=4", "model.softmax_samples=5")
     with torch.device("meta"):
         model = LSTMLanguageModel(config.model, 300)
@@ -73,7 +73,7 @@ def test_kinds_and_active_parameters_by_hand() -> None:
     assert count_params_and_flops(model, config)["active_parameters_per_word"] == active
 
 
-def test_nodes_are_told(
+def test_layout_table_shows_nodes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch = {
@@ -93,7 +93,7 @@ def test_nodes_are_told(
     assert "64 in all, 16 per rank, 4 per word" in said
 
 
-def test_nodes_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_accepts_ranks_and_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     """Experts over both of them, or, where nothing is said, over the ranks of each."""
     for sets, ep, exchange, experts in (
         (
@@ -120,7 +120,7 @@ def test_nodes_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
         assert told["experts_by_node"] == experts
 
 
-def test_replicas_share_the_state_and_freed_gradients_are_one_stack() -> None:
+def test_replicas_share_state_and_fused_gradients_are_one_stack() -> None:
     # two matrices of 33 experts of 64 x 128 on both ranks, of which the first updates 17
     sets = ["mesh.ep=1", "model.moe.num_experts=33", "optim.max_grad_norm=none"]
     memory = planned("bf16", 1, *sets)[1]["memory_bytes"]

@@ -16,7 +16,7 @@ from moe_dist.nn.token_context import TokenContext
 from moe_dist.verify.choice_replay import RecordedChoices
 
 
-def test_a_flip_within_rounding_is_counted_and_the_recorded_ranking_wins() -> None:
+def test_rank_flip_within_rounding_is_counted_and_the_recording_wins() -> None:
     word_T = torch.arange(3)
     ctx = TokenContext(word_T, word_T * 0, word_T >= 0, 0, 0, True, 0, 3, 3, 1)
     recorder = RecordedChoices()
@@ -61,7 +61,7 @@ def hidden(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_sign_within_rounding_is_counted_once_and_the_recorded_one_wins(recompute: bool) -> None:
+def test_sign_flip_within_rounding_is_counted_once_and_the_recording_wins(recompute: bool) -> None:
     experts = Experts(2, 3, 3, recompute)
     with torch.no_grad():
         experts.w1_eDF.copy_(torch.eye(3).expand(2, 3, 3))  # hidden units are the row itself

@@ -42,7 +42,7 @@ def listed(*folders: Path) -> tuple[list[list[str]], Counter[str]]:
 # which files are images
 
 
-def test_what_ls_hides_is_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     save(tmp_path / "a" / "x.png")
     for hidden in (
         ".y.png",
@@ -117,7 +117,7 @@ def test_every_file_that_pil_decodes_is_an_image(
     assert capsys.readouterr().err == f"note: {format_left_out(left_out)}\n"
 
 
-def test_what_is_left_out_is_told_in_plain_characters() -> None:
+def test_ignored_files_are_reported_in_plain_characters() -> None:
     assert format_left_out(Counter()) == ""
     assert (
         format_left_out(Counter({".a\nb\udcff": 2, NO_ENDING: 1}))
@@ -125,7 +125,7 @@ def test_what_is_left_out_is_told_in_plain_characters() -> None:
     )
 
 
-def test_no_folder_is_listed_twice_and_links_elsewhere_are_followed(tmp_path: Path) -> None:
+def test_no_folder_is_listed_twice_and_links_are_followed(tmp_path: Path) -> None:
     train, elsewhere = tmp_path / "train", tmp_path / "elsewhere"
     for name in ("cat/0.png", "cat/z/1.png", "dog/2.png", "dog/sub/3.png"):
         save(train / name)
@@ -157,7 +157,7 @@ def test_no_folder_is_listed_twice_and_links_elsewhere_are_followed(tmp_path: Pa
 @pytest.mark.parametrize(
     "kind", ["pipe", "pipe.png", "socket", "link to a pipe", "broken link", "loop", "device"]
 )
-def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+def test_special_files_are_rejected_at_once(tmp_path: Path, kind: str) -> None:
     save(tmp_path / "a" / "0.png")
     path = tmp_path / "a" / ("x" if kind == "pipe" else "x.png")
     if kind.startswith("pipe"):
@@ -185,9 +185,7 @@ def test_what_is_neither_file_nor_folder_is_refused_at_once(tmp_path: Path, kind
     assert len(images_of([tmp_path / "a" / "0.png"])) == 1
 
 
-def test_a_folder_that_cannot_be_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
@@ -202,7 +200,7 @@ def test_a_folder_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
-def test_the_cameras_orientation_is_applied(tmp_path: Path, kind: str) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path, kind: str) -> None:
     pixel_YXQ = np.kron(
         np.random.default_rng(0).integers(0, 256, (2, 3, 3)), np.ones((16, 16, 1))
     ).astype(np.uint8)
@@ -226,7 +224,7 @@ def test_the_cameras_orientation_is_applied(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_metadata_does_not_matter(tmp_path: Path) -> None:
+def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
     plain = save(tmp_path / "plain.jpg", kind="jpeg")
     for number, exif in enumerate(
         (b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM", b"Exif\0\0", b"Exif\0\0" + b"\xff" * 40)
@@ -237,7 +235,7 @@ def test_damaged_metadata_does_not_matter(tmp_path: Path) -> None:
         assert open_image(path, "RGB").tobytes() == open_image(plain, "RGB").tobytes()
 
 
-def test_transparency_lies_on_white(tmp_path: Path) -> None:
+def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
     """By hand: black of alpha 255, 0 and 51, a fifth: 0, 255 and 255 - 51 = 204."""
     alpha_YX = np.array([[255, 0, 51]], np.uint8)
     black = Image.new("RGB", (3, 1))
@@ -269,7 +267,7 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff", "avif"])
-def test_an_animation_is_its_first_frame(tmp_path: Path, kind: str) -> None:
+def test_animation_is_read_as_its_first_frame(tmp_path: Path, kind: str) -> None:
     first, second = (Image.new("RGB", (8, 8), color) for color in ((250, 0, 0), (0, 0, 250)))
     first.save(tmp_path / "x", kind, save_all=True, append_images=[second], duration=100)
     assert np.abs(np.asarray(open_image(tmp_path / "x", "RGB")).astype(int) - [250, 0, 0]).max() < 8
@@ -292,7 +290,9 @@ def test_an_animation_is_its_first_frame(tmp_path: Path, kind: str) -> None:
         ),  # TGA, which has no signature
     ],
 )
-def test_a_hostile_file_is_refused_by_its_head(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_hostile_file_is_rejected_by_its_header(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
     (tmp_path / "x.png").write_bytes(content)
     for mode in (None, "L", "RGB"):
         with pytest.raises(ValueError, match=re.escape(repr(str(tmp_path / "x.png")))) as error:
@@ -301,6 +301,6 @@ def test_a_hostile_file_is_refused_by_its_head(tmp_path: Path, content: bytes, r
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_any_damaged_file_is_an_image_or_one_line(tmp_path: Path) -> None:
+def test_damaged_file_is_an_image_or_one_line(tmp_path: Path) -> None:
     outcomes = open_damaged_files(tmp_path, 250, seed=18)
     assert min(outcomes["image"], outcomes["refused"]) > 100

@@ -61,7 +61,7 @@ def one(item_YX: np.ndarray, samples: int, **changes: Any) -> ImageSplit:
 # which image is which sample
 
 
-def test_an_epoch_is_a_permutation_and_samples_number_all_epochs() -> None:
+def test_each_epoch_is_a_permutation() -> None:
     # 7 images: steps of 3 end within epochs, one of 10 holds more than one. Numbers 0 to 69 are 10 epochs.
     stream = [i for step in range(24) for i in numbers(numbered(7, 3).batch(step, range(3)))][:70]
     assert stream == [
@@ -80,7 +80,7 @@ def test_labels_follow_their_images() -> None:
     assert batch.label_B.tolist() == [i % 10 for i in numbers(batch)]
 
 
-def test_any_part_of_a_step_is_the_same_whoever_makes_it() -> None:
+def test_any_slice_of_a_step_is_the_same_on_every_rank() -> None:
     split = open_images(ALL, GRAY, 12, seed=3)["train"]
     whole = split.batch(450, range(12))  # 5,400 = 450 x 12 images: the first step of an epoch
     for parts in (
@@ -98,7 +98,7 @@ def test_any_part_of_a_step_is_the_same_whoever_makes_it() -> None:
     assert not any(torch.equal(b.image_BQYX, whole.image_BQYX) for b in different)
 
 
-def test_a_split_can_be_sent_to_a_process_that_knows_no_torchvision() -> None:
+def test_split_can_be_pickled_without_torchvision() -> None:
     split = numbered(7, 3, crop="pad")
     split.batch(0, range(3))
     sent = pickle.dumps(split)
@@ -109,7 +109,7 @@ def test_a_split_can_be_sent_to_a_process_that_knows_no_torchvision() -> None:
 # what is done to an image
 
 
-def test_normalised_by_hand() -> None:
+def test_normalized_by_hand() -> None:
     # 0 / 127.5 - 1 = -1; 51 / 127.5 - 1 = 0.4 - 1 = -0.6; 255 / 127.5 - 1 = 1
     item_YX = np.array([[0, 51], [255, 51]], np.uint8)
     image_BQYX = one(item_YX, 1).batch(0, range(1)).image_BQYX
@@ -121,7 +121,7 @@ def test_normalised_by_hand() -> None:
     )
 
 
-def test_pad_cuts_a_window_of_the_padded_image_and_flips_half_of_them() -> None:
+def test_pad_crop_cuts_a_window_and_flips_half() -> None:
     item_YX = picture(1, 8, 8)
     padded_YX = np.pad(item_YX, 4)
     seen: Counter[tuple[int, int, bool]] = Counter()
@@ -143,7 +143,7 @@ def test_pad_cuts_a_window_of_the_padded_image_and_flips_half_of_them() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("crop", ["none", "pad", "inception"])
-def test_augmentation_is_torchvisions_after_its_key(crop: str, channels: int) -> None:
+def test_augmentation_equals_torchvision_seeded_by_key(crop: str, channels: int) -> None:
     """A slow reference: each image alone, with a generator that was forked and seeded for it."""
     v2 = import_torchvision().transforms.v2
     shape = (20, 20, 3) if channels == 3 else (20, 20)
@@ -170,7 +170,7 @@ SMALL = VisionConfig(image_size=4, channels=1, patch_size=2, num_classes=2)
 TREE = {f"{split}/{kind}": 8 for split in ("train", "valid", "test") for kind in ("a", "b")}
 
 
-def test_evaluation_resizes_the_short_side_and_cuts_the_middle(tmp_path: Path) -> None:
+def test_evaluation_resizes_the_short_side_and_crops_the_center(tmp_path: Path) -> None:
     # 28 x 256 / 224 = 32: a picture of 40 x 60 becomes 32 x 48, of which the middle 28 x 28 begins at row 2, column 10.
     # Without inception it becomes 28 x 42, cut from column 7 on.
     image = Image.fromarray(picture(3, 40, 60))
@@ -191,7 +191,7 @@ def test_evaluation_resizes_the_short_side_and_cuts_the_middle(tmp_path: Path) -
         )
 
 
-def test_read_image_sees_what_evaluation_sees(tmp_path: Path) -> None:
+def test_read_image_equals_evaluation(tmp_path: Path) -> None:
     data = ImageDataConfig(
         images=str(files(tmp_path, TREE)), crop="inception", flip=True, mixup=0.5
     )
@@ -203,14 +203,14 @@ def test_read_image_sees_what_evaluation_sees(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
-def test_files_of_any_kind_become_gray_or_coloured(tmp_path: Path, mode: str) -> None:
+def test_files_of_any_mode_become_gray_or_color(tmp_path: Path, mode: str) -> None:
     path = tmp_path / f"image.{'jpg' if mode == 'CMYK' else 'png'}"
     Image.fromarray(picture(4, 9, 9, 3)).convert("RGB").convert(mode).save(path)
     for channels in (1, 3):
         assert read_image(path, PLAIN, 6, channels).shape == (channels, 6, 6)
 
 
-def test_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
+def test_more_than_eight_bits_are_rejected(tmp_path: Path) -> None:
     root = files(tmp_path, TREE)
     path = root / "test" / "a" / "0.png"
     Image.fromarray(np.full((9, 9), 4096, np.uint16)).save(path)  # which PIL would make white
@@ -249,7 +249,7 @@ def test_targets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (batch.image_BQYX[b] == pixel[label]).all()
 
 
-def test_a_mixed_step_is_the_plain_one_mixed_with_its_next_samples() -> None:
+def test_mixup_mixes_each_sample_with_the_next() -> None:
     plain, mixed = (numbered(40, 9, mixup=mixup, crop="pad") for mixup in (0.0, 0.4))
     for step in range(3):
         a, b, weight = (
@@ -267,7 +267,7 @@ def test_a_mixed_step_is_the_plain_one_mixed_with_its_next_samples() -> None:
     torch.testing.assert_close(alone.batch(2, range(1)).target_BN.max(), torch.tensor(1.0))
 
 
-def test_mixup_weights_are_betas() -> None:
+def test_mixup_weights_follow_a_beta_distribution() -> None:
     # Beta(1/2, 1/2) is the arcsine law: mean 1/2, variance 1/8, P(x < p) = 2 / pi arcsin(sqrt(p))
     split = numbered(40, 9, mixup=0.5)
     weight_S = torch.tensor([split.mixup_weight(step) for step in range(3000)], dtype=torch.float64)
@@ -287,7 +287,7 @@ def whole(splits: dict[str, Images]) -> list[bytes]:
     return [pixel_YX.tobytes() for split in splits.values() for pixel_YX in split.item_I]
 
 
-def test_bundled_images_are_balanced_and_split_without_a_rest() -> None:
+def test_bundled_images_are_balanced_and_evenly_split() -> None:
     splits = open_splits(PLAIN)
     assert {name: len(split) for name, split in splits.items()} == {
         "train": 5400,
@@ -331,7 +331,7 @@ def test_prepared_images_are_the_first_of_each_class(
         assert bundled[split].label_I.tolist() == [i % 10 for i in range(num)]
 
 
-def test_fashion_mnist_as_debian_or_torchvision_stores_it(tmp_path: Path) -> None:
+def test_fashion_mnist_in_debian_and_torchvision_layout(tmp_path: Path) -> None:
     debian = write_idx(tmp_path / "debian")
     raw = tmp_path / "torchvision" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -363,7 +363,7 @@ def test_fashion_mnist_as_debian_or_torchvision_stores_it(tmp_path: Path) -> Non
         ("cifar100", "cifar-100-python/meta"),
     ],
 )
-def test_a_pipe_in_a_known_set_is_not_waited_for(name: str, file: str, tmp_path: Path) -> None:
+def test_pipe_in_a_known_dataset_does_not_block(name: str, file: str, tmp_path: Path) -> None:
     if "/" not in file:
         write_idx(tmp_path)
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -376,7 +376,7 @@ def test_a_pipe_in_a_known_set_is_not_waited_for(name: str, file: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_as_torchvision_stores_it(
+def test_cifar_in_torchvision_layout(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = getattr(import_torchvision().datasets, name.upper())
@@ -436,7 +436,7 @@ def test_splits_of_a_folder(tmp_path: Path, valid: str) -> None:
     assert sizes == {"all": [16, 6, 4], "no test": [18, 2, 6], "no valid": [18, 2, 4]}
 
 
-def test_held_out_images_are_a_tenth_up_to_ten_thousand() -> None:
+def test_held_out_images_are_a_tenth_and_at_most_ten_thousand() -> None:
     for num, held_out in ((10, 1), (59, 5), (99_999, 9_999), (100_000, 10_000), (300_000, 10_000)):
         images = Images(np.arange(num), np.zeros(num, np.int64), ("0",))
         splits = datasets._hold_out(images)
@@ -449,7 +449,7 @@ def test_held_out_images_are_a_tenth_up_to_ten_thousand() -> None:
     assert abs(share - 0.5) < 4 * 0.5 / 10_000**0.5
 
 
-def test_the_files_of_a_folder_are_those_of_classify(tmp_path: Path) -> None:
+def test_folder_and_classify_list_the_same_files(tmp_path: Path) -> None:
     root = files(tmp_path, TREE)
     for number, kind in enumerate(("gif", "jpeg", "webp", "avif", "png", "tiff")):
         name = {"jpeg": "x.JFIF", "png": "no ending"}.get(kind, f"x.{kind.upper()}")
@@ -465,7 +465,7 @@ def test_the_files_of_a_folder_are_those_of_classify(tmp_path: Path) -> None:
     assert test.note == "test/: 1 left out: 1 .txt"
 
 
-def test_what_is_beside_the_classes_and_splits_is_told(tmp_path: Path) -> None:
+def test_files_outside_classes_and_splits_are_reported(tmp_path: Path) -> None:
     root = files(
         tmp_path,
         {**TREE, "train/Ä": 1, "valid/Ä": 1, "test/Ä": 1, "train/ä": 1, "valid/ä": 1, "test/ä": 1},
@@ -493,7 +493,7 @@ def opened(*sets: str, samples: int = 8) -> ImageClassification:
     )
 
 
-def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
+def test_class_names_are_unified_by_unicode_form(tmp_path: Path) -> None:
     root = files(
         tmp_path,
         {
@@ -524,7 +524,7 @@ def test_a_class_is_one_however_its_name_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("samples", "times"), [(16, None), (17, "1.1"), (64, "4.0")])
-def test_fewer_images_than_samples_are_told(
+def test_fewer_images_than_samples_are_reported(
     tmp_path: Path, samples: int, times: str | None
 ) -> None:
     root = files(tmp_path, TREE)
@@ -534,7 +534,7 @@ def test_fewer_images_than_samples_are_told(
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_channels_are_those_of_the_images(tmp_path: Path, kind: str) -> None:
+def test_channels_follow_from_the_images(tmp_path: Path, kind: str) -> None:
     """Their pixels decide: many gray images are stored with three equal channels."""
     for name, shape, fits in (("gray", (6, 8), 1), ("colored", (6, 8, 3), 3)):
         for place in TREE:
@@ -563,7 +563,7 @@ def test_channels_are_those_of_the_images(tmp_path: Path, kind: str) -> None:
             }.get((channels, fits), [])
 
 
-def test_one_image_with_a_color_is_enough() -> None:
+def test_one_color_image_means_three_channels() -> None:
     pixel_IYXQ = np.zeros((500, 4, 4, 3), np.uint8)
     images = Images(pixel_IYXQ, np.zeros(500, np.int64), ("0",))
     assert images.channels() == 1
@@ -575,7 +575,7 @@ def test_one_image_with_a_color_is_enough() -> None:
 @pytest.mark.parametrize(
     ("rare", "mode", "channels"), [(7, "RGB", 3), (39, "P", 3), (16, "CMYK", 3), (5, "LA", 1)]
 )
-def test_one_file_with_a_color_is_enough(
+def test_one_color_file_means_three_channels(
     tmp_path: Path, rare: int, mode: str, channels: int
 ) -> None:
     """Among files of which some are gray, and stored as colors all the same."""
@@ -588,7 +588,7 @@ def test_one_file_with_a_color_is_enough(
     assert Images(files, np.zeros(40, np.int64), ("0",)).channels() == channels
 
 
-def test_images_that_are_in_two_splits_are_told(
+def test_images_in_two_splits_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     numbers = iter(range(1000))
@@ -648,11 +648,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
-def test_bad_names(changes: dict[str, str], message: str) -> None:
+def test_invalid_dataset_names_are_rejected(changes: dict[str, str], message: str) -> None:
     told(ImageDataConfig(**changes), message)
 
 
-def test_bad_models() -> None:
+def test_invalid_model_sizes_are_rejected() -> None:
     told(
         PLAIN,
         "num_classes=9, but data.images='bundled' has 10 classes",
@@ -666,7 +666,7 @@ def test_bad_models() -> None:
     check_images(PLAIN, dataclasses.replace(GRAY, num_classes=11))
 
 
-def test_bad_folders(tmp_path: Path) -> None:
+def test_invalid_image_folders_are_rejected(tmp_path: Path) -> None:
     for name, tree, message in [
         ("none", {}, "has no folder train/; give"),
         ("unnamed", {"a": 3, "b": 3}, "has no folder train/"),
@@ -714,7 +714,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         )
 
 
-def test_bad_sets(tmp_path: Path) -> None:
+def test_invalid_known_datasets_are_rejected(tmp_path: Path) -> None:
     for name, spoil, message in [
         (
             "cut short",
@@ -753,9 +753,7 @@ def test_bad_sets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_broken", [2, 7])
-def test_a_message_names_several_broken_files_and_counts_all(
-    tmp_path: Path, num_broken: int
-) -> None:
+def test_message_names_several_broken_files_and_counts_all(tmp_path: Path, num_broken: int) -> None:
     root = files(tmp_path, TREE)
     broken = sorted((root / "train" / "a").iterdir())[:num_broken]
     for path in broken:

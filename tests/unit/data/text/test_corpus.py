@@ -54,7 +54,7 @@ WORDS = {
 
 @pytest.mark.parametrize("line", WORDS.values(), ids=WORDS)
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_a_word_with_marks_is_one_word(line: str, form: Any) -> None:
+def test_word_with_combining_marks_is_one_word(line: str, form: Any) -> None:
     found = tokenize(unicodedata.normalize(form, line))
     assert found == unicodedata.normalize("NFC", line).split()
     vocabulary = Vocabulary.build([line], len(found) + 2)
@@ -63,7 +63,7 @@ def test_a_word_with_marks_is_one_word(line: str, form: Any) -> None:
     )
 
 
-def test_what_is_seen_nowhere_is_left_out_and_divides_nothing() -> None:
+def test_invisible_characters_are_dropped_and_split_nothing() -> None:
     assert tokenize("auto\u00admo\u00adbil\ufeff un\u2060known") == ["automobil", "unknown"]
     assert tokenize("\u200f\u05e9\u05dc\u200e\u05d5\u05dd\u202c!") == [
         "\u05e9\u05dc\u05d5\u05dd",
@@ -75,7 +75,7 @@ def test_what_is_seen_nowhere_is_left_out_and_divides_nothing() -> None:
     assert tokenize("a \u200d \u200c.") == ["a", "."]
 
 
-def test_other_text_is_cut_as_it_was() -> None:
+def test_other_text_is_tokenized_as_before() -> None:
     before = re.compile(r"<unk>|\w+(?:['\u2019]\w+)*|--|[^\w\s]")
     letters = "abZ019_ \t\n'\u2019\"-\u2014.,;:!?()[]<unk>&%$"
     letters += (
@@ -105,13 +105,13 @@ def test_vocabulary_encodes_unknown_words_as_0_and_line_ends_as_1() -> None:
     assert vocabulary.decode(ids[:4]) == "a <unk> b <eos>"
 
 
-def test_vocabulary_ranks_no_word_for_unk_in_the_text() -> None:
+def test_literal_unk_in_the_text_gets_no_rank() -> None:
     vocabulary = Vocabulary.build(["<unk> <unk> a b b"], 3)
     assert vocabulary.words == ("<unk>", "<eos>", "b")
     assert vocabulary.counts == (3, 1, 2)  # <unk>, <unk> and a; one line; b, b
 
 
-def test_vocabulary_keeps_the_counts_of_the_encoded_text_and_reads_it_once() -> None:
+def test_vocabulary_counts_the_text_in_one_pass() -> None:
     passes = []
 
     def read() -> Iterator[str]:
@@ -126,7 +126,9 @@ def test_vocabulary_keeps_the_counts_of_the_encoded_text_and_reads_it_once() -> 
     assert np.bincount(vocabulary.encode(lines)).tolist() == list(vocabulary.counts)
 
 
-def test_a_long_pass_says_so_and_a_short_one_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_pass_prints_progress_and_a_short_one_is_silent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def slow() -> Iterator[str]:
         for _ in range(5):
             yield "a b"
@@ -140,7 +142,7 @@ def test_a_long_pass_says_so_and_a_short_one_is_silent(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("size", [2, 7])
-def test_vocabulary_size_that_does_not_fit_says_what_would(size: int) -> None:
+def test_invalid_vocabulary_size_names_a_valid_one(size: int) -> None:
     with pytest.raises(
         ValueError,
         match=rf"vocabulary_size={size} .* 4 different words: use at least 3 and at most 6",
@@ -148,7 +150,7 @@ def test_vocabulary_size_that_does_not_fit_says_what_would(size: int) -> None:
         Vocabulary.build(["c b a b", "a c b d"], size)
 
 
-def test_cyclic_lanes_flow_on_into_the_next_lane_and_around() -> None:
+def test_cyclic_lanes_continue_into_the_next_lane() -> None:
     lanes = Lanes(np.arange(10, 17), num_lanes=2, cyclic=True)  # N = 7, so lane_len = 7 // 2 = 3
     assert lanes.lane_len == 3
     assert [lanes.num_windows(steps) for steps in (1, 2, 3, 4)] == [3, 1, 1, 0]
@@ -169,7 +171,7 @@ def test_cyclic_lanes_flow_on_into_the_next_lane_and_around() -> None:
     assert lanes.window(3 + 7 * 1000, 3, np.arange(2))[0].equal(input_BS)
 
 
-def test_evaluation_lanes_pad_behind_their_own_end() -> None:
+def test_evaluation_lanes_pad_after_their_own_end() -> None:
     # N = 8 has 7 pairs; ceil(7 / 3) = 3 pairs a lane: pairs 0-2, 3-5 and 6 with 2 places of padding.
     lanes = Lanes(np.arange(10, 18), num_lanes=3, cyclic=False)
     assert lanes.lane_len == 3
@@ -183,7 +185,7 @@ def test_evaluation_lanes_pad_behind_their_own_end() -> None:
     assert target_BS[2].tolist() == [17, 0]
 
 
-def test_lane_length_of_streams_that_divide_evenly() -> None:
+def test_lane_length_of_evenly_divided_streams() -> None:
     assert Lanes(np.arange(6), num_lanes=2, cyclic=True).lane_len == 3  # 6 // 2
     assert Lanes(np.arange(7), num_lanes=3, cyclic=False).lane_len == 2  # (7 - 1) / 3
 
@@ -191,7 +193,7 @@ def test_lane_length_of_streams_that_divide_evenly() -> None:
 @pytest.mark.parametrize("num_tokens", [2, 8, 23])
 @pytest.mark.parametrize("num_lanes", [1, 3, 5, 9])
 @pytest.mark.parametrize("steps", [1, 4, 30])
-def test_evaluation_scores_every_token_but_the_first_once(
+def test_evaluation_scores_every_token_except_the_first_once(
     num_tokens: int, num_lanes: int, steps: int
 ) -> None:
     lanes = Lanes(np.arange(num_tokens), num_lanes, cyclic=False)
@@ -205,7 +207,7 @@ def test_evaluation_scores_every_token_but_the_first_once(
 
 
 @pytest.mark.parametrize("cyclic", [True, False])
-def test_a_lane_is_the_same_whichever_lanes_are_asked_for(cyclic: bool) -> None:
+def test_lane_does_not_depend_on_the_other_lanes(cyclic: bool) -> None:
     lanes = Lanes(np.arange(100, 150), num_lanes=6, cyclic=cyclic)
     every = lanes.window(5, 4, np.arange(6))
     for asked in ([4], [5, 0, 2], [1, 1], []):
@@ -215,7 +217,7 @@ def test_a_lane_is_the_same_whichever_lanes_are_asked_for(cyclic: bool) -> None:
             assert part.equal(whole[asked])
 
 
-def test_lanes_too_many_for_the_stream() -> None:
+def test_too_many_lanes_are_rejected() -> None:
     with pytest.raises(ValueError, match="3 tokens, too few for 4 lanes: give at least 4"):
         Lanes(np.arange(3), num_lanes=4, cyclic=True)
     with pytest.raises(ValueError, match="1 tokens, too few for 4 lanes: give at least 2"):
@@ -225,7 +227,7 @@ def test_lanes_too_many_for_the_stream() -> None:
 
 
 @pytest.mark.parametrize("lane", [-1, 3])
-def test_lane_outside(lane: int) -> None:
+def test_lane_out_of_range_is_rejected(lane: int) -> None:
     with pytest.raises(ValueError, match=rf"lanes \[0, {lane}\] are not all within 0 .. 2"):
         Lanes(np.arange(9), num_lanes=3, cyclic=True).window(0, 2, np.array([0, lane]))
 
@@ -237,7 +239,7 @@ def test_unigram_perplexity_of_four_tokens() -> None:
     assert perplexity == pytest.approx((256 / 9) ** (1 / 3), rel=1e-12)
 
 
-def test_unigram_perplexity_refuses() -> None:
+def test_unigram_perplexity_of_invalid_input_is_rejected() -> None:
     with pytest.raises(ValueError, match="1 tokens: give at least 2"):
         unigram_perplexity((1,), np.array([0]))
     with pytest.raises(
@@ -246,7 +248,7 @@ def test_unigram_perplexity_refuses() -> None:
         unigram_perplexity((1, 1, 1, 1), np.array([4, 1]))
 
 
-def test_bundled_sizes_are_those_of_its_readme() -> None:
+def test_bundled_sizes_equal_the_readme() -> None:
     folder = Path(text.__file__).parents[1] / "bundled"
     rows = re.findall(
         r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|$",
@@ -279,7 +281,7 @@ def test_bundled_text_is_clean_and_its_splits_are_disjoint() -> None:
     assert long["valid"] & long["train"] == {f"And Caleb said, {joshua_15_16}"}
 
 
-def test_bundled_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
+def test_bundled_figures_at_vocabulary_8000_equal_the_readme() -> None:
     lines = open_text("bundled", streamed=False)
     vocabulary = Vocabulary.build(lines["train"], 8000)
     ids = {split: vocabulary.encode(lines[split]) for split in SPLITS}
@@ -290,7 +292,7 @@ def test_bundled_figures_at_vocabulary_8000_are_those_of_its_readme() -> None:
     ]
 
 
-def test_a_long_pass_is_told_and_ends_its_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_pass_prints_whole_lines_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(with_progress((time.sleep(1.2) or i for i in range(3)), "lines of a text")) == [
         0,
         1,

@@ -44,7 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_files_without_splits_are_cut_in_order(tmp_path: Path, streamed: bool) -> None:
+def test_files_without_splits_are_split_in_order(tmp_path: Path, streamed: bool) -> None:
     # 39 + 1 lines: int(40 * 0.9) = 36 and int(40 * 0.95) = 38. b.txt sorts behind a.txt, so its line comes last.
     (tmp_path / "b.txt").write_text("\n  last \n", encoding="utf-8")
     (tmp_path / "a.txt").write_bytes(
@@ -55,14 +55,14 @@ def test_files_without_splits_are_cut_in_order(tmp_path: Path, streamed: bool) -
     assert read(tmp_path, streamed) == expected, "a folder is all of its files"
 
 
-def test_an_existing_name_is_taken_literally(tmp_path: Path) -> None:
+def test_existing_path_is_taken_literally(tmp_path: Path) -> None:
     path = tmp_path / "a[1].txt"
     for num_lines, sizes in ((20, [18, 1, 1]), (100, [90, 5, 5])):
         path.write_text("x\n" * num_lines)
         assert [len(lines) for lines in read(path).values()] == sizes
 
 
-def test_streamed_lines_can_be_read_again_and_are_never_a_list(tmp_path: Path) -> None:
+def test_streamed_lines_can_be_read_twice_without_a_list(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(numbered(0, 3000))  # more than a table of 1,000
     for lines in open_text(str(tmp_path / "a.txt"), streamed=True).values():
         assert not isinstance(lines, list)
@@ -72,7 +72,9 @@ def test_streamed_lines_can_be_read_again_and_are_never_a_list(tmp_path: Path) -
         assert [*first] == list(lines)[1:], "a second reader does not disturb the first"
 
 
-def test_what_is_not_streamed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_not_streamed_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_text(numbered(0, 100))
     passes = []
 
@@ -86,7 +88,7 @@ def test_what_is_not_streamed_is_read_once(tmp_path: Path, monkeypatch: pytest.M
     assert len(passes) == 1
 
 
-def test_an_example_of_several_lines_is_one_line(tmp_path: Path) -> None:
+def test_example_of_several_lines_becomes_one_line(tmp_path: Path) -> None:
     rows = [{"text": f"one {i}\ntwo\n"} for i in range(20)] + [{"text": " \n"}, {"text": None}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read(tmp_path / "a.jsonl")["train"][:2] == ["one 0\ntwo", "one 1\ntwo"]
@@ -95,7 +97,7 @@ def test_an_example_of_several_lines_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "parquet"])
 @pytest.mark.parametrize("valid", ["valid", "validation"])
-def test_a_folder_with_files_named_by_split(tmp_path: Path, kind: str, valid: str) -> None:
+def test_folder_with_files_named_by_split(tmp_path: Path, kind: str, valid: str) -> None:
     sizes = {"train": 30, valid: 3, "test": 2}
     for split, size in sizes.items():
         path, lines = tmp_path / f"{split}.{kind}", numbered(0, size, split).splitlines()
@@ -115,7 +117,7 @@ def test_a_folder_with_files_named_by_split(tmp_path: Path, kind: str, valid: st
     )
 
 
-def test_a_dataset_without_valid_holds_examples_out_by_their_index(tmp_path: Path) -> None:
+def test_dataset_without_valid_split_holds_out_by_index(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(numbered(0, 450))
     (tmp_path / "test.txt").write_text(numbered(0, 2, "test"))
     splits = read(tmp_path)
@@ -124,7 +126,7 @@ def test_a_dataset_without_valid_holds_examples_out_by_their_index(tmp_path: Pat
     assert splits["train"] == [f"line {i}" for i in range(450) if i not in (199, 399)]
 
 
-def test_names_go_to_the_library_with_configuration_and_revision(
+def test_dataset_names_keep_configuration_and_revision(
     hub: tuple[Path, list[Any]],
 ) -> None:
     folder, asked = hub
@@ -161,7 +163,7 @@ def test_held_out_examples_come_from_the_first_million(
     ]
 
 
-def test_check_reads_no_whole_file_and_asks_no_network(
+def test_check_reads_no_whole_file_and_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "big.txt").write_text(numbered(0, 50_000))
@@ -183,7 +185,7 @@ def test_check_reads_no_whole_file_and_asks_no_network(
 
 
 @pytest.mark.parametrize("pattern", ["*", "", "?.*", "**"])
-def test_each_file_is_read_by_its_own_ending(
+def test_each_file_is_read_by_its_own_suffix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
     monkeypatch.setattr(sources, "_import_datasets", None)  # which would want a cache
@@ -207,7 +209,7 @@ def test_each_file_is_read_by_its_own_ending(
     assert [line for split in ("train", "valid", "test") for line in splits[split]] == expected
 
 
-def test_rows_without_a_text(tmp_path: Path) -> None:
+def test_rows_without_text_are_rejected(tmp_path: Path) -> None:
     rows = [{"text": f"a {i}" if i % 2 else None, "n": i} for i in range(60)]
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -220,7 +222,7 @@ def test_rows_without_a_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_a_cache_that_cannot_be_written_is_told(
+def test_unwritable_cache_is_reported(
     hub: tuple[Path, list[Any]], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refused(*_: Any, **__: Any) -> None:
@@ -244,7 +246,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
-def test_bad_files_are_told_before_any_layout(
+def test_invalid_files_are_reported_before_any_layout(
     tmp_path: Path, content: bytes | None, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "corpus.txt"
@@ -264,7 +266,7 @@ def test_bad_files_are_told_before_any_layout(
     assert said.err.startswith("error: data.text=") and said.err.count("\n") == 1
 
 
-def test_what_is_found_late_is_told_too(tmp_path: Path) -> None:
+def test_late_errors_are_reported_too(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(numbered(0, 1000))
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\n")
     check_text(str(tmp_path / "*.txt"))
@@ -276,7 +278,7 @@ def test_what_is_found_late_is_told_too(tmp_path: Path) -> None:
     "source",
     ["a b", "no/such/*.txt", "lm1b.txt", "/no/such", "./corpus", "one/two/three", "", "x:y:z"],
 )
-def test_what_is_neither_a_file_nor_a_name(source: str) -> None:
+def test_unknown_source_is_rejected(source: str) -> None:
     assert not is_local(source)
     with pytest.raises(
         ValueError,
@@ -285,7 +287,7 @@ def test_what_is_neither_a_file_nor_a_name(source: str) -> None:
         check_text(source)
 
 
-def test_bad_folders(tmp_path: Path) -> None:
+def test_invalid_text_folders_are_rejected(tmp_path: Path) -> None:
     for name, files, message in [
         ("none", {}, "the folder has no data files"),
         ("odd", {"part.xml": "x\n" * 30}, "files that end with .xml are not read"),

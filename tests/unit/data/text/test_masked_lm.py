@@ -43,7 +43,7 @@ def unmasked(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.where(target_bS == IGNORE_INDEX, token_bS, target_bS)
 
 
-def test_long_lines_are_cut_where_words_begin() -> None:
+def test_long_lines_are_cut_at_word_starts() -> None:
     inside_V = np.array([False] * 10 + [True] * 10)  # tokens from 10 on go on with a word
 
     def sizes(*line: int) -> list[int]:
@@ -55,13 +55,13 @@ def test_long_lines_are_cut_where_words_begin() -> None:
     assert sizes(1, 11, 11, 11, 11, 11) == [3, 3]  # a word that is longer than that
 
 
-def test_segments_are_as_many_pieces_as_fit() -> None:
+def test_segments_take_as_many_pieces_as_fit() -> None:
     # 2 + 2 + 2 = 6, then 3 + 1 (4 more would be 8), then 4 alone, which has no other
     assert _segments(np.cumsum([0, 2, 2, 2, 3, 1, 4]), 6).tolist() == [0, 3, 5]
     assert _segments(np.cumsum([0, 3, 3]), 6).tolist() == [0, 2]
 
 
-def test_a_sample_is_two_neighbouring_runs_of_lines() -> None:
+def test_sample_is_two_adjacent_runs_of_lines() -> None:
     # 2 + 2 + 2 fit into 9 - 3, and so do 3 + 1; the last line has no other
     data = Pretraining(text(2, 2, 2, 3, 1, 3), TOKENS, max_tokens=9, global_batch_size=2)
     assert data.num_batches == 1
@@ -97,7 +97,7 @@ def test_a_sample_is_two_neighbouring_runs_of_lines() -> None:
     ]  # round(0.15 * 6), round(0.15 * 4)
 
 
-def test_every_epoch_has_every_segment_once_each_time_otherwise() -> None:
+def test_every_epoch_has_every_segment_once_in_a_new_order() -> None:
     data = Pretraining(
         text(*[2] * 48), TOKENS, max_tokens=11, global_batch_size=4, seed=3
     )  # 4 lines of 2: 12 segments
@@ -117,7 +117,7 @@ def test_every_epoch_has_every_segment_once_each_time_otherwise() -> None:
     assert not other.batch(0, range(4))[0].equal(data.batch(0, range(4))[0])
 
 
-def test_another_seed_has_other_masks() -> None:
+def test_different_seeds_have_different_masks() -> None:
     seen = set()
     for seed in range(8):  # of the one segment of a text; in evaluation there is no seed
         data = Pretraining(text(4, 4), TOKENS, max_tokens=11, global_batch_size=1, seed=seed)
@@ -125,7 +125,7 @@ def test_another_seed_has_other_masks() -> None:
     assert len(seen) > 3
 
 
-def test_a_sample_is_the_same_on_any_layout_and_in_any_order(
+def test_sample_is_the_same_on_any_layout_and_in_any_order(
     verses: tuple[list[str], WordPieceTokenizer],
 ) -> None:
     lines, tokens = verses
@@ -144,7 +144,7 @@ def test_a_sample_is_the_same_on_any_layout_and_in_any_order(
         assert one[0].equal(other[3]) if one.dim() == 1 else one[0, :width].equal(other[3, :width])
 
 
-def test_masks_are_what_they_should_be(verses: tuple[list[str], WordPieceTokenizer]) -> None:
+def test_masks_have_the_shares_of_the_paper(verses: tuple[list[str], WordPieceTokenizer]) -> None:
     lines, tokens = verses
     data = Pretraining(lines, tokens, max_tokens=64, global_batch_size=16, seed=0)
     told = masked = same = swapped = samples = 0
@@ -224,7 +224,7 @@ def test_no_sample_is_longer_than_allowed(verses: tuple[list[str], WordPieceToke
         assert max(data.batch(step, range(8))[0].shape[1] for step in range(20)) <= max_tokens
 
 
-def test_a_step_is_as_wide_as_its_longest_sample() -> None:
+def test_step_is_as_wide_as_its_longest_sample() -> None:
     # 1 + 1 + 4 fit into 12 - 3, and then 4 + 2 + 2: with [CLS] and two [SEP] 9 and 11 tokens
     for samples, widths in ((1, [9, 11]), (2, [11])):
         data = Pretraining(text(1, 1, 4, 4, 2, 2), TOKENS, max_tokens=12, global_batch_size=samples)
@@ -233,7 +233,7 @@ def test_a_step_is_as_wide_as_its_longest_sample() -> None:
         ] == widths
 
 
-def test_unknown_words_are_not_told() -> None:
+def test_unknown_tokens_are_never_predicted() -> None:
     data = Pretraining(["? ?", "? ?", "a ?", "? ?"], TOKENS, max_tokens=7, global_batch_size=2)
     token_bS, _, _, target_bS, _ = data.batch(0, range(2))
     assert (target_bS[0] == IGNORE_INDEX).all() and (token_bS[0] == UNK).sum() == 4
@@ -268,6 +268,6 @@ def test_order_goes_through_epochs() -> None:
         ([], 9, "has 0 lines with any token"),
     ],
 )
-def test_what_holds_no_sample(lines: list[str], max_tokens: int, message: str) -> None:
+def test_text_without_a_sample_is_rejected(lines: list[str], max_tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pretraining(lines, TOKENS, max_tokens, global_batch_size=1)

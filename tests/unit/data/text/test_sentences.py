@@ -61,7 +61,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any
     return tmp_path, asked
 
 
-def test_movie_reviews() -> None:
+def test_movie_reviews_splits_and_labels() -> None:
     check_sentences("movie-reviews")
     labels, splits = open_sentences("movie-reviews")
     assert labels == ("negative", "positive")
@@ -92,7 +92,7 @@ def test_movie_reviews() -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_a_file_holds_a_tenth_of_its_texts_out(tmp_path: Path, kind: str) -> None:
+def test_file_holds_out_a_tenth_of_its_texts(tmp_path: Path, kind: str) -> None:
     rows = [
         {"text": f"text {i % 50}", "text2": f"other {i}", "label": "ab"[i % 2]} for i in range(100)
     ]
@@ -114,7 +114,7 @@ def test_a_file_holds_a_tenth_of_its_texts_out(tmp_path: Path, kind: str) -> Non
     assert every == [Sentence(row["text"], row["text2"], i % 2) for i, row in enumerate(rows)]
 
 
-def test_what_is_held_out_follows_from_the_texts_alone() -> None:
+def test_held_out_texts_depend_on_the_texts_alone() -> None:
     texts = [f"text {i}" for i in range(100)]
     one, other = (hold_out_splits(some, ("valid", "test"), str) for some in (texts, texts[::-1]))
     assert {split: len(some) for split, some in one.items()} == {
@@ -137,7 +137,7 @@ def test_what_is_held_out_follows_from_the_texts_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_a_folder_with_files_named_by_split(tmp_path: Path, kind: str) -> None:
+def test_folder_with_files_named_by_split(tmp_path: Path, kind: str) -> None:
     for split, (first, last) in {"train": (0, 6), "validation": (6, 8), "test": (8, 11)}.items():
         write(
             tmp_path / f"{split}.{kind}",
@@ -206,7 +206,7 @@ def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str,
         (".parquet", [1.0, 2.0, 1.0, 2.0], ["1", "2"]),
     ],
 )
-def test_labels_that_are_written_in_several_ways_are_one(
+def test_label_spellings_are_unified(
     tmp_path: Path, ending: str, written: list[Any], names: list[str]
 ) -> None:
     """In either split: labels of test are those of train."""
@@ -234,11 +234,13 @@ def test_labels_that_are_written_in_several_ways_are_one(
         (("a", "b"), []),
     ],
 )
-def test_labels_that_differ_by_case_are_found(names: tuple[str, ...], similar: list[str]) -> None:
+def test_labels_that_differ_only_by_case_are_reported(
+    names: tuple[str, ...], similar: list[str]
+) -> None:
     assert names_differing_by_case(names) == similar
 
 
-def test_class_names_of_a_dataset_stand_for_numbers_and_for_themselves(tmp_path: Path) -> None:
+def test_class_names_map_numbers_and_names(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", numbered(0, 20), ["no", "yes"])
     (tmp_path / "test.jsonl").write_text(
         '{"text": "a", "label": 1}\n{"text": "b", "label": "no "}\n'
@@ -261,7 +263,7 @@ MANY = ["no", "yes", "maybe"]
         ({"train.csv": None, "valid.parquet": NO_YES, "test.parquet": YES_NO}, ""),
     ],
 )
-def test_numbers_of_labels_that_stand_for_other_names_in_another_file(
+def test_label_numbers_with_different_names_are_rejected(
     tmp_path: Path, names: dict[str, list[str] | None], pattern: str
 ) -> None:
     for i, (name, some) in enumerate(names.items()):
@@ -287,7 +289,7 @@ def test_numbers_of_labels_that_stand_for_other_names_in_another_file(
         ), said
 
 
-def test_a_dataset_of_the_hub_whose_splits_name_labels_otherwise(
+def test_hub_splits_with_different_label_names_are_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def loaded(test: list[str]) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def test_a_dataset_of_the_hub_whose_splits_name_labels_otherwise(
 @pytest.mark.parametrize(
     ("names", "labels"), [(["1", "2", "3"], [1, 2]), (["-1", "+1"], ["1", "-1"])]
 )
-def test_numbers_that_may_be_names_as_well(
+def test_ambiguous_label_numbers_are_rejected(
     tmp_path: Path, names: list[str], labels: list[Any]
 ) -> None:
     write(tmp_path / "train.parquet", numbered(0, 20), names)
@@ -327,7 +329,7 @@ def test_numbers_that_may_be_names_as_well(
 
 
 @pytest.mark.parametrize("names", [["0", "1"], ["0", "1", "2"]])
-def test_names_that_are_their_own_numbers_stand_beside_numbers(
+def test_label_names_equal_to_their_numbers_may_mix_with_numbers(
     tmp_path: Path, names: list[str]
 ) -> None:
     write(tmp_path / "train.parquet", numbered(0, 20), names)
@@ -337,7 +339,7 @@ def test_names_that_are_their_own_numbers_stand_beside_numbers(
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "tsv"])
-def test_files_without_names_beside_some_with_names(tmp_path: Path, kind: str) -> None:
+def test_files_with_and_without_label_names_mix(tmp_path: Path, kind: str) -> None:
     """By number, which a .csv file has as text, and by name."""
     write(tmp_path / "train-1.parquet", numbered(0, 20), ["no", "yes"])
     write(tmp_path / f"train-0.{kind}", numbered(20, 40))
@@ -369,7 +371,7 @@ def test_files_without_names_beside_some_with_names(tmp_path: Path, kind: str) -
         ({"text": "a", "text2": "b"}, {"text": "c"}, "row 4 of 'train' has no text2"),
     ],
 )
-def test_columns_that_change_from_row_to_row(
+def test_changing_columns_are_rejected(
     tmp_path: Path, first: dict[str, str], other: dict[str, str], says: str
 ) -> None:
     rows = [{**(other if i == 3 else first), "label": i % 2} for i in range(30)]
@@ -384,7 +386,7 @@ def test_columns_that_change_from_row_to_row(
 
 
 @pytest.mark.parametrize("of_train", [{}, {"text2": "more"}])
-def test_pairs_in_one_split_and_single_texts_in_another(
+def test_splits_may_not_mix_pairs_and_single_texts(
     tmp_path: Path, of_train: dict[str, str]
 ) -> None:
     of_test = {} if of_train else {"text2": "more"}
@@ -398,7 +400,7 @@ def test_pairs_in_one_split_and_single_texts_in_another(
             act(str(tmp_path))
 
 
-def test_a_text_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_text_is_read_unchanged(tmp_path: Path) -> None:
     odd = ["null", "NA", " nan ", 'say "a, b"', "two\nlines", "é", "1"]
     (tmp_path / "test.csv").write_text(
         'text,label\nnull,1\nNA,0\n nan ,1\n"say ""a, b""",0\n"two\nlines",1\né,0\n1,1\n'
@@ -421,7 +423,7 @@ GLUE_COLUMNS = {
 
 
 @pytest.mark.parametrize("task", GLUE_COLUMNS)
-def test_glue_has_its_validation_for_a_test(hub: tuple[Path, list[Any]], task: str) -> None:
+def test_glue_uses_validation_as_test(hub: tuple[Path, list[Any]], task: str) -> None:
     folder, asked = hub
     first, second = GLUE_COLUMNS[task]
     names = ["entailment", "neutral", "contradiction"] if task == "mnli" else ["no", "yes"]
@@ -448,7 +450,7 @@ def test_glue_has_its_validation_for_a_test(hub: tuple[Path, list[Any]], task: s
     assert all(sentence.text.startswith("train") for sentence in splits["valid"])
 
 
-def test_another_dataset_of_the_hub_by_its_own_splits(hub: tuple[Path, list[Any]]) -> None:
+def test_hub_dataset_uses_its_own_splits(hub: tuple[Path, list[Any]]) -> None:
     folder, asked = hub
     for split, size in {"train": 30, "test": 3}.items():
         write(folder / "owner/name" / "plain" / f"{split}.jsonl", numbered(0, size))
@@ -464,7 +466,7 @@ def sentences(*texts: str) -> list[Sentence]:
     ]
 
 
-def test_samples_of_sentences_and_pairs() -> None:
+def test_samples_of_sentences_and_pairs_by_hand() -> None:
     data = Sentences(
         sentences("a b c", "d", "e f g h i", "j j"), TOKENS, max_tokens=6, global_batch_size=3
     )
@@ -507,7 +509,7 @@ def test_samples_of_sentences_and_pairs() -> None:
     ]
 
 
-def test_the_longer_text_gives_way() -> None:
+def test_longer_text_is_truncated_first() -> None:
     for room in range(2, 9):
         for a in range(12):
             for b in range(12):
@@ -519,7 +521,7 @@ def test_the_longer_text_gives_way() -> None:
                 assert _kept_lengths(a, b, room) == (slow_a, slow_b), (a, b, room)
 
 
-def test_training_goes_through_epochs_on_any_layout() -> None:
+def test_training_repeats_epochs_on_any_layout() -> None:
     every = sentences(*"abcdefg")
     data = Sentences(every, TOKENS, max_tokens=3, global_batch_size=4, seed=5)
     whole = [data.batch(step, range(4)) for step in range(7)]  # 28 samples: 4 epochs
@@ -547,7 +549,9 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
         (("a|b",), 4, "model.max_tokens=4: use at least 5"),
     ],
 )
-def test_what_makes_no_sample(texts: tuple[str, ...], max_tokens: int, message: str) -> None:
+def test_texts_that_make_no_sample_are_rejected(
+    texts: tuple[str, ...], max_tokens: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Sentences(sentences(*texts), TOKENS, max_tokens, global_batch_size=1)
 
@@ -676,7 +680,9 @@ def rows(*rows: str, heading: str = "text,label") -> str:
         ({"d/notes.odd": "a"}, "files that end with .odd are not read", True),
     ],
 )
-def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: bool) -> None:
+def test_invalid_label_files_are_rejected(
+    tmp_path: Path, files: dict[str, Any], message: str, early: bool
+) -> None:
     for name, content in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -693,7 +699,7 @@ def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: b
             act(source)
 
 
-def test_labels_outside_of_those_that_have_names(tmp_path: Path) -> None:
+def test_labels_without_a_name_are_rejected(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", numbered(0, 20), ["no", "yes"])
     write(tmp_path / "test.parquet", [{"text": "hidden", "label": -1}], ["no", "yes"])
     with pytest.raises(ValueError, match="label -1 of 'test' is none of train's; known: 0, 1"):
@@ -715,13 +721,13 @@ def test_labels_outside_of_those_that_have_names(tmp_path: Path) -> None:
         ("", "no file matches"),
     ],
 )
-def test_what_is_neither_a_file_nor_a_name(source: str, message: str) -> None:
+def test_unknown_source_is_rejected(source: str, message: str) -> None:
     for act in (check_sentences, open_sentences):
         with pytest.raises(ValueError, match=f"data.sentences={source!r}: .*{re.escape(message)}"):
             act(source)
 
 
-def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nto it")
 

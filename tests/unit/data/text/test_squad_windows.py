@@ -57,7 +57,7 @@ def numbered(first: int, last: int) -> list[Question]:
 # where they come from
 
 
-def test_a_file_holds_contexts_out(tmp_path: Path) -> None:
+def test_file_holds_out_contexts(tmp_path: Path) -> None:
     questions = [ask("a", f"text {i % 30}", str(i % 30), id_=str(i)) for i in range(60)]
     (tmp_path / "mine.json").write_text("\ufeff" + squad(questions), encoding="utf-8")
     check_questions(str(tmp_path / "mine.json"))
@@ -75,7 +75,7 @@ def test_a_file_holds_contexts_out(tmp_path: Path) -> None:
     assert sum(map(len, contexts)) == len(set.union(*contexts)) == 30
 
 
-def test_a_folder_as_it_is_published(tmp_path: Path) -> None:
+def test_folder_in_the_published_layout(tmp_path: Path) -> None:
     """train and dev: dev is the test; plausible answers are none."""
     (tmp_path / "train-v2.0.json").write_text(squad(numbered(0, 20), impossible=True))
     (tmp_path / "dev-v2.0.json").write_text(squad(numbered(20, 23), impossible=True))
@@ -96,7 +96,7 @@ def test_a_folder_as_it_is_published(tmp_path: Path) -> None:
     ("name", "repository"), [("squad", "rajpurkar/squad"), ("squad_v2", "rajpurkar/squad_v2")]
 )
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_squad_by_its_name(
+def test_squad_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str, kind: str
 ) -> None:
     load, asked = datasets.load_dataset, []
@@ -244,7 +244,9 @@ def row_of(**change: Any) -> str:
         ({"d/x.odd": "a"}, "files that end with .odd are not read", True),
     ],
 )
-def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: bool) -> None:
+def test_invalid_squad_files_are_rejected(
+    tmp_path: Path, files: dict[str, Any], message: str, early: bool
+) -> None:
     for name, content in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -273,7 +275,7 @@ def test_bad_files(tmp_path: Path, files: dict[str, Any], message: str, early: b
         ("train.jsonl", "device"),
     ],
 )
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+def test_special_files_do_not_block(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / "train.json").write_text(squad(numbered(0, 9)))
     (tmp_path / name).unlink(missing_ok=True)
     if kind == "pipe":
@@ -300,7 +302,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str)
         ("", "no file matches and no dataset has this name; known: squad, squad_v2, or give"),
     ],
 )
-def test_what_is_neither_a_file_nor_a_name(source: str, message: str) -> None:
+def test_unknown_source_is_rejected(source: str, message: str) -> None:
     for act in (check_questions, open_questions):
         with pytest.raises(ValueError, match=f"data.questions={source!r}: .*{re.escape(message)}"):
             act(source)
@@ -346,14 +348,14 @@ def test_windows_by_hand() -> None:
     assert data.num_batches == 2 and data.num_misplaced == 0
 
 
-def test_windows_leave_nothing_out_where_the_stride_is_longer() -> None:
+def test_windows_cover_everything_with_a_long_stride() -> None:
     data = QuestionWindows(
         [ask("a b", "a b c d e f g")], TOKENS, max_tokens=8, stride=100, global_batch_size=1
     )
     assert data.window_W5[:, 1:3].tolist() == [[0, 3], [3, 6], [6, 7]]
 
 
-def test_an_answer_is_found_by_its_characters() -> None:
+def test_answer_is_found_by_character_offsets() -> None:
     tokens = WordPieceTokenizer((*SPECIAL, "new", "##er", "york", ",", "l", "##on", "##d"))
     # new ##er , new york l ##on ##d: "on" is inside one token, "New York" two, "w" in the first
     context = "Newer, New York Lond"
@@ -373,7 +375,7 @@ def test_an_answer_is_found_by_its_characters() -> None:
         assert data.num_misplaced == (places is None)
 
 
-def test_what_is_not_where_it_should_be_is_not_trained_on() -> None:
+def test_misplaced_answers_are_not_trained_on() -> None:
     right, wrong = ask("a", "b c", "c", id_="right"), Question("wrong", "a", "b c", (("c", 0),))
     behind, before = (
         Question("behind", "a", "b c", (("d", 30),)),
@@ -394,7 +396,7 @@ def test_what_is_not_where_it_should_be_is_not_trained_on() -> None:
         QuestionWindows([wrong], TOKENS, max_tokens=9, stride=1, global_batch_size=1, seed=0)
 
 
-def test_training_goes_through_epochs_on_any_layout() -> None:
+def test_training_repeats_epochs_on_any_layout() -> None:
     questions = [ask("a", f"b {letter}", letter, id_=letter) for letter in "cdefghi"]
     data = QuestionWindows(questions, TOKENS, max_tokens=9, stride=1, global_batch_size=4, seed=5)
     whole = [data.batch(step, range(4)) for step in range(7)]
@@ -420,7 +422,7 @@ def test_training_goes_through_epochs_on_any_layout() -> None:
         (ask("a", "b"), 9, 0, "data.doc_stride=0: use at least 1"),
     ],
 )
-def test_what_makes_no_sample(
+def test_questions_that_make_no_sample_are_rejected(
     question: Question, max_tokens: int, stride: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -462,7 +464,7 @@ def test_best_spans_by_hand() -> None:
 
 
 @pytest.mark.parametrize("longest", [1, 3, 30])
-def test_best_spans_are_those_of_a_slow_reference(longest: int) -> None:
+def test_best_spans_equal_a_slow_reference(longest: int) -> None:
     generator = torch.Generator().manual_seed(0)
     start_bS, end_bS = torch.randn(2, 4, 12, generator=generator, dtype=torch.float64).float()
     token_bS, kind_bS = torch.full((4, 12), 7), torch.tensor([[0] * 3 + [1] * 8 + [0]] * 4)
@@ -496,14 +498,14 @@ def decoded(threshold: float | None) -> dict[str, list[tuple[str, float]]]:
     )
 
 
-def test_answers_are_decoded_to_the_text_as_it_was() -> None:
+def test_answers_are_decoded_to_the_original_text() -> None:
     assert decoded(None) == {
         "q": [(") d", 4.0), ("b (C", 3.0), ("a", 2.0)],
         "r": [("b c", 1.0)],
     }
 
 
-def test_no_answer_is_better_by_a_threshold() -> None:
+def test_no_answer_wins_by_a_threshold() -> None:
     # q: the least of 4.5 and 6 is not more than 0.5 above 4, but more than 0.25; r: 2 is 1 above 1
     assert decoded(0.5)["q"][0] == (") d", 4.0) and decoded(0.25)["q"][0] == ("", 4.25)
     assert decoded(1.0)["r"] == [("b c", 1.0), ("", 1.0)] and decoded(0.5)["r"] == [
@@ -573,7 +575,7 @@ def test_scores_by_hand() -> None:
     assert squad_scores(questions, answer | {"1": "Red dog!"})["exact"] == pytest.approx(50)
 
 
-def test_the_right_logits_answer_everything() -> None:
+def test_perfect_logits_answer_everything() -> None:
     """From text to scores: logits that are high at each window's targets."""
     questions = [
         ask("a b", "a b c d e f g h i j", "g h", "h i", id_="1"),

@@ -23,7 +23,7 @@ def said(token_BS: torch.Tensor) -> list[str]:
     return [VOCABULARY.decode(row).replace("<eos>", ".") for row in token_BS.tolist()]
 
 
-def test_windows_and_places_by_hand() -> None:
+def test_windows_and_positions_by_hand() -> None:
     # Lines 0 "a b", 1 "c", 2 "d e f", and again as 3, 4, 5. Lane 0 reads 0, 2, 4: a b . d e f . c .
     # Lane 1 reads 1, 3, 5: c . a b . d e f .
     stream = Stream(["a b", "c", "d e f"], VOCABULARY, num_lanes=2, lane_b=range(2))
@@ -44,7 +44,7 @@ def test_windows_and_places_by_hand() -> None:
     assert stream.places().tolist() == [[2, 3], [5, 1]]
 
 
-def test_fewer_lines_than_lanes_and_windows_of_many_lines() -> None:
+def test_fewer_lines_than_lanes_and_long_windows() -> None:
     # One line for three lanes: lane b reads lines b, b + 3, ..., all "a". 5 tokens: a . a . a, so that the next is the
     # <eos> of the third line, b + 6.
     stream = Stream(["a"], VOCABULARY, num_lanes=3, lane_b=range(3))
@@ -80,7 +80,7 @@ def test_fewer_lines_than_lanes_and_windows_of_many_lines() -> None:
         (9, 2, 4, 7, False, "x batch.seq_len=7 words, the training text has 27: give more text"),
     ],
 )
-def test_a_text_that_is_too_short_for_a_step(
+def test_text_too_short_for_a_step_is_rejected(
     num_lines: int, words: int, lanes: int, steps: int, streamed: bool, message: str | None
 ) -> None:
     lines = [" ".join("a" * words)] * num_lines
@@ -95,7 +95,9 @@ def test_a_text_that_is_too_short_for_a_step(
     ("lanes", "steps", "streamed", "read"),
     [(2, 3, True, 128), (1, 90, True, 90), (3, 4, False, 12)],
 )
-def test_no_more_is_read_than_tells_it(lanes: int, steps: int, streamed: bool, read: int) -> None:
+def test_length_check_reads_no_more_than_needed(
+    lanes: int, steps: int, streamed: bool, read: int
+) -> None:
     """64 lines a lane, and one word and its end a line."""
     lines = iter(["a"] * 200)
     check_lanes(lines, lanes, 2 * steps, streamed)
@@ -114,7 +116,7 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_lanes_that_read_the_same_words_are_refused(name: str) -> None:
+def test_lanes_that_read_the_same_words_are_rejected(name: str) -> None:
     """Beside a stream of words that are all different: how many of a step are there again, in two passes."""
     lengths, lanes, steps = LENGTHS[name]
     lines = [" ".join(f"{line}x{i}" for i in range(words)) for line, words in enumerate(lengths)]
@@ -143,7 +145,7 @@ def test_lanes_that_read_the_same_words_are_refused(name: str) -> None:
     check_lanes(lines, lanes, steps, streamed=False)
 
 
-def test_lanes_of_a_text_that_passes_have_no_word_in_common() -> None:
+def test_accepted_lanes_have_no_word_in_common() -> None:
     """Every (lines, lanes) up to 9: each position of the text is in a step once, where the text is long enough."""
     for num_lines, num_lanes in itertools.product(range(1, 10), range(1, 10)):
         rng = random.Random(10 * num_lines + num_lanes)
@@ -189,7 +191,7 @@ def broken_after(lines: list[str], error: Exception | None, passes: int) -> Line
 
 @pytest.mark.parametrize("error", [ValueError("x.txt, after row 3: I/O error"), None])
 @pytest.mark.parametrize("passes", [0, 2])
-def test_a_text_that_breaks_while_it_is_trained_on(error: Exception | None, passes: int) -> None:
+def test_text_that_breaks_during_training_is_reported(error: Exception | None, passes: int) -> None:
     """It is what train.py ends with in one line: an error of the system, on the ranks that find it."""
     stream = Stream(
         broken_after(["a b", "c", "d e f"], error, passes), VOCABULARY, num_lanes=2, lane_b=range(2)
@@ -241,7 +243,7 @@ def text(num_lines: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("num_lines", "num_lanes", "steps"), CASES)
-def test_equals_the_reference_over_several_passes_and_goes_on_from_everywhere(
+def test_stream_equals_the_reference_and_resumes_anywhere(
     num_lines: int, num_lanes: int, steps: int
 ) -> None:
     lines = text(num_lines)
@@ -263,7 +265,7 @@ def test_equals_the_reference_over_several_passes_and_goes_on_from_everywhere(
 
 
 @pytest.mark.parametrize(("num_lines", "num_lanes", "steps"), CASES[1:])
-def test_a_window_is_the_same_however_lanes_lie_on_ranks_and_micro_batches(
+def test_window_does_not_depend_on_ranks_or_micro_batches(
     num_lines: int, num_lanes: int, steps: int
 ) -> None:
     lines = text(num_lines)
@@ -297,7 +299,7 @@ class Counted(Vocabulary):
 encoded: list[str] = []
 
 
-def test_other_lanes_and_what_a_resume_skips_are_not_tokenised() -> None:
+def test_other_lanes_and_skipped_text_are_not_tokenized() -> None:
     lines = [f"{WORDS[i % 8]} a" for i in range(10)]
     vocabulary = Counted(VOCABULARY.words, VOCABULARY.counts)
     encoded.clear()
@@ -311,7 +313,7 @@ def test_other_lanes_and_what_a_resume_skips_are_not_tokenised() -> None:
     assert stream.places()[1].tolist() == [45, 2]
 
 
-def test_of_passes_behind_a_resume_only_the_first_is_read() -> None:
+def test_resume_reads_only_the_first_pass_again() -> None:
     class Passes(list):
         num = 0
 
@@ -325,7 +327,7 @@ def test_of_passes_behind_a_resume_only_the_first_is_read() -> None:
     assert Passes.num == 2
 
 
-def test_buffers_are_as_long_as_the_spread_of_lanes() -> None:
+def test_buffers_are_as_long_as_the_lane_spread() -> None:
     """Lines of 1 to 20 words in no order, 20,000 tokens a lane: the bound that the docstring of Stream names."""
     rng, num_lanes, steps = random.Random(0), 16, 20
     lengths = [rng.randint(1, 20) for _ in range(9973)]

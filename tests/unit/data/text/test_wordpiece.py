@@ -87,13 +87,13 @@ def slow_training(lines: list[str], size: int) -> list[str]:
     return words
 
 
-def test_training_is_that_of_a_slow_reference_and_always_the_same(verses: list[str]) -> None:
+def test_training_equals_a_slow_reference_and_is_deterministic(verses: list[str]) -> None:
     expected = slow_training(verses[:100], 250)
     for _ in range(3):  # the library's own order of pieces inside words is another one each time
         assert list(WordPieceTokenizer.build(verses[:100], 250).words) == expected
 
 
-def test_encoding_is_that_of_a_slow_reference(verses: list[str]) -> None:
+def test_encoding_equals_a_slow_reference(verses: list[str]) -> None:
     tokens = WordPieceTokenizer.build(verses, 500)
     known = set(tokens.words)
 
@@ -123,7 +123,7 @@ def test_rare_characters_are_left_out() -> None:
     assert tokens.encode("ß") == [UNK]
 
 
-def test_offsets_are_those_of_the_text_as_it_was() -> None:
+def test_offsets_refer_to_the_original_text() -> None:
     tokens = WordPieceTokenizer.build(["lord name in the beginning , n"] * 3, 40)
     text = "The LÓRD  n\u0301ame,\u200b in 中"
     ids, offsets = tokens.encode_with_offsets(text)
@@ -160,20 +160,20 @@ def test_offsets_are_those_of_the_text_as_it_was() -> None:
         (LINES, 0, "vocabulary_size=0 is too small .* use at least 11"),
     ],
 )
-def test_sizes_that_do_not_fit(lines: list[str], size: int, message: str) -> None:
+def test_invalid_sizes_are_rejected(lines: list[str], size: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"model.{message}"):
         WordPieceTokenizer.build(lines, size)
     assert len(WordPieceTokenizer.build(LINES, 11)) == 11
 
 
-def test_lines_can_be_read_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_accepts_an_iterator(capsys: pytest.CaptureFixture[str]) -> None:
     assert WordPieceTokenizer.build(Lines(lambda: iter(LINES)), 13) == WordPieceTokenizer.build(
         LINES, 13
     )
     assert capsys.readouterr() == ("", "")
 
 
-def test_json_gives_the_same_tokens(verses: list[str]) -> None:
+def test_json_round_trip(verses: list[str]) -> None:
     tokens = WordPieceTokenizer.build(verses, 500)
     again = WordPieceTokenizer.from_json(json.loads(json.dumps(tokens.to_json())))
     assert again == tokens and again.encode(verses[0]) == tokens.encode(verses[0])
@@ -190,7 +190,7 @@ def test_json_gives_the_same_tokens(verses: list[str]) -> None:
         (json.dumps([*SPECIAL, "a", "a"]), "some word is there twice"),
     ],
 )
-def test_json_that_is_no_tokens(text: str, message: str) -> None:
+def test_invalid_json_is_rejected(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"tokens: .*{message}"):
         WordPieceTokenizer.from_json(text)
 
@@ -227,7 +227,7 @@ def letters_of(line: str) -> WordPieceTokenizer:
         ("auto\u00admobil", 1),
     ],
 )
-def test_marks_stay_in_their_words(line: str, words: int) -> None:
+def test_combining_marks_stay_in_their_words(line: str, words: int) -> None:
     tokens = letters_of(line)
     for form in ("NFC", "NFD"):
         ids = tokens.encode(unicodedata.normalize(form, line))
@@ -236,7 +236,7 @@ def test_marks_stay_in_their_words(line: str, words: int) -> None:
     assert tokens.decode(tokens.encode(line)) == shown, "no mark is dropped"
 
 
-def test_latin_greek_and_cyrillic_text_is_as_in_uncased_bert() -> None:
+def test_latin_greek_and_cyrillic_text_equals_uncased_bert() -> None:
     tokenizer, bert = _tokenizer({}), BertNormalizer(lowercase=True)
     rng = random.Random(0)
     letters = [
@@ -253,7 +253,7 @@ def test_latin_greek_and_cyrillic_text_is_as_in_uncased_bert() -> None:
         assert tokenizer.normalizer.normalize_str(line) == bert.normalize_str(line)
 
 
-def test_offsets_are_those_of_the_text_as_it_was_written() -> None:
+def test_offsets_refer_to_decomposed_text() -> None:
     hindi = "\u0928\u092e\u0938\u094d\u0924\u0947"
     tokens = letters_of(f"ete noel {hindi}")
     for form in ("NFC", "NFD"):

@@ -41,7 +41,7 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 # numbers worked out by hand
 
 
-def test_weights_are_the_softmax_over_the_chosen_alone() -> None:
+def test_weights_are_the_softmax_over_chosen_experts() -> None:
     # Tokens are unit vectors, so their logits are the rows of w_gate.
     # Token 0: e^logit = 1, 3, 6, 2. The best two are experts 2 and 1: weights 6 / (6 + 3) and 3 / (6 + 3).
     # Token 1: e^logit = 4, 1, 2, 12. The best two are experts 3 and 0: weights 12 / (12 + 4) and 4 / (12 + 4).
@@ -58,7 +58,7 @@ def test_weights_are_the_softmax_over_the_chosen_alone() -> None:
     close(gate.balance_loss(told.importance_GE, told.load_GE), 0.1 * 13 / 72)
 
 
-def test_noise_is_scaled_by_softplus_and_decides() -> None:
+def test_noise_is_scaled_by_softplus_and_changes_the_choice() -> None:
     # softplus(ln(e^s - 1)) = s: deviations 1 and 3. With k = 1 the higher of z0 and ln 2 + 3 z1 is chosen.
     deviation_E = torch.tensor([[1.0, 3.0]], dtype=FLOAT64)
     gate = make_gate(
@@ -96,7 +96,7 @@ def test_probability_in_top_k() -> None:
     )
 
 
-def test_of_two_equal_scores_the_chosen_one_is_measured_against_the_other() -> None:
+def test_tied_scores_are_compared_with_each_other() -> None:
     """Experts 0 and 1 score 2; 0 was chosen. Without 0 the best is 1's score, without 1 it is 0's: the gradient of
     P(x, 0) = Phi(clean 0 - score 1) goes to clean 0 and score 1, where comparing scores would find 0 not in the top."""
     clean_TE = torch.tensor([[1.0, 1.5, 0.0]], dtype=FLOAT64, requires_grad=True)
@@ -182,7 +182,7 @@ def test_capacity_is_counted_in_each_token_group() -> None:
     assert capacity_mask(expert_TK, 1.0, ctx, 2).flatten().int().tolist() == [1, 0, 1, 0, 1, 0]
 
 
-def test_capacity_that_comes_out_even_is_not_rounded_up() -> None:
+def test_integer_capacity_is_not_rounded_up() -> None:
     # 1.2 x 50 tokens / 4 experts = 15
     kept_TK = capacity_mask(
         torch.zeros(50, 1, dtype=torch.long), 1.2, context(50, 50), num_experts=4
@@ -195,7 +195,7 @@ def test_capacity_that_comes_out_even_is_not_rounded_up() -> None:
     assert kept_TK.sum() == 11
 
 
-def test_dropped_are_counted() -> None:
+def test_dropped_assignments_are_counted() -> None:
     # Every token chooses expert 0 (logit 1 against 0) and then the only other: 4 x 2 assignments, of which a capacity
     # of ceil(0.5 x 2 x 4 / 2) = 2 keeps 2 of each expert.
     gate = make_gate(torch.tensor([[1.0, 0.0]]), 2, noise=False, capacity_factor=0.5)
@@ -205,7 +205,7 @@ def test_dropped_are_counted() -> None:
     assert told.load_GE.tolist() == [[4, 4]]  # wanted, not kept
 
 
-def test_k_outside_the_number_of_experts_is_refused() -> None:
+def test_k_larger_than_num_experts_is_rejected() -> None:
     for k in (0, 5):
         with pytest.raises(
             ValueError, match=f"k={k} experts per token: must be 1 to num_experts=4"
@@ -217,7 +217,7 @@ def test_k_outside_the_number_of_experts_is_refused() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_probability_equals_the_share_of_redraws(k: int) -> None:
+def test_probability_equals_the_share_over_redraws(k: int) -> None:
     """Eq. 8: only component i's noise is drawn again, all others keep theirs."""
     num_draws, num_experts = 20_000, 6
     clean_TE, std_TE = drawn(4, num_experts, key="clean"), drawn(4, num_experts, key="std").exp()

@@ -76,7 +76,7 @@ def test_balance_loss() -> None:
     close(probability_GE.grad, [[9 / 16, 3 / 16, 0], [0, 0, 0], [1 / 2, 1 / 2, 1 / 2]])
 
 
-def test_noise_has_deviation_one_by_the_number_of_experts() -> None:
+def test_noise_has_deviation_one_over_num_experts() -> None:
     # Logits are zero, so log p differs between two experts by the difference of their noise: variance 2 / E² = 1/8.
     gate = make_gate(torch.zeros(1, 4), k=4, capacity_factor=None)
     x_TD = torch.ones(4000, 1)
@@ -89,7 +89,7 @@ def test_noise_has_deviation_one_by_the_number_of_experts() -> None:
     assert not torch.equal(elsewhere.gate_N, routing.gate_N), "another use, other noise"
 
 
-def test_capacity_of_the_paper() -> None:
+def test_capacity_equals_the_paper() -> None:
     # 5 tokens of one sample, all to expert 0: ceil(1.2 x 1 x 5 / 4) = ceil(1.5) = 2 find room, 3 are dropped
     gate = make_gate(torch.tensor([[9.0, 0, 0, 0]]), k=1, noise=False)
     routing, told = gate(torch.ones(5, 1), context(5, 5))
@@ -97,7 +97,7 @@ def test_capacity_of_the_paper() -> None:
     assert told.load_GE.tolist() == [[5, 0, 0, 0]], "choices, before any is dropped"
 
 
-def test_k_outside_the_number_of_experts_is_refused() -> None:
+def test_k_larger_than_num_experts_is_rejected() -> None:
     for k in (0, 5):
         with pytest.raises(
             ValueError, match=f"k={k} experts per token: must be 1 to num_experts=4"
@@ -105,7 +105,7 @@ def test_k_outside_the_number_of_experts_is_refused() -> None:
             SoftmaxTopK(3, 4, k)
 
 
-def test_router_starts_with_logits_of_the_variance_named() -> None:
+def test_router_starts_with_the_configured_logit_variance() -> None:
     gate = SoftmaxTopK(256, 64, 2)
     for name, bound in init_bounds(gate).items():
         init_parameter(gate.get_parameter(name), name, bound, seed=0)
@@ -214,7 +214,7 @@ def test_gelu_experts_by_hand() -> None:
     close(y_RD, [[(4 * 3 * (1 + math.erf(3 / 2**0.5)) / 2 + 5) / 2]])
 
 
-def test_recomputed_gelu_experts_give_the_same() -> None:
+def test_recomputed_gelu_experts_are_equal() -> None:
     told = []
     for recompute in (False, True):
         experts = GeluExperts(3, DIM, HIDDEN, recompute).double()

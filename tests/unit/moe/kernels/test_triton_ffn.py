@@ -36,7 +36,7 @@ def test_every_assignment_is_in_one_tile() -> None:
         assert tiles == in_order
 
 
-def test_experts_are_not_switched_on_and_ask_what_is_supported(
+def test_triton_is_off_by_default_and_checks_support(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def path(experts: Experts, num_rows: int = 10, on: Any = None) -> Any:
