@@ -1,6 +1,7 @@
-"""Parameters that know how they start, so that every layout starts from the same weights.
+"""Initial weights that follow from a parameter's name and, for experts, the global expert id.
 
-Legend: a stacked parameter has experts (global ids) along its first dimension.
+Every layout therefore starts from the same weights. A parameter stores the bound of its uniform distribution as
+the attribute `init_bound`; `engine.parallelize` fills it.
 """
 
 from collections.abc import Iterable
@@ -15,18 +16,18 @@ ELEMENTS_PER_CHUNK = 2**22
 
 
 def uniform_parameter(*shape: int, bound: float) -> nn.Parameter:
-    """A parameter of `shape`, not yet filled, that `init_parameter` draws from U(-bound, bound)."""
+    """Returns a parameter that is not filled yet; `init_parameter` draws it from U(-bound, bound)."""
     return set_init_bound(nn.Parameter(torch.empty(*shape)), bound)
 
 
 def set_init_bound(p: Any, bound: float) -> nn.Parameter:
-    """Tells `init_parameter` the bound of a parameter that another library made."""
+    """Sets the bound of a parameter, for example of one that another library created, and returns it."""
     p.init_bound = bound
     return p
 
 
 def init_bounds(model: nn.Module) -> dict[str, float]:
-    """The bound of every parameter, by name."""
+    """Returns the bound of every parameter by name."""
     named: Iterable[tuple[str, Any]] = model.named_parameters()
     return {name: p.init_bound for name, p in named}
 
@@ -35,17 +36,25 @@ def init_bounds(model: nn.Module) -> dict[str, float]:
 def init_parameter(
     p: nn.Parameter, name: str, bound: float, seed: int, expert_ids: range | None = None
 ) -> None:
-    """Fills `p` in place, keyed by (seed, name), and by the global expert id where it is a stack of experts.
+    """Fills a parameter in place.
 
-    `expert_ids`: global ids along the first dimension, None for a parameter that is not stacked.
+    Args:
+        p: The parameter.
+        name: Its name in the model, a part of the key.
+        bound: Bound of the uniform distribution.
+        seed: Seed of the run, a part of the key.
+        expert_ids: Global ids along the first dimension, a part of the key. None: it is not stacked.
     """
-    parts = (
-        [(p, (name,))]
-        if expert_ids is None
-        else [(p[i], (name, e)) for i, e in enumerate(expert_ids)]
-    )
-    for part, key in parts:
-        generator = prng.generator(seed, *key)
-        for chunk in part.view(-1).split(ELEMENTS_PER_CHUNK):  # in float64, whatever `p` is
-            drawn = torch.empty(chunk.shape, dtype=torch.float64)
-            chunk.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    if expert_ids is None:
+        _fill(p, bound, seed, name)
+        return
+    for i, expert_id in enumerate(expert_ids):
+        _fill(p[i], bound, seed, name, expert_id)
+
+
+def _fill(x: torch.Tensor, bound: float, *key: int | str) -> None:
+    """Draws a tensor from U(-bound, bound) in float64, whatever its dtype."""
+    generator = prng.generator(*key)
+    for chunk in x.view(-1).split(ELEMENTS_PER_CHUNK):
+        drawn = torch.empty(chunk.shape, dtype=torch.float64)
+        chunk.copy_(drawn.uniform_(-bound, bound, generator=generator))

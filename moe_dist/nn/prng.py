@@ -1,11 +1,7 @@
-"""Randomness that belongs to a token, not to a rank: every number follows from (seed, step, site, level, use, sample,
-position, channel) alone, so noise and dropout are the same on any layout and in a recomputed forward.
+"""Random numbers that follow from a key alone, such as (seed, step, "negatives"): the same on every layout.
 
-A counter hash in integer tensor operations gives the same bits on CPU and CUDA. The finaliser is Wellons' "lowbias32"
-(two multiply and xor-shift rounds); a token's second key word enters between the rounds, so that two tokens share
-their noise only where 64 bits collide. Generators for initial weights are keyed by name in the same spirit.
-
-Legend: T tokens, C channels.
+A key is hashed into the seed of a generator, as `jax.random.fold_in` does. `nn.token_noise` makes the numbers
+that belong to a token.
 """
 
 import hashlib
@@ -16,20 +12,23 @@ import torch
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by `key`."""
+    """Returns a CPU generator that is seeded by `key`."""
     return torch.Generator().manual_seed(fold_in(*key)[0])
 
 
 def uniform(num: int, *key: int | str) -> torch.Tensor:
-    """Uniform numbers on [0, 1) (float64, on CPU) that follow from `key` alone."""
+    """Returns `num` uniform numbers on [0, 1) that follow from `key` (float64, on CPU)."""
     return torch.empty(num, dtype=torch.float64).uniform_(generator=generator(*key))
 
 
 @contextmanager
 def default_generator() -> Iterator[Callable[..., None]]:
-    """Lends torch's default CPU generator, for libraries that can draw from no other: yields a function that seeds it
-    by a key, as often as is needed, and gives it back as it was."""
-    before = torch.get_rng_state()
+    """Lends torch's default CPU generator to libraries that can draw from no other, and restores its state.
+
+    Yields:
+        A function that seeds the generator by a key.
+    """
+    state_before = torch.get_rng_state()
 
     def seed(*key: int | str) -> None:
         torch.default_generator.manual_seed(fold_in(*key)[0])
@@ -37,10 +36,12 @@ def default_generator() -> Iterator[Callable[..., None]]:
     try:
         yield seed
     finally:
-        torch.set_rng_state(before)
+        torch.set_rng_state(state_before)
 
 
 def fold_in(*key: int | str) -> tuple[int, int]:
-    """Two independent 63-bit words from a key."""
+    """Returns two independent 63-bit words from a key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big") >> 1, int.from_bytes(digest[8:], "big") >> 1
+    first_word = int.from_bytes(digest[:8], "big") >> 1
+    second_word = int.from_bytes(digest[8:], "big") >> 1
+    return first_word, second_word

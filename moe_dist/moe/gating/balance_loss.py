@@ -1,6 +1,6 @@
-"""Balance losses on sums over a balance group.
+"""Balance losses, from sums over a balance group.
 
-Legend: G balance groups, E experts (e of them on this rank).
+Legend: G balance groups, E experts over all ranks, e experts on this rank.
 """
 
 from collections.abc import Callable
@@ -15,30 +15,40 @@ def _identity(x_G: torch.Tensor) -> torch.Tensor:
 def cv_squared(
     x_Ge: torch.Tensor,
     num_experts: int | None = None,
-    owners: Callable[[torch.Tensor], torch.Tensor] = _identity,
+    over_expert_shards: Callable[[torch.Tensor], torch.Tensor] = _identity,
 ) -> torch.Tensor:
-    """Squared coefficient of variation over experts (G,): population variance / mean² (Shazeer et al. 2017, Eq. 7).
+    """Returns the squared coefficient of variation over experts (G,) (Shazeer et al. 2017, Eq. 7).
 
-    Where the experts lie on several ranks, `owners` sums over those and `num_experts` counts them all. A group without
-    a token has sums of zero, which are even: its value is 0.
+    It is the population variance divided by the squared mean. A group without a token has sums of zero, which
+    are even: its value is 0.
+
+    Args:
+        x_Ge: A number for each expert of this rank.
+        num_experts: E. None: the experts of this rank are all.
+        over_expert_shards: Sums over the ranks that together hold all experts.
     """
     num_experts = num_experts or x_Ge.shape[1]
-    mean_G = owners(x_Ge.sum(1)) / num_experts
-    # the derivative of the variance by the mean is zero over all experts, though not over each owner's
-    variance_G = owners((x_Ge - mean_G.detach()[:, None]).square().sum(1)) / num_experts
-    some_G = mean_G > 0
-    return torch.where(some_G, variance_G / torch.where(some_G, mean_G.square(), 1), 0)
+    mean_G = over_expert_shards(x_Ge.sum(1)) / num_experts
+    # The derivative of the variance with respect to the mean is zero over all experts, though not over those
+    # of one rank: so the mean is detached.
+    deviation_Ge = x_Ge - mean_G.detach()[:, None]
+    variance_G = over_expert_shards(deviation_Ge.square().sum(1)) / num_experts
+    has_tokens_G = mean_G > 0
+    return torch.where(has_tokens_G, variance_G / torch.where(has_tokens_G, mean_G.square(), 1), 0)
 
 
 def switch_balance(probability_GE: torch.Tensor, chosen_GE: torch.Tensor) -> torch.Tensor:
-    """E sum_i m_i P_i (G,), 1 where both are even (Fedus et al. 2021, Eq. 4).
+    """Returns E sum_i m_i P_i (G,), which is 1 if both are even (Fedus et al. 2021, Eq. 4).
 
-    m_i, the part of all choices that expert i is, from how often each was chosen; P_i, its mean probability, from sums
-    of probabilities over tokens. Only P carries a gradient. The value of a group without a token is 0.
+    m_i is expert i's share of all choices and P_i its mean probability. Only P carries a gradient. A group
+    without a token has the value 0.
+
+    Args:
+        probability_GE: Sums of the gate's probabilities over tokens.
+        chosen_GE: How often each expert was chosen.
     """
-    tokens_G1 = probability_GE.detach().sum(
-        1, keepdim=True
-    )  # every token's probabilities add up to 1
+    # the probabilities of a token sum to 1
+    tokens_G1 = probability_GE.detach().sum(1, keepdim=True)
     choices_G1 = chosen_GE.sum(1, keepdim=True)
     m_GE = chosen_GE / torch.where(choices_G1 > 0, choices_G1, 1)
     p_GE = probability_GE / torch.where(tokens_G1 > 0, tokens_G1, 1)

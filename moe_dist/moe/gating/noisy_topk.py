@@ -22,29 +22,37 @@ from moe_dist.nn import token_noise
 from moe_dist.nn.init import uniform_parameter
 from moe_dist.nn.token_context import TokenContext
 
+# select(score_TE, k, expert_E, ctx) -> the k winning scores and the best loser (T, k + 1), and their columns
+SelectExperts = Callable[
+    [torch.Tensor, int, torch.Tensor, TokenContext], tuple[torch.Tensor, torch.Tensor]
+]
+
 
 class Projection(nn.Module):
-    """x @ w in float32 or wider (a router in bf16 diverges: Fedus et al. 2021, Table 2), w starting at zero.
+    """A linear map without bias in float32 or wider; its weights start at zero.
 
-    A module of its own because ZeRO 3 brings a parameter back for backward at the output of the module that holds it,
-    where that output is a tensor.
+    A router in bf16 diverges (Fedus et al. 2021, Table 2). It is a module of its own because ZeRO 3 gathers a
+    parameter for backward at the output of the module that has it, if that output is a tensor.
     """
 
     def __init__(self, dim: int, num_experts: int) -> None:
+        """Creates the matrix (dim, num_experts)."""
         super().__init__()
         self.w_DE = uniform_parameter(dim, num_experts, bound=0.0)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Returns x @ w (T, E)."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         return x_TD.to(wide) @ self.w_DE.to(wide)
 
 
 class NoisyTopK(nn.Module):
-    """Chooses the `k` highest of noisy logits; the weights are the softmax over those `k` alone.
+    """A gate that chooses the k highest of noisy logits; gate weights are the softmax over those k alone.
 
-    Both matrices start at zero: no signal, noise of deviation softplus(0) = ln 2, so an even load (Appendix A). With
-    k = 1 the weight is 1 whatever the logits are, and only the balance losses have a gradient (section 2.1 takes k > 1
-    for that reason): `config.check` refuses it, and `softmax_topk.SoftmaxTopK` is the gate that learns at k = 1.
+    Both matrices start at zero: no signal, and noise with deviation softplus(0) = ln 2, so that the load is even
+    (Appendix A). At k = 1 the weight is 1 whatever the logits are, and only the balance losses have a gradient
+    (section 2.1 requires k > 1 for that reason): `config.validate` refuses it, and `SoftmaxTopK` is the gate that
+    learns at k = 1.
     """
 
     def __init__(
@@ -58,25 +66,43 @@ class NoisyTopK(nn.Module):
         importance_loss_weight: float = 0.1,
         load_loss_weight: float = 0.1,
     ) -> None:
-        """Raises ValueError where k is not in 1..num_experts."""
+        """Creates the gate.
+
+        Args:
+            dim: Width of the layer.
+            num_experts: Number of experts, or of groups of experts, over all ranks.
+            k: Number of them that a token visits.
+            noise: Whether noise is added in training (Eq. 4).
+            capacity_factor: Capacity of an expert relative to an even load. None: nothing is dropped.
+            importance_loss_weight: w_importance of Eq. 7.
+            load_loss_weight: w_load of Eq. 11.
+
+        Raises:
+            ValueError: k is not in 1..num_experts.
+        """
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ValueError(f"k={k} experts per token: must be 1 to num_experts={num_experts}")
-        self.num_experts, self.k, self.noise, self.capacity_factor = (
-            num_experts,
-            k,
-            noise,
-            capacity_factor,
-        )
-        self.importance_loss_weight, self.load_loss_weight = (
-            importance_loss_weight,
-            load_loss_weight,
-        )
+        self.num_experts = num_experts
+        self.k = k
+        self.noise = noise
+        self.capacity_factor = capacity_factor
+        self.importance_loss_weight = importance_loss_weight
+        self.load_loss_weight = load_loss_weight
         self.w_gate = Projection(dim, num_experts)
         self.w_noise = Projection(dim, num_experts)
         self.select: SelectExperts = top_k_plus_one
 
     def forward(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[Routing, GateStats]:
+        """Assigns tokens to experts.
+
+        Args:
+            x_TD: Tokens (T, D).
+            ctx: Their context.
+
+        Returns:
+            The assignments, and sums by balance group: importance (Eq. 6) and load (Eq. 10).
+        """
         clean_TE = self.w_gate(x_TD)
         std_TE = noise_std(self.w_noise(x_TD)) if self.noise and ctx.train else None
         expert_E = torch.arange(self.num_experts, device=x_TD.device)
@@ -87,37 +113,34 @@ class NoisyTopK(nn.Module):
         dropped = ctx.valid_T.sum() * self.k - keep_TK.sum()
         importance_GE = sum_chosen_by_group(chosen_TK, gate_TK, self.num_experts, ctx)
         if load_TE is None:
-            load_GE = sum_chosen_by_group(
-                chosen_TK, torch.ones_like(gate_TK), self.num_experts, ctx
-            )
+            ones_TK = torch.ones_like(gate_TK)
+            load_GE = sum_chosen_by_group(chosen_TK, ones_TK, self.num_experts, ctx)
         else:
             load_GE = sum_by_group(load_TE, ctx)
         stats = GateStats(importance_GE, load_GE, dropped)
         return build_routing(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """importance_loss_weight CV(Importance)² + load_loss_weight CV(Load)² (Eqs. 7 and 11) of sums over all ranks, then over groups."""
-        return (
-            self.importance_loss_weight * cv_squared(importance_GE)
-            + self.load_loss_weight * cv_squared(load_GE)
-        ).sum()
+        """Returns the weighted CV(Importance)² + CV(Load)² (Eqs. 7 and 11), summed over balance groups.
+
+        Args:
+            importance_GE: Sums over the tokens of all ranks.
+            load_GE: Sums over the tokens of all ranks.
+        """
+        importance_loss_G = self.importance_loss_weight * cv_squared(importance_GE)
+        load_loss_G = self.load_loss_weight * cv_squared(load_GE)
+        return (importance_loss_G + load_loss_G).sum()
 
 
 def noise_std(x_TE: torch.Tensor) -> torch.Tensor:
-    """Softplus (Eq. 4), held above 1e-6: it underflows below -100, and Eq. 9 divides by it."""
+    """Returns softplus(x) (Eq. 4), at least 1e-6: it underflows below -100, and Eq. 9 divides by it."""
     return F.softplus(x_TE).clamp_min(1e-6)
-
-
-# pick(score_TE, k, expert_E, ctx) -> the k scores that win and the best that does not (T, k + 1), and their columns
-SelectExperts = Callable[
-    [torch.Tensor, int, torch.Tensor, TokenContext], tuple[torch.Tensor, torch.Tensor]
-]
 
 
 def top_k_plus_one(
     score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: TokenContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k + 1 highest scores (k where there are only k experts) and their columns."""
+    """Returns the k + 1 highest scores (k if there are only k experts), and their columns."""
     return score_TE.topk(min(k + 1, score_TE.shape[1]), dim=1)
 
 
@@ -129,38 +152,57 @@ def route_noisy(
     ctx: TokenContext,
     select: SelectExperts,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Choices (T, K), their weights (T, K) and each token's part of the load (T, E), from clean logits.
+    """Chooses experts by noisy scores.
 
-    `std_TE` scales the noise. None for none, and then for the load too: Eq. 9 is 1 of what is chosen, else 0.
-    `expert_E`: global ids, by which noise is keyed; (E,), or (T, E) where
-    rows choose among different experts.
+    Args:
+        clean_TE: Logits without noise.
+        std_TE: Deviation of the noise. None: no noise.
+        k: Number of choices.
+        expert_E: Global ids of the columns, int64, which key the noise; (T, E) if rows choose among
+            different experts.
+        ctx: The tokens' context.
+        select: Selects the best scores.
+
+    Returns:
+        The choices (T, K), their gate weights (T, K), and each token's part of the load (T, E) (Eq. 9). The load
+        is None without noise: Eq. 9 is then 1 for chosen experts and 0 for others.
     """
-    # Eq. 4
-    score_TE = (
-        clean_TE
-        if std_TE is None
-        else clean_TE + token_noise.token_normal(ctx, "gate", expert_E, clean_TE.dtype) * std_TE
-    )
+    score_TE = clean_TE
+    if std_TE is not None:  # Eq. 4
+        normal_TE = token_noise.token_normal(ctx, "gate", expert_E, clean_TE.dtype)
+        score_TE = clean_TE + normal_TE * std_TE
     top_TK, expert_TK = select(score_TE, k, expert_E, ctx)
     gate_TK = top_TK[:, :k].softmax(1)  # Eqs. 3 and 5: all others are -inf before the softmax
     chosen_TK = expert_TK[:, :k]
-    load_TE = None if std_TE is None else probability_in_top_k(clean_TE, std_TE, chosen_TK, top_TK)
+    load_TE = None
+    if std_TE is not None:
+        load_TE = probability_in_top_k(clean_TE, std_TE, chosen_TK, top_TK)
     return chosen_TK, gate_TK, load_TE
 
 
 def probability_in_top_k(
     clean_TE: torch.Tensor, std_TE: torch.Tensor, chosen_TK: torch.Tensor, top_TK: torch.Tensor
 ) -> torch.Tensor:
-    """P(x, i): the chance that expert i is among the top k if only its own noise were drawn again (Eqs. 8 and 9).
+    """Returns P(x, i): the probability that expert i is among the top k if only its noise were drawn again.
 
-    `top_TK` holds the k + 1 highest scores (k where there are only k experts, and then every P is 1). The k-th highest
-    score without i is the (k+1)-th of all where i is in the top k, else the k-th. Which is so is told by the choice,
-    not by comparing scores: of two equal ones only one was chosen, and its gradient goes another way.
+    Eqs. 8 and 9. The k-th highest score without expert i is the (k + 1)-th of all scores if i is in the top k,
+    else the k-th. The choice decides which, not a comparison of scores: of two equal scores only one was
+    chosen, and the other one's gradient has another path.
+
+    Args:
+        clean_TE: Logits without noise.
+        std_TE: Deviation of the noise.
+        chosen_TK: The choices, int64.
+        top_TK: The k + 1 highest scores; k if there are only k experts, and then every P is 1.
+
+    Returns:
+        (T, E)
     """
     k = chosen_TK.shape[1]
     if top_TK.shape[1] == k:
         return torch.ones_like(clean_TE)
-    kth, next_best = top_TK[:, k - 1 : k], top_TK[:, k : k + 1]
+    kth_T1 = top_TK[:, k - 1 : k]
+    next_best_T1 = top_TK[:, k : k + 1]
     in_top_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-    threshold_TE = torch.where(in_top_TE, next_best, kth)
+    threshold_TE = torch.where(in_top_TE, next_best_T1, kth_T1)
     return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)

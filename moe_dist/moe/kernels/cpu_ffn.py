@@ -1,13 +1,15 @@
-"""Experts on CPU: an expert at a time, from the gather of its tokens to its weighted outputs, so that what is between
-two matmuls stays in cache; whole experts to each of torch's threads.
+"""The experts' ReLU networks on CPU, one expert at a time.
 
-Kept for backward are the tokens, which live anyway, and the hidden units. Every large buffer has the pages of an
-earlier one (`memory_rows`), the gradients of the weights as well.
+From the gather of its tokens to its weighted outputs an expert is computed as a whole, so that whatever is
+between two matmuls stays in cache. Each of torch's threads gets whole experts. For backward the tokens are
+kept, which exist in any case, and the hidden units. Every large buffer, those of the weight gradients included,
+reuses the pages of an earlier one (`distributed.buffer_pool`).
 
-Legend: T tokens, N rows, those of an expert n, those of the fullest m, D width, F hidden units, e experts.
+Legend: T tokens, N rows of all experts, n rows of one expert, D width, F hidden units, e experts.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,15 +21,15 @@ from moe_dist.moe.delayed_wgrad import DeferGrad
 from moe_dist.moe.kernels.grouped_mm import for_each_expert
 from moe_dist.moe.permutation import TokenPermutation, unpermute_rows
 
-MIN_BYTES_PER_EXPERT = (
-    2**17
-)  # bytes of hidden units that an expert has on average; below, calls of torch cost more than memory
-ReluMask = Callable[[torch.Tensor], torch.Tensor]  # hidden units (N, F) before ReLU -> which are on
+# mean bytes of hidden units of an expert; below, the calls of torch cost more than the memory traffic
+MIN_BYTES_PER_EXPERT = 2**17
+# relu_mask(h_NF) -> which hidden units are on (N, F), from their input
+ReluMask = Callable[[torch.Tensor], torch.Tensor]
 
 
 def feedforward(
     x_TD: torch.Tensor,
-    copies: TokenPermutation,
+    permutation: TokenPermutation,
     gate_N: torch.Tensor,
     count_e: torch.Tensor,
     w1_eDF: torch.Tensor,
@@ -36,26 +38,37 @@ def feedforward(
     recompute: bool = False,
     defer: DeferGrad | None = None,
 ) -> torch.Tensor:
-    """y_t = sum over the copies n of token t of gate_n * relu(x_t @ w1[i]) @ w2[i]: (T, D). Copies lie sorted by
-    expert, count_e[i] of them for expert i.
+    """Computes y_t = sum over the rows n of token t of gate_n * relu(x_t @ w1[i]) @ w2[i].
 
-    `on` decides in place of ReLU's sign; `recompute`: hidden units are not kept; `defer` takes what forms the
-    gradients of w1 and w2, which then come later."""
+    Args:
+        x_TD: Tokens (T, D).
+        permutation: The rows, sorted by expert.
+        gate_N: Gate weight of each row.
+        count_e: Rows of each expert, int64.
+        w1_eDF: First matrices.
+        w2_eFD: Second matrices.
+        relu_mask: Decides which hidden units are on. None: the sign of their input.
+        recompute: Whether hidden units are computed again in backward instead of being kept.
+        defer: Takes the functions that compute the weight gradients. None: backward returns them.
+
+    Returns:
+        The sums (T, D).
+    """
     return _Feedforward.apply(
-        x_TD, gate_N, w1_eDF, w2_eFD, copies, count_e.tolist(), relu_mask, recompute, defer
+        x_TD, gate_N, w1_eDF, w2_eFD, permutation, count_e.tolist(), relu_mask, recompute, defer
     )
 
 
 def is_profitable(num_rows: int, w1_eDF: torch.Tensor) -> bool:
-    """Whether this beats matmuls by expert and the rest at once (docs/log.md has the times)."""
-    e, _, hidden = w1_eDF.shape
-    return (
-        w1_eDF.device.type == "cpu"
-        and num_rows * hidden * w1_eDF.element_size() >= MIN_BYTES_PER_EXPERT * e
-    )
+    """Returns whether this is faster than one matmul per expert and the rest at once (times in docs/log.md)."""
+    num_experts, _, hidden_dim = w1_eDF.shape
+    hidden_bytes = num_rows * hidden_dim * w1_eDF.element_size()
+    return w1_eDF.device.type == "cpu" and hidden_bytes >= MIN_BYTES_PER_EXPERT * num_experts
 
 
 class _Feedforward(torch.autograd.Function):
+    """The forward of `feedforward` and its hand-written backward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -63,14 +76,14 @@ class _Feedforward(torch.autograd.Function):
         gate_N: torch.Tensor,
         w1_eDF: torch.Tensor,
         w2_eFD: torch.Tensor,
-        copies: TokenPermutation,
+        permutation: TokenPermutation,
         count_e: list[int],
-        on: ReluMask | None,
+        relu_mask: ReluMask | None,
         recompute: bool,
         defer: DeferGrad | None,
     ) -> torch.Tensor:
-        ctx.about, ctx.defer = (copies, count_e, on), defer
-        h_NF, on_NF = _hidden(x_TD, w1_eDF, *ctx.about)
+        """Returns the sums (T, D)."""
+        h_NF, on_NF = _hidden(x_TD, w1_eDF, permutation, count_e, relu_mask)
         y_ND = pooled_empty(len(h_NF), x_TD.shape[1], like=x_TD)
         scale_N1 = gate_N.to(x_TD.dtype)[:, None]
 
@@ -79,136 +92,235 @@ class _Feedforward(torch.autograd.Function):
                 torch.mm(h_nF, w2_FD, out=y_nD).mul_(scale_n1)
 
         for_each_expert(down, count_e, [h_NF, y_ND, scale_N1], [w2_eFD])
-        ctx.save_for_backward(x_TD, gate_N, w1_eDF, w2_eFD, *([] if recompute else [h_NF, on_NF]))
-        return unpermute_rows(y_ND, copies)
+        ctx.permutation = permutation
+        ctx.count_e = count_e
+        ctx.relu_mask = relu_mask
+        ctx.defer = defer
+        kept = () if recompute else (h_NF, on_NF)
+        ctx.save_for_backward(x_TD, gate_N, w1_eDF, w2_eFD, *kept)
+        return unpermute_rows(y_ND, permutation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: torch.Tensor) -> tuple:
+        """Returns the gradients of tokens, gate weights and, unless they are deferred, matrices."""
         x_TD, gate_N, w1_eDF, w2_eFD, *kept = ctx.saved_tensors
-        copies, count_e, _ = ctx.about
-        h_NF, on_NF = kept or _hidden(x_TD, w1_eDF, *ctx.about)
-        dy_TD, scale_N1 = dy_TD.contiguous(), gate_N.to(x_TD.dtype)[:, None]
-        dx_ND, dgate_N = pooled_empty(len(h_NF), x_TD.shape[1], like=x_TD), torch.empty_like(gate_N)
-        waits = ctx.defer is not None
-        # of outputs and of hidden units: where weights do not wait for them, in memory that stays in cache
-        dy_ND, dh_NF = (pooled_empty(*t.shape, like=t) if waits else None for t in (dx_ND, h_NF))
-        dw1_eDF, dw2_eFD = (
-            None if waits else pooled_empty(*w.shape, like=w) for w in (w1_eDF, w2_eFD)
+        if kept:
+            h_NF, on_NF = kept
+        else:
+            h_NF, on_NF = _hidden(x_TD, w1_eDF, ctx.permutation, ctx.count_e, ctx.relu_mask)
+        work = _Backward(
+            count_e=ctx.count_e,
+            token_N=ctx.permutation.token_N,
+            x_TD=x_TD,
+            dy_TD=dy_TD.contiguous(),
+            h_NF=h_NF,
+            on_NF=on_NF,
+            scale_N1=gate_N.to(x_TD.dtype)[:, None],
+            dgate_N=torch.empty_like(gate_N),
+            dx_ND=pooled_empty(len(h_NF), x_TD.shape[1], like=x_TD),
+            w1_eDF=w1_eDF,
+            w2_eFD=w2_eFD,
         )
+        weight_grads: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        if ctx.defer is None:
+            weight_grads = work.run_with_weights()
+        else:
+            work.run_deferring_weights(ctx.defer)
+        dx_TD = unpermute_rows(work.dx_ND, ctx.permutation)
+        return dx_TD, work.dgate_N, *weight_grads, *[None] * 5
 
-        def back(experts: Any) -> None:
-            cache: dict[str, torch.Tensor] = {}
-            for (
-                token_n,
-                h_nF,
-                on_nF,
-                scale_n1,
-                dgate_n,
-                dy_nD,
-                dh_nF,
-                dx_nD,
-                w1_DF,
-                w2_FD,
-                dw1_DF,
-                dw2_FD,
-            ) in experts:
-                n = len(token_n)
-                dy_nD = _room(cache, "dy", n, x_TD) if dy_nD is None else dy_nD
-                dh_nF = _room(cache, "dh", n, h_NF) if dh_nF is None else dh_nF
-                torch.index_select(dy_TD, 0, token_n, out=dy_nD)
-                torch.mm(dy_nD, w2_FD.t(), out=dh_nF)  # of an expert's output before its weight
-                product_nF = torch.mul(dh_nF, h_nF, out=_room(cache, "product", n, h_NF))
-                torch.sum(product_nF, 1, dtype=dgate_n.dtype, out=dgate_n)
-                dy_nD.mul_(scale_n1)
-                dh_nF.mul_(scale_n1)
-                if on_nF is None:
-                    torch.ops.aten.threshold_backward.grad_input(dh_nF, h_nF, 0, grad_input=dh_nF)
-                else:
-                    dh_nF.mul_(on_nF)
-                torch.mm(dh_nF, w1_DF.t(), out=dx_nD)
-                if not waits:  # zeros where there are no rows
-                    torch.mm(h_nF.t(), dy_nD, out=dw2_FD)
-                    torch.mm(_gather(x_TD, token_n, cache).t(), dh_nF, out=dw1_DF)
 
-        rows = [copies.token_N, h_NF, on_NF, scale_N1, dgate_N, dy_ND, dh_NF, dx_ND]
-        for_each_expert(back, count_e, rows, [w1_eDF, w2_eFD, dw1_eDF, dw2_eFD])
-        if waits:
-            assert dh_NF is not None and dy_ND is not None
-            ctx.defer(0, partial(_of_w1, x_TD, copies.token_N, dh_NF, count_e))
-            ctx.defer(1, partial(_of_w2, h_NF, dy_ND, count_e))
-        return unpermute_rows(dx_ND, copies), dgate_N, dw1_eDF, dw2_eFD, *[None] * 5
+@dataclass(frozen=True)
+class _Backward:
+    """The tensors of one backward pass; `dgate_N` and `dx_ND` are its outputs.
+
+    Attributes:
+        count_e: Rows of each expert.
+        token_N: Token of each row.
+        x_TD: Tokens.
+        dy_TD: Gradient of the output.
+        h_NF: Hidden units after ReLU.
+        on_NF: Which of them are on. None: those above zero.
+        scale_N1: Gate weights.
+        dgate_N: Gradient of the gate weights.
+        dx_ND: Gradient of the rows.
+        w1_eDF: First matrices.
+        w2_eFD: Second matrices.
+    """
+
+    count_e: list[int]
+    token_N: torch.Tensor
+    x_TD: torch.Tensor
+    dy_TD: torch.Tensor
+    h_NF: torch.Tensor
+    on_NF: torch.Tensor | None
+    scale_N1: torch.Tensor
+    dgate_N: torch.Tensor
+    dx_ND: torch.Tensor
+    w1_eDF: torch.Tensor
+    w2_eFD: torch.Tensor
+
+    def run_with_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes all gradients, and returns those of the matrices; zeros for an expert without rows.
+
+        The gradients of an expert's outputs and hidden units are in memory that stays in cache.
+        """
+        dw1_eDF = pooled_empty(*self.w1_eDF.shape, like=self.w1_eDF)
+        dw2_eFD = pooled_empty(*self.w2_eFD.shape, like=self.w2_eFD)
+
+        def run(experts: Any) -> None:
+            buffers = _Buffers()
+            for *views, dw1_DF, dw2_FD in experts:
+                expert = _ExpertViews(*views)
+                num_rows = len(expert.token_n)
+                dy_nD = buffers.get("dy", num_rows, self.x_TD)
+                dh_nF = buffers.get("dh", num_rows, self.h_NF)
+                self._input_grad(expert, dy_nD, dh_nF, buffers)
+                torch.mm(expert.h_nF.t(), dy_nD, out=dw2_FD)
+                x_nD = buffers.gather(self.x_TD, expert.token_n)
+                torch.mm(x_nD.t(), dh_nF, out=dw1_DF)
+
+        stacks = [self.w1_eDF, self.w2_eFD, dw1_eDF, dw2_eFD]
+        for_each_expert(run, self.count_e, self._rows(), stacks)
+        return dw1_eDF, dw2_eFD
+
+    def run_deferring_weights(self, defer: DeferGrad) -> None:
+        """Computes the gradients of rows and gate weights, and defers those of the matrices."""
+        dy_ND = pooled_empty(*self.dx_ND.shape, like=self.dx_ND)
+        dh_NF = pooled_empty(*self.h_NF.shape, like=self.h_NF)
+
+        def run(experts: Any) -> None:
+            buffers = _Buffers()
+            for dy_nD, dh_nF, *views in experts:
+                self._input_grad(_ExpertViews(*views), dy_nD, dh_nF, buffers)
+
+        rows: list[torch.Tensor | None] = [dy_ND, dh_NF, *self._rows()]
+        for_each_expert(run, self.count_e, rows, [self.w1_eDF, self.w2_eFD])
+        defer(0, partial(_w1_grad, self.x_TD, self.token_N, dh_NF, self.count_e))
+        defer(1, partial(_w2_grad, self.h_NF, dy_ND, self.count_e))
+
+    def _rows(self) -> list[torch.Tensor | None]:
+        """Returns the tensors of all rows in the order of the fields of `_ExpertViews`."""
+        return [self.token_N, self.h_NF, self.on_NF, self.scale_N1, self.dgate_N, self.dx_ND]
+
+    def _input_grad(
+        self,
+        expert: "_ExpertViews",
+        dy_nD: torch.Tensor,
+        dh_nF: torch.Tensor,
+        buffers: "_Buffers",
+    ) -> None:
+        """Computes an expert's gradients of rows and gate weights.
+
+        Args:
+            expert: Its part of every tensor.
+            dy_nD: Output: gradient of its outputs, weighted.
+            dh_nF: Output: gradient of its hidden units' input.
+            buffers: Memory for temporaries.
+        """
+        h_nF = expert.h_nF
+        torch.index_select(self.dy_TD, 0, expert.token_n, out=dy_nD)
+        torch.mm(dy_nD, expert.w2_FD.t(), out=dh_nF)  # of the output before its gate weight
+        product_nF = buffers.get("product", len(expert.token_n), self.h_NF)
+        torch.mul(dh_nF, h_nF, out=product_nF)
+        torch.sum(product_nF, 1, dtype=expert.dgate_n.dtype, out=expert.dgate_n)
+        dy_nD.mul_(expert.scale_n1)
+        dh_nF.mul_(expert.scale_n1)
+        if expert.on_nF is None:
+            torch.ops.aten.threshold_backward.grad_input(dh_nF, h_nF, 0, grad_input=dh_nF)
+        else:
+            dh_nF.mul_(expert.on_nF)
+        torch.mm(dh_nF, expert.w1_DF.t(), out=expert.dx_nD)
+
+
+@dataclass(frozen=True)
+class _ExpertViews:
+    """One expert's part of the tensors of `_Backward`."""
+
+    token_n: torch.Tensor
+    h_nF: torch.Tensor
+    on_nF: torch.Tensor | None
+    scale_n1: torch.Tensor
+    dgate_n: torch.Tensor
+    dx_nD: torch.Tensor
+    w1_DF: torch.Tensor
+    w2_FD: torch.Tensor
+
+
+class _Buffers:
+    """Memory that one thread uses for expert after expert, so that it stays in cache."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns rows with undefined values, as wide as those of `like`."""
+        buffer = self._by_name.get(name)
+        if buffer is None or len(buffer) < num_rows:
+            buffer = like.new_empty(num_rows, like.shape[1])
+            self._by_name[name] = buffer
+        return buffer[:num_rows]
+
+    def gather(self, x_TD: torch.Tensor, token_n: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of some tokens (n, D)."""
+        return torch.index_select(x_TD, 0, token_n, out=self.get("x", len(token_n), x_TD))
 
 
 def _hidden(
     x_TD: torch.Tensor,
     w1_eDF: torch.Tensor,
-    copies: TokenPermutation,
+    permutation: TokenPermutation,
     count_e: list[int],
-    on: ReluMask | None,
+    relu_mask: ReluMask | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden units (N, F), and which are on where `on` says."""
-    h_NF = pooled_empty(len(copies.token_N), w1_eDF.shape[2], like=x_TD)
+    """Returns the hidden units (N, F), and which are on if `relu_mask` decides it."""
+    h_NF = pooled_empty(len(permutation.token_N), w1_eDF.shape[2], like=x_TD)
 
     def up(experts: Any) -> None:
-        cache: dict[str, torch.Tensor] = {}
+        buffers = _Buffers()
         for token_n, h_nF, w1_DF in experts:
-            torch.mm(_gather(x_TD, token_n, cache), w1_DF, out=h_nF)
-            if on is None:
+            torch.mm(buffers.gather(x_TD, token_n), w1_DF, out=h_nF)
+            if relu_mask is None:
                 h_nF.relu_()
 
-    for_each_expert(up, count_e, [copies.token_N, h_NF], [w1_eDF])
-    on_NF = None if on is None else on(h_NF)
-    return (h_NF if on_NF is None else h_NF.mul_(on_NF)), on_NF
+    for_each_expert(up, count_e, [permutation.token_N, h_NF], [w1_eDF])
+    if relu_mask is None:
+        return h_NF, None
+    on_NF = relu_mask(h_NF)
+    return h_NF.mul_(on_NF), on_NF
 
 
-def _of_w1(
+def _w1_grad(
     x_TD: torch.Tensor,
     token_N: torch.Tensor,
     dh_NF: torch.Tensor,
     count_e: list[int],
     out_eDF: torch.Tensor | None,
 ) -> torch.Tensor:
-    dw1_eDF = (
-        pooled_empty(len(count_e), x_TD.shape[1], dh_NF.shape[1], like=x_TD)
-        if out_eDF is None
-        else out_eDF
-    )
+    """Returns the gradient of the first matrices (e, D, F), in `out_eDF` if given."""
+    if out_eDF is None:
+        out_eDF = pooled_empty(len(count_e), x_TD.shape[1], dh_NF.shape[1], like=x_TD)
 
-    def form(experts: Any) -> None:
-        cache: dict[str, torch.Tensor] = {}
+    def run(experts: Any) -> None:
+        buffers = _Buffers()
         for token_n, dh_nF, dw1_DF in experts:
-            torch.mm(_gather(x_TD, token_n, cache).t(), dh_nF, out=dw1_DF)
+            torch.mm(buffers.gather(x_TD, token_n).t(), dh_nF, out=dw1_DF)
 
-    for_each_expert(form, count_e, [token_N, dh_NF], [dw1_eDF])
-    return dw1_eDF
+    for_each_expert(run, count_e, [token_N, dh_NF], [out_eDF])
+    return out_eDF
 
 
-def _of_w2(
+def _w2_grad(
     h_NF: torch.Tensor, dy_ND: torch.Tensor, count_e: list[int], out_eFD: torch.Tensor | None
 ) -> torch.Tensor:
-    dw2_eFD = (
-        pooled_empty(len(count_e), h_NF.shape[1], dy_ND.shape[1], like=h_NF)
-        if out_eFD is None
-        else out_eFD
-    )
+    """Returns the gradient of the second matrices (e, F, D), in `out_eFD` if given."""
+    if out_eFD is None:
+        out_eFD = pooled_empty(len(count_e), h_NF.shape[1], dy_ND.shape[1], like=h_NF)
 
-    def form(experts: Any) -> None:
+    def run(experts: Any) -> None:
         for h_nF, dy_nD, dw2_FD in experts:
             torch.mm(h_nF.t(), dy_nD, out=dw2_FD)
 
-    for_each_expert(form, count_e, [h_NF, dy_ND], [dw2_eFD])
-    return dw2_eFD
-
-
-def _gather(
-    x_TD: torch.Tensor, token_n: torch.Tensor, cache: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    return torch.index_select(x_TD, 0, token_n, out=_room(cache, "x", len(token_n), x_TD))
-
-
-def _room(cache: dict[str, torch.Tensor], name: str, n: int, like: torch.Tensor) -> torch.Tensor:
-    """The same memory for every expert."""
-    if name not in cache or len(cache[name]) < n:
-        cache[name] = like.new_empty(n, like.shape[1])
-    return cache[name][:n]
+    for_each_expert(run, count_e, [h_NF, dy_ND], [out_eFD])
+    return out_eFD

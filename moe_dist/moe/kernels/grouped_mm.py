@@ -1,11 +1,13 @@
-"""A loop over experts, whole experts to each of torch's threads on CPU; and the grouped matmul, by it or by a kernel.
+"""The grouped matmul: each expert's rows times its matrix, by a loop over experts or by one kernel of torch.
 
-Legend: R rows sorted by expert, D width, F columns, e experts.
+On CPU the loop gives whole experts to each of torch's threads.
+
+Legend: R rows sorted by expert, K inner size, C columns, D width, F hidden units, e experts.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
@@ -18,61 +20,83 @@ from torch.autograd.function import once_differentiable
 from moe_dist.distributed.buffer_pool import pooled_empty
 from moe_dist.moe.delayed_wgrad import GradFn
 
-CHUNKS_PER_THREAD = 4  # of the experts for each thread: the first to finish takes the next
+# parts of the experts for each thread: the first thread to finish takes the next part
+CHUNKS_PER_THREAD = 4
 
 
 def for_each_expert(
     do: Callable[[Any], None],
     count_e: list[int],
-    rows: list[torch.Tensor | None],
-    stacks: list[torch.Tensor | None],
+    rows: Sequence[torch.Tensor | None],
+    stacks: Sequence[torch.Tensor | None],
 ) -> None:
-    """do(experts) for consecutive parts of the experts with about as many rows each, in threads; of each expert come
-    its rows and its matrices, None where there are none."""
-    of_all = [[None] * len(count_e) if t is None else t.split(count_e) for t in rows]
-    of_all += [[None] * len(count_e) if t is None else t.unbind() for t in stacks]
-    experts = list(zip(*of_all, strict=True))
-    threads = torch.get_num_threads() if stacks[0] is None or stacks[0].device.type == "cpu" else 1
-    if threads == 1:
-        return do(experts)
-    parts, share, done = [0], sum(count_e) / (CHUNKS_PER_THREAD * threads), 0
-    for i, n in enumerate(count_e, 1):
-        done += n
-        if done >= share or i == len(count_e):
-            parts.append(i)
-            done = 0
-    inference = torch.is_inference_mode_enabled()  # which is a thread's own
+    """Calls a function for consecutive parts of the experts with about equally many rows, in threads on CPU.
+
+    Args:
+        do: Called with a list that has a tuple for each expert: its part of every tensor of `rows`, then
+            its matrix of every tensor of `stacks`.
+        count_e: Rows of each expert.
+        rows: Tensors of all rows, sorted by expert. An entry None stands for None of each expert.
+        stacks: Tensors with the experts along the first dimension; likewise.
+    """
+    none_e = [None] * len(count_e)
+    columns: list[Any] = [none_e if t is None else t.split(count_e) for t in rows]
+    columns += [none_e if t is None else t.unbind() for t in stacks]
+    experts = list(zip(*columns, strict=True))
+    is_cpu = stacks[0] is None or stacks[0].device.type == "cpu"
+    num_threads = torch.get_num_threads() if is_cpu else 1
+    if num_threads == 1:
+        do(experts)
+        return
+    inference = torch.is_inference_mode_enabled()  # a thread has its own mode
 
     def run(part: list[Any]) -> None:
         with torch.inference_mode(inference), torch.no_grad():
             do(part)
 
-    for result in _threads(threads).map(run, (experts[a:b] for a, b in itertools.pairwise(parts))):
+    bounds = _equal_parts(count_e, CHUNKS_PER_THREAD * num_threads)
+    parts = (experts[first:end] for first, end in itertools.pairwise(bounds))
+    for result in _threads(num_threads).map(run, parts):
         assert result is None
+
+
+def _equal_parts(count_e: list[int], num_parts: int) -> list[int]:
+    """Returns the bounds of consecutive parts of the experts with about equally many rows."""
+    share = sum(count_e) / num_parts
+    bounds = [0]
+    rows_in_part = 0
+    for end, count in enumerate(count_e, 1):
+        rows_in_part += count
+        if rows_in_part >= share or end == len(count_e):
+            bounds.append(end)
+            rows_in_part = 0
+    return bounds
 
 
 @functools.cache
 def _threads(number: int) -> ThreadPoolExecutor:
-    """Each has one of torch's own threads."""
-    all_here = Barrier(number + 1)
+    """Returns a pool of threads, each of which uses one thread of torch."""
+    started = Barrier(number + 1)
 
     def start() -> None:
         torch.set_num_threads(1)
-        all_here.wait()
+        started.wait()
 
     pool = ThreadPoolExecutor(number, initializer=start)
     for _ in range(number):
         pool.submit(int)
-    all_here.wait()
-    torch.set_num_threads(
-        number
-    )  # for threads that begin later as well, who would have got what was set last
+    started.wait()
+    # FENCE. `set_num_threads` also sets the number for threads that start later, which would be 1 now
+    # (torch 2.13, held by test_experts.py).
+    torch.set_num_threads(number)
     return pool
 
 
 class GroupedMatmul(torch.autograd.Function):
-    """x @ w[i] for the `count_e[i]` consecutive rows of each expert i. Indexing a stacked parameter under autograd
-    would write a gradient of the whole stack for every expert."""
+    """Multiplies the `count_e[i]` consecutive rows of each expert i by w[i].
+
+    Indexing a stacked parameter under autograd would write a gradient of the whole stack for every expert.
+    """
 
     @staticmethod
     def forward(
@@ -82,17 +106,17 @@ class GroupedMatmul(torch.autograd.Function):
         count_e: torch.Tensor,
         defer: Callable[[GradFn], None] | None,
     ) -> torch.Tensor:
-        """`defer` takes what forms the gradient of w, which then comes later."""
+        """Returns the products (R, F); `defer` takes the function that computes the gradient of `w_eDF`."""
+        products = _GroupedMM(count_e) if has_grouped_mm(x_RD, w_eDF) else _PerExpertMM(count_e)
         ctx.save_for_backward(x_RD, w_eDF)
-        ctx.products = products = (_GroupedMM if has_grouped_mm(x_RD, w_eDF) else _PerExpertMM)(
-            count_e
-        )
+        ctx.products = products
         ctx.defer = defer
         return products.rows(x_RD, w_eDF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RF: torch.Tensor) -> tuple:
+        """Returns the gradients of rows and matrices."""
         x_RD, w_eDF = ctx.saved_tensors
         dy_RF = dy_RF.contiguous()
         dx_RD = ctx.products.rows(dy_RF, w_eDF.mT)
@@ -103,12 +127,13 @@ class GroupedMatmul(torch.autograd.Function):
 
 
 class _PerExpertMM:
-    """Products by expert."""
+    """Products by one matmul for each expert."""
 
     def __init__(self, count_e: torch.Tensor) -> None:
         self.count_e: list[int] = count_e.tolist()
 
     def rows(self, x_RK: torch.Tensor, w_eKC: torch.Tensor) -> torch.Tensor:
+        """Returns x @ w of each expert's rows (R, C)."""
         out_RC = pooled_empty(len(x_RK), w_eKC.shape[2], like=x_RK)
 
         def run(experts: Any) -> None:
@@ -121,7 +146,7 @@ class _PerExpertMM:
     def weights(
         self, x_RK: torch.Tensor, dy_RC: torch.Tensor, out_eKC: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Zeros where there are no rows."""
+        """Returns x.T @ dy of each expert's rows (e, K, C), in `out_eKC` if given; zeros for one without rows."""
         if out_eKC is None:
             out_eKC = pooled_empty(len(self.count_e), x_RK.shape[1], dy_RC.shape[1], like=x_RK)
 
@@ -134,22 +159,24 @@ class _PerExpertMM:
 
 
 class _GroupedMM:
-    """In one kernel of torch."""
+    """Products by torch's kernel `grouped_mm`."""
 
     def __init__(self, count_e: torch.Tensor) -> None:
         self.end_e = count_e.cumsum(0).int()
 
     def rows(self, x_RK: torch.Tensor, w_eKC: torch.Tensor) -> torch.Tensor:
+        """Returns x @ w of each expert's rows (R, C)."""
         return F.grouped_mm(x_RK, w_eKC, offs=self.end_e)
 
     def weights(
         self, x_RK: torch.Tensor, dy_RC: torch.Tensor, out_eKC: torch.Tensor | None = None
     ) -> torch.Tensor:
-        made_eKC = F.grouped_mm(x_RK.t(), dy_RC, offs=self.end_e)
-        return made_eKC if out_eKC is None else out_eKC.copy_(made_eKC)
+        """Returns x.T @ dy of each expert's rows (e, K, C), in `out_eKC` if given."""
+        product_eKC = F.grouped_mm(x_RK.t(), dy_RC, offs=self.end_e)
+        return product_eKC if out_eKC is None else out_eKC.copy_(product_eKC)
 
 
 def has_grouped_mm(x_RD: torch.Tensor, w_eDF: torch.Tensor) -> bool:
-    """Whether torch has one kernel for it: CUDA, bf16, rows of a multiple of 16 bytes, under 1,024 experts."""
-    even = all(n % 8 == 0 for n in w_eDF.shape[1:])
-    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and even and len(w_eDF) < 1024
+    """Returns whether torch has one kernel for it: CUDA, bf16, rows of a multiple of 16 bytes, < 1,024 experts."""
+    aligned = all(size % 8 == 0 for size in w_eDF.shape[1:])
+    return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned and len(w_eDF) < 1024

@@ -1,4 +1,4 @@
-"""Fast paths of the experts, by device; each equals the plain one in `experts.py`."""
+"""Selects the fast kernel of the experts' feed-forward networks, by device and size of the work."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from moe_dist.moe.kernels import cpu_ffn, triton_ffn
 from moe_dist.moe.kernels.cpu_ffn import ReluMask as ReluMask
 
-# feedforward(x_TD, copies, gate_N, count_e, w1_eDF, w2_eFD, recompute=.., defer=..): (T, D)
+# feedforward(x_TD, permutation, gate_N, count_e, w1_eDF, w2_eFD, recompute=.., defer=..): (T, D)
 FeedForward = Callable[..., torch.Tensor]
 
 
@@ -20,8 +20,19 @@ def select_kernel(
     relu_mask: ReluMask | None,
     use_triton: bool,
 ) -> FeedForward | None:
-    """The device's for work of this size, None where the plain one is as good. `on` decides in place of ReLU's sign;
-    `triton`: that of a GPU may be taken."""
+    """Selects a kernel.
+
+    Args:
+        num_rows: Rows of all experts of this rank.
+        x_TD: Tokens (T, D).
+        w1_eDF: First matrices.
+        w2_eFD: Second matrices.
+        relu_mask: Decides which hidden units are on. None: the sign of their input.
+        use_triton: Whether Triton's kernels may be used on a GPU.
+
+    Returns:
+        The kernel, None if plain torch is as fast.
+    """
     if cpu_ffn.is_profitable(num_rows, w1_eDF):
         return partial(cpu_ffn.feedforward, relu_mask=relu_mask)
     if use_triton and relu_mask is None and triton_ffn.supported(num_rows, x_TD, w1_eDF, w2_eFD):

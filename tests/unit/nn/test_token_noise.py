@@ -188,7 +188,7 @@ def test_normal_has_the_moments_of_a_normal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 def test_normal_is_finite_for_any_bits(dtype: torch.dtype) -> None:
     word = torch.tensor([0, 1, 2**31 - 1, -(2**31), -1], dtype=torch.int32)
-    z = token_noise._normal_of(word, dtype)
+    z = token_noise._to_normal(word, dtype)
     assert z.dtype == dtype
     assert z.isfinite().all()
     assert 5 < z.max() < 5.5
