@@ -1,4 +1,5 @@
-"""Bad input: what each mistake says, on one line, and what it costs (seconds, and nothing written)."""
+"""Mistakes on the command line, in the environment and in run folders: one line that names the
+value, and no file written."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Run folders that are damaged or come from someone else: one line, nothing outside them touched, no hang."""
+"""Damaged or hostile run folders: one line, no change outside the folder, no hang."""
 
 import json
 import os

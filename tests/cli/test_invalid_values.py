@@ -1,4 +1,5 @@
-"""Hostile values in every field, argument and variable: a line that names it and status 2, or a run that can be."""
+"""Hostile values in every field, argument and variable: one line with the name and exit status 2,
+or a valid run."""
 
 import dataclasses
 import functools

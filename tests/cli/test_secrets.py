@@ -1,4 +1,4 @@
-"""No key of the environment, and none of the command line, gets into what a run keeps or says."""
+"""No key of the environment or of the command line appears in a run folder or in the output."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Configs and the command line."""
+"""The command line of train.py, and the files that a run writes."""
 
 import json
 import os

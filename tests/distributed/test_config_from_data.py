@@ -1,4 +1,5 @@
-"""What a run takes from its data: fields of the config that the user has not set, kept in the config of the run."""
+"""Config fields that a run takes from its data if the user has not set them; they are saved with
+the config."""
 
 import json
 from functools import partial

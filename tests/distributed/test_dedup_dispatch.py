@@ -1,5 +1,5 @@
-"""Rows sent once: bytes by hand and beside the plain exchange; values and gradients are in test_parity.py and
-test_hierarchical.py.
+"""Deduplicated dispatch: bytes by hand and next to all-to-all. test_parity.py and
+test_hierarchical.py compare values and gradients.
 
 Four ranks with two experts each, two of them a node: experts 0 to 3 on the first node.
 """

@@ -1,4 +1,5 @@
-"""The files of ds_configs/, and the keys that such a file may have."""
+"""DeepSpeed itself: the keys that ds_configs/ may have, offloading, and the quoting of its
+launcher."""
 
 from pathlib import Path
 from types import SimpleNamespace

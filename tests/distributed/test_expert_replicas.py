@@ -1,5 +1,5 @@
-"""Experts that several ranks hold: each is one rank's to update. And gradients that are used and freed within backward,
-against those that wait for the step."""
+"""Experts with several replicas: each is updated by one owner. And the update within backward,
+against the usual one."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""A run that goes on checks on every rank that its data is the same."""
+"""Every rank checks on resume that the data is the same."""
 
 import shutil
 from pathlib import Path

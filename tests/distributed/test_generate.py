@@ -1,4 +1,5 @@
-"""A trained run in use: what is read back is what was trained, and what is shown of it is true."""
+"""A trained run in use: the loaded model equals the trained one, and the printed tables are
+correct."""
 
 import json
 import math

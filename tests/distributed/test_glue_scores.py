@@ -1,4 +1,4 @@
-"""Measures beside their arithmetic, and those of GLUE beside plain formulas over all predictions, on any layout."""
+"""GLUE scores against plain formulas over all predictions, on any layout."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show (make gpu): its fast path and its bits are those of the CPU."""
+"""Tests for a CUDA device (make gpu): its fast path and its random bits equal those of the CPU."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Groups of experts on 1, 2 and 4 ranks against a slow reference, in float64; and what a group of experts costs.
+"""Hierarchical experts on 1, 2 and 4 ranks against a slow reference, in float64; and the bytes that
+they send.
 
 The batch, its cuts over ranks and the primary gate are those of `test_parity`: what were experts there are groups here,
 of three experts each. Groups 4 and 5 no token chooses: with ep = 4 these are all of the rank that has no tokens.

@@ -1,4 +1,4 @@
-"""The sampled softmax against loops and against the whole one; rows that nobody touched are left alone."""
+"""The sampled softmax on any layout; rows that no token touches stay unchanged."""
 
 import resource
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is logged is what was trained on."""
+"""Logged metrics are those of the training steps."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The estimate of --dry-run against what a rank then holds."""
+"""The memory estimate of --dry-run against the memory of a rank."""
 
 import pytest
 import torch

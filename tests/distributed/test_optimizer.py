@@ -1,4 +1,4 @@
-"""The factored second moment against hand-worked numbers and a plain form; the schedule; the skipped step; LAMB."""
+"""The optimizer on any layout: weight decay, the skipped step, LAMB."""
 
 import math
 from pathlib import Path

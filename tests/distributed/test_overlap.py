@@ -1,5 +1,5 @@
-"""What is done while rows travel: the order of events in forward and backward, on one of two ranks. That results are
-the same is in test_parity.py. And rows that travel in bf16."""
+"""Overlap of communication and computation: the order of events in forward and backward, on one of
+two ranks, and rows in bf16. test_parity.py compares the results."""
 
 import os
 from typing import Any

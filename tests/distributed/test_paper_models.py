@@ -1,4 +1,5 @@
-"""Every model of the paper trains and goes on, with only its widths, vocabulary and number of experts divided."""
+"""Every model of the papers trains and resumes, with smaller widths, vocabulary and number of
+experts."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a plan says, by hand and against what ranks then hold and send."""
+"""A plan against the bytes that ranks hold and send."""
 
 from pathlib import Path
 from typing import Any

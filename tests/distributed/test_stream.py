@@ -1,4 +1,4 @@
-"""Streamed lanes against numbers worked out by hand and a slow reference; the same on every layout and after resume."""
+"""Streamed text: the same on every layout and after resume; a file that breaks ends every rank."""
 
 import gzip
 import json

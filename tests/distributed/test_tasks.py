@@ -1,4 +1,4 @@
-"""Tasks beside the language model: images, and texts in three ways. The layout is no part of their results either."""
+"""Tasks other than the language model: images, and texts in three ways, the same on any layout."""
 
 import dataclasses
 import json

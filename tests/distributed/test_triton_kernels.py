@@ -1,5 +1,5 @@
-"""The experts' kernels for a GPU against a loop over assignments, the output and every gradient: run by Triton's
-interpreter where there is no GPU, compiled for a Hopper that is not there, and (make gpu) run by one.
+"""The Triton kernels of the experts against a loop over assignments, output and every gradient: in
+Triton's interpreter without a GPU, compiled for Hopper without running, and on a GPU (make gpu).
 
 Each runs in a process of its own: Triton is told when it is imported that it is to interpret.
 

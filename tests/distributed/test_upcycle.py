@@ -1,4 +1,4 @@
-"""A run that goes on with more experts than it was saved with."""
+"""A run that resumes with more experts than its checkpoint has."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""The certificate: it is given where the layout is no part of the result, and refused for every planted fault."""
+"""The certificate: issued if the layout does not change the result, and refused for every planted
+fault."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
-"""WideNet and its baselines: the paper's parameters, and tiny models, whose blocks share what they are made of, on 1, 2
-and 4 ranks against a slow reference, in float64: values and every gradient.
+"""WideNet and its baselines: tiny models on 1, 2 and 4 ranks against a slow reference, in float64:
+values and every gradient.
 
 The batch of 8 samples is cut over the ranks as in `test_parity`: unevenly, one rank without any.
 

@@ -1,4 +1,4 @@
-"""Damaged image files, for a test of seconds (test_image_files.py) and for longer runs by hand."""
+"""Damaged image files, for a short test (test_image_files.py) and for longer runs by hand."""
 
 import io
 import os

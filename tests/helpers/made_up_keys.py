@@ -1,4 +1,4 @@
-"""Keys and passwords that no service gave out."""
+"""Invented keys and passwords, which no service issued."""
 
 X = "a1B2" * 9  # 36 characters that no service gave out
 HEX = "0123456789abcdef" * 2 + "01234567"

@@ -1,4 +1,4 @@
-"""What the ranks of tests need, imported once by the process that they are forked from (conftest.py)."""
+"""Imports that the ranks of tests need, done once in the process that forks them (conftest.py)."""
 
 import torch.distributed.checkpoint  # noqa: F401
 

@@ -1,4 +1,5 @@
-"""Checkpoints that are damaged, hostile or cannot be written, and what `inspect` and `export` make of whole ones."""
+"""Checkpoints that are damaged, hostile or cannot be written; `inspect` and `export` of intact
+ones."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ranks that stop, die, are late or give NaN: what the others say and do, and what comes of the run."""
+"""Ranks that stop, die, are late or compute NaN: what the other ranks report, and how the run ends."""
 
 import dataclasses
 import math

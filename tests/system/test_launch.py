@@ -1,4 +1,4 @@
-"""Launch scripts: what they run, on two nodes, with nodes that leave and agents that are killed."""
+"""Launch scripts: the commands that they run, two nodes, nodes that leave, agents that are killed."""
 
 import json
 import os

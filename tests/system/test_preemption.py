@@ -1,4 +1,4 @@
-"""SIGTERM at the end of a run, which has trained and saved all of its steps: its result is told and its status is 0."""
+"""SIGTERM after the last step of a run: the result is printed and the exit status is 0."""
 
 import contextlib
 import io

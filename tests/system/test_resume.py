@@ -1,4 +1,5 @@
-"""A run killed and resumed on the same layout continues bit-identically."""
+"""A killed and resumed run is bit-identical on the same layout, and equal up to rounding on
+another."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a start imports: nothing that it does not use. No clock is read."""
+"""The imports of a start: only used libraries, and the port before torch. No test reads a clock."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the layout of the code promises: imports run one way, and each danger has one place."""
+"""Rules of the code's structure: imports lead down, and each risk is in one place."""
 
 import ast
 import re

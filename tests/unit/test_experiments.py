@@ -1,4 +1,4 @@
-"""Published tables are those of the metrics that were kept."""
+"""Published tables equal the saved metrics."""
 
 import importlib
 import json

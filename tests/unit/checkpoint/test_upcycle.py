@@ -1,4 +1,4 @@
-"""Random numbers of a second growth."""
+"""The noise keys of a run that grows twice."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Configs: fields that are set by name, JSON, and their documentation."""
+"""Configs: fields set by name, JSON, and their documentation."""
 
 import dataclasses
 import inspect

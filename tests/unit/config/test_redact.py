@@ -1,4 +1,4 @@
-"""Keys and passwords that are hidden or refused in a config, and ordinary values that are not."""
+"""Keys and passwords are hidden, and rejected in a config; ordinary values are not."""
 
 import pytest
 from made_up_keys import HEX, MADE_UP, X

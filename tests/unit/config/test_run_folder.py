@@ -1,4 +1,4 @@
-"""What is written in a run folder stays in it."""
+"""Writes to a run folder stay inside it."""
 
 import os
 import re

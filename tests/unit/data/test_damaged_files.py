@@ -1,4 +1,5 @@
-"""Damaged data files: read, or refused with one line; `experiments/damaged_files.py` runs more seeds."""
+"""Damaged data files are read, or rejected with one line; `experiments/damaged_files.py` runs more
+seeds."""
 
 import os
 import zipfile

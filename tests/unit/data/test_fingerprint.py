@@ -1,4 +1,5 @@
-"""Data that has changed since a checkpoint is told by name; data that has moved is the same."""
+"""Data that has changed since a checkpoint is reported by name; data that has only moved is the
+same."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Local files: which ones a source names, how each kind is read, and quotes that do not close."""
+"""Local files: the files of a source, how each format is read, and quotes that do not close."""
 
 import bz2
 import csv

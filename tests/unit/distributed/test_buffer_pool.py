@@ -1,4 +1,4 @@
-"""Large tensors on CPU get the pages of dead ones."""
+"""Large CPU tensors reuse the memory of released ones."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Ports of ranks: nobody else gets the one where they meet."""
+"""The rendezvous port of the ranks: no other process can take it."""
 
 import errno
 import os

@@ -1,4 +1,5 @@
-"""WideNet and its baselines on one rank: the paper's parameters, sharing, padding, divergence of norms."""
+"""WideNet and its baselines on one rank: the paper's parameter counts, sharing, padding, divergence
+of norms."""
 
 import dataclasses
 from collections import Counter

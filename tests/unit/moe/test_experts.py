@@ -1,5 +1,5 @@
-"""The experts, on the fast path of the CPU and on the plain one, against a loop over assignments: the output and every
-gradient. What is kept for backward, and the memory of gradients.
+"""The experts, on the CPU's fast path and on the plain one, against a loop over assignments:
+output, every gradient, and the tensors saved for backward.
 
 Legend: T tokens, N assignments, D width, F hidden units, E experts.
 """

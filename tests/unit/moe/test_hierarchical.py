@@ -1,4 +1,4 @@
-"""Groups of experts on one rank: Eqs. 12 to 14 by hand, balance losses, empty groups."""
+"""Hierarchical experts on one rank: Eqs. 12 to 14 by hand, balance losses, empty groups."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Copies of tokens and their sums, against loops; each is the other's gradient."""
+"""Permute and unpermute against loops; each is the gradient of the other."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a user sees of a run: the curves on disk, on the terminal and in wandb."""
+"""Metrics on disk and on the terminal, and the choice of the wandb mode."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Keyed randomness: what a number follows from, and that it is as random as it says. Bounds are 4 standard errors.
+"""Keyed randomness: its keys, and its statistics. Bounds are 4 standard errors.
 
 Legend: T tokens, C channels, D width, B samples, S positions.
 """

@@ -1,4 +1,5 @@
-"""Compiled loops on disk: used by the next start, and nobody else's code, no damaged one and no crash."""
+"""The cache of compiled loops: reused by the next start; damaged or foreign files are never
+executed."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The optimizer state of experts on one rank: owners, norms, gradients that are freed early."""
+"""The optimizer state of experts on one rank: owners, norms, the update within backward."""
 
 import itertools
 import math

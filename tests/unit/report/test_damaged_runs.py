@@ -1,4 +1,4 @@
-"""The report of a run folder whose files are damaged: one line that names the file and exit status 2, or a report."""
+"""Reports of damaged run folders: a report, or one line that names the file and exit status 2."""
 
 import copy
 import json

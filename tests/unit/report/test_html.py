@@ -1,4 +1,5 @@
-"""The page of runs: that it shows the numbers of hand-made metrics, asks nothing of a network, and tells no secret."""
+"""The HTML page of runs: it shows the numbers of the metrics, loads nothing from a network, and
+contains no secret."""
 
 import dataclasses
 import html

@@ -1,4 +1,4 @@
-"""The pictures of a run: which there are, what their axes say, and that they show the numbers of the file."""
+"""The plots of a run: which exist, their axes, and that they show the numbers of the file."""
 
 import json
 import math

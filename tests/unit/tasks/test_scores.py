@@ -1,4 +1,4 @@
-"""Measures of GLUE by hand, and how they are written."""
+"""GLUE scores by hand, and their text format."""
 
 from pathlib import Path
 from typing import Any

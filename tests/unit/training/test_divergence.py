@@ -1,4 +1,4 @@
-"""When a run has diverged: the loss of a uniform guess."""
+"""The test for a diverged run: its loss against that of a uniform guess."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The list of injected faults, and where a run goes on after each."""
+"""The list of injected faults, and the step from which a run resumes after each."""
 
 import dataclasses
 

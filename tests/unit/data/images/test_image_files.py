@@ -1,4 +1,5 @@
-"""Image files: a folder is listed as `ls` shows it, and an image is opened as a viewer shows it."""
+"""Image files: a folder is listed like `ls` lists it, and an image is opened like a viewer shows
+it."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Images: where they come from, which is which sample, what is drawn for it, and what every mistake says.
+"""Images: sources, numbering of samples, augmentation by key, and the message of every mistake.
 
 Legend: I images, B samples, N classes, Q colours, Y and X pixels.
 """

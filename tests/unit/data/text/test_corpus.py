@@ -1,4 +1,4 @@
-"""Text data: tokens, vocabulary, lanes and the bundled corpus, against numbers worked out by hand."""
+"""Text data: words, vocabulary, lanes and the bundled corpus, against numbers worked out by hand."""
 
 import random
 import re

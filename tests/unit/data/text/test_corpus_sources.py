@@ -1,4 +1,5 @@
-"""Where text comes from: local files, folders, names; how it is split; and what every mistake says. No network."""
+"""Sources of text: local files, folders, dataset names; their splits, and the message of every
+mistake. No network."""
 
 import errno
 import gzip

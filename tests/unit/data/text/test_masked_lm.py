@@ -1,5 +1,5 @@
-"""Pre-training samples: pieces and segments by hand, what masks and orders are, and that no layout is part of them.
-Bounds of what is random are 4 standard errors."""
+"""Pre-training samples: pieces and segments by hand, masks and sentence order, the same on any
+layout. Bounds of random quantities are 4 standard errors."""
 
 from collections import Counter
 from itertools import islice

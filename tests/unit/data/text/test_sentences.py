@@ -1,4 +1,4 @@
-"""Labelled sentences: where they come from, how they are split and cut, and what every mistake says. No network."""
+"""Labelled sentences: sources, splits, truncation, and the message of every mistake. No network."""
 
 import gzip
 import hashlib

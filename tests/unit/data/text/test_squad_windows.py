@@ -1,5 +1,5 @@
-"""Questions and answers: windows, spans and scores worked out by hand, slow references, and what every mistake says. No
-network."""
+"""Questions and answers: windows, spans and scores by hand, slow references, and the message of
+every mistake. No network."""
 
 import json
 import os

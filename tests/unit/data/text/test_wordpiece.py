@@ -1,4 +1,5 @@
-"""Sub-word tokens: pieces worked out by hand, slow references of training and cutting, and what is kept of a text."""
+"""Sub-word tokens: pieces by hand, slow references of training and encoding, and offsets into the
+text."""
 
 import json
 import random

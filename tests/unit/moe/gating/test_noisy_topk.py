@@ -1,4 +1,5 @@
-"""The noisy top-k gate: numbers worked out by hand, chances against draws, and what must hold where nothing is routed.
+"""The noisy top-k gate: numbers by hand, probabilities against random draws, and limits without any
+token.
 
 Legend: T tokens, D width, E experts, K chosen, G balance groups.
 """

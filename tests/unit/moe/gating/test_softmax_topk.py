@@ -1,4 +1,4 @@
-"""WideNet's router: numbers worked out by hand, and the layer against loops, in float64.
+"""WideNet's router: numbers by hand, and the layer against loops, in float64.
 
 Legend: T tokens, D width, E experts, G balance groups.
 """

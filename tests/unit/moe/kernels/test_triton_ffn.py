@@ -1,4 +1,4 @@
-"""Tiles of the Triton kernels, and when experts take them."""
+"""Tiles of the Triton kernels, and when experts use the kernels."""
 
 import importlib.util
 from typing import Any
