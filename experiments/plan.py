@@ -1,4 +1,4 @@
-"""What `python -m moe_dist.planner --measure` predicts, beside what is then measured: step time and peak memory.
+"""Compares predictions of `python -m moe_dist.planner --measure` with measurements: step time and peak memory.
 
     .venv/bin/python experiments/plan.py --rounds 3      adds to what is kept; 3 minutes a round and config on two cores
     .venv/bin/python experiments/plan.py --rounds 3 --blind     layouts alone that the plan was not made with
@@ -20,8 +20,9 @@ from typing import Any
 from moe_dist.config import papers
 from moe_dist.config.overrides import override
 from moe_dist.distributed.spawn import run_distributed
-from moe_dist.planner.__main__ import measure_this_machine, plan_layouts
+from moe_dist.planner.__main__ import measure_this_machine
 from moe_dist.planner.microbenchmark import run_short_training
+from moe_dist.planner.search import plan_layouts
 
 FOLDER = Path(__file__).parent / "results" / "plan"
 RANKS = 2
@@ -64,26 +65,32 @@ CONFIGS = LOOKED_AT | BLIND
 
 
 def one(name: str) -> dict[str, Any]:
-    """A round of a config: by layout what was predicted, and what was measured."""
+    """Runs a round of a config. Returns its predictions and measurements by layout."""
     base, sets, layouts = CONFIGS[name]
     config = override(papers.get(base), [*sets, "wandb.mode=off"])
-    machine, owns = measure_this_machine(config, 1, RANKS, 1.0)
-    planned = {(each.ep, each.zero): each for each in plan_layouts(config, 1, RANKS, machine, owns)}
-    told: dict[str, Any] = {"machine": dataclasses.asdict(machine)}
-    for ep, zero in random.sample(layouts, len(layouts)):
-        at, plan = override(config, [f"mesh.ep={ep}", f"zero_stage={zero}"]), planned[ep, zero]
-        ran = run_distributed(run_short_training, RANKS, at, timeout=280)
-        libraries = plan.memory["libraries"]
-        told[f"{ep},{zero}"] = {
+    machine, rank_costs = measure_this_machine(config, 1, RANKS, 1.0)
+    planned = {
+        (plan.ep, plan.zero_stage): plan
+        for plan in plan_layouts(config, 1, RANKS, machine, rank_costs)
+    }
+    result: dict[str, Any] = {"machine": dataclasses.asdict(machine)}
+    for ep, zero_stage in random.sample(layouts, len(layouts)):
+        plan = planned[ep, zero_stage]
+        at_layout = override(config, [f"mesh.ep={ep}", f"zero_stage={zero_stage}"])
+        runs = run_distributed(run_short_training, RANKS, at_layout, timeout=280)
+        result[f"{ep},{zero_stage}"] = {
             "predicted": {
-                "step": plan.step,
-                "bytes": plan.bytes - libraries,
+                "step": plan.step_s,
+                "bytes": plan.memory_bytes - plan.memory["libraries"],
                 "seconds": plan.seconds,
             },
-            "measured": {key: max(each[key] for each in ran) for key in ("step", "bytes")}
-            | {"seconds": ran[0]["seconds"]},
+            "measured": {
+                "step": max(run.step_s for run in runs),
+                "bytes": max(run.training_bytes for run in runs),
+                "seconds": runs[0].seconds,
+            },
         }
-    return told
+    return result
 
 
 def table(kept: dict[str, list[Any]]) -> str:

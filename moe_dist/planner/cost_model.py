@@ -1,8 +1,30 @@
-"""What a layout costs: bytes that a rank holds and sends, seconds of a step. Arithmetic alone; nothing is run.
+"""Cost of a layout: bytes that a rank holds, bytes that it sends, and seconds of a training step.
 
-A rank's own work (`RankCost`) is what it would do in a world of one: of a GPU that is not at hand it follows from counts and
-public peaks (`rank_cost_on_gpu`), of this machine from short runs (`rehearsal`). What ranks say to each other is a latency a call
-and a bandwidth, inside a node and between nodes. Rows are even over experts.
+Everything here is arithmetic on counts; nothing is executed. A layout's cost has two halves:
+
+  1. The work of one rank without communication (`RankCost`): for a GPU by its public peaks
+     (`rank_cost_on_gpu`), for this machine from short runs (`microbenchmark`).
+  2. The communication between ranks (`step_traffic`): bytes and calls, from the layout. A call
+     costs a latency plus bytes / bandwidth of the link, inside a node and between nodes
+     (`Traffic.seconds`).
+
+`step_seconds` adds both up by the parts of `metric_keys.PARTS`, `rank_memory` adds up bytes by kind. Rows
+are taken to be spread evenly over experts.
+
+Worked example: lstm_moe_demo (float32, width 128, 64 experts, k = 4) on two ranks of one node,
+mesh.ep=2, mesh.dispatcher=all_to_all. The batch has 64 lanes x 32 words, 1,024 words per rank. Each
+word visits 4 experts, of which half are on the other rank: 1,024 x 4 / 2 = 2,048 rows of 128 x 4 =
+512 bytes leave a rank.
+
+  dispatch   2,048 x (2 x 512 + 8) bytes: a row and its gradient, a gate weight (4 bytes) and its
+             gradient (4 bytes)
+  combine    2,048 x 2 x 512 bytes: the expert's output and its gradient
+  calls      5 for dispatch (counts, rows, weights, two gradients) and 2 for combine (rows,
+             gradients)
+
+On a link of 1 ms latency and 1 GB/s dispatch and combine take 7 x 1 ms + 4,210,688 / 1e9 s = 11.2
+ms. (`test_bytes_of_an_exchange_by_hand` and `test_seconds_by_hand` of tests/unit/planner hold these
+numbers.)
 """
 
 import math
@@ -16,24 +38,32 @@ from moe_dist.distributed.batch_layout import BatchLayout
 from moe_dist.engine.dispatcher_choice import expected_blocks_visited, num_overlap_chunks
 from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.training.model_stats import (
-    FLOAT,
+    FLOAT_BYTES,
+    GateChoice,
     activation_bytes,
     bytes_per_element,
     count_params_and_flops,
-    dispatcher_of,
     expected_distinct_words,
     expert_rows_per_sample,
-    gate_choices,
+    gate_choice,
+    layout_dispatcher,
+    num_elements,
     param_kinds,
     param_memory,
+    params_of_kind,
 )
 
-INDEX_BYTES = 8  # bytes of an int64
+INDEX_BYTES = 8  # one int64
 
 
 @dataclass(frozen=True)
 class Link:
-    """Seconds of a call, and bytes a second that a rank sends."""
+    """The speed of one kind of communication.
+
+    Attributes:
+        latency: Seconds that each call takes in addition.
+        bandwidth: Bytes per second that a rank sends.
+    """
 
     latency: float
     bandwidth: float
@@ -41,35 +71,55 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """Of a rank: its bytes of memory, and its links."""
+    """A rank's memory and links.
+
+    Attributes:
+        name: Name for people.
+        memory: Bytes of a rank.
+        rows: Link inside a node, for all-to-all.
+        sums: Link inside a node, for reductions and broadcasts.
+        inter_node: Link between nodes.
+    """
 
     name: str
     memory: int
-    rows: Link  # inside a node: all-to-all
-    sums: Link  # inside a node: reductions and copies
+    rows: Link
+    sums: Link
     inter_node: Link
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """What a rank of a layout does and holds by itself: seconds of a step by part, and bytes by kind beside weights,
-    masters, optimizer state and gradients."""
+    """The cost of one rank without communication.
+
+    Attributes:
+        seconds: Seconds of a step by part of `metric_keys.PARTS`.
+        memory_bytes: Bytes by kind, in addition to weights, masters, optimizer state and gradients.
+    """
 
     seconds: dict[str, float]
-    bytes: dict[str, int]
+    memory_bytes: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Public peaks of one of a node: dense bf16 and plain float32 FLOP/s, memory, its bytes a second, NVLink and NIC
-    in one direction."""
+    """Public peaks of one GPU in a node.
 
-    bf16: float
-    fp32: float
-    memory: float
-    memory_bandwidth: float
-    nvlink: float
-    nic: float
+    Attributes:
+        bf16_flops_per_s: Dense bf16 matrix products.
+        fp32_flops_per_s: Plain float32.
+        memory_bytes: Size of its memory.
+        memory_bytes_per_s: Bandwidth of its memory.
+        nvlink_bytes_per_s: Bandwidth inside a node, in one direction.
+        nic_bytes_per_s: Bandwidth between nodes, in one direction.
+    """
+
+    bf16_flops_per_s: float
+    fp32_flops_per_s: float
+    memory_bytes: float
+    memory_bytes_per_s: float
+    nvlink_bytes_per_s: float
+    nic_bytes_per_s: float
 
 
 GPUS = {
@@ -78,127 +128,232 @@ GPUS = {
     "h200": Gpu(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
     "b200": Gpu(2250e12, 80e12, 180e9, 8e12, 900e9, 50e9),
 }
-FLOPS_EFFICIENCY = 0.4  # of peak FLOP/s
-BANDWIDTH_EFFICIENCY = 0.8  # of every peak of bytes a second
-KERNEL_LAUNCH_S = 5e-6  # seconds of a kernel
-CUDA_CONTEXT_BYTES = 2 * 10**9  # bytes of a context, of libraries' workspaces and of NCCL
-GRAD_BUCKET_BYTES = 500_000_000 * FLOAT  # bytes of DeepSpeed's default buffer of gradients
-KERNELS = 30  # for each dense parameter: forward, backward, update
-GATE_PASSES = 40  # over the scores of a token, in float32: noise, top k, order, sums, and back
-DENSE_UPDATE = (
-    28  # bytes an element that Adam reads (weight, gradient, moments) and writes (three of them)
-)
-FACTORED_UPDATE = 16  # reads the gradient twice and the weight, and writes it
+FLOPS_EFFICIENCY = 0.4  # achieved fraction of the peak FLOP/s
+BANDWIDTH_EFFICIENCY = 0.8  # achieved fraction of every peak bandwidth
+KERNEL_LAUNCH_S = 5e-6
+NVLINK_LATENCY_S = 15e-6
+NIC_LATENCY_S = 30e-6
+CUDA_CONTEXT_BYTES = 2 * 10**9  # the context, workspaces of libraries, and NCCL
+GRAD_BUCKET_BYTES = 500_000_000 * FLOAT_BYTES  # DeepSpeed's default bucket of gradients
+KERNELS_PER_PARAM = 30  # launched for each dense parameter in forward, backward and update
+# times that the float32 scores of a token are read or written: noise, top k, order, sums, and their
+# backward
+GATE_PASSES = 40
+# times that a row crosses memory in dispatch and combine, forward and backward
+DISPATCH_PASSES = 8
+# bytes per element that Adam reads (weight, gradient, two moments) and writes (weight, two moments)
+ADAM_UPDATE_BYTES = 28
+# bytes per element of factored Adam, which reads the gradient twice and the weight, and writes the
+# weight
+FACTORED_UPDATE_BYTES = 16
+# DeepSpeed keeps so many gathered elements from forward to backward at ZeRO 3
+# (stage3_max_live_parameters)
+ZERO3_MAX_LIVE_ELEMENTS = 10**9
 
 
-def gpu_machine(name: str, nic: float | None = None) -> Machine:
-    """`nic`: bytes a second of a rank between nodes, in place of the preset's."""
+# The work of one rank
+
+
+def gpu_machine(name: str, nic_bytes_per_s: float | None = None) -> Machine:
+    """Returns the machine of a GPU preset.
+
+    Args:
+        name: A key of `GPUS`.
+        nic_bytes_per_s: Achieved bandwidth of a rank between nodes, if not the preset's.
+
+    Returns:
+        The memory and the achieved bandwidths of the GPU.
+    """
     gpu = GPUS[name]
-    inside = Link(15e-6, gpu.nvlink * BANDWIDTH_EFFICIENCY)
-    return Machine(
-        name, int(gpu.memory), inside, inside, Link(30e-6, nic or gpu.nic * BANDWIDTH_EFFICIENCY)
-    )
+    inside = Link(NVLINK_LATENCY_S, gpu.nvlink_bytes_per_s * BANDWIDTH_EFFICIENCY)
+    between_bytes_per_s = nic_bytes_per_s or gpu.nic_bytes_per_s * BANDWIDTH_EFFICIENCY
+    between = Link(NIC_LATENCY_S, between_bytes_per_s)
+    return Machine(name, int(gpu.memory_bytes), inside, inside, between)
 
 
 def rank_cost_on_gpu(
     name: str, plain: Any, config: Config, layout: BatchLayout, ds: dict[str, Any]
 ) -> RankCost:
-    """From counts: matrices at a part of the peak; kept activations written and read, and their gradients, once each;
-    weights of experts read twice and their gradient written."""
-    gpu, width, samples = GPUS[name], bytes_per_element(ds), layout.samples_per_rank
-    bandwidth, wide = gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY, gpu.fp32 * FLOPS_EFFICIENCY
-    rate = gpu.bf16 * FLOPS_EFFICIENCY if width == 2 else wide
-    kind, rows, uses = (
-        param_kinds(plain),
-        expert_rows_per_sample(plain, config),
-        num_moe_uses(plain, config),
+    """Estimates the work of one rank on a GPU from counts and the GPU's peaks.
+
+    Matrix products run at `FLOPS_EFFICIENCY` of the peak. Memory traffic runs at
+    `BANDWIDTH_EFFICIENCY` of the peak: activations and their gradients are written once and read
+    once, expert weights are read twice (forward and backward) and their gradients written once.
+    Small work is counted in kernel launches.
+
+    Args:
+        name: A key of `GPUS`.
+        plain: The plain model, on the meta device.
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch.
+        ds: The DeepSpeed config.
+
+    Returns:
+        Seconds and bytes of one rank without communication.
+    """
+    gpu = GPUS[name]
+    width = bytes_per_element(ds)
+    bytes_per_s = gpu.memory_bytes_per_s * BANDWIDTH_EFFICIENCY
+    fp32_flops_per_s = gpu.fp32_flops_per_s * FLOPS_EFFICIENCY
+    matmul_flops_per_s = fp32_flops_per_s
+    if width == 2:
+        matmul_flops_per_s = gpu.bf16_flops_per_s * FLOPS_EFFICIENCY
+    num_micro_batches = layout.grad_accum_steps
+    samples = layout.samples_per_rank  # of one micro-batch
+    num_uses = num_moe_uses(plain, config)
+    rows = expert_rows_per_sample(plain, config)
+    dim = model_dim(config)
+
+    scores = _gate_scores_per_sample(plain, config)
+    gate_flops = _gate_flops_per_sample(plain, config)
+    expert_flops = _expert_flops_per_sample(plain, config)
+    units_per_sample = config.batch.seq_len if isinstance(config.model, LSTMConfig) else 1
+    all_flops = count_params_and_flops(plain, config)["flops_per_unit"] * units_per_sample
+    other_flops = max(0, all_flops - expert_flops - gate_flops)
+    kept_bytes = activation_bytes(plain, config, samples, width)
+    num_dense = len(params_of_kind(plain, "dense"))
+
+    gate_launch_s = KERNELS_PER_PARAM * KERNEL_LAUNCH_S * num_uses
+    gate_scores_s = scores * FLOAT_BYTES * GATE_PASSES / bytes_per_s
+    gate_s = num_micro_batches * (
+        gate_launch_s + samples * (gate_flops / fp32_flops_per_s + gate_scores_s)
     )
-    tokens = (
-        config.batch.seq_len if isinstance(config.model, LSTMConfig) else 1
-    )  # that counts are for
-    gate, scores, of_experts, here = (
-        0.0,
-        0,
-        0.0,
-        0.0,
-    )  # of a sample: FLOPs, numbers, FLOPs; of a micro-batch: seconds
-    if experts := moe_section(config):
-        all_elements = sum(plain.get_parameter(n).numel() for n in kind if kind[n] == "experts")
-        mine = experts[1].num_experts // config.mesh.ep
-        of_experts = 6 * rows * uses * all_elements / experts[1].num_experts
-        grouped_kernel = width == 2 and mine < 1024  # one of all experts, or some for each
-        launches = 2 if grouped_kernel else 12 * mine
-        here = uses * (
-            all_elements / config.mesh.ep * (2 * width + FLOAT) / bandwidth
-            + KERNEL_LAUNCH_S * launches
-        )
-        num, k, grouped = gate_choices(config)
-        noisy = 2 if isinstance(config.model, LSTMConfig) else 1
-        scores = (
-            rows
-            // k ** (2 if grouped else 1)
-            * uses
-            * (num + (k * experts[1].num_experts // num) * grouped)
-        )
-        gate = 6 * noisy * scores * model_dim(config)
-    whole = count_params_and_flops(plain, config)["flops_per_unit"] * tokens
-    kept = activation_bytes(plain, config, samples, width)
-    times = layout.grad_accum_steps
+    dispatch_bytes = num_micro_batches * samples * rows * num_uses * dim * width * DISPATCH_PASSES
+    expert_weights_s = _expert_weights_s(plain, config, width, bytes_per_s)
+    experts_s = num_micro_batches * (
+        samples * expert_flops / matmul_flops_per_s + num_uses * expert_weights_s
+    )
+    dense_work_s = num_micro_batches * (
+        samples * other_flops / matmul_flops_per_s + 4 * kept_bytes / bytes_per_s
+    )
+    dense_launch_s = num_micro_batches * KERNEL_LAUNCH_S * KERNELS_PER_PARAM * num_dense
     seconds = {
-        "gate": times
-        * (
-            KERNELS * KERNEL_LAUNCH_S * uses
-            + samples * (gate / wide + scores * FLOAT * GATE_PASSES / bandwidth)
-        ),
-        "dispatch": times * samples * rows * uses * model_dim(config) * width * 8 / bandwidth,
-        "experts": times * (samples * of_experts / rate + here),
-        "rest": times * (samples * max(0, whole - of_experts - gate) / rate + 4 * kept / bandwidth)
-        + times * KERNEL_LAUNCH_S * KERNELS * sum(each == "dense" for each in kind.values()),
-        "optimizer": update_bytes(plain, config, layout, ds) / bandwidth,
+        "gate": gate_s,
+        "dispatch": dispatch_bytes / bytes_per_s,
+        "experts": experts_s,
+        "rest": dense_work_s + dense_launch_s,
+        "optimizer": update_bytes(plain, config, layout, ds) / bytes_per_s,
     }
-    # rows as they leave, as they come, and in the order of their experts: of one use at a time
-    rows_held = 3 * samples * rows * model_dim(config) * width if config.mesh.ep > 1 else 0
-    stage = ds["zero_optimization"]["stage"]
-    buffers = rows_held + (GRAD_BUCKET_BYTES if stage else 0)
-    return RankCost(
-        seconds, {"activations": kept, "exchange buffers": buffers, "libraries": CUDA_CONTEXT_BYTES}
-    )
+
+    buffer_bytes = 0
+    if config.mesh.ep > 1:
+        # rows as they leave, as they arrive, and sorted by expert; the layers reuse the buffers
+        buffer_bytes += 3 * samples * rows * dim * width
+    if ds["zero_optimization"]["stage"] > 0:
+        buffer_bytes += GRAD_BUCKET_BYTES
+    memory_bytes = {
+        "activations": kept_bytes,
+        "exchange buffers": buffer_bytes,
+        "libraries": CUDA_CONTEXT_BYTES,
+    }
+    return RankCost(seconds, memory_bytes)
+
+
+def _gate_scores_per_sample(plain: Any, config: Config) -> int:
+    """Returns how many scores the gates of all MoE layers compute for one sample.
+
+    A token has one score per choice of the gate, and one per expert inside each group that it
+    chose.
+    """
+    experts = moe_section(config)
+    if not experts:
+        return 0
+    _, moe = experts
+    choice = gate_choice(config)
+    tokens = expert_rows_per_sample(plain, config) // choice.k ** (2 if choice.has_groups else 1)
+    scores_per_token = choice.num_choices
+    if choice.has_groups:
+        scores_per_token += choice.k * moe.num_experts // choice.num_choices
+    return tokens * num_moe_uses(plain, config) * scores_per_token
+
+
+def _gate_flops_per_sample(plain: Any, config: Config) -> int:
+    """Returns the training FLOPs of the gates for one sample: 6 x scores x width.
+
+    The gates of a language model have a second matrix, for the noise.
+    """
+    num_matrices = 2 if isinstance(config.model, LSTMConfig) else 1
+    return 6 * num_matrices * _gate_scores_per_sample(plain, config) * model_dim(config)
+
+
+def _expert_flops_per_sample(plain: Any, config: Config) -> float:
+    """Returns the training FLOPs of the experts for one sample: 6 per row and weight."""
+    experts = moe_section(config)
+    if not experts:
+        return 0.0
+    _, moe = experts
+    rows = expert_rows_per_sample(plain, config) * num_moe_uses(plain, config)
+    all_elements = num_elements(params_of_kind(plain, "experts"))
+    return 6 * rows * all_elements / moe.num_experts
+
+
+def _expert_weights_s(plain: Any, config: Config, width: int, bytes_per_s: float) -> float:
+    """Returns the seconds of one MoE layer and micro-batch that the number of rows does not change.
+
+    These are two reads of the weights of a rank's experts, one write of their float32 gradients,
+    and the launches.
+    """
+    experts = moe_section(config)
+    if not experts:
+        return 0.0
+    _, moe = experts
+    num_local = moe.num_experts // config.mesh.ep
+    all_elements = num_elements(params_of_kind(plain, "experts"))
+    # grouped kernels run all experts in one launch; else each expert has its own launches
+    has_grouped_kernel = width == 2 and num_local < 1024
+    num_launches = 2 if has_grouped_kernel else 12 * num_local
+    weights_s = all_elements / config.mesh.ep * (2 * width + FLOAT_BYTES) / bytes_per_s
+    return weights_s + KERNEL_LAUNCH_S * num_launches
 
 
 def update_bytes(
     plain: nn.Module, config: Config, layout: BatchLayout, ds: dict[str, Any]
 ) -> float:
-    """Bytes that a rank's part of an update reads and writes."""
-    kind = param_kinds(plain)
-    dense = sum(plain.get_parameter(name).numel() for name in kind if kind[name] == "dense")
-    spread = sum(
-        plain.get_parameter(name).numel() for name in kind if kind[name] in ("experts", "gates")
-    )
-    each = DENSE_UPDATE if config.optim.expert_optimizer == "adam" else FACTORED_UPDATE
-    dense_here = dense / (layout.world if ds["zero_optimization"]["stage"] else 1)
+    """Returns the bytes of memory that a rank's share of one optimizer update reads and writes.
+
+    ZeRO divides dense parameters over all ranks from stage 1 on. Experts and gates of groups are
+    divided over all ranks at every stage: over expert-parallel ranks by layout, over replicas by
+    owner.
+    """
+    dense_parts = layout.world if ds["zero_optimization"]["stage"] > 0 else 1
+    dense_elements = num_elements(params_of_kind(plain, "dense")) / dense_parts
+    row_elements = touched_row_bytes(plain, config) / FLOAT_BYTES
+    expert_elements = num_elements(params_of_kind(plain, "experts", "gates"))
+    is_adam = config.optim.expert_optimizer == "adam"
+    bytes_per_expert_element = ADAM_UPDATE_BYTES if is_adam else FACTORED_UPDATE_BYTES
     return (
-        DENSE_UPDATE * (dense_here + touched_row_bytes(plain, config) / FLOAT)
-        + each * spread / layout.world
+        ADAM_UPDATE_BYTES * (dense_elements + row_elements)
+        + bytes_per_expert_element * expert_elements / layout.world
     )
 
 
 def model_dim(config: Config) -> int:
+    """Returns the width of a token's row."""
     return config.model.dim if isinstance(config.model, LSTMConfig) else config.model.encoder.dim
 
 
 def num_moe_uses(plain: Any, config: Config) -> int:
-    """Exchanges of a micro-batch, there and back."""
-    return (
-        int(moe_section(config) is not None)
-        if isinstance(config.model, LSTMConfig)
-        else plain.encoder.num_moe_uses
-    )
+    """Returns how many times a micro-batch passes an MoE layer (dispatch and combine)."""
+    if isinstance(config.model, LSTMConfig):
+        return int(moe_section(config) is not None)
+    return plain.encoder.num_moe_uses
+
+
+# Communication
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank sends in a step, on average: for which part and what, bytes inside a node and between nodes, calls,
-    and whether a ring goes round with it, in which all links work at once."""
+    """The messages that an average rank sends in a step for one purpose.
+
+    Attributes:
+        part: The part of the step that they belong to, of `metric_keys.PARTS`.
+        name: Their purpose.
+        intra_node_bytes: Bytes that a rank sends inside its node.
+        inter_node_bytes: Bytes that a rank sends to other nodes.
+        calls: Number of collective calls.
+        ring: True for a ring, in which links inside and between nodes work at the same time.
+    """
 
     part: str
     name: str
@@ -208,203 +363,409 @@ class Traffic:
     ring: bool = False
 
     def seconds(self, machine: Machine, nodes: int) -> float:
+        """Returns calls x latency + bytes / bandwidth.
+
+        In a ring the slower link alone counts; otherwise the times of both links are added. The
+        latency is that of the link between nodes if there are several nodes.
+
+        Args:
+            machine: The links.
+            nodes: Number of nodes.
+
+        Returns:
+            Seconds of a step.
+        """
         link = machine.sums if self.ring else machine.rows
-        each = (
-            self.intra_node_bytes / link.bandwidth,
-            self.inter_node_bytes / machine.inter_node.bandwidth,
-        )
-        latency = machine.inter_node.latency if nodes > 1 else link.latency
-        return self.calls * latency + (max(each) if self.ring else sum(each))
+        intra_node_s = self.intra_node_bytes / link.bandwidth
+        inter_node_s = self.inter_node_bytes / machine.inter_node.bandwidth
+        latency_s = machine.inter_node.latency if nodes > 1 else link.latency
+        if self.ring:
+            return self.calls * latency_s + max(intra_node_s, inter_node_s)
+        return self.calls * latency_s + (intra_node_s + inter_node_s)
 
 
 def dispatch_traffic(
-    config: Config, layout: BatchLayout, per_node: int, uses: int, width: int, rows: float
+    config: Config, layout: BatchLayout, ranks_per_node: int, uses: int, width: int, rows: float
 ) -> list[Traffic]:
-    """Dispatch and combine of a step, forward and backward, as `dispatch` sends them. `rows`: of a sample in a use."""
-    ep, kind = config.mesh.ep, dispatcher_of(config, per_node)
-    if not uses or kind == "local":
+    """Returns the traffic of dispatch and combine in a step, forward and backward.
+
+    Args:
+        config: The config, with dispatcher and expert-parallel degree.
+        layout: The layout of the batch.
+        ranks_per_node: Ranks on each node.
+        uses: MoE layers that a micro-batch passes.
+        width: Bytes of one activation.
+        rows: Expert rows of one sample in one MoE layer.
+
+    Returns:
+        The traffic called dispatch and combine; empty if rows stay on their rank.
+    """
+    dispatcher = layout_dispatcher(config, ranks_per_node)
+    if not uses or dispatcher == "local":
         return []
-    num, k, grouped = gate_choices(config)
-    assignments = (
-        layout.samples_per_rank * layout.grad_accum_steps * uses * rows / (k if grouped else 1)
-    )  # to groups
-    tokens = assignments / k
-    ranks = math.gcd(
-        ep, per_node
-    )  # of a node; where nodes cut through groups, of the worst, for whom others wait
-    nodes = ep // ranks
-    if kind == "dedup_node":
-        of_ranks, of_nodes = (
-            expected_blocks_visited(num, k, ep),
-            expected_blocks_visited(num, k, nodes),
-        )
-        there = (
-            of_nodes / nodes
-        )  # of each node: a row goes to a rank there that has an expert of it
-        # in other nodes to the further ranks that have one, in a row's own to every other that has one
-        far, near = (
-            (nodes - 1) * there,
-            (nodes - 1) * (of_ranks / nodes - there) + (ranks - 1) * of_ranks / ep,
-        )
+    ep = config.mesh.ep
+    choice = gate_choice(config)
+    # ranks of an expert-parallel group on one node. If nodes cut through groups, it is the smallest
+    # share, because other ranks have to wait for the rank with most bytes between nodes
+    local_ranks = math.gcd(ep, ranks_per_node)
+    # choices of the (primary) gate for this rank's tokens; a chosen group turns one row into k
+    samples = layout.samples_per_rank * layout.grad_accum_steps
+    assignments = samples * uses * rows / (choice.k if choice.has_groups else 1)
+    tokens = assignments / choice.k
+    near_rows, far_rows = rows_sent_per_token(dispatcher, choice, ep, local_ranks)
+
+    wire_bytes = 2 if config.mesh.comm_dtype == "bf16" else width
+    row_bytes = model_dim(config) * wire_bytes
+    # rows to groups carry the position of their word and their sample, for the gates of the groups
+    key_bytes = 2 * INDEX_BYTES if choice.has_groups else 0
+    # all_to_all sends each assignment's weight, dedup also its place and its expert; the weight's
+    # gradient returns
+    assignment_bytes = FLOAT_BYTES if dispatcher == "all_to_all" else FLOAT_BYTES + 8
+    round_trip_bytes = assignment_bytes + FLOAT_BYTES
+    near_assignment_bytes = assignments * (local_ranks - 1) / ep * round_trip_bytes
+    far_assignment_bytes = assignments * (ep - local_ranks) / ep * round_trip_bytes
+
+    num_hops = 2 if dispatcher == "dedup_node" else 1
+    num_exchanges = num_hops * layout.grad_accum_steps * uses
+    # counts, rows, weights and two gradients; dedup sends assignments apart, groups send keys
+    calls_per_dispatch = 5 + (dispatcher != "all_to_all") + choice.has_groups
+    dispatch = Traffic(
+        "dispatch",
+        "dispatch",
+        tokens * near_rows * (2 * row_bytes + key_bytes) + near_assignment_bytes,
+        tokens * far_rows * (2 * row_bytes + key_bytes) + far_assignment_bytes,
+        num_exchanges * calls_per_dispatch,
+    )
+    combine = Traffic(
+        "dispatch",
+        "combine",
+        2 * tokens * near_rows * row_bytes,
+        2 * tokens * far_rows * row_bytes,
+        2 * num_exchanges,
+    )
+    return [dispatch, combine]
+
+
+def rows_sent_per_token(
+    dispatcher: str, choice: GateChoice, ep: int, local_ranks: int
+) -> tuple[float, float]:
+    """Returns how many rows an average token sends to other ranks.
+
+    With V(b) = `expected_blocks_visited`, the average number of b blocks of experts that a token
+    visits:
+
+      all_to_all   k / ep rows to each rank: a row per chosen expert
+      dedup_rank   V(ep) / ep rows to each rank: a row if the rank has a chosen expert
+      dedup_node   V(nodes) / nodes rows to each other node. A rank there forwards the row to the
+                   other ranks of the node that have a chosen expert: V(ep) / nodes ranks per node,
+                   less the one that has the row already. In its own node a token sends V(ep) / ep
+                   rows to each other rank.
+
+    Args:
+        dispatcher: "all_to_all", "dedup_rank" or "dedup_node".
+        choice: The choice of the gate for a token.
+        ep: Expert-parallel degree.
+        local_ranks: Ranks of an expert-parallel group on one node.
+
+    Returns:
+        Rows to other ranks of its node, and rows to other nodes.
+    """
+    if dispatcher == "dedup_node":
+        nodes = ep // local_ranks
+        visited_ranks = expected_blocks_visited(choice.num_choices, choice.k, ep)
+        visited_nodes = expected_blocks_visited(choice.num_choices, choice.k, nodes)
+        rows_per_node = visited_nodes / nodes
+        far_rows = (nodes - 1) * rows_per_node
+        forwarded_rows = (nodes - 1) * (visited_ranks / nodes - rows_per_node)
+        near_rows = forwarded_rows + (local_ranks - 1) * visited_ranks / ep
+        return near_rows, far_rows
+    if dispatcher == "dedup_rank":
+        rows_per_rank = expected_blocks_visited(choice.num_choices, choice.k, ep) / ep
     else:
-        each = expected_blocks_visited(num, k, ep) / ep if kind == "dedup_rank" else k / ep
-        far, near = (ep - ranks) * each, (ranks - 1) * each
-    about = FLOAT if kind == "all_to_all" else FLOAT + 8  # weight; place and expert
-    key = 2 * INDEX_BYTES if grouped else 0
-    weights = [
-        assignments * part / ep * (about + FLOAT) for part in (ranks - 1, ep - ranks)
-    ]  # there, and its gradient
-    wire = 2 if config.mesh.comm_dtype == "bf16" else width
-    row = model_dim(config) * wire
-    calls = (2 if kind == "dedup_node" else 1) * layout.grad_accum_steps * uses
-    return [
-        Traffic(
-            "dispatch",
-            "dispatch",
-            tokens * near * (2 * row + key) + weights[0],
-            tokens * far * (2 * row + key) + weights[1],
-            calls * (5 + (kind != "all_to_all") + grouped),
-        ),
-        Traffic("dispatch", "combine", 2 * tokens * near * row, 2 * tokens * far * row, 2 * calls),
-    ]
+        rows_per_rank = choice.k / ep
+    return (local_ranks - 1) * rows_per_rank, (ep - local_ranks) * rows_per_rank
+
+
+def ring_traffic(
+    part: str, name: str, num_bytes: float, ranks: int, local_ranks: int, calls: float
+) -> Traffic:
+    """Returns the traffic of rings over `ranks` ranks.
+
+    Each rank sends (ranks - 1) / ranks of the bytes to the next rank.
+    If the ring leaves the node, one of every `local_ranks` steps crosses to the next node.
+
+    Args:
+        part: See `Traffic`.
+        name: See `Traffic`.
+        num_bytes: Bytes of a reduce-scatter or an all-gather; twice the size of the tensor for an
+            all-reduce.
+        ranks: Ranks of the ring.
+        local_ranks: Ranks of the ring on each node.
+        calls: Number of collective calls.
+
+    Returns:
+        The traffic of an average rank.
+    """
+    sent_bytes = num_bytes * (ranks - 1) / ranks
+    inter_node_bytes = sent_bytes / local_ranks if ranks > local_ranks else 0.0
+    return Traffic(part, name, sent_bytes - inter_node_bytes, inter_node_bytes, calls, ring=True)
 
 
 def reduction_traffic(
     plain: nn.Module,
     config: Config,
     layout: BatchLayout,
-    per_node: int,
+    ranks_per_node: int,
     ds: dict[str, Any],
     routings: int,
 ) -> list[Traffic]:
-    """What sums and copies over ranks send in a step: dense gradients and weights by ZeRO, experts between replicas,
-    rows of a vocabulary, balance losses (a few numbers: calls alone)."""
-    stage, world, ep, acc = (
-        ds["zero_optimization"]["stage"],
-        layout.world,
-        config.mesh.ep,
-        layout.grad_accum_steps,
-    )
-    width, kind = bytes_per_element(ds), param_kinds(plain)
-    if world == 1:
+    """Returns the traffic of a step without dispatch and combine: reductions and parameters.
+
+    Args:
+        plain: The plain model.
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch.
+        ranks_per_node: Ranks on each node.
+        ds: The DeepSpeed config.
+        routings: Reductions of balance losses in one micro-batch.
+
+    Returns:
+        Traffic by purpose; empty for one rank.
+    """
+    if layout.world == 1:
         return []
+    local_ranks = min(ranks_per_node, layout.world)
+    # a few numbers each, of which the calls alone count; 3 for the loss and the norm
+    calls = layout.grad_accum_steps * routings + 3
+    scalars = ring_traffic("rest", "balance, loss and norm", 0, layout.world, local_ranks, calls)
+    return [
+        scalars,
+        *_dense_traffic(plain, layout, local_ranks, ds),
+        *_replica_traffic(plain, config, layout, ranks_per_node, ds),
+        *_row_traffic(plain, config, layout, local_ranks),
+    ]
 
-    def ring(part: str, what: str, num_bytes: float, size: int, near: int, calls: float) -> Traffic:
-        sent = num_bytes * (size - 1) / size
-        between = sent / near if size > near else 0.0
-        return Traffic(part, what, sent - between, between, calls, ring=True)
 
-    near = min(per_node, world)
-    dense = sum(plain.get_parameter(name).numel() for name in kind if kind[name] == "dense")
-    times = acc if stage >= 2 else 1
-    told = [ring("rest", "balance, loss and norm", 0, world, near, acc * routings + 3)]
-    if stage == 3:
-        gathers = (
-            2 if dense > 10**9 else 1
-        )  # DeepSpeed keeps so many elements from forward to backward
-        modules = len({name.rpartition(".")[0] for name in kind if kind[name] == "dense"})
-        told += [ring("rest", "gradients", dense * FLOAT * times, world, near, times)]
-        told += [
-            ring(
-                "rest",
-                "weights",
-                gathers * dense * width * acc,
-                world,
-                near,
-                gathers * modules * acc,
+def _dense_traffic(
+    plain: nn.Module, layout: BatchLayout, local_ranks: int, ds: dict[str, Any]
+) -> list[Traffic]:
+    """Returns the traffic of dense gradients and weights by ZeRO stage.
+
+    Stages 0 to 2 all-reduce the gradients, from stage 2 on after each micro-batch, and stages 1 and
+    2 all-gather the updated weights. Stage 3 reduce-scatters gradients, and all-gathers weights
+    module by module in forward, and once more in backward if they are too many to be kept.
+    """
+    stage = ds["zero_optimization"]["stage"]
+    world = layout.world
+    num_micro_batches = layout.grad_accum_steps
+    num_reductions = num_micro_batches if stage >= 2 else 1
+    elements = num_elements(params_of_kind(plain, "dense"))
+    weight_bytes = elements * bytes_per_element(ds)
+    gradient_bytes = elements * FLOAT_BYTES * num_reductions
+    if stage < 3:
+        traffic = [
+            ring_traffic(
+                "rest", "gradients", 2 * gradient_bytes, world, local_ranks, num_reductions
             )
         ]
-    else:
-        told += [ring("rest", "gradients", 2 * dense * FLOAT * times, world, near, times)]
-        told += [ring("optimizer", "weights", dense * width, world, near, 1)] if stage else []
-    replicas = world // ep
-    if replicas > 1 and moe_section(config):
-        mine = param_memory(plain, config, layout, ds)
-        experts = mine["experts"]["parameters"] + mine["gates"]["parameters"]
-        calls = replicas * sum(each in ("experts", "gates") for each in kind.values())
-        of_node = max(1, per_node // ep)  # replicas
-        told += [
-            ring("optimizer", "expert gradients", experts * FLOAT, replicas, of_node, calls),
-            ring("optimizer", "expert weights", experts * width, replicas, of_node, calls),
-        ]
-    if rows := touched_row_bytes(plain, config):
-        told += [
-            ring(
-                "optimizer",
-                "rows",
-                2 * rows,
-                world,
-                near,
-                2 * sum(each == "rows" for each in kind.values()),
+        if stage > 0:
+            traffic.append(
+                ring_traffic("optimizer", "weights", weight_bytes, world, local_ranks, 1)
             )
-        ]
-    return told
+        return traffic
+    gathers = 2 if elements > ZERO3_MAX_LIVE_ELEMENTS else 1
+    calls = gathers * _num_dense_modules(plain) * num_micro_batches
+    gathered_bytes = gathers * weight_bytes * num_micro_batches
+    return [
+        ring_traffic("rest", "gradients", gradient_bytes, world, local_ranks, num_reductions),
+        ring_traffic("rest", "weights", gathered_bytes, world, local_ranks, calls),
+    ]
+
+
+def _replica_traffic(
+    plain: nn.Module,
+    config: Config,
+    layout: BatchLayout,
+    ranks_per_node: int,
+    ds: dict[str, Any],
+) -> list[Traffic]:
+    """Returns the traffic between replicas of experts: gradients to owners, weights back."""
+    ep = config.mesh.ep
+    replicas = layout.world // ep
+    if replicas == 1 or not moe_section(config):
+        return []
+    by_kind = param_memory(plain, config, layout, ds)
+    elements = by_kind["experts"].parameters + by_kind["gates"].parameters
+    calls = replicas * len(params_of_kind(plain, "experts", "gates"))
+    local_replicas = max(1, ranks_per_node // ep)
+    gradient_bytes = elements * FLOAT_BYTES
+    weight_bytes = elements * bytes_per_element(ds)
+    return [
+        ring_traffic(
+            "optimizer", "expert gradients", gradient_bytes, replicas, local_replicas, calls
+        ),
+        ring_traffic("optimizer", "expert weights", weight_bytes, replicas, local_replicas, calls),
+    ]
+
+
+def _row_traffic(
+    plain: nn.Module, config: Config, layout: BatchLayout, local_ranks: int
+) -> list[Traffic]:
+    """Returns the traffic of gradients of vocabulary matrices that are updated by row."""
+    row_bytes = touched_row_bytes(plain, config)
+    if not row_bytes:
+        return []
+    calls = 2 * len(params_of_kind(plain, "rows"))
+    return [ring_traffic("optimizer", "rows", 2 * row_bytes, layout.world, local_ranks, calls)]
+
+
+def _num_dense_modules(plain: nn.Module) -> int:
+    """Returns the number of modules with dense parameters; ZeRO 3 gathers each in one call."""
+    modules = set()
+    for name, kind in param_kinds(plain).items():
+        if kind == "dense":
+            modules.add(name.rpartition(".")[0])
+    return len(modules)
 
 
 def touched_row_bytes(plain: nn.Module, config: Config) -> float:
-    """Bytes of the gradient of the rows that a step touches, with a byte for every word that tells of them."""
+    """Returns the bytes of the gradient rows that a step touches in the vocabulary matrices.
+
+    The embedding has a row per distinct word read, the softmax a row and a bias per distinct word
+    scored (targets and negative samples). Each matrix also reduces one byte per word of the
+    vocabulary that marks touched rows.
+    """
     model = config.model
     if not isinstance(model, LSTMConfig) or model.softmax_samples is None:
         return 0
-    size = config.data.vocabulary_size  # type: ignore[union-attr]
+    vocabulary_size = config.data.vocabulary_size  # type: ignore[union-attr]
     words = config.batch.global_batch_size * config.batch.seq_len
-    read, scored = (
-        expected_distinct_words(size, n) for n in (words, words + model.softmax_samples)
-    )
-    return FLOAT * (read * model.dim + scored * (model.dim + 1)) + 2 * size
+    read_rows = expected_distinct_words(vocabulary_size, words)
+    scored_rows = expected_distinct_words(vocabulary_size, words + model.softmax_samples)
+    elements = read_rows * model.dim + scored_rows * (model.dim + 1)
+    return FLOAT_BYTES * elements + 2 * vocabulary_size
 
 
 def step_traffic(
-    plain: Any, config: Config, layout: BatchLayout, per_node: int, ds: dict[str, Any]
+    plain: Any, config: Config, layout: BatchLayout, ranks_per_node: int, ds: dict[str, Any]
 ) -> list[Traffic]:
-    """All that a rank sends in a step."""
-    uses, rows = num_moe_uses(plain, config), expert_rows_per_sample(plain, config)
-    routings = (
-        uses
-        if isinstance(config.model, LSTMConfig)
-        else sum(b.routes for b in plain.encoder.blocks)
-    )
-    balance = 6 if moe_section(config) and gate_choices(config)[2] else 1  # sums for each routing
-    sent = dispatch_traffic(config, layout, per_node, uses, bytes_per_element(ds), rows)
-    return sent + reduction_traffic(plain, config, layout, per_node, ds, routings * balance)
+    """Returns all traffic of an average rank in a step.
+
+    Args:
+        plain: The plain model.
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch.
+        ranks_per_node: Ranks on each node.
+        ds: The DeepSpeed config.
+
+    Returns:
+        Traffic by purpose.
+    """
+    uses = num_moe_uses(plain, config)
+    rows = expert_rows_per_sample(plain, config)
+    if isinstance(config.model, LSTMConfig):
+        routings = uses
+    else:
+        routings = sum(block.routes for block in plain.encoder.blocks)
+    if moe_section(config) and gate_choice(config).has_groups:
+        routings *= 6  # reductions of one hierarchical routing
+    width = bytes_per_element(ds)
+    return [
+        *dispatch_traffic(config, layout, ranks_per_node, uses, width, rows),
+        *reduction_traffic(plain, config, layout, ranks_per_node, ds, routings),
+    ]
+
+
+# The whole step
 
 
 def step_seconds(
     plain: Any,
     config: Config,
     layout: BatchLayout,
-    per_node: int,
+    ranks_per_node: int,
     ds: dict[str, Any],
-    own: RankCost,
+    rank_cost: RankCost,
     machine: Machine,
 ) -> tuple[dict[str, float], list[Traffic]]:
-    """(Seconds of a step by part, what is sent). Of rows that travel in C pieces while experts run, all but a C-th part
-    of the shorter of the two is hidden; of rows in one piece the last of their four ways, behind gradients of weights,
-    which are a third of the experts' work."""
-    sent = step_traffic(plain, config, layout, per_node, ds)
-    told = {part: own.seconds.get(part, 0.0) for part in PARTS}
-    for each in sent:
-        told[each.part] += each.seconds(machine, math.ceil(layout.world / per_node))
-    kind = dispatcher_of(config, per_node)
-    pieces = num_overlap_chunks(config.mesh, crosses_nodes=per_node % config.mesh.ep != 0)
-    if kind != "local" and pieces:
-        rows, experts = told["dispatch"], told["experts"]
-        parts = (
-            pieces if kind == "all_to_all" and not gate_choices(config)[2] else 1
-        )  # rows to groups go in one
-        told["dispatch"] -= max(min(rows / 4, experts / 3), min(rows, experts) * (1 - 1 / parts))
-    return told, sent
+    """Estimates the seconds of a step.
+
+    Args:
+        plain: The plain model.
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch.
+        ranks_per_node: Ranks on each node.
+        ds: The DeepSpeed config.
+        rank_cost: The work of one rank without communication.
+        machine: The links.
+
+    Returns:
+        Seconds by part of `metric_keys.PARTS`, and the traffic.
+    """
+    traffic = step_traffic(plain, config, layout, ranks_per_node, ds)
+    num_nodes = math.ceil(layout.world / ranks_per_node)
+    seconds = {part: rank_cost.seconds.get(part, 0.0) for part in PARTS}
+    for messages in traffic:
+        seconds[messages.part] += messages.seconds(machine, num_nodes)
+
+    dispatcher = layout_dispatcher(config, ranks_per_node)
+    crosses_nodes = ranks_per_node % config.mesh.ep != 0  # some group does, and others wait for it
+    num_chunks = num_overlap_chunks(config.mesh, crosses_nodes)
+    if dispatcher != "local" and num_chunks:
+        # only all_to_all cuts its rows, and not those to groups of experts
+        if dispatcher != "all_to_all" or gate_choice(config).has_groups:
+            num_chunks = 1
+        seconds["dispatch"] -= overlapped_s(seconds["dispatch"], seconds["experts"], num_chunks)
+    return seconds, traffic
+
+
+def overlapped_s(dispatch_s: float, experts_s: float, num_chunks: int) -> float:
+    """Returns the seconds of dispatch and combine during which experts run.
+
+    Two kinds of overlap exist, and the larger one counts:
+
+      weight gradients   the last of four transfers (dispatch and combine, forward
+                         and backward) runs while experts compute the gradients of their weights, a
+                         third of their work
+      chunks             rows in C chunks travel while experts compute other chunks: of the shorter
+                         of the two all but the first chunk is hidden, (1 - 1 / C) of it
+
+    For example, dispatch of 560 ms and experts of 500 ms in 4 chunks: max(min(140, 167), 500 x
+    3/4) = 375 ms.
+
+    Args:
+        dispatch_s: Seconds of dispatch and combine without overlap.
+        experts_s: Seconds of the experts.
+        num_chunks: C; 1 for rows that travel in one piece.
+
+    Returns:
+        Seconds, at most `dispatch_s`.
+    """
+    behind_weight_gradients_s = min(dispatch_s / 4, experts_s / 3)
+    in_chunks_s = min(dispatch_s, experts_s) * (1 - 1 / num_chunks)
+    return max(behind_weight_gradients_s, in_chunks_s)
 
 
 def rank_memory(
-    plain: Any, config: Config, layout: BatchLayout, ds: dict[str, Any], own: RankCost
+    plain: Any, config: Config, layout: BatchLayout, ds: dict[str, Any], rank_cost: RankCost
 ) -> dict[str, int]:
-    """Bytes of a rank by kind."""
-    of = param_memory(plain, config, layout, ds)
-    named = (
-        ("weights", "weights"),
-        ("masters", "masters"),
-        ("optimizer state", "state"),
-        ("gradients", "gradients"),
-    )
-    return {kind: sum(each[key] for each in of.values()) for kind, key in named} | own.bytes
+    """Returns the bytes that one rank holds, by kind.
+
+    Args:
+        plain: The plain model.
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch.
+        ds: The DeepSpeed config.
+        rank_cost: The rank's other bytes.
+
+    Returns:
+        Bytes by kind, first the parameters' kinds.
+    """
+    memories = param_memory(plain, config, layout, ds).values()
+    memory_bytes = {
+        "weights": sum(memory.weights for memory in memories),
+        "masters": sum(memory.masters for memory in memories),
+        "optimizer state": sum(memory.state for memory in memories),
+        "gradients": sum(memory.gradients for memory in memories),
+    }
+    return memory_bytes | rank_cost.memory_bytes

@@ -1,25 +1,53 @@
-"""Measures what a plan needs of this machine: a rank's own work and memory, and what ranks say to each other.
+"""Short measurements of this machine from which the cost of every layout is computed.
 
-No layout is run; three kinds of short runs stand for all:
-  alone     for each expert-parallel degree, a world of one trains on a rank's share of the batch with a rank's share of
-            the experts, as if others sent what it sends itself (`parallel.echo`). As many of them as a node has ranks
-            run side by side, each as another rank, for they share the machine as ranks do
-  together  for each ZeRO stage, those of the highest degree form one world, which sums gradients, and each still sends
-            rows to itself. What they take beyond what is reckoned for them, mostly waiting for the slowest, is divided
-            by their calls: the stage's addition to each call. Once more, each sends when all are there: an exchange's
-  talk      as many processes time a sum and an all-to-all of two sizes
+No layout is trained as a whole. Four kinds of short runs, each with a dataclass for its result,
+stand for all layouts:
+
+  links        As many processes as a node has ranks time an all-reduce and an all-to-all of a small
+               and of a large tensor (`Links`).
+  single rank  For each expert-parallel degree, a world of one trains on one rank's share of the
+               batch and of the experts (`ShortRun`). In loopback (`distributed.loopback`) it
+               receives the rows that it sends, so it has the work of a rank of that layout without
+               communication. As many such worlds as a node has ranks run at the same time, because
+               ranks share the caches and the memory of the machine too.
+  ZeRO stage   For each stage, single ranks of the largest degree form one data-parallel world that
+               reduces gradients, each still in loopback for its rows. The time beyond the estimate
+               for that world, mostly waiting for the slowest rank, is divided by the number of
+               calls (`ZeroStageOverhead`).
+  wait         The same world once more, and each rank waits in each all-to-all until all ranks have
+               arrived. The additional time of dispatch is the wait for the slowest rank (seconds).
+
+The cost of one rank of a layout (`RankCost`) is then, by part of the step:
+
+  gate, experts     as the single rank measured
+  dispatch          single rank + wait - calls x latency of an all-to-all (the estimate of traffic
+                    counts it already)
+  rest              single rank + overhead of the stage per call x calls of the layout
+  optimizer         single rank x (bytes that the layout's update moves / bytes that the single
+                    rank's update moves) + overhead of the stage per call x calls of the layout
+
+Worked example: lstm_moe_demo on two ranks, ep 1 and ep 2, ZeRO 1; the measured seconds are made up.
+  single rank, ep 2    experts 4.0, rest 9.0, optimizer 0.8
+  single rank, ep 1    experts 6.0, rest 10.0, optimizer 1.0 (it holds twice the experts)
+  ZeRO 1 world         two ranks with 32 experts each: rest 11.0, optimizer 9.0 more than estimated.
+                       rest is 2.0 above 9.0. The update makes 9 calls (weights of dense parameters
+                       once; gradients and weights of 2 expert matrices in 2 replicas, 8 times), so
+                       the overhead is 9.0 / 9 = 1.0 per call.
+  layout ep 2, ZeRO 1  experts 4.0; rest 9.0 + 2.0 = 11.0; optimizer 0.8 x (moved bytes' ratio) + 1
+                       call x 1.0
+  layout ep 1, ZeRO 1  experts 6.0; rest 10.0 + 2.0 = 12.0; optimizer 1.0 x (ratio) + 9 calls x 1.0
+(`test_parts_are_put_together_by_layout` of tests/unit/planner holds these numbers.)
 """
 
 import contextlib
 import io
-import itertools
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -34,6 +62,7 @@ from moe_dist.distributed.loopback import loopback_mesh
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.deepspeed import import_deepspeed
 from moe_dist.engine.ds_config import read_ds_config
+from moe_dist.monitoring.metric_format import format_bytes
 from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.planner.cost_model import (
     Link,
@@ -44,63 +73,156 @@ from moe_dist.planner.cost_model import (
     step_traffic,
     update_bytes,
 )
+from moe_dist.planner.search import LayoutKey
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.metric_accumulator import peak_memory
-from moe_dist.training.model_stats import activation_bytes, bytes_per_element, dispatcher_of
+from moe_dist.training.model_stats import activation_bytes, bytes_per_element, layout_dispatcher
 from moe_dist.training.setup import set_up, train_step
 
-WARMUP_STEPS, TIMED_STEPS = 6, 18  # steps
-COLLECTIVE_REPEATS = 30  # of a collective
-LARGE_MESSAGE = 2**21  # elements of one
-OTHER_MEMORY = "activations and buffers"  # all that a rank has held beside what counts name
-Key = tuple[int, int]  # expert-parallel degree, ZeRO stage
-Ran = dict[str, Any]  # of `run_short_training`
+WARMUP_STEPS = 6
+TIMED_STEPS = 18
+COLLECTIVE_REPEATS = 30
+LARGE_MESSAGE = 2**21  # float32 elements of a large collective
+LINKS_TIMEOUT_S = 300
+TRAINING_TIMEOUT_S = 600
+DATA_TIMEOUT_S = 7 * 86400  # data of any size may be read for the first time
+OTHER_MEMORY = "activations and buffers"  # kind of all measured bytes that no count names
+
+
+@dataclass(frozen=True)
+class Links:
+    """The links of a node.
+
+    Attributes:
+        rows: All-to-all.
+        sums: All-reduce.
+    """
+
+    rows: Link
+    sums: Link
+
+
+@dataclass(frozen=True)
+class ShortRun:
+    """A short training as one rank measured it.
+
+    Attributes:
+        seconds: Median seconds of a step by part.
+        step_s: Median seconds of a whole step.
+        library_bytes: Peak memory when all libraries were imported, before the training.
+        training_bytes: Peak memory beyond `library_bytes`. On CUDA both are counted by torch's
+            allocator.
+    """
+
+    seconds: dict[str, float]
+    step_s: float
+    library_bytes: float
+    training_bytes: float
+
+
+@dataclass(frozen=True)
+class ZeroStageOverhead:
+    """The cost that a ZeRO stage adds to the estimate.
+
+    Attributes:
+        seconds_per_call: Seconds for each call by part; without parts that have no calls.
+        memory_bytes: Bytes of a rank.
+    """
+
+    seconds_per_call: dict[str, float]
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class SingleRank:
+    """A world of one that stands for one rank of an expert-parallel degree.
+
+    Attributes:
+        ep: The expert-parallel degree.
+        config: The config that it trains in loopback: a rank's share of the batch, and all experts,
+            of which the loopback mesh leaves it one rank's share.
+    """
+
+    ep: int
+    config: Config
+
+    @property
+    def counted_config(self) -> Config:
+        """The config with the counts of this rank: its share of the experts, and k = 1."""
+        return _shrink_experts(self.config, self.ep)
+
+    def repeated(self, ranks: int, zero_stage: int) -> Config:
+        """Returns the config of a world of `ranks` such ranks with the same share of the batch."""
+        global_batch_size = self.config.batch.global_batch_size * ranks
+        return override(
+            self.config,
+            [f"zero_stage={zero_stage}", f"batch.global_batch_size={global_batch_size}"],
+        )
 
 
 def run_short_training(
-    config: Config, echo: int | None = None, first: int = 0, waits: bool = False
-) -> Ran:
-    """By a rank of any world: {"seconds": of a step by part, medians; "step": the median of whole ones; "libraries",
-    "bytes": the most that it has held when all is imported, and beside that (on CUDA by torch's allocator)}. `echo`:
-    a degree whose other ranks do not exist; this is one of them, from rank `first` on, and `waits` where it sends."""
+    config: Config, loopback_ep: int | None = None, first_rank: int = 0, waits: bool = False
+) -> ShortRun:
+    """Trains a few steps and measures them. Every rank of a world calls it.
+
+    Args:
+        config: The config; its expert-parallel ranks exist unless `loopback_ep` is given.
+        loopback_ep: An expert-parallel degree whose other ranks do not exist: this rank sends rows
+            to itself.
+        first_rank: In loopback, the expert-parallel rank that the world's rank 0 stands for.
+        waits: In loopback, True if each all-to-all waits until all ranks of the world have arrived.
+
+    Returns:
+        The measurement of this rank.
+    """
     import_deepspeed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    libraries = peak_memory(device)
+    library_bytes = peak_memory(device)
     mesh = meshes.init_distributed(config.mesh.ep)
-    if echo is not None:
-        mesh = loopback_mesh(mesh, echo, (first + mesh.dp.index) % echo, waits)
-    with contextlib.redirect_stdout(io.StringIO()):  # its notes
+    if loopback_ep is not None:
+        ep_rank = (first_rank + mesh.dp.index) % loopback_ep
+        mesh = loopback_mesh(mesh, loopback_ep, ep_rank, waits)
+    with contextlib.redirect_stdout(io.StringIO()):  # the plan prints the same notes once
         training = set_up(config, read_ds_config(config), mesh)
-    steps = []
+    step_parts = []
     for step in range(1, WARMUP_STEPS + TIMED_STEPS + 1):
         with mesh.step_timer.step():
             for _ in train_step(training, step):
                 pass
-        steps.append(mesh.step_timer.read_and_reset())
-    held = peak_memory(device) - libraries
+        step_parts.append(mesh.step_timer.read_and_reset())
+    training_bytes = peak_memory(device) - library_bytes
     meshes.shutdown()
-    of_parts = {
-        part: statistics.median(each[part] for each in steps[WARMUP_STEPS:]) for part in PARTS
-    }
-    whole = statistics.median(sum(each.values()) for each in steps[WARMUP_STEPS:])
-    return {"seconds": of_parts, "step": whole, "libraries": libraries, "bytes": held}
+    timed = step_parts[WARMUP_STEPS:]
+    seconds = {part: statistics.median(parts[part] for parts in timed) for part in PARTS}
+    step_s = statistics.median(sum(parts.values()) for parts in timed)
+    return ShortRun(seconds, step_s, library_bytes, training_bytes)
 
 
 def adopt_data_sizes(config: Config, explicit: Collection[str]) -> Config:
-    """Returns the config as its data determines it, found in a process of its own. `explicit`: as in `set_up`.
+    """Returns the config with the sizes that its data determines.
+
+    A process of its own opens the data.
+
+    Args:
+        config: The config.
+        explicit: Dotted keys that keep their values, as in `set_up`.
+
+    Returns:
+        The config with the same expert-parallel degree.
 
     Raises:
-        ValueError: The data is not here, or cannot be used.
+        ValueError: The data is not on this machine, or cannot be used.
     """
     task_of(config).check_data(config, True, explicit)
-    of_one = override(config, ["mesh.ep=1"])
-    return override(
-        run_distributed(_adopt_data_sizes, 1, of_one, explicit, timeout=7 * 86400)[0],
-        [f"mesh.ep={config.mesh.ep}"],
+    on_one_rank = override(config, ["mesh.ep=1"])
+    (adopted,) = run_distributed(
+        _adopt_data_sizes, 1, on_one_rank, explicit, timeout=DATA_TIMEOUT_S
     )
+    return override(adopted, [f"mesh.ep={config.mesh.ep}"])
 
 
 def _adopt_data_sizes(config: Config, explicit: Collection[str]) -> Config:
+    """Opens the data in a world of one."""
     mesh = meshes.init_distributed(1)
     task = task_of(config)(config, make_batch_layout(config, 1), mesh, None, explicit)
     meshes.shutdown()
@@ -110,208 +232,321 @@ def _adopt_data_sizes(config: Config, explicit: Collection[str]) -> Config:
 
 
 def calibrate(
-    layouts: list[tuple[Config, BatchLayout]], per_node: int, memory_of_rank: int, between: Link
-) -> tuple[Machine, dict[Key, RankCost]]:
-    """This machine, and what a rank does and holds by itself in each of all legal layouts of one config, by degree and
-    stage. `between`: the link between nodes.
+    layouts: list[tuple[Config, BatchLayout]],
+    ranks_per_node: int,
+    memory_per_rank: int,
+    inter_node: Link,
+) -> tuple[Machine, dict[LayoutKey, RankCost]]:
+    """Measures this machine and computes the cost of one rank for each layout.
 
-    Raises ValueError for data that is not here, or a model of which no share fits.
+    Args:
+        layouts: All legal layouts of one config, by degree, then by stage.
+        ranks_per_node: Ranks of a node, which run here.
+        memory_per_rank: Bytes.
+        inter_node: The link between nodes, which cannot be measured on one machine.
+
+    Returns:
+        This machine, and the cost of one rank by expert-parallel degree and ZeRO stage. A degree
+        whose share does not fit is given the times of the nearest degree that fits.
+
+    Raises:
+        ValueError: The share of no degree fits in the memory.
     """
-    config, layout = layouts[0]
-    worlds = {
-        at.mesh.ep: _single_rank_config(at, layout, per_node) for at, _ in reversed(layouts)
-    }  # of the lowest stage
-    fits = {
-        ep: one
-        for ep, one in worlds.items()
-        if _min_bytes(_shrink_experts(one, ep)) < memory_of_rank
-    }
-    if not fits:
-        raise ValueError(
-            f"{config.name}: no rank's share of it can be trained here alone; use --gpu"
-        )
-    most, stages = max(fits), {_zero_stage(at) for at, _ in layouts}
-    number, runs = itertools.count(1), 2 + len(fits) + len(stages)
+    singles = _single_ranks_that_fit(layouts, ranks_per_node, memory_per_rank)
+    stages = {_zero_stage(config) for config, _ in layouts}
+    progress = _Progress(2 + len(singles) + len(stages))
 
-    def begin(what: str) -> None:
-        print(f"measuring, run {next(number)} of {runs}: {what}", file=sys.stderr, flush=True)
+    progress.begin("reductions and all-to-alls")
+    links = run_distributed(
+        benchmark_collectives, ranks_per_node, ranks_per_node, timeout=LINKS_TIMEOUT_S
+    )[0]
+    machine = Machine("this machine", memory_per_rank, links.rows, links.sums, inter_node)
 
-    begin("sums and exchanges")
-    rows, sums = run_distributed(benchmark_collectives, per_node, per_node, timeout=300)[0]
-    machine = Machine("this machine", memory_of_rank, rows, sums, between)
-    ran, added = {}, {}
-    for ep, one in fits.items():
-        begin(f"ranks of ep {ep}, each by itself")
-        ran[ep] = _run_single_ranks(one, ep, per_node)
+    runs: dict[int, ShortRun] = {}
+    for ep, single in singles.items():
+        progress.begin(f"single ranks of mesh.ep={ep}")
+        runs[ep] = _run_single_ranks(single, ranks_per_node)
+
+    largest = singles[max(singles)]
+    overheads: dict[int, ZeroStageOverhead] = {}
     for stage in stages:
-        begin(f"ZeRO stage {stage}")
-        added[stage] = _zero_stage_overhead(fits[most], most, stage, ran[most], per_node, machine)
-    begin("waiting for each other")
-    waited = _wait_overhead(fits[most], most, ran[most], per_node)
-    owns = {}
-    for at, _ in layouts:
-        ep, stage = at.mesh.ep, _zero_stage(at)
-        like = min(fits, key=lambda known: abs(math.log(known / ep)))
-        own = _rank_cost(at, layout, _shrink_experts(fits[like], like), ran[like])
-        calls = _calls_by_part(at, layout, per_node)
-        waits = {part: each * calls[part] for part, each in added[stage].seconds.items()}
-        waits["dispatch"] = waited - calls["dispatch"] * rows.latency if calls["dispatch"] else 0.0
-        owns[ep, stage] = RankCost(
-            _sum_by_key(own.seconds, waits), _sum_by_key(own.bytes, added[stage].bytes)
+        progress.begin(f"ZeRO stage {stage}")
+        overheads[stage] = _zero_stage_overhead(
+            largest, runs[largest.ep], stage, ranks_per_node, machine
         )
-    return machine, owns
+    progress.begin("waiting for the slowest rank")
+    wait_s = _wait_overhead(largest, runs[largest.ep], ranks_per_node)
+
+    costs = {}
+    for config, layout in layouts:
+        ep = config.mesh.ep
+        stage = _zero_stage(config)
+        nearest = min(singles, key=lambda measured_ep: abs(math.log(measured_ep / ep)))
+        alone = _rank_cost(config, layout, singles[nearest].counted_config, runs[nearest])
+        calls = _calls_by_part(config, layout, ranks_per_node)
+        costs[ep, stage] = _with_overheads(
+            alone, calls, overheads[stage], wait_s, links.rows.latency
+        )
+    return machine, costs
 
 
-def _rank_cost(config: Config, layout: BatchLayout, one: Config, ran: Ran) -> RankCost:
-    """Of a layout what was seen of `one`, with the part of the update that the layout leaves to a rank."""
-    moved = [
-        update_bytes(task_of(each).build_model(each), each, over, read_ds_config(each))
-        for each, over in ((config, layout), (one, make_batch_layout(one, 1)))
-    ]
-    update = {"optimizer": ran["seconds"]["optimizer"] * moved[0] / moved[1]}
-    beside = int(ran["bytes"]) - _counted_bytes(one, make_batch_layout(one, 1))
-    return RankCost(
-        ran["seconds"] | update, {OTHER_MEMORY: beside, "libraries": int(ran["libraries"])}
+class _Progress:
+    """Prints on stderr which of the runs is next."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.started = 0
+
+    def begin(self, name: str) -> None:
+        self.started += 1
+        print(f"measuring, run {self.started} of {self.total}: {name}", file=sys.stderr, flush=True)
+
+
+# The single rank
+
+
+def _single_ranks_that_fit(
+    layouts: list[tuple[Config, BatchLayout]], ranks_per_node: int, memory_per_rank: int
+) -> dict[int, SingleRank]:
+    """Returns a world of one for each degree whose share fits, the largest degree first."""
+    by_ep: dict[int, SingleRank] = {}
+    for config, layout in reversed(layouts):  # so that the lowest stage of each degree stays
+        ep = config.mesh.ep
+        by_ep[ep] = SingleRank(ep, _single_rank_config(config, layout, ranks_per_node))
+    fitting = {}
+    for ep, single in by_ep.items():
+        if _min_bytes(single.counted_config) < memory_per_rank:
+            fitting[ep] = single
+    if not fitting:
+        config, _ = layouts[0]
+        raise ValueError(
+            f"{config.name}: one rank's share needs more than {format_bytes(memory_per_rank)} at "
+            "any mesh.ep, so it cannot be trained here alone; use --gpu"
+        )
+    return fitting
+
+
+def _single_rank_config(config: Config, layout: BatchLayout, ranks_per_node: int) -> Config:
+    """Returns the config of a world of one with a rank's share of the batch."""
+    samples = layout.samples_per_rank
+    # a world of one has no nodes: loopback replaces dedup_node by dedup_rank
+    is_all_to_all = layout_dispatcher(config, ranks_per_node) == "all_to_all"
+    return override(
+        config,
+        [
+            "mesh.ep=1",
+            f"batch.global_batch_size={samples * layout.grad_accum_steps}",
+            f"mesh.dispatcher={'all_to_all' if is_all_to_all else 'dedup_rank'}",
+            f"batch.balance_loss_group_size={math.gcd(samples, layout.balance_loss_group_size)}",
+        ],
     )
-
-
-def _wait_overhead(one: Config, echo: int, ran: Ran, ranks: int) -> float:
-    """Seconds that a world of `ranks` waits in a step where each sends rows to itself when all are there."""
-    many = override(one, [f"batch.global_batch_size={one.batch.global_batch_size * ranks}"])
-    by_rank = run_distributed(run_short_training, ranks, many, echo, 0, True, timeout=600)
-    return max(each["seconds"]["dispatch"] for each in by_rank) - ran["seconds"]["dispatch"]
-
-
-def _zero_stage_overhead(
-    one: Config, echo: int, stage: int, ran: Ran, ranks: int, machine: Machine
-) -> RankCost:
-    """What a world of `ranks` takes at a ZeRO stage beyond what is reckoned for it, seconds for each call of a part:
-    each has as many experts, and their gradients are summed as if they were the same."""
-    many = override(
-        one,
-        [f"zero_stage={stage}", f"batch.global_batch_size={one.batch.global_batch_size * ranks}"],
-    )
-    by_rank = run_distributed(run_short_training, ranks, many, echo, timeout=600)
-    many, layout, ds = (
-        _shrink_experts(many, echo),
-        make_batch_layout(many, ranks),
-        read_ds_config(many),
-    )
-    plain, own = (
-        task_of(many).build_model(many),
-        _rank_cost(many, layout, _shrink_experts(one, echo), ran),
-    )
-    told, _ = step_seconds(plain, many, layout, ranks, ds, own, machine)
-    calls = _calls_by_part(many, layout, ranks)
-    took = {
-        part: (max(each["seconds"][part] for each in by_rank) - told[part]) / calls[part]
-        for part in ("rest", "optimizer")
-        if calls[part]
-    }
-    held = (
-        max(each["bytes"] for each in by_rank)
-        - _counted_bytes(many, layout)
-        - own.bytes[OTHER_MEMORY]
-    )
-    return RankCost(took, {OTHER_MEMORY: int(held)})
-
-
-def _calls_by_part(config: Config, layout: BatchLayout, per_node: int) -> dict[str, float]:
-    """Between ranks in a step, by part."""
-    sent = step_traffic(
-        task_of(config).build_model(config), config, layout, per_node, read_ds_config(config)
-    )
-    return {part: sum(each.calls for each in sent if each.part == part) for part in PARTS}
-
-
-def _sum_by_key(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Sums by key, none below zero."""
-    return {key: max(0, value + other.get(key, 0)) for key, value in one.items()}
-
-
-def _zero_stage(config: Config) -> int:
-    return read_ds_config(config)["zero_optimization"]["stage"]
-
-
-def _single_rank_config(config: Config, layout: BatchLayout, per_node: int) -> Config:
-    """A rank's share of the batch as a world of one, and the exchange of its layout."""
-    micro, kind = layout.samples_per_rank, dispatcher_of(config, per_node)
-    sets = ["mesh.ep=1", f"batch.global_batch_size={micro * layout.grad_accum_steps}"]
-    sets += [f"mesh.dispatcher={'all_to_all' if kind == 'all_to_all' else 'dedup_rank'}"]
-    sets += [f"batch.balance_loss_group_size={math.gcd(micro, layout.balance_loss_group_size)}"]
-    return override(config, sets)
 
 
 def _shrink_experts(config: Config, ep: int) -> Config:
-    """With as many experts as a rank of `ep` has."""
+    """Returns the config with num_experts / ep experts, num_groups / ep groups, and k = 1."""
     experts = moe_section(config)
     if not experts:
         return config
     section, moe = experts
-    groups = moe.num_groups if isinstance(moe, MoEConfig) else None
     sets = [f"{section}.num_experts={moe.num_experts // ep}", f"{section}.k=1"]
-    return override(
-        config, sets + ([] if groups is None else [f"{section}.num_groups={groups // ep}"])
+    if isinstance(moe, MoEConfig) and moe.num_groups is not None:
+        sets.append(f"{section}.num_groups={moe.num_groups // ep}")
+    return override(config, sets)
+
+
+def _run_single_ranks(single: SingleRank, ranks: int) -> ShortRun:
+    """Runs `ranks` worlds of one at the same time and returns the slowest.
+
+    On CUDA one world runs, because each rank has a GPU for itself.
+    """
+    num_worlds = 1 if torch.cuda.is_available() else ranks
+
+    def run_world(index: int) -> ShortRun:
+        return run_distributed(
+            run_short_training, 1, single.config, single.ep, index, timeout=TRAINING_TIMEOUT_S
+        )[0]
+
+    with ThreadPoolExecutor(num_worlds) as threads:
+        runs = list(threads.map(run_world, range(num_worlds)))
+    return max(runs, key=lambda run: run.step_s)
+
+
+def _rank_cost(
+    config: Config, layout: BatchLayout, measured: Config, short_run: ShortRun
+) -> RankCost:
+    """Returns the cost of one rank of a layout from a single rank's short run, without overheads.
+
+    The update's time is scaled by the bytes that it moves; everything else is as measured.
+
+    Args:
+        config: The config on the layout.
+        layout: The layout.
+        measured: The config whose counts are those of the single rank.
+        short_run: The single rank's measurement.
+
+    Returns:
+        Seconds by part, and bytes that no count names.
+    """
+    measured_layout = make_batch_layout(measured, 1)
+    layout_bytes = _update_bytes(config, layout)
+    measured_bytes = _update_bytes(measured, measured_layout)
+    optimizer_s = short_run.seconds["optimizer"] * layout_bytes / measured_bytes
+    other_bytes = int(short_run.training_bytes) - _counted_bytes(measured, measured_layout)
+    return RankCost(
+        short_run.seconds | {"optimizer": optimizer_s},
+        {OTHER_MEMORY: other_bytes, "libraries": int(short_run.library_bytes)},
     )
+
+
+# Overheads of many ranks
+
+
+def _zero_stage_overhead(
+    single: SingleRank, short_run: ShortRun, stage: int, ranks: int, machine: Machine
+) -> ZeroStageOverhead:
+    """Measures a world of `ranks` single ranks at a ZeRO stage and subtracts its estimate.
+
+    Each rank holds other experts, but for the world they are replicas: their gradients are reduced
+    all the same.
+    """
+    config = single.repeated(ranks, stage)
+    runs = run_distributed(run_short_training, ranks, config, single.ep, timeout=TRAINING_TIMEOUT_S)
+    counted = _shrink_experts(config, single.ep)
+    layout = make_batch_layout(counted, ranks)
+    ds = read_ds_config(counted)
+    plain = task_of(counted).build_model(counted)
+    alone = _rank_cost(counted, layout, single.counted_config, short_run)
+    estimated, _ = step_seconds(plain, counted, layout, ranks, ds, alone, machine)
+    calls = _calls_by_part(counted, layout, ranks)
+    seconds_per_call = {}
+    for part in ("rest", "optimizer"):
+        if calls[part]:
+            slowest_s = max(run.seconds[part] for run in runs)
+            seconds_per_call[part] = (slowest_s - estimated[part]) / calls[part]
+    most_bytes = max(run.training_bytes for run in runs)
+    added_bytes = most_bytes - _counted_bytes(counted, layout) - alone.memory_bytes[OTHER_MEMORY]
+    return ZeroStageOverhead(seconds_per_call, int(added_bytes))
+
+
+def _wait_overhead(single: SingleRank, short_run: ShortRun, ranks: int) -> float:
+    """Measures the seconds of a step in which all-to-alls wait for the slowest of `ranks` ranks."""
+    config = single.repeated(ranks, _zero_stage(single.config))
+    runs = run_distributed(
+        run_short_training, ranks, config, single.ep, 0, True, timeout=TRAINING_TIMEOUT_S
+    )
+    slowest_s = max(run.seconds["dispatch"] for run in runs)
+    return slowest_s - short_run.seconds["dispatch"]
+
+
+def _with_overheads(
+    alone: RankCost,
+    calls: dict[str, float],
+    overhead: ZeroStageOverhead,
+    wait_s: float,
+    dispatch_latency_s: float,
+) -> RankCost:
+    """Returns the cost of one rank among others; no cost is below zero, whatever the noise."""
+    added_s = {part: each * calls[part] for part, each in overhead.seconds_per_call.items()}
+    added_s["dispatch"] = 0.0
+    if calls["dispatch"]:
+        added_s["dispatch"] = wait_s - calls["dispatch"] * dispatch_latency_s
+    added_bytes = {OTHER_MEMORY: overhead.memory_bytes}
+    seconds = {}
+    for part, alone_s in alone.seconds.items():
+        seconds[part] = max(0, alone_s + added_s.get(part, 0))
+    memory_bytes = {}
+    for kind, alone_bytes in alone.memory_bytes.items():
+        memory_bytes[kind] = max(0, alone_bytes + added_bytes.get(kind, 0))
+    return RankCost(seconds, memory_bytes)
+
+
+# Counts
+
+
+def _calls_by_part(config: Config, layout: BatchLayout, ranks_per_node: int) -> dict[str, float]:
+    """Returns the number of collective calls of a step by part."""
+    plain = task_of(config).build_model(config)
+    calls = dict.fromkeys(PARTS, 0.0)
+    for messages in step_traffic(plain, config, layout, ranks_per_node, read_ds_config(config)):
+        calls[messages.part] += messages.calls
+    return calls
+
+
+def _update_bytes(config: Config, layout: BatchLayout) -> float:
+    """Returns the bytes that a rank's share of one optimizer update moves."""
+    plain = task_of(config).build_model(config)
+    return update_bytes(plain, config, layout, read_ds_config(config))
 
 
 def _counted_bytes(config: Config, layout: BatchLayout) -> int:
-    """Bytes of what counts name."""
+    """Returns the bytes of a rank's weights, masters, optimizer state and gradients."""
     plain = task_of(config).build_model(config)
-    return sum(
-        rank_memory(plain, config, layout, read_ds_config(config), RankCost({}, {})).values()
-    )
+    nothing_else = RankCost({}, {})
+    return sum(rank_memory(plain, config, layout, read_ds_config(config), nothing_else).values())
 
 
-def _min_bytes(one: Config) -> int:
-    """Bytes of a world of one: what counts name, and what is kept for backward."""
-    plain, layout = task_of(one).build_model(one), make_batch_layout(one, 1)
-    kept = activation_bytes(
-        plain, one, layout.samples_per_rank, bytes_per_element(read_ds_config(one))
-    )
-    return _counted_bytes(one, layout) + kept
+def _min_bytes(config: Config) -> int:
+    """Returns the bytes that a world of one needs: the counted bytes and the activations."""
+    plain = task_of(config).build_model(config)
+    layout = make_batch_layout(config, 1)
+    width = bytes_per_element(read_ds_config(config))
+    kept_bytes = activation_bytes(plain, config, layout.samples_per_rank, width)
+    return _counted_bytes(config, layout) + kept_bytes
 
 
-def _run_single_ranks(one: Config, echo: int, ranks: int) -> Ran:
-    """Of worlds of one that run at once, the slowest, for others wait for it; on CUDA one, alone on its GPU."""
-    many = 1 if torch.cuda.is_available() else ranks
-    with ThreadPoolExecutor(many) as threads:
-        worlds = threads.map(
-            lambda i: run_distributed(run_short_training, 1, one, echo, i, timeout=600), range(many)
-        )
-        return max((by_rank[0] for by_rank in worlds), key=lambda each: each["step"])
+def _zero_stage(config: Config) -> int:
+    """Returns the ZeRO stage of a config's DeepSpeed file."""
+    return read_ds_config(config)["zero_optimization"]["stage"]
 
 
-def benchmark_collectives(ranks: int) -> tuple[Link, Link]:
-    """Rows, and sums, by a rank of a world of `ranks`."""
+# Links
+
+
+def benchmark_collectives(ranks: int) -> Links:
+    """Measures the links of a node. Every rank of a world of `ranks` calls it."""
     mesh = meshes.init_distributed(ranks)
-    axis, device = mesh.ep, mesh.device
+    axis = mesh.ep
 
-    def rows(x: torch.Tensor) -> Any:
-        each = [len(x) // ranks] * ranks
-        return all_to_all_rows(x, each, each, axis, CommLabel("plan", "rows"))
+    def all_to_all(x: torch.Tensor) -> None:
+        rows_per_rank = [len(x) // ranks] * ranks
+        all_to_all_rows(x, rows_per_rank, rows_per_rank, axis, CommLabel("plan", "rows"))
 
-    links = []
-    for do, sent in (
-        (rows, (ranks - 1) / ranks),
-        (lambda x: all_reduce_sum(x, axis), 2 * (ranks - 1) / ranks),
-    ):
-        small, large = (
-            torch.zeros(n // ranks * ranks, device=device) for n in (ranks, LARGE_MESSAGE)
-        )
-        call, more = (_seconds(do, x) for x in (small, large))
-        links.append(Link(call, sent * large.nbytes / max(more - call, 1e-9)))
+    def all_reduce(x: torch.Tensor) -> None:
+        all_reduce_sum(x, axis)
+
+    # fraction of a tensor's bytes that a rank sends: all but its own share, in a ring all-reduce
+    # twice
+    rows = _measure_link(all_to_all, (ranks - 1) / ranks, ranks, mesh.device)
+    sums = _measure_link(all_reduce, 2 * (ranks - 1) / ranks, ranks, mesh.device)
     meshes.shutdown()
-    return links[0], links[1]
+    return Links(rows, sums)
 
 
-def _seconds(do: Callable[[torch.Tensor], Any], x: torch.Tensor) -> float:
-    """Of a call, the median."""
-    took = []
+def _measure_link(
+    collective: Callable[[torch.Tensor], None],
+    sent_fraction: float,
+    ranks: int,
+    device: torch.device,
+) -> Link:
+    """Returns the latency (time for a small tensor) and the bandwidth (from a large tensor).
+
+    For example on two ranks: an all-to-all of 2 elements takes 0.1 ms, of 8.4 MB takes 4.3 ms; half
+    of the bytes leave a rank, so the bandwidth is 4.2 MB / 4.2 ms = 1 GB/s.
+    """
+    small = torch.zeros(ranks, device=device)
+    large = torch.zeros(LARGE_MESSAGE // ranks * ranks, device=device)
+    small_s = _median_seconds(collective, small)
+    large_s = _median_seconds(collective, large)
+    return Link(small_s, sent_fraction * large.nbytes / max(large_s - small_s, 1e-9))
+
+
+def _median_seconds(collective: Callable[[torch.Tensor], None], x: torch.Tensor) -> float:
+    """Returns the median seconds of a call."""
+    durations_s = []
     for _ in range(COLLECTIVE_REPEATS):
         start = time.perf_counter()
-        do(x)
+        collective(x)
         if x.is_cuda:
             torch.cuda.synchronize()
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
+        durations_s.append(time.perf_counter() - start)
+    return statistics.median(durations_s)

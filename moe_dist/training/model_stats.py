@@ -1,7 +1,22 @@
-"""What a config comes to on a mesh, counted on the meta device: no process group, no memory."""
+"""Parameter, FLOP and memory counts of a config on a given layout.
+
+Everything is counted from the shapes of a plain model on the meta device: no process group starts
+and no tensor is allocated, so a config of any size can be described on any machine.
+`describe_layout` returns the counts for a program (RUN/layout.json), `format_layout` prints them
+(train.py --dry-run).
+
+Parameters have four kinds, because a layout divides each kind in another way (`param_kinds`):
+
+  "dense"    every rank has a copy; ZeRO divides optimizer state, gradients or weights over all
+             ranks
+  "experts"  divided over the expert-parallel (ep) ranks; replicas share the update
+  "gates"    gates inside groups of experts (hierarchical layers); divided like experts
+  "rows"     vocabulary matrices that are updated row by row; every rank has a copy
+"""
 
 import functools
-from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -25,399 +40,618 @@ from moe_dist.models.sampled_softmax import (
 )
 from moe_dist.moe.hierarchical import GroupProjection
 from moe_dist.moe.layer import MoE
+from moe_dist.monitoring.metric_format import format_bytes
 
-EMBEDDING_AND_SOFTMAX = (
-    "embedding.",
-    "softmax.",
-)  # left out of the paper's parameter and operation counts
-FLOAT = 4  # bytes
-MOMENTS = 2 * FLOAT  # of Adam, a parameter
+# the counts of Shazeer et al. 2017 leave these modules out
+EMBEDDING_AND_SOFTMAX = ("embedding.", "softmax.")
+FLOAT_BYTES = 4  # one float32
+ADAM_STATE_BYTES = 2 * FLOAT_BYTES  # both moments of one parameter
 
 
 def param_kinds(model: nn.Module) -> dict[str, str]:
-    """What each parameter of a plain model will be on a mesh, by name: "experts", "gates" (inside groups of experts),
-    "rows" (updated by row) or "dense"."""
+    """Returns the kind of each parameter of a plain model by name (see the module's docstring)."""
     kind = {name: "dense" for name, _ in model.named_parameters()}
     for layer_name, layer in model.named_modules():
         if isinstance(layer, MoE):
-            for prefix, module in layer.get_submodule("experts").named_modules(
-                prefix=f"{layer_name}.experts"
-            ):
-                spread = "gates" if isinstance(module, GroupProjection) else "experts"
-                kind |= {
-                    f"{prefix}.{key}": spread for key, _ in module.named_parameters(recurse=False)
-                }
+            experts = layer.get_submodule("experts")
+            for prefix, module in experts.named_modules(prefix=f"{layer_name}.experts"):
+                module_kind = "gates" if isinstance(module, GroupProjection) else "experts"
+                for key, _ in module.named_parameters(recurse=False):
+                    kind[f"{prefix}.{key}"] = module_kind
         if getattr(layer, "by_row", False):
-            kind |= {
-                f"{layer_name}.{key}": "rows" for key, _ in layer.named_parameters(recurse=False)
-            }
+            for key, _ in layer.named_parameters(recurse=False):
+                kind[f"{layer_name}.{key}"] = "rows"
     return kind
 
 
+def params_of_kind(model: nn.Module, *kinds: str) -> list[nn.Parameter]:
+    """Returns the parameters of a plain model that have one of `kinds`."""
+    kind = param_kinds(model)
+    return [model.get_parameter(name) for name in kind if kind[name] in kinds]
+
+
+def num_elements(params: Iterable[nn.Parameter]) -> int:
+    """Returns the total number of elements of the parameters."""
+    return sum(p.numel() for p in params)
+
+
+# Parameters and FLOPs
+
+
 def count_params_and_flops(model: nn.Module, config: Config) -> dict[str, int]:
-    """Parameters and forward multiply-adds of a plain model: of a language model per word, as Shazeer et al. 2017 count
-    them (Table 7), of others per sample."""
-    named, kind = dict(model.named_parameters()), param_kinds(model)
-    told = {
-        "parameters": sum(p.numel() for p in named.values()),
-        "expert_parameters": sum(p.numel() for name, p in named.items() if kind[name] == "experts"),
+    """Counts parameters and forward multiply-adds of a plain model.
+
+    Args:
+        model: The plain model, on the meta device.
+        config: The config.
+
+    Returns:
+        Counts by name. A language model is counted per word, as Shazeer et al. 2017 count (Table
+        7); other models per sample. "flops_per_unit" is the training FLOPs (forward and backward)
+        of one word or sample.
+    """
+    counts = {
+        "parameters": num_elements(model.parameters()),
+        "expert_parameters": num_elements(params_of_kind(model, "experts")),
     }
-    return told | (
-        _of_words(named, kind, config)
-        if isinstance(config.model, LSTMConfig)
-        else _of_samples(model, kind)
-    )
+    if isinstance(config.model, LSTMConfig):
+        return counts | _count_lstm(model, config)
+    return counts | _count_transformer(model)
 
 
-def _of_words(
-    named: dict[str, nn.Parameter], kind: dict[str, str], config: Config
-) -> dict[str, int]:
-    model = config.model
-    assert isinstance(model, LSTMConfig)
-    moe = model.moe
-    chosen = {"experts": moe.k if moe.num_groups is None else moe.k**2, "gates": moe.k}
-    # of experts and groups a word visits a few, of the embedding it takes one row, of a sampled softmax some
-    chosen |= {"rows": _softmax_columns(config)}
-    share = {
-        n: Fraction(chosen[kind[n]], p.shape[0]) if kind[n] in chosen else Fraction(1)
-        for n, p in named.items()
+def _count_lstm(model: nn.Module, config: Config) -> dict[str, int]:
+    """Counts an LSTM language model per word."""
+    assert isinstance(config.model, LSTMConfig)
+    moe = config.model.moe
+    kind = param_kinds(model)
+    num_chosen = {
+        "experts": moe.k if moe.num_groups is None else moe.k**2,
+        "gates": moe.k,
+        "rows": _logits_per_target(config),
     }
-    share["embedding.weight"] = Fraction(1, len(named["embedding.weight"]))
-    inner = [name for name in named if not name.startswith(EMBEDDING_AND_SOFTMAX)]
-    # a matrix costs a multiply-add per element
-    ops = int(sum(named[name].numel() * share[name] for name in inner if named[name].dim() > 1))
-    return {
-        "parameters_without_embedding_and_softmax": sum(named[name].numel() for name in inner),
-        "active_parameters_per_word": int(
-            sum(p.numel() * share[name] for name, p in named.items())
-        ),
-        "ops_per_timestep": ops,
-        # multiply and add apart, forward and twice that in backward, the softmax too (section 5.1)
-        "flops_per_unit": 6 * (ops + model.dim * _softmax_columns(config)),
-    }
-
-
-def _of_samples(model: Any, kind: dict[str, str]) -> dict[str, int]:
-    """Of a model that tells how many rows each of its matrices meets."""
-    rows, chosen = model.rows_per_sample(), model.encoder.num_chosen
-    ops = model.encoder.attention_multiply_adds(model.num_tokens)
+    num_inner = 0  # parameters without embedding and softmax
+    num_active = Fraction(0)
+    num_multiply_adds = Fraction(0)
     for name, p in model.named_parameters():
-        matrix = p.dim() > 1 and p.shape[-2] > 1  # not biases of experts
-        times = next((times for prefix, times in rows.items() if name.startswith(prefix)), 0)
-        ops += (
-            matrix
-            * times
-            * p.numel()
-            * (Fraction(chosen, p.shape[0]) if kind[name] == "experts" else 1)
-        )
-    return {"multiply_adds_per_sample": int(ops), "flops_per_unit": 6 * int(ops)}
+        # a word uses one row of the embedding, k of the experts and some rows of a sampled softmax
+        share = Fraction(1)
+        if name == "embedding.weight":
+            share = Fraction(1, len(p))
+        elif kind[name] in num_chosen:
+            share = Fraction(num_chosen[kind[name]], p.shape[0])
+        num_active += p.numel() * share
+        if not name.startswith(EMBEDDING_AND_SOFTMAX):
+            num_inner += p.numel()
+            if p.dim() > 1:  # a matrix costs one multiply-add per element
+                num_multiply_adds += p.numel() * share
+    softmax_multiply_adds = config.model.dim * _logits_per_target(config)
+    return {
+        "parameters_without_embedding_and_softmax": num_inner,
+        "active_parameters_per_word": int(num_active),
+        "ops_per_timestep": int(num_multiply_adds),
+        # x 2 for multiply and add, x 3 for forward and twice as much in backward (section 5.1)
+        "flops_per_unit": 6 * (int(num_multiply_adds) + softmax_multiply_adds),
+    }
 
 
-def _softmax_columns(config: Config) -> int:
-    """Words whose logits are taken for one target in training, on average."""
-    assert isinstance(config.model, LSTMConfig) and isinstance(config.data, TextDataConfig)
-    size, samples = config.data.vocabulary_size, config.model.softmax_samples
-    return size if samples is None else 1 + round(expected_distinct_words(size, samples))
+def _count_transformer(model: Any) -> dict[str, int]:
+    """Counts a transformer per sample from the rows that each of its matrices multiplies."""
+    rows_by_prefix = model.rows_per_sample()
+    kind = param_kinds(model)
+    multiply_adds = Fraction(model.encoder.attention_multiply_adds(model.num_tokens))
+    for name, p in model.named_parameters():
+        is_matrix = p.dim() > 1 and p.shape[-2] > 1  # False for the biases of experts
+        if not is_matrix:
+            continue
+        num_rows = 0
+        for prefix, rows in rows_by_prefix.items():
+            if name.startswith(prefix):
+                num_rows = rows
+                break
+        share = Fraction(model.encoder.num_chosen, p.shape[0]) if kind[name] == "experts" else 1
+        multiply_adds += num_rows * p.numel() * share
+    return {
+        "multiply_adds_per_sample": int(multiply_adds),
+        "flops_per_unit": 6 * int(multiply_adds),
+    }
+
+
+def _logits_per_target(config: Config) -> int:
+    """Returns the average number of logits that training computes for one target word."""
+    assert isinstance(config.model, LSTMConfig)
+    assert isinstance(config.data, TextDataConfig)
+    vocabulary_size = config.data.vocabulary_size
+    num_samples = config.model.softmax_samples
+    if num_samples is None:
+        return vocabulary_size
+    return 1 + round(expected_distinct_words(vocabulary_size, num_samples))
 
 
 @functools.cache
 def expected_distinct_words(vocabulary_size: int, samples: int) -> float:
-    """Words among `samples` draws, on average: of negatives, and about so of a text."""
+    """Returns the average number of distinct words among `samples` negative samples.
+
+    The negative-sampling distribution imitates a text, so the number is also an approximation for
+    the words of a text.
+    """
     return inclusion_probability(vocabulary_size, samples).sum().item()
+
+
+# Memory of parameters
+
+
+@dataclass(frozen=True)
+class ParamMemory:
+    """The share of one kind of parameters that a rank holds.
+
+    Attributes:
+        parameters: Number of elements.
+        weights: Bytes of the weights that forward and backward use.
+        gradients: Bytes of their gradients.
+        masters: Bytes of float32 copies of the weights.
+        state: Bytes of optimizer state.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    masters: int
+    state: int
 
 
 def param_memory(
     model: nn.Module, config: Config, layout: BatchLayout, ds: dict[str, Any]
-) -> dict[str, dict[str, int]]:
-    """What of parameters one rank holds: {"dense", "experts", "gates", "rows": {"parameters": a number, "weights",
-    "gradients", "masters", "state": bytes}}.
+) -> dict[str, ParamMemory]:
+    """Computes how much memory parameters take on one rank, by kind.
 
-    Exact but for padding, and "rows" as if every row had been touched; of experts that replicas share it is the rank
-    that owns the most.
+    The result is exact except for the padding of ZeRO's partitions. Two things are upper bounds:
+    "rows" counts as if every row had been updated, and if replicas of experts share an update
+    unevenly, the rank with the largest share is counted.
+
+    Args:
+        model: The plain model, on the meta device.
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch, with the number of ranks.
+        ds: The DeepSpeed config, with the ZeRO stage and the precision.
+
+    Returns:
+        The share of one rank by kind.
     """
-    stage, ep, world = ds["zero_optimization"]["stage"], config.mesh.ep, layout.world
-    bf16 = bool(ds.get("bf16", {}).get("enabled"))
+    world = layout.world
+    ep = config.mesh.ep
+    stage = ds["zero_optimization"]["stage"]
     width = bytes_per_element(ds)
-    held: Counter[str] = Counter()  # parameters of a rank before ZeRO
-    owned: Counter[str] = Counter()  # of experts and gates, those that the rank updates
-    factored = 0  # rows and columns of expert matrices that it updates
-    largest = 0  # stack of expert matrices on a rank
-    for name, kind in param_kinds(model).items():
-        p = model.get_parameter(name)
-        spread = kind in ("experts", "gates")
-        held[kind] += p.numel() // (ep if spread else 1)
-        if spread:
-            matrices = -(-(p.shape[0] // ep) // (world // ep))
-            owned[kind] += matrices * p[0].numel()
-        if kind == "experts":
-            factored += matrices * (p.shape[1] + p.shape[2])
-            largest = max(largest, p.numel() // ep)
-    dense, experts, gates, rows = (held[kind] for kind in ("dense", "experts", "gates", "rows"))
-    master, parts = FLOAT if bf16 else 0, world if stage else 1
+    master_bytes = FLOAT_BYTES if width < FLOAT_BYTES else 0
     return {
-        "dense": {
-            "parameters": dense // (world if stage == 3 else 1),
-            "weights": dense * width // (world if stage == 3 else 1),
-            "gradients": dense * width // (world if stage >= 2 else 1),
-            # above stage 0 DeepSpeed keeps a master of float32 parameters too
-            "masters": dense * (FLOAT if stage else master) // parts,
-            "state": dense * MOMENTS // parts,
-        },
-        "experts": {
-            "parameters": experts,
-            "weights": experts * width,
-            "gradients": (largest if config.optim.fuse_expert_update_in_backward else experts)
-            * FLOAT,
-            "masters": owned["experts"] * master,
-            "state": owned["experts"] * MOMENTS
-            if config.optim.expert_optimizer == "adam"
-            else factored * FLOAT,
-        },
-        "gates": {
-            "parameters": gates,
-            "weights": gates * FLOAT,
-            "gradients": gates * FLOAT,
-            "masters": 0,
-            "state": owned["gates"] * MOMENTS,
-        },
-        "rows": {
-            "parameters": rows,
-            "weights": rows * width,
-            "gradients": 0,
-            "masters": rows * master,
-            "state": rows * MOMENTS,
-        },
+        "dense": _dense_memory(params_of_kind(model, "dense"), stage, world, width),
+        "experts": _expert_memory(params_of_kind(model, "experts"), config, world, width),
+        "gates": _gate_memory(params_of_kind(model, "gates"), ep, world),
+        "rows": _row_memory(params_of_kind(model, "rows"), width, master_bytes),
     }
 
 
+def _dense_memory(
+    params: list[nn.Parameter], stage: int, world: int, bytes_per_weight: int
+) -> ParamMemory:
+    """Divides each part over all ranks from the ZeRO stage on at which DeepSpeed does so."""
+    total = num_elements(params)
+    # above stage 0 DeepSpeed keeps a master of float32 parameters too
+    has_master = stage > 0 or bytes_per_weight < FLOAT_BYTES
+    state_parts = world if stage >= 1 else 1
+    gradient_parts = world if stage >= 2 else 1
+    weight_parts = world if stage == 3 else 1
+    return ParamMemory(
+        parameters=total // weight_parts,
+        weights=total * bytes_per_weight // weight_parts,
+        gradients=total * bytes_per_weight // gradient_parts,
+        masters=total * FLOAT_BYTES // state_parts if has_master else 0,
+        state=total * ADAM_STATE_BYTES // state_parts,
+    )
+
+
+def _expert_memory(
+    params: list[nn.Parameter], config: Config, world: int, bytes_per_weight: int
+) -> ParamMemory:
+    """Counts the experts of a rank, and the state of those experts that it updates."""
+    ep = config.mesh.ep
+    local = 0  # elements on this rank
+    largest_stack = 0  # elements of its largest stacked parameter
+    updated = 0  # elements that this rank updates
+    updated_rows_and_columns = 0  # of their matrices: the size of factored state
+    for stack in params:
+        num_updated = _num_updated_matrices(stack, ep, world)
+        local += stack.numel() // ep
+        largest_stack = max(largest_stack, stack.numel() // ep)
+        updated += num_updated * stack[0].numel()
+        updated_rows_and_columns += num_updated * (stack.shape[1] + stack.shape[2])
+    # an update inside backward frees the gradient of each stack before the next one is computed
+    fused = config.optim.fuse_expert_update_in_backward
+    if config.optim.expert_optimizer == "adam":
+        state = updated * ADAM_STATE_BYTES
+    else:
+        state = updated_rows_and_columns * FLOAT_BYTES
+    return ParamMemory(
+        parameters=local,
+        weights=local * bytes_per_weight,
+        gradients=(largest_stack if fused else local) * FLOAT_BYTES,
+        masters=updated * FLOAT_BYTES if bytes_per_weight < FLOAT_BYTES else 0,
+        state=state,
+    )
+
+
+def _gate_memory(params: list[nn.Parameter], ep: int, world: int) -> ParamMemory:
+    """Counts the gates inside groups of experts, which are float32 in every precision."""
+    local = 0
+    updated = 0
+    for stack in params:
+        local += stack.numel() // ep
+        updated += _num_updated_matrices(stack, ep, world) * stack[0].numel()
+    return ParamMemory(
+        parameters=local,
+        weights=local * FLOAT_BYTES,
+        gradients=local * FLOAT_BYTES,
+        masters=0,
+        state=updated * ADAM_STATE_BYTES,
+    )
+
+
+def _row_memory(
+    params: list[nn.Parameter], bytes_per_weight: int, master_bytes: int
+) -> ParamMemory:
+    """Counts matrices that are updated by row, without their gradients, which have a few rows."""
+    total = num_elements(params)
+    return ParamMemory(
+        parameters=total,
+        weights=total * bytes_per_weight,
+        gradients=0,
+        masters=total * master_bytes,
+        state=total * ADAM_STATE_BYTES,
+    )
+
+
+def _num_updated_matrices(stack: nn.Parameter, ep: int, world: int) -> int:
+    """Returns how many matrices the first replica updates, which has the largest share."""
+    num_local = stack.shape[0] // ep
+    num_replicas = world // ep
+    return -(-num_local // num_replicas)
+
+
 def bytes_per_element(ds: dict[str, Any]) -> int:
-    """Bytes of a parameter and of an activation."""
-    return 2 if ds.get("bf16", {}).get("enabled") else FLOAT
+    """Returns the bytes of one weight or activation: 2 in bf16, else 4."""
+    return 2 if ds.get("bf16", {}).get("enabled") else FLOAT_BYTES
 
 
 def per_rank(
     model: nn.Module, config: Config, layout: BatchLayout, ds: dict[str, Any]
 ) -> dict[str, Any]:
-    """{"parameters": numbers, "memory_bytes": by kind, an estimate}: what one rank holds, by `held`. Activations follow
-    from the widths of what is kept for backward."""
-    of = param_memory(model, config, layout, ds)
-    memory = {
-        "dense parameters": of["dense"]["weights"],
-        "dense gradients": of["dense"]["gradients"],
-        "dense optimizer": of["dense"]["masters"] + of["dense"]["state"],
-        "expert parameters": of["experts"]["weights"],
-        "expert gradients": of["experts"]["gradients"],
-        "expert optimizer": of["experts"]["masters"] + of["experts"]["state"],
-        "gates of groups": sum(of["gates"][each] for each in ("weights", "gradients", "state")),
-        "rows of the vocabulary": sum(of["rows"][each] for each in ("weights", "masters", "state")),
+    """Estimates what one rank holds.
+
+    Args:
+        model: The plain model, on the meta device.
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch.
+        ds: The DeepSpeed config.
+
+    Returns:
+        "parameters": number of elements; "memory_bytes": bytes by kind, without kinds that take
+        none.
+    """
+    by_kind = param_memory(model, config, layout, ds)
+    dense = by_kind["dense"]
+    experts = by_kind["experts"]
+    gates = by_kind["gates"]
+    rows = by_kind["rows"]
+    memory_bytes = {
+        "dense parameters": dense.weights,
+        "dense gradients": dense.gradients,
+        "dense optimizer": dense.masters + dense.state,
+        "expert parameters": experts.weights,
+        "expert gradients": experts.gradients,
+        "expert optimizer": experts.masters + experts.state,
+        "gates of groups": gates.weights + gates.gradients + gates.state,
+        "rows of the vocabulary": rows.weights + rows.masters + rows.state,
         "activations": activation_bytes(
             model, config, layout.samples_per_rank, bytes_per_element(ds)
         ),
     }
     return {
-        "parameters": sum(each["parameters"] for each in of.values()),
-        "memory_bytes": {kind: size for kind, size in memory.items() if size},
+        "parameters": sum(memory.parameters for memory in by_kind.values()),
+        "memory_bytes": {kind: size for kind, size in memory_bytes.items() if size},
     }
 
 
+# Memory of activations
+
+
 def expert_rows_per_sample(plain: Any, config: Config) -> int:
-    """Rows that one use of a mixture gets from a sample without padding, where none is dropped."""
+    """Returns how many rows an MoE layer sends to experts for a sample without padding or drops."""
     experts = moe_section(config)
-    tokens = config.batch.seq_len if isinstance(config.model, LSTMConfig) else plain.num_tokens
     if not experts:
         return 0
-    grouped = isinstance(experts[1], MoEConfig) and experts[1].num_groups is not None
-    return tokens * experts[1].k ** (2 if grouped else 1)
+    _, moe = experts
+    tokens = config.batch.seq_len if isinstance(config.model, LSTMConfig) else plain.num_tokens
+    has_groups = isinstance(moe, MoEConfig) and moe.num_groups is not None
+    return tokens * moe.k ** (2 if has_groups else 1)
 
 
 def activation_bytes(
     plain: Any, config: Config, samples: int, width: int, rows: float | None = None
 ) -> int:
-    """Bytes that one micro-batch of `samples` keeps for backward on a rank, its rows spread evenly over ranks. `rows`:
-    those of a sample in a use of a mixture, where that is known; else `expert_rows_per_sample`."""
-    rows = expert_rows_per_sample(plain, config) if rows is None else rows
+    """Estimates the bytes that one micro-batch keeps for backward on a rank.
+
+    The estimate adds up the tensors that forward saves, with expert rows spread evenly over ranks.
+
+    Args:
+        plain: The plain model.
+        config: The config.
+        samples: Samples of the micro-batch on this rank.
+        width: Bytes of one activation.
+        rows: Rows that one MoE layer sends to experts for a sample, if known; the default is
+            `expert_rows_per_sample`.
+
+    Returns:
+        Bytes.
+    """
+    if rows is None:
+        rows = expert_rows_per_sample(plain, config)
     if isinstance(config.model, LSTMConfig):
         tokens = samples * config.batch.seq_len
-        return _of_lstm(config.model, tokens, int(samples * rows), width) + _softmax(config)
+        layers = _lstm_activation_bytes(config.model, tokens, int(samples * rows), width)
+        return layers + _softmax_chunk_bytes(config)
+    # attention reads a mask over tokens only if samples have padding
+    mask_tokens = plain.num_tokens if isinstance(config.model, TextConfig) else 0
     encoder = config.model.encoder
-    kept = plain.num_tokens * plain.encoder.activations_per_token(_masked(config, plain.num_tokens))
-    units = 0 if encoder.recompute else 2 * encoder.moe.expert_hidden_dim  # before GELU and after
-    kept_of_rows = plain.encoder.num_moe_uses * kept_per_row(encoder.dim, units)
-    return int(samples * (kept + rows * kept_of_rows) * width)
+    numbers_per_sample = plain.num_tokens * plain.encoder.activations_per_token(mask_tokens)
+    # hidden units are kept before GELU and after it
+    kept_units = 0 if encoder.recompute else 2 * encoder.moe.expert_hidden_dim
+    numbers_per_row = plain.encoder.num_moe_uses * kept_per_row(encoder.dim, kept_units)
+    return int(samples * (numbers_per_sample + rows * numbers_per_row) * width)
 
 
 def kept_per_row(dim: int, units: int) -> int:
-    """Numbers that one use of a mixture keeps for backward of each row: what its expert reads, its hidden `units`,
-    what it gives, and that weighted."""
+    """Returns how many numbers one use of an MoE layer keeps for backward for each row.
+
+    These are the expert's input, its hidden units, its output, and the output times the gate
+    weight.
+
+    Args:
+        dim: Width of the model.
+        units: Hidden units that are kept.
+
+    Returns:
+        A number of elements.
+    """
     return 3 * dim + units
 
 
-def _masked(config: Config, tokens: int) -> int:
-    """What a token may see is told to attention where samples have padding."""
-    return tokens if isinstance(config.model, TextConfig) else 0
+def _lstm_activation_bytes(model: LSTMConfig, tokens: int, rows: int, width: int) -> int:
+    """Returns the bytes that the layers of an LSTM language model keep for backward.
 
-
-def _of_lstm(model: LSTMConfig, tokens: int, rows: int, width: int) -> int:
-    """Per layer its input, its output and the mask of dropout; an LSTM's gates and cells in float32, as CPU kernels
-    keep them; scores."""
-    moe, layers = model.moe, LAYERS[model.middle_layer]
+    Each layer keeps its input, its output and its dropout mask. CPU kernels keep the gates and
+    cells of an LSTM in float32; scores of MoE gates are float32 too.
+    """
+    moe = model.moe
+    layers = LAYERS[model.middle_layer]
     units = model.lstm_units or model.dim
-    narrow, wide = (
-        3 * model.dim * (1 + len(layers)),
-        sum(14 * units for name in layers if name != "middle"),
-    )
+    narrow = 3 * model.dim * (1 + len(layers))  # numbers per token of `width` bytes
+    float32 = 0  # numbers per token of 4 bytes
+    numbers_per_row = 0
+    for name in layers:
+        if name != "middle":
+            float32 += 14 * units
     if model.middle_layer == "ffn":
         narrow += model.ffn_hidden_dim * model.ffn_layers
     if model.middle_layer == "moe":
-        groups = moe.num_groups or moe.num_experts
-        wide += 8 * groups + (8 * moe.k * (moe.num_experts // groups) if moe.num_groups else 0)
-    per_row = (
-        kept_per_row(model.dim, 0 if moe.recompute else moe.expert_hidden_dim)
-        if model.middle_layer == "moe"
-        else 0
-    )
-    return tokens * (narrow * width + wide * FLOAT) + rows * per_row * width
+        num_choices = moe.num_groups or moe.num_experts
+        float32 += 8 * num_choices
+        if moe.num_groups:
+            float32 += 8 * moe.k * (moe.num_experts // num_choices)
+        numbers_per_row = kept_per_row(model.dim, 0 if moe.recompute else moe.expert_hidden_dim)
+    per_token_bytes = narrow * width + float32 * FLOAT_BYTES
+    return tokens * per_token_bytes + rows * numbers_per_row * width
 
 
-def _softmax(config: Config) -> int:
-    """Bytes of a chunk's logits with their gradient, and of the gradient of their matrix."""
-    columns = _softmax_columns(config)
+def _softmax_chunk_bytes(config: Config) -> int:
+    """Returns the bytes of a chunk's logits, their gradient, and the softmax matrix's gradient."""
     assert isinstance(config.model, LSTMConfig)
-    return (
-        FLOAT
-        * columns
-        * (2 * max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // columns) + config.model.dim)
-    )
+    columns = _logits_per_target(config)
+    chunk_tokens = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // columns)
+    return FLOAT_BYTES * columns * (2 * chunk_tokens + config.model.dim)
 
 
-SENT = {
-    "all_to_all": "for each chosen expert, or group",
-    "dedup_rank": "to each rank that has one",
-    "dedup_node": "to each node that has one, and on to its ranks",
-}
+# Dispatchers
 
 
-def gate_choices(config: Config) -> tuple[int, int, bool]:
-    """(experts or groups that the gate chooses from, how many it chooses, whether they are groups)."""
+@dataclass(frozen=True)
+class GateChoice:
+    """The choice of an MoE layer's (primary) gate for each token.
+
+    Attributes:
+        num_choices: Experts, or groups of experts, that the gate chooses from.
+        k: Experts or groups that it chooses.
+        has_groups: True if it chooses groups of experts.
+    """
+
+    num_choices: int
+    k: int
+    has_groups: bool
+
+
+def gate_choice(config: Config) -> GateChoice:
+    """Returns the choice of the gates of a config that has experts."""
     experts = moe_section(config)
     assert experts
-    groups = experts[1].num_groups if isinstance(experts[1], MoEConfig) else None
-    return groups or experts[1].num_experts, experts[1].k, groups is not None
+    _, moe = experts
+    num_groups = moe.num_groups if isinstance(moe, MoEConfig) else None
+    return GateChoice(num_groups or moe.num_experts, moe.k, num_groups is not None)
 
 
-def dispatcher_of(config: Config, per_node: int) -> str:
-    """What `parallelize.dispatcher_kind` says of a config on nodes of `per_node` ranks, or raises; "local" without experts."""
-    return (
-        dispatcher_kind(config.mesh.dispatcher, *gate_choices(config)[:2], config.mesh.ep, per_node)
-        if moe_section(config)
-        else "local"
+def layout_dispatcher(config: Config, ranks_per_node: int) -> str:
+    """Returns the dispatcher that `parallelize` builds for a config.
+
+    Args:
+        config: The config, with dispatcher and expert-parallel degree.
+        ranks_per_node: Ranks on each node.
+
+    Returns:
+        A result of `dispatcher_choice.dispatcher_kind`; "local" for a model without experts.
+
+    Raises:
+        ValueError: The layout cannot have the dispatcher that the config names.
+    """
+    if not moe_section(config):
+        return "local"
+    choice = gate_choice(config)
+    return dispatcher_kind(
+        config.mesh.dispatcher, choice.num_choices, choice.k, config.mesh.ep, ranks_per_node
     )
+
+
+# The report
 
 
 def describe_layout(
     config: Config, layout: BatchLayout, ds: dict[str, Any], model: nn.Module, num_nodes: int
 ) -> dict[str, Any]:
-    """Everything that the table tells, for a program."""
-    ep, experts = config.mesh.ep, moe_section(config)
-    told: dict[str, Any] = {
+    """Returns all facts of a config on a layout as values of JSON, which RUN/layout.json contains.
+
+    Args:
+        config: The config, with its expert-parallel degree.
+        layout: The layout of the batch.
+        ds: The DeepSpeed config.
+        model: The plain model, on the meta device.
+        num_nodes: Nodes that the ranks are on.
+
+    Returns:
+        The facts by name.
+    """
+    ep = config.mesh.ep
+    report: dict[str, Any] = {
         "config": config.name,
         "world": layout.world,
         "nodes": num_nodes,
         "ep": ep,
         "edp": layout.world // ep,
         "zero_stage": ds["zero_optimization"]["stage"],
-        "dtype": "bf16" if ds.get("bf16", {}).get("enabled") else "fp32",
+        "dtype": "bf16" if bytes_per_element(ds) == 2 else "fp32",
         "global_batch_size": layout.global_batch_size,
         "grad_accum_steps": layout.grad_accum_steps,
         "samples_per_rank": layout.samples_per_rank,
         **count_params_and_flops(model, config),
     }
     if isinstance(config.model, LSTMConfig):
-        told["seq_len"] = config.batch.seq_len
+        report["seq_len"] = config.batch.seq_len
+    experts = moe_section(config)
     if experts:
-        moe = experts[1]
-        groups = moe.num_groups if isinstance(moe, MoEConfig) else None
-        told |= {
+        _, moe = experts
+        ranks_per_node = layout.world // num_nodes
+        num_groups = moe.num_groups if isinstance(moe, MoEConfig) else None
+        report |= {
             "num_experts": moe.num_experts,
             "experts_per_rank": moe.num_experts // ep,
-            "experts_per_token": moe.k if groups is None else moe.k**2,
-            "num_groups": groups,
-            "dispatcher": dispatcher_of(config, layout.world // num_nodes),
-            "experts_by_node": _by_node(moe.num_experts, ep, layout.world // num_nodes),
+            "experts_per_token": moe.k if num_groups is None else moe.k**2,
+            "num_groups": num_groups,
+            "dispatcher": layout_dispatcher(config, ranks_per_node),
+            "experts_by_node": _experts_by_node(moe.num_experts, ep, ranks_per_node),
         }
-    return told | {"per_rank": per_rank(model, config, layout, ds)}
+    report["per_rank"] = per_rank(model, config, layout, ds)
+    return report
 
 
-def _by_node(num_experts: int, ep: int, ranks_per_node: int) -> list[tuple[int, int]]:
-    """First and last expert on each node of an ep group, which are consecutive ones, and so are groups of experts.
-    Empty where some ep groups begin in the middle of a node and end on another."""
+def _experts_by_node(num_experts: int, ep: int, ranks_per_node: int) -> list[tuple[int, int]]:
+    """Returns the first and the last expert on each node of an expert-parallel group.
+
+    Each node has consecutive experts, and so it has consecutive groups of experts. The list is
+    empty if some expert-parallel groups begin in the middle of one node and end on another.
+    """
     if ranks_per_node % ep and ep % ranks_per_node:
         return []
-    each = num_experts // max(1, ep // ranks_per_node)
-    return [(first, first + each - 1) for first in range(0, num_experts, each)]
-
-
-def format_layout(told: dict[str, Any]) -> str:
-    """What `describe_layout` tells, as lines for a terminal."""
-    mine = told["per_rank"]
-    nodes = f"{told['nodes']} node" + ("s" if told["nodes"] > 1 else "")
-    steps, token = (f" x {told['seq_len']} tokens", "word") if "seq_len" in told else ("", "token")
-    rows = [
-        (
-            "ranks",
-            f"{told['world']} on {nodes} = {told['edp']} expert-data (edp) x {told['ep']} expert parallel (ep)",
-        ),
-        ("ZeRO stage, precision", f"{told['zero_stage']}, {told['dtype']}"),
-        ("batch", f"{told['global_batch_size']} samples{steps}, all ranks together"),
-        (
-            "micro-batch per rank",
-            f"{told['samples_per_rank']} samples, {told['grad_accum_steps']} per step",
-        ),
+    num_nodes = max(1, ep // ranks_per_node)
+    experts_per_node = num_experts // num_nodes
+    return [
+        (first, first + experts_per_node - 1) for first in range(0, num_experts, experts_per_node)
     ]
-    if "num_experts" in told:
-        each = f"{told['experts_per_rank']} per rank, {told['experts_per_token']} per {token}"
-        rows += [("experts", f"{told['num_experts']} in all, {each}")]
-    if groups := told.get("num_groups"):
-        each = (
-            f"{groups // told['ep']} per rank, {told['experts_per_token'] ** 0.5:.0f} per {token}"
-        )
-        rows += [("groups of experts", f"{groups} in all, {each}")]
-    if (kind := told.get("dispatcher", "local")) != "local":
-        rows += [("dispatcher", f"{kind}: a row {SENT[kind]}")]
-    if "num_experts" in told and told["nodes"] > 1:
-        rows += [("experts by node", _shown_by_node(told))]
-    rows += [("parameters", f"{told['parameters']:,}")]
-    if "ops_per_timestep" in told:
-        rows += [
-            (
-                "  without embedding, softmax",
-                f"{told['parameters_without_embedding_and_softmax']:,}",
-            ),
-            ("  active per word", f"{told['active_parameters_per_word']:,}"),
-            ("  per rank", f"{mine['parameters']:,}"),
-            (
-                "ops per timestep",
-                f"{told['ops_per_timestep']:,} multiply-adds per word, softmax excluded",
-            ),
-        ]
-    else:
-        rows += [
-            ("  per rank", f"{mine['parameters']:,}"),
-            ("multiply-adds", f"{told['multiply_adds_per_sample']:,} per sample, forward"),
-        ]
-    rows += [("memory per rank, estimated", _size(sum(mine["memory_bytes"].values())))]
-    rows += [(f"  {kind}", _size(size)) for kind, size in mine["memory_bytes"].items()]
+
+
+def format_layout(report: dict[str, Any]) -> str:
+    """Formats a report of `describe_layout` as lines for a terminal."""
+    memory_bytes = report["per_rank"]["memory_bytes"]
+    rows = [*_batch_rows(report), *_expert_rows(report), *_parameter_rows(report)]
+    rows.append(("memory per rank, estimated", f"{format_bytes(sum(memory_bytes.values())):>11}"))
+    for kind, size in memory_bytes.items():
+        rows.append((f"  {kind}", f"{format_bytes(size):>11}"))
     return "\n".join(f"{name:<32}{value}" for name, value in rows)
 
 
-def _shown_by_node(told: dict[str, Any]) -> str:
-    ranges = [f"{first}-{last}" for first, last in told["experts_by_node"]]
+def _batch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name, value) rows about ranks, precision and the batch."""
+    nodes = f"{report['nodes']} node" + ("s" if report["nodes"] > 1 else "")
+    axes = f"{report['edp']} expert-data (edp) x {report['ep']} expert parallel (ep)"
+    tokens = f" x {report['seq_len']} tokens" if "seq_len" in report else ""
+    micro_batch = f"{report['samples_per_rank']} samples, {report['grad_accum_steps']} per step"
+    return [
+        ("ranks", f"{report['world']} on {nodes} = {axes}"),
+        ("ZeRO stage, precision", f"{report['zero_stage']}, {report['dtype']}"),
+        ("batch", f"{report['global_batch_size']} samples{tokens}, all ranks together"),
+        ("micro-batch per rank", micro_batch),
+    ]
+
+
+# what the bytes of each dispatcher depend on
+_ROWS_SENT = {
+    "all_to_all": "one row for each chosen expert, or group",
+    "dedup_rank": "one row to each rank that has a chosen expert",
+    "dedup_node": "one row to each node that has a chosen expert, and on to its ranks",
+}
+
+
+def _expert_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name, value) rows about experts; none for a model without experts."""
+    if "num_experts" not in report:
+        return []
+    token = "word" if "seq_len" in report else "token"
+    num_chosen = report["experts_per_token"]
+    share = f"{report['experts_per_rank']} per rank, {num_chosen} per {token}"
+    rows = [("experts", f"{report['num_experts']} in all, {share}")]
+    num_groups = report["num_groups"]
+    if num_groups:
+        groups_per_rank = num_groups // report["ep"]
+        share = f"{groups_per_rank} per rank, {num_chosen**0.5:.0f} per {token}"
+        rows.append(("groups of experts", f"{num_groups} in all, {share}"))
+    dispatcher = report["dispatcher"]
+    if dispatcher != "local":
+        rows.append(("dispatcher", f"{dispatcher}: {_ROWS_SENT[dispatcher]}"))
+    if report["nodes"] > 1:
+        rows.append(("experts by node", _format_experts_by_node(report)))
+    return rows
+
+
+def _parameter_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name, value) rows about parameters and forward multiply-adds."""
+    rows = [("parameters", f"{report['parameters']:,}")]
+    per_rank_row = ("  per rank", f"{report['per_rank']['parameters']:,}")
+    if "ops_per_timestep" not in report:
+        multiply_adds = f"{report['multiply_adds_per_sample']:,} per sample, forward"
+        return [*rows, per_rank_row, ("multiply-adds", multiply_adds)]
+    inner = report["parameters_without_embedding_and_softmax"]
+    ops = f"{report['ops_per_timestep']:,} multiply-adds per word, softmax excluded"
+    return [
+        *rows,
+        ("  without embedding, softmax", f"{inner:,}"),
+        ("  active per word", f"{report['active_parameters_per_word']:,}"),
+        per_rank_row,
+        ("ops per timestep", ops),
+    ]
+
+
+def _format_experts_by_node(report: dict[str, Any]) -> str:
+    """Formats the ranges of experts on each node, for example "0-31 | 32-63"."""
+    ranges = [f"{first}-{last}" for first, last in report["experts_by_node"]]
     if not ranges:
-        return f"some ep groups lie on two nodes ({told['world'] // told['nodes']} ranks a node, ep {told['ep']})"
+        ranks_per_node = report["world"] // report["nodes"]
+        return f"some ep groups lie on two nodes ({ranks_per_node} ranks a node, ep {report['ep']})"
+    if len(ranges) == 1:
+        return "all on each"
     if len(ranges) > 4:
         ranges = [*ranges[:2], "...", ranges[-1]]
-    return " | ".join(ranges) if len(ranges) > 1 else "all on each"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:8.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:8.2f} MB"
+    return " | ".join(ranges)

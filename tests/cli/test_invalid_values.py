@@ -243,7 +243,7 @@ def test_other_commands_reject_invalid_paths(
         (
             planner.main,
             ["--gpu", "h100", "--memory", "nan"],
-            "--memory nan: a positive number of GB",
+            "--memory nan is out of range; use a positive number of GB",
         ),
         (planner.main, ["--gpu", "h100", "--set", "optim.lr=1e308"], "optim.lr=1e+308"),
         (verify_command.main, ["--worlds", "1000000007"], "--worlds 1000000007: from 1 to 1024"),

@@ -16,7 +16,7 @@ from moe_dist.distributed.batch_layout import make_batch_layout
 from moe_dist.engine.dispatcher_choice import expected_blocks_visited
 from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.planner import microbenchmark
-from moe_dist.planner.__main__ import legal_layouts, main, plan_layouts
+from moe_dist.planner.__main__ import main
 from moe_dist.planner.cost_model import (
     GPUS,
     Link,
@@ -27,6 +27,8 @@ from moe_dist.planner.cost_model import (
     rank_memory,
     step_seconds,
 )
+from moe_dist.planner.microbenchmark import Links, ShortRun, SingleRank
+from moe_dist.planner.search import legal_layouts, plan_layouts
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.model_stats import count_params_and_flops
 
@@ -164,7 +166,7 @@ def test_memory_by_hand(ep: int, zero: int) -> None:
 def test_gpu_memory_includes_buffers_and_libraries() -> None:
     config = demo("mesh.ep=2", "zero_stage=1")
     plain, ds = task_of(config).build_model(config), read_ds_config(config)
-    told = rank_cost_on_gpu("h100", plain, config, make_batch_layout(config, 2), ds).bytes
+    told = rank_cost_on_gpu("h100", plain, config, make_batch_layout(config, 2), ds).memory_bytes
     # 1,024 words x 4 rows x 128 of 4 bytes, three times, and DeepSpeed's bucket of 500 million numbers
     assert (
         told["exchange buffers"] == 3 * 4096 * 512 + 4 * 500_000_000
@@ -174,7 +176,7 @@ def test_gpu_memory_includes_buffers_and_libraries() -> None:
     assert (
         rank_cost_on_gpu(
             "h100", plain, config, make_batch_layout(config, 2), read_ds_config(config)
-        ).bytes["exchange buffers"]
+        ).memory_bytes["exchange buffers"]
         == 0
     )
 
@@ -235,7 +237,9 @@ def test_gpu_cost_follows_from_peak_rates() -> None:
     plain, ds = task_of(config).build_model(config), read_ds_config(config)
     words = 1024 * config.batch.seq_len
     least = (
-        count_params_and_flops(plain, config)["flops_per_unit"] * words / (0.4 * GPUS["h100"].bf16)
+        count_params_and_flops(plain, config)["flops_per_unit"]
+        * words
+        / (0.4 * GPUS["h100"].bf16_flops_per_s)
     )
     took = {
         gpu: sum(
@@ -247,10 +251,10 @@ def test_gpu_cost_follows_from_peak_rates() -> None:
     assert took["b200"] < took["h200"] <= took["h100"] < took["a100"]
 
 
-def ran(experts: float, optimizer: float, rest: float, held: float) -> dict[str, Any]:
-    """As if by `rehearsal.trained`."""
+def ran(experts: float, optimizer: float, rest: float, held: float) -> ShortRun:
+    """As if by `run_short_training`."""
     took = {"gate": 2.0, "dispatch": 0.5, "experts": experts, "optimizer": optimizer, "rest": rest}
-    return {"seconds": took, "step": sum(took.values()), "libraries": 400.0, "bytes": held}
+    return ShortRun(took, sum(took.values()), 400.0, held)
 
 
 @pytest.fixture
@@ -258,13 +262,13 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
     """Short runs of the demo on two ranks, made up; what each degree was asked for."""
     asked: dict[int, Config] = {}
 
-    def side_by_side(one: Config, echo: int, ranks: int) -> dict[str, Any]:
-        asked[echo] = one
-        return ran(6.0, 1.0, 10.0, 9e8) if echo == 1 else ran(4.0, 0.8, 9.0, 7e8)
+    def side_by_side(single: SingleRank, ranks: int) -> ShortRun:
+        asked[single.ep] = single.config
+        return ran(6.0, 1.0, 10.0, 9e8) if single.ep == 1 else ran(4.0, 0.8, 9.0, 7e8)
 
     def distributed(run: Any, world: int, *more: Any, timeout: float) -> list[Any]:
         if run is microbenchmark.benchmark_collectives:
-            return [(FREE, FREE)] * world
+            return [Links(FREE, FREE)] * world
         if run is microbenchmark._adopt_data_sizes:  # this text has all that the config asks for
             return [more[0]]
         config = more[
@@ -275,7 +279,7 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
             0.8 * (dense / (2 if zero else 1) + experts / 2) / (dense + experts)
         )  # of which replicas have a half
         waited = ran(4.0, update + 9 * zero, 9.0 + 2 * zero, 6e8 + 1e7 * zero)
-        waited["seconds"]["dispatch"] += 0.7 * (True in more)
+        waited.seconds["dispatch"] += 0.7 * (True in more)
         return [waited] * 2
 
     monkeypatch.setattr(microbenchmark, "_run_single_ranks", side_by_side)
@@ -323,7 +327,7 @@ def test_measured_parts_are_combined_by_layout(as_if_measured: dict[int, Config]
     named = 16 * (DENSE - 8192) + 2 * 32 * EXPERT + 32 * STATE
     together = 12 * (DENSE - 8192) + 2 * 32 * EXPERT + 16 * STATE
     more = (6e8 + 2e7 - together) - (7e8 - named)
-    assert owns[2, 2].bytes == {
+    assert owns[2, 2].memory_bytes == {
         microbenchmark.OTHER_MEMORY: pytest.approx(7e8 - named + more, abs=2),
         "libraries": 400,
     }
@@ -357,7 +361,7 @@ def test_plan_on_a_measured_machine(
     ]
     assert main([*args, "--set", f"data.text={small_text}"]) == 0
     told = json.loads(file.read_text())
-    assert {(each["ep"], each["zero"]) for each in told["layouts"]} == set(
+    assert {(each["ep"], each["zero_stage"]) for each in told["layouts"]} == set(
         itertools.product((1, 2), range(4))
     )
     assert {each["seconds"]["gate"] for each in told["layouts"]} == {2.0}
@@ -378,8 +382,10 @@ def test_every_legal_layout_is_planned_best_first() -> None:
     config = demo("model.moe.num_experts=12")
     assert {layout.world for _, layout in legal_layouts(config, 2, 4)} == {8}
     planned = plan_layouts(config, 2, 4, gpu_machine("h100"))
-    assert sorted((p.ep, p.zero) for p in planned) == list(itertools.product((1, 2, 4), range(4)))
-    assert [p.step for p in planned] == sorted(p.step for p in planned)
+    assert sorted((p.ep, p.zero_stage) for p in planned) == list(
+        itertools.product((1, 2, 4), range(4))
+    )
+    assert [p.step_s for p in planned] == sorted(p.step_s for p in planned)
 
 
 def test_without_experts_there_is_no_expert_parallel() -> None:
@@ -412,7 +418,7 @@ def test_plan_of_131072_experts_is_fast(tmp_path: Path) -> None:
     best, *others = json.loads(file.read_text())["layouts"]
     # at ep 1 a GPU would hold 137 billion parameters of experts and 0.4 of gates and vocabulary in bf16
     assert best["ep"] == 128 and best["fits"]
-    (all_here,) = [p for p in others if p["ep"] == 1 and p["zero"] == 0]
+    (all_here,) = [p for p in others if p["ep"] == 1 and p["zero_stage"] == 0]
     assert not all_here["fits"] and 2 * 137e9 < all_here["memory"]["weights"] < 2 * 140e9
     more = ["--set", "model.moe.num_experts=1048576", "--set", "model.moe.num_groups=1024"]
     assert main(["moe_131072_h", *args, *more]) == 1
@@ -427,13 +433,16 @@ def test_plan_that_does_not_fit_is_rejected_with_the_number(
     assert main([*args, "--memory", "3"]) == 0
     out = capsys.readouterr().out
     assert (
-        out.count("refused: needs 4.1 GB of 3.0 GB") == 6 and "best: mesh.ep=2 zero_stage=0" in out
+        out.count("refused: needs 4.09 GB of 3.00 GB") == 6
+        and "best: mesh.ep=2 zero_stage=0" in out
     )
     assert main([*args, "--memory", "0.5"]) == 1
     out, err = capsys.readouterr()
     assert (
         out.count("refused") == 8
-        and err == "error: no layout fits: 2.1 GB at least of 500.0 MB a rank\n"
+        and err
+        == "error: no layout fits: a rank needs at least 2.05 GB of 500.00 MB; "
+        "use more ranks, a smaller model or a smaller batch\n"
     )
 
 
@@ -443,19 +452,31 @@ def test_plan_that_does_not_fit_is_rejected_with_the_number(
         ("lstm_moe_dem --gpu h100", "lstm_moe_demo"),
         ("lstm_moe_demo", "give one of --gpu (a100, h100, h200, b200) and --measure"),
         ("lstm_moe_demo --gpu h100 --measure", "give one of --gpu"),
-        ("lstm_moe_demo --gpu h10", "--gpu h10: one of a100, h100, h200, b200"),
-        ("lstm_moe_demo --gpu h100 --nodes 0", "--nodes 0: from 1"),
-        ("lstm_moe_demo --gpu h100 --gpus-per-node -2", "--gpus-per-node -2: from 1"),
+        ("lstm_moe_demo --gpu h10", "--gpu h10 is unknown; use one of a100, h100, h200, b200"),
+        (
+            "lstm_moe_demo --gpu h100 --nodes 0",
+            "--nodes 0 is out of range; use a number from 1 to 1048576",
+        ),
+        (
+            "lstm_moe_demo --gpu h100 --gpus-per-node -2",
+            "--gpus-per-node -2 is out of range; use a number from 1",
+        ),
         (
             "lstm_moe_demo --gpu h100 --nodes 1048576 --gpus-per-node 2",
-            "--nodes 1048576 x --gpus-per-node 2: 1048576 r",
+            "--nodes 1048576 x --gpus-per-node 2 is too large; use at most 1048576 ranks",
         ),
         (
             "lstm_moe_demo --measure --gpus-per-node 4096",
-            "--measure starts the ranks of a node, --gpus-per-node 4096: ",
+            "--gpus-per-node 4096 is too large with --measure, which starts the ranks of a node",
         ),
-        ("lstm_moe_demo --gpu h100 --memory -1", "--memory -1.0: a positive number"),
-        ("lstm_moe_demo --gpu h100 --nic nan", "--nic nan: a positive number"),
+        (
+            "lstm_moe_demo --gpu h100 --memory -1",
+            "--memory -1.0 is out of range; use a positive number of GB",
+        ),
+        (
+            "lstm_moe_demo --gpu h100 --nic nan",
+            "--nic nan is out of range; use a positive number of GB",
+        ),
         ("lstm_moe_demo --gpu h100 --set mesh.eq=2", "'mesh.ep'"),
         (
             "lstm_moe_demo --gpu h100 --set zero_stage=5",
@@ -470,7 +491,7 @@ def test_plan_that_does_not_fit_is_rejected_with_the_number(
         ("moe_4 --measure --set data.text=no/such/*.txt", "no/such/*.txt"),
         (
             "lstm_moe_demo --gpu h100 --json no/such/plan.json",
-            "--json no/such/plan.json: no such folder",
+            "--json no/such/plan.json: the folder does not exist",
         ),
     ],
 )
