@@ -1,9 +1,9 @@
-"""A trained run in use.
+"""Uses a trained run.
 
-    python -m moe_dist.inference generate RUN ...    continues a text; shows which experts its words visit
-    python -m moe_dist.inference classify RUN ...    classes of images and sentences
+    python -m moe_dist.inference generate RUN ...    continues a text, lists experts of its words
+    python -m moe_dist.inference classify RUN ...    classifies images and sentences
 
-`--help` behind either command lists its options.
+`--help` after either command lists its options.
 """
 
 import sys
@@ -12,14 +12,13 @@ from moe_dist.config.arg_parser import Parser
 
 
 def main(argv: list[str]) -> None:
-    """Runs one of the commands with the arguments that follow its name."""
+    """Runs the command that the first argument names with the other arguments."""
     parser = Parser("python -m moe_dist.inference", description=__doc__)
-    parser.add_argument("command", choices=("generate", "classify"), help="what to do with the run")
+    parser.add_argument("command", choices=("generate", "classify"), help="the use of the run")
     command = parser.parse_args(argv[:1]).command
+    # imported here because they import torch, which --help does not need
     if command == "generate":
-        from moe_dist.inference import (
-            generate,
-        )  # here, for it imports torch, which --help does not need
+        from moe_dist.inference import generate
 
         generate.main(argv[1:])
     else:

@@ -1,19 +1,21 @@
-"""Classes of images or sentences by a trained run, with probabilities.
+"""Classifies images or sentences with a trained run, and prints probabilities.
 
     python -m moe_dist.inference classify runs/NAME pictures/ holiday.png
     python -m moe_dist.inference classify runs/NAME --sentences reviews.txt
     python -m moe_dist.inference classify runs/NAME --text "a fine film" --top 1
 
-Every image or sentence is a token group of its own, so that what others there are does not decide what an expert has
-room for.
+The capacity of experts is counted within each image or sentence, so the result for one does not
+depend on the others.
 
 Legend: B images or sentences, S tokens of each, C classes.
 """
 
+import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,84 +35,133 @@ from moe_dist.monitoring import progress_bar
 from moe_dist.nn.token_context import TokenContext
 from moe_dist.training.errors import plain_errors
 
-AT_ONCE = 32
+ITEMS_PER_BATCH = 32
+TASKS_WITH_CLASSES = ("image_classification", "text_classification")
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The most probable classes of an item.
+
+    Attributes:
+        item: The path of the image, or the sentence.
+        classes: Probability by class, the most probable class first.
+    """
+
+    item: str
+    classes: dict[str, float]
 
 
 class Classifier:
-    """The model of a run, and what its classes are called."""
+    """The model of a run and its class names.
+
+    Attributes:
+        config: The config of the run.
+        model: The model.
+        of_images: True for a classifier of images, False for sentences.
+        names: Names of the classes.
+        pairs: True if the run was trained on pairs of sentences.
+        tokens: The tokenizer; None for images.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises what `reader.open_run` does, and ValueError for a run of another task."""
+        """Loads a run.
+
+        Args:
+            folder: The run folder.
+
+        Raises:
+            ValueError: As `open_run`, or the run has no classes.
+        """
         self.config, self.model, state = open_run(folder)
-        tasks = ("image_classification", "text_classification")
-        if self.config.task not in tasks:
+        if self.config.task not in TASKS_WITH_CLASSES:
             raise ValueError(f"{folder}: a run of task={self.config.task}, which has no classes")
-        self.of_images = self.config.task == tasks[0]
+        self.of_images = self.config.task == "image_classification"
         self.names: list[str] = state["classes"]
         if not self.names:
-            raise ValueError(f"{folder}: a run that gives scores, and has no classes")
+            raise ValueError(f"{folder}: a run that predicts scores, and has no classes")
         self.pairs = bool(state.get("pairs"))
-        self.tokens = None if self.of_images else WordPieceTokenizer.from_json(state["tokens"])
+        self.tokens = None
+        if not self.of_images:
+            self.tokens = WordPieceTokenizer.from_json(state["tokens"])
 
     @torch.no_grad()
     def probabilities(self, items: list[Any]) -> torch.Tensor:
-        """Of each class for image files (paths) or sentences: (B, C). Raises ValueError for one that cannot be read."""
-        logit_BC = (self._of_images(items) if self.of_images else self._of_sentences(items))[
-            :, : len(self.names)
-        ]
-        return logit_BC.float().softmax(1)
+        """Computes the probability of each class.
 
-    def _of_images(self, paths: list[Path]) -> torch.Tensor:
-        data, model = self.config.data, self.config.model
-        assert isinstance(data, ImageDataConfig) and isinstance(model, VisionConfig)
-        image_BQYX = torch.stack(
-            [read_image(path, data, model.image_size, model.channels) for path in paths]
-        )
+        Args:
+            items: Paths of image files, or sentences.
+
+        Returns:
+            Probabilities, (B, C), float32.
+
+        Raises:
+            ValueError: An item cannot be read.
+        """
+        logit_BC = self._image_logits(items) if self.of_images else self._sentence_logits(items)
+        # the model may have more outputs than the data has classes
+        return logit_BC[:, : len(self.names)].float().softmax(1)
+
+    def _image_logits(self, paths: list[Path]) -> torch.Tensor:
+        """Returns the outputs of the model for image files."""
+        data = self.config.data
+        model = self.config.model
+        assert isinstance(data, ImageDataConfig)
+        assert isinstance(model, VisionConfig)
+        images = [read_image(path, data, model.image_size, model.channels) for path in paths]
         valid_BS = torch.ones(len(paths), self.model.num_tokens, dtype=torch.bool)
-        return self.model(image_BQYX, _context(valid_BS))[0]
+        return self.model(torch.stack(images), _context(valid_BS))[0]
 
-    def _of_sentences(self, sentences: list[str]) -> torch.Tensor:
+    def _sentence_logits(self, sentences: list[str]) -> torch.Tensor:
+        """Returns the outputs of the model for sentences."""
         assert self.tokens is not None
-        pairs = [Sentence(*self._parts(sentence), 0) for sentence in sentences]
-        read = Sentences(pairs, self.tokens, self.model.num_tokens, len(sentences))
-        token_BS, kind_BS, valid_BS, _ = read.batch(0, range(len(sentences)))
+        pairs = [Sentence(*self._split_pair(sentence), 0) for sentence in sentences]
+        dataset = Sentences(pairs, self.tokens, self.model.num_tokens, len(sentences))
+        token_BS, kind_BS, valid_BS, _ = dataset.batch(0, range(len(sentences)))
         return self.model(token_BS, kind_BS, _context(valid_BS))[0]
 
-    def _parts(self, sentence: str) -> tuple[str, str | None]:
-        """Raises ValueError where it is not what the run was trained on."""
+    def _split_pair(self, sentence: str) -> tuple[str, str | None]:
+        """Splits a pair at its tab. Raises ValueError for a pair or no pair, unlike the run's."""
         first, tab, second = sentence.partition("\t")
-        if bool(tab) != self.pairs:
-            what = (
-                "pairs of sentences: put a tab between them"
-                if self.pairs
-                else "sentences, which have no tab"
+        if self.pairs and not tab:
+            raise ValueError(
+                f"{sentence!r}: the run was trained on pairs of sentences; put a tab between them"
             )
-            raise ValueError(f"{sentence!r}: the run was trained on {what}")
+        if tab and not self.pairs:
+            raise ValueError(
+                f"{sentence!r}: the run was trained on single sentences, which have no tab"
+            )
         return first, second if self.pairs else None
 
 
 def _context(valid_BS: torch.Tensor) -> TokenContext:
-    num, tokens = valid_BS.shape
-    sample_T = torch.arange(num).repeat_interleave(tokens)
+    """Returns the context of B samples of S tokens, each of which is a capacity group."""
+    num_samples, tokens = valid_BS.shape
     return TokenContext(
-        sample_T=sample_T,
-        position_T=torch.arange(tokens).repeat(num),
+        sample_T=torch.arange(num_samples).repeat_interleave(tokens),
+        position_T=torch.arange(tokens).repeat(num_samples),
         valid_T=valid_BS.flatten(),
         seed=0,
         step=0,
         train=False,
         first_sample=0,
-        num_samples=num,
-        balance_loss_group_size=num,
+        num_samples=num_samples,
+        balance_loss_group_size=num_samples,
         capacity_group_size=1,
     )
 
 
 def images_of(paths: Iterable[Path]) -> list[Path]:
-    """Returns the image files given, and those of the folders given, sorted. What is left out is told on stderr.
+    """Returns image files. A note on stderr lists files of folders that are left out.
+
+    Args:
+        paths: Image files, and folders of image files.
+
+    Returns:
+        The files in the order of `paths`, those of a folder sorted.
 
     Raises:
-        ValueError: for what is not there or cannot be listed, and for no image at all.
+        ValueError: A path does not exist or cannot be listed, or no file is an image.
     """
     found: list[Path] = []
     left_out: Counter[str] = Counter()
@@ -134,101 +185,133 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
 
 
 def _sentences_of(file: str | None, text: str | None) -> list[str]:
-    """Returns `text`, or the lines of a file that hold a word; of rows the columns text and text2, with a tab between.
+    """Returns the sentences of --sentences or --text, without empty ones of a file.
 
-    Raises:
-        ValueError: The file cannot be read or holds no word, or something is no text.
+    Raises ValueError if the file cannot be read or has no word, or if a sentence is not text.
     """
     if text is not None:
-        found = [text]
-    elif file == "-":
-        found = [line.strip() for line in sys.stdin]
-    else:
-        assert file is not None
-        try:
-            rows = list(read_rows(Path(file), ["text", "text2"]))
-        except ValueError as error:
-            raise ValueError(f"--sentences {error}") from None
-        if rows and not isinstance(rows[0].get("text"), str):
-            raise ValueError(
-                f"--sentences {file}: no column 'text', only {columns_of(rows[0])}: name it so"
-            )
-        found = [
-            "\t".join(str(row[name]).strip() for name in ("text", "text2") if row.get(name))
-            for row in rows
-        ]
-    if any("\ud800" <= letter <= "\udfff" for sentence in found for letter in sentence):
-        raise ValueError("a sentence is not text in this terminal's encoding; give UTF-8")
-    if text is None and not any(found):
+        _check_encoding([text])
+        return [text]
+    assert file is not None
+    sentences = [line.strip() for line in sys.stdin] if file == "-" else _read_sentences(file)
+    _check_encoding(sentences)
+    if not any(sentences):
         raise ValueError(f"--sentences {file}: no line with a word")
-    kept = [sentence for sentence in found if sentence or text is not None]
-    if empty := len(found) - len(kept):
+    kept = [sentence for sentence in sentences if sentence]
+    num_empty = len(sentences) - len(kept)
+    if num_empty:
         print(
-            f"note: {empty} of {len(found)} lines or rows have no text and are left out",
+            f"note: {num_empty} of {len(sentences)} lines or rows have no text and are left out",
             file=sys.stderr,
         )
     return kept
 
 
-def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[dict[str, Any]]:
-    """{"item", "classes": the `top` most probable with their probabilities, the first one first} of each."""
+def _read_sentences(file: str) -> list[str]:
+    """Reads the lines of a file, or of rows the columns text and text2 with a tab between."""
+    try:
+        rows = list(read_rows(Path(file), ["text", "text2"]))
+    except ValueError as error:
+        raise ValueError(f"--sentences {error}") from None
+    if rows and not isinstance(rows[0].get("text"), str):
+        raise ValueError(
+            f"--sentences {file}: no column 'text', only {columns_of(rows[0])}; "
+            "rename a column to 'text'"
+        )
+    sentences = []
+    for row in rows:
+        parts = [str(row[name]).strip() for name in ("text", "text2") if row.get(name)]
+        sentences.append("\t".join(parts))
+    return sentences
+
+
+def _check_encoding(sentences: list[str]) -> None:
+    """Raises ValueError for characters that stand for bytes that were no text."""
+    for sentence in sentences:
+        if any("\ud800" <= letter <= "\udfff" for letter in sentence):
+            raise ValueError("a sentence is not text in this terminal's encoding; give UTF-8")
+
+
+def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[Classification]:
+    """Classifies items in batches, with a progress bar.
+
+    Args:
+        classifier: The classifier.
+        items: Paths of image files, or sentences.
+        top: Number of classes to return for each item.
+
+    Yields:
+        The result of each item, in order.
+    """
+    num_classes = min(top, len(classifier.names))
     with tqdm(total=len(items), unit=classifier.config.task[:5], disable=None, leave=False) as bar:
-        for first in range(0, len(items), AT_ONCE):
-            some = items[first : first + AT_ONCE]
-            value_Bk, class_Bk = classifier.probabilities(some).topk(
-                min(top, len(classifier.names))
-            )
+        for first in range(0, len(items), ITEMS_PER_BATCH):
+            batch = items[first : first + ITEMS_PER_BATCH]
+            value_Bk, class_Bk = classifier.probabilities(batch).topk(num_classes)
             for item, values, classes in zip(
-                some, value_Bk.tolist(), class_Bk.tolist(), strict=True
+                batch, value_Bk.tolist(), class_Bk.tolist(), strict=True
             ):
-                told = {
-                    classifier.names[i]: value for i, value in zip(classes, values, strict=True)
-                }
-                name = (
-                    str(item).encode("utf-8", "backslashreplace").decode()
-                )  # a file's name may be no UTF-8
-                yield {"item": name, "classes": told}
-            bar.update(len(some))
+                names = [classifier.names[index] for index in classes]
+                # a file's name may contain bytes that are no UTF-8
+                printable_item = str(item).encode("utf-8", "backslashreplace").decode()
+                yield Classification(printable_item, dict(zip(names, values, strict=True)))
+            bar.update(len(batch))
 
 
-def main(argv: list[str]) -> None:
+def _parser() -> Parser:
+    """Returns the parser of the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("run", type=path_argument, metavar="RUN", help="folder of the run")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", type=path_argument, metavar="RUN", help="folder of the run")
+    add(
         "images",
         type=path_argument,
         nargs="*",
         metavar="IMAGE",
-        help="image files, and folders of them",
+        help="image files, and folders of image files",
     )
-    parser.add_argument(
-        "--sentences", metavar="FILE", help="a sentence a line; - is standard input"
-    )
-    parser.add_argument("--text", help="one sentence")
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="most probable classes (3)")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
-    args = parser.parse_args(argv)
+    add("--sentences", metavar="FILE", help="a file with one sentence a line; - is standard input")
+    add("--text", help="one sentence")
+    add("--top", type=int, default=3, metavar="K", help="number of classes to print (3)")
+    add("--json", action="store_true", help="prints one JSON object a line")
+    return parser
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that are out of range or do not fit together."""
+    if args.top < 1:
+        raise ValueError(f"--top {args.top} is out of range; use at least 1")
+    inputs = [bool(args.images), args.sentences is not None, args.text is not None]
+    if inputs.count(True) != 1:
+        raise ValueError("give one of: IMAGE ..., --sentences FILE, --text TEXT")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command with the arguments that follow its name."""
+    args = _parser().parse_args(argv)
     with plain_errors():
-        if args.top < 1:
-            raise ValueError(f"--top {args.top}: at least 1")
-        if (bool(args.images), args.sentences is not None, args.text is not None).count(True) != 1:
-            raise ValueError("give one of: IMAGE ..., --sentences FILE, --text TEXT")
+        _check_args(args)
         classifier = Classifier(args.run)
         if classifier.of_images != bool(args.images):
-            raise ValueError(
-                f"{args.run} classifies {'images' if classifier.of_images else 'sentences'}: give some"
-            )
-        items: list[Any] = (
-            images_of(args.images) if args.images else _sentences_of(args.sentences, args.text)
-        )
-        for told in classify(classifier, items, args.top):
-            best = "  ".join(
-                f"{100 * value:5.1f} % {name}" for name, value in told["classes"].items()
-            )
-            tqdm.write(
-                json.dumps(told) if args.json else f"{best}    {printable(told['item'])}",
-                file=sys.stdout,
-            )
+            kind = "images" if classifier.of_images else "sentences"
+            raise ValueError(f"{args.run} classifies {kind}; give {kind}")
+        for result in classify(classifier, _items(args), args.top):
+            tqdm.write(_format(result, args.json), file=sys.stdout)
+
+
+def _items(args: argparse.Namespace) -> list[Any]:
+    """Returns the image files or the sentences of the command line."""
+    if args.images:
+        return images_of(args.images)
+    return _sentences_of(args.sentences, args.text)
+
+
+def _format(result: Classification, as_json: bool) -> str:
+    """Returns the line of an item."""
+    if as_json:
+        return json.dumps({"item": result.item, "classes": result.classes})
+    classes = [f"{100 * value:5.1f} % {name}" for name, value in result.classes.items()]
+    return f"{'  '.join(classes)}    {printable(result.item)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Records which experts the tokens of a text visit."""
+"""Records which experts the words of a text visit, and summarises these visits.
+
+Legend: T words, D width, K experts per word, E experts, N assignments of a word to an expert, M
+visits of one expert.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,43 +17,66 @@ from moe_dist.nn.token_context import TokenContext
 
 @dataclass(frozen=True)
 class ExpertAssignments:
-    """Which experts (global ids) the words of a text visit, and with what gate weights, the heaviest first."""
+    """The experts that the words of a text visit in one layer.
+
+    Attributes:
+        expert_TK: Global ids, int64, the expert with the largest gate weight first.
+        weight_TK: Gate weights, which sum to 1 over K.
+        num_experts: Number of experts in the layer.
+    """
 
     expert_TK: torch.Tensor
-    weight_TK: torch.Tensor  # sums to 1 over K
-    num_experts: int  # of the layer
+    weight_TK: torch.Tensor
+    num_experts: int
 
 
 class RecordingDispatcher(LocalDispatcher):
-    """An exchange that keeps what it carried out last."""
+    """A local dispatcher that keeps the assignments of its last call.
+
+    Attributes:
+        assignments: The assignments; not set before the first call.
+    """
 
     assignments: ExpertAssignments
 
     def forward(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        expert_N = torch.arange(len(routing.count_E)).repeat_interleave(routing.count_E)
-        # rows may be copies of a word, one for each of its groups: their context says of which
+        """Records the routing and dispatches like `LocalDispatcher`."""
+        num_experts = len(routing.count_E)
+        expert_N = torch.arange(num_experts).repeat_interleave(routing.count_E)
+        # with groups of experts the rows are copies of a word, one for each of its groups; the
+        # word's position in the context is the same in all copies
         by_word_N = ctx.position_T[routing.token_N].argsort(stable=True)
-        shape = (ctx.num_samples, -1)  # every word visits as many
+        shape = (ctx.num_samples, -1)  # all words visit equally many experts
         weight_TK, order_TK = (
             routing.gate_N[by_word_N].view(shape).sort(dim=1, descending=True, stable=True)
         )
         expert_TK = expert_N[by_word_N].view(shape).gather(1, order_TK)
-        self.assignments = ExpertAssignments(expert_TK, weight_TK, len(routing.count_E))
+        self.assignments = ExpertAssignments(expert_TK, weight_TK, num_experts)
         return super().forward(x_TD, routing, experts, ctx)
 
 
 def expert_shares(visits: ExpertAssignments) -> torch.Tensor:
-    """The part of all visits that goes to each expert: (E,), float64, sums to 1."""
+    """Returns the fraction of all visits that each expert receives: (E,), float64, sums to 1."""
     count_E = torch.bincount(visits.expert_TK.flatten(), minlength=visits.num_experts)
     return count_E.double() / visits.expert_TK.numel()
 
 
 def top_contexts(visits: ExpertAssignments, expert: int, num: int) -> list[tuple[float, int]]:
-    """The `num` highest gate weights of an expert over a text and the positions of their words, the highest first."""
+    """Returns the visits of an expert with the largest gate weights.
+
+    Args:
+        visits: The visits of a text.
+        expert: Global id of the expert.
+        num: Largest number of visits to return.
+
+    Returns:
+        (gate weight, position of the word in the text), the largest weight first.
+    """
     position_M, choice_M = (visits.expert_TK == expert).nonzero(as_tuple=True)
     weight_M, order_M = visits.weight_TK[position_M, choice_M].sort(
         dim=0, descending=True, stable=True
     )
-    return list(zip(weight_M[:num].tolist(), position_M[order_M][:num].tolist(), strict=True))
+    positions = position_M[order_M][:num].tolist()
+    return list(zip(weight_M[:num].tolist(), positions, strict=True))

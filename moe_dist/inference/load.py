@@ -1,10 +1,10 @@
-"""A trained run read back for use: the next word's probabilities, and the experts that a text visits.
+"""Loads a trained run for use in one process, on CPU, in float32.
 
-The newest checkpoint of a run folder, whatever layout and precision wrote it, in one process, on CPU, in float32. A
-text is read with neither noise nor dropout, and with the state carried.
+The newest complete checkpoint of a run folder is loaded, whatever layout and precision wrote it.
+`open_run` returns the model of any task, `TextModel` reads a text with a language model, without
+noise and dropout and with the LSTM state carried from word to word.
 
-Legend: T words of a text, V vocabulary, D width, K experts that a word visits (k², with groups), E experts of a layer,
-M visits of one expert, N assignments.
+Legend: T words of a text, V vocabulary, D width.
 """
 
 import json
@@ -29,13 +29,22 @@ from moe_dist.nn.token_context import TokenContext
 from moe_dist.tasks.language_model import saved_vocabulary
 from moe_dist.tasks.registry import task_of
 
-WINDOW = 512  # words read at once
+WORDS_PER_CALL = 512  # of the model, when a whole text is read
 
 
 def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
-    """The config of a run, its model with the weights of the newest whole checkpoint, on CPU, and the state beside it.
+    """Loads a run. Notes and warnings about its files are printed on stderr.
 
-    Raises ValueError for a folder without a config or checkpoint, or where the two do not fit together."""
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The config, the model with the weights of the newest complete checkpoint, on CPU, and the
+        checkpoint's state besides tensors.
+
+    Raises:
+        ValueError: The folder has no config or no complete checkpoint, or they do not fit together.
+    """
     config, note = read_config(folder)
     if note:
         print(f"note: {note}", file=sys.stderr)
@@ -43,45 +52,66 @@ def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
     for reason in refused.values():
         print(f"warning: {reason}. Refused; reading {newest.name}", file=sys.stderr)
     state = read_state(newest)
-    _check_kept(newest, config, state)
+    _check_metadata(newest, config, state)
     model = task_of(config).build_model(config).to_empty(device="cpu")
     load_weights(newest, model)
     return config, model, state
 
 
-def _check_kept(checkpoint: Path, config: Config, state: dict[str, Any]) -> None:
-    """Raises ValueError where a value that the task needs is missing in a checkpoint, or does not fit the model."""
-    kept = task_of(config).required_metadata
-    if missing := [key for key in kept if key not in state]:
+def _check_metadata(checkpoint: Path, config: Config, state: dict[str, Any]) -> None:
+    """Raises ValueError if metadata that the task needs is missing or does not fit the model."""
+    required = task_of(config).required_metadata
+    missing = [key for key in required if key not in state]
+    if missing:
         raise ValueError(
-            f"{checkpoint}: keeps no {', '.join(missing)}, which a run of task={config.task} needs"
+            f"{checkpoint}: has no {', '.join(missing)}, which a run of task={config.task} needs"
         )
-    if "vocabulary" in kept:
-        _check_size(
-            checkpoint, config, "data.vocabulary_size", "words", len(state["vocabulary"]["words"])
-        )
-    if "tokens" in kept:
-        _check_size(
-            checkpoint, config, "model.vocabulary_size", "tokens", len(json.loads(state["tokens"]))
-        )
-    if "classes" in kept and len(state["classes"]) > (
-        most := value_of(config, "model.num_classes")
-    ):
-        raise ValueError(
-            f"{checkpoint}: has {len(state['classes'])} classes, and model.num_classes of config.json is {most}"
-        )
+    if "vocabulary" in required:
+        num_words = len(state["vocabulary"]["words"])
+        _check_size(checkpoint, config, "data.vocabulary_size", "words", num_words)
+    if "tokens" in required:
+        num_tokens = len(json.loads(state["tokens"]))
+        _check_size(checkpoint, config, "model.vocabulary_size", "tokens", num_tokens)
+    if "classes" in required:
+        num_classes = len(state["classes"])
+        largest = value_of(config, "model.num_classes")
+        if num_classes > largest:
+            raise ValueError(
+                f"{checkpoint}: has {num_classes} classes, "
+                f"and model.num_classes of config.json is {largest}"
+            )
 
 
-def _check_size(checkpoint: Path, config: Config, key: str, what: str, size: int) -> None:
-    if size != (expected := value_of(config, key)):
-        raise ValueError(f"{checkpoint}: has {size} {what}, and {key} of config.json is {expected}")
+def _check_size(checkpoint: Path, config: Config, key: str, things: str, size: int) -> None:
+    """Raises ValueError if a field of the config is not the size of what a checkpoint contains."""
+    expected = value_of(config, key)
+    if size != expected:
+        raise ValueError(
+            f"{checkpoint}: has {size} {things}, and {key} of config.json is {expected}"
+        )
 
 
 class TextModel:
-    """The model of a run, which reads a text."""
+    """The language model of a run.
+
+    Attributes:
+        config: The config of the run.
+        model: The model.
+        layers: The section `model` of the config.
+        data: The section `data` of the config.
+        vocabulary: The vocabulary of the run.
+        recorders: By name of the MoE layer, the dispatcher that records its assignments.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises what `open_run` does, and ValueError for a run of another task."""
+        """Loads a run.
+
+        Args:
+            folder: The run folder.
+
+        Raises:
+            ValueError: As `open_run`, or the run has another task.
+        """
         self.config, self.model, state = open_run(folder)
         config = self.config
         if not isinstance(config.model, LSTMConfig):
@@ -89,58 +119,72 @@ class TextModel:
                 f"{folder}: a run of task={config.task}; only a language model continues a text"
             )
         assert isinstance(config.data, TextDataConfig)
-        self.layers, self.data = config.model, config.data
+        self.layers = config.model
+        self.data = config.data
         self.vocabulary = saved_vocabulary(state)
-        self.recorders: dict[str, RecordingDispatcher] = {}  # by layer
+        self.recorders: dict[str, RecordingDispatcher] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, MoE):
+                # in a layer of groups, the dispatcher inside the groups has the experts
                 innermost = layer.experts if isinstance(layer.experts, ExpertGroups) else layer
-                innermost.dispatcher = self.recorders[name] = RecordingDispatcher()
+                recorder = RecordingDispatcher()
+                innermost.dispatcher = recorder
+                self.recorders[name] = recorder
 
     def initial_state(self) -> State:
-        """The state before a text's first word."""
-        widths = state_widths(self.layers)
-        return tuple((torch.zeros(1, 1, h), torch.zeros(1, 1, c)) for h, c in widths)
+        """Returns the LSTM state before the first word of a text."""
+        state = []
+        for hidden_width, cell_width in state_widths(self.layers):
+            state.append((torch.zeros(1, 1, hidden_width), torch.zeros(1, 1, cell_width)))
+        return tuple(state)
 
     @torch.no_grad()
     def read(self, word_T: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-        """Words (T,) -> the log-probabilities (V,) of the word after them, in nats, and the state there."""
-        num = len(word_T)
-        position_T = torch.arange(num)
-        # a word is a sample of its own: capacity is then counted within a word, drops nothing, and a text may be read
-        # in any parts
+        """Reads some words of a text.
+
+        Args:
+            word_T: Indices of the words, int64, (T,).
+            state: The LSTM state before them.
+
+        Returns:
+            Log-probabilities (V,) of the next word, in nats, and the state after the words.
+        """
+        num_words = len(word_T)
+        position_T = torch.arange(num_words)
+        # each word is a sample of its own. Capacity is then counted within a word and drops
+        # nothing, so a text can be read in parts of any length
         ctx = TokenContext(
             sample_T=position_T,
             position_T=position_T,
-            valid_T=torch.ones(num, dtype=torch.bool),
+            valid_T=torch.ones(num_words, dtype=torch.bool),
             seed=0,
             step=0,
             train=False,
             first_sample=0,
-            num_samples=num,
-            balance_loss_group_size=num,
+            num_samples=num_words,
+            balance_loss_group_size=num_words,
             capacity_group_size=1,
         )
         x_TD, state, _ = self.model.read(word_T[None], state, ctx)
         return self.model.softmax.log_probability(x_TD[-1:])[0], state
 
     def expert_assignments(self, word_T: torch.Tensor) -> dict[str, ExpertAssignments]:
-        """Of a whole text, by layer."""
+        """Returns the experts that each word of a whole text visits, by name of the layer."""
         state = self.initial_state()
         parts: dict[str, list[ExpertAssignments]] = {name: [] for name in self.recorders}
         with tqdm(
             total=len(word_T), desc="reading", unit=" words", disable=None, leave=False
         ) as bar:
-            for part_T in word_T.split(WINDOW):
+            for part_T in word_T.split(WORDS_PER_CALL):
                 _, state = self.read(part_T, state)
-                for name, watched in self.recorders.items():
-                    parts[name].append(watched.assignments)
+                for name, recorder in self.recorders.items():
+                    parts[name].append(recorder.assignments)
                 bar.update(len(part_T))
-        return {
-            name: ExpertAssignments(
-                torch.cat([v.expert_TK for v in of]),
-                torch.cat([v.weight_TK for v in of]),
-                of[0].num_experts,
-            )
-            for name, of in parts.items()
-        }
+        return {name: _concatenate(assignments) for name, assignments in parts.items()}
+
+
+def _concatenate(parts: list[ExpertAssignments]) -> ExpertAssignments:
+    """Joins the assignments of consecutive parts of a text."""
+    expert_TK = torch.cat([part.expert_TK for part in parts])
+    weight_TK = torch.cat([part.weight_TK for part in parts])
+    return ExpertAssignments(expert_TK, weight_TK, parts[0].num_experts)

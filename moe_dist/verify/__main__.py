@@ -1,24 +1,28 @@
-"""A certificate that the layout is not part of the result: trains a few steps of a config on every layout asked for.
+"""Certifies that the layout does not change the result: trains a config on many layouts.
 
-    python -m moe_dist.verify lstm_moe_demo                                one rank against 1, 2, 4 at every ep and ZeRO
+    python -m moe_dist.verify lstm_moe_demo                  1, 2 and 4 ranks at every ep and ZeRO
     python -m moe_dist.verify lstm_wide_demo --set model.dim=64 --worlds 2 --zero 0 3 --json FILE
 
-One rank at ZeRO 0 is the reference. Of every other layout it prints the largest relative deviation, of any rank, of the
-loss and the gradient norm of any step and of any weight tensor after the last, ||difference|| / ||reference||, and
-exits with 1 where one is above --tolerance.
+The reference is one rank at ZeRO 0. For every other layout a line shows the largest relative
+deviation from it, over all ranks, of the loss and the gradient norm of any step, and of any weight
+tensor after the last step (||difference|| / ||reference||). The exit status is 1 if a deviation is
+above --tolerance.
 
-Two scores that differ by rounding may be ranked either way, and a word then visits another expert; a hidden unit whose
-input is zero to rounding may be on or off, and its gradient is then whole or none: that is chance, not a fault. So the
-reference's ranking and the signs of its hidden units are recorded, and a layout that would choose otherwise goes on
-with the recorded ones. Such flips and signs are counted, and the widest gap among them is printed: the distance of two
-scores over their size, of a unit's input from zero over the largest of its row. A gap above 1e-5 is no rounding, and a
-failure. --free lets every layout choose for itself.
+Some choices are decided by rounding: two scores that are equal up to rounding can be ranked either
+way, and a word then visits another expert; a hidden unit whose input is zero up to rounding can be
+on or off. These are coincidences, not faults. So the reference's rankings and signs are recorded,
+and every layout replays them. A layout's own choices that differ are counted (flips, signs), and
+the widest gap among them is shown: the distance of two scores relative to the largest, or of a
+unit's input from zero relative to the largest in its row. A gap above 1e-5 is more than rounding,
+and a failure. With --free every layout uses its own choices.
 
-To be worth its name a run must be live, and the figures that say so are printed: how much of the routing of the first
-step's words the training changed, in how many steps the norm was clipped, noise and dropout, and in how many steps a
-rank had nothing but padding and sent no row (half of the samples are made padding in one step for each accumulation).
+A run proves something only if it is live. The figures of the reference are printed: how much of the
+first step's routing the training changed, in how many steps the norm was clipped, noise, dropout
+and drops. The column idle counts steps in which a rank had padding only and sent no row: half of
+the samples are padding in one step for each number of --accumulation.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -29,7 +33,7 @@ import torch
 from moe_dist.config.arg_parser import Parser, path_argument
 from moe_dist.config.messages import shorten
 from moe_dist.config.overrides import keys_of
-from moe_dist.config.schema import moe_section
+from moe_dist.config.schema import Config, moe_section
 from moe_dist.config.validate import MAX_STEPS
 from moe_dist.distributed import batch_layout
 from moe_dist.engine.ds_config import read_ds_config
@@ -39,20 +43,53 @@ from moe_dist.training.run_spec import named_config
 from moe_dist.verify.certificate import (
     ACCUMULATIONS,
     MAX_PROCESSES,
-    MAX_ROUNDING_GAP,
     MIN_ROUTING_CHANGE,
     REFERENCE,
     TABLE_HEADER,
+    Certificate,
     ParallelConfig,
+    ReferenceActivity,
     legal_layouts,
     verify,
 )
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments of the command line.
+
+    Returns:
+        The exit status: 0, or 1 if a layout deviates from the reference.
+    """
+    args = _parser().parse_args(argv)
+    with plain_errors():
+        _check_args(args)
+        config, notes = named_config(args.name, args.set)
+        explicit = keys_of(args.set)
+        _check_config(config, explicit)
+        layouts, illegal = _choose_layouts(config, args)
+    for note in notes:
+        print(f"note: {note}")
+    print(
+        "largest relative deviations from one rank; flips, signs, gap: choices replayed; "
+        "idle: steps without a row"
+    )
+    print(f"{TABLE_HEADER}  tensor with the largest deviation", flush=True)
+    with plain_errors():
+        certificate = verify(config, layouts, args.steps, replay=not args.free, explicit=explicit)
+    num_within = _print_result(config, certificate, illegal, args.tolerance)
+    if args.json:
+        args.json.write_text(json.dumps(certificate.to_json(), indent=2) + "\n")
+    return 0 if num_within == len(certificate.layouts) else 1
+
+
+def _parser() -> Parser:
+    """Returns the parser of the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("name", help="a named config (train.py --list)")
+    add("name", help="a named config; train.py --list shows them")
     add(
         "--set",
         action="append",
@@ -73,85 +110,100 @@ def main(argv: list[str]) -> int:
         type=int,
         nargs="+",
         default=list(ACCUMULATIONS),
-        help="micro-batches a step (1 2)",
+        help="micro-batches per step (1 2)",
     )
     add("--steps", type=int, default=20, help="optimizer steps (20)")
     add(
         "--tolerance",
         type=float,
         default=1e-5,
-        help="largest relative deviation that is rounding (1e-5)",
+        help="largest relative deviation that counts as rounding (1e-5)",
     )
-    add("--free", action="store_true", help="no replay: every layout chooses for itself")
-    add("--json", type=path_argument, metavar="FILE", help="writes the figures there")
-    args = parser.parse_args(argv)
-    with plain_errors():
-        for key, numbers, most in (
-            ("steps", [args.steps], MAX_STEPS),
-            ("worlds", args.worlds, MAX_PROCESSES),
-            ("accumulation", args.accumulation, MAX_STEPS),
-        ):
-            if wrong := [number for number in numbers if not 1 <= number <= most]:
-                raise ValueError(f"--{key} {shorten(wrong[0])}: from 1 to {most}")
-        if not 0 <= args.tolerance < math.inf:
-            raise ValueError(f"--tolerance {args.tolerance:g}: a number from 0 on")
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
-        config, notes = named_config(args.name, args.set)
-        explicit = keys_of(args.set)
-        task = task_of(config)
-        task.check_data(config, True, explicit)
-        task.build_model(config)
-        asked = [
-            ParallelConfig(world, ep, zero, accumulation)
-            for world, zero, accumulation in itertools.product(
-                args.worlds, args.zero, args.accumulation
-            )
-            for ep in range(1, world + 1)
-            if world % ep == 0
-        ]
-        layouts, refused = legal_layouts(
-            config, [layout for layout in asked if layout != REFERENCE]
+    add("--free", action="store_true", help="no replay: every layout uses its own choices")
+    add("--json", type=path_argument, metavar="FILE", help="also writes the figures to a file")
+    return parser
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that are out of range."""
+    for key, numbers, largest in (
+        ("steps", [args.steps], MAX_STEPS),
+        ("worlds", args.worlds, MAX_PROCESSES),
+        ("accumulation", args.accumulation, MAX_STEPS),
+    ):
+        for number in numbers:
+            if not 1 <= number <= largest:
+                raise ValueError(
+                    f"--{key} {shorten(number)} is out of range; use a number from 1 to {largest}"
+                )
+    if not 0 <= args.tolerance < math.inf:
+        raise ValueError(
+            f"--tolerance {args.tolerance:g} is out of range; use a finite number from 0 on"
         )
-        for layout in layouts:
-            read_ds_config(layout.apply_to(config))
-        batch_layout.make_batch_layout(REFERENCE.apply_to(config), 1)
-        if not layouts:
-            raise ValueError(f"no layout to verify: {'; '.join(dict.fromkeys(refused))}")
-        if torch.cuda.is_available() and max(args.worlds) > torch.cuda.device_count():
-            raise ValueError(
-                f"--worlds {max(args.worlds)}: this machine has {torch.cuda.device_count()} GPUs"
-            )
-    for note in notes:
-        print(f"note: {note}")
-    print(
-        "largest relative deviations from one rank; flips, signs, gap: choices replayed; idle: steps without a row"
-    )
-    print(f"{TABLE_HEADER}  tensor that is farthest off", flush=True)
-    with plain_errors():
-        told = verify(config, layouts, args.steps, replay=not args.free, explicit=explicit)
-    bad = [
-        t
-        for t in told["layouts"]
-        if not max(t["loss"], t["norm"], t["weights"]) <= args.tolerance
-        or t["widest_gap"] > MAX_ROUNDING_GAP
-    ]
-    for reason in dict.fromkeys(refused):
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: {args.json.parent} is not a folder; create it first")
+
+
+def _check_config(config: Config, explicit: frozenset[str]) -> None:
+    """Raises ValueError if the data is not on this machine or the model cannot be built."""
+    task = task_of(config)
+    task.check_data(config, True, explicit)
+    task.build_model(config)
+
+
+def _choose_layouts(
+    config: Config, args: argparse.Namespace
+) -> tuple[list[ParallelConfig], list[str]]:
+    """Returns the legal layouts among the combinations of the options, and reasons for the others.
+
+    Raises ValueError if no layout is left, or if this machine has too few GPUs.
+    """
+    candidates = []
+    for world, zero_stage, accumulation in itertools.product(
+        args.worlds, args.zero, args.accumulation
+    ):
+        for ep in range(1, world + 1):
+            layout = ParallelConfig(world, ep, zero_stage, accumulation)
+            if world % ep == 0 and layout != REFERENCE:
+                candidates.append(layout)
+    layouts, illegal = legal_layouts(config, candidates)
+    for layout in layouts:
+        read_ds_config(layout.apply_to(config))
+    batch_layout.make_batch_layout(REFERENCE.apply_to(config), 1)
+    if not layouts:
+        raise ValueError(f"no layout to verify: {'; '.join(dict.fromkeys(illegal))}")
+    if torch.cuda.is_available() and max(args.worlds) > torch.cuda.device_count():
+        raise ValueError(
+            f"--worlds {max(args.worlds)} is too large; "
+            f"use at most {torch.cuda.device_count()}, the GPUs of this machine"
+        )
+    return layouts, illegal
+
+
+def _print_result(
+    config: Config, certificate: Certificate, illegal: list[str], tolerance: float
+) -> int:
+    """Prints the summary below the table. Returns the number of layouts within the tolerance."""
+    for reason in dict.fromkeys(illegal):
         print(f"not a layout of this config: {reason}")
-    live = told["live"]
-    if (moe_section(config) and live["routing changed"] < MIN_ROUTING_CHANGE) or not live[
-        "steps clipped"
-    ]:
+    if not _is_live(config, certificate.reference):
         print(
-            "note: a quiet run proves less: more --steps, a higher optim.lr or a lower optim.max_grad_norm would stir it"
+            "note: this run is too quiet to prove much: use more --steps, a higher optim.lr or a "
+            "lower optim.max_grad_norm"
         )
-    print("the reference: " + ", ".join(f"{name} {value}" for name, value in live.items()))
-    print(
-        f"{len(told['layouts']) - len(bad)} of {len(told['layouts'])} layouts within {args.tolerance:g} of one rank"
-    )
-    if args.json:
-        args.json.write_text(json.dumps(told, indent=2) + "\n")
-    return 1 if bad else 0
+    figures = [f"{name} {value}" for name, value in certificate.reference.by_name().items()]
+    print("the reference: " + ", ".join(figures))
+    num_within = sum(deviation.is_within(tolerance) for deviation in certificate.layouts)
+    print(f"{num_within} of {len(certificate.layouts)} layouts within {tolerance:g} of one rank")
+    return num_within
+
+
+def _is_live(config: Config, reference: ReferenceActivity) -> bool:
+    """Returns True if training changed enough of the routing and clipped some norms."""
+    routes = moe_section(config) is not None
+    if routes and reference.routing_changed < MIN_ROUTING_CHANGE:
+        return False
+    return reference.steps_clipped > 0
 
 
 if __name__ == "__main__":

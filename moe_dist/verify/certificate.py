@@ -1,22 +1,12 @@
-"""A certificate that the layout is not part of the result: trains a few steps of a config on every layout asked for.
+"""Trains a few steps of a config on many layouts and compares each layout with one rank.
 
-    python -m moe_dist.verify lstm_moe_demo                                one rank against 1, 2, 4 at every ep and ZeRO
-    python -m moe_dist.verify lstm_wide_demo --set model.dim=64 --worlds 2 --zero 0 3 --json FILE
+The reference is one rank at ZeRO 0 with one micro-batch. The first world writes the reference to a
+file: the loss and the gradient norm of each step, all weights after the last step, and its discrete
+choices (`choice_replay`). Each further world trains on its layouts in turn, replays those choices,
+and computes its deviations from the file. One world of N processes serves all layouts of N ranks.
 
-One rank at ZeRO 0 is the reference. Of every other layout it prints the largest relative deviation, of any rank, of the
-loss and the gradient norm of any step and of any weight tensor after the last, ||difference|| / ||reference||, and
-exits with 1 where one is above --tolerance.
-
-Two scores that differ by rounding may be ranked either way, and a word then visits another expert; a hidden unit whose
-input is zero to rounding may be on or off, and its gradient is then whole or none: that is chance, not a fault. So the
-reference's ranking and the signs of its hidden units are recorded, and a layout that would choose otherwise goes on
-with the recorded ones. Such flips and signs are counted, and the widest gap among them is printed: the distance of two
-scores over their size, of a unit's input from zero over the largest of its row. A gap above 1e-5 is no rounding, and a
-failure. --free lets every layout choose for itself.
-
-To be worth its name a run must be live, and the figures that say so are printed: how much of the routing of the first
-step's words the training changed, in how many steps the norm was clipped, noise and dropout, and in how many steps a
-rank had nothing but padding and sent no row (half of the samples are made padding in one step for each accumulation).
+A comparison proves something only if the run is live, so the reference also reports how live it was
+(`ReferenceActivity`), and `pad_half` removes whole ranks' samples in some steps.
 """
 
 import dataclasses
@@ -38,19 +28,28 @@ from moe_dist.engine.ds_config import compute_dtype, read_ds_config
 from moe_dist.tasks.task import Batch
 from moe_dist.training.metric_accumulator import MetricAccumulator
 from moe_dist.training.setup import Training, set_up, train_step
-from moe_dist.verify.choice_replay import RecordedChoices
+from moe_dist.verify.choice_replay import RecordedChoices, Recording
 
-MAX_ROUNDING_GAP = 1e-5  # of their size: two scores this near, or a hidden unit and zero, may fall either way by rounding
-ACCUMULATIONS = (1, 2)
+# two scores, or a hidden unit's input and zero, can be ordered either way by rounding if their
+# relative distance is at most this
+MAX_ROUNDING_GAP = 1e-5
+ACCUMULATIONS = (1, 2)  # micro-batches per step, by default
 FIRST_PADDED_STEP = 3
-MIN_ROUTING_CHANGE = 0.2  # of the first step's words change their experts
-MAX_PROCESSES = 1024  # of one machine
-MAX_HOURS = 24  # that one world may take
+MIN_ROUTING_CHANGE = 0.2  # fraction of the first step's words, in a live run
+MAX_PROCESSES = 1024  # on one machine
+MAX_HOURS = 24  # per world
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """One way to lay out a run."""
+    """A layout of a run.
+
+    Attributes:
+        world: Number of ranks.
+        ep: Expert-parallel degree.
+        zero_stage: ZeRO stage.
+        grad_accum_steps: Micro-batches per step.
+    """
 
     world: int
     ep: int
@@ -58,6 +57,7 @@ class ParallelConfig:
     grad_accum_steps: int
 
     def apply_to(self, config: Config) -> Config:
+        """Returns the config on this layout."""
         sets = [
             f"mesh.ep={self.ep}",
             f"zero_stage={self.zero_stage}",
@@ -69,214 +69,137 @@ class ParallelConfig:
 REFERENCE = ParallelConfig(1, 1, 0, 1)
 
 
-def run_layouts(
-    config: Config,
-    layouts: list[ParallelConfig],
-    steps: int,
-    reference: Path,
-    replay: bool,
-    explicit: Collection[str],
-) -> list[dict[str, Any]]:
-    """Run by every rank of one world: trains on each layout in turn, and tells how far it ends from the reference, a
-    file that the first layout of all writes."""
-    meshes.init_process_group()
-    told, known = [], None
-    for layout in layouts:
-        kept = torch.load(reference, weights_only=True) if reference.exists() else None
-        choices = RecordedChoices(kept["choices"] if kept else None)
-        on_layout = layout.apply_to(config)
-        training = set_up(
-            on_layout,
-            read_ds_config(on_layout),
-            meshes.build_mesh(layout.ep),
-            known,
-            explicit=explicit,
-        )
-        known = training.metadata  # counted once
-        if kept is None or replay:
-            choices.attach(training.model.module, training.mesh)
-        run = train(training, steps)
-        if kept is None:
-            told.append(
-                {
-                    **run["live"],
-                    "routing changed": routing_changed(training, run.pop("first"), choices),
-                }
-            )
-            torch.save({"choices": choices.recorded, **run}, reference)
-        else:
-            told.append(dataclasses.asdict(layout) | compare(run, kept, choices, training.mesh))
-            if training.mesh.is_main:
-                print(format_row(told[-1]), flush=True)
-    meshes.shutdown()
-    return told
+@dataclasses.dataclass(frozen=True)
+class ReferenceActivity:
+    """Figures that show how live the reference run was.
+
+    Attributes:
+        steps_clipped: Steps in which the gradient norm was clipped.
+        noise: True if the gates have noise.
+        dropout: Dropout probability of the model.
+        dropped: Assignments that were dropped over capacity.
+        routing_changed: Fraction of the first step's words that the trained weights send to other
+            experts.
+    """
+
+    steps_clipped: int
+    noise: bool
+    dropout: float
+    dropped: int
+    routing_changed: float
+
+    def by_name(self) -> dict[str, Any]:
+        """Returns the figures by their names for people and for JSON."""
+        return {name.replace("_", " "): value for name, value in vars(self).items()}
 
 
-def train(training: Training, steps: int) -> dict[str, Any]:
-    """Loss and norm of each step, whole weights by name after the last, the first step's micro-batches, and what says
-    whether the run was live."""
-    task: Any = training.task
-    mesh, config = training.mesh, training.config
-    losses: list[float] = []
-    norms: list[float] = []
-    first: list[Batch] = []
-    idle, dropped = torch.zeros(2, dtype=torch.int64, device=mesh.device)
-    batches_of = task.batches
-    task.batches = lambda step: (
-        pad_half(batch, step + 1, training.layout.global_batch_size) for batch in batches_of(step)
-    )
-    for step in range(1, steps + 1):
-        meter, rows = MetricAccumulator(mesh, task), torch.zeros_like(idle)
-        for batch, sums, stats in train_step(training, step):
-            meter.add(sums, stats)
-            dropped += sum(layer.dropped for layer in stats.values())
-            rows += batch.ctx.valid_T.sum()
-            first += [batch] if step == 1 else []
-        idle += rows == 0
-        losses.append(float(meter.reduce_and_reset()["train/loss"]))  # type: ignore[arg-type]
-        norms.append(training.engine.optimizer.norm)
-    clip = config.optim.max_grad_norm
-    by = norms[:-1] if config.optim.clip_norm_source == "previous" else norms
-    experts = moe_section(config)
-    live = {
-        "steps clipped": sum(norm > clip for norm in by) if clip else 0,
-        "noise": bool(experts and experts[1].noise),
-        "dropout": model_dropout(config),
-        "dropped": all_reduce_sum(dropped, mesh.dp).item(),
-    }
-    weights = {name: t.cpu() for name, t in whole_weights(training).items()}
-    return {
-        "loss": losses,
-        "norm": norms,
-        "weights": weights,
-        "idle": all_reduce_sum(idle, mesh.dp).item(),
-        "live": live,
-        "first": first,
-    }
+@dataclasses.dataclass(frozen=True)
+class Deviation:
+    """The deviation of one layout from the reference: the largest of any rank.
+
+    Attributes:
+        world: See `ParallelConfig`, as for the three next ones.
+        ep: Expert-parallel degree.
+        zero_stage: ZeRO stage.
+        grad_accum_steps: Micro-batches per step.
+        loss: Relative deviation of the loss of any step.
+        norm: Relative deviation of the gradient norm of any step.
+        weights: Relative deviation of any weight tensor, ||difference|| / ||reference||.
+        tensor: Name of the tensor with this deviation.
+        flips: Words that all ranks ranked in another way than the reference.
+        signs: Hidden units that were on in one run and off in the other.
+        widest_gap: The widest relative gap of these choices (`RecordedChoices.max_gap`).
+        idle: Steps of ranks that sent no row.
+    """
+
+    world: int
+    ep: int
+    zero_stage: int
+    grad_accum_steps: int
+    loss: float
+    norm: float
+    weights: float
+    tensor: str
+    flips: int
+    signs: int
+    widest_gap: float
+    idle: int
+
+    def is_within(self, tolerance: float) -> bool:
+        """Returns True if all deviations are at most `tolerance` and all flips are rounding."""
+        largest = max(self.loss, self.norm, self.weights)
+        return largest <= tolerance and self.widest_gap <= MAX_ROUNDING_GAP
 
 
-def pad_half(batch: Any, step: int, samples: int) -> Any:
-    """In one step for each accumulation a the second half of each of a parts of the batch's samples is padding: then
-    with a micro-batches at least one rank of two or more has nothing else."""
-    accumulation = step - FIRST_PADDED_STEP + 1
-    if accumulation not in ACCUMULATIONS:
-        return batch
-    per_part, ctx = samples // accumulation, batch.ctx
-    valid_T = ctx.valid_T & (ctx.sample_T % per_part < per_part // 2)
-    return dataclasses.replace(batch, ctx=dataclasses.replace(ctx, valid_T=valid_T))
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """The result of `verify`.
+
+    Attributes:
+        reference: How live the reference run was.
+        layouts: The deviation of each layout.
+    """
+
+    reference: ReferenceActivity
+    layouts: list[Deviation]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the values of the file of --json."""
+        return {
+            "live": self.reference.by_name(),
+            "layouts": [dataclasses.asdict(deviation) for deviation in self.layouts],
+        }
 
 
-def whole_weights(training: Training) -> dict[str, torch.Tensor]:
-    """Masters by name, stacks of experts and groups put together. A collective."""
-    optimizer = training.engine.optimizer
-    whole = {
-        name: t.clone()
-        for name, t in training.engine.dense_state()
-        if not name.endswith(("exp_avg", "exp_avg_sq"))
-    }
-    whole |= {
-        name: m.master for table in optimizer.row_tables.values() for name, m in table.named.items()
-    }
-    spread = optimizer.experts | optimizer.gates
-    return whole | {
-        name: all_gather(state.whole_master(), training.mesh.ep) for name, state in spread.items()
-    }
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A short training.
+
+    Attributes:
+        loss: Loss of each step.
+        norm: Gradient norm of each step.
+        weights: Whole weights by name after the last step, on CPU.
+        idle: Steps of ranks without a row, over all ranks.
+        dropped: Dropped assignments, over all ranks.
+        first_batches: Micro-batches of the first step.
+    """
+
+    loss: list[float]
+    norm: list[float]
+    weights: dict[str, torch.Tensor]
+    idle: int
+    dropped: int
+    first_batches: list[Batch]
 
 
-def compare(
-    run: dict[str, Any], kept: dict[str, Any], choices: RecordedChoices, mesh: meshes.Mesh
-) -> dict[str, Any]:
-    """Largest relative deviations of any rank from the reference, the tensor whose is the largest, and all that ranks
-    would have chosen otherwise. A collective."""
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The content of the reference file.
 
-    def largest(x: list[float]) -> list[float]:
-        return (
-            all_gather(torch.tensor([x], dtype=torch.float64, device=mesh.device), mesh.dp)
-            .amax(0)
-            .tolist()
-        )
+    Attributes:
+        loss: Loss of each step.
+        norm: Gradient norm of each step.
+        weights: Whole weights by name after the last step.
+        choices: The discrete choices.
+    """
 
-    weights = kept["weights"]
-    off = largest([_deviation(run["weights"][name], w) for name, w in weights.items()])
-    farthest = [_farthest(run[figure], kept[figure]) for figure in ("loss", "norm")]
-    loss, norm, widest_gap = largest([*farthest, choices.max_gap])
-    flips, signs = all_reduce_sum(
-        torch.tensor([choices.rank_flips, choices.relu_sign_flips], device=mesh.device), mesh.dp
-    ).tolist()
-    return {
-        "loss": loss,
-        "norm": norm,
-        "weights": max(off),
-        "tensor": list(weights)[off.index(max(off))],
-        "flips": flips,
-        "signs": signs,
-        "widest_gap": widest_gap,
-        "idle": run["idle"],
-    }
+    loss: list[float]
+    norm: list[float]
+    weights: dict[str, torch.Tensor]
+    choices: Recording
+
+    def save(self, path: Path) -> None:
+        """Writes the file as plain containers, which `torch.load` reads without pickled classes."""
+        torch.save(vars(self) | {"choices": vars(self.choices)}, path)
+
+    @staticmethod
+    def load(path: Path) -> "Reference":
+        """Reads a file that `save` wrote."""
+        content = torch.load(path, weights_only=True)
+        return Reference(**content | {"choices": Recording(**content["choices"])})
 
 
-def _farthest(got: list[float], expected: list[float]) -> float:
-    return max(_finite(abs(a - b) / abs(b)) for a, b in zip(got, expected, strict=True))
-
-
-def _deviation(got: torch.Tensor, expected: torch.Tensor) -> float:
-    size = torch.linalg.vector_norm(expected, dtype=torch.float64)
-    difference = torch.linalg.vector_norm(got.double() - expected)
-    return _finite((difference / torch.where(size > 0, size, 1)).item())
-
-
-def _finite(x: float) -> float:
-    """What is no number is as far off as can be: `max` would pass over it."""
-    return x if math.isfinite(x) else math.inf
-
-
-@torch.no_grad()
-def routing_changed(training: Training, first: list[Batch], before: RecordedChoices) -> float:
-    """The part of the first step's words that the final weights, with the same noise, send to other experts."""
-    after = RecordedChoices()
-    after.attach(training.model.module, training.mesh)
-    task = training.task
-    task.reset_state(compute_dtype(read_ds_config(training.config)))
-    total = task.loss_denominator(first)
-    for batch in first:
-        task.loss(training.engine, batch, total)
-    changed: list[bool] = []
-    for place in after.places():
-        old, new = before.visited_experts(place), after.visited_experts(place)
-        changed += [new[word] != experts for word, experts in old.items()]
-    return sum(changed) / len(changed) if changed else 0.0
-
-
-TABLE_HEADER = (
-    f"{'ranks':>5} {'ep':>4} {'ZeRO':>5} {'micro':>6}  {'loss':>8} {'norm':>8} {'weights':>8} "
-    f"{'flips':>6} {'signs':>6} {'gap':>8} {'idle':>5}"
-)
-
-
-def format_row(told: dict[str, Any]) -> str:
-    """A line of the table."""
-    place = (
-        f"{told['world']:>5} {told['ep']:>4} {told['zero_stage']:>5} {told['grad_accum_steps']:>6}"
-    )
-    figures = f"{told['loss']:>8.1e} {told['norm']:>8.1e} {told['weights']:>8.1e}"
-    choices = f"{told['flips']:>6} {told['signs']:>6} {told['widest_gap']:>8.1e}"
-    return f"{place}  {figures} {choices} {told['idle']:>5}  {told['tensor']}"
-
-
-def legal_layouts(
-    config: Config, asked: list[ParallelConfig]
-) -> tuple[list[ParallelConfig], list[str]]:
-    """The layouts that the config can have, and why it cannot have the others."""
-    possible, refused = [], []
-    for layout in asked:
-        try:
-            batch_layout.make_batch_layout(layout.apply_to(config), layout.world)
-            possible.append(layout)
-        except ValueError as error:
-            refused.append(
-                f"{layout.world} ranks, ep {layout.ep}, accumulation {layout.grad_accum_steps}: {error}"
-            )
-    return possible, refused
+# The comparison of all layouts
 
 
 def verify(
@@ -285,14 +208,346 @@ def verify(
     steps: int,
     replay: bool,
     explicit: Collection[str] = (),
-) -> dict[str, Any]:
-    """Returns {"live": figures of the reference, "layouts": deviations of each}. `explicit`: as in `set_up`."""
-    told: list[dict[str, Any]] = []
+) -> Certificate:
+    """Trains the reference and every layout, and compares them.
+
+    Args:
+        config: The config.
+        layouts: The layouts to compare with the reference.
+        steps: Optimizer steps.
+        replay: True if layouts replay the reference's discrete choices.
+        explicit: Dotted keys that keep their values, as in `set_up`.
+
+    Returns:
+        The deviations, by number of ranks.
+    """
+    reference: ReferenceActivity | None = None
+    deviations: list[Deviation] = []
+    worlds = sorted({1} | {layout.world for layout in layouts})
     with tempfile.TemporaryDirectory() as folder:
-        for world in sorted({1} | {layout.world for layout in layouts}):
-            here = [REFERENCE] * (world == 1) + [
-                layout for layout in layouts if layout.world == world
-            ]
-            arguments = (config, here, steps, Path(folder) / "reference.pt", replay, explicit)
-            told += run_distributed(run_layouts, world, *arguments, timeout=MAX_HOURS * 3600)[0]
-    return {"live": told[0], "layouts": told[1:]}
+        path = Path(folder) / "reference.pt"
+        for world in worlds:
+            layouts_of_world = [layout for layout in layouts if layout.world == world]
+            if world == 1:
+                layouts_of_world.insert(0, REFERENCE)
+            results = run_distributed(
+                run_layouts,
+                world,
+                config,
+                layouts_of_world,
+                steps,
+                path,
+                replay,
+                explicit,
+                timeout=MAX_HOURS * 3600,
+            )[0]
+            for result in results:
+                if isinstance(result, ReferenceActivity):
+                    reference = result
+                else:
+                    deviations.append(result)
+    assert reference is not None
+    return Certificate(reference, deviations)
+
+
+def legal_layouts(
+    config: Config, candidates: list[ParallelConfig]
+) -> tuple[list[ParallelConfig], list[str]]:
+    """Splits candidates into legal layouts and reasons why the others are not legal.
+
+    Args:
+        config: The config.
+        candidates: Layouts.
+
+    Returns:
+        The legal layouts, and a reason for each other one.
+    """
+    legal = []
+    reasons = []
+    for layout in candidates:
+        try:
+            batch_layout.make_batch_layout(layout.apply_to(config), layout.world)
+        except ValueError as error:
+            reasons.append(
+                f"{layout.world} ranks, ep {layout.ep}, accumulation {layout.grad_accum_steps}: "
+                f"{error}"
+            )
+        else:
+            legal.append(layout)
+    return legal, reasons
+
+
+TABLE_HEADER = (
+    f"{'ranks':>5} {'ep':>4} {'ZeRO':>5} {'micro':>6}  {'loss':>8} {'norm':>8} {'weights':>8} "
+    f"{'flips':>6} {'signs':>6} {'gap':>8} {'idle':>5}"
+)
+
+
+def format_row(row: Deviation) -> str:
+    """Returns a line of the table whose head is `TABLE_HEADER`."""
+    layout = f"{row.world:>5} {row.ep:>4} {row.zero_stage:>5} {row.grad_accum_steps:>6}"
+    figures = f"{row.loss:>8.1e} {row.norm:>8.1e} {row.weights:>8.1e}"
+    choices = f"{row.flips:>6} {row.signs:>6} {row.widest_gap:>8.1e}"
+    return f"{layout}  {figures} {choices} {row.idle:>5}  {row.tensor}"
+
+
+# The work of each rank
+
+
+def run_layouts(
+    config: Config,
+    layouts: list[ParallelConfig],
+    steps: int,
+    path: Path,
+    replay: bool,
+    explicit: Collection[str],
+) -> list[ReferenceActivity | Deviation]:
+    """Trains on each layout in turn. Every rank of one world calls it.
+
+    Args:
+        config: The config.
+        layouts: Layouts of this world's number of ranks.
+        steps: Optimizer steps.
+        path: The reference file. If it does not exist, the first layout writes it.
+        replay: True if layouts replay the reference's discrete choices.
+        explicit: Dotted keys that keep their values, as in `set_up`.
+
+    Returns:
+        For each layout its deviation, or, for the one that wrote the reference, its activity.
+    """
+    meshes.init_process_group()
+    results: list[ReferenceActivity | Deviation] = []
+    metadata = None
+    for layout in layouts:
+        reference = Reference.load(path) if path.exists() else None
+        choices = RecordedChoices(reference.choices if reference else None)
+        on_layout = layout.apply_to(config)
+        mesh = meshes.build_mesh(layout.ep)
+        ds = read_ds_config(on_layout)
+        training = set_up(on_layout, ds, mesh, metadata, explicit=explicit)
+        metadata = training.metadata  # so that the data is opened and counted once
+        if reference is None or replay:
+            choices.attach(training.model.module, mesh)
+        run = train(training, steps)
+        if reference is None:
+            results.append(_activity(training, run, choices))
+            Reference(run.loss, run.norm, run.weights, choices.recorded).save(path)
+        else:
+            deviation = compare(layout, run, reference, choices, mesh)
+            results.append(deviation)
+            if mesh.is_main:
+                print(format_row(deviation), flush=True)
+    meshes.shutdown()
+    return results
+
+
+def train(training: Training, steps: int) -> TrainedRun:
+    """Trains some steps, in some of which half of the samples are padding. A collective.
+
+    Args:
+        training: A training that has done no step.
+        steps: Optimizer steps.
+
+    Returns:
+        The results, equal on all ranks.
+    """
+    task: Any = training.task
+    mesh = training.mesh
+    losses: list[float] = []
+    norms: list[float] = []
+    first_batches: list[Batch] = []
+    idle = torch.zeros((), dtype=torch.int64, device=mesh.device)
+    dropped = torch.zeros((), dtype=torch.int64, device=mesh.device)
+    _pad_batches(training)
+    for step in range(1, steps + 1):
+        meter = MetricAccumulator(mesh, task)
+        rows = torch.zeros_like(idle)
+        for batch, sums, stats in train_step(training, step):
+            meter.add(sums, stats)
+            dropped += sum(layer.dropped for layer in stats.values())
+            rows += batch.ctx.valid_T.sum()
+            if step == 1:
+                first_batches.append(batch)
+        idle += rows == 0
+        losses.append(float(meter.reduce_and_reset()["train/loss"]))  # type: ignore[arg-type]
+        norms.append(training.engine.optimizer.norm)
+    total_dropped = all_reduce_sum(dropped, mesh.dp).item()
+    weights = {name: t.cpu() for name, t in whole_weights(training).items()}
+    total_idle = all_reduce_sum(idle, mesh.dp).item()
+    return TrainedRun(losses, norms, weights, int(total_idle), int(total_dropped), first_batches)
+
+
+def _pad_batches(training: Training) -> None:
+    """Makes the task of a training return batches that `pad_half` has padded."""
+    task: Any = training.task
+    batches_without_padding = task.batches
+    samples = training.layout.global_batch_size
+
+    def padded_batches(step: int) -> Any:
+        return (pad_half(batch, step + 1, samples) for batch in batches_without_padding(step))
+
+    task.batches = padded_batches
+
+
+def pad_half(batch: Any, step: int, samples: int) -> Any:
+    """Makes half of the samples padding in one step for each number `a` of `ACCUMULATIONS`.
+
+    The global batch is cut into `a` parts, and the second half of each part becomes padding. If the
+    step has `a` micro-batches on two ranks or more, some rank then has nothing but padding.
+
+    Args:
+        batch: A micro-batch.
+        step: The step, from 1 on.
+        samples: Samples of the global batch.
+
+    Returns:
+        The micro-batch, with fewer valid tokens in the chosen steps.
+    """
+    accumulation = step - FIRST_PADDED_STEP + 1
+    if accumulation not in ACCUMULATIONS:
+        return batch
+    samples_per_part = samples // accumulation
+    ctx = batch.ctx
+    in_first_half_T = ctx.sample_T % samples_per_part < samples_per_part // 2
+    padded = dataclasses.replace(ctx, valid_T=ctx.valid_T & in_first_half_T)
+    return dataclasses.replace(batch, ctx=padded)
+
+
+def whole_weights(training: Training) -> dict[str, torch.Tensor]:
+    """Returns the float32 masters of all weights by name, with the experts of all ranks.
+
+    A collective.
+    """
+    optimizer = training.engine.optimizer
+    weights = {}
+    for name, t in training.engine.dense_state():
+        if not name.endswith(("exp_avg", "exp_avg_sq")):
+            weights[name] = t.clone()
+    for table in optimizer.row_tables.values():
+        for name, matrix in table.named.items():
+            weights[name] = matrix.master
+    for name, state in (optimizer.experts | optimizer.gates).items():
+        weights[name] = all_gather(state.whole_master(), training.mesh.ep)
+    return weights
+
+
+def _activity(training: Training, run: TrainedRun, choices: RecordedChoices) -> ReferenceActivity:
+    """Returns how live the run of a training was."""
+    config = training.config
+    experts = moe_section(config)
+    max_norm = config.optim.max_grad_norm
+    # the norm of the step before may decide whether a step is clipped
+    norms = run.norm[:-1] if config.optim.clip_norm_source == "previous" else run.norm
+    return ReferenceActivity(
+        steps_clipped=sum(norm > max_norm for norm in norms) if max_norm else 0,
+        noise=bool(experts and experts[1].noise),
+        dropout=model_dropout(config),
+        dropped=run.dropped,
+        routing_changed=routing_changed(training, run.first_batches, choices),
+    )
+
+
+@torch.no_grad()
+def routing_changed(
+    training: Training, first_batches: list[Batch], before: RecordedChoices
+) -> float:
+    """Returns the fraction of the first step's words that the final weights send to other experts.
+
+    The noise of the gates is the same in both. A collective.
+
+    Args:
+        training: The training after its last step.
+        first_batches: Micro-batches of the first step.
+        before: The choices of the run.
+
+    Returns:
+        A fraction of all words in all uses of MoE layers; 0 without experts.
+    """
+    after = RecordedChoices()
+    after.attach(training.model.module, training.mesh)
+    task = training.task
+    task.reset_state(compute_dtype(read_ds_config(training.config)))
+    denominator = task.loss_denominator(first_batches)
+    for batch in first_batches:
+        task.loss(training.engine, batch, denominator)
+    num_changed = 0
+    num_words = 0
+    for layer_call in after.innermost_calls():
+        old = before.visited_experts(layer_call)
+        new = after.visited_experts(layer_call)
+        for word, experts in old.items():
+            num_changed += new[word] != experts
+            num_words += 1
+    return num_changed / num_words if num_words else 0.0
+
+
+def compare(
+    layout: ParallelConfig,
+    run: TrainedRun,
+    reference: Reference,
+    choices: RecordedChoices,
+    mesh: meshes.Mesh,
+) -> Deviation:
+    """Compares a run with the reference. A collective.
+
+    Args:
+        layout: The layout of the run.
+        run: The run.
+        reference: The reference.
+        choices: The discrete choices that the run replayed.
+        mesh: The mesh of the run.
+
+    Returns:
+        The deviation, which is equal on all ranks.
+    """
+
+    def largest(figures: list[float]) -> list[float]:
+        """Returns each figure's maximum over ranks."""
+        row = torch.tensor([figures], dtype=torch.float64, device=mesh.device)
+        return all_gather(row, mesh.dp).amax(0).tolist()
+
+    names = list(reference.weights)
+    by_tensor = largest(
+        [_tensor_deviation(run.weights[name], reference.weights[name]) for name in names]
+    )
+    loss, norm, widest_gap = largest(
+        [
+            _largest_deviation(run.loss, reference.loss),
+            _largest_deviation(run.norm, reference.norm),
+            choices.max_gap,
+        ]
+    )
+    counts = torch.tensor([choices.rank_flips, choices.relu_sign_flips], device=mesh.device)
+    flips, signs = all_reduce_sum(counts, mesh.dp).tolist()
+    weights = max(by_tensor)
+    return Deviation(
+        **vars(layout),
+        loss=loss,
+        norm=norm,
+        weights=weights,
+        tensor=names[by_tensor.index(weights)],
+        flips=flips,
+        signs=signs,
+        widest_gap=widest_gap,
+        idle=run.idle,
+    )
+
+
+def _largest_deviation(values: list[float], expected: list[float]) -> float:
+    """Returns the largest relative deviation of any value."""
+    return max(
+        _or_infinity(abs(value - reference) / abs(reference))
+        for value, reference in zip(values, expected, strict=True)
+    )
+
+
+def _tensor_deviation(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns ||value - expected|| / ||expected||, or ||value|| if the expected tensor is zero."""
+    size = torch.linalg.vector_norm(expected, dtype=torch.float64)
+    difference = torch.linalg.vector_norm(value.double() - expected)
+    return _or_infinity((difference / torch.where(size > 0, size, 1)).item())
+
+
+def _or_infinity(x: float) -> float:
+    """Returns x, or infinity for NaN, which `max` could pass over."""
+    return x if math.isfinite(x) else math.inf

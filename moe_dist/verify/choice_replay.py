@@ -1,10 +1,28 @@
-"""What rounding may decide, recorded in one run and replayed in another: which experts a word visits, and which of
-their hidden units are on.
+"""Records the discrete choices of one run and replays them in another run of the same steps.
 
-Legend: T tokens, E experts, K chosen, or k + 1 columns in order of their scores; R rows, F hidden units, B bytes of 8
-units each, e experts of this rank.
+Two layouts add the same numbers in another order, so their results differ by rounding (about 1e-7).
+Almost everywhere this stays small. In two places it does not, because a real number decides between
+two discrete outcomes:
+
+  ranking    Top-k gating ranks experts by score. If two scores are equal up to rounding, a layout
+             may rank them the other way, and the word then visits another expert.
+  ReLU sign  If the input of a hidden unit is zero up to rounding, one layout may have the unit on,
+             with its whole gradient, and the other off, with none.
+
+A comparison of layouts would report such coincidences as faults. So the reference run records its
+rankings and its ReLU masks, and each other layout uses the recorded ones in place of its own. It
+still computes its own, counts the differences (`rank_flips`, `relu_sign_flips`), and keeps the
+widest gap between the numbers that decided (`max_gap`). A real fault changes numbers by more than
+rounding and shows as a wide gap.
+
+Entries are found by key, not by place, because each layout has its words on other ranks and in
+another order. A key is one int64: (sample << BITS | position) << BITS | expert.
+
+Legend: T tokens, E experts, K chosen, or k + 1 columns in order of their scores; R rows, F hidden
+units, B bytes of 8 units each, e experts of this rank.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,162 +37,225 @@ from moe_dist.moe.hierarchical import ExpertGroups
 from moe_dist.moe.layer import MoE
 from moe_dist.nn.token_context import TokenContext
 
-BITS = 21  # of a position, and of an expert, in a word's key
-LayerCall = tuple[int, int, int]  # step, site, level
+BITS = 21  # of a position and of an expert in a key
+LayerCall = tuple[int, int, int]  # step, layer_call, gate_level of a TokenContext
+
+
+@dataclass
+class Recording:
+    """The discrete choices of a run, by step and use of a layer.
+
+    Attributes:
+        ranked: Keys (int64, one per token), ranked columns (tokens x (k + 1)), and k.
+        relu_masks: Keys (int64, one per row), and hidden units as bits (rows x B, uint8, on CPU).
+    """
+
+    ranked: dict[LayerCall, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
+    relu_masks: dict[LayerCall, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class RecordedChoices:
-    """Which experts each word visits at each step and use of a layer, in order of their scores, and the first that it
-    does not visit; and which hidden units of those experts are on. Recorded in one run, replayed in the others.
+    """Records the choices of a model's gates and ReLUs, or replays the choices of another run.
 
-    The order counts, for the loads are measured against the last expert that wins and the first that does not (Eq. 9),
-    and send gradients to those two. A unit that is zero to rounding adds nothing either way, but its gradient is whole
-    or none.
+    A ranking comprises the k experts that a word visits, in order of their scores, and the first
+    expert that it does not visit: the load loss (Eq. 9) compares each score with the last expert
+    that wins and the first that does not, and sends gradients to those two.
+
+    Attributes:
+        replayed: The recording that is replayed; None for a run that records.
+        recorded: The choices of this run so far; empty in a replay.
+        rank_flips: Words that this run ranks in another way than the recording.
+        relu_sign_flips: Hidden units that are on in one run and off in the other.
+        max_gap: The widest relative gap of all flips. For a ranking: the distance of two scores,
+            divided by the largest score of the word. For a ReLU: the distance of the unit's input
+            from zero, divided by the largest input of the row.
     """
 
-    def __init__(self, replayed: dict[str, Any] | None = None) -> None:
-        """`replayed`: what the reference recorded; None records."""
+    def __init__(self, replayed: Recording | None = None) -> None:
+        """Starts a replay of `replayed`, or a recording if it is None."""
         self.replayed = replayed
-        self.ranked: dict[
-            LayerCall, tuple[torch.Tensor, torch.Tensor, int]
-        ] = {}  # keys, columns, k
-        self.relu_masks: dict[
-            LayerCall, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # keys, hidden units in bits
-        self.counted_rows: dict[
-            LayerCall, torch.Tensor
-        ] = {}  # keys of the rows whose hidden units were counted
-        self.rank_flips = 0  # words ranked otherwise
-        self.relu_sign_flips = 0  # hidden units on in one run and off in the other
-        self.max_gap = (
-            0.0  # between the scores of a flip, or from zero to such a unit, over their size
-        )
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """To be replayed."""
-        return {"ranked": self.ranked, "on": self.relu_masks}
+        self.recorded = Recording()
+        self.rank_flips = 0
+        self.relu_sign_flips = 0
+        self.max_gap = 0.0
+        # keys of the rows whose hidden units are counted, so that a recomputation counts none twice
+        self._counted_rows: dict[LayerCall, torch.Tensor] = {}
 
     def attach(self, model: nn.Module, mesh: Mesh) -> None:
-        """From now on all gates of the model pick here, and all hidden units are switched here."""
+        """Replaces the selection of all gates and the masks of all ReLUs of a model.
+
+        Args:
+            model: The model, on the mesh.
+            mesh: The mesh, which determines this rank's experts.
+        """
         for module in model.modules():
             if isinstance(module, FeedForward):
-                module.relu_mask_override = self._of_layers
+                module.relu_mask_override = self._dense_relu_mask
             if isinstance(module, MoE):
-                first = mesh.local_experts(module.gate.num_experts).start
-                experts: Any = module.experts
-                module.get_submodule("gate").select = self.select  # type: ignore[assignment]
-                if isinstance(experts, ExpertGroups):
-                    experts.select = self.select
-                    first *= experts.experts_per_group
-                    experts = experts.experts
-                if not isinstance(experts, GeluExperts):  # which have no sign to flip
-                    experts.needs_context = True
-                    experts.relu_mask_override = self._of_experts(first)
+                self._attach_to_layer(module, mesh)
+
+    def _attach_to_layer(self, layer: MoE, mesh: Mesh) -> None:
+        """Attaches to the gate, to the gates inside groups, and to the experts of a layer."""
+        first_expert = mesh.local_experts(layer.gate.num_experts).start
+        layer.get_submodule("gate").select = self.select  # type: ignore[assignment]
+        experts: Any = layer.experts
+        if isinstance(experts, ExpertGroups):
+            experts.select = self.select
+            first_expert *= experts.experts_per_group
+            experts = experts.experts
+        if not isinstance(experts, GeluExperts):  # GELU is smooth: it has no sign to flip
+            experts.needs_context = True
+            experts.relu_mask_override = self._expert_relu_mask(first_expert)
 
     def select(
         self, score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `gating.topk.highest`, but the recorded experts win."""
+        """Selects experts like `top_k_plus_one`, except that a recorded ranking wins.
+
+        Args:
+            score_TE: Scores.
+            k: Experts that a token visits.
+            expert_E: Global ids of the experts, int64, (E,) or (T, E).
+            ctx: Context of the tokens.
+
+        Returns:
+            The scores and the columns of the k + 1 first experts, both (T, k + 1).
+        """
         top_TK, column_TK = top_k_plus_one(score_TE, k, expert_E, ctx)
-        # a word is there once for each group that it chose; the group's first expert tells them apart
+        # in groups of experts a word has one row per chosen group: the group's first expert makes
+        # their keys distinct
         key_T = _key(ctx, expert_E[..., 0].expand(len(score_TE)))
-        place = _place(ctx)
+        layer_call = _layer_call(ctx)
         if self.replayed is None:
-            keys, columns, _ = self.ranked.get(place, (key_T[:0], column_TK[:0], k))
-            self.ranked[place] = torch.cat([keys, key_T]), torch.cat([columns, column_TK]), k
+            self._record_ranking(layer_call, key_T, column_TK, k)
             return top_TK, column_TK
-        keys, columns, _ = self.replayed["ranked"][place]
+        keys, columns, _ = self.replayed.ranked[layer_call]
         recorded_TK = columns.to(key_T.device)[self._find(key_T, keys.to(key_T.device))]
         flipped_T = (recorded_TK != column_TK).any(1) & ctx.valid_T
         self.rank_flips += int(flipped_T.sum())
         replayed_TK = score_TE.gather(1, recorded_TK)
-        # a rank's score under the recorded order falls short of the rank's own by no more than rounding
-        self._widen(
-            (top_TK - replayed_TK).abs().amax(1)[flipped_T] / score_TE[flipped_T].abs().amax(1)
-        )
+        # at each rank, the score in the recorded order is below the score in this run's order by no
+        # more than rounding
+        distance_T = (top_TK - replayed_TK).abs().amax(1)
+        self._widen(distance_T[flipped_T] / score_TE[flipped_T].abs().amax(1))
         return replayed_TK, recorded_TK
+
+    def _record_ranking(
+        self, layer_call: LayerCall, key_T: torch.Tensor, column_TK: torch.Tensor, k: int
+    ) -> None:
+        """Appends the rankings of one micro-batch."""
+        empty = (key_T[:0], column_TK[:0], k)
+        keys, columns, _ = self.recorded.ranked.get(layer_call, empty)
+        all_keys = torch.cat([keys, key_T])
+        all_columns = torch.cat([columns, column_TK])
+        self.recorded.ranked[layer_call] = (all_keys, all_columns, k)
 
     def relu_mask(
         self, h_RF: torch.Tensor, expert_R: torch.Tensor, ctx_R: TokenContext
     ) -> torch.Tensor:
-        """Those above zero, or those that are recorded as on. `expert_R`: global ids."""
-        key_R, place, on_RF = _key(ctx_R, expert_R), _place(ctx_R), h_RF > 0
-        told = self.counted_rows.get(place, key_R[:0])
-        new_R = ~torch.isin(key_R, told)  # not so where backward computes the rows again
-        self.counted_rows[place] = torch.cat([told, key_R[new_R]])
+        """Returns which hidden units are on: those above zero, or the recorded ones in a replay.
+
+        Args:
+            h_RF: Inputs of the hidden units.
+            expert_R: Global id of each row's expert, int64.
+            ctx_R: Context of the rows.
+
+        Returns:
+            The mask, (R, F), bool.
+        """
+        key_R = _key(ctx_R, expert_R)
+        layer_call = _layer_call(ctx_R)
+        on_RF = h_RF > 0
+        counted = self._counted_rows.get(layer_call, key_R[:0])
+        new_R = ~torch.isin(key_R, counted)  # False if backward computes the rows again
+        self._counted_rows[layer_call] = torch.cat([counted, key_R[new_R]])
         if self.replayed is None:
-            new_RB = _pack(on_RF[new_R])
-            keys, on = self.relu_masks.get(place, (key_R[:0], new_RB[:0]))
-            self.relu_masks[place] = torch.cat([keys, key_R[new_R]]), torch.cat([on, new_RB])
+            self._record_mask(layer_call, key_R[new_R], _pack(on_RF[new_R]))
             return on_RF
-        keys, on = self.replayed["on"][place]
-        recorded_RF = _unpack(on[self._find(key_R, keys.to(key_R.device)).cpu()], on_RF)
+        keys, packed = self.replayed.relu_masks[layer_call]
+        found_R = self._find(key_R, keys.to(key_R.device)).cpu()
+        recorded_RF = _unpack(packed[found_R], on_RF)
         differs_RF = (recorded_RF != on_RF) & new_R[:, None]
         self.relu_sign_flips += int(differs_RF.sum())
         size_RF = h_RF.detach().abs()
         self._widen((size_RF / size_RF.amax(1, keepdim=True))[differs_RF])
         return recorded_RF
 
-    def _of_experts(self, first: int) -> ReluMask:
-        """Of experts from global id `first` on."""
+    def _record_mask(self, layer_call: LayerCall, key_R: torch.Tensor, on_RB: torch.Tensor) -> None:
+        """Appends the packed masks of one micro-batch."""
+        empty = (key_R[:0], on_RB[:0])
+        keys, packed = self.recorded.relu_masks.get(layer_call, empty)
+        all_keys = torch.cat([keys, key_R])
+        all_packed = torch.cat([packed, on_RB])
+        self.recorded.relu_masks[layer_call] = (all_keys, all_packed)
 
-        def on(h_RF: torch.Tensor, which: torch.Tensor, ctx_R: TokenContext) -> torch.Tensor:
-            expert_e = torch.arange(first, first + len(which), device=h_RF.device)
-            return self.relu_mask(h_RF, expert_e.repeat_interleave(which), ctx_R)
+    def _expert_relu_mask(self, first_expert: int) -> ReluMask:
+        """Returns a `ReluMask` for this rank's experts, the first of which has this global id."""
 
-        return on
+        def mask(h_RF: torch.Tensor, which: torch.Tensor, ctx_R: TokenContext) -> torch.Tensor:
+            count_e = which
+            expert_e = torch.arange(first_expert, first_expert + len(count_e), device=h_RF.device)
+            return self.relu_mask(h_RF, expert_e.repeat_interleave(count_e), ctx_R)
 
-    def _of_layers(self, h_RF: torch.Tensor, which: int, ctx_R: TokenContext) -> torch.Tensor:
-        """Of a dense network, which every word visits: its layers take the place of experts."""
+        return mask
+
+    def _dense_relu_mask(self, h_RF: torch.Tensor, which: int, ctx_R: TokenContext) -> torch.Tensor:
+        """Masks layer `which` of a dense network; its keys have the layer in place of an expert."""
         return self.relu_mask(h_RF, torch.full_like(ctx_R.sample_T, which), ctx_R)
 
     def _find(self, key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Where each of `key_T` is in `keys`, which hold it once. A word that never was at that expert is no rounding:
-        its gap is infinite, and it takes what another recorded."""
-        ordered, order = keys.sort()
-        at_T = torch.searchsorted(ordered, key_T).clamp(max=len(keys) - 1)
-        if not torch.equal(ordered[at_T], key_T):
+        """Returns the index in `keys`, which are distinct, of each of `key_T`.
+
+        A key is missing if the recorded run did not have this word at this expert. That is not
+        rounding: the gap becomes infinite, and the index is that of another key.
+        """
+        sorted_keys, order = keys.sort()
+        index_T = torch.searchsorted(sorted_keys, key_T).clamp(max=len(keys) - 1)
+        if not torch.equal(sorted_keys[index_T], key_T):
             self.max_gap = torch.inf
-        return order[at_T]
+        return order[index_T]
 
     def _widen(self, gaps: torch.Tensor) -> None:
+        """Raises `max_gap` to the widest of these gaps; NaN counts as infinite."""
         self.max_gap = max([self.max_gap, *gaps.nan_to_num(torch.inf).tolist()])
 
-    def places(self) -> list[LayerCall]:
-        """Where experts were chosen, not groups of them: the innermost level of each use of a layer."""
-        level = {(step, site): level for step, site, level in sorted(self.ranked)}
-        return [(step, site, level) for (step, site), level in level.items()]
+    def innermost_calls(self) -> list[LayerCall]:
+        """Returns the calls in which experts were chosen, not groups of experts."""
+        last_level = {}
+        for step, layer_call, gate_level in sorted(self.recorded.ranked):
+            last_level[step, layer_call] = gate_level
+        return [(step, call, gate_level) for (step, call), gate_level in last_level.items()]
 
-    def visited_experts(self, place: LayerCall) -> dict[int, set[int]]:
-        """The experts of each word there."""
-        keys, columns, k = self.ranked[place]
+    def visited_experts(self, layer_call: LayerCall) -> dict[int, set[int]]:
+        """Returns the global ids of the experts that each word visited, by the word's key."""
+        keys, columns, k = self.recorded.ranked[layer_call]
         experts: dict[int, set[int]] = {}
         for key, chosen in zip(keys.tolist(), columns[:, :k].tolist(), strict=True):
-            experts.setdefault(key >> BITS, set()).update(
-                (key % 2**BITS) + column for column in chosen
-            )
+            first_expert = key % 2**BITS
+            visited = experts.setdefault(key >> BITS, set())
+            visited.update(first_expert + column for column in chosen)
         return experts
 
 
-def _place(ctx: TokenContext) -> LayerCall:
+def _layer_call(ctx: TokenContext) -> LayerCall:
+    """Returns the step and the use of a layer that a context belongs to."""
     return ctx.step, ctx.layer_call, ctx.gate_level
 
 
 def _key(ctx: TokenContext, expert_T: torch.Tensor) -> torch.Tensor:
-    """Of a word at an expert: int64."""
+    """Returns the key of each word at an expert: (T,), int64."""
     return (((ctx.sample_T << BITS) + ctx.position_T) << BITS) + expert_T
 
 
 def _pack(on_RF: torch.Tensor) -> torch.Tensor:
-    """Eight to a byte, on CPU: (R, F) -> (R, B). A recorded run of the demo has 40 million units."""
+    """Packs eight units into a byte, on CPU: (R, F) bool -> (R, B) uint8.
+
+    A recording of lstm_moe_demo has 40 million units.
+    """
     return torch.from_numpy(np.packbits(on_RF.cpu().numpy(), axis=1))
 
 
 def _unpack(on_RB: torch.Tensor, like_RF: torch.Tensor) -> torch.Tensor:
-    """Inverse of `_pack`, of the shape and on the device of `like_RF`."""
-    return (
-        torch.from_numpy(np.unpackbits(on_RB.numpy(), axis=1, count=like_RF.shape[1]))
-        .bool()
-        .to(like_RF.device)
-    )
+    """Inverts `_pack`; the result has the shape and the device of `like_RF`."""
+    bits_RF = np.unpackbits(on_RB.numpy(), axis=1, count=like_RF.shape[1])
+    return torch.from_numpy(bits_RF).bool().to(like_RF.device)

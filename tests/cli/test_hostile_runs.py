@@ -197,8 +197,8 @@ def test_invalid_saved_state_prints_one_line_before_any_work(
     [
         ({"tokens": 5}, "damaged (tokens=5 is not a value"),
         ({"classes": 5}, "damaged (classes=5 is not a value"),
-        ({"classes": None}, "keeps no classes, which a run of task=text_classification needs"),
-        ({"tokens": None, "classes": None}, "keeps no tokens, classes, which"),
+        ({"classes": None}, "has no classes, which a run of task=text_classification needs"),
+        ({"tokens": None, "classes": None}, "has no tokens, classes, which"),
         ({"classes": list("abcdefgh")}, "has 8 classes, and model.num_classes of config.json is 3"),
         (
             {"tokens": json.dumps(TOKENS)},
@@ -220,7 +220,7 @@ def test_classifier_without_saved_tokens_or_classes_prints_one_line(
     ("changes", "says"),
     [
         ({"vocabulary": WORDS | {"counts": ["a", 1, 2]}}, "damaged (vocabulary={"),
-        ({"vocabulary": None}, "keeps no vocabulary, which a run of task=language_model needs"),
+        ({"vocabulary": None}, "has no vocabulary, which a run of task=language_model needs"),
         ({"vocabulary": WORDS}, "has 3 words, and data.vocabulary_size of config.json is 300"),
     ],
 )

@@ -246,7 +246,11 @@ def test_other_commands_reject_invalid_paths(
             "--memory nan is out of range; use a positive number of GB",
         ),
         (planner.main, ["--gpu", "h100", "--set", "optim.lr=1e308"], "optim.lr=1e+308"),
-        (verify_command.main, ["--worlds", "1000000007"], "--worlds 1000000007: from 1 to 1024"),
+        (
+            verify_command.main,
+            ["--worlds", "1000000007"],
+            "--worlds 1000000007 is out of range; use a number from 1 to 1024",
+        ),
         (verify_command.main, ["--steps", "9" * 400], "from 1 to 99999999"),
         (verify_command.main, ["--tolerance", "nan"], "--tolerance nan"),
         (verify_command.main, ["--set", "data.text="], "data.text='' is empty"),

@@ -315,14 +315,18 @@ def test_specialization_on_a_user_text(
     [
         ("missing", [], "not a run folder"),
         ("empty", [], "no checkpoint"),
-        ("flat", ["--temperature", "0"], "--temperature 0: a positive"),
-        ("flat", ["--temperature", "-0.5"], "--temperature -0.5: a positive"),
+        ("flat", ["--temperature", "0"], "--temperature 0 is out of range; use a positive number"),
+        (
+            "flat",
+            ["--temperature", "-0.5"],
+            "--temperature -0.5 is out of range; use a positive number",
+        ),
         ("flat", ["--temperature", "nan"], "--temperature nan"),
-        ("flat", ["--words", "0"], "--words 0: at least 1"),
+        ("flat", ["--words", "0"], "--words 0 is out of range; use at least 1"),
         ("flat", ["--samples", "0"], "--samples 0"),
         ("flat", ["--next", "0"], "--next 0"),
         ("flat", ["--next", "301"], "the vocabulary has 300 words"),
-        ("flat", ["--top", "300"], "at most 299"),
+        ("flat", ["--top", "300"], "--top 300 is out of range; use at most 299"),
         ("flat", ["--next", "3", "--experts"], "give one of them"),
         (
             "flat",

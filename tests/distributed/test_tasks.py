@@ -53,13 +53,13 @@ def test_widenet_is_certified_on_a_live_run(
     told = certificate.verify(
         config, [ParallelConfig(*place) for place in layouts], steps=8, replay=True
     )
-    live = told["live"]
-    assert live["routing changed"] >= 0.2 and live["steps clipped"] >= 3 and live["dropped"] > 0
-    assert live["noise"] and live["dropout"] > 0
-    for t in told["layouts"]:
-        assert max(t["loss"], t["norm"], t["weights"]) < 1e-5, t
-        assert t["widest_gap"] <= certificate.MAX_ROUNDING_GAP, t
-        assert t["idle"] >= (t["world"] > 1), t
+    live = told.reference
+    assert live.routing_changed >= 0.2 and live.steps_clipped >= 3 and live.dropped > 0
+    assert live.noise and live.dropout > 0
+    for t in told.layouts:
+        assert max(t.loss, t.norm, t.weights) < 1e-5, t
+        assert t.widest_gap <= certificate.MAX_ROUNDING_GAP, t
+        assert t.idle >= (t.world > 1), t
 
 
 @pytest.mark.timeout(200)
@@ -169,7 +169,7 @@ def test_certificate_of_a_fine_tuned_run(trained: dict[str, Path]) -> None:
     told = certificate.verify(
         config, [ParallelConfig(1, 1, 3, 1), ParallelConfig(1, 1, 1, 1)], steps=3, replay=True
     )
-    assert max(max(t["loss"], t["weights"]) for t in told["layouts"]) < 1e-5, told["layouts"]
+    assert max(max(t.loss, t.weights) for t in told.layouts) < 1e-5, told.layouts
 
 
 def test_language_model_inherits_the_vocabulary(tmp_path: Path) -> None:
@@ -405,7 +405,11 @@ def test_sentences_are_classified(
         ("text_classification", ["--text", "half \udce9"], "not text in this terminal's encoding"),
         ("text_classification", ["--text", ""], "has no token"),
         ("text_classification", ["--text", "one\ttwo"], "which have no tab"),
-        ("text_classification", ["--text", "a", "--top", "0"], "--top 0: at least 1"),
+        (
+            "text_classification",
+            ["--text", "a", "--top", "0"],
+            "--top 0 is out of range; use at least 1",
+        ),
         ("pretraining", ["--text", "a film"], "has no classes"),
     ],
 )

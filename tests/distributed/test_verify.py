@@ -65,17 +65,14 @@ def test_demo_is_certified_on_a_live_run(
         steps=20,
         replay=True,
     )
-    live = told["live"]
-    assert live["routing changed"] >= 0.2 and live["steps clipped"] >= 15
-    assert live["noise"] and live["dropout"] > 0
-    assert [
-        tuple(t[k] for k in ("world", "ep", "zero_stage", "grad_accum_steps"))
-        for t in told["layouts"]
-    ] == layouts
-    for t in told["layouts"]:
-        assert max(t["loss"], t["norm"], t["weights"]) < 1e-5, t
-        assert t["widest_gap"] <= certificate.MAX_ROUNDING_GAP, t
-        assert t["idle"] >= (t["world"] > 1), f"a rank of two or more sent no row in a step: {t}"
+    live = told.reference
+    assert live.routing_changed >= 0.2 and live.steps_clipped >= 15
+    assert live.noise and live.dropout > 0
+    assert [(t.world, t.ep, t.zero_stage, t.grad_accum_steps) for t in told.layouts] == layouts
+    for t in told.layouts:
+        assert max(t.loss, t.norm, t.weights) < 1e-5, t
+        assert t.widest_gap <= certificate.MAX_ROUNDING_GAP, t
+        assert t.idle >= (t.world > 1), f"a rank of two or more sent no row in a step: {t}"
 
 
 WHOLE = "batch.balance_loss_group_size=24"  # a group of which each rank has a part
@@ -161,7 +158,7 @@ def a_rank_that_would_choose_other_experts() -> None:
 
 def run_faulty(
     fault: str | None, config: Config, layout: ParallelConfig, reference: Path
-) -> list[dict[str, Any]]:
+) -> list[Any]:
     if fault:
         FAULTS[fault]()
     return run_layouts(config, [layout], 6, reference, True, ())
@@ -186,10 +183,10 @@ def test_planted_fault_is_reported(fault: str | None, small_text: Path, referenc
         reference,
         timeout=90,
     )
-    off = max(told["loss"], told["norm"], told["weights"])
+    off = max(told.loss, told.norm, told.weights)
     assert (
-        (off > 1e-4 or told["widest_gap"] > certificate.MAX_ROUNDING_GAP) if fault else off < 1e-5
-    ), json.dumps(told)
+        (off > 1e-4 or told.widest_gap > certificate.MAX_ROUNDING_GAP) if fault else off < 1e-5
+    ), told
 
 
 def test_verify_from_the_command_line(

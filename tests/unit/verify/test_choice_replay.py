@@ -71,7 +71,7 @@ def test_sign_flip_within_rounding_is_counted_once_and_the_recording_wins(recomp
     recorder = RecordedChoices()
     sums, on = hidden(experts, recorder, [[1.0, 0.0, -2.0], [2.0, 4e-6, -1.0]], ctx)
     assert sums == pytest.approx([1, 2 + 4e-6]) and on == [[1, 0, 0], [1, 1, 0]]
-    (keys, _), *others = recorder.relu_masks.values()
+    (keys, _), *others = recorder.recorded.relu_masks.values()
     assert keys.tolist() == [7, (1 << 42) + 7] and not others
     # word 1's second unit is off here, 2e-6 of the row's largest from zero; words lie elsewhere on this layout
     replayer = RecordedChoices(recorder.recorded)
