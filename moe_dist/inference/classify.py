@@ -4,7 +4,7 @@
     python -m moe_dist.inference classify runs/NAME --sentences reviews.txt
     python -m moe_dist.inference classify runs/NAME --text "a fine film" --top 1
 
-The capacity of experts is counted within each image or sentence, so the result for one does not
+Expert capacity is counted within each image or sentence, so the result for one does not
 depend on the others.
 
 Legend: B images or sentences, S tokens of each, C classes.
@@ -53,13 +53,13 @@ class Classification:
 
 
 class Classifier:
-    """The model of a run and its class names.
+    """A run's model and its class names.
 
     Attributes:
-        config: The config of the run.
+        config: The run's config.
         model: The model.
         of_images: True for a classifier of images, False for sentences.
-        names: Names of the classes.
+        names: Class names.
         pairs: True if the run was trained on pairs of sentences.
         tokens: The tokenizer; None for images.
     """
@@ -90,7 +90,7 @@ class Classifier:
         """Computes the probability of each class.
 
         Args:
-            items: Paths of image files, or sentences.
+            items: Image paths, or sentences.
 
         Returns:
             Probabilities, (B, C), float32.
@@ -103,7 +103,7 @@ class Classifier:
         return logit_BC[:, : len(self.names)].float().softmax(1)
 
     def _image_logits(self, paths: list[Path]) -> torch.Tensor:
-        """Returns the outputs of the model for image files."""
+        """Returns the model's outputs for image files."""
         data = self.config.data
         model = self.config.model
         assert isinstance(data, ImageDataConfig)
@@ -113,7 +113,7 @@ class Classifier:
         return self.model(torch.stack(images), _context(valid_BS))[0]
 
     def _sentence_logits(self, sentences: list[str]) -> torch.Tensor:
-        """Returns the outputs of the model for sentences."""
+        """Returns the model's outputs for sentences."""
         assert self.tokens is not None
         pairs = [Sentence(*self._split_pair(sentence), 0) for sentence in sentences]
         dataset = Sentences(pairs, self.tokens, self.model.num_tokens, len(sentences))
@@ -175,9 +175,8 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
         else:
             raise ValueError(f"{path}: no such file or folder")
     if not found:
-        raise ValueError(
-            f"no image there ({format_left_out(left_out) or 'the folder is empty'}): give image files"
-        )
+        reason = format_left_out(left_out) or "the folder is empty"
+        raise ValueError(f"no image there ({reason}): give image files")
     if left_out:
         print(f"note: {format_left_out(left_out)}", file=sys.stderr)
     check_heads(progress_bar.with_progress(found, "image files"))
@@ -237,11 +236,11 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[Cla
 
     Args:
         classifier: The classifier.
-        items: Paths of image files, or sentences.
-        top: Number of classes to return for each item.
+        items: Image paths, or sentences.
+        top: How many classes to return per item.
 
     Yields:
-        The result of each item, in order.
+        One result per item, in order.
     """
     num_classes = min(top, len(classifier.names))
     with tqdm(total=len(items), unit=classifier.config.task[:5], disable=None, leave=False) as bar:
@@ -259,7 +258,7 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[Cla
 
 
 def _parser() -> Parser:
-    """Returns the parser of the command line."""
+    """Returns the command line's parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("run", type=path_argument, metavar="RUN", help="folder of the run")

@@ -22,7 +22,7 @@ class ExpertAssignments:
     Attributes:
         expert_TK: Global ids, int64, the expert with the largest gate weight first.
         weight_TK: Gate weights, which sum to 1 over K.
-        num_experts: Number of experts in the layer.
+        num_experts: The layer's expert count.
     """
 
     expert_TK: torch.Tensor
@@ -68,8 +68,8 @@ def top_contexts(visits: ExpertAssignments, expert: int, num: int) -> list[tuple
 
     Args:
         visits: The visits of a text.
-        expert: Global id of the expert.
-        num: Largest number of visits to return.
+        expert: The expert's global id.
+        num: How many visits to return at most.
 
     Returns:
         (gate weight, position of the word in the text), the largest weight first.

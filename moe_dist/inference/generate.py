@@ -8,7 +8,7 @@
     python -m moe_dist.inference generate RUN --specialisation --of book.txt --only 3 17
 
 RUN is a run folder; its newest checkpoint is loaded, whatever layout and precision wrote it, in one
-process, on CPU, in float32. The model reads a text from the start of a line.
+process, on CPU, in float32. The model reads a text from a line's start.
 """
 
 # Legend: T words of a text, V vocabulary, N words that may be drawn.
@@ -61,7 +61,7 @@ def as_text(lines: list[str], vocabulary: Vocabulary) -> Text:
         vocabulary: The vocabulary.
 
     Returns:
-        The text without the end of its last line.
+        The text without its last line end.
     """
     words = [EOS]
     for line in lines:
@@ -89,10 +89,10 @@ def draw(log_probability_V: torch.Tensor, u: float, temperature: float, top: int
         log_probability_V: Log-probabilities, in nats.
         u: A number that is uniform on [0, 1).
         temperature: A positive number; below 1, probable words become more probable.
-        top: Number of words that can be drawn.
+        top: How many words can be drawn.
 
     Returns:
-        The index of the word.
+        The word's index.
     """
     known_V = log_probability_V.double().index_fill(0, torch.tensor(UNK_ID), -math.inf)
     log_p_N, word_N = known_V.topk(top)
@@ -116,7 +116,7 @@ def written(before: str, word: str) -> str:
     return " " + word
 
 
-# What the command prints
+# Output
 
 
 def show_continuation(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
@@ -153,7 +153,7 @@ def show_experts(reader: TextModel, text: Text, args: argparse.Namespace) -> Non
     for name, visits in reader.expert_assignments(text.word_T).items():
         print(f"layer {name}: the experts of each word, and their gate weights")
         rows = zip(text.words, visits.expert_TK.tolist(), visits.weight_TK.tolist(), strict=True)
-        for word, expert_K, weight_K in list(rows)[1:]:  # without the end of the line before
+        for word, expert_K, weight_K in list(rows)[1:]:  # without the line end before it
             cells = []
             for expert, weight in zip(expert_K, weight_K, strict=True):
                 cells.append(f"{expert:>6} {weight:.3f}")
@@ -197,11 +197,11 @@ def context(words: list[str], position: int) -> str:
     The brackets of all lines are in the same column.
 
     Args:
-        words: Words of the text.
-        position: Index of the word.
+        words: The text's words.
+        position: The word's index.
 
     Returns:
-        One line, in which "/" stands for the end of a line.
+        One line, in which "/" stands for a line's end.
     """
     first = max(0, position - SIDE)  # a word takes at least one character
     nearby = ["/" if word == EOS else word for word in words[first : position + 1 + SIDE]]
@@ -227,7 +227,7 @@ class Mode:
 
     Attributes:
         show: Prints the result.
-        options: Names of the options that the mode takes.
+        options: The options that the mode takes.
     """
 
     show: Callable[[TextModel, Text, argparse.Namespace], None]
@@ -259,7 +259,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     """Parses and checks the command line.
 
     Args:
-        argv: Arguments of the command line.
+        argv: Command-line arguments.
 
     Returns:
         The options, with defaults, and `mode`, a key of `MODES`.
@@ -293,7 +293,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> Parser:
-    """Returns the parser of the command line. Options that are not given are left out."""
+    """Returns the command line's parser. Options that are not given are left out."""
     parser = Parser(
         prog="python -m moe_dist.inference generate",
         description=__doc__,
@@ -415,7 +415,7 @@ def _lines_of(path: Path) -> list[str]:
 
 
 def _first_lines(num_words: int, lines: Iterable[str]) -> Iterator[str]:
-    """Yields lines until they have at least `num_words` words; the end of a line is a word."""
+    """Yields lines until they have at least `num_words` words; a line's end is a word."""
     words = 0
     for line in lines:
         if words >= num_words:

@@ -92,15 +92,15 @@ def _check_size(checkpoint: Path, config: Config, key: str, things: str, size: i
 
 
 class TextModel:
-    """The language model of a run.
+    """A run's language model.
 
     Attributes:
-        config: The config of the run.
+        config: The run's config.
         model: The model.
-        layers: The section `model` of the config.
-        data: The section `data` of the config.
-        vocabulary: The vocabulary of the run.
-        recorders: By name of the MoE layer, the dispatcher that records its assignments.
+        layers: The config's section `model`.
+        data: The config's section `data`.
+        vocabulary: The run's vocabulary.
+        recorders: By MoE layer name, the dispatcher that records its assignments.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,7 +143,7 @@ class TextModel:
         """Reads some words of a text.
 
         Args:
-            word_T: Indices of the words, int64, (T,).
+            word_T: Word indices, int64, (T,).
             state: The LSTM state before them.
 
         Returns:
@@ -169,7 +169,7 @@ class TextModel:
         return self.model.softmax.log_probability(x_TD[-1:])[0], state
 
     def expert_assignments(self, word_T: torch.Tensor) -> dict[str, ExpertAssignments]:
-        """Returns the experts that each word of a whole text visits, by name of the layer."""
+        """Returns the experts that each word of a whole text visits, by layer name."""
         state = self.initial_state()
         parts: dict[str, list[ExpertAssignments]] = {name: [] for name in self.recorders}
         with tqdm(

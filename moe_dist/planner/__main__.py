@@ -3,8 +3,8 @@
     python -m moe_dist.planner moe_131072_h --nodes 16 --gpus-per-node 8 --gpu h100
     python -m moe_dist.planner lstm_moe_demo --gpus-per-node 2 --measure    takes a minute or two
 
-A layout is an expert-parallel degree and a ZeRO stage. The table lists for each layout the memory
-of a rank by kind, the bytes that it sends inside its node and between nodes, and the step time by
+A layout is an expert-parallel degree and a ZeRO stage. The table lists for each layout the rank's
+memory by kind, the bytes that it sends inside its node and between nodes, and the step time by
 part. The fastest layout that fits is marked with *. A layout that does not fit is refused with the
 memory that it needs; if none fits, the exit status is 1.
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     """Runs the command.
 
     Args:
-        argv: Arguments of the command line.
+        argv: Command-line arguments.
 
     Returns:
         The exit status: 0, or 1 if no layout fits.
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    """Returns the parser of the command line."""
+    """Returns the command line's parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("name", help="a named config; train.py --list shows them")
@@ -190,12 +190,12 @@ def measure_this_machine(
 
     Args:
         config: The config, with the sizes that its data determines.
-        nodes: Number of nodes to plan for.
+        nodes: Node count to plan for.
         ranks_per_node: Ranks on each node, which run here.
-        nic_bytes_per_s: Bandwidth of a rank between nodes.
+        nic_bytes_per_s: A rank's bandwidth between nodes.
 
     Returns:
-        The machine, and the work of one rank by expert-parallel degree and ZeRO stage.
+        The machine, and one rank's work by expert-parallel degree and ZeRO stage.
 
     Raises:
         ValueError: The data is not on this machine, or one rank's share cannot be trained here.
@@ -234,7 +234,7 @@ def format_plan(planned: list[PlannedLayout], machine: Machine) -> str:
         machine: The machine that they were planned for.
 
     Returns:
-        The lines of the table.
+        The table's lines.
     """
     best = planned[0]
     memory_unit, memory_name = byte_unit(min(1e9, max(layout.memory_bytes for layout in planned)))
@@ -261,13 +261,13 @@ def format_plan(planned: list[PlannedLayout], machine: Machine) -> str:
 
 
 def _table_head(layout: PlannedLayout) -> list[str]:
-    """Returns the names of the columns; a kind of memory is called by its last word."""
+    """Returns the column names; a kind of memory is called by its last word."""
     kinds = [kind.split()[-1] for kind in layout.memory]
     return ["", "ep", "ZeRO", *kinds, "memory", "inside", "between", *PARTS, "step", ""]
 
 
 def _table_figures(layout: PlannedLayout, memory_unit: float, sent_unit: float) -> list[str]:
-    """Returns the numbers of a layout's line in the order of the columns."""
+    """Returns a layout's numbers in column order."""
     memory = [*layout.memory.values(), layout.memory_bytes]
     sent = [sum(layout.intra_node_bytes.values()), sum(layout.inter_node_bytes.values())]
     seconds = [*(layout.seconds[part] for part in PARTS), layout.step_s]
@@ -298,7 +298,7 @@ def _traffic_lines(where: str, bytes_by_purpose: dict[str, float]) -> list[str]:
 
 
 def _format_number(x: float) -> str:
-    """Formats a number of a table with two or three significant digits."""
+    """Formats a table's number with two or three significant digits."""
     if x >= 100:
         return f"{x:.0f}"
     return f"{x:.1f}" if x >= 1 or x == 0 else f"{x:.2g}"

@@ -2,14 +2,14 @@
 
 Everything here is arithmetic on counts; nothing is executed. A layout's cost has two halves:
 
-  1. The work of one rank without communication (`RankCost`): for a GPU by its public peaks
+  1. One rank's work without communication (`RankCost`): for a GPU by its public peaks
      (`rank_cost_on_gpu`), for this machine from short runs (`microbenchmark`).
   2. The communication between ranks (`step_traffic`): bytes and calls, from the layout. A call
-     costs a latency plus bytes / bandwidth of the link, inside a node and between nodes
+     costs a latency plus bytes / bandwidth, inside a node and between nodes
      (`Traffic.seconds`).
 
-`step_seconds` adds both up by the parts of `metric_keys.PARTS`, `rank_memory` adds up bytes by kind. Rows
-are taken to be spread evenly over experts.
+`step_seconds` adds both up by the parts of `metric_keys.PARTS`, `rank_memory` adds up bytes by
+kind. Rows are taken to be spread evenly over experts.
 
 Worked example: lstm_moe_demo (float32, width 128, 64 experts, k = 4) on two ranks of one node,
 mesh.ep=2, mesh.dispatcher=all_to_all. The batch has 64 lanes x 32 words, 1,024 words per rank. Each
@@ -75,7 +75,7 @@ class Machine:
 
     Attributes:
         name: Name for people.
-        memory: Bytes of a rank.
+        memory: Bytes per rank.
         rows: Link inside a node, for all-to-all.
         sums: Link inside a node, for reductions and broadcasts.
         inter_node: Link between nodes.
@@ -90,10 +90,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class RankCost:
-    """The cost of one rank without communication.
+    """One rank's cost without communication.
 
     Attributes:
-        seconds: Seconds of a step by part of `metric_keys.PARTS`.
+        seconds: Seconds per step by part of `metric_keys.PARTS`.
         memory_bytes: Bytes by kind, in addition to weights, masters, optimizer state and gradients.
     """
 
@@ -108,8 +108,8 @@ class Gpu:
     Attributes:
         bf16_flops_per_s: Dense bf16 matrix products.
         fp32_flops_per_s: Plain float32.
-        memory_bytes: Size of its memory.
-        memory_bytes_per_s: Bandwidth of its memory.
+        memory_bytes: Its memory size.
+        memory_bytes_per_s: Its memory bandwidth.
         nvlink_bytes_per_s: Bandwidth inside a node, in one direction.
         nic_bytes_per_s: Bandwidth between nodes, in one direction.
     """
@@ -128,7 +128,7 @@ GPUS = {
     "h200": Gpu(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
     "b200": Gpu(2250e12, 80e12, 180e9, 8e12, 900e9, 50e9),
 }
-FLOPS_EFFICIENCY = 0.4  # achieved fraction of the peak FLOP/s
+FLOPS_EFFICIENCY = 0.4  # achieved fraction of peak FLOP/s
 BANDWIDTH_EFFICIENCY = 0.8  # achieved fraction of every peak bandwidth
 KERNEL_LAUNCH_S = 5e-6
 NVLINK_LATENCY_S = 15e-6
@@ -151,7 +151,7 @@ FACTORED_UPDATE_BYTES = 16
 ZERO3_MAX_LIVE_ELEMENTS = 10**9
 
 
-# The work of one rank
+# One rank's work
 
 
 def gpu_machine(name: str, nic_bytes_per_s: float | None = None) -> Machine:
@@ -159,10 +159,10 @@ def gpu_machine(name: str, nic_bytes_per_s: float | None = None) -> Machine:
 
     Args:
         name: A key of `GPUS`.
-        nic_bytes_per_s: Achieved bandwidth of a rank between nodes, if not the preset's.
+        nic_bytes_per_s: A rank's achieved bandwidth between nodes, if not the preset's.
 
     Returns:
-        The memory and the achieved bandwidths of the GPU.
+        The GPU's memory and achieved bandwidths.
     """
     gpu = GPUS[name]
     inside = Link(NVLINK_LATENCY_S, gpu.nvlink_bytes_per_s * BANDWIDTH_EFFICIENCY)
@@ -174,7 +174,7 @@ def gpu_machine(name: str, nic_bytes_per_s: float | None = None) -> Machine:
 def rank_cost_on_gpu(
     name: str, plain: Any, config: Config, layout: BatchLayout, ds: dict[str, Any]
 ) -> RankCost:
-    """Estimates the work of one rank on a GPU from counts and the GPU's peaks.
+    """Estimates one rank's work on a GPU from counts and the GPU's peaks.
 
     Matrix products run at `FLOPS_EFFICIENCY` of the peak. Memory traffic runs at
     `BANDWIDTH_EFFICIENCY` of the peak: activations and their gradients are written once and read
@@ -185,7 +185,7 @@ def rank_cost_on_gpu(
         name: A key of `GPUS`.
         plain: The plain model, on the meta device.
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ds: The DeepSpeed config.
 
     Returns:
@@ -250,7 +250,7 @@ def rank_cost_on_gpu(
 
 
 def _gate_scores_per_sample(plain: Any, config: Config) -> int:
-    """Returns how many scores the gates of all MoE layers compute for one sample.
+    """Returns how many scores all gates compute for one sample.
 
     A token has one score per choice of the gate, and one per expert inside each group that it
     chose.
@@ -268,7 +268,7 @@ def _gate_scores_per_sample(plain: Any, config: Config) -> int:
 
 
 def _gate_flops_per_sample(plain: Any, config: Config) -> int:
-    """Returns the training FLOPs of the gates for one sample: 6 x scores x width.
+    """Returns the gates' training FLOPs for one sample: 6 x scores x width.
 
     The gates of a language model have a second matrix, for the noise.
     """
@@ -277,7 +277,7 @@ def _gate_flops_per_sample(plain: Any, config: Config) -> int:
 
 
 def _expert_flops_per_sample(plain: Any, config: Config) -> float:
-    """Returns the training FLOPs of the experts for one sample: 6 per row and weight."""
+    """Returns the experts' training FLOPs for one sample: 6 per row and weight."""
     experts = moe_section(config)
     if not experts:
         return 0.0
@@ -288,10 +288,10 @@ def _expert_flops_per_sample(plain: Any, config: Config) -> float:
 
 
 def _expert_weights_s(plain: Any, config: Config, width: int, bytes_per_s: float) -> float:
-    """Returns the seconds of one MoE layer and micro-batch that the number of rows does not change.
+    """Returns the seconds of one MoE layer and micro-batch that the row count does not change.
 
-    These are two reads of the weights of a rank's experts, one write of their float32 gradients,
-    and the launches.
+    A rank's expert weights are read twice and their float32 gradients written once; kernels are
+    launched.
     """
     experts = moe_section(config)
     if not experts:
@@ -351,7 +351,7 @@ class Traffic:
         name: Their purpose.
         intra_node_bytes: Bytes that a rank sends inside its node.
         inter_node_bytes: Bytes that a rank sends to other nodes.
-        calls: Number of collective calls.
+        calls: Collective calls.
         ring: True for a ring, in which links inside and between nodes work at the same time.
     """
 
@@ -370,10 +370,10 @@ class Traffic:
 
         Args:
             machine: The links.
-            nodes: Number of nodes.
+            nodes: Node count.
 
         Returns:
-            Seconds of a step.
+            Seconds per step.
         """
         link = machine.sums if self.ring else machine.rows
         intra_node_s = self.intra_node_bytes / link.bandwidth
@@ -387,15 +387,15 @@ class Traffic:
 def dispatch_traffic(
     config: Config, layout: BatchLayout, ranks_per_node: int, uses: int, width: int, rows: float
 ) -> list[Traffic]:
-    """Returns the traffic of dispatch and combine in a step, forward and backward.
+    """Returns dispatch and combine traffic in a step, forward and backward.
 
     Args:
         config: The config, with dispatcher and expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ranks_per_node: Ranks on each node.
         uses: MoE layers that a micro-batch passes.
-        width: Bytes of one activation.
-        rows: Expert rows of one sample in one MoE layer.
+        width: Bytes per activation.
+        rows: Expert rows per sample in one MoE layer.
 
     Returns:
         The traffic called dispatch and combine; empty if rows stay on their rank.
@@ -463,9 +463,9 @@ def rows_sent_per_token(
 
     Args:
         dispatcher: "all_to_all", "dedup_rank" or "dedup_node".
-        choice: The choice of the gate for a token.
+        choice: The gate's choice for a token.
         ep: Expert-parallel degree.
-        local_ranks: Ranks of an expert-parallel group on one node.
+        local_ranks: An expert-parallel group's ranks on one node.
 
     Returns:
         Rows to other ranks of its node, and rows to other nodes.
@@ -497,14 +497,14 @@ def ring_traffic(
     Args:
         part: See `Traffic`.
         name: See `Traffic`.
-        num_bytes: Bytes of a reduce-scatter or an all-gather; twice the size of the tensor for an
+        num_bytes: Bytes of a reduce-scatter or an all-gather; twice the tensor's size for an
             all-reduce.
-        ranks: Ranks of the ring.
-        local_ranks: Ranks of the ring on each node.
-        calls: Number of collective calls.
+        ranks: The ring's ranks.
+        local_ranks: The ring's ranks on each node.
+        calls: Collective calls.
 
     Returns:
-        The traffic of an average rank.
+        An average rank's traffic.
     """
     sent_bytes = num_bytes * (ranks - 1) / ranks
     inter_node_bytes = sent_bytes / local_ranks if ranks > local_ranks else 0.0
@@ -524,10 +524,10 @@ def reduction_traffic(
     Args:
         plain: The plain model.
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ranks_per_node: Ranks on each node.
         ds: The DeepSpeed config.
-        routings: Reductions of balance losses in one micro-batch.
+        routings: Balance-loss reductions in one micro-batch.
 
     Returns:
         Traffic by purpose; empty for one rank.
@@ -549,7 +549,7 @@ def reduction_traffic(
 def _dense_traffic(
     plain: nn.Module, layout: BatchLayout, local_ranks: int, ds: dict[str, Any]
 ) -> list[Traffic]:
-    """Returns the traffic of dense gradients and weights by ZeRO stage.
+    """Returns traffic for dense gradients and weights by ZeRO stage.
 
     Stages 0 to 2 all-reduce the gradients, from stage 2 on after each micro-batch, and stages 1 and
     2 all-gather the updated weights. Stage 3 reduce-scatters gradients, and all-gathers weights
@@ -611,7 +611,7 @@ def _replica_traffic(
 def _row_traffic(
     plain: nn.Module, config: Config, layout: BatchLayout, local_ranks: int
 ) -> list[Traffic]:
-    """Returns the traffic of gradients of vocabulary matrices that are updated by row."""
+    """Returns gradient traffic for vocabulary matrices that are updated by row."""
     row_bytes = touched_row_bytes(plain, config)
     if not row_bytes:
         return []
@@ -629,7 +629,7 @@ def _num_dense_modules(plain: nn.Module) -> int:
 
 
 def touched_row_bytes(plain: nn.Module, config: Config) -> float:
-    """Returns the bytes of the gradient rows that a step touches in the vocabulary matrices.
+    """Returns the bytes in the gradient rows that a step touches in the vocabulary matrices.
 
     The embedding has a row per distinct word read, the softmax a row and a bias per distinct word
     scored (targets and negative samples). Each matrix also reduces one byte per word of the
@@ -649,12 +649,12 @@ def touched_row_bytes(plain: nn.Module, config: Config) -> float:
 def step_traffic(
     plain: Any, config: Config, layout: BatchLayout, ranks_per_node: int, ds: dict[str, Any]
 ) -> list[Traffic]:
-    """Returns all traffic of an average rank in a step.
+    """Returns an average rank's whole traffic in a step.
 
     Args:
         plain: The plain model.
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ranks_per_node: Ranks on each node.
         ds: The DeepSpeed config.
 
@@ -688,15 +688,15 @@ def step_seconds(
     rank_cost: RankCost,
     machine: Machine,
 ) -> tuple[dict[str, float], list[Traffic]]:
-    """Estimates the seconds of a step.
+    """Estimates the seconds per step.
 
     Args:
         plain: The plain model.
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ranks_per_node: Ranks on each node.
         ds: The DeepSpeed config.
-        rank_cost: The work of one rank without communication.
+        rank_cost: One rank's work without communication.
         machine: The links.
 
     Returns:
@@ -734,8 +734,8 @@ def overlapped_s(dispatch_s: float, experts_s: float, num_chunks: int) -> float:
     3/4) = 375 ms.
 
     Args:
-        dispatch_s: Seconds of dispatch and combine without overlap.
-        experts_s: Seconds of the experts.
+        dispatch_s: Dispatch and combine seconds without overlap.
+        experts_s: Expert seconds.
         num_chunks: C; 1 for rows that travel in one piece.
 
     Returns:
@@ -754,7 +754,7 @@ def rank_memory(
     Args:
         plain: The plain model.
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ds: The DeepSpeed config.
         rank_cost: The rank's other bytes.
 

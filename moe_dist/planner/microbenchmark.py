@@ -1,38 +1,38 @@
-"""Short measurements of this machine from which the cost of every layout is computed.
+"""Short measurements of this machine from which every layout's cost is computed.
 
 No layout is trained as a whole. Four kinds of short runs, each with a dataclass for its result,
 stand for all layouts:
 
-  links        As many processes as a node has ranks time an all-reduce and an all-to-all of a small
-               and of a large tensor (`Links`).
+  links        As many processes as a node has ranks time all-reduce and all-to-all on a small and a
+               large tensor (`Links`).
   single rank  For each expert-parallel degree, a world of one trains on one rank's share of the
-               batch and of the experts (`ShortRun`). In loopback (`distributed.loopback`) it
-               receives the rows that it sends, so it has the work of a rank of that layout without
+               batch and the experts (`ShortRun`). In loopback (`distributed.loopback`) it receives
+               the rows that it sends, so it has the work of a rank of that layout without
                communication. As many such worlds as a node has ranks run at the same time, because
                ranks share the caches and the memory of the machine too.
   ZeRO stage   For each stage, single ranks of the largest degree form one data-parallel world that
                reduces gradients, each still in loopback for its rows. The time beyond the estimate
-               for that world, mostly waiting for the slowest rank, is divided by the number of
-               calls (`ZeroStageOverhead`).
+               for that world, mostly waiting for the slowest rank, is divided by the calls
+               (`ZeroStageOverhead`).
   wait         The same world once more, and each rank waits in each all-to-all until all ranks have
                arrived. The additional time of dispatch is the wait for the slowest rank (seconds).
 
-The cost of one rank of a layout (`RankCost`) is then, by part of the step:
+A layout's cost per rank (`RankCost`) is then, by part of the step:
 
   gate, experts     as the single rank measured
   dispatch          single rank + wait - calls x latency of an all-to-all (the estimate of traffic
                     counts it already)
-  rest              single rank + overhead of the stage per call x calls of the layout
+  rest              single rank + stage overhead per call x the layout's calls
   optimizer         single rank x (bytes that the layout's update moves / bytes that the single
-                    rank's update moves) + overhead of the stage per call x calls of the layout
+                    rank's update moves) + stage overhead per call x the layout's calls
 
 Worked example: lstm_moe_demo on two ranks, ep 1 and ep 2, ZeRO 1; the measured seconds are made up.
   single rank, ep 2    experts 4.0, rest 9.0, optimizer 0.8
   single rank, ep 1    experts 6.0, rest 10.0, optimizer 1.0 (it holds twice the experts)
   ZeRO 1 world         two ranks with 32 experts each: rest 11.0, optimizer 9.0 more than estimated.
-                       rest is 2.0 above 9.0. The update makes 9 calls (weights of dense parameters
-                       once; gradients and weights of 2 expert matrices in 2 replicas, 8 times), so
-                       the overhead is 9.0 / 9 = 1.0 per call.
+                       rest is 2.0 above 9.0. The update makes 9 calls (dense weights once; 2 expert
+                       matrices' gradients and weights in 2 replicas, 8 times), so the overhead is
+                       9.0 / 9 = 1.0 per call.
   layout ep 2, ZeRO 1  experts 4.0; rest 9.0 + 2.0 = 11.0; optimizer 0.8 x (moved bytes' ratio) + 1
                        call x 1.0
   layout ep 1, ZeRO 1  experts 6.0; rest 10.0 + 2.0 = 12.0; optimizer 1.0 x (ratio) + 9 calls x 1.0
@@ -91,7 +91,7 @@ OTHER_MEMORY = "activations and buffers"  # kind of all measured bytes that no c
 
 @dataclass(frozen=True)
 class Links:
-    """The links of a node.
+    """The links inside a node.
 
     Attributes:
         rows: All-to-all.
@@ -107,8 +107,8 @@ class ShortRun:
     """A short training as one rank measured it.
 
     Attributes:
-        seconds: Median seconds of a step by part.
-        step_s: Median seconds of a whole step.
+        seconds: Median seconds per step by part.
+        step_s: Median seconds per whole step.
         library_bytes: Peak memory when all libraries were imported, before the training.
         training_bytes: Peak memory beyond `library_bytes`. On CUDA both are counted by torch's
             allocator.
@@ -126,7 +126,7 @@ class ZeroStageOverhead:
 
     Attributes:
         seconds_per_call: Seconds for each call by part; without parts that have no calls.
-        memory_bytes: Bytes of a rank.
+        memory_bytes: Bytes per rank.
     """
 
     seconds_per_call: dict[str, float]
@@ -237,16 +237,16 @@ def calibrate(
     memory_per_rank: int,
     inter_node: Link,
 ) -> tuple[Machine, dict[LayoutKey, RankCost]]:
-    """Measures this machine and computes the cost of one rank for each layout.
+    """Measures this machine and computes one rank's cost for each layout.
 
     Args:
         layouts: All legal layouts of one config, by degree, then by stage.
-        ranks_per_node: Ranks of a node, which run here.
+        ranks_per_node: Ranks on a node, which run here.
         memory_per_rank: Bytes.
         inter_node: The link between nodes, which cannot be measured on one machine.
 
     Returns:
-        This machine, and the cost of one rank by expert-parallel degree and ZeRO stage. A degree
+        This machine, and one rank's cost by expert-parallel degree and ZeRO stage. A degree
         whose share does not fit is given the times of the nearest degree that fits.
 
     Raises:
@@ -374,7 +374,7 @@ def _run_single_ranks(single: SingleRank, ranks: int) -> ShortRun:
 def _rank_cost(
     config: Config, layout: BatchLayout, measured: Config, short_run: ShortRun
 ) -> RankCost:
-    """Returns the cost of one rank of a layout from a single rank's short run, without overheads.
+    """Returns one rank's cost of a layout from a single rank's short run, without overheads.
 
     The update's time is scaled by the bytes that it moves; everything else is as measured.
 
@@ -429,7 +429,7 @@ def _zero_stage_overhead(
 
 
 def _wait_overhead(single: SingleRank, short_run: ShortRun, ranks: int) -> float:
-    """Measures the seconds of a step in which all-to-alls wait for the slowest of `ranks` ranks."""
+    """Measures the seconds per step in which all-to-alls wait for the slowest of `ranks` ranks."""
     config = single.repeated(ranks, _zero_stage(single.config))
     runs = run_distributed(
         run_short_training, ranks, config, single.ep, 0, True, timeout=TRAINING_TIMEOUT_S
@@ -445,7 +445,7 @@ def _with_overheads(
     wait_s: float,
     dispatch_latency_s: float,
 ) -> RankCost:
-    """Returns the cost of one rank among others; no cost is below zero, whatever the noise."""
+    """Returns one rank's cost among others; no cost is below zero, whatever the noise."""
     added_s = {part: each * calls[part] for part, each in overhead.seconds_per_call.items()}
     added_s["dispatch"] = 0.0
     if calls["dispatch"]:
@@ -464,7 +464,7 @@ def _with_overheads(
 
 
 def _calls_by_part(config: Config, layout: BatchLayout, ranks_per_node: int) -> dict[str, float]:
-    """Returns the number of collective calls of a step by part."""
+    """Returns the collective calls of a step by part."""
     plain = task_of(config).build_model(config)
     calls = dict.fromkeys(PARTS, 0.0)
     for messages in step_traffic(plain, config, layout, ranks_per_node, read_ds_config(config)):
@@ -479,7 +479,7 @@ def _update_bytes(config: Config, layout: BatchLayout) -> float:
 
 
 def _counted_bytes(config: Config, layout: BatchLayout) -> int:
-    """Returns the bytes of a rank's weights, masters, optimizer state and gradients."""
+    """Returns the bytes for a rank's weights, masters, optimizer state and gradients."""
     plain = task_of(config).build_model(config)
     nothing_else = RankCost({}, {})
     return sum(rank_memory(plain, config, layout, read_ds_config(config), nothing_else).values())
@@ -495,7 +495,7 @@ def _min_bytes(config: Config) -> int:
 
 
 def _zero_stage(config: Config) -> int:
-    """Returns the ZeRO stage of a config's DeepSpeed file."""
+    """Returns the ZeRO stage in a config's DeepSpeed file."""
     return read_ds_config(config)["zero_optimization"]["stage"]
 
 
@@ -503,7 +503,7 @@ def _zero_stage(config: Config) -> int:
 
 
 def benchmark_collectives(ranks: int) -> Links:
-    """Measures the links of a node. Every rank of a world of `ranks` calls it."""
+    """Measures the links inside a node. Every rank of a world of `ranks` calls it."""
     mesh = meshes.init_distributed(ranks)
     axis = mesh.ep
 
@@ -541,7 +541,7 @@ def _measure_link(
 
 
 def _median_seconds(collective: Callable[[torch.Tensor], None], x: torch.Tensor) -> float:
-    """Returns the median seconds of a call."""
+    """Returns the median seconds per call."""
     durations_s = []
     for _ in range(COLLECTIVE_REPEATS):
         start = time.perf_counter()

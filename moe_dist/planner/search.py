@@ -29,8 +29,8 @@ class PlannedLayout:
     Attributes:
         ep: Expert-parallel degree.
         zero_stage: ZeRO stage.
-        memory: Bytes of a rank by kind.
-        seconds: Seconds of a step by part.
+        memory: Bytes per rank by kind.
+        seconds: Seconds per step by part.
         intra_node_bytes: Bytes that a rank sends inside its node in a step, by purpose.
         inter_node_bytes: Bytes that a rank sends to other nodes in a step, by purpose.
         fits: True if the memory of a rank is large enough.
@@ -46,12 +46,12 @@ class PlannedLayout:
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step."""
+        """Seconds per step."""
         return sum(self.seconds.values())
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of a rank."""
+        """Bytes per rank."""
         return sum(self.memory.values())
 
     @property
@@ -67,11 +67,11 @@ def legal_layouts(
 
     Args:
         config: The config.
-        nodes: Number of nodes.
+        nodes: Node count.
         ranks_per_node: Ranks on each node.
 
     Yields:
-        The config with `mesh.ep` and `zero_stage` set, and the layout of its batch; by degree, then
+        The config with `mesh.ep` and `zero_stage` set, and its batch layout; by degree, then
         by stage.
 
     Raises:
@@ -103,7 +103,7 @@ def legal_layouts(
 
 
 def _ep_candidates(config: Config, world: int) -> list[int]:
-    """Returns the divisors of the number of ranks; 1 alone for a model without experts."""
+    """Returns the divisors of the rank count; 1 alone for a model without experts."""
     if not moe_section(config):
         return [1]
     return [ep for ep in range(1, world + 1) if world % ep == 0]
@@ -116,14 +116,14 @@ def plan_layouts(
     machine: Machine,
     rank_costs: dict[LayoutKey, RankCost] | None = None,
 ) -> list[PlannedLayout]:
-    """Estimates the cost of every legal layout.
+    """Estimates every legal layout's cost.
 
     Args:
         config: The config.
-        nodes: Number of nodes.
+        nodes: Node count.
         ranks_per_node: Ranks on each node.
         machine: The links and the memory of a rank.
-        rank_costs: Measured work of one rank by degree and stage. None: estimated for the GPU
+        rank_costs: One rank's measured work by degree and stage. None: estimated for the GPU
             called `machine.name`.
 
     Returns:

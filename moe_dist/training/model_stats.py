@@ -49,7 +49,7 @@ ADAM_STATE_BYTES = 2 * FLOAT_BYTES  # both moments of one parameter
 
 
 def param_kinds(model: nn.Module) -> dict[str, str]:
-    """Returns the kind of each parameter of a plain model by name (see the module's docstring)."""
+    """Returns each parameter's kind in a plain model by name (see the module's docstring)."""
     kind = {name: "dense" for name, _ in model.named_parameters()}
     for layer_name, layer in model.named_modules():
         if isinstance(layer, MoE):
@@ -65,13 +65,13 @@ def param_kinds(model: nn.Module) -> dict[str, str]:
 
 
 def params_of_kind(model: nn.Module, *kinds: str) -> list[nn.Parameter]:
-    """Returns the parameters of a plain model that have one of `kinds`."""
+    """Returns a plain model's parameters that have one of `kinds`."""
     kind = param_kinds(model)
     return [model.get_parameter(name) for name in kind if kind[name] in kinds]
 
 
 def num_elements(params: Iterable[nn.Parameter]) -> int:
-    """Returns the total number of elements of the parameters."""
+    """Returns the parameters' total element count."""
     return sum(p.numel() for p in params)
 
 
@@ -79,7 +79,7 @@ def num_elements(params: Iterable[nn.Parameter]) -> int:
 
 
 def count_params_and_flops(model: nn.Module, config: Config) -> dict[str, int]:
-    """Counts parameters and forward multiply-adds of a plain model.
+    """Counts parameters and forward multiply-adds in a plain model.
 
     Args:
         model: The plain model, on the meta device.
@@ -88,7 +88,7 @@ def count_params_and_flops(model: nn.Module, config: Config) -> dict[str, int]:
     Returns:
         Counts by name. A language model is counted per word, as Shazeer et al. 2017 count (Table
         7); other models per sample. "flops_per_unit" is the training FLOPs (forward and backward)
-        of one word or sample.
+        per word or sample.
     """
     counts = {
         "parameters": num_elements(model.parameters()),
@@ -177,7 +177,7 @@ def expected_distinct_words(vocabulary_size: int, samples: int) -> float:
     return inclusion_probability(vocabulary_size, samples).sum().item()
 
 
-# Memory of parameters
+# Parameter memory
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,11 @@ class ParamMemory:
     """The share of one kind of parameters that a rank holds.
 
     Attributes:
-        parameters: Number of elements.
-        weights: Bytes of the weights that forward and backward use.
-        gradients: Bytes of their gradients.
-        masters: Bytes of float32 copies of the weights.
-        state: Bytes of optimizer state.
+        parameters: Element count.
+        weights: Bytes for the weights that forward and backward use.
+        gradients: Bytes for their gradients.
+        masters: Bytes for float32 copies of the weights.
+        state: Bytes for optimizer state.
     """
 
     parameters: int
@@ -211,7 +211,7 @@ def param_memory(
     Args:
         model: The plain model, on the meta device.
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch, with the number of ranks.
+        layout: The batch layout, with the rank count.
         ds: The DeepSpeed config, with the ZeRO stage and the precision.
 
     Returns:
@@ -317,7 +317,7 @@ def _num_updated_matrices(stack: nn.Parameter, ep: int, world: int) -> int:
 
 
 def bytes_per_element(ds: dict[str, Any]) -> int:
-    """Returns the bytes of one weight or activation: 2 in bf16, else 4."""
+    """Returns the bytes per weight or activation: 2 in bf16, else 4."""
     return 2 if ds.get("bf16", {}).get("enabled") else FLOAT_BYTES
 
 
@@ -329,11 +329,11 @@ def per_rank(
     Args:
         model: The plain model, on the meta device.
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ds: The DeepSpeed config.
 
     Returns:
-        "parameters": number of elements; "memory_bytes": bytes by kind, without kinds that take
+        "parameters": element count; "memory_bytes": bytes by kind, without kinds that take
         none.
     """
     by_kind = param_memory(model, config, layout, ds)
@@ -360,7 +360,7 @@ def per_rank(
     }
 
 
-# Memory of activations
+# Activation memory
 
 
 def expert_rows_per_sample(plain: Any, config: Config) -> int:
@@ -384,8 +384,8 @@ def activation_bytes(
     Args:
         plain: The plain model.
         config: The config.
-        samples: Samples of the micro-batch on this rank.
-        width: Bytes of one activation.
+        samples: This rank's samples in the micro-batch.
+        width: Bytes per activation.
         rows: Rows that one MoE layer sends to experts for a sample, if known; the default is
             `expert_rows_per_sample`.
 
@@ -415,17 +415,17 @@ def kept_per_row(dim: int, units: int) -> int:
     weight.
 
     Args:
-        dim: Width of the model.
+        dim: Model width.
         units: Hidden units that are kept.
 
     Returns:
-        A number of elements.
+        An element count.
     """
     return 3 * dim + units
 
 
 def _lstm_activation_bytes(model: LSTMConfig, tokens: int, rows: int, width: int) -> int:
-    """Returns the bytes that the layers of an LSTM language model keep for backward.
+    """Returns the bytes that an LSTM language model's layers keep for backward.
 
     Each layer keeps its input, its output and its dropout mask. CPU kernels keep the gates and
     cells of an LSTM in float32; scores of MoE gates are float32 too.
@@ -464,7 +464,7 @@ def _softmax_chunk_bytes(config: Config) -> int:
 
 @dataclass(frozen=True)
 class GateChoice:
-    """The choice of an MoE layer's (primary) gate for each token.
+    """An MoE layer's (primary) gate choice for each token.
 
     Attributes:
         num_choices: Experts, or groups of experts, that the gate chooses from.
@@ -478,7 +478,7 @@ class GateChoice:
 
 
 def gate_choice(config: Config) -> GateChoice:
-    """Returns the choice of the gates of a config that has experts."""
+    """Returns the gates' choice for a config that has experts."""
     experts = moe_section(config)
     assert experts
     _, moe = experts
@@ -513,11 +513,11 @@ def layout_dispatcher(config: Config, ranks_per_node: int) -> str:
 def describe_layout(
     config: Config, layout: BatchLayout, ds: dict[str, Any], model: nn.Module, num_nodes: int
 ) -> dict[str, Any]:
-    """Returns all facts of a config on a layout as values of JSON, which RUN/layout.json contains.
+    """Returns all facts about a config on a layout as JSON values, which RUN/layout.json contains.
 
     Args:
         config: The config, with its expert-parallel degree.
-        layout: The layout of the batch.
+        layout: The batch layout.
         ds: The DeepSpeed config.
         model: The plain model, on the meta device.
         num_nodes: Nodes that the ranks are on.
@@ -562,7 +562,7 @@ def _experts_by_node(num_experts: int, ep: int, ranks_per_node: int) -> list[tup
     """Returns the first and the last expert on each node of an expert-parallel group.
 
     Each node has consecutive experts, and so it has consecutive groups of experts. The list is
-    empty if some expert-parallel groups begin in the middle of one node and end on another.
+    empty if some expert-parallel groups begin inside one node and end on another.
     """
     if ranks_per_node % ep and ep % ranks_per_node:
         return []
@@ -574,7 +574,7 @@ def _experts_by_node(num_experts: int, ep: int, ranks_per_node: int) -> list[tup
 
 
 def format_layout(report: dict[str, Any]) -> str:
-    """Formats a report of `describe_layout` as lines for a terminal."""
+    """Formats a `describe_layout` report as lines for a terminal."""
     memory_bytes = report["per_rank"]["memory_bytes"]
     rows = [*_batch_rows(report), *_expert_rows(report), *_parameter_rows(report)]
     rows.append(("memory per rank, estimated", f"{format_bytes(sum(memory_bytes.values())):>11}"))
@@ -645,7 +645,7 @@ def _parameter_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _format_experts_by_node(report: dict[str, Any]) -> str:
-    """Formats the ranges of experts on each node, for example "0-31 | 32-63"."""
+    """Formats each node's expert ranges, for example "0-31 | 32-63"."""
     ranges = [f"{first}-{last}" for first, last in report["experts_by_node"]]
     if not ranges:
         ranks_per_node = report["world"] // report["nodes"]

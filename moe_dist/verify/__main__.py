@@ -4,7 +4,7 @@
     python -m moe_dist.verify lstm_wide_demo --set model.dim=64 --worlds 2 --zero 0 3 --json FILE
 
 The reference is one rank at ZeRO 0. For every other layout a line shows the largest relative
-deviation from it, over all ranks, of the loss and the gradient norm of any step, and of any weight
+deviation from it, over all ranks, of any step's loss and gradient norm, and of any weight
 tensor after the last step (||difference|| / ||reference||). The exit status is 1 if a deviation is
 above --tolerance.
 
@@ -18,8 +18,8 @@ and a failure. With --free every layout uses its own choices.
 
 A run proves something only if it is live. The figures of the reference are printed: how much of the
 first step's routing the training changed, in how many steps the norm was clipped, noise, dropout
-and drops. The column idle counts steps in which a rank had padding only and sent no row: half of
-the samples are padding in one step for each number of --accumulation.
+and drops. The column idle counts steps in which a rank had padding only and sent no row: half the
+samples are padding in one step for each number of --accumulation.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     """Runs the command.
 
     Args:
-        argv: Arguments of the command line.
+        argv: Command-line arguments.
 
     Returns:
         The exit status: 0, or 1 if a layout deviates from the reference.
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> Parser:
-    """Returns the parser of the command line."""
+    """Returns the command line's parser."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("name", help="a named config; train.py --list shows them")

@@ -1,7 +1,7 @@
 """Trains a few steps of a config on many layouts and compares each layout with one rank.
 
 The reference is one rank at ZeRO 0 with one micro-batch. The first world writes the reference to a
-file: the loss and the gradient norm of each step, all weights after the last step, and its discrete
+file: each step's loss and gradient norm, all weights after the last step, and its discrete
 choices (`choice_replay`). Each further world trains on its layouts in turn, replays those choices,
 and computes its deviations from the file. One world of N processes serves all layouts of N ranks.
 
@@ -45,7 +45,7 @@ class ParallelConfig:
     """A layout of a run.
 
     Attributes:
-        world: Number of ranks.
+        world: Rank count.
         ep: Expert-parallel degree.
         zero_stage: ZeRO stage.
         grad_accum_steps: Micro-batches per step.
@@ -95,17 +95,17 @@ class ReferenceActivity:
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """The deviation of one layout from the reference: the largest of any rank.
+    """One layout's deviation from the reference: the largest of any rank.
 
     Attributes:
         world: See `ParallelConfig`, as for the three next ones.
         ep: Expert-parallel degree.
         zero_stage: ZeRO stage.
         grad_accum_steps: Micro-batches per step.
-        loss: Relative deviation of the loss of any step.
-        norm: Relative deviation of the gradient norm of any step.
-        weights: Relative deviation of any weight tensor, ||difference|| / ||reference||.
-        tensor: Name of the tensor with this deviation.
+        loss: Any step's relative loss deviation.
+        norm: Any step's relative gradient-norm deviation.
+        weights: Any weight tensor's relative deviation, ||difference|| / ||reference||.
+        tensor: The tensor with this deviation.
         flips: Words that all ranks ranked in another way than the reference.
         signs: Hidden units that were on in one run and off in the other.
         widest_gap: The widest relative gap of these choices (`RecordedChoices.max_gap`).
@@ -137,7 +137,7 @@ class Certificate:
 
     Attributes:
         reference: How live the reference run was.
-        layouts: The deviation of each layout.
+        layouts: Each layout's deviation.
     """
 
     reference: ReferenceActivity
@@ -156,12 +156,12 @@ class TrainedRun:
     """A short training.
 
     Attributes:
-        loss: Loss of each step.
-        norm: Gradient norm of each step.
+        loss: Loss by step.
+        norm: Gradient norm by step.
         weights: Whole weights by name after the last step, on CPU.
         idle: Steps of ranks without a row, over all ranks.
         dropped: Dropped assignments, over all ranks.
-        first_batches: Micro-batches of the first step.
+        first_batches: The first step's micro-batches.
     """
 
     loss: list[float]
@@ -174,11 +174,11 @@ class TrainedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The content of the reference file.
+    """The reference file's content.
 
     Attributes:
-        loss: Loss of each step.
-        norm: Gradient norm of each step.
+        loss: Loss by step.
+        norm: Gradient norm by step.
         weights: Whole weights by name after the last step.
         choices: The discrete choices.
     """
@@ -342,7 +342,7 @@ def run_layouts(
 
 
 def train(training: Training, steps: int) -> TrainedRun:
-    """Trains some steps, in some of which half of the samples are padding. A collective.
+    """Trains some steps, in some of which half the samples are padding. A collective.
 
     Args:
         training: A training that has done no step.
@@ -390,15 +390,15 @@ def _pad_batches(training: Training) -> None:
 
 
 def pad_half(batch: Any, step: int, samples: int) -> Any:
-    """Makes half of the samples padding in one step for each number `a` of `ACCUMULATIONS`.
+    """Makes half the samples padding in one step for each number `a` of `ACCUMULATIONS`.
 
-    The global batch is cut into `a` parts, and the second half of each part becomes padding. If the
+    The global batch is cut into `a` parts, and each part's second half becomes padding. If the
     step has `a` micro-batches on two ranks or more, some rank then has nothing but padding.
 
     Args:
         batch: A micro-batch.
         step: The step, from 1 on.
-        samples: Samples of the global batch.
+        samples: The global batch's samples.
 
     Returns:
         The micro-batch, with fewer valid tokens in the chosen steps.
@@ -457,7 +457,7 @@ def routing_changed(
 
     Args:
         training: The training after its last step.
-        first_batches: Micro-batches of the first step.
+        first_batches: The first step's micro-batches.
         before: The choices of the run.
 
     Returns:
@@ -491,11 +491,11 @@ def compare(
     """Compares a run with the reference. A collective.
 
     Args:
-        layout: The layout of the run.
+        layout: The run's layout.
         run: The run.
         reference: The reference.
         choices: The discrete choices that the run replayed.
-        mesh: The mesh of the run.
+        mesh: The run's mesh.
 
     Returns:
         The deviation, which is equal on all ranks.

@@ -43,7 +43,7 @@ LayerCall = tuple[int, int, int]  # step, layer_call, gate_level of a TokenConte
 
 @dataclass
 class Recording:
-    """The discrete choices of a run, by step and use of a layer.
+    """A run's discrete choices, by step and use of a layer.
 
     Attributes:
         ranked: Keys (int64, one per token), ranked columns (tokens x (k + 1)), and k.
@@ -115,8 +115,8 @@ class RecordedChoices:
         Args:
             score_TE: Scores.
             k: Experts that a token visits.
-            expert_E: Global ids of the experts, int64, (E,) or (T, E).
-            ctx: Context of the tokens.
+            expert_E: The experts' global ids, int64, (E,) or (T, E).
+            ctx: The tokens' context.
 
         Returns:
             The scores and the columns of the k + 1 first experts, both (T, k + 1).
@@ -156,9 +156,9 @@ class RecordedChoices:
         """Returns which hidden units are on: those above zero, or the recorded ones in a replay.
 
         Args:
-            h_RF: Inputs of the hidden units.
-            expert_R: Global id of each row's expert, int64.
-            ctx_R: Context of the rows.
+            h_RF: The hidden units' inputs.
+            expert_R: Each row's expert as a global id, int64.
+            ctx_R: The rows' context.
 
         Returns:
             The mask, (R, F), bool.
@@ -206,8 +206,8 @@ class RecordedChoices:
     def _find(self, key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Returns the index in `keys`, which are distinct, of each of `key_T`.
 
-        A key is missing if the recorded run did not have this word at this expert. That is not
-        rounding: the gap becomes infinite, and the index is that of another key.
+        A key is missing if the recorded run did not have this word at this expert. Rounding does
+        not cause this: the gap becomes infinite, and the index is that of another key.
         """
         sorted_keys, order = keys.sort()
         index_T = torch.searchsorted(sorted_keys, key_T).clamp(max=len(keys) - 1)
