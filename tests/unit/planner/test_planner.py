@@ -441,7 +441,7 @@ def test_plan_that_does_not_fit_is_rejected_with_the_number(
     assert (
         out.count("refused") == 8
         and err
-        == "error: no layout fits: a rank needs at least 2.05 GB of 500.00 MB; "
+        == "error: no layout fits: a rank needs at least 2.11 GB of 500.00 MB; "
         "use more ranks, a smaller model or a smaller batch\n"
     )
 
