@@ -23,8 +23,8 @@ word visits 4 experts, of which half are on the other rank: 1,024 x 4 / 2 = 2,04
              gradients)
 
 On a link of 1 ms latency and 1 GB/s dispatch and combine take 7 x 1 ms + 4,210,688 / 1e9 s = 11.2
-ms. (`test_bytes_of_an_exchange_by_hand` and `test_seconds_by_hand` of tests/unit/planner hold these
-numbers.)
+ms. (`test_all_to_all_bytes_by_hand` and `test_step_seconds_by_hand` of tests/unit/planner hold
+these numbers.)
 """
 
 import math

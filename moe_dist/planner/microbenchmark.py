@@ -36,7 +36,7 @@ Worked example: lstm_moe_demo on two ranks, ep 1 and ep 2, ZeRO 1; the measured 
   layout ep 2, ZeRO 1  experts 4.0; rest 9.0 + 2.0 = 11.0; optimizer 0.8 x (moved bytes' ratio) + 1
                        call x 1.0
   layout ep 1, ZeRO 1  experts 6.0; rest 10.0 + 2.0 = 12.0; optimizer 1.0 x (ratio) + 9 calls x 1.0
-(`test_parts_are_put_together_by_layout` of tests/unit/planner holds these numbers.)
+(`test_measured_parts_are_combined_by_layout` of tests/unit/planner holds these numbers.)
 """
 
 import contextlib

@@ -76,7 +76,7 @@ class ReferenceActivity:
     Attributes:
         steps_clipped: Steps in which the gradient norm was clipped.
         noise: True if the gates have noise.
-        dropout: Dropout probability of the model.
+        dropout: The model's probability of dropout.
         dropped: Assignments that were dropped over capacity.
         routing_changed: Fraction of the first step's words that the trained weights send to other
             experts.
