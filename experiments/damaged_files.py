@@ -1,11 +1,13 @@
-"""Damaged files of text, rows and questions: each is read, or refused with one line.
+"""Damaged data files: each must be read, or refused with an error of one line.
 
-    .venv/bin/python experiments/damaged_files.py              seeds 0 to 5000, some minutes; status 1 where one is off
+    .venv/bin/python experiments/damaged_files.py              seeds 0 to 5000, some minutes
     .venv/bin/python experiments/damaged_files.py --first 17 --last 18
 
-A seed makes one file: a whole one of some kind, packed or not, with up to three damages. It is off where something
-other than a ValueError of one line is raised, where a text that was read holds a NUL or half of a character, or where
-it takes 10 seconds; where a library waits for ever, the program ends. `tests/unit/data/test_damaged_files.py` runs some seeds.
+Each seed makes one file: a valid file in some format, compressed or not, with up to three damages.
+A seed fails if an error is not a ValueError of one line, if a text that was read contains a NUL
+character or half a surrogate pair, or if reading takes 10 seconds. The exit status is 1 if a seed
+fails; the program ends if a library blocks forever. `tests/unit/data/test_damaged_files.py` runs
+some seeds.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from moe_dist.data.text.corpus import check_text, open_text
 from moe_dist.data.text.sentences import check_sentences, open_sentences
 from moe_dist.data.text.squad import check_questions, open_questions
 
-SECONDS = 10
+TIMEOUT_S = 10  # for one reader
 WORDS = (
     "the",
     "film",
@@ -53,7 +55,7 @@ WORDS = (
 
 
 def make(seed: int, folder: Path) -> Path:
-    """Writes the file of a seed into `folder` and returns its path."""
+    """Writes the file for a seed into `folder` and returns its path."""
     rng = random.Random(seed)
     kind = rng.choice(list(KINDS))
     content = KINDS[kind](rng)
@@ -75,6 +77,7 @@ def make(seed: int, folder: Path) -> Path:
 
 
 def rows(rng: random.Random) -> list[dict[str, Any]]:
+    """Returns rows with two texts and a label."""
     return [
         {
             "text": " ".join(rng.choices(WORDS, k=rng.randrange(1, 9))),
@@ -86,6 +89,7 @@ def rows(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def table(rng: random.Random, separator: str) -> bytes:
+    """Returns a .csv or .tsv file."""
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, ["text", "label", "text2"], delimiter=separator)
     writer.writeheader()
@@ -94,20 +98,26 @@ def table(rng: random.Random, separator: str) -> bytes:
 
 
 def columns(rng: random.Random) -> bytes:
+    """Returns a .parquet file."""
     sink = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows(rng)), sink)
     return sink.getvalue()
 
 
 def questions(rng: random.Random) -> bytes:
-    asked = [
-        {"id": str(i), "question": "which?", "answers": [{"text": "film", "answer_start": 4}]}
-        for i in range(3)
-    ]
-    paragraphs = [
-        {"context": f"the film {i}", "qas": [dict(q, id=f"{i} {q['id']}") for q in asked]}
-        for i in range(12)
-    ]
+    """Returns a .json file in SQuAD's form: 12 paragraphs with three questions each."""
+    paragraphs = []
+    for paragraph in range(12):
+        entries = []
+        for i in range(3):
+            entries.append(
+                {
+                    "id": f"{paragraph} {i}",
+                    "question": "which?",
+                    "answers": [{"text": "film", "answer_start": 4}],
+                }
+            )
+        paragraphs.append({"context": f"the film {paragraph}", "qas": entries})
     return json.dumps({"data": [{"title": "a", "paragraphs": paragraphs}]}).encode()
 
 
@@ -124,6 +134,7 @@ KINDS: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def archive(content: bytes, kind: str) -> bytes:
+    """Returns a .zip with two files and a hidden one."""
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(f"a{kind}", content)
@@ -133,14 +144,14 @@ def archive(content: bytes, kind: str) -> bytes:
 
 
 def encrypted(content: bytes, kind: str) -> bytes:
-    """An archive whose flags say so."""
-    whole = bytearray(archive(content, kind))
-    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        at = whole.find(mark)
-        while at >= 0:
-            whole[at + flags] |= 1
-            at = whole.find(mark, at + 1)
-    return bytes(whole)
+    """Returns an archive whose flags mark its files as encrypted."""
+    data = bytearray(archive(content, kind))
+    for signature, flags_offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        position = data.find(signature)
+        while position >= 0:
+            data[position + flags_offset] |= 1
+            position = data.find(signature, position + 1)
+    return bytes(data)
 
 
 PACK: dict[str, Callable[[bytes, str], bytes]] = {
@@ -151,7 +162,7 @@ PACK: dict[str, Callable[[bytes, str], bytes]] = {
     ".zip": archive,
     ".ZIP": encrypted,
 }
-BAD = (
+INSERTIONS = (  # by which a file may be damaged
     b"\0",
     b"\xff\xfe",
     b"\xed\xa0\x80",
@@ -177,16 +188,17 @@ BAD = (
 
 
 def damage(rng: random.Random, content: bytes) -> bytes:
-    at, other = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    what = rng.randrange(5)
-    if what == 0:
-        return content[:at]
-    if what == 1:
-        return content[:at] + content[other:]
-    if what == 2:
-        return content[:other] + content[at:]
-    if what == 3:
-        return content[:at] + rng.choice(BAD) + content[at:]
+    """Returns the content cut off, without a part, with a part twice, or with other bytes."""
+    start, stop = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    kind = rng.randrange(5)
+    if kind == 0:
+        return content[:start]
+    if kind == 1:
+        return content[:start] + content[stop:]
+    if kind == 2:
+        return content[:stop] + content[start:]
+    if kind == 3:
+        return content[:start] + rng.choice(INSERTIONS) + content[start:]
     flipped = bytearray(content)
     for _ in range(rng.randrange(1, 4)):
         if flipped:
@@ -210,76 +222,87 @@ READERS: dict[str, Callable[[str], Any]] = {
 
 
 def read(path: Path) -> dict[str, str]:
-    """Returns "read" or why not, by reader. Raises AssertionError, TimeoutError or any other for what is off."""
-    told = {}
+    """Reads a file with every reader.
+
+    Args:
+        path: The file, or another data source.
+
+    Returns:
+        "read" or the error, by reader.
+
+    Raises:
+        AssertionError: A text is not valid Unicode, or an error is not one short printable line.
+        TimeoutError: A reader is too slow.
+    """
+    results = {}
     for name, reader in READERS.items():
-        signal.alarm(SECONDS)
+        signal.alarm(TIMEOUT_S)
         try:
-            for text in (text for texts in reader(str(path)) or () for text in texts):
-                assert "\0" not in text, (path, name)
-                text.encode()
-            told[name] = "read"
+            for texts in reader(str(path)) or ():
+                for text in texts:
+                    assert "\0" not in text, (path, name)
+                    text.encode()
+            results[name] = "read"
         except UnicodeEncodeError:
-            raise AssertionError(f"{path}: {name} gives half of a character") from None
+            raise AssertionError(f"{path}: {name} returns half a surrogate pair") from None
         except ValueError as error:
-            told[name] = str(error)
-            assert told[name].isprintable() and len(told[name]) < 2000, (
-                path,
-                name,
-                told[name][:2000],
-            )
+            message = str(error)
+            results[name] = message
+            is_short = len(message) < 2000
+            assert message.isprintable() and is_short, (path, name, message[:2000])
         finally:
             signal.alarm(0)
-    return told
+    return results
 
 
-def _too_long(*_: Any) -> None:
+def _raise_timeout(*_: Any) -> None:
     raise TimeoutError
 
 
 def run(first: int, last: int, folder: Path) -> dict[str, int]:
-    """Makes and reads the files of these seeds. Returns how many each reader has read."""
-    before = signal.signal(signal.SIGALRM, _too_long)
+    """Makes and reads the files for seeds `first` to `last`, and counts by reader those read."""
+    previous = signal.signal(signal.SIGALRM, _raise_timeout)
     counts = dict.fromkeys(READERS, 0)
     try:
         for seed in range(first, last):
             path = make(seed, folder)
-            for name, told in read(path).items():
-                counts[name] += told == "read"
+            for name, result in read(path).items():
+                counts[name] += result == "read"
             path.unlink()
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
     return counts
 
 
-def _stuck(seed: int) -> None:
-    """Ends the program where a library waits in a call that no signal ends, such as the opening of a pipe."""
-    print(f"seed {seed}: waits in a library for ever", flush=True)
+def _exit_blocked(seed: int) -> None:
+    """Ends the program if a library blocks in a call that no signal ends (opening a pipe)."""
+    print(f"seed {seed}: a library blocks forever", flush=True)
     faulthandler.dump_traceback()
     os._exit(1)
 
 
 def main() -> None:
+    """Runs the seeds and prints those that fail."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int, default=5000)
     args = parser.parse_args()
-    off = 0
+    num_failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.first, args.last):
-            watch = threading.Timer(SECONDS * (len(READERS) + 1), _stuck, [seed])
-            watch.start()
+            watchdog = threading.Timer(TIMEOUT_S * (len(READERS) + 1), _exit_blocked, [seed])
+            watchdog.start()
             try:
                 run(seed, seed + 1, Path(folder))
             except Exception as error:
-                off += 1
+                num_failed += 1
                 print(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             finally:
-                watch.cancel()
-    print(f"{args.last - args.first} files, {off} off")
-    sys.exit(off > 0)
+                watchdog.cancel()
+    print(f"{args.last - args.first} files, {num_failed} failed")
+    sys.exit(num_failed > 0)
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ def test_sentences_are_classified(
         (
             "image_classification",
             ["{}/broken.png", "{}/two.png", "{}/whole.png"],
-            "2 files are no images",
+            "2 files are not readable images",
         ),
         ("image_classification", ["--text", "a film"], "classifies images"),
         ("image_classification", ["{}/broken.png", "--text", "a film"], "give one of"),

@@ -9,7 +9,7 @@ def open_file(path: str | bytes | os.PathLike[str]) -> BufferedReader:
     """Opens a regular file to read its bytes.
 
     The file is opened without blocking, so that a pipe that replaces it after the check does not
-    block the caller (test_files.py: test_pipe_in_place_of_a_file_does_not_block).
+    block the caller (test_pipe_in_place_of_a_file_does_not_block).
 
     Args:
         path: The file; links are followed.

@@ -21,7 +21,7 @@ def import_torchvision() -> Any:
     torchvision::nms does not exist"). Only these operators' schemas are missing: with them,
     data sets, transforms and models work. `torchvision.io` does not work, so that images are opened
     with PIL. Nothing is changed if the import succeeds. Tried with torch 2.13; held by
-    test_pipeline.py: test_torchvision_import_fix_is_applied_only_when_needed.
+    test_torchvision_import_fix_is_applied_only_when_needed.
     """
     try:
         return _import()
