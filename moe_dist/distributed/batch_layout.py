@@ -1,23 +1,43 @@
-"""Decides which rank holds which samples of a global batch."""
+"""Assignment of the samples of a global batch to micro-batches and ranks."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from moe_dist.config.schema import Config, MoEConfig, moe_section
 
 
 def check_ep(ep: int, world: int) -> None:
+    """Checks that `mesh.ep` divides the number of ranks.
+
+    Args:
+        ep: The value of `mesh.ep`.
+        world: Number of ranks.
+
+    Raises:
+        ValueError: It does not; the message lists all divisors.
+    """
     if ep < 1 or world % ep:
-        divisors = [d for d in range(1, world + 1) if world % d == 0]
+        divisors = [str(d) for d in range(1, world + 1) if world % d == 0]
         raise ValueError(
-            f"mesh.ep={ep} does not divide {world} ranks; possible: {', '.join(map(str, divisors))}"
+            f"mesh.ep={ep} does not divide {world} ranks; possible: {', '.join(divisors)}"
         )
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Which samples of the global batch lie where: micro-batch m holds `samples_per_micro_batch` consecutive samples,
-    and each rank a consecutive share of those. So one rank's order of samples is the global order."""
+    """A division of the global batch into micro-batches, and of a micro-batch into ranks' shares.
+
+    Micro-batch m contains `samples_per_micro_batch` consecutive samples, and each rank has a
+    consecutive share of them. So the sample order of a single rank is the global order.
+
+    Attributes:
+        world: Number of ranks.
+        global_batch_size: Samples of a step, over all ranks and micro-batches.
+        grad_accum_steps: Number of micro-batches.
+        balance_loss_group_size: Samples over which a balance loss is computed.
+        capacity_group_size: Samples over which expert capacity is computed.
+    """
 
     world: int
     global_batch_size: int
@@ -27,86 +47,109 @@ class BatchLayout:
 
     @property
     def samples_per_micro_batch(self) -> int:
-        """Over all ranks."""
+        """Number of samples of a micro-batch, over all ranks."""
         return self.global_batch_size // self.grad_accum_steps
 
     @property
     def samples_per_rank(self) -> int:
-        """Of one micro-batch."""
+        """Number of samples of one rank in a micro-batch."""
         return self.samples_per_micro_batch // self.world
 
     @property
     def num_balance_groups(self) -> int:
-        """Of the whole batch."""
+        """Number of balance groups in the global batch."""
         return self.global_batch_size // self.balance_loss_group_size
 
     def first_sample(self, micro: int) -> int:
-        """Global index of the first sample of micro-batch `micro`."""
+        """Returns the global index of the first sample of micro-batch `micro`."""
         return micro * self.samples_per_micro_batch
 
     def local_samples(self, micro: int, rank: int) -> range:
-        """Global indices of the samples of `rank` in micro-batch `micro`."""
+        """Returns the global indices of the samples of `rank` in micro-batch `micro`."""
         first = self.first_sample(micro) + rank * self.samples_per_rank
         return range(first, first + self.samples_per_rank)
 
 
 def make_batch_layout(config: Config, world: int) -> BatchLayout:
-    """The layout of `config` on `world` ranks. Where there is none, ValueError names the nearest legal number."""
-    batch, ep = config.batch, config.mesh.ep
-    check_ep(ep, world)
-    experts = moe_section(config)
-    if experts:
-        section, moe = experts
-        groups = moe.num_groups if isinstance(moe, MoEConfig) else None
-        key, spread = ("num_experts", moe.num_experts) if groups is None else ("num_groups", groups)
-        if spread < 1 or spread % ep:
-            raise ValueError(
-                f"{section}.{key}={spread} is not a multiple of mesh.ep={ep}; "
-                f"nearest: {_nearest_multiple(spread, ep)}, or mesh.ep={math.gcd(spread, world)}"
-            )
+    """Computes the layout of a config.
+
+    Args:
+        config: The config of a run.
+        world: Number of ranks.
+
+    Returns:
+        The layout, with the defaults of the batch section filled in.
+
+    Raises:
+        ValueError: Two sizes do not fit together; the message contains the nearest valid number.
+    """
+    batch = config.batch
+    check_ep(config.mesh.ep, world)
+    section = moe_section(config)
+    if section:
+        _check_expert_count(*section, config.mesh.ep, world)
     if batch.grad_accum_steps < 1:
-        raise ValueError(f"batch.grad_accum_steps={batch.grad_accum_steps}: at least 1")
+        raise ValueError(f"batch.grad_accum_steps={batch.grad_accum_steps}: use at least 1")
     if batch.grad_accum_steps > 1 and config.optim.fuse_expert_update_in_backward:
         raise ValueError(
-            f"batch.grad_accum_steps={batch.grad_accum_steps}, but with optim.fuse_expert_update_in_backward no gradient waits for a second "
-            f"micro-batch; it must be 1"
+            f"batch.grad_accum_steps={batch.grad_accum_steps} does not fit "
+            "optim.fuse_expert_update_in_backward=true, which frees each gradient within the "
+            "micro-batch; use batch.grad_accum_steps=1"
         )
-    parts = batch.grad_accum_steps * world
-    if batch.global_batch_size < 1 or batch.global_batch_size % parts:
+    shares = batch.grad_accum_steps * world
+    if batch.global_batch_size < 1 or batch.global_batch_size % shares:
         raise ValueError(
-            f"batch.global_batch_size={batch.global_batch_size} is not a multiple of accumulation x ranks = "
-            f"{batch.grad_accum_steps} x {world}; "
-            f"nearest: {_nearest_multiple(batch.global_batch_size, parts)}"
+            f"batch.global_batch_size={batch.global_batch_size} is not a multiple of "
+            f"accumulation x ranks = {batch.grad_accum_steps} x {world}; "
+            f"nearest: {_nearest_multiple(batch.global_batch_size, shares)}"
         )
     micro = batch.global_batch_size // batch.grad_accum_steps
-    balance = (
-        batch.global_batch_size
-        if batch.balance_loss_group_size is None
-        else batch.balance_loss_group_size
-    )
+    balance = batch.balance_loss_group_size
+    if balance is None:
+        balance = batch.global_batch_size
     if balance < 1 or micro % balance:
         raise ValueError(
-            f"batch.balance_loss_group_size={balance} does not divide a micro-batch of {micro} samples "
-            f"({batch.global_batch_size} samples / {batch.grad_accum_steps} accumulation); "
-            f"nearest: {_nearest_divisor(micro, balance)}"
+            f"batch.balance_loss_group_size={balance} does not divide a micro-batch of {micro} "
+            f"samples ({batch.global_batch_size} samples / {batch.grad_accum_steps} "
+            f"accumulation); nearest: {_nearest_divisor(micro, balance)}"
         )
-    mine, token_group = batch.global_batch_size // parts, batch.capacity_group_size
-    if (
-        experts
-        and experts[1].capacity_factor is not None
-        and (token_group < 1 or mine % token_group)
-    ):
+    local = batch.global_batch_size // shares
+    capacity = batch.capacity_group_size
+    has_capacity = section is not None and section[1].capacity_factor is not None
+    if has_capacity and (capacity < 1 or local % capacity):
         raise ValueError(
-            f"batch.capacity_group_size={token_group} does not divide a rank's micro-batch of {mine} samples; "
-            f"nearest: {_nearest_divisor(mine, token_group)}"
+            f"batch.capacity_group_size={capacity} does not divide a rank's micro-batch of {local} "
+            f"samples; nearest: {_nearest_divisor(local, capacity)}"
         )
-    return BatchLayout(world, batch.global_batch_size, batch.grad_accum_steps, balance, token_group)
+    return BatchLayout(world, batch.global_batch_size, batch.grad_accum_steps, balance, capacity)
 
 
-def _nearest_multiple(number: int, of: int) -> int:
-    return max(of, round(number / of) * of)
+def _check_expert_count(section: str, moe: Any, ep: int, world: int) -> None:
+    """Checks that the experts, or groups of experts, are a multiple of `ep`."""
+    groups = moe.num_groups if isinstance(moe, MoEConfig) else None
+    if groups is None:
+        key = "num_experts"
+        count = moe.num_experts
+    else:
+        key = "num_groups"
+        count = groups
+    if count < 1 or count % ep:
+        raise ValueError(
+            f"{section}.{key}={count} is not a multiple of mesh.ep={ep}; "
+            f"nearest: {_nearest_multiple(count, ep)}, or mesh.ep={math.gcd(count, world)}"
+        )
 
 
-def _nearest_divisor(number: int, to: int) -> int:
-    to = min(max(to, 1), number)
-    return next(d for gap in range(to) for d in (to - gap, to + gap) if number % d == 0)  # 1 is one
+def _nearest_multiple(number: int, base: int) -> int:
+    """Returns the multiple of `base`, at least `base`, that is nearest to `number`."""
+    return max(base, round(number / base) * base)
+
+
+def _nearest_divisor(number: int, target: int) -> int:
+    """Returns the divisor of `number` that is nearest to `target`."""
+    target = min(max(target, 1), number)
+    for distance in range(target):  # 1 is a divisor, so the loop always returns
+        for divisor in (target - distance, target + distance):
+            if number % divisor == 0:
+                return divisor
+    raise ValueError(f"{number} has no divisor near {target}")

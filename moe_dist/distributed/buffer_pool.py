@@ -1,7 +1,8 @@
-"""Large tensors on CPU whose pages are kept when they die, and given to the next ones.
+"""Pool of large CPU buffers: the memory of a freed tensor is reused by the next one.
 
-The system takes large blocks back at once, and to fill fresh pages again costs a fifth of a layer's time. On a GPU
-torch keeps freed memory itself, and small blocks stay in the process anyway.
+The operating system takes large blocks back at once, and filling fresh pages again costs a fifth
+of a layer's time. GPU tensors and small tensors need no pool: torch keeps freed GPU memory, and the
+C library keeps small blocks.
 """
 
 import weakref
@@ -10,42 +11,60 @@ from threading import Lock
 import numpy as np
 import torch
 
-LARGE = 2**20  # bytes
-SLACK = 1.5  # the largest block that a tensor takes, in its own size; the most of all, in what was lent at once
+LARGE = 2**20  # bytes from which a tensor is pooled
+# two limits: a tensor takes a block of at most SLACK times its size, and the pool holds at most
+# SLACK times the most bytes that were ever in use at once
+SLACK = 1.5
 
-_free: list[
-    np.ndarray
-] = []  # oldest first; the end may grow at any time: a tensor may die within `empty`
-_total = _most = 0  # bytes of all blocks, free and lent; the most that were lent at once
-_taking = Lock()
+_lock = Lock()
+# Free blocks, oldest first. A finalizer appends to the list at any time, also within `_take`, so
+# the list grows at its end without the lock.
+_free: list[np.ndarray] = []
+_total = 0  # bytes of all blocks, free and in use
+_max_used = 0  # the most bytes that were in use at once
 
 
 def pooled_empty(*size: int, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the dtype and on the device of `like`, its values undefined."""
+    """Allocates an uninitialized tensor, on CPU from the pool if it is large.
+
+    Args:
+        *size: Shape of the tensor.
+        like: A tensor with the dtype and the device to use.
+
+    Returns:
+        The tensor, which is not a view.
+    """
     num_bytes = like.element_size() * int(np.prod(size))
     if like.device.type != "cpu" or num_bytes < LARGE:
         return like.new_empty(size)
     block = _take(num_bytes)
-    lent = block[:num_bytes]  # torch holds it for as long as any tensor has the memory
-    weakref.finalize(lent, _free.append, block).atexit = False
-    # not a view, whose memory autograd would not add another gradient to in place
-    return like.new_empty(0).set_(torch.from_numpy(lent).untyped_storage(), 0, size)  # type: ignore[call-overload]
+    buffer = block[:num_bytes]  # torch holds this view for as long as any tensor uses the memory
+    weakref.finalize(buffer, _free.append, block).atexit = False
+    # FENCE: set_ on an empty tensor, not a view of from_numpy: autograd accumulates a second
+    # gradient in place only into a tensor that is no view (torch 2.13, test_buffer_pool.py)
+    storage = torch.from_numpy(buffer).untyped_storage()
+    return like.new_empty(0).set_(storage, 0, size)  # type: ignore[call-overload]
 
 
 def _take(num_bytes: int) -> np.ndarray:
-    """The smallest free block that will do, else a new one. Of all, those that have lain free for longest go, so that
-    sizes which change from step to step do not pile up."""
-    global _total, _most
-    with _taking:
-        fitting = [
-            (len(b), i) for i, b in enumerate(_free) if num_bytes <= len(b) <= SLACK * num_bytes
-        ]
+    """Returns the smallest free block that fits, or a new one.
+
+    Frees the blocks that have been unused for the longest time if the pool is over its limit, so
+    that sizes which change from step to step do not pile up.
+    """
+    global _total, _max_used
+    with _lock:
+        fitting = []
+        for i, block in enumerate(_free):
+            if num_bytes <= len(block) <= SLACK * num_bytes:
+                fitting.append((len(block), i))
         if fitting:
-            block = _free.pop(min(fitting)[1])
+            _, index = min(fitting)
+            taken = _free.pop(index)
         else:
-            block = np.empty(num_bytes, np.uint8)
+            taken = np.empty(num_bytes, np.uint8)
             _total += num_bytes
-        _most = max(_most, _total - sum(map(len, list(_free))))
-        while _free and _total > SLACK * _most:
+        _max_used = max(_max_used, _total - sum(map(len, list(_free))))
+        while _free and _total > SLACK * _max_used:
             _total -= len(_free.pop(0))
-    return block
+    return taken

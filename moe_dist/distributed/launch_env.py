@@ -1,4 +1,4 @@
-"""Reads what the launcher wrote to the environment: ranks, nodes and the rendezvous."""
+"""Environment variables of the launcher: ranks, nodes and the rendezvous."""
 
 import os
 
@@ -7,18 +7,19 @@ import torch
 from moe_dist.config.messages import shorten
 from moe_dist.config.validate import MAX_COUNT
 
-REQUIRED_VARIABLES = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "RANK",
-    "WORLD_SIZE",
-)  # what torchrun tells every rank
-# numbers that launchers tell: torchrun's names and those of DeepSpeed's launcher -> least, most
+# set by torchrun for every rank
+REQUIRED_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+
+# numbers set by torchrun or by DeepSpeed's launcher (LOCAL_SIZE, CROSS_SIZE, CROSS_RANK)
 SIZE_VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE")
-NUMBER_RANGES = dict.fromkeys(SIZE_VARIABLES, (1, MAX_COUNT)) | {"MASTER_PORT": (1, 2**16 - 1)}
-NUMBER_RANGES |= dict.fromkeys(
-    ("RANK", "LOCAL_RANK", "GROUP_RANK", "CROSS_RANK"), (0, MAX_COUNT - 1)
-)
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "CROSS_RANK")
+# variable -> (smallest value, largest value)
+NUMBER_RANGES = {
+    **dict.fromkeys(SIZE_VARIABLES, (1, MAX_COUNT)),
+    "MASTER_PORT": (1, 2**16 - 1),
+    **dict.fromkeys(RANK_VARIABLES, (0, MAX_COUNT - 1)),
+}
+# variable -> the variable that it is smaller than
 UPPER_BOUNDS = {
     "RANK": "WORLD_SIZE",
     "LOCAL_RANK": "LOCAL_WORLD_SIZE",
@@ -26,75 +27,102 @@ UPPER_BOUNDS = {
     "CROSS_RANK": "CROSS_SIZE",
 }
 
-
-JOIN_TIMEOUT_VARIABLE = (
-    "MOE_DIST_JOIN_SECONDS"  # of the environment: how long ranks wait for each other at the start
-)
+JOIN_TIMEOUT_VARIABLE = "MOE_DIST_JOIN_SECONDS"  # seconds that ranks wait for each other at start
 
 
 def check_launch_environment() -> None:
-    """Checks what a launcher, or a user by hand, told of the ranks in the environment.
+    """Checks the variables that a launcher, or a user by hand, has set.
 
     Raises:
-        ValueError: A variable is no number or out of its range, a part of LAUNCH alone is there, or
-            the numbers do not fit together.
+        ValueError: A variable is not a number or out of range, only some of REQUIRED_VARIABLES are
+            set, or the numbers do not fit together.
     """
-    there = {key for key in (*REQUIRED_VARIABLES, *NUMBER_RANGES) if os.environ.get(key)}
-    for key, (least, most) in NUMBER_RANGES.items():
-        if key in there:
-            _check_number(key, least, most)
-    missing = [key for key in REQUIRED_VARIABLES if key not in there]
+    variables = (*REQUIRED_VARIABLES, *NUMBER_RANGES)
+    present = {variable for variable in variables if os.environ.get(variable)}
+    for variable, (least, most) in NUMBER_RANGES.items():
+        if variable in present:
+            check_number_variable(variable, least, most)
+    missing = [variable for variable in REQUIRED_VARIABLES if variable not in present]
     if 0 < len(missing) < len(REQUIRED_VARIABLES):
         raise ValueError(
-            f"the environment has no {', '.join(missing)}: set all of {', '.join(REQUIRED_VARIABLES)}, or none of them"
+            f"the environment has no {', '.join(missing)}: set all of "
+            f"{', '.join(REQUIRED_VARIABLES)}, or none of them"
         )
-    for key, of in UPPER_BOUNDS.items():
-        if {key, of} <= there:
-            _check_number(key, 0, int(os.environ[of]) - 1)
-    if "LOCAL_WORLD_SIZE" in there and num_nodes() * ranks_per_node() != world_size():
+    for variable, bound in UPPER_BOUNDS.items():
+        if {variable, bound} <= present:
+            check_number_variable(variable, 0, int(os.environ[bound]) - 1)
+    if "LOCAL_WORLD_SIZE" in present and num_nodes() * ranks_per_node() != world_size():
         raise ValueError(
-            f"{world_size()} ranks on {num_nodes()} nodes, {ranks_per_node()} of them here: start as many on each "
-            f"node, and give their numbers (WORLD_SIZE, GROUP_WORLD_SIZE or CROSS_SIZE, LOCAL_WORLD_SIZE)"
+            f"{world_size()} ranks on {num_nodes()} nodes, {ranks_per_node()} of them here: start "
+            "as many on each node, and set their numbers (WORLD_SIZE, GROUP_WORLD_SIZE or "
+            "CROSS_SIZE, LOCAL_WORLD_SIZE)"
         )
 
 
-def _check_number(key: str, least: int, most: int) -> None:
-    text = os.environ[key]
-    plain = text.isascii() and text.isdecimal() and len(text) < 20 and text == str(int(text))
-    if not (plain and least <= int(text) <= most):
+def check_number_variable(variable: str, least: int, most: int) -> None:
+    """Checks that a variable of the environment is a plain decimal number in a range.
+
+    Args:
+        variable: Its name; it must be set.
+        least: The smallest valid value.
+        most: The largest valid value.
+
+    Raises:
+        ValueError: It is not.
+    """
+    text = os.environ[variable]
+    is_plain = text.isascii() and text.isdecimal() and len(text) < 20 and text == str(int(text))
+    if not (is_plain and least <= int(text) <= most):
         raise ValueError(
-            f"{key}={shorten(ascii(text)[1:-1])} in the environment: a whole number from {least} to {most}"
+            f"{variable}={shorten(ascii(text)[1:-1])} in the environment: a whole number from "
+            f"{least} to {most}"
         )
 
 
-def memory_per_rank(ranks: int | None = None) -> int:
-    """Bytes: of a rank's GPU, or its share of the machine's memory. `ranks`: of a node; None: those that are here."""
+def memory_per_rank(num_ranks: int | None = None) -> int:
+    """Measures the memory that a rank may use.
+
+    Args:
+        num_ranks: Number of ranks on a node; None: the number that the launcher started here.
+
+    Returns:
+        Bytes of the rank's GPU; without CUDA, of the rank's share of the machine's memory.
+    """
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(local_rank()).total_memory
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole // (ranks or ranks_per_node())
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine_bytes // (num_ranks or ranks_per_node())
 
 
 def local_rank() -> int:
-    """Of this node, which is the number of its GPU. Raises ValueError where CUDA has fewer."""
-    rank, num_devices = int(os.environ.get("LOCAL_RANK") or "0"), torch.cuda.device_count()
+    """Reads the index of this rank on its node.
+
+    Returns:
+        The index, which is also the index of its GPU.
+
+    Raises:
+        ValueError: The node has fewer GPUs.
+    """
+    rank = int(os.environ.get("LOCAL_RANK") or "0")
+    num_devices = torch.cuda.device_count()
     if rank >= num_devices:
         raise ValueError(
-            f"LOCAL_RANK={rank}, but this node has {num_devices} GPUs: start {num_devices} ranks on it"
+            f"LOCAL_RANK={rank}, but this node has {num_devices} GPUs: start {num_devices} ranks "
+            "on it"
         )
     return rank
 
 
 def world_size() -> int:
-    """Ranks that the launcher started; one without a launcher."""
+    """Returns the number of ranks that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def num_nodes() -> int:
-    """Nodes that torchrun, or DeepSpeed's launcher, started ranks on; one without them."""
+    """Returns the number of nodes that the launcher started ranks on; 1 without a launcher."""
     return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("CROSS_SIZE") or "1")
 
 
 def ranks_per_node() -> int:
-    """As the launcher told; one without it."""
+    """Returns the number of ranks on this node; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")

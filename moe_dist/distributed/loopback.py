@@ -1,7 +1,8 @@
-"""A rank of an expert-parallel axis by itself: what others would send to it is what it sends itself.
+"""Loopback process group: every receive buffer is filled with the rows this rank sends to itself.
 
-For times and memory of a rank's work, not for results: it has the rows of a rank of that layout, about as many as the
-others would send and as uneven from step to step, in the same calls. It can wait in each for the ranks that there are.
+It lets one process act as a rank of a larger expert-parallel axis, to measure time and memory (the
+results are meaningless). The rank receives about as many rows as from real peers, as uneven from
+step to step, in the same collectives. It can also wait in each collective for existing ranks.
 """
 
 import dataclasses
@@ -15,19 +16,37 @@ from moe_dist.distributed.mesh import Axis, Mesh
 
 
 def loopback_mesh(mesh: Mesh, ep: int, index: int, waits: bool = False) -> Mesh:
-    """`mesh` with this process as rank `index` of an `ep` axis whose other ranks do not exist. `waits`: in each call
-    for the ranks of `mesh`."""
-    return dataclasses.replace(
-        mesh, ep=Axis(ep, index, LoopbackProcessGroup(index, ep, mesh.dp if waits else None))
-    )
+    """Copies a mesh and replaces its `ep` axis by a loopback.
+
+    Args:
+        mesh: The mesh of the existing ranks.
+        ep: Number of ranks of the axis; the others do not exist.
+        index: Index of this process along the axis.
+        waits: True if each all-to-all also waits for the ranks of `mesh`.
+
+    Returns:
+        The new mesh.
+    """
+    group = LoopbackProcessGroup(index, ep, mesh.dp if waits else None)
+    return dataclasses.replace(mesh, ep=Axis(ep, index, group))
 
 
 class LoopbackProcessGroup(dist.ProcessGroup):
-    """Of its own rank. `there`: ranks that make the same calls, which wait for each other."""
+    """A process group of one existing rank."""
 
-    def __init__(self, rank: int, size: int, there: Axis | None) -> None:
+    def __init__(self, rank: int, size: int, barrier_axis: Axis | None) -> None:
+        """Creates the group.
+
+        Args:
+            rank: Index of this process.
+            size: Number of ranks.
+            barrier_axis: Existing ranks that make the same calls and wait for each other in them;
+                None: nobody waits.
+        """
         super().__init__(rank, size)  # type: ignore[call-arg]
-        self.index, self.number, self.there = rank, size, there
+        self.index = rank
+        self.num_ranks = size
+        self.barrier_axis = barrier_axis
 
     def alltoall_base(  # type: ignore[override]
         self,
@@ -37,20 +56,26 @@ class LoopbackProcessGroup(dist.ProcessGroup):
         in_splits: list[int],
         options: Any,
     ) -> dist.Work:
-        """Every rank sends what this one sends itself, or as much of it as there is room for."""
-        if self.there:
-            all_reduce_sum(torch.zeros(1, device=into.device), self.there)
-        here = into.split(in_splits or [len(into) // self.number] * self.number)[self.index]
-        for part in out.split(out_splits or [len(out) // self.number] * self.number):
-            n = min(len(part), len(here))
-            part[:n] = here[:n]
+        """Fills each rank's part of `out` with the rows for this rank, cut or padded with zeros."""
+        if self.barrier_axis:
+            all_reduce_sum(torch.zeros(1, device=into.device), self.barrier_axis)
+        even_in = [len(into) // self.num_ranks] * self.num_ranks
+        even_out = [len(out) // self.num_ranks] * self.num_ranks
+        own = into.split(in_splits or even_in)[self.index]
+        for part in out.split(out_splits or even_out):
+            n = min(len(part), len(own))
+            part[:n] = own[:n]
             part[n:] = 0
         return CompletedWork()
 
     def allreduce(self, tensors: Any, options: Any = None) -> dist.Work:  # type: ignore[override]
+        """Leaves the tensors as they are."""
         return CompletedWork()
 
 
 class CompletedWork(dist.Work):
+    """The handle of a collective that is done."""
+
     def wait(self, timeout: Any = None) -> bool:
+        """Returns True."""
         return True

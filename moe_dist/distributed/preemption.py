@@ -1,4 +1,4 @@
-"""SIGTERM as a wish to stop, on which all ranks agree."""
+"""Preemption: SIGTERM as a request to stop, on which all ranks agree."""
 
 import signal
 from collections.abc import Callable
@@ -10,40 +10,41 @@ import torch
 from moe_dist.distributed.collectives import all_reduce_max
 from moe_dist.distributed.mesh import Mesh
 
-EXIT_STATUS = 128 + signal.SIGTERM  # of a process that SIGTERM ended, as shells tell it
-GRACE_S = (
-    5.0  # that may be spent after a SIGTERM on what a run can do without; launchers kill after 30
-)
+EXIT_STATUS = 128 + signal.SIGTERM  # a shell's status of a process that SIGTERM has ended
+# seconds after a SIGTERM for work that a run can omit; launchers send SIGKILL after 30 s
+GRACE_S = 5.0
 
 
 class _Interrupted(BaseException):
-    """Raised in the main thread by SIGTERM in `Stop.run_unless_preempted`."""
+    """Raised in the main thread by SIGTERM in `PreemptionHandler.run_unless_preempted`."""
 
 
 class PreemptionHandler:
-    """While it is entered SIGTERM ends nothing, and `asked` returns whether any rank has had one."""
+    """A context in which SIGTERM does not end the process, but sets a flag."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.previous_handler: Any = signal.SIG_DFL  # the handler when it is left
-        self.received = False  # this rank has had one, or when all were last asked, any
+        self.previous_handler: Any = signal.SIG_DFL  # restored on exit
+        self.received = False  # by this rank; after `requested`, by any rank
 
     def requested(self) -> bool:
-        """Returns the same answer on every rank. A collective."""
-        asked = bool(
-            all_reduce_max(torch.tensor(int(self.received), device=self.mesh.device), self.mesh.dp)
-        )
-        if asked:  # else a SIGTERM that has come meanwhile would be forgotten
+        """Returns True on every rank if any rank has received SIGTERM. A collective."""
+        flag = torch.tensor(int(self.received), device=self.mesh.device)
+        any_received = bool(all_reduce_max(flag, self.mesh.dp))
+        if any_received:  # never set to False: a SIGTERM may have arrived during the collective
             self.received = True
-        return asked
+        return any_received
 
     def run_unless_preempted(self, work: Callable[[], None]) -> bool:
-        """Runs `work`, which the run can do without: it is left out after a SIGTERM, and ended by one.
+        """Runs optional work at the end of a run; SIGTERM skips or interrupts it.
 
-        SIGTERM is ignored from then on, for good: the run has done what it is for, and its process is about to end.
+        SIGTERM is ignored from then on, also after the context: the process is about to end.
+
+        Args:
+            work: The work; an interrupted one is abandoned.
 
         Returns:
-            Whether `work` was done.
+            True if `work` has completed.
         """
 
         def interrupt(*_: Any) -> None:
@@ -62,10 +63,10 @@ class PreemptionHandler:
         return not self.received
 
     def __enter__(self) -> "PreemptionHandler":
-        def note(*_: Any) -> None:
+        def set_received(*_: Any) -> None:
             self.received = True
 
-        self.previous_handler = signal.signal(signal.SIGTERM, note)
+        self.previous_handler = signal.signal(signal.SIGTERM, set_received)
         return self
 
     def __exit__(

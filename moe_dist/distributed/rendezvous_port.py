@@ -1,4 +1,8 @@
-"""The port at which ranks meet: free when a launcher looks, and soon another's. Imports no torch."""
+"""Reservation of the rendezvous port. Imports no torch.
+
+torchrun finds a free port and releases it; torch binds it only after its import, seconds later. In
+between another process could take it, so rank 0 binds it first.
+"""
 
 import errno
 import ipaddress
@@ -7,63 +11,77 @@ import secrets
 import socket
 from contextlib import suppress
 
-_held: socket.socket | None = None
-_beside: socket.socket | None = None
+FIRST_PORT = 20000
+NUM_PORTS = 12768  # up to 32767: Linux assigns the ports above to any socket (ip_local_port_range)
+BACKLOG = 4096  # ranks that may connect at the same time
+
+_reserved: socket.socket | None = None
+_reserved_ipv6: socket.socket | None = None
 
 
 def reserve() -> None:
-    """Rank 0 takes MASTER_PORT of its environment at once. torchrun finds a free one and lets it go; torch takes it
-    only once it is imported, seconds later. Where it is taken already, nothing is done: `mesh.init_process_group` will tell."""
-    global _held, _beside
-    ours = (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    )  # else the agent listens there itself
-    port = os.environ.get("MASTER_PORT", "")
-    if (
-        ours
-        and os.environ.get("RANK") == "0"
-        and port.isdecimal()
-        and len(port) <= 5
-        and 0 < int(port) < 2**16
-    ):
-        with suppress(OSError):
-            _held = _listen(os.environ.get("MASTER_ADDR", ""), int(port))
-        with suppress(
-            OSError
-        ):  # localhost is ::1 too: nobody listens there, and no other process may
-            if _held and os.environ.get("MASTER_ADDR") == "localhost":
-                _beside = socket.socket(socket.AF_INET6)
-                _beside.bind(("::1", int(port)))
+    """Binds MASTER_PORT on rank 0, at the start of its process.
+
+    Does nothing on other ranks, without a valid MASTER_PORT, or if the port is taken:
+    `mesh.init_process_group` reports that. Under torchrun's agent store the agent listens itself.
+    """
+    global _reserved, _reserved_ipv6
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    if os.environ.get("RANK") != "0":
+        return
+    text = os.environ.get("MASTER_PORT", "")
+    is_port = text.isdecimal() and len(text) <= 5 and 0 < int(text) < 2**16
+    if not is_port:
+        return
+    host = os.environ.get("MASTER_ADDR", "")
+    with suppress(OSError):
+        _reserved = _listen(host, int(text))
+    # localhost is ::1 too: bind it without listening, so that no other process can
+    with suppress(OSError):
+        if _reserved and host == "localhost":
+            _reserved_ipv6 = socket.socket(socket.AF_INET6)
+            _reserved_ipv6.bind(("::1", int(text)))
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens where the ranks meet: at the loopback address where `host` is one, so that no other
-    machine reaches it, else at every address of this machine."""
+    """Returns a listening socket: for a loopback `host` on it alone, else on every address."""
     with suppress(ValueError):
-        loopback = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-        if loopback.is_loopback:
-            family = socket.AF_INET6 if loopback.version == 6 else socket.AF_INET
-            return socket.create_server((str(loopback), port), family=family, backlog=4096)
-    family, both = (
-        (socket.AF_INET6, True) if socket.has_dualstack_ipv6() else (socket.AF_INET, False)
-    )
-    return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=4096)
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        if address.is_loopback:
+            family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+            return socket.create_server((str(address), port), family=family, backlog=BACKLOG)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
+        )
+    return socket.create_server(("", port), family=socket.AF_INET, backlog=BACKLOG)
 
 
 def release_fd() -> int | None:
-    """The file descriptor of the socket that `hold` took, to whoever asks first."""
-    global _held
-    held, _held = _held, None
-    return held.detach() if held else None
+    """Returns the file descriptor of the reserved socket to the first caller, then None."""
+    global _reserved
+    if _reserved is None:
+        return None
+    descriptor = _reserved.detach()
+    _reserved = None
+    return descriptor
 
 
 def find_free_port() -> int:
-    """A port of this machine that is free, below those that Linux by itself hands out to whoever asks for any. Raises
-    OSError where none can be had."""
+    """Finds a free port of this machine.
+
+    Returns:
+        The port, below those that Linux assigns by itself.
+
+    Raises:
+        OSError: A port cannot be bound for a reason other than that it is in use.
+    """
     while True:
-        with socket.socket() as found:
+        port = FIRST_PORT + secrets.randbelow(NUM_PORTS)
+        with socket.socket() as probe:
             try:
-                found.bind(("127.0.0.1", port := 20000 + secrets.randbelow(12768)))
+                probe.bind(("127.0.0.1", port))
                 return port
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:

@@ -1,9 +1,9 @@
-"""Functions run by several ranks on this machine, without a launcher.
+"""Runs a function on several ranks on this machine, without a launcher.
 
 def ranks(x: int) -> int:                          # in a module: it is imported by name
     mesh = meshes.init_distributed(ep=2)
     ...
-    meshes.stop()
+    meshes.shutdown()
     return mesh.dp.index + x
 
 assert run_distributed(ranks, 2, 10) == [10, 11]   # by rank
@@ -18,28 +18,56 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class RankFailed(Exception):
-    """A rank raised, or died without a word; the text is its traceback."""
+    """Raised if a rank raises (the text is its traceback) or dies."""
+
+
+class _Answer(NamedTuple):
+    """The last message of a rank.
+
+    Attributes:
+        time: `time.monotonic()` of the rank, to find the first of several failures.
+        rank: The rank.
+        failed: True if the function raised.
+        value: The pickled result, a ValueError, a traceback, or "" if the rank died.
+    """
+
+    time: float
+    rank: int
+    failed: bool
+    value: Any
 
 
 def run_distributed(
     function: Callable[..., Any], world: int, *args: Any, timeout: float = 120
 ) -> list[Any]:
-    """Runs `function(*args)` in `world` new processes that can join a process group; returns the results by rank.
+    """Runs `function(*args)` in new processes that can join a process group.
 
-    `function`, arguments and results are pickled. Raises RankFailed for the first rank that fails, or the ValueError
-    that it raised; TimeoutError after `timeout` seconds. No process is left in any case.
+    Function, arguments and results are pickled. All processes have ended on return.
+
+    Args:
+        function: A function at the top level of a module.
+        world: Number of ranks.
+        *args: Its arguments.
+        timeout: Seconds until the processes are killed.
+
+    Returns:
+        The results by rank.
+
+    Raises:
+        ValueError: The first rank that failed raised it.
+        RankFailed: The first rank that failed raised another exception, or died.
+        TimeoutError: A rank is not done in time.
     """
-    import torch.distributed as dist  # not above: a rank imports this file before its environment is set
+    import torch.distributed as dist  # here: a rank imports this file before it sets its variables
 
     deadline = time.monotonic() + timeout
     call = pickle.dumps((function, args))
-    listener = socket.create_server(
-        ("127.0.0.1", 0), backlog=4096
-    )  # no other machine reaches it, and it is never let go
+    # bound to loopback, so that no other machine reaches it, and held until the end
+    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     store = dist.TCPStore(
         "127.0.0.1",
         listener.getsockname()[1],
@@ -47,40 +75,35 @@ def run_distributed(
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    spawn = multiprocessing.get_context(
-        "forkserver"
-    )  # who starts many may have it import what they need once
+    # a fork server imports a module once for many processes (set_forkserver_preload)
+    context = multiprocessing.get_context("forkserver")
     processes: list[Any] = []
-    running: dict[Connection, int] = {}  # where a rank's answer comes from -> the rank
+    running: dict[Connection, int] = {}  # receiving end of a rank's pipe -> rank
     results: list[Any] = [None] * world
     try:
         for rank in range(world):
-            answer, say = spawn.Pipe(duplex=False)
-            told = (say, call, rank, world, store.port, timeout)
-            processes.append(spawn.Process(target=_rank, args=told, daemon=True))
+            receiver, sender = context.Pipe(duplex=False)
+            rank_args = (sender, call, rank, world, store.port, timeout)
+            processes.append(context.Process(target=_run_rank, args=rank_args, daemon=True))
             processes[rank].start()
-            say.close()  # the rank alone holds it now, so that its death is an end of file
-            running[answer] = rank
+            sender.close()  # the rank has the only copy, so its death closes the pipe
+            running[receiver] = rank
         while running:
             ready = wait(list(running), max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError(
-                    f"{_name(function)}: ranks {sorted(running.values())} of {world} not done after {timeout} s"
+                    f"{_name(function)}: ranks {sorted(running.values())} of {world} not done "
+                    f"after {timeout} s"
                 )
-            answers = [_receive(answer, running.pop(answer)) for answer in ready]  # type: ignore[arg-type, call-overload]
-            failures = sorted(
-                (seconds, rank, value) for seconds, rank, failed, value in answers if failed
-            )
-            if failures:  # the first: the others may only have lost their peer
-                _, rank, text = failures[0]
-                if not text:
-                    processes[rank].join(5)
-                    text = f"died without a traceback, exit code {processes[rank].exitcode}"
-                if isinstance(text, ValueError):
-                    raise text
-                raise RankFailed(f"{_name(function)}: rank {rank} of {world}\n{text}")
-            for _, rank, _, value in answers:
-                results[rank] = pickle.loads(value)
+            answers = []
+            for connection in ready:
+                answers.append(_receive(connection, running.pop(connection)))  # type: ignore[arg-type, call-overload]
+            failures = [answer for answer in answers if answer.failed]
+            if failures:  # report the first: the others may only have lost their peer
+                failure = min(failures, key=lambda answer: (answer.time, answer.rank))
+                _raise_failure(failure, processes[failure.rank], _name(function), world)
+            for answer in answers:
+                results[answer.rank] = pickle.loads(answer.value)
         for process in processes:
             process.join(5)
         return results
@@ -90,19 +113,32 @@ def run_distributed(
             process.join()
 
 
-def _receive(answer: Any, rank: int) -> tuple[float, int, bool, Any]:
-    """(seconds, rank, failed, pickled result or traceback)."""
+def _receive(receiver: Any, rank: int) -> _Answer:
     try:
-        seconds, failed, value = answer.recv()
-        return seconds, rank, failed, value
-    except EOFError:
-        return 0.0, rank, True, ""  # before any failure that its peers report
+        seconds, failed, value = receiver.recv()
+        return _Answer(seconds, rank, failed, value)
+    except EOFError:  # time 0: a death comes before all failures that peers report
+        return _Answer(0.0, rank, True, "")
     finally:
-        answer.close()
+        receiver.close()
 
 
-def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeout: float) -> None:
-    """One process. The environment is set before torch is imported, which unpickling the call may do."""
+def _raise_failure(failure: _Answer, process: Any, name: str, world: int) -> None:
+    """Raises the exception of a failed rank."""
+    text = failure.value
+    if isinstance(text, ValueError):
+        raise text
+    if not text:
+        process.join(5)
+        text = f"died without a traceback, exit code {process.exitcode}"
+    raise RankFailed(f"{name}: rank {failure.rank} of {world}\n{text}")
+
+
+def _run_rank(
+    sender: Connection, call: bytes, rank: int, world: int, port: int, timeout: float
+) -> None:
+    """Runs the call in the process of one rank and sends (time, failed, value)."""
+    # before torch is imported, which unpickling the call may do
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -110,10 +146,10 @@ def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeou
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # another process listens there
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent process listens there
         "OMP_NUM_THREADS": "1",
     }
-    faulthandler.dump_traceback_later(0.8 * timeout)  # where it hangs, to stderr
+    faulthandler.dump_traceback_later(0.8 * timeout)  # to stderr, shows the place of a hang
     message: tuple[float, bool, Any]
     try:
         import torch
@@ -123,11 +159,11 @@ def _rank(say: Connection, call: bytes, rank: int, world: int, port: int, timeou
         message = (time.monotonic(), False, pickle.dumps(function(*args)))
     except ValueError as error:  # a user's mistake
         message = (time.monotonic(), True, error)
-    except BaseException:  # the parent raises it
+    except BaseException:  # raised again by the parent
         message = (time.monotonic(), True, traceback.format_exc())
     faulthandler.cancel_dump_traceback_later()
-    say.send(message)
-    say.close()
+    sender.send(message)
+    sender.close()
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -15,7 +15,7 @@ MEGA = 2**20  # elements of 4 bytes
 @pytest.fixture(autouse=True)
 def nothing_yet() -> None:
     buffer_pool._free.clear()
-    buffer_pool._total = buffer_pool._most = 0
+    buffer_pool._total = buffer_pool._max_used = 0
 
 
 def test_buffer_is_reused_after_its_last_view() -> None:
