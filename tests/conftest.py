@@ -17,7 +17,7 @@ multiprocessing.set_forkserver_preload(["tests.helpers.preloaded"])
 
 @pytest.fixture(scope="session")
 def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file of 1,500 verses, read in a moment."""
+    """Writes a text file of 1,500 verses, which is read in a moment."""
     path = tmp_path_factory.mktemp("text") / "verses.txt"
     path.write_text("\n".join(islice(open_text("bundled", streamed=True)["train"], 1500)))
     return path
@@ -25,7 +25,7 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
+    """Trains a run of two steps."""
     run = tmp_path_factory.mktemp("runs") / "good"
     sets = set_(*TINY, "steps=2", "save_every=1", f"data.text={small_text}")
     status, stderr = end(start("lstm_moe_demo", "--folder", str(run), *sets))
@@ -35,5 +35,5 @@ def good(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(good: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be spoilt."""
+    """Copies that run, so that a test may damage it."""
     return shutil.copytree(good, tmp_path / "run")

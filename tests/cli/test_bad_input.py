@@ -299,7 +299,7 @@ def test_port_in_use_ends_every_rank() -> None:
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_missing_rank_ends_the_others_after_a_timeout(rank: int) -> None:
-    """Rank 1 is left in a wait of torch's, which would abort an orderly end."""
+    """Rank 1 is blocked in a wait of torch, which could abort an orderly exit."""
     world = {
         "RANK": str(rank),
         "WORLD_SIZE": "2",

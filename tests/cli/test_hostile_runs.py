@@ -70,7 +70,7 @@ def test_hostile_state_of_a_classifier_prints_one_line(seed: int, of_classes: Pa
 
 
 def test_intact_run_is_loaded_and_used(run: Path, of_classes: Path) -> None:
-    """Else the seeds would show nothing."""
+    """Without this the seeds of hostile runs prove nothing."""
     for each in (run, of_classes):
         build_task(each)
         use(each)
@@ -155,7 +155,7 @@ def test_invalid_saved_state_is_rejected_by_key(change: dict[str, Any], tmp_path
 
 
 def keep(run: Path, **changes: Any) -> None:
-    """Changes the state of the newest checkpoint, and seals it again; None removes a value."""
+    """Changes the state of the newest checkpoint and seals it again. None removes a value."""
     checkpoint = manifest.require_checkpoints(run)[-1]
     state = json.loads((checkpoint / "state.json").read_text()) | changes
     (checkpoint / "state.json").write_text(
@@ -323,12 +323,12 @@ UNFIT: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 
 @pytest.mark.timeout(300)
 def test_unfit_values_are_neither_loaded_nor_saved(run: Path) -> None:
-    """Refused by name, on every rank, before the engine is changed."""
+    """Every rank refuses them by name before the engine changes."""
     assert run_distributed(refuse_unfit, 2, run, timeout=280) == [[]] * 2
 
 
 def refuse_unfit(folder: Path) -> list[str]:
-    """Returns what was not refused as it should be, on this rank."""
+    """Returns the cases that this rank did not refuse correctly."""
     meshes.init_process_group()
     config = from_json((folder / "config.json").read_text())
     fresh = Run(override(config, ["mesh.ep=2", "zero_stage=1"]))
@@ -410,7 +410,7 @@ def change_tensor(
 def test_overlapping_tensor_parts_are_rejected_by_name(
     moved: tuple[int, int], tmp_path: Path
 ) -> None:
-    """(0, 4) is whole. The numbers of rows are right in each case."""
+    """(0, 4) is correct. The total number of rows is right in every case."""
     for starts in ((0, 4), moved):
         for i, first in enumerate(starts):
             places = {

@@ -82,7 +82,8 @@ VALUES: tuple[Any, ...] = (
 
 
 def try_it(config: Config) -> None:
-    """What a start does with a config before any work, as far as one process can."""
+    """Does everything that a start does with a config before any work, as far as one process
+    can."""
     check_config(config)
     make_batch_layout(config, 1)
     task_of(config).build_model(config)
@@ -93,7 +94,8 @@ def try_it(config: Config) -> None:
 
 @pytest.mark.timeout(200)
 def test_hostile_field_value_is_a_value_error_or_a_config() -> None:
-    """From a config.json and from --set. No other error, and some of each outcome."""
+    """Values come from a config.json and from --set. No other error occurs, and both outcomes
+    do."""
     refused, accepted, done = 0, 0, set()
     for name in NAMES:
         config = papers.get(name)
@@ -284,7 +286,7 @@ LAUNCHED = {
 def test_invalid_number_in_the_environment_is_named(
     key: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether a launcher has set the others, or nobody."""
+    """With and without the other variables of a launcher."""
     monkeypatch.setattr(
         "time.sleep", lambda seconds: None
     )  # of ranks that let the main one speak first

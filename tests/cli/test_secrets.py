@@ -24,7 +24,8 @@ KEYS = {
 
 @pytest.mark.timeout(120)
 def test_run_keeps_and_prints_no_key_of_the_environment(small_text: Path, tmp_path: Path) -> None:
-    """In a run with wandb, its report, its record of calls, and the traceback of one that a bug has ended."""
+    """Checks a run with wandb, its report, its flight record, and the traceback of a run that
+    a bug ended."""
     folder = tmp_path / "run"
     sets = set_(
         *TINY,
@@ -45,7 +46,8 @@ def test_run_keeps_and_prints_no_key_of_the_environment(small_text: Path, tmp_pa
 
 
 def test_launch_scripts_and_redact_share_one_list() -> None:
-    """By a program that imports the standard library alone, with any bytes in its words."""
+    """The shell calls a program that imports only the standard library; its words may contain
+    any bytes."""
     command = [
         sys.executable,
         "-I",

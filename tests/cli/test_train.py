@@ -26,7 +26,7 @@ def train(*args: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
 
 
 def test_closed_stdout_is_no_error() -> None:
-    """As `| head -c 1` does; what a run prints later is left out, and the run goes on."""
+    """`| head -c 1` closes stdout; later output is dropped and the run continues."""
     command = f"{sys.executable} -c 'from moe_dist.monitoring.console import print_on_main as say; say(str(0) * 100_000); say(str(1) * 100_000)'"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -c 1"],

@@ -41,7 +41,8 @@ QUIET = ["steps=2", "write_report=false", "wandb.mode=off"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data of each kind: 300 lines with 12 words, 40 sentences of 3 labels, 40 questions, 3 classes of images."""
+    """Writes data of each kind: 300 lines with 12 words, 40 sentences of 3 labels, 40
+    questions, 3 classes of images."""
     folder = tmp_path_factory.mktemp("own")
     lines = [" ".join(f"w{chr(97 + (i * j) % 12)}" for j in range(1, 9)) for i in range(1, 301)]
     (folder / "text.txt").write_text("\n".join(lines))
@@ -68,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own(name: str, folder: Path, *more: str) -> list[str]:
-    """A command line that changes the data alone, and makes the model small."""
+    """Returns a command line that changes only the data and makes the model small."""
     files = {
         "data.text": "text.txt",
         "data.sentences": "sentences.jsonl",
@@ -83,7 +84,7 @@ def own(name: str, folder: Path, *more: str) -> list[str]:
 
 
 def begin(argv: list[str]) -> Any:
-    """The beginning of train.py: the run and its training, after a step."""
+    """Does the first part of train.py: returns the run and its training after one step."""
     run = run_spec.parse_run(argv, None)
     mesh = meshes.build_mesh(1)
     training = set_up(
@@ -101,7 +102,7 @@ def begin(argv: list[str]) -> Any:
 
 @pytest.mark.timeout(200)
 def test_every_task_trains_on_own_data_at_first_start(folder: Path) -> None:
-    """On two ranks, which take the same from it."""
+    """Two ranks take the same values from the data."""
     one, other = run_distributed(first_starts, 2, folder, timeout=150)
     assert one == other
     taken = {
@@ -160,7 +161,7 @@ def test_config_is_complete_before_the_model_is_built(folder: Path) -> None:
 
 
 def refuse_all(folder: Path) -> list[str]:
-    """Returns what was settled by runs that are refused for it."""
+    """Returns the fields that refused runs had already taken from the data."""
     meshes.init_process_group()
     settled = []
 
@@ -192,7 +193,7 @@ def test_fields_taken_from_data_are_saved(folder: Path, tmp_path: Path) -> None:
 
 
 def go_on(folder: Path, run_folder: Path) -> bool:
-    """The same command, --resume and --evaluate find the config that the first start has kept."""
+    """The same command, --resume and --evaluate use the config that the first start saved."""
     meshes.init_process_group()
     command = own("widenet_text_demo", folder, "batch.global_batch_size=16")
     run, training = begin(command)

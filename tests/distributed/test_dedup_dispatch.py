@@ -126,7 +126,8 @@ def test_dedup_bytes_by_hand() -> None:
 
 
 def a_page() -> tuple[float, ...]:
-    """Bytes between nodes and in all of 1,024 bf16 tokens a rank, 4 of 256 experts by Zipf's law with exponent 0.6."""
+    """Returns inter-node and total bytes for 1,024 bf16 tokens per rank, 4 of 256 experts by
+    Zipf's law with exponent 0.6."""
     mesh = start()
     generator = torch.Generator().manual_seed(mesh.dp.index)
     weight_E = (1.0 + torch.randperm(256, generator=torch.Generator().manual_seed(9))) ** -0.6

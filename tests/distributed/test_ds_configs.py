@@ -20,7 +20,7 @@ SAME = (
 
 
 def test_deepspeed_defines_every_allowed_key() -> None:
-    """Of sections that it reads with classes; it ignores none, for they forbid what they do not know."""
+    """Checks the sections that DeepSpeed reads with classes; these classes forbid unknown keys."""
     import_deepspeed()
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -73,7 +73,8 @@ def train(text: str) -> dict[int, tuple[list[float], list[float]]]:
 
 
 def test_deepspeed_quotes_arguments_as_the_launch_script_expects() -> None:
-    """launch/deepspeed.sh quotes for what is left: a word with a space is put between double quotes, others stay."""
+    """DeepSpeed puts a word with a space between double quotes and leaves others;
+    launch/deepspeed.sh quotes the rest."""
     import_deepspeed()
     from deepspeed.launcher.multinode_runner import PDSHRunner
 

@@ -37,8 +37,9 @@ ALONE: Any = meshes.Axis(1, 0, None)  # type: ignore[arg-type]  # says nothing t
 
 @pytest.mark.timeout(300)
 def test_sharded_update_equals_replicated_update(small_text: Path, tmp_path: Path) -> None:
-    """Four ranks, parts that are uneven and empty: gradients summed over all replicas by hand, and the update of the
-    whole stack, are the slow reference; a checkpoint goes on, bit by bit, and on another layout."""
+    """Four ranks with uneven and empty parts. The slow reference sums gradients over all
+    replicas by hand and updates the whole stack. A checkpoint resumes bit by bit, also on
+    another layout."""
     by_rank = run_distributed(own, 4, str(small_text), tmp_path, timeout=280)
     for told in by_rank:
         for case, each in told.items():
@@ -99,8 +100,8 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
-    """Masters as they will be after the next step, each replica of an expert updating all of the stack: filled in by
-    the next step, which gives the clip factor."""
+    """Returns the masters after the next step if each replica updates the whole stack. The
+    next step fills them in, because it provides the clip factor."""
     expected: dict[str, torch.Tensor] = {}
     optimizer = run.optimizer
     reduce_honestly = Optimizer._reduce_and_square
@@ -144,7 +145,7 @@ def step_by_hand(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.timeout(300)
 def test_fused_update_in_backward_equals_separate_update(small_text: Path) -> None:
-    """On two ranks at ep 1 and 2. And a step that cannot be skipped is an error on both."""
+    """On two ranks at ep 1 and 2. A step that cannot be skipped is an error on both."""
     for told in run_distributed(free, 2, str(small_text), timeout=280):
         for case, same in told.pop("same").items():
             assert all(same.values()), (case, same)
@@ -197,7 +198,7 @@ def free(text: str) -> dict[str, Any]:
 
 
 def spoil(text: str) -> dict[tuple[int, str], str]:
-    """What every rank says to an infinite gradient on rank 1 in the third step."""
+    """Returns the error of every rank for an infinite gradient on rank 1 in the third step."""
     said = {}
     for zero, place in ((0, "dense"), (0, "expert"), (1, "expert"), (2, "expert"), (3, "dense")):
         run = Run(tiny("mesh.ep=2", f"zero_stage={zero}", f"data.text={text}", *FREE)).steps(0, 2)
@@ -233,8 +234,8 @@ def test_fused_update_peaks_at_four_bytes_per_parameter() -> None:
 
 
 def measure(sets: list[str]) -> None:
-    """Prints the number of expert parameters, and how many bytes more than before there were any this process had at
-    its peak over two steps. What a process has once, compiled loops and libraries, is there before."""
+    """Prints the number of expert parameters, and the peak memory of two steps above the
+    memory before. One-time memory, such as compiled loops and libraries, is allocated before."""
     import psutil
 
     torch.set_num_threads(1)
@@ -249,7 +250,8 @@ def measure(sets: list[str]) -> None:
 
 
 def two_steps(num_experts: int, mesh: meshes.Mesh, config: OptimConfig) -> int:
-    """Of four layers of experts of 400 x 300 under an optimizer. Returns the number of parameters."""
+    """Trains four layers of experts of 400 x 300 for two steps. Returns the number of
+    parameters."""
     from torch import nn
 
     with torch.device("meta"):

@@ -17,7 +17,7 @@ from moe_dist.training import setup as training_setup
 
 @pytest.mark.timeout(240)
 def test_run_resumes_only_with_its_own_data(small_text: Path, tmp_path: Path) -> None:
-    """Every rank of two refuses, or takes over the new fingerprint."""
+    """Both ranks refuse, or both accept the new fingerprint."""
     for told in run_distributed(go_on, 2, str(small_text), tmp_path, timeout=220):
         assert told == {
             "moved": "same",

@@ -49,7 +49,8 @@ def config_of(name: str, text: str) -> Config:
 
 
 def train(names: list[str], text: str, folder: Path) -> dict[str, Any]:
-    """Twelve steps of each, and what the trained model says of the test split's first window: nll, words, weights."""
+    """Trains each config for twelve steps. Returns the trained model's result on the first
+    window of the test split: nll, words, weights."""
     meshes.init_process_group()
     for module in (
         noisy_topk,
@@ -76,7 +77,8 @@ def train(names: list[str], text: str, folder: Path) -> dict[str, Any]:
 def trained(
     small_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of all runs, and by name the nats and words of the first window and the weights."""
+    """Returns the folder of all runs, and by name the nats and words of the first window and
+    the weights."""
     folder = tmp_path_factory.mktemp("runs")
     (told,) = run_distributed(train, 1, list(RUNS), str(small_text), folder, timeout=110)
     first, second = run_distributed(train, 2, list(EP2), str(small_text), folder, timeout=110)
@@ -143,7 +145,8 @@ def test_text_read_in_parts_gives_the_same_state(
 def test_recorded_assignments_reproduce_the_layer(
     name: str, trained: tuple[Path, dict[str, Any]]
 ) -> None:
-    """Each word's output, summed in a loop over the experts and weights that are told of it; weights from the gates."""
+    """A loop over the recorded experts and weights gives each word's output; the weights equal
+    those of the gates."""
     reader = TextModel(trained[0] / name)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     layer = reader.model.middle
@@ -174,7 +177,7 @@ def test_recorded_assignments_reproduce_the_layer(
 
 
 def gate_weights(x_D: torch.Tensor, weights: dict[str, torch.Tensor], k: int) -> dict[int, float]:
-    """Eqs. 3, 5 and 12 for one word: expert -> weight."""
+    """Returns Eqs. 3, 5 and 12 for one word: expert -> weight."""
 
     def top(logits: list[float]) -> dict[int, float]:
         chosen = sorted(range(len(logits)), key=lambda i: -logits[i])[:k]

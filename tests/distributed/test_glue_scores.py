@@ -18,7 +18,7 @@ from moe_dist.training.evaluate import evaluate
 
 @pytest.mark.timeout(200)
 def test_glue_scores_of_any_layout_are_those_of_all_predictions(tmp_path: Path) -> None:
-    """37 texts of test in steps of 16: the last step has padding."""
+    """37 test texts in steps of 16: the last step has padding."""
     words = ["good", "bad", "fine", "dull", "long"]
     for name, label in (
         ("two", lambda i: (i % 5 in (0, 2)) != (i % 7 == 0)),
@@ -63,7 +63,7 @@ def test_glue_scores_of_any_layout_are_those_of_all_predictions(tmp_path: Path) 
 
 
 def measured(folder: Path, ep: int) -> dict[str, Any]:
-    """Measures after some steps; and of one rank the predictions one by one, with what is right."""
+    """Returns the scores after some steps and, on one rank, every prediction with its target."""
     meshes.init_process_group()
     found = {}
     for kind in ("matthews", "f1", "scores"):

@@ -72,7 +72,8 @@ def test_steps_agree_on_every_zero_stage(ds: str, small_text: Path) -> None:
 
 
 def test_step_timer_measures_stream_time() -> None:
-    """20 products of 2 x 4096³ operations take their time on any device, whenever Python was done with them."""
+    """20 products of 2 x 4096³ operations take time on any device, even if Python has already
+    returned."""
     clock, x = StepTimer(torch.device("cuda")), torch.ones(4096, 4096, device="cuda")
     for _ in range(2):  # the first one loads kernels
         clock.read_and_reset()

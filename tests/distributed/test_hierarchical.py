@@ -58,7 +58,7 @@ STEPS, SAVED = 10, 5
 
 
 def ranks(layouts: list[Layout], text: str, folder: Path) -> dict[str, Any]:
-    """This rank's part, for each layout (all of one world) and of training."""
+    """Returns this rank's results for each layout (all of one world) and of training."""
     meshes.init_process_group()
     results = [run_layout(layout) for layout in layouts]
     trained = {1: train_alone, 2: train_in_two}.get(dist.get_world_size(), lambda *_: None)(
@@ -126,7 +126,7 @@ def run_layer(
 
 
 def run_narrow(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
-    """The layer in bf16."""
+    """Runs the layer in bf16."""
     model = parallel_layer(CASES["k2"], mesh, torch.bfloat16)
     mine = my_tokens(layout, mesh.dp.index)
     x_TD = batch()["x"][mine].bfloat16().requires_grad_()
@@ -148,14 +148,15 @@ def run_narrow(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
 
 
 def gate_elements(mesh: meshes.Mesh) -> int:
-    """Of all gate matrices that this rank holds."""
+    """Returns the number of elements of all gate matrices on this rank."""
     model = parallel_layer(CASES["k2"], mesh, torch.float64)
     primary = model.module.moe.gate.parameters()
     return sum(p.numel() for p in [*primary, *model.gates.values()])
 
 
 def run_step(mesh: meshes.Mesh) -> dict[str, Any]:
-    """One optimizer step of a dense parameter and a secondary gate, with gradients that make arithmetic easy."""
+    """Does one optimizer step of a dense parameter and a secondary gate, with gradients chosen
+    for easy arithmetic."""
     dense, gate = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1, 1, 2))
     optimizer = Optimizer(
         [dense], {}, {"gate": gate}, {}, OptimConfig(max_grad_norm=2.5), mesh, zero_stage=0
@@ -180,7 +181,8 @@ def train_alone(text: str, folder: Path) -> dict[str, Any]:
 
 
 def train_in_two(text: str, folder: Path) -> dict[str, Any]:
-    """Ten steps without a break; five, a checkpoint, and five more in a run made anew; and the same at ep = 1."""
+    """Trains ten steps without a break; five, a checkpoint, and five more in a new run; and
+    the same at ep = 1."""
     sets = [*TRAINING, f"data.text={text}", "batch.grad_accum_steps=2"]
     config = tiny(*sets, "mesh.ep=2")
     whole, first, second = Run(config).steps(0, STEPS), Run(config).steps(0, SAVED), Run(config)
@@ -208,7 +210,8 @@ def train_in_two(text: str, folder: Path) -> dict[str, Any]:
 
 
 def state(run: Run) -> dict[str, torch.Tensor]:
-    """Whole weights by name, and the secondary gates with their moments, by global group."""
+    """Returns whole weights by name, and the secondary gates with their moments, by global
+    group."""
     whole = run.weights()
     gates = run.optimizer.gates.items()
     for name, t in (
@@ -222,7 +225,8 @@ def state(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def spawned(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By world: what its ranks returned. One start of processes serves all layouts of a world."""
+    """Returns the results of the ranks by world size. One start of processes serves all
+    layouts of a world."""
 
     @functools.cache
     def of(world: int) -> list[dict[str, Any]]:
@@ -236,7 +240,7 @@ def spawned(small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}"
 )
 def ran(request: pytest.FixtureRequest, spawned: Any) -> tuple[Layout, list[dict[str, Any]]]:
-    """A layout and what its ranks returned."""
+    """Returns a layout and the results of its ranks."""
     layout = request.param
     place = _of_world(layout.world).index(layout)
     return layout, [result["layouts"][place] for result in spawned(layout.world)]
@@ -264,7 +268,7 @@ def test_layer_equals_reference(
 def test_token_is_sent_once_for_each_chosen_group(
     ran: tuple[Layout, list[dict[str, Any]]], case: str
 ) -> None:
-    """k rows a token and not k²; and counts of groups, not of experts."""
+    """A token sends k rows, not k², and the counts are of groups, not of experts."""
     layout, by_rank = ran
     groups_T, per_rank = reference(CASES[case])[0].groups_T, NUM_GROUPS // layout.ep
     for rank, result in enumerate(by_rank):

@@ -106,8 +106,8 @@ WORDS, WIDTH = 793_471, 512
 @pytest.mark.slow  # fast: test_bf16_rows_follow_their_masters_and_resume, test_row_sparse_adam.py
 @pytest.mark.timeout(280)
 def test_step_at_793471_words_updates_touched_rows_alone(tmp_path: Path) -> None:
-    """Two ranks, width 512. Bytes that a rank sends in a ring's all-reduce of n bytes on two ranks: n. Each module
-    tells a byte per word and then n rows of 512 (the softmax: and a bias) float32."""
+    """Two ranks, width 512. A rank sends n bytes in a ring all-reduce of n bytes on two ranks.
+    Each module sends a byte per word and then n rows of 512 (softmax: and a bias) in float32."""
     text = tmp_path / "words.txt"
     text.write_text(
         "\n".join(" ".join(f"w{i}" for i in range(j, j + 50)) for j in range(0, 900_000, 50))

@@ -22,7 +22,8 @@ def one_rank(small_text: Path) -> Result:
 
 
 def train(text: str, layouts: list[tuple[int, int, int]], more: Sequence[str] = ()) -> list[Result]:
-    """Trains under each (ep, zero, accumulation) and tells norms, losses, weights and this rank's bytes."""
+    """Trains under each (ep, zero, accumulation) and returns norms, losses, weights and this
+    rank's bytes."""
     meshes.init_process_group()
     results = []
     for ep, zero, accumulation in layouts:
@@ -43,7 +44,7 @@ def train(text: str, layouts: list[tuple[int, int, int]], more: Sequence[str] = 
 
 
 def bytes_of(run: Run) -> dict[str, int]:
-    """What this rank holds."""
+    """Returns the bytes of this rank's parameters and state by kind."""
     flat = run.engine.flat_masters()
     moments = [run.optimizer.state[p][m] for p in flat for m in ("exp_avg", "exp_avg_sq")]
     parameters = [getattr(p, "ds_tensor", p) for p in run.engine.names.values()]
@@ -96,8 +97,8 @@ def test_every_layout_equals_one_rank(
 def check_bytes(
     mine: dict[str, int], whole: dict[str, int], world: int, ep: int, zero: int, where: str
 ) -> None:
-    """Exactly 1/ep of the experts, and 1/world of their state; 1/world of what ZeRO shards, but for padding of a few
-    elements a parameter."""
+    """Checks exactly 1/ep of the experts and 1/world of their state; 1/world of what ZeRO
+    shards, except for padding of a few elements per parameter."""
     assert mine["experts"] == whole["experts"] // ep, where
     assert mine["expert optimizer state"] == whole["expert optimizer state"] // world, where
     state_shards, parameter_shards = world if zero >= 1 else 1, world if zero == 3 else 1
@@ -148,7 +149,7 @@ def train_bf16(text: str, zero: int) -> dict[str, Any]:
 
 
 def movement(run: Run) -> list[float]:
-    """How far each stack of experts gets from its own start."""
+    """Returns the distance of each expert stack from its start."""
     start = {name: e.master.clone() for name, e in run.optimizer.experts.items()}
     run.steps(0, STEPS)
     return [(e.master - start[name]).norm().item() for name, e in run.optimizer.experts.items()]

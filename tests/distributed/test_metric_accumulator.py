@@ -77,7 +77,8 @@ def test_balance_is_measured_per_step_and_averaged(small_text: Path) -> None:
 
 
 def of_steps(text: str) -> list[tuple[dict, np.ndarray]]:
-    """Of each accumulation a line of three steps, and this rank's loads and importances of each (2, S, E)."""
+    """Returns for each accumulation a line of three steps, and this rank's loads and
+    importances of each (2, S, E)."""
     meshes.init_process_group()
     told = []
     for accumulation in (1, 2):

@@ -19,7 +19,7 @@ CASES = {
 
 
 def held() -> dict[tuple[str, str, int], dict[str, int]]:
-    """Bytes by kind of this rank after a step of each case."""
+    """Returns the bytes of this rank by kind after a step of each case."""
     meshes.init_process_group()
     told = {}
     for case, sets in CASES.items():
@@ -32,7 +32,7 @@ def held() -> dict[tuple[str, str, int], dict[str, int]]:
 
 
 def columns(case: str) -> int:
-    """Words whose logits are taken."""
+    """Returns the number of words whose logits are computed."""
     return 2000 if case != "rows" else 1 + round(inclusion_probability(2000, 50).sum().item())
 
 

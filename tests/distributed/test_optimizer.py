@@ -22,7 +22,8 @@ def state(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.timeout(200)
 def test_only_matrices_decay_on_any_layout() -> None:
-    """Where every gradient is zero a matrix is multiplied by 1 - 1e-3 x 0.1 and a vector stays as it is, bit by bit."""
+    """With zero gradients a matrix is multiplied by 1 - 1e-3 x 0.1 and a vector stays the
+    same, bit by bit."""
     for rank in run_distributed(decay_alone, 2, timeout=150):
         for (zero, name), (kind, off) in rank.items():
             assert off == 0 if kind == "vector" else off < 1e-6, (zero, name, kind, off)
@@ -32,7 +33,8 @@ def test_only_matrices_decay_on_any_layout() -> None:
 
 
 def decay_alone() -> dict[tuple[int, str], tuple[str, float]]:
-    """By ZeRO stage and name: "matrix" or "vector", and how far it is from what it should be after a step."""
+    """Returns by ZeRO stage and name: "matrix" or "vector", and its distance from the expected
+    value after a step."""
     meshes.init_process_group()
     told = {}
     sets = [
@@ -74,7 +76,8 @@ def test_nonfinite_norm_skips_the_step(small_text: Path) -> None:
 
 
 def poison(text: str) -> dict[tuple[int, str], bool]:
-    """A gradient on rank 1 is set to infinity before the third step's update; whether the others were left alone."""
+    """Sets a gradient on rank 1 to infinity before the third update; returns whether all
+    weights stayed the same."""
     meshes.init_process_group()
     kept = {}
     for zero in (0, 1, 2, 3):
@@ -107,7 +110,8 @@ LAMB = ["optim.lamb=true", "optim.weight_decay=0.1", "optim.expert_optimizer=ada
 
 @pytest.mark.timeout(200)
 def test_dense_trust_ratios_equal_lamb_on_any_layout(small_text: Path) -> None:
-    """One rank takes timm's steps on the same gradients, and two ranks at any stage those of one."""
+    """One rank takes timm's steps on the same gradients; two ranks at any stage take those of
+    one."""
     (expected,) = run_distributed(beside_timm, 1, str(small_text), timeout=100)
     for rank in run_distributed(lamb_on_stages, 2, str(small_text), timeout=100):
         for zero, weights in rank.items():

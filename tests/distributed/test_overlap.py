@@ -24,7 +24,8 @@ T, D, F, E = 16, 8, 12, 8
 
 
 def events(kind: str, pieces: int, what: str = "fast") -> list[str]:
-    """Of rows alone, not of their weights: what leaves ("+") and is waited for ("-"), and what the experts form."""
+    """Returns the order of events for rows without their weights: sends ("+"), waits ("-"),
+    and the experts' products."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     meshes.init_process_group()
     mesh = meshes.build_mesh(torch.distributed.get_world_size())
@@ -173,7 +174,8 @@ def test_experts_without_a_fast_path_overlap_too(what: str) -> None:
 
 
 def narrow() -> dict[str, tuple[float, float]]:
-    """By exchange: how far the output and the gradient are from those of float32 rows, and the bytes over theirs."""
+    """Returns by dispatcher: the distance of output and gradient from those of float32 rows,
+    and the ratio of bytes."""
     meshes.init_process_group()
     mesh = meshes.build_mesh(2)
     generator = torch.Generator().manual_seed(mesh.dp.index)

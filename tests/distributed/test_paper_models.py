@@ -17,7 +17,7 @@ from moe_dist.distributed.spawn import run_distributed
 
 
 def divided(name: str, text: str) -> Config:
-    """32 of 512 units, an eighth of the experts and at most 64, 4 lanes."""
+    """Divides a config: 32 of 512 units, an eighth of the experts and at most 64, 4 lanes."""
     config = papers.get(name)
     assert isinstance(config.model, LSTMConfig)
     model, moe = config.model, config.model.moe
@@ -51,7 +51,8 @@ def test_every_paper_model_trains_and_resumes(small_text: Path, tmp_path: Path) 
 
 
 def train_all(text: str, folder: Path) -> dict[str, tuple[list[float], bool]]:
-    """Losses of three steps, and whether a run from the checkpoint of the second equals them to the bit."""
+    """Returns losses of three steps, and whether a run from the checkpoint of the second
+    equals them bit by bit."""
     meshes.init_process_group()
     told = {}
     for name in (make.__name__ for make in shazeer2017.CONFIGS):

@@ -120,7 +120,7 @@ VOCABULARY_SIZE, WINDOWS = 11, (3, 4)  # windows are numbered by step
 
 
 def text(window: int) -> torch.Tensor:
-    """Words of all lanes (B, S + 1)."""
+    """Returns the words of all lanes (B, S + 1)."""
     generator = prng.generator("test_parity", "text", window)
     return torch.randint(VOCABULARY_SIZE, (NUM_SAMPLES, TIMESTEPS + 1), generator=generator)
 
@@ -143,7 +143,8 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
-    """This rank's values and gradients for each layout (all of one world): {case name: {quantity: tensor}}."""
+    """Returns this rank's values and gradients for each layout (all of one world): {case name:
+    {quantity: tensor}}."""
     meshes.init_process_group()
     results = []
     for layout in layouts:
@@ -193,7 +194,8 @@ def run_layer(case: Case, layout: Layout, mesh: meshes.Mesh) -> dict[str, torch.
 
 
 def run_model(config: LSTMConfig, mesh: meshes.Mesh, layout: Layout) -> dict[str, torch.Tensor]:
-    """Two windows of text, the second from the state that the first leaves; gradients flow through both."""
+    """Runs two windows of text, the second from the state of the first; gradients flow through
+    both."""
     with torch.device("meta"):
         plain = LSTMLanguageModel(config, VOCABULARY_SIZE)
     model = parallelize(
@@ -344,7 +346,7 @@ def by_place(scale_ED: torch.Tensor) -> Expert:
     ids=lambda x: f"world{x.world}-ep{x.ep}-{x.exchange}-{x.pieces}-{x.worth_it}",
 )
 def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
-    """A layout and what its ranks returned."""
+    """Returns a layout and the results of its ranks."""
     layout = request.param
     return layout, [
         results[_of_world(layout.world).index(layout)] for results in _spawned(layout.world)
@@ -357,7 +359,7 @@ def _of_world(world: int) -> list[Layout]:
 
 @functools.cache
 def _spawned(world: int) -> list[list[dict[str, Any]]]:
-    """One start of processes serves all layouts of a world."""
+    """Starts the processes of a world once for all its layouts."""
     return run_distributed(ranks, world, _of_world(world), timeout=240)
 
 

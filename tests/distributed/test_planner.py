@@ -45,7 +45,7 @@ IMAGES = [
 
 
 def live(text: str) -> tuple[dict[str, int], dict[str, float], dict[str, int]]:
-    """What this rank holds, and what it sends in a step, by kind."""
+    """Returns the bytes that this rank holds, and those that it sends in a step, by kind."""
     meshes.init_process_group()
     config = tiny(*MEASURED, f"data.text={text}")
     held = held_by(config)
@@ -118,7 +118,8 @@ def test_two_ranks_hold_and_send_the_planned_bytes(small_text: Path) -> None:
 
 
 def echoed(text: str) -> dict[str, Any]:
-    """By this rank alone, as the second of two: experts that it holds and rows that they get of 48 words."""
+    """Runs this rank alone as the second of two: returns its experts and the rows that they
+    get of 48 words."""
     mesh = loopback.loopback_mesh(meshes.init_distributed(1), 2, 1)
     config = tiny(f"data.text={text}", "mesh.dispatcher=all_to_all")
     training = set_up(config, read_ds_config(config), mesh)
@@ -135,7 +136,8 @@ def echoed(text: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(120)
 def test_loopback_traffic_equals_real_traffic(small_text: Path) -> None:
-    """The second of two ranks has experts 4 to 7 of 8, and of each twice the rows that its own words have there."""
+    """The second of two ranks has experts 4 to 7 of 8, and gets twice the rows that its own
+    words send to each."""
     (told,) = run_distributed(echoed, 1, str(small_text), timeout=100)
     assert told["held"] == 4 and sum(told["sent"]) == 48 * 2
     assert told["got"] == [2 * n for n in told["sent"][4:]]

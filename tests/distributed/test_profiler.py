@@ -15,7 +15,7 @@ from moe_dist.distributed import rendezvous_port
 
 @pytest.mark.timeout(120)
 def test_profile_of_two_ranks_has_named_ranges(small_text: Path, tmp_path: Path) -> None:
-    """Of a hierarchical layer, whose groups have gates, exchanges and experts of their own."""
+    """Uses a hierarchical layer, whose groups have their own gates, dispatches and experts."""
     sets = set_(
         *TINY,
         "steps=6",

@@ -24,7 +24,8 @@ WORDS = tuple("abcdefgh")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("where", ["both", "rank 1"])
 def test_broken_file_ends_every_rank_with_one_line(where: str, tmp_path: Path) -> None:
-    """Cut short while two ranks train on it, for both or for one alone, which has a disk of its own."""
+    """The file is cut short while two ranks train on it, for both or for one rank with its own
+    disk."""
     rng = random.Random(0)
     rows = [json.dumps({"text": " ".join(rng.choices(WORDS, k=9))}) for _ in range(3000)]
     folders = [tmp_path / "0", tmp_path / "1"]
@@ -110,8 +111,9 @@ def test_streamed_run_is_the_same_on_every_layout_and_resumes(
 def train_streamed(
     path: str, folder: Path, world: int
 ) -> tuple[list[float], list[float], list[list[int]]]:
-    """Losses of 16 steps, and of the last 8 from the checkpoint that two ranks wrote; where lanes are then.
-    Every rank hears of a text that is too short, which the main rank alone finds out."""
+    """Returns losses of 16 steps, and of the last 8 from the checkpoint of two ranks, with the
+    lanes' positions. Every rank gets the error of a text that is too short, which only the
+    main rank finds."""
     meshes.init_process_group()
     with pytest.raises(ValueError, match=r"18 lines for batch.global_batch_size=64 lanes"):
         Run(streamed(path, "batch.global_batch_size=64"))
@@ -141,7 +143,7 @@ def test_run_on_main_shares_its_result_and_its_error(tmp_path: Path) -> None:
 
 
 def from_main_thrice(folder: Path) -> tuple[str, str, str]:
-    """A value, a mistake, and a value that takes longer than the mesh waits."""
+    """Returns a value, an error, and a value that takes longer than the timeout of the mesh."""
     meshes.init_process_group(timeout=timedelta(seconds=10))
     mesh = meshes.build_mesh(1)
 

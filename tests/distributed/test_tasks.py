@@ -69,7 +69,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path) -> None:
 
 
 def interrupt(folder: Path) -> dict[str, bool]:
-    """Six steps without a break, and three, a checkpoint, and three more in a run made anew."""
+    """Trains six steps without a break, and three, a checkpoint, and three more in a new run."""
     meshes.init_process_group()
     same = {}
     for name, config in (
@@ -91,7 +91,7 @@ def interrupt(folder: Path) -> dict[str, bool]:
 
 @pytest.mark.timeout(200)
 def test_fine_tuning_loads_weights_and_tokens(small_text: Path, tmp_path: Path) -> None:
-    """On two ranks with experts on both, from a run on two ranks."""
+    """Two ranks with experts on both load a run of two ranks."""
     for before, after, tokens in run_distributed(
         fine_tune, 2, str(small_text), tmp_path, timeout=180
     ):
@@ -111,7 +111,7 @@ def test_fine_tuning_loads_weights_and_tokens(small_text: Path, tmp_path: Path) 
 
 
 def fine_tune(text: str, folder: Path) -> Any:
-    """At ZeRO 3 and in bf16, whose masters are the saved float32 weights."""
+    """Trains at ZeRO 3 and in bf16, whose masters are the saved float32 weights."""
     meshes.init_process_group()
     first = Run(tiny_pretraining("mesh.ep=2", f"data.text={text}")).steps(0, 2)
     first.save(folder, 2, first.task.checkpoint_metadata())
@@ -125,7 +125,8 @@ def fine_tune(text: str, folder: Path) -> Any:
 
 @pytest.mark.timeout(200)
 def test_initial_weights_are_the_same_on_any_layout(tmp_path: Path) -> None:
-    """From a run of 4 experts one of 8 takes none of them, also where a rank has as many as one of that run's had."""
+    """A run of 8 experts takes none from a run of 4, even if a rank has as many experts as a
+    rank of that run."""
     one = run_distributed(grown, 1, tmp_path, 1, timeout=90)[0]
     for two in run_distributed(grown, 2, tmp_path, 2, timeout=90):
         for name, w in one["start"].items():
@@ -210,7 +211,8 @@ def resume_with(known: dict[str, Any]) -> None:
 
 
 def squad(folder: Path, num: int) -> Path:
-    """Questions about `num` lines, each answered by its third word, every fourth by nothing."""
+    """Writes questions about `num` lines, each answered by its third word, every fourth
+    without an answer."""
     paragraphs = []
     for i in range(num):
         words = [f"word{(7 * i + j) % 11}" for j in range(8)]
@@ -297,7 +299,7 @@ def one_line() -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs of two steps, by task."""
+    """Trains runs of two steps, by task."""
     folder = tmp_path_factory.mktemp("tasks")
     run_distributed(two_steps, 1, folder, timeout=90)
     return {
@@ -307,7 +309,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def two_steps(folder: Path) -> None:
-    """And what they make of the first three test samples, nothing dropped, so that others decide nothing."""
+    """Also returns the output for the first three test samples, with no drops, so that other
+    samples do not matter."""
     meshes.init_process_group()
     all_kept = "model.encoder.moe.capacity_factor=none"
     for config in (

@@ -52,8 +52,8 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 def leaves(
     case: str, dim: int, hidden: int, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Tokens, gates and weights, of which two gates are zero and below; the tokens of the assignments, and counts. Some
-    tokens have none, some one in each expert."""
+    """Returns tokens, gates and weights, with two gates zero or below; the tokens of the
+    assignments, and counts. Some tokens have no assignment, some one in each expert."""
     num_tokens, count_e = CASES[case]
     token_N = [
         drawn(num_tokens, key=f"{case} {i}").argsort()[:n].sort().values
@@ -76,7 +76,7 @@ def told(y_TD: torch.Tensor, leaf: list[torch.Tensor]) -> Told:
 
 
 def expected(case: str, dim: int, hidden: int, dtype: torch.dtype) -> Told:
-    """A loop, in float64."""
+    """Computes a loop over assignments, in float64."""
     leaf, (token_N, count_e) = leaves(case, dim, hidden, dtype)
     x_TD, gate_N, w1_eDF, w2_eFD = leaf = [t.double().requires_grad_() for t in leaf]
     expert_N = torch.arange(len(count_e)).repeat_interleave(count_e)
@@ -107,7 +107,7 @@ def assert_close(actual: Told, right: Told, dtype: str, case: str) -> None:
 
 
 def interpret() -> None:
-    """To be called before Triton is imported."""
+    """Switches Triton to its interpreter; must run before Triton is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder
@@ -158,7 +158,7 @@ def test_recompute_and_delayed_wgrad_options() -> None:
 
 
 def compiled(cache: Path) -> None:
-    """The kernels of a step as they are called, by Triton for a device of compute capability 9."""
+    """Compiles the kernels of a step for a device of compute capability 9."""
     os.environ["TRITON_CACHE_DIR"] = str(cache)
     from triton import knobs
     from triton.backends.compiler import GPUTarget

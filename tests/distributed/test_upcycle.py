@@ -38,8 +38,8 @@ def start_and_save(text: str, folder: Path) -> dict[str, Told]:
 def grow(
     text: str, folder: Path, ep: int, jobs: list[tuple[str, float]]
 ) -> dict[tuple[str, float], Told]:
-    """Three experts for each, by case and noise; and as many more choices. With groups k is the number of groups as
-    well, which stay as they are."""
+    """Makes three experts of each, by case and noise, with a proportional k. With groups k
+    also counts groups, which stay the same."""
     meshes.init_process_group()
     told = {}
     for case, noise in jobs:
@@ -62,7 +62,7 @@ def grow(
 
 
 def tell(run: Run) -> Told:
-    """Perplexity, and weights and state of all experts."""
+    """Returns perplexity, and weights and state of all experts."""
     state = {}
     for name, stack in (run.optimizer.experts | run.optimizer.gates).items():
         for ending, t in stack.tensors(4).items():

@@ -86,7 +86,7 @@ def fault(plant: Callable[[], None]) -> Callable[[], None]:
 
 @fault
 def expert_gradients_divided_by_the_expert_data_group() -> None:
-    """Two ranks at ep 2: by 1 instead of 2."""
+    """Two ranks at ep 2 divide by 1 instead of 2."""
     honest = expert_state.FactoredAdamParam.square
 
     def square(self: expert_state.FactoredAdamParam) -> torch.Tensor:
@@ -98,7 +98,7 @@ def expert_gradients_divided_by_the_expert_data_group() -> None:
 
 @fault
 def a_norm_that_counts_replicas_twice() -> None:
-    """As if dense parameters were sharded where every rank holds them whole."""
+    """Treats dense parameters as sharded although every rank holds them whole."""
     honest = optimizer_module.Optimizer.step
 
     def step(self: optimizer_module.Optimizer, closure: Any = None) -> None:
@@ -147,7 +147,7 @@ def statistics_from_the_wrong_group() -> None:
 
 @fault
 def a_rank_that_would_choose_other_experts() -> None:
-    """The second of two; only the gap shows it, for the recorded choice wins."""
+    """Only the gap shows the fault on the second of two ranks, because the recorded choice wins."""
     honest = choice_replay.top_k_plus_one
 
     def highest(score_TE: torch.Tensor, *rest: Any) -> Any:

@@ -80,14 +80,16 @@ EXCHANGES = {"counts", "dispatch", "combine", "dispatch_backward", "combine_back
 
 
 def weights(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """L = sum of these times logits, of the classes or masked words and of the order, + balance losses."""
+    """Returns the weights of the loss: L = sum of weights x logits, of classes or masked words
+    and of the order, + balance losses."""
     if name == "vision":
         return drawn(NUM_SAMPLES, 5, key="classes"), torch.empty(0)
     return drawn(len(MASKED), VOCABULARY_SIZE, key="masked"), drawn(NUM_SAMPLES, 2, key="order")
 
 
 def ranks(layouts: list[Layout]) -> list[dict[str, Any]]:
-    """This rank's values and gradients for each layout (all of one world): {case name: {quantity: tensor}}."""
+    """Returns this rank's values and gradients for each layout (all of one world): {case name:
+    {quantity: tensor}}."""
     meshes.init_process_group()
     results = []
     for layout in layouts:
@@ -108,8 +110,9 @@ def run_case(name: str, layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
 
 
 def run_step(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
-    """A whole step that updates experts within backward, where a second gradient of one would be an error: how often
-    ranks talk, bytes of gradients of experts, and the experts that changed."""
+    """Does a whole step with the expert update in backward, in which a second gradient of an
+    expert is an error. Returns the number of collectives, bytes of expert gradients, and the
+    experts that changed."""
     model = on_mesh("vision", mesh)
     config = OptimConfig(max_grad_norm=None, fuse_expert_update_in_backward=True)
     optimizer = Optimizer(
@@ -214,7 +217,7 @@ def expected_case(name: str) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def _spawned(world: int) -> list[list[dict[str, Any]]]:
-    """One start of processes serves all layouts of a world."""
+    """Starts the processes of a world once for all its layouts."""
     return run_distributed(
         ranks, world, [layout for layout in LAYOUTS if layout.world == world], timeout=240
     )
@@ -224,7 +227,7 @@ def _spawned(world: int) -> list[list[dict[str, Any]]]:
     scope="module", params=LAYOUTS, ids=lambda layout: f"world{layout.world}-ep{layout.ep}"
 )
 def ran(request: pytest.FixtureRequest) -> tuple[Layout, list[dict[str, Any]]]:
-    """A layout and what its ranks returned."""
+    """Returns a layout and the results of its ranks."""
     layout = request.param
     place = [other for other in LAYOUTS if other.world == layout.world].index(layout)
     return layout, [results[place] for results in _spawned(layout.world)]

@@ -4,7 +4,7 @@ import torch
 
 
 def deviation(weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """The largest |difference| / |reference| of a tensor."""
+    """Returns the largest |difference| / |reference| over all tensors."""
     assert weights.keys() == reference.keys()
     return max(((weights[k] - r).norm() / r.norm()).item() for k, r in reference.items())
 

@@ -9,7 +9,7 @@ from moe_dist.nn.token_context import TokenContext
 
 
 def context(num_tokens: int, tokens_per_sample: int = 1, **changes: Any) -> TokenContext:
-    """`num_tokens` valid tokens of consecutive samples, all in one balance group."""
+    """Returns `num_tokens` valid tokens of consecutive samples, all in one balance group."""
     token_T = torch.arange(num_tokens)
     num_samples = -(-num_tokens // tokens_per_sample)
     ctx = TokenContext(

@@ -57,7 +57,7 @@ def make(config: VisionConfig | TextConfig) -> VisionTransformer | PretrainingMo
 
 
 def image_context(first: int, last: int) -> TokenContext:
-    """Every patch is valid, but sample 3 is padding."""
+    """Every patch is valid, except those of sample 3, which is padding."""
     ctx = context(first, last, GROUPS)
     return dataclasses.replace(ctx, valid_T=ctx.sample_T != ctx.first_sample + 3, layer_call=0)
 
@@ -71,14 +71,14 @@ def images() -> torch.Tensor:
 
 
 def words() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and their kinds (B, S)."""
+    """Returns tokens and their kinds (B, S)."""
     generator = prng.generator("test_widenet", "words")
     token_BS = torch.randint(VOCABULARY_SIZE, (NUM_SAMPLES, TIMESTEPS), generator=generator)
     return token_BS, torch.randint(2, (NUM_SAMPLES, TIMESTEPS), generator=generator)
 
 
 def places(first: int, last: int) -> torch.Tensor:
-    """Of the masked among the tokens of samples `first` to `last`."""
+    """Returns the places of the masked tokens of samples `first` to `last`."""
     return torch.tensor(
         [(b - first) * TIMESTEPS + s for b, s in MASKED if first <= b < last], dtype=torch.int64
     )
@@ -86,7 +86,8 @@ def places(first: int, last: int) -> torch.Tensor:
 
 @torch.no_grad()
 def fill_zeros(named: list[tuple[str, torch.nn.Parameter]], mine: slice = slice(None)) -> None:
-    """Gives gains and biases, which start at zero, other values: of `mine` of all experts, where they are a stack."""
+    """Gives gains and biases, which start at zero, other values; of expert stacks the slice
+    `mine`."""
     for name, p in named:
         if not p.any():
             shape = (NUM_EXPERTS, *p.shape[1:]) if ".experts." in name else p.shape
@@ -97,7 +98,8 @@ def fill_zeros(named: list[tuple[str, torch.nn.Parameter]], mine: slice = slice(
 
 
 def filled(config: VisionConfig | TextConfig) -> Any:
-    """The whole model on one rank, with the weights that `parallelize` and `on_mesh` give."""
+    """Returns the whole model on one rank, with the weights that `parallelize` and `on_mesh`
+    give."""
     model = make(config).double()
     for name, bound in init_bounds(model).items():
         init_parameter(

@@ -60,7 +60,8 @@ class OneLayer(nn.Module):
 
 @functools.cache
 def secondary() -> dict[str, torch.Tensor]:
-    """The gates within all groups (a, D, b); they start at zero, which would leave ties without noise."""
+    """Returns the gates within all groups (a, D, b). They start at zero, which leaves ties
+    without noise."""
     shape = (NUM_GROUPS, DIM, PER_GROUP)
     return {
         "moe.experts.w_gate.w_gDb": drawn(*shape, key="secondary"),
@@ -75,7 +76,7 @@ def fill_primary(gate: NoisyTopK) -> None:
 
 
 def whole_layer(case: Case, **balance: float) -> HierarchicalMoE:
-    """On one process without a mesh, with the values that every layout must start from."""
+    """Returns the layer in one process without a mesh, with the initial values of every layout."""
     model = OneLayer(case)
     model.moe = layer(case, **balance)
     model.double()
@@ -94,7 +95,7 @@ def whole_layer(case: Case, **balance: float) -> HierarchicalMoE:
 
 @functools.cache
 def reference(case: Case) -> tuple[HierarchicalLayer, dict[str, torch.Tensor]]:
-    """The layer over the whole batch, and its leaves by the names of their gradients."""
+    """Returns the layer over the whole batch, and its leaves by the names of their gradients."""
     ctx = context(0, NUM_SAMPLES, case)
     plain = whole_layer(case)
     names = {"x": "dx", "w_gate": "d moe.gate.w_gate.w_DE", "w_noise": "d moe.gate.w_noise.w_DE"}
@@ -128,7 +129,7 @@ def reference(case: Case) -> tuple[HierarchicalLayer, dict[str, torch.Tensor]]:
 
 
 def noise_of(ctx: TokenContext, level: int, channels: int) -> torch.Tensor:
-    """Drawn on the whole batch: (T, channels), by global id of a group or an expert."""
+    """Returns the noise of the whole batch (T, channels), by global id of a group or an expert."""
     return token_noise.token_normal(
         dataclasses.replace(ctx, gate_level=level), "gate", torch.arange(channels), torch.float64
     )

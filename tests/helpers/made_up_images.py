@@ -24,7 +24,8 @@ GRAY = VisionConfig(image_size=28, channels=1, patch_size=4, num_classes=10)
 
 
 def numbered(num: int, samples: int, train: bool = True, **changes: Any) -> ImageSplit:
-    """Images of 4 x 4 equal bytes, which are the number of the image; its label is that modulo 10."""
+    """Returns images of 4 x 4 equal bytes, which are the number of the image; the label is
+    that modulo 10."""
     byte_I = np.arange(num, dtype=np.uint8)
     item_IYX = np.broadcast_to(byte_I[:, None, None], (num, 4, 4)).copy()
     images = Images(item_IYX, byte_I.astype(np.int64) % 10, tuple("0123456789"))
@@ -53,7 +54,7 @@ def joined(batches: list[AugmentedImages]) -> AugmentedImages:
 
 
 def files(folder: Path, tree: dict[str, int]) -> Path:
-    """Gray PNG files of 6 x 8 pixels, as many as it says for each "split/class"."""
+    """Writes gray PNG files of 6 x 8 pixels, the given number for each "split/class"."""
     for place, num in tree.items():
         (folder / place).mkdir(parents=True, exist_ok=True)
         for i in range(num):
@@ -62,14 +63,14 @@ def files(folder: Path, tree: dict[str, int]) -> Path:
 
 
 def told(data: ImageDataConfig, message: str, model: VisionConfig = GRAY) -> None:
-    """One line, before training."""
+    """Checks that opening the data raises one line with `message` before training."""
     with pytest.raises(ValueError, match=message) as error:
         check_images(data, model)
     assert "\n" not in str(error.value)
 
 
 def png(width: int, height: int) -> bytes:
-    """One of a single color: a megabyte for each gigabyte of pixels."""
+    """Returns a PNG of a single color: a megabyte for each gigabyte of pixels."""
     parts = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
         (b"IDAT", zlib.compress(b"")),

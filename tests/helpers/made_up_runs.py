@@ -32,7 +32,8 @@ LAYOUT = {
 
 
 def line(step: int, slow: float = 1.0) -> dict[str, Any]:
-    """Of a run on two nodes of two ranks, whose steps take 40 ms times `slow`."""
+    """Returns a metrics line of a run on two nodes of two ranks, whose steps take 40 ms times
+    `slow`."""
     parts = {"gate": 4.0, "dispatch": 8.0, "experts": 12.0, "optimizer": 6.0, "rest": 10.0}
     return {
         "step": step,

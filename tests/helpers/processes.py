@@ -47,7 +47,7 @@ def start(*args: str, cwd: Path | None = None, **environment: str) -> subprocess
 
 
 def end(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, str]:
-    """(exit status, stderr)"""
+    """Waits for the process and returns (exit status, stderr)."""
     try:
         stderr = process.communicate(timeout=timeout)[1]
     finally:
@@ -58,7 +58,7 @@ def end(process: subprocess.Popen[str], timeout: float = 100) -> tuple[int, str]
 
 
 def ranks(port: int, *args: str, **environment: str) -> list[tuple[int, str]]:
-    """Two, started by hand."""
+    """Starts two ranks by hand and returns (exit status, stderr) of each."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | environment
     started = [start(*args, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
     return [end(process) for process in started]

@@ -74,7 +74,7 @@ SIZES = [
 
 
 def planned(ds: str, zero: int, *sets: str) -> tuple[Any, dict[str, Any]]:
-    """The config on two ranks, and what is told of it."""
+    """Returns the config on two ranks, and its layout report."""
     config = tiny(
         *SIZES,
         "mesh.ep=2",

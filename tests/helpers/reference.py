@@ -21,7 +21,7 @@ State = tuple[torch.Tensor, torch.Tensor]  # (h_BD, c_BD) of an LSTM
 
 @dataclass(frozen=True)
 class Layer:
-    """What one use of the layer gives, over all tokens."""
+    """The result of one use of the layer, over all tokens."""
 
     y_TD: torch.Tensor
     balance_loss: torch.Tensor  # sum over balance groups
@@ -131,7 +131,8 @@ def cv_squared(x_E: list[torch.Tensor]) -> torch.Tensor:
 def within_capacity(
     chosen: dict[int, list[int]], gate: Gate, num_experts: int
 ) -> dict[int, list[int]]:
-    """The choices that find room: all first choices in order of tokens, then all second ones, and so on."""
+    """Returns the choices within capacity: all first choices in order of tokens, then all
+    second ones, and so on."""
     if gate.capacity_factor is None:
         return chosen
     assert gate.token_group_T is not None
@@ -157,7 +158,7 @@ def relu_experts(w1_EDF: torch.Tensor, w2_EFD: torch.Tensor) -> Expert:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What one window of the language model gives."""
+    """The result of one window of the language model."""
 
     nll: torch.Tensor  # summed over valid tokens, nats
     state: tuple[State, State]

@@ -33,7 +33,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class HierarchicalLayer:
-    """What one use of the layer gives, over all tokens."""
+    """The result of one use of the layer, over all tokens."""
 
     y_TD: torch.Tensor
     balance_loss: torch.Tensor  # sum over balance groups

@@ -69,7 +69,7 @@ def gelu_experts(parameters: Parameters, name: str) -> Expert:
 
 @dataclass(frozen=True)
 class Uses:
-    """What is known of a batch and drawn for each use of a layer (site)."""
+    """The known quantities of a batch and the random numbers of each use of a layer."""
 
     valid_T: list[bool]
     seen_T: list[bool]  # by the other tokens of the sample

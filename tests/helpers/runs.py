@@ -36,7 +36,7 @@ TINY = [
 
 
 def tiny(*more: str) -> Config:
-    """The demo with small numbers: dropout, noise and clipping on."""
+    """Returns the demo with small numbers: dropout, noise and clipping on."""
     return override(get("lstm_moe_demo"), [*TINY, *more])
 
 
@@ -62,7 +62,8 @@ OF_TEXTS = ["model.vocabulary_size=600", "model.embedding_dim=16", "model.max_to
 
 
 def tiny_images(*more: str) -> Config:
-    """The demo of images with small numbers: noise, dropout, drops, clipping and augmentation on."""
+    """Returns the image demo with small numbers: noise, dropout, drops, clipping and
+    augmentation on."""
     return override(get("widenet_demo"), [*ENCODER, "data.crop=pad", "data.mixup=0.5", *more])
 
 

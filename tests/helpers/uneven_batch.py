@@ -60,7 +60,7 @@ LAYOUTS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One layer."""
+    """Options of one layer."""
 
     k: int = 2
     noise: bool = True
@@ -79,7 +79,7 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 
 @functools.cache
 def batch() -> dict[str, torch.Tensor]:
-    """The whole batch and the gate of the layer cases."""
+    """Returns the whole batch and the gate of the layer cases."""
     x_BSD = drawn(NUM_SAMPLES, TIMESTEPS, DIM, key="x")
     x_BSD[:, :, 0] = 1.0  # lets the gate exclude experts
     w_gate_DE = drawn(DIM, NUM_EXPERTS, key="w_gate")
@@ -95,7 +95,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def context(first: int, last: int, case: Case) -> TokenContext:
-    """Of samples `first` to `last` of the batch."""
+    """Returns the context of samples `first` to `last` of the batch."""
     position_S = torch.arange(TIMESTEPS)
     return TokenContext(
         sample_T=torch.arange(FIRST_SAMPLE + first, FIRST_SAMPLE + last).repeat_interleave(
@@ -115,7 +115,7 @@ def context(first: int, last: int, case: Case) -> TokenContext:
 
 
 def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
-    """{"d NAME": gradient} and, of experts, {"NAME": value} too."""
+    """Returns {"d NAME": gradient} and, for experts, also {"NAME": value}."""
     told = {
         f"d {name}": p.grad
         for name, p in [*model.dense_parameters().items(), *model.experts.items()]

@@ -26,7 +26,7 @@ def wandb_records(path: pathlib.Path) -> list[Record]:
 
 
 def records_of(folder: pathlib.Path) -> list[Record]:
-    """Those of the one offline run in the folder that wandb was given."""
+    """Returns the records of the one offline run in wandb's folder."""
     (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     return wandb_records(path)
 

@@ -33,7 +33,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def timm_vit(config: VisionConfig) -> nn.Module:
-    """Without class token, its attention written out; the tanh layer that timm has not is before its head."""
+    """Returns timm's model without class token and with explicit attention; the tanh layer,
+    which timm does not have, is before its head."""
     import_torchvision()
     from timm.models.vision_transformer import VisionTransformer as Timm
 
@@ -85,7 +86,8 @@ def as_timm(config: VisionConfig, ours: Tensors) -> Tensors:
 
 
 def transformers_albert(config: TextConfig) -> nn.Module:
-    """With our epsilon and exact GELU, its attention written out; a group there is of blocks that share all here."""
+    """Returns the peer with our epsilon, exact GELU and explicit attention; a group there is
+    our blocks that share everything."""
     from transformers import AlbertConfig, AlbertForPreTraining
 
     e = config.encoder
@@ -149,7 +151,7 @@ def linear(theirs: str, ours: Tensors, name: str) -> Tensors:
 
 
 def with_bias(ours: Tensors, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A key's is 1: any would do, for it adds the same to all scores of a token."""
+    """A key's bias is 1: any value works, because it adds the same to all scores of a token."""
     weight = ours[f"{name}.weight"]
     return weight, weight.new_ones(weight.shape[0]) if name.endswith(".key") else ours[
         f"{name}.bias"
@@ -201,8 +203,9 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 
 @torch.no_grad()
 def filled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """All parameters drawn, also those that start at zero: matrices by their fan-in. Larger gains and biases would make
-    tokens alike, and gradients of queries so small that float32 has but four digits of them."""
+    """Draws all parameters, also those that start at zero: matrices by their fan-in. Larger
+    gains and biases make tokens alike, and gradients of queries so small that float32 has only
+    four digits."""
     for name, p in model.named_parameters():
         p.copy_(drawn(*p.shape, key=name) * (p.shape[1] ** -0.5 if p.dim() == 2 else 0.1))
     return model.to(dtype)
@@ -225,8 +228,8 @@ def context(valid_BS: torch.Tensor) -> TokenContext:
 
 
 def assert_same(model: nn.Module, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    """Outputs, and the gradients of their sum weighted at random, to the tolerance of the dtype: as numbers, and as
-    parts of the largest of their tensor."""
+    """Compares outputs, and the gradients of their randomly weighted sum, to the tolerance of
+    the dtype: absolutely, and relative to the largest value of the tensor."""
     names = dict(model.named_parameters())
     weights = [drawn(*y.shape, key=f"weight{i}").to(y) for i, y in enumerate(ours)]
     gradients = []
@@ -248,7 +251,7 @@ def assert_same(model: nn.Module, ours: list[torch.Tensor], theirs: list[torch.T
 
 
 def computed(peer: nn.Module, parameters: Tensors, *args: Any, **kwargs: Any) -> Any:
-    """What `peer` gives with `parameters`, which are all of its own."""
+    """Returns the peer's result with `parameters`, which are all that it has."""
     assert {name: p.shape for name, p in parameters.items()} == shapes(peer)
     return functional_call(
         peer.to(next(iter(parameters.values())).dtype).eval(), parameters, args, kwargs
@@ -311,7 +314,7 @@ def test_paper_models_have_the_parameters_of_their_peers(
     make_peer: Callable[..., nn.Module],
     as_theirs: Callable[..., Tensors],
 ) -> None:
-    """At full size, by name and shape."""
+    """Compares names and shapes at full size."""
     with torch.device("meta"):
         theirs = as_theirs(config, dict(make(config).named_parameters()))
         assert {name: p.shape for name, p in theirs.items()} == shapes(make_peer(config))

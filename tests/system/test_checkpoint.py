@@ -55,7 +55,7 @@ def remove(path: Path, chance: random.Random) -> None:
 
 
 def test_damaged_checkpoint_is_never_loaded(run: Path) -> None:
-    """194 of 200; the other six are kills."""
+    """194 damages; test_kill_during_save_leaves_a_complete_checkpoint has six more."""
     chance = random.Random(0)
     older, newest = manifest.require_checkpoints(run)
     whole = {path: path.read_bytes() for path in newest.iterdir()}
@@ -167,7 +167,7 @@ def resave(folder: Path, step: int) -> str:
 
 
 def test_hidden_shard_is_detected(run: Path) -> None:
-    """torch's reader takes every file that ends like one."""
+    """torch's reader accepts every file with the ending of a shard."""
     older, newest = manifest.require_checkpoints(run)
     shutil.copy(shard(newest), newest / ".x.safetensors")
     (newest / ".nfs0001").write_text("a file system's own")
@@ -222,7 +222,7 @@ def test_without_a_complete_checkpoint_one_line_and_no_writes(
 
 
 class Payload:
-    """Unpickled, it would leave a mark."""
+    """Leaves a mark when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -232,7 +232,7 @@ class Payload:
 
 
 def seal(path: Path) -> None:
-    """As a stranger would, who wants it to look whole."""
+    """Writes a manifest that makes the checkpoint look complete, as an attacker can."""
     names = sorted(
         each.name for each in path.iterdir() if each.name not in (manifest.NAME, ".metadata")
     )
@@ -267,7 +267,7 @@ def test_hostile_checkpoint_executes_nothing(
 
 
 def rewrite(shard: Path, change: Callable[[dict[str, torch.Tensor], Any], None]) -> None:
-    """Gives a shard other tensors, or says that they lie elsewhere in the whole ones."""
+    """Gives a shard other tensors, or other offsets in the whole ones."""
     with safe_open(shard, "pt") as opened:
         metadata = opened.metadata()
     tensors, places = load_file(shard), json.loads(metadata["DCP_SHARDING_INFO"])
@@ -403,7 +403,8 @@ def test_async_checkpoint_has_the_state_of_its_step(small_text: Path, tmp_path: 
 
 
 def save_beside(text: str, folder: Path, expert_form: str) -> bool:
-    """Written, late, while three more steps change everything; and from it the same three steps."""
+    """Saves slowly while three more steps change everything; returns whether the same three
+    steps follow from the checkpoint."""
     meshes.init_process_group()
     config = tiny(
         "mesh.ep=2", "zero_stage=1", f"data.text={text}", f"optim.expert_optimizer={expert_form}"

@@ -27,7 +27,7 @@ from moe_dist.training.setup import train_step
 
 
 def two_ranks(folder: Path, text: Path, *sets: str) -> list[subprocess.Popen[str]]:
-    """Of one run, started by hand, with a fault of rank 1 in step 3."""
+    """Starts the two ranks of a run by hand, with a fault of rank 1 in step 3."""
     world = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -51,7 +51,7 @@ def two_ranks(folder: Path, text: Path, *sets: str) -> list[subprocess.Popen[str
 
 
 def told(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    """(status, warnings and errors)"""
+    """Returns (status, warnings and errors)."""
     status, stderr = end(process)
     return status, [line for line in stderr.splitlines() if line.startswith(("warning", "error"))]
 
@@ -60,7 +60,8 @@ def told(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
 def test_stopped_rank_is_named_with_layer_direction_and_rows(
     small_text: Path, tmp_path: Path
 ) -> None:
-    """Within patience and 5 seconds, by a rank that ends; its record has the call and how long others waited."""
+    """The other rank ends within the timeout and 5 seconds; its record has the call and the
+    time that it waited."""
     run = tmp_path / "run"
     other, stopped = two_ranks(
         run,
@@ -123,7 +124,7 @@ def test_dead_rank_is_named_at_once(small_text: Path, tmp_path: Path) -> None:
 @pytest.mark.slow  # fast: test_late_rank_in_a_deepspeed_collective_is_named
 @pytest.mark.timeout(120)
 def test_late_rank_is_reported_and_changes_nothing(small_text: Path, tmp_path: Path) -> None:
-    """Alive, so nobody calls it dead; and who was late changes nothing."""
+    """A living rank is not reported as dead, and its delay does not change the losses."""
     late = (
         "fault_injection.fault=delay",
         "fault_injection.phase=forward",
@@ -145,7 +146,7 @@ def test_late_rank_is_reported_and_changes_nothing(small_text: Path, tmp_path: P
 def test_late_rank_in_a_deepspeed_collective_is_named(
     zero: int, small_text: Path, tmp_path: Path
 ) -> None:
-    """Nothing is exchanged between these two: only DeepSpeed has them wait for each other."""
+    """At ep 1 only DeepSpeed makes the two ranks wait for each other."""
     late = (
         "mesh.ep=1",
         f"zero_stage={zero}",
@@ -164,7 +165,7 @@ def test_late_rank_in_a_deepspeed_collective_is_named(
 
 
 def unbroken(*sets: str) -> list[float]:
-    """Losses of the steps of a config."""
+    """Returns the losses of an uninterrupted run."""
     meshes.init_process_group()
     config = tiny(*sets)
     return Run(config).steps(0, config.steps).losses
@@ -172,7 +173,8 @@ def unbroken(*sets: str) -> list[float]:
 
 @pytest.mark.timeout(120)
 def test_nan_is_skipped_and_reported_with_its_layer(small_text: Path, tmp_path: Path) -> None:
-    """On two ranks and on one; what it was never began. A gradient, too; and too many in a row are the end."""
+    """On one rank and on two: NaN in an activation, in a gradient, in the weights' gradients,
+    and too many in a row, which end the run."""
     for world in (1, 2):
         for seen in run_distributed(
             not_a_number, world, str(small_text), tmp_path / str(world), timeout=100
@@ -242,8 +244,9 @@ def not_a_number(text: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(120)
 def test_extreme_routings_train_on_any_layout(small_text: Path) -> None:
-    """All tokens to one expert, ranks that send nothing, experts of a rank that get nothing: the same losses with
-    experts spread over two ranks and with all on each, and with rows that travel in pieces or once."""
+    """All tokens to one expert, ranks that send nothing, a rank whose experts get nothing: the
+    same losses with experts spread over two ranks or not, with chunks, and with deduplicated
+    dispatch."""
     for kind in ("one_expert", "ragged"):
         plain, *others = run_distributed(spread_and_not, 2, str(small_text), kind, timeout=100)[0]
         assert len(set(plain[0])) == 3  # it trains
@@ -257,7 +260,7 @@ def test_extreme_routings_train_on_any_layout(small_text: Path) -> None:
 
 
 def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
-    """(losses, load of the last step) at ep 1, and ep 2 with each way of sending."""
+    """Returns (losses, load of the last step) at ep 1, and at ep 2 with each dispatcher."""
     meshes.init_process_group()
     found_ = []
     for sets in (
@@ -282,7 +285,8 @@ def spread_and_not(text: str, kind: str) -> list[tuple[list[float], list[int]]]:
 
 @pytest.mark.timeout(120)
 def test_impossible_faults_are_rejected(small_text: Path, tmp_path: Path) -> None:
-    """In 30 steps of one process that is not torchrun's: it would look like survived."""
+    """A fault that never happens looks like one that was survived. The run has 30 steps in one
+    process without torchrun."""
     assert run_distributed(refusals, 1, str(small_text), tmp_path) == [
         [
             "fault_injection.rank=1: use 0 to 0",

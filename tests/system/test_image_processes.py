@@ -29,7 +29,7 @@ from moe_dist.data.images.pipeline import (
 
 
 def test_large_photograph_is_no_decompression_bomb(tmp_path: Path) -> None:
-    """PIL warns of 89 million pixels and refuses twice as many; cameras have 100 million."""
+    """PIL warns above 89 million pixels and refuses twice as many; cameras have 100 million."""
     (tmp_path / "x.png").write_bytes(png(12_000, 9_000))
     code = "import sys; from moe_dist.data.images.image_files import open_image; open_image(sys.argv[1], None)"
     done = subprocess.run(
@@ -42,7 +42,7 @@ ALL = ImageDataConfig(crop="pad", flip=True, randaugment_layers=2, mixup=0.5, la
 
 
 def numbers(batch: AugmentedImages) -> list[int]:
-    """Which images of `numbered` these are."""
+    """Returns the numbers of these images of `numbered`."""
     return ((batch.image_BQYX[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
@@ -89,7 +89,8 @@ HELD: list[Any] = []  # what is alive when a process ends
 
 
 def go_on_after_sigterm(workers: int) -> None:
-    """A rank whose group gets SIGTERM, as from torchrun; it ends while its workers read ahead."""
+    """Runs a rank whose process group gets SIGTERM, as from torchrun, and which ends while its
+    workers read ahead."""
     os.setpgrp()
     signal.signal(signal.SIGTERM, lambda *_: None)
     split = numbered(50, 4, workers=workers)

@@ -57,7 +57,8 @@ AS_TOLD = {"optim.lr=1e-4", "optim.warmup_steps=1"}
 
 
 def ran(script: str, *args: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A launch script with VARIABLES, those that are given in their place, and no launcher on its path."""
+    """Runs a launch script with VARIABLES, the given ones in their place, and no launcher on
+    its path."""
     environment = PLAIN | VARIABLES | ({"NODES": "1"} if script == "local.sh" else {}) | variables
     command = ["bash", LAUNCH / script, *args]
     return subprocess.run(
@@ -66,7 +67,7 @@ def ran(script: str, *args: str | Path, **variables: str) -> subprocess.Complete
 
 
 def printed(script: str, *args: str, **variables: str) -> str:
-    """The line of a dry run."""
+    """Returns the line of a dry run."""
     done = ran(script, "--dry-run", *args, **variables)
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()
@@ -81,7 +82,7 @@ def host_address() -> str:
 
 
 def stub(folder: Path, **programs: str) -> str:
-    """Programs of a few words of bash in `folder`; a path on which they come first."""
+    """Writes short bash programs to `folder`; returns a path on which they come first."""
     folder.mkdir(exist_ok=True)
     for name, does in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{does}\n")
@@ -118,7 +119,7 @@ def test_dry_run_prints_the_command_and_runs_nothing(script: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_printed_command_has_no_password_and_no_key(script: str, tmp_path: Path) -> None:
-    """What is run has them."""
+    """The executed command has them."""
     keys = [
         "https://me:pa$s@host/a@b",
         "https://me:pa/ss@host",
@@ -228,7 +229,7 @@ def test_one_node_passes_arguments_without_a_shell(tmp_path: Path) -> None:
 
 
 def test_deepspeed_gets_a_hostfile_line_for_each_node(tmp_path: Path) -> None:
-    """With one it would train there alone, and hand on the quotes."""
+    """With one line it trains on that node alone, and passes the quotes on."""
     (tmp_path / "hosts").write_text("node0 slots=2\n# node1 slots=2\n\n")
     for hosts in (tmp_path / "hosts", tmp_path / "none"):
         done = ran("deepspeed.sh", "--dry-run", HOSTFILE=str(hosts))
@@ -347,14 +348,14 @@ def test_rendezvous_host_is_found_by_address(
 
 
 def test_node_without_an_address_for_its_name_can_launch(tmp_path: Path) -> None:
-    """torchrun would end there."""
+    """Without the script's own address torchrun ends there."""
     path = stub(tmp_path, getent="exit 2")
     assert " --rdzv-conf is_host=0 " in printed("multinode.sh", ADDRESS="10.0.0.1", PATH=path)
     assert " --rdzv-conf is_host=1 " in printed("multinode.sh", ADDRESS="node0", PATH=path)
 
 
 def test_unresolvable_master_is_reported(tmp_path: Path) -> None:
-    """Not refused: the names of pods come up with them."""
+    """It is not an error, because the names of pods appear together with the pods."""
     path = stub(tmp_path, getent='[[ $2 != "$UNKNOWN" ]]', torchrun="exit 0")
     for unknown, said in (
         ("node0", ["launch: no address of node0 is known here yet; torchrun tries for a minute"]),
@@ -365,7 +366,7 @@ def test_unresolvable_master_is_reported(tmp_path: Path) -> None:
 
 
 def test_sigterm_between_two_agents_stops_the_run(tmp_path: Path) -> None:
-    """The script gets the signal when it says that it starts the next one."""
+    """The script gets the signal when it reports the next start."""
     again = tmp_path / "again.sh"  # of every bash
     again.write_text(
         'echo() { builtin echo "$@"; if [[ $* == *"starting it again"* ]]; then kill -TERM $$; fi; }'
@@ -548,7 +549,7 @@ def small(text: Path, *more: str) -> tuple[str, ...]:
 
 
 def no_namespaces() -> str:
-    """Why network namespaces cannot be made here; empty where they can."""
+    """Returns why network namespaces cannot be made; empty if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if not shutil.which("ip"):
@@ -561,8 +562,9 @@ def no_namespaces() -> str:
 
 @pytest.mark.timeout(250)
 def test_two_nodes_train_like_one_process(small_text: Path, tmp_path: Path) -> None:
-    """Two ranks each: 20 losses at a learning rate of 1e-4. Over a cable, each with an address of its own, or where
-    network namespaces cannot be made, two agents side by side."""
+    """Two ranks per node: 20 losses at a learning rate of 1e-4. The nodes are network
+    namespaces with addresses of their own, or two agents on one address if namespaces cannot
+    be made."""
     sets = small(small_text, "steps=20", "save_every=20")
     whole = alone(tmp_path / "one", "lstm_moe_demo", *sets)
     assert len(whole) == 20
@@ -622,14 +624,16 @@ def test_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
 
 
 def agent_that(does: str, folder: Path, **variables: str) -> tuple[int, int, str]:
-    """launch/multinode.sh with a `torchrun` of a few words in place of the real one: (status, how often, stderr)."""
+    """Runs launch/multinode.sh with a short stub of `torchrun`; returns (status, number of
+    starts, stderr)."""
     path = stub(folder, torchrun=f'echo >>"{folder}/starts"\n{does}', getent="exit 0")
     done = ran("multinode.sh", **{"PATH": path, "RESTARTS": "2"} | variables)
     return done.returncode, len((folder / "starts").read_text().splitlines()), done.stderr
 
 
 def test_only_a_dead_agent_is_restarted(tmp_path: Path) -> None:
-    """1 + RESTARTS times. Ranks that failed too often, which torchrun does not write to its error file, are the end."""
+    """It starts 1 + RESTARTS times. Ranks that failed too often, which torchrun does not write
+    to its error file, end the run."""
     assert agent_that("kill -9 $$", tmp_path / "killed")[:2] == (137, 3)
     assert agent_that('echo lost >"$TORCHELASTIC_ERROR_FILE"; exit 1', tmp_path / "lost")[:2] == (
         1,
@@ -652,8 +656,8 @@ def test_only_a_dead_agent_is_restarted(tmp_path: Path) -> None:
 def test_slurm_job_near_its_time_limit_saves_and_is_requeued(
     status: int, then: list[str], tmp_path: Path
 ) -> None:
-    """But for one that has just ended. As the real one, this srun kills its step where it gets a SIGTERM itself;
-    scancel hands one to the step."""
+    """A job that has just ended is not requeued. Like the real srun, the stub kills its step
+    if it gets SIGTERM itself; scancel signals the step."""
     step = f'trap "echo saved; exit {status}" TERM; echo $$ >{tmp_path}/pid; {WAIT}'
     path = stub(
         tmp_path,
@@ -697,7 +701,8 @@ def test_node_range_uses_slurm_syntax() -> None:
 
 
 def test_container_is_healthy_while_all_ranks_run(tmp_path: Path) -> None:
-    """By processes as /proc tells of them: the shell, torchrun and two ranks, as python and as torchrun start them."""
+    """A fake /proc lists the shell, torchrun and two ranks, as python and as torchrun start
+    them."""
     commands = [
         "bash launch/local.sh",
         "python bin/torchrun train.py moe_4",
@@ -722,7 +727,7 @@ def test_container_is_healthy_while_all_ranks_run(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(150)
 def test_deepspeed_script_launches_two_nodes(small_text: Path, tmp_path: Path) -> None:
-    """Without ssh: one script a node."""
+    """Runs one script per node, without ssh."""
     (tmp_path / "hostfile").write_text("node0 slots=1\nnode1 slots=1\n")
     variables = VARIABLES | {
         "NPROC_PER_NODE": "1",
@@ -757,7 +762,7 @@ def test_deepspeed_script_launches_two_nodes(small_text: Path, tmp_path: Path) -
 
 @pytest.mark.slow  # fast: test_sigterm_to_one_rank_saves_and_ends_all_ranks, test_resume_auto_requires_the_same_config
 def test_resume_auto_starts_resumes_and_finishes(small_text: Path, tmp_path: Path) -> None:
-    """The same command three times, stopped in the middle of the first, and with fewer steps in the last."""
+    """Runs the same command three times: stopped in the middle, resumed, and with fewer steps."""
     folder = tmp_path / "run"
     command = [
         "lstm_moe_demo",

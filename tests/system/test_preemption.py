@@ -24,7 +24,7 @@ from moe_dist.training.run_spec import parse_run
 
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[None]:
-    """Puts back that of whoever runs the tests."""
+    """Restores the signal handler of the test process."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -35,7 +35,7 @@ def sigterm() -> None:
 
 
 def after(seconds: float) -> threading.Timer:
-    """A SIGTERM to this process in a moment."""
+    """Sends SIGTERM to this process after some seconds."""
     timer = threading.Timer(seconds, sigterm)
     timer.start()
     return timer
@@ -43,7 +43,7 @@ def after(seconds: float) -> threading.Timer:
 
 @pytest.mark.parametrize("when", [0.0, 0.2])
 def test_optional_work_is_ended_by_sigterm(when: float) -> None:
-    """In its first moment, or while it waits; SIGTERM then does nothing more."""
+    """At its start, or while it waits; a second SIGTERM does nothing."""
     began, done = time.monotonic(), []
 
     def work() -> None:
@@ -82,7 +82,8 @@ def stuck(self: Any) -> None:
 
 
 def test_hanging_wandb_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a SIGTERM at once; after one, and where the run fails, in the time that launchers give."""
+    """At once after SIGTERM; otherwise, also if the run fails, within the grace period of
+    launchers."""
     monkeypatch.setattr(wandb_logger.WandbLogger, "run", stuck)
     monkeypatch.setattr(metrics_logger, "_FAILED_CLOSE_TIMEOUT_S", 0.3)
 
@@ -112,7 +113,7 @@ def test_hanging_wandb_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.timeout(200)
 def test_finished_run_exits_with_0_after_sigterm(small_text: Path, tmp_path: Path) -> None:
-    """It gets a SIGTERM while it draws, and wandb hangs."""
+    """SIGTERM arrives while the run draws its report, and wandb hangs."""
     ((status, out, seconds),) = run_distributed(
         finishes, 1, str(small_text), tmp_path / "run", timeout=180
     )
@@ -123,7 +124,7 @@ def test_finished_run_exits_with_0_after_sigterm(small_text: Path, tmp_path: Pat
 
 
 def finishes(text: str, folder: Path) -> tuple[int, str, float]:
-    """Status, what it printed, and the seconds that it took after the SIGTERM."""
+    """Returns the status, the output, and the seconds after the SIGTERM."""
     import train
 
     began = []

@@ -39,7 +39,7 @@ def test_resume_is_bit_identical_at_every_stage_and_precision(
 
 
 def interrupt(text: str, folder: Path) -> dict[tuple[str, int], dict[str, bool]]:
-    """Six steps without a break, and three, a checkpoint, and three more in a run made anew."""
+    """Trains six steps without a break, and three, a checkpoint, and three more in a new run."""
     meshes.init_process_group()
     same = {}
     for ds, zero in STAGES:
@@ -70,8 +70,8 @@ def interrupt(text: str, folder: Path) -> dict[tuple[str, int], dict[str, bool]]
 
 
 def goes_back(run: Run, folder: Path, first: int, last: int) -> bool:
-    """Loads the checkpoint after step `first` into the engine that has made `last` steps, which it then makes again;
-    returns whether they were the same."""
+    """Loads the checkpoint of step `first` into the engine after step `last` and repeats the
+    steps; returns whether they are the same."""
     losses, norms, weights = run.losses[first:last], run.norms[first:last], run.weights()
     run.load(folder)
     run.steps(first, last)
@@ -87,7 +87,7 @@ def test_loading_into_a_used_engine_restores_all_state(small_text: Path, tmp_pat
 
 
 def step_and_go_back(text: str, folder: Path) -> dict[int, bool]:
-    """Adam for experts, gates of groups and rows, with the masters of bf16, by ZeRO stage."""
+    """Uses Adam for experts, gates of groups and rows, with bf16 masters, by ZeRO stage."""
     meshes.init_process_group()
     same = {}
     for zero in (0, 1, 2, 3):
@@ -113,7 +113,8 @@ def test_skipped_step_is_not_counted_after_resume(small_text: Path, tmp_path: Pa
 
 
 def skip_and_resume(text: str, folder: Path) -> list[bool]:
-    """At each stage: a step with an infinite gradient, a checkpoint, and two more steps in a run made anew."""
+    """At each stage: a step with an infinite gradient, a checkpoint, and two more steps in a
+    new run."""
     meshes.init_process_group()
     same = []
     for zero in (0, 1, 2, 3):
@@ -137,7 +138,8 @@ LAYOUTS = ((1, 1, 1), (2, 1, 3), (2, 2, 2), (4, 2, 1))  # world, ep, ZeRO
 
 @pytest.mark.timeout(300)
 def test_resume_on_any_other_layout_and_back(small_text: Path, tmp_path: Path) -> None:
-    """From (4, 4, 2), 20 steps on every other layout; and from what that saves half way, 10 more on (4, 4, 2) again."""
+    """From (4, 4, 2) to every other layout for 20 steps; from their checkpoints half way, 10
+    more steps on (4, 4, 2)."""
     text = str(small_text)
     whole = run_distributed(save_and_go_on, 4, text, tmp_path / "first", timeout=100)[0]
     for world in (1, 2, 4):
@@ -164,7 +166,7 @@ def save_and_go_on(text: str, folder: Path) -> list[float]:
 
 
 def go_on_from(text: str, folder: Path) -> dict[tuple[int, int, int], list[float]]:
-    """On every layout of as many ranks as have joined."""
+    """Trains on every layout with the number of ranks that have joined."""
     meshes.init_process_group()
     losses = {}
     for layout in (each for each in LAYOUTS if each[0] == world_size()):

@@ -25,7 +25,7 @@ else:
 
 
 def imported(*command: str) -> tuple[int, str, set[str]]:
-    """Exit status, output and the packages that a command has imported at its end."""
+    """Returns the exit status, the output and the packages that a command has imported."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -85,7 +85,7 @@ print("IMPORTED", *sys.modules)
 
 
 def test_training_step_imports_no_unused_library() -> None:
-    """Neither torch's compiler nor what checkpoints, pictures, logs and other data need."""
+    """Neither torch's compiler nor libraries for checkpoints, plots, logs or other data."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", STEPS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
@@ -112,7 +112,8 @@ def imported_before() -> list[str]:
 
 
 def test_forked_ranks_have_their_imports() -> None:
-    """A forkserver is silent about a module that it cannot import, and every rank then takes five seconds longer."""
+    """A forkserver ignores a module that it cannot import, and every rank then takes five
+    seconds longer."""
     (names,) = run_distributed(imported_before, 1)
     assert {
         "deepspeed",
@@ -123,7 +124,7 @@ def test_forked_ranks_have_their_imports() -> None:
 
 
 def test_dataset_name_without_network_fails_fast_with_one_line(tmp_path: Path) -> None:
-    """The process has a Hub that refuses; without `_check_hub` the library goes on asking it for half a minute."""
+    """The Hub refuses every request; without `_check_hub` the library retries for half a minute."""
     code = "from moe_dist.data.text.corpus import open_text\ntry: open_text('owner/name', True)\n"
     code += "except ValueError as error: print(error)"
     for setting in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):

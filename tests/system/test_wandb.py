@@ -146,7 +146,7 @@ def test_wandb_log_has_the_config_and_the_same_curves(tmp_path, capfd, mode):
 
 @pytest.mark.timeout(120)
 def test_wandb_gets_the_load_map_at_an_evaluation(tmp_path):
-    """The picture itself, at its step, among lines that go on; and a number that is none does not end the logging."""
+    """The picture is logged at its step between other lines; a NaN does not end the logging."""
     with make(tmp_path, wandb_mode="offline") as log:
         for step in range(6):
             log.log(step, values(step) | {"moe/1/importance_per_expert": [1.0, math.nan]})

@@ -34,12 +34,12 @@ def files() -> list[Path]:
 
 
 def part(path: Path) -> str:
-    """The first name below the package: `moe` of moe_dist/moe/dispatch/all_to_all.py."""
+    """Returns the first name below the package: `moe` of moe_dist/moe/dispatch/all_to_all.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of everything that a file imports, inside functions too."""
+    """Returns the full names of everything that a file imports, inside functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -50,7 +50,8 @@ def imported(path: Path) -> set[str]:
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
-    """The modules of the package that each of its modules imports, by dotted name without the package's own."""
+    """Returns for each module of the package the modules that it imports, by dotted name
+    without the package's own."""
     modules = {
         ".".join(path.relative_to(package).with_suffix("").parts): path
         for path in package.rglob("*.py")
@@ -68,7 +69,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
 
 
 def upward(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """The imports that lead to a package of the same or of a higher floor."""
+    """Returns the imports that lead to a package of the same or of a higher floor."""
     return [
         (name, target)
         for name, targets in graph.items()
@@ -79,7 +80,7 @@ def upward(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of one circle of imports, in order; empty where there is none."""
+    """Returns the modules of one import cycle, in order; empty if there is none."""
     done: set[str] = set()
 
     def search(name: str, way: list[str]) -> list[str]:
@@ -112,7 +113,7 @@ def test_the_package_has_few_entries() -> None:
 
 @pytest.mark.parametrize("inside_function", [False, True])
 def test_reversed_import_is_found(inside_function: bool, tmp_path: Path) -> None:
-    """Of two modules of the package, one of which imports the other."""
+    """One module imports another that already imports it."""
     package = tmp_path / "moe_dist"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.xz"))
     lower = package / "moe" / "routing.py"
@@ -146,7 +147,8 @@ def test_deepspeed_is_imported_once() -> None:
 
 
 def test_triton_is_imported_lazily_by_its_kernels() -> None:
-    """So that nothing misses it where there is none: at the top of no other file, and of none those kernels."""
+    """Only triton_kernels.py imports Triton at its top, and no other module imports that file
+    at its top, so that nothing fails without Triton."""
     for path in files():
         at_top = [
             node
@@ -169,7 +171,8 @@ def test_torchvision_is_imported_once() -> None:
 
 
 def test_only_distributed_imports_torch_distributed() -> None:
-    """Models, gating and all the rest; checkpoint uses torch's library of that name."""
+    """Models, gating and all others do not; checkpoint uses torch.distributed.checkpoint and
+    torch.distributed.tensor."""
     for path in files():
         if part(path) != "distributed":
             uses = {n for n in imported(path) if n.startswith("torch.distributed")}
@@ -188,8 +191,8 @@ def test_only_collectives_call_all_to_all() -> None:
 
 
 def branches(path: Path) -> list[str]:
-    """Source of every condition of an if, a while, a conditional expression, an assertion, a match or a
-    comprehension."""
+    """Returns the source of every condition: if, while, conditional expression, assertion,
+    match, comprehension."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     tests = [n.test for n in nodes if isinstance(n, ast.If | ast.While | ast.IfExp | ast.Assert)]
     tests += [n.subject for n in nodes if isinstance(n, ast.Match)]
@@ -203,9 +206,9 @@ ABOUT_SIZE = re.compile(rf"\b{SIZE}{COMPARE}|{COMPARE}(\w+\.)*{SIZE}|\.size\b(?!
 
 
 def test_nothing_branches_on_the_world_size() -> None:
-    """collectives.py may skip a call, parallelize.py chooses the exchange, mesh.py refuses what cannot be laid out,
-    verify.py lists layouts, chaos.py picks a rank, cost_model.py and search.py compute the cost of other worlds; elsewhere
-    a world of one runs the same lines as a world of many."""
+    """A world of one runs the same lines as a world of many. Exceptions: collectives may skip
+    a call, parallelize chooses the dispatcher, the mesh rejects impossible layouts, verify and
+    the planner list layouts, fault injection picks a rank."""
     free = (
         "collectives.py",
         "parallelize.py",
@@ -254,7 +257,8 @@ def test_randomness_search_finds_unkeyed_calls(line: str) -> None:
 
 
 def test_no_unkeyed_randomness() -> None:
-    """keyed.py makes every random number; parameters.py draws initial weights from its generators."""
+    """nn/prng.py makes every random number; nn/init.py draws initial weights from its
+    generators."""
     for path in [*files(), ROOT / "train.py"]:
         found = UNKEYED.search(path.read_text())
         assert found is None, f"{path.relative_to(ROOT)}: {found and found.group()}"
@@ -263,7 +267,7 @@ def test_no_unkeyed_randomness() -> None:
 
 
 def test_every_named_equation_maps_to_code_and_a_test() -> None:
-    """docs/paper_map.md: every function and test that it names exists."""
+    """Every function and test named in docs/paper_map.md exists."""
     text = (ROOT / "docs" / "paper_map.md").read_text()
     targets = re.findall(r"`((?:moe_dist|tests)/[\w/]+\.py)::(\w+)(?:\.(\w+))?`", text)
     assert len(targets) > 20

@@ -25,7 +25,7 @@ def test_widenet_tables_equal_the_kept_runs(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["lstm_moe_demo", "widenet_demo", "widenet_text_demo"])
 def test_demo_results_have_the_same_data_and_steps(name: str) -> None:
-    """Else it would say that they are not comparable; and the README has their means."""
+    """Otherwise they are not comparable; the README has their means."""
     config, kept = get(name), json.loads((RESULTS / f"{name}.json").read_text())
     task = task_of(config)
     assert config.baseline == f"experiments/results/{name}.json"

@@ -6,7 +6,7 @@ from moe_dist.checkpoint.upcycle import Upcycling
 
 
 def test_second_growth_uses_new_noise() -> None:
-    """Two experts become four, and those eight: no two are alike."""
+    """Two experts become four, and those eight: no two are equal."""
     experts = torch.ones(2, 3, 5)
     for number in (4, 8):
         grown = torch.empty(number, 3, 5)

@@ -31,7 +31,7 @@ ROWS = ["text,label", *(f"a film of {i} parts,{i % 2}" for i in range(50))]
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A folder of a table, a text and an image, in two folders below it."""
+    """Writes a table, a text and an image into two subfolders."""
     folder = tmp_path / "data"
     (folder / "train").mkdir(parents=True)
     (folder / "test").mkdir()
@@ -42,7 +42,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def kept(source: DataSource) -> dict[str, Any]:
-    """As a checkpoint keeps it."""
+    """Returns the fingerprint in the form that a checkpoint has."""
     return json.loads(json.dumps(check_unchanged(source, None, "", False)[0]))
 
 
@@ -53,7 +53,7 @@ def changes(before: dict[str, Any], place: Path | str) -> list[str]:
 def test_moved_data_has_the_same_fingerprint(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under another root, beside what is no data, packed, behind a link, and by a relative path."""
+    """Under another root, next to other files, packed, behind a link, and by a relative path."""
     before = kept(local_source(str(corpus)))
     other = shutil.copytree(corpus, tmp_path / "elsewhere" / "renamed")
     (other / ".cache").mkdir()
@@ -128,7 +128,7 @@ def test_single_file_of_another_format_is_different(
 def test_packed_files_are_unpacked_within_a_budget(
     limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond it all are compared as they are, and the same data is still the same."""
+    """Above the budget files are compared packed, and the same data is still the same."""
     texts = [f"light {i} ".encode() * 600 for i in range(4)]  # 4,800 bytes each
     for i, content in enumerate(texts):
         (tmp_path / f"{i}.txt.gz").write_bytes(gzip.compress(content, mtime=0))
@@ -198,7 +198,7 @@ def test_changed_files_are_named(
 
 
 def test_data_from_another_source_is_different(corpus: Path) -> None:
-    """A folder is split by its names, a glob is not; the bundled text is no file."""
+    """A folder is split by its names, a glob is not; the bundled text is not a file."""
     assert changes(kept(local_source(str(corpus))), f"{corpus}/*/*") == [
         "it was given as 'folder', and is 'files' now"
     ]
@@ -208,8 +208,8 @@ def test_data_from_another_source_is_different(corpus: Path) -> None:
 
 
 def test_no_more_than_the_budget_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large file blocks at even distances, the first and the last among them, and the same ones when files are
-    added, though each then has a smaller share."""
+    """Large files are read in evenly spaced blocks, with the first and the last, at the same
+    places when files are added and each share becomes smaller."""
     monkeypatch.setattr(fingerprint, "MAX_READ_BYTES", 4 * 2**16)
     large = tmp_path / "large.bin"
     right = bytes(2**20)  # 16 blocks, of which 4 are read: those from 0, 5, 10 and 15 blocks on
@@ -404,7 +404,7 @@ def test_allow_changed_data_requires_resume(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.timeout(120)
 def test_missing_image_is_named(tmp_path: Path) -> None:
-    """Through the task, which lists what it read."""
+    """Uses the image task, which lists the files that it read."""
     folder = tmp_path / "images"
     for split, num in (("train", 20), ("test", 4)):
         for label in ("cat", "dog"):

@@ -261,7 +261,8 @@ def test_parquet_reads_only_needed_columns(tmp_path: Path) -> None:
 
 
 def labelled(texts: dict[int, str], separator: str = ",", rows: int = 40) -> str:
-    """A file of rows "film I is fine" with labels 0 and 1, some of which have another text, as it stands."""
+    """Returns a file of rows "film I is fine" with labels 0 and 1; some rows have another
+    text, unchanged."""
     lines = [f"{texts.get(i, f'film {i} is fine')}{separator}{i % 2}" for i in range(rows)]
     return f"text{separator}label\n" + "\n".join(lines) + "\n"
 
@@ -310,7 +311,7 @@ def test_quotes_across_rows_are_rejected_in_csv_and_literal_in_tsv(
 
 
 def swallowed(kind: str, first: int, last: int, rows: int = 60) -> str:
-    """A file one text of which begins with a quote and a later one ends with one."""
+    """Returns a file in which one text starts with a quote and a later one ends with one."""
     rng = random.Random(f"{kind}{first}")
     lines = []
     for i in range(rows):
@@ -358,7 +359,7 @@ PROSE = "a film of the old days was not so good she said that it is time 3 12 1,
 
 
 def paragraphs(rng: random.Random, most: int) -> str:
-    """Prose of some lines, with commas and quotes."""
+    """Returns prose of some lines, with commas and quotes."""
     ends = [" ", " ", " ", ", ", ", ", "; ", ". ", ' "x" ', '," ']
     lines = [
         "".join(
@@ -413,7 +414,7 @@ def test_numbers_in_prose_are_not_ids(tmp_path: Path, text: str) -> None:
 def test_quoted_text_of_several_lines_is_one_row(
     tmp_path: Path, name: str, text_first: bool
 ) -> None:
-    """As pandas writes it, beside quotes that are never closed."""
+    """In the form that pandas writes, next to quotes that are never closed."""
     separator = "\t" if name == "x.tsv" else ","
     texts = [
         f"first line of {i}\nsecond line\n\nlast one." if i % 3 else f"a line of {i}"

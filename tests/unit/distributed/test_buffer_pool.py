@@ -39,7 +39,8 @@ def test_outgrown_buffer_is_released() -> None:
 
 
 def test_changing_sizes_do_not_accumulate() -> None:
-    """Four tensors alive at once, of 1 to 16 MB: however they change, no more than 1.5 times what they ever took."""
+    """Four live tensors of 1 to 16 MB: with changing sizes the pool holds at most 1.5 times
+    their largest total."""
     chance = random.Random(0)
     alive: list[torch.Tensor] = []
     most = 0
@@ -54,7 +55,7 @@ def test_changing_sizes_do_not_accumulate() -> None:
 
 
 def test_autograd_may_accumulate_into_buffers() -> None:
-    """It does not where other tensors have the memory; of a view the base has."""
+    """Autograd does not if other tensors own the memory; a view's memory belongs to its base."""
     assert not buffer_pool.pooled_empty(MEGA, like=LIKE)._is_view()
 
 

@@ -13,7 +13,7 @@ from moe_dist.distributed import mesh, rendezvous_port
 
 
 def test_train_reserves_the_port_first() -> None:
-    """Nothing between it and the standard library."""
+    """Only imports of the standard library come before."""
     lines = [
         line
         for line in Path(ROOT / "train.py").read_text().splitlines()
@@ -91,7 +91,7 @@ def test_free_port_is_outside_the_ephemeral_range() -> None:
 
 
 def test_sigterm_before_rendezvous_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Python's own end, in which torch's wait for them may abort."""
+    """The exit skips Python's cleanup, in which torch's wait may abort."""
 
     class Ended(Exception):
         pass

@@ -107,8 +107,9 @@ def test_both_corrections_by_hand(
 def test_sampled_loss_equals_tensorflow(
     samples: int, step: int, tensorflows: float, without_the_targets_correction: float
 ) -> None:
-    """The constants are the sums over valid tokens of `tf.nn.sampled_softmax_loss` (TensorFlow 2.21.0, float64) on the
-    same weights, words and expected counts; beside them its arithmetic, on whole matrices."""
+    """The constants are the sums over valid tokens of `tf.nn.sampled_softmax_loss` (TensorFlow
+    2.21.0, float64) on the same weights, words and expected counts. The test also repeats its
+    arithmetic on whole matrices."""
     x_TD, target_T = tokens()
     layer, expected_count_V = softmax(samples), inclusion_probability(V, samples)
     word_N, _ = draw_negatives(V, samples, 5, step)
@@ -147,7 +148,8 @@ def test_corrections_stay_in_float32_with_bf16_weights() -> None:
 def distributions(
     num_contexts: int, vocabulary_size: int, dim: int
 ) -> tuple[torch.Tensor, Softmax]:
-    """Contexts (C, D) and a layer that gives each a distribution over words, of which the first are the likelier."""
+    """Returns contexts (C, D) and a layer that gives each a distribution over words, the first
+    ones more likely."""
     generator = torch.Generator().manual_seed(0)
     x_CD = torch.randn(num_contexts, dim, generator=generator)
     true = Softmax(dim, vocabulary_size)
@@ -157,7 +159,7 @@ def distributions(
 
 
 def targets(cumulative_CV: torch.Tensor, each: int, generator: torch.Generator) -> torch.Tensor:
-    """`each` words of every context's distribution, one context after the other."""
+    """Returns `each` words of every context's distribution, context after context."""
     u_Cn = torch.rand(len(cumulative_CV), each, generator=generator, dtype=torch.float64)
     return torch.searchsorted(cumulative_CV, u_Cn).clamp(max=cumulative_CV.shape[1] - 1).flatten()
 
@@ -166,7 +168,8 @@ def targets(cumulative_CV: torch.Tensor, each: int, generator: torch.Generator) 
 def test_expected_gradient_is_zero_at_the_true_distribution(
     vocabulary_size: int, samples: int
 ) -> None:
-    """Within four standard errors: of what each context gets, and of the biases of words by falling frequency."""
+    """Within four standard errors: the gradient of each context, and of the biases of words by
+    falling frequency."""
     num_contexts, dim, each, steps = 4, 3, 50, 300
     x_CD, true = distributions(num_contexts, vocabulary_size, dim)
     cumulative_CV = true.log_probability(x_CD).detach().double().exp().cumsum(1)
@@ -195,7 +198,8 @@ def test_expected_gradient_is_zero_at_the_true_distribution(
 
 
 def test_sampled_loss_fits_known_distributions() -> None:
-    """2,000 words; the exact cross-entropy of what 200 draws a step have learnt, beside what the whole softmax has."""
+    """2,000 words; the exact cross-entropy learned with 200 draws a step, next to that of the
+    full softmax."""
     num_contexts, dim, each, steps, lr = 8, 8, 16, 400, 0.02
     x_CD, true = distributions(num_contexts, 2000, dim)
     log_p_CV = true.log_probability(x_CD).detach().double()
@@ -225,8 +229,8 @@ def test_sampled_loss_fits_known_distributions() -> None:
 
 
 def test_gradients_converge_to_those_of_the_full_softmax() -> None:
-    """Away from the true distribution the mean gradient is not the whole one: with ten times the draws it comes closer,
-    and where every word is drawn it is the whole one."""
+    """Away from the true distribution the mean gradient differs from the full one: ten times
+    the draws reduce the difference, and drawing every word removes it."""
     errors = []
     expected = gradients(softmax(None), 0)
     for samples in (10, 100, 10_000):
@@ -241,7 +245,7 @@ def test_gradients_converge_to_those_of_the_full_softmax() -> None:
 
 
 def gradients(layer: Softmax, step: int) -> list[torch.Tensor]:
-    """Of x, w and b, whole."""
+    """Returns the whole gradients of x, w and b."""
     x_TD, target_T = tokens()
     layer(x_TD, target_T, context(step)).backward()
     return [
@@ -253,7 +257,7 @@ def gradients(layer: Softmax, step: int) -> list[torch.Tensor]:
 def test_sampled_loss_and_gradients_equal_loops(
     per_chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of seven tokens, in one chunk or in three."""
+    """Seven tokens, in one chunk or in three."""
     monkeypatch.setattr(softmax_module, "TOKENS_PER_CHUNK", per_chunk)
     monkeypatch.setattr(softmax_module, "LOGITS_PER_CHUNK", 1)
     samples, step = 12, 9

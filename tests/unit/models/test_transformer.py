@@ -94,7 +94,7 @@ def changed(config: VisionConfig | TextConfig, **changes: Any) -> VisionConfig |
     ],
 )
 def test_parameters_equal_the_paper(name: str, parameters: int, millions: int) -> None:
-    """Truncated or rounded to a million."""
+    """The paper truncates or rounds to a million."""
     counted = num_parameters(papers.get(name).model)
     assert counted == parameters
     assert millions in (counted // 10**6, round(counted / 10**6))
@@ -117,7 +117,8 @@ def test_every_named_model_is_tested() -> None:
 
 
 def test_initial_weights() -> None:
-    """Variance 1 / fan-in, a router's a tenth of it; embeddings of deviation 0.02; biases, gains and classes zero."""
+    """Variance 1 / fan-in, a router's a tenth of it; embeddings with deviation 0.02; biases,
+    gains and classes zero."""
     models = [filled(config) for config, _ in CASES.values()]
     for name, p in (named for model in models for named in model.named_parameters()):
         bound, part = p.init_bound, name.split(".")[-1]

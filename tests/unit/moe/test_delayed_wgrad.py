@@ -17,7 +17,7 @@ T, D, F, E = 16, 8, 12, 8
 
 @pytest.mark.parametrize("sizes", [[4], [1, 3]])
 def test_delayed_wgrads_belong_to_their_own_backward(sizes: list[int]) -> None:
-    """The first stops before the weights; in the second expert 3 has no part."""
+    """The first backward stops before the weights; in the second, expert 3 has no rows."""
     experts = Experts(4, D, F)
     for p in experts.parameters():
         torch.nn.init.uniform_(p, 0.5, 1)

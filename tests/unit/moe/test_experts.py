@@ -24,7 +24,7 @@ Told = dict[str, torch.Tensor]
 
 
 class Fast(Experts):
-    """At any size."""
+    """Experts that use the fast path at any size."""
 
     def _select_kernel(
         self, num_rows: int, x_TD: torch.Tensor, relu_mask: kernel_select.ReluMask | None, *_: Any
@@ -33,7 +33,7 @@ class Fast(Experts):
 
 
 class Plain(Experts):
-    """As on a device without a fast path, and where it is not worth it."""
+    """Experts that never use the fast path, like on a device without one."""
 
     def _select_kernel(self, *_: Any) -> None:
         return None
@@ -46,8 +46,9 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 
 
 def choices(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights (T, K). `ragged`: experts 2 and 5 get nothing, expert 0 a third of all; some weights are zero
-    or below. `dropped`: besides, half of the tokens go nowhere. `nothing`: all."""
+    """Returns experts and weights (T, K). `ragged`: experts 2 and 5 get nothing, expert 0 a
+    third of all; some weights are zero or below. `dropped`: also, half of the tokens go
+    nowhere. `nothing`: all do."""
     expert_TK = torch.stack(
         [torch.zeros(T), 1 + 2 * (torch.arange(T) % 2), torch.full((T,), 4)], 1
     ).long()
@@ -102,7 +103,7 @@ def ours(
     recompute: bool = False,
     units_on: bool = False,
 ) -> Told:
-    """`units_on`: the sign is decided from outside."""
+    """Computes the layer; `units_on` overrides the ReLU mask."""
     leaf = {name: t.detach().to(dtype) for name, t in leaves().items()}
     leaf["gate"] = (
         leaves()["gate"].detach().to(torch.promote_types(dtype, torch.float32))
@@ -178,7 +179,8 @@ def test_later_threads_use_the_torch_settings() -> None:
 
 
 def test_torch_grouped_matmul_is_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken on CUDA alone (tests/distributed/test_gpu.py); on CPU torch has it, too, slowly."""
+    """The package uses it only on CUDA (tests/distributed/test_gpu.py); torch has a slow CPU
+    version."""
     count_e = torch.tensor([100, 0, 7, 193, 0])
     results: list[list[torch.Tensor]] = []
     for native in (False, True):
@@ -248,7 +250,8 @@ def test_recompute_saves_no_hidden_activations(cls: type[Experts]) -> None:
 
 
 def test_fast_path_is_used_for_large_experts() -> None:
-    """128 KiB of hidden units an expert: 4 experts of 64 units have them from 4 x 2^17 / (4 x 64) = 2048 rows on."""
+    """128 KiB of hidden units per expert: 4 experts of 64 units reach this from 4 x 2^17 / (4
+    x 64) = 2048 rows."""
 
     def is_fast(experts: Experts, num_rows: int, num_experts: int = 4) -> bool:
         weights = (w[:num_experts] for w in experts.parameters())

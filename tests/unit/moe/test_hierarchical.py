@@ -43,8 +43,8 @@ def test_importance_sums_to_the_number_of_valid_tokens(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["k1", "k2", "balance_groups"])
 def test_load_loss_has_a_gradient_for_the_primary_gate(case: str) -> None:
-    """Why Eq. 14 has the factor Load_prim: the load of a group's experts alone has no derivative by the primary
-    gate."""
+    """Eq. 14 has the factor Load_prim because the load of a group's experts alone has no
+    derivative by the primary gate."""
     moe = whole_layer(CASES[case], importance_loss_weight=0.0)
     moe(batch()["x"], context(0, NUM_SAMPLES, CASES[case]))[1].balance_loss.backward()
     for p in (

@@ -15,7 +15,7 @@ from moe_dist.monitoring.metrics_file import read_metrics
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch, tmp_path_factory):
-    """Keeps the login, settings and caches of whoever runs the tests out of them."""
+    """Hides the user's wandb login, settings and caches from the tests."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     home = tmp_path_factory.mktemp("home")

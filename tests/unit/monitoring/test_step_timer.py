@@ -17,7 +17,7 @@ from moe_dist.training.profiler import profile_steps
 
 
 class Work(torch.autograd.Function):
-    """Takes `forward` and `backward` milliseconds of a clock that nothing else moves."""
+    """Takes `forward` and `backward` milliseconds of a fake clock."""
 
     now = 0.0
 
@@ -42,7 +42,7 @@ def work(x: torch.Tensor, forward: int, backward: int) -> torch.Tensor:
 
 
 class Event:
-    """As one on a stream that lies 40 ms behind, until somebody waits for it."""
+    """A CUDA event on a stream that is 40 ms behind until the host waits for it."""
 
     behind = 0.04
 
@@ -86,8 +86,8 @@ def timed(clock: StepTimer, part: str, function: Callable[..., tuple], name: str
 
 
 def step(clock: StepTimer, recompute: bool = False, learned: bool = True) -> None:
-    """A gate, an exchange with experts in it, and what is before, behind and after them. Without a `learned` gate no
-    gradient comes by it."""
+    """Runs a gate, a dispatch with experts in it, and work before, behind and after them.
+    Without a `learned` gate it gets no gradient."""
 
     def gate(x: torch.Tensor) -> tuple[Routing, None]:
         weight = work(x, 1, 2) if learned else work(x.detach(), 1, 2)
@@ -159,7 +159,7 @@ def test_parts_without_gradient_do_not_disturb_others(clock: StepTimer) -> None:
 
 
 def test_unclosed_range_ends_with_its_parent(clock: StepTimer) -> None:
-    """Its output has a gradient, but does not come of its argument."""
+    """The output has a gradient, but does not depend on the argument."""
     weight = torch.ones(1, requires_grad=True)
     experts = timed(clock, "experts", lambda x: (work(weight, 1, 2), None), "experts")
     exchange = timed(clock, "dispatch", lambda x: (experts(x)[0] + work(x, 3, 5), None), "dispatch")

@@ -40,7 +40,7 @@ def normal(ctx: TokenContext, use: str = "gate", channels: int = C) -> torch.Ten
 
 
 def bits(ctx: TokenContext, channels: int = C) -> torch.Tensor:
-    """Words 0 to 2^32 - 1."""
+    """Returns words 0 to 2^32 - 1."""
     return token_noise._bits(ctx, "gate", torch.arange(channels)).long() & 0xFFFFFFFF
 
 
@@ -48,7 +48,7 @@ def bits(ctx: TokenContext, channels: int = C) -> torch.Tensor:
 
 
 def test_noise_and_dropout_belong_to_the_token() -> None:
-    """Neither the other tokens of a call, nor their order, nor the other channels matter."""
+    """The other tokens of a call, their order, and the other channels do not matter."""
     ctx = context(8, 8)
     z_TC = normal(ctx)
     kept_TD = token_noise.token_dropout(torch.ones(64, C), 0.5, ctx)
@@ -101,7 +101,8 @@ def test_every_part_of_the_key_changes_the_noise() -> None:
 
 
 def test_bits_equal_the_hash_in_plain_integers() -> None:
-    """The same on every device and in every version: a change of these numbers is a change of every run."""
+    """The numbers are the same on every device and in every version: a change of them changes
+    every run."""
 
     def mix(x: int, between: int = 0) -> int:  # lowbias32
         x ^= x >> 16
@@ -201,7 +202,8 @@ def test_normal_is_equal_in_any_precision() -> None:
 
 
 def test_neighbours_are_not_correlated() -> None:
-    """Along samples, positions, channels, steps and sites; the numbers, their signs' products and their squares."""
+    """Along samples, positions, channels, steps and layer calls: the numbers, products of
+    signs, and squares."""
     z_BSC = normal(context()).view(B, S, C)
     pairs = [
         (

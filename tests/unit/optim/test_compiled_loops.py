@@ -27,7 +27,7 @@ class Hostile:
 
 
 def run() -> tuple[list[float], int]:
-    """The result of a new start, and the number of functions that it read from disk."""
+    """Returns the result of a new start, and the number of functions read from disk."""
     dispatcher: Any = compiled_loops.compiled(double)
     x_N = np.arange(4, dtype=np.float32)
     dispatcher(x_N)
@@ -69,7 +69,7 @@ def test_damaged_cache_files_are_recompiled(cache: Path) -> None:
 
 
 def test_intact_file_with_other_content_is_recompiled(cache: Path) -> None:
-    """As another numba of the same version string might leave."""
+    """Another numba build with the same version string may write such a file."""
     run()
     (file,) = cache.iterdir()
     for something in (pickle.dumps((1, 2)), b"no pickle", b""):
@@ -84,7 +84,7 @@ def halve(x_N: Any) -> None:
 
 @pytest.mark.parametrize("how", ["swapped", "copied"])
 def test_file_under_another_name_is_recompiled(how: str, cache: Path) -> None:
-    """Both are this user's own, in a folder that may be another's."""
+    """Both files are this user's own, in a folder that may belong to another user."""
     x_N = np.arange(4, dtype=np.float32)
     compiled_loops.compiled(halve)(x_N)
     assert run() == (DOUBLED, 0)
@@ -199,7 +199,7 @@ def test_cache_file_name_depends_on_processor_signature_and_source(
 
 
 def test_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So says the XDG specification: else each working folder would have a cache."""
+    """As the XDG specification requires; otherwise each working folder gets a cache."""
     monkeypatch.setenv("HOME", "/home/somebody")
     for given in ("relative", ""):
         monkeypatch.setenv("XDG_CACHE_HOME", given)

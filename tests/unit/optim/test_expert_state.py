@@ -102,7 +102,7 @@ def test_without_clipping_gradients_may_be_freed() -> None:
 
 
 def test_factored_state_has_rows_and_columns() -> None:
-    """Every tensor that is held after a step, other than parameter, master and gradient."""
+    """Lists every tensor that exists after a step, other than parameter, master and gradient."""
     p = torch.nn.Parameter(torch.ones(3, 20, 50))
     state = FactoredAdamParam(p, ALONE)
     for step in (1, 2):

@@ -64,7 +64,8 @@ def test_first_step_of_the_t2t_form_by_hand() -> None:
 
 
 def plain_form(g_list: list[torch.Tensor], config: OptimConfig, lr: float) -> torch.Tensor:
-    """The whole second moment kept, then factored: v_ij = r_i c_j / mean(r) of its row and column means."""
+    """Keeps the whole second moment, then factors it: v_ij = r_i c_j / mean(r) of its row and
+    column means."""
     w, mean_square = torch.zeros_like(g_list[0]), torch.zeros_like(g_list[0])
     for t, g in enumerate(g_list, start=1):
         mean_square = config.expert_beta2 * mean_square + (1 - config.expert_beta2) * g**2
@@ -102,7 +103,7 @@ def test_many_steps_equal_the_plain_form(form: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five experts, of 150 rows: column sums are made of three parts."""
+    """Five experts of 150 rows: column sums have three parts."""
     monkeypatch.setattr(factored_adam, "MIN_COMPILED_ELEMENTS", 1)
     monkeypatch.setattr(factored_adam, "MIN_THREAD_ELEMENTS", 1)
     config = OptimConfig(eps=1e-3, expert_beta2=0.9)
@@ -121,7 +122,7 @@ def test_compiled_steps_equal_the_plain_form(threads: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("at_once", [1, 400, 2**26], ids=["one expert", "two experts", "all"])
 def test_eager_steps_equal_compiled_steps(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same float32 numbers; 5 experts of 12 x 16."""
+    """The same float32 numbers; 5 experts of 12 x 16."""
     monkeypatch.setitem(factored_adam.EAGER_CHUNK_ELEMENTS, "cpu", at_once)
     generator = torch.Generator().manual_seed(0)
     g, w = (torch.randn(5, 12, 16, generator=generator) for _ in range(2))
@@ -153,7 +154,7 @@ def test_graph_of_earlier_weights_is_rejected(columns: int) -> None:
 
 @pytest.mark.parametrize("worth", [2**20, 1], ids=["eager", "compiled"])
 def test_nonfinite_gradient_is_detected(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the sums, of which the norm is made."""
+    """It appears in the sums from which the norm is computed."""
     monkeypatch.setattr(factored_adam, "MIN_COMPILED_ELEMENTS", worth)
     for value in (math.nan, math.inf, 1e30):
         g = torch.ones(2, 5, 70)
@@ -164,7 +165,8 @@ def test_nonfinite_gradient_is_detected(worth: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_rank_one_is_exact_and_row_means_are_kept() -> None:
-    """Where g² = a b^T the factored v is g² itself, and each weight moves by lr against its gradient's sign."""
+    """If g² = a b^T the factored v is g² itself, and each weight moves by lr against the sign
+    of its gradient."""
     w, row, column = state(1, 3, 2)
     g = torch.outer(torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, -1.0])).double()[None]
     factored_update(w, g, *row_and_column_squares(g), row, column, 1.0, 0.1, 1, PLAIN)
@@ -205,7 +207,7 @@ def test_no_gradient_gives_no_update(form: str) -> None:
 
 
 def test_norm_of_many_elements_equals_float64() -> None:
-    """Three million elements: all in float32 it would be off in the fifth digit."""
+    """Three million elements: a float32 sum is off in the fifth digit."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(n, generator=generator) for n in (2**21, 2**20 + 3)]
     expected = sum(t.double().square().sum().item() for t in tensors)
@@ -219,7 +221,7 @@ def test_norm_of_many_elements_equals_float64() -> None:
 
 @pytest.mark.parametrize("form", ["factored_adam", "factored_adam_t2t", "adam"])
 def test_weight_decay_is_decoupled(form: str) -> None:
-    """w (1 - lr x decay), and then the step that there is without decay; of a matrix, not of a vector."""
+    """w (1 - lr x decay), then the step without decay; for a matrix, not for a vector."""
     # 0.01 x 0.1 of 2 and of 4
     for shape, decayed in (((1, 2, 1), [0.002, 0.004]), ((1, 1, 2), [0.0, 0.0])):
         less = less_by_decay(
@@ -229,7 +231,8 @@ def test_weight_decay_is_decoupled(form: str) -> None:
 
 
 def less_by_decay(w: torch.Tensor, g: torch.Tensor, form: str) -> torch.Tensor:
-    """Returns by how much less a stack of experts is after a step with decay than after one without."""
+    """Returns the difference of an expert stack after a step without decay and after one with
+    decay."""
     after = {}
     for decay in (0.0, 0.1):
         state = EXPERT_OPTIMIZERS[form](nn.Parameter(w.clone()), Axis(1, 0, None))  # type: ignore[arg-type]
@@ -244,8 +247,8 @@ def less_by_decay(w: torch.Tensor, g: torch.Tensor, form: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3, 1, 5)])
 def test_expert_trust_ratios_equal_lamb(shape: tuple[int, ...]) -> None:
-    """Each expert is a tensor of its own to timm's; biases, matrices of one row, have Adam's step without a ratio and
-    without decay."""
+    """timm sees each expert as a tensor of its own; biases (matrices of one row) have Adam's
+    step without ratio and decay."""
     import_torchvision()
     from timm.optim import Lamb
 

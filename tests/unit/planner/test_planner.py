@@ -45,7 +45,7 @@ def demo(*sets: str) -> Config:
 
 
 def sent(config: Config, world: int, per_node: int, what: str) -> tuple[float, float]:
-    """Of `what`: inside a node, between nodes."""
+    """Returns the bytes of `what` inside a node and between nodes."""
     plain, layout = task_of(config).build_model(config), make_batch_layout(config, world)
     _, told = step_seconds(plain, config, layout, per_node, read_ds_config(config), NOTHING, BARE)
     (one,) = [t for t in told if t.name == what]
@@ -209,9 +209,9 @@ def test_step_seconds_by_hand() -> None:
 
 
 def test_chunks_hide_the_shorter_of_communication_and_experts() -> None:
-    """The kept runs of docs/log.md: a transfer of 560 ms and experts of 500 ms took 816 to 830 in two pieces, 693 to
-    736 in four, where 1,041 to 1,075 is without; in one, where gradients of weights alone wait, 916 to 962. Sent once,
-    131 ms and 183 took 286."""
+    """Runs recorded in docs/log.md: a transfer of 560 ms and experts of 500 ms took 816 to 830
+    ms in two chunks, 693 to 736 in four, 1,041 to 1,075 without; in one chunk, which delays
+    only weight gradients, 916 to 962. Deduplicated, 131 ms and 183 ms took 286."""
     ragged, once = ("all_to_all", 0.56, 0.5), ("dedup_rank", 0.131, 0.183)
     for (kind, rows, experts), pieces, ms in (
         (ragged, 0, 1060),
@@ -232,7 +232,8 @@ def test_chunks_hide_the_shorter_of_communication_and_experts() -> None:
 
 
 def test_gpu_cost_follows_from_peak_rates() -> None:
-    """The parts of matrices add up to the paper's count at the achieved part of the peak, where bandwidth is free."""
+    """The parts of matrices add up to the paper's count at the achieved share of the peak,
+    with free bandwidth."""
     config = override(get("moe_256"), ["ds_config=bf16", "batch.global_batch_size=1024"])
     plain, ds = task_of(config).build_model(config), read_ds_config(config)
     words = 1024 * config.batch.seq_len
@@ -252,14 +253,15 @@ def test_gpu_cost_follows_from_peak_rates() -> None:
 
 
 def ran(experts: float, optimizer: float, rest: float, held: float) -> ShortRun:
-    """As if by `run_short_training`."""
+    """Returns a made-up result of a short training run."""
     took = {"gate": 2.0, "dispatch": 0.5, "experts": experts, "optimizer": optimizer, "rest": rest}
     return ShortRun(took, sum(took.values()), 400.0, held)
 
 
 @pytest.fixture
 def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
-    """Short runs of the demo on two ranks, made up; what each degree was asked for."""
+    """Replaces the short runs of the demo on two ranks by made-up ones; returns the config of
+    each degree."""
     asked: dict[int, Config] = {}
 
     def side_by_side(single: SingleRank, ranks: int) -> ShortRun:
@@ -288,7 +290,8 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
 
 
 def test_measured_parts_are_combined_by_layout(as_if_measured: dict[int, Config]) -> None:
-    """Of two ranks: experts of a rank's share, its part of the update, and what a ZeRO stage adds."""
+    """On two ranks: experts of a rank's share, its part of the update, and the overhead of a
+    ZeRO stage."""
     _, owns = microbenchmark.calibrate(list(legal_layouts(demo(), 1, 2)), 2, 10**10, FREE)
     assert owns.keys() == set(itertools.product((1, 2), range(4)))
     for one in as_if_measured.values():  # a world of one, that has half of the batch
@@ -334,8 +337,8 @@ def test_measured_parts_are_combined_by_layout(as_if_measured: dict[int, Config]
 
 
 def test_share_that_does_not_fit_is_not_measured(as_if_measured: dict[int, Config]) -> None:
-    """Its times are those of the nearest degree. A world of one of 64 experts takes 71 MB, of 32 about 54, and either
-    keeps 46 for backward."""
+    """Its times are those of the nearest degree. One rank with 64 experts takes 71 MB, with 32
+    about 54, and both keep 46 for backward."""
     _, owns = microbenchmark.calibrate(list(legal_layouts(demo(), 1, 2)), 2, 108_000_000, FREE)
     assert as_if_measured.keys() == {2} and owns[1, 0].seconds["experts"] == 4.0
     with pytest.raises(ValueError, match="alone; use --gpu"):

@@ -43,13 +43,14 @@ STRANGE: tuple[Any, ...] = (
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that has drawn nothing yet; most tests here draw nothing, for a page takes two seconds."""
+    """Writes a run that has no plots yet; most tests here draw nothing, because a page takes
+    two seconds."""
     monkeypatch.setattr(plots, "all_plots", lambda lines, name: {})
     return a_run(tmp_path / "run")
 
 
 def told(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """The line of an error of `python -m moe_dist.report`, empty where it draws."""
+    """Returns the error line of `python -m moe_dist.report`, empty if it draws."""
     monkeypatch.setattr(report_files.sys, "argv", ["report", str(run)])
     status = 0
     try:
@@ -62,7 +63,7 @@ def told(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
 
 
 def replaced(value: Any, path: tuple, by: Any) -> Any:
-    """A copy of `value` with another in one place."""
+    """Returns a copy of `value` with one part replaced."""
     whole = copy.deepcopy(value)
     inner = whole
     for key in path[:-1]:
@@ -138,7 +139,7 @@ def test_invalid_run_file_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Without content the file is a pipe, which nobody ever writes to."""
+    """A case without content is a pipe without a writer."""
     (run / file).unlink()
     if content is None:
         os.mkfifo(run / file)
@@ -187,7 +188,7 @@ def test_missing_run_exits_with_2(
 def test_random_damage_gives_one_line_or_a_report(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Values, bits, cuts and repetitions in both files, 300 times (seeded)."""
+    """Changes values and bits, cuts and repeats parts of both files, 300 times (seeded)."""
     monkeypatch.setattr(report_files, "write_report", lambda run: [])
     rng = random.Random(18)
     whole = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "layout.json")}
@@ -236,7 +237,7 @@ DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 @pytest.mark.timeout(120)
 def test_numbers_of_any_magnitude_are_drawn(tmp_path: Path) -> None:
-    """Pictures and page of lines whose numbers are as large, as small or as strange as JSON allows."""
+    """Plots and page of numbers as large, small or unusual as JSON allows."""
     run = a_run(tmp_path / "run")
     rng = random.Random(5)
     lines = []

@@ -39,7 +39,7 @@ def of_both(both: list[Path]) -> str:
 
 
 def cells(text: str) -> dict[str, list[str]]:
-    """Rows of the page's tables by their first cell; of several the first."""
+    """Returns the rows of the page's tables by their first cell; of several the first."""
     rows = re.findall(r"<tr><th>([^<]+)</th>((?:<td>[^<]*</td>)+)</tr>", text)
     return {
         html.unescape(name): re.findall(r"<td>([^<]*)</td>", told) for name, told in reversed(rows)
@@ -123,7 +123,7 @@ def test_several_runs_have_columns_and_differences(of_both: str) -> None:
 
 
 def outside(text: str) -> list[str]:
-    """Whatever could make a browser ask for something that is not in the page."""
+    """Returns everything that makes a browser load something outside the page."""
     inside = r"(?!#|data:|url\(#)"
     return re.findall(
         rf"""<(?:script|link|iframe|object|embed)\b(?! rel="icon" href="data:,")|https?:|//\w|@import"""

@@ -22,7 +22,7 @@ from moe_dist.report import plots
 
 
 def layer(name: str, load: list[float]) -> dict[str, Any]:
-    """What the meter tells of a layer, with a number of its own for each key."""
+    """Returns a layer's metrics, with a different number for each key."""
     percentiles = {f"moe/{name}/load_p{p}_over_mean": p / 50 for p in (10, 50, 90)}
     counts = {f"moe/{name}/dead_experts": load.count(0), f"moe/{name}/drop_rate": 0.025}
     ratios = {
@@ -52,7 +52,7 @@ def train_line(step: int) -> dict[str, Any]:
 
 
 def write(run: pathlib.Path, lines: list[dict]) -> pathlib.Path:
-    """`lines` as a metrics file, with bare NaN and Infinity where they hold any."""
+    """Writes `lines` as a metrics file, with bare NaN and Infinity for such values."""
     run.mkdir(exist_ok=True)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
@@ -75,13 +75,13 @@ def drawn(tmp_path: pathlib.Path, lines: list[dict]) -> dict[str, Figure]:
 
 
 def line_of(axes: Axes, label: str | None = None) -> np.ndarray:
-    """The steps and values, of shape [2, n], of the line with this label, or of the only one."""
+    """Returns the steps and values [2, n] of the curve with this label, or of the only one."""
     (line,) = [line for line in axes.lines if label is None or line.get_label() == label]
     return np.array(line.get_data())
 
 
 def share(path: pathlib.Path, red: float, green: float, blue: float) -> float:
-    """Share of a picture's pixels that have about this colour."""
+    """Returns the share of a picture's pixels with about this color."""
     pixel = matplotlib.image.imread(path)
     return float((abs(pixel[..., :3] - [red, green, blue]).max(axis=-1) < 0.1).mean())
 
@@ -356,7 +356,8 @@ def test_failing_report_does_not_fail_a_finished_run(tmp_path, capfd):
 
 
 def test_two_threads_never_draw_at_once(tmp_path, monkeypatch):
-    """matplotlib is not thread-safe; and a picture that is read while it is drawn again is a whole one."""
+    """matplotlib is not thread-safe; and a picture read while it is drawn again must be
+    complete."""
     at_work, most = [], []
 
     def all_pictures(lines: list[dict], name: str) -> dict[str, Figure]:

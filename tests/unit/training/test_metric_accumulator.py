@@ -27,7 +27,8 @@ def test_ratios_by_hand(load_SE: list[list[float]], expected: tuple[float, float
 
 
 def test_ring_bytes_go_to_the_next_rank() -> None:
-    """Of four ranks on two nodes the second sends to the third, on the other node, and the last to the first."""
+    """Of four ranks on two nodes the second sends to the third, on the other node, and the
+    last to the first."""
     for rank, inter_node in enumerate((False, True, False, True)):
         axis = meshes.Axis(4, rank, None, (0, 0, 1, 1))  # type: ignore[arg-type]
         axis.record_ring_bytes(CommLabel("experts", "gradients"), 100)

@@ -94,7 +94,7 @@ def test_layout_table_shows_nodes(
 
 
 def test_dry_run_accepts_ranks_and_nodes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Experts over both of them, or, where nothing is said, over the ranks of each."""
+    """Experts are spread over both nodes if set, otherwise over the ranks of each node."""
     for sets, ep, exchange, experts in (
         (
             ["--set", "mesh.ep=4", "--set", "mesh.dispatcher=dedup_node"],

@@ -48,8 +48,8 @@ def test_rank_flip_within_rounding_is_counted_and_the_recording_wins() -> None:
 def hidden(
     experts: Experts, choices: RecordedChoices, x_RD: list[list[float]], ctx_R: TokenContext
 ) -> tuple[Any, Any]:
-    """The sum of each row's hidden units that are on, and which are, as the gradient says: all rows are expert 7's, the
-    second of a rank whose first is 6."""
+    """Returns the sum of each row's active hidden units, and the mask from the gradient. All
+    rows are expert 7's, the second of a rank whose first is 6."""
     choices.attach(MoE(NoisyTopK(3, 2, 1), experts), Mock(local_experts=lambda n: range(6, 6 + n)))
     x = torch.tensor(x_RD, requires_grad=True)
     y_R = experts(

@@ -33,7 +33,7 @@ def save(path: Path, seed: int = 0, kind: str = "png") -> Path:
 
 
 def listed(*folders: Path) -> tuple[list[list[str]], Counter[str]]:
-    """Names below the first folder's parent."""
+    """Returns names relative to the first folder's parent."""
     found, left_out = list_images(folders)
     return [
         [os.path.relpath(file, folders[0].parent) for file in files] for files in found

@@ -45,12 +45,12 @@ ALL = ImageDataConfig(crop="pad", flip=True, randaugment_layers=2, mixup=0.5, la
 
 
 def numbers(batch: AugmentedImages) -> list[int]:
-    """Which images of `numbered` these are."""
+    """Returns the numbers of these images of `numbered`."""
     return ((batch.image_BQYX[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
 def one(item_YX: np.ndarray, samples: int, **changes: Any) -> ImageSplit:
-    """A set of one image."""
+    """Returns a set of one image."""
     model = dataclasses.replace(
         GRAY, image_size=len(item_YX), channels=3 if item_YX.ndim == 3 else 1
     )
@@ -144,7 +144,7 @@ def test_pad_crop_cuts_a_window_and_flips_half() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("crop", ["none", "pad", "inception"])
 def test_augmentation_equals_torchvision_seeded_by_key(crop: str, channels: int) -> None:
-    """A slow reference: each image alone, with a generator that was forked and seeded for it."""
+    """The slow reference augments each image alone, with a forked generator seeded by its key."""
     v2 = import_torchvision().transforms.v2
     shape = (20, 20, 3) if channels == 3 else (20, 20)
     split = one(
@@ -303,7 +303,7 @@ def test_bundled_images_are_balanced_and_evenly_split() -> None:
 
 
 def write_idx(folder: Path, num: int = 20, labels: list[int] | None = None) -> Path:
-    """A set of Fashion-MNIST's form, of `num` images a split."""
+    """Writes a data set in the format of Fashion-MNIST, with `num` images per split."""
     folder.mkdir(parents=True, exist_ok=True)
     for first, seed in (("train", 0), ("t10k", 1)):
         label_I = np.array(labels or [i % 10 for i in range(num)], np.uint8)
@@ -480,7 +480,7 @@ def test_files_outside_classes_and_splits_are_reported(tmp_path: Path) -> None:
 
 
 def opened(*sets: str, samples: int = 8) -> ImageClassification:
-    """The task of the demo's config, with what the user has set."""
+    """Returns the task of the demo's config with the given settings."""
     batch = [
         f"batch.{key}={samples}"
         for key in ("global_batch_size", "balance_loss_group_size", "capacity_group_size")
@@ -535,7 +535,7 @@ def test_fewer_images_than_samples_are_reported(
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 def test_channels_follow_from_the_images(tmp_path: Path, kind: str) -> None:
-    """Their pixels decide: many gray images are stored with three equal channels."""
+    """The pixels decide: many gray images are stored with three equal channels."""
     for name, shape, fits in (("gray", (6, 8), 1), ("colored", (6, 8, 3), 3)):
         for place in TREE:
             (tmp_path / name / place).mkdir(parents=True)
@@ -578,7 +578,7 @@ def test_one_color_image_means_three_channels() -> None:
 def test_one_color_file_means_three_channels(
     tmp_path: Path, rare: int, mode: str, channels: int
 ) -> None:
-    """Among files of which some are gray, and stored as colors all the same."""
+    """Some of the other files are gray but stored in color."""
     for i in range(40):
         image = Image.fromarray(picture(i, 6, 8)).convert("RGB" if i % 2 else "L")
         if i == rare:

@@ -32,7 +32,8 @@ def read(source: Path | str, streamed: bool = True) -> dict[str, list[str]]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any]]:
-    """A Hub that answers a name with the folder tmp_path / repository, and what it was asked for."""
+    """Fakes a Hub that answers a name with tmp_path / repository; returns the folder and the
+    requests."""
     load, asked = datasets.load_dataset, []
 
     def local(name: str, *args: Any, revision: str | None, streaming: bool) -> Any:

@@ -27,7 +27,7 @@ TOKENS = WordPieceTokenizer((*SPECIAL, *LETTERS))  # a is 5: only words of one l
 
 
 def text(*sizes: int) -> list[str]:
-    """Lines of so many words, the letters in order over all of them."""
+    """Returns lines with the given numbers of words, letters in order over all of them."""
     letters = iter(LETTERS * 100)
     return [" ".join(islice(letters, size)) for size in sizes]
 

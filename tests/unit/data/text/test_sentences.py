@@ -30,7 +30,8 @@ TOKENS = WordPieceTokenizer((*SPECIAL, *"abcdefghij"))  # a is 5
 
 
 def write(path: Path, rows: list[dict[str, Any]], names: list[str] | None = None) -> None:
-    """A file of these rows by the ending of its name; `names` of labels are kept by parquet alone."""
+    """Writes these rows in the format of the file's ending; only parquet keeps the `names` of
+    labels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = datasets.Dataset.from_list(rows)
     if names:
@@ -49,7 +50,8 @@ def numbered(first: int, last: int, **more: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any]]:
-    """A Hub that answers a repository and its configuration with a folder of theirs, and what it was asked for."""
+    """Fakes a Hub that answers a repository and configuration with a folder; returns the
+    folder and the requests."""
     load, asked = datasets.load_dataset, []
 
     def local(name: str, configuration: str | None, revision: str | None, streaming: bool) -> Any:
@@ -209,7 +211,7 @@ def test_labels_are_in_order(tmp_path: Path, given: list[Any], names: tuple[str,
 def test_label_spellings_are_unified(
     tmp_path: Path, ending: str, written: list[Any], names: list[str]
 ) -> None:
-    """In either split: labels of test are those of train."""
+    """In both splits: labels of test are matched to those of train."""
     for split in ("train", "test"):
         texts = [{"text": f"{split} {i}", "label": written[i % 4]} for i in range(40)]
         if ending == ".jsonl":
@@ -340,7 +342,7 @@ def test_label_names_equal_to_their_numbers_may_mix_with_numbers(
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "tsv"])
 def test_files_with_and_without_label_names_mix(tmp_path: Path, kind: str) -> None:
-    """By number, which a .csv file has as text, and by name."""
+    """Labels are given by number, which is text in a .csv file, and by name."""
     write(tmp_path / "train-1.parquet", numbered(0, 20), ["no", "yes"])
     write(tmp_path / f"train-0.{kind}", numbered(20, 40))
     write(tmp_path / f"test.{kind}", [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}])

@@ -33,7 +33,7 @@ def ask(question: str, context: str, *answers: str, id_: str = "q") -> Question:
 
 
 def squad(questions: list[Question], impossible: bool = False) -> str:
-    """SQuAD's JSON, an article for each question."""
+    """Returns SQuAD's JSON with an article for each question."""
     articles = []
     for q in questions:
         answers = [{"text": text, "answer_start": start} for text, start in q.answers]
@@ -76,7 +76,7 @@ def test_file_holds_out_contexts(tmp_path: Path) -> None:
 
 
 def test_folder_in_the_published_layout(tmp_path: Path) -> None:
-    """train and dev: dev is the test; plausible answers are none."""
+    """train and dev: dev is the test split; plausible answers are ignored."""
     (tmp_path / "train-v2.0.json").write_text(squad(numbered(0, 20), impossible=True))
     (tmp_path / "dev-v2.0.json").write_text(squad(numbered(20, 23), impossible=True))
     (tmp_path / "notes.json").write_text("{}")
@@ -138,7 +138,7 @@ def test_squad_by_name(
 
 
 def broken(**change: Any) -> str:
-    """A question with something changed; None takes it away."""
+    """Returns a question with some changes; None removes a key."""
     asked: dict[str, Any] = {
         "id": "q",
         "question": "a",
@@ -149,7 +149,7 @@ def broken(**change: Any) -> str:
 
 
 def row_of(**change: Any) -> str:
-    """A question as a row of a table, with something changed."""
+    """Returns a question as a table row with some changes."""
     row = {
         "id": "q",
         "question": "a",
@@ -576,7 +576,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_perfect_logits_answer_everything() -> None:
-    """From text to scores: logits that are high at each window's targets."""
+    """From text to scores, with high logits at each window's targets."""
     questions = [
         ask("a b", "a b c d e f g h i j", "g h", "h i", id_="1"),
         ask("c", "a b c d e f g h i j", "i j", id_="2"),

@@ -98,7 +98,7 @@ def test_text_too_short_for_a_step_is_rejected(
 def test_length_check_reads_no_more_than_needed(
     lanes: int, steps: int, streamed: bool, read: int
 ) -> None:
-    """64 lines a lane, and one word and its end a line."""
+    """64 lines per lane, each with one word and its end."""
     lines = iter(["a"] * 200)
     check_lanes(lines, lanes, 2 * steps, streamed)
     assert 200 - len(list(lines)) == read
@@ -117,7 +117,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lanes_that_read_the_same_words_are_rejected(name: str) -> None:
-    """Beside a stream of words that are all different: how many of a step are there again, in two passes."""
+    """In a stream of distinct words, counts the repeated words of a step over two passes."""
     lengths, lanes, steps = LENGTHS[name]
     lines = [" ".join(f"{line}x{i}" for i in range(words)) for line, words in enumerate(lengths)]
     vocabulary = Spaced(("<unk>", "<eos>", *" ".join(lines).split()), (0,) * (2 + sum(lengths)))
@@ -146,7 +146,8 @@ def test_lanes_that_read_the_same_words_are_rejected(name: str) -> None:
 
 
 def test_accepted_lanes_have_no_word_in_common() -> None:
-    """Every (lines, lanes) up to 9: each position of the text is in a step once, where the text is long enough."""
+    """For every (lines, lanes) up to 9 each position of the text is in a step once, if the
+    text is long enough."""
     for num_lines, num_lanes in itertools.product(range(1, 10), range(1, 10)):
         rng = random.Random(10 * num_lines + num_lanes)
         lines = [
@@ -168,14 +169,14 @@ def test_accepted_lanes_have_no_word_in_common() -> None:
 
 
 class Spaced(Vocabulary):
-    """Words of letters that the tokenizer would part."""
+    """A vocabulary of letter words that the tokenizer otherwise splits."""
 
     def encode(self, lines: Any) -> np.ndarray:
         return np.array([i for line in lines for i in (*map(self.words.index, line.split()), 1)])
 
 
 def broken_after(lines: list[str], error: Exception | None, passes: int) -> Lines:
-    """Lines that break at the end of a pass, or are none at all from then on."""
+    """Returns lines that raise at the end of a pass, or are missing from then on."""
     begun = itertools.count()
 
     def read() -> Iterator[str]:
@@ -192,7 +193,7 @@ def broken_after(lines: list[str], error: Exception | None, passes: int) -> Line
 @pytest.mark.parametrize("error", [ValueError("x.txt, after row 3: I/O error"), None])
 @pytest.mark.parametrize("passes", [0, 2])
 def test_text_that_breaks_during_training_is_reported(error: Exception | None, passes: int) -> None:
-    """It is what train.py ends with in one line: an error of the system, on the ranks that find it."""
+    """train.py prints one line: a system error, on the ranks that find it."""
     stream = Stream(
         broken_after(["a b", "c", "d e f"], error, passes), VOCABULARY, num_lanes=2, lane_b=range(2)
     )
@@ -202,7 +203,7 @@ def test_text_that_breaks_during_training_is_reported(error: Exception | None, p
 
 
 class Reference:
-    """All tokens of each lane in a list, with the place of each."""
+    """A list of all tokens of each lane, with the place of each."""
 
     def __init__(self, lines: list[str], num_lanes: int, num_tokens: int) -> None:
         self.lanes: list[list[tuple[int, int, int]]] = []  # by lane: (token, line, offset)
@@ -289,7 +290,7 @@ def test_window_does_not_depend_on_ranks_or_micro_batches(
 
 
 class Counted(Vocabulary):
-    """Counts what is tokenised."""
+    """A vocabulary that counts the tokenized lines."""
 
     def encode(self, lines: Any) -> np.ndarray:
         encoded.extend(lines)
@@ -328,7 +329,8 @@ def test_resume_reads_only_the_first_pass_again() -> None:
 
 
 def test_buffers_are_as_long_as_the_lane_spread() -> None:
-    """Lines of 1 to 20 words in no order, 20,000 tokens a lane: the bound that the docstring of Stream names."""
+    """Lines of 1 to 20 words in random order, 20,000 tokens per lane: the bound in the
+    docstring of Stream."""
     rng, num_lanes, steps = random.Random(0), 16, 20
     lengths = [rng.randint(1, 20) for _ in range(9973)]
     stream = Stream(["a " * n for n in lengths], VOCABULARY, num_lanes, range(num_lanes))

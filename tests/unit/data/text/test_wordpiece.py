@@ -64,7 +64,8 @@ def test_no_text_is_read_as_a_special_token() -> None:
 
 
 def slow_training(lines: list[str], size: int) -> list[str]:
-    """Characters, then the most frequent pair of neighbours again and again; ties go by the pieces' numbers."""
+    """Starts with characters and merges the most frequent pair repeatedly; the pieces' numbers
+    break ties."""
     count = Counter(word for line in lines for word in re.findall(r"\w+|[^\w\s]", line.lower()))
     alphabet = sorted(set("".join(count)))
     words = [*SPECIAL, *("##" + c for c in alphabet if c.isalnum()), *alphabet]
@@ -211,7 +212,7 @@ def test_samples_are_joined_and_stacked() -> None:
 
 
 def letters_of(line: str) -> WordPieceTokenizer:
-    """Tokens that are single letters of a text."""
+    """Returns tokens that are the single letters of a text."""
     letters = sorted(set(_tokenizer({}).normalizer.normalize_str(line)) - {" "})
     return WordPieceTokenizer((*SPECIAL, *letters, *(f"##{letter}" for letter in letters)))
 

@@ -27,7 +27,7 @@ FLOAT64 = torch.float64
 def make_gate(
     w_gate_DE: torch.Tensor, k: int, w_noise_DE: torch.Tensor | None = None, **options: Any
 ) -> NoisyTopK:
-    """A gate with these weights, in their dtype; `w_noise_DE` None is zeros."""
+    """Returns a gate with these weights, in their dtype; `w_noise_DE` None is zeros."""
     gate = NoisyTopK(*w_gate_DE.shape, k, **options).to(w_gate_DE.dtype)
     with torch.no_grad():
         gate.w_gate.w_DE.copy_(w_gate_DE)
@@ -271,7 +271,8 @@ def test_load_is_even_at_initialization() -> None:
 def gradients(
     gate: NoisyTopK, x_TD: torch.Tensor, ctx: TokenContext
 ) -> tuple[Any, list[torch.Tensor]]:
-    """The statistics, and the gradients of x and all parameters, of a layer with this gate."""
+    """Returns the statistics, and the gradients of x and all parameters, of a layer with this
+    gate."""
     torch.manual_seed(0)
     layer = MoE(gate, Experts(gate.num_experts, x_TD.shape[1], 4).to(x_TD.dtype))
     for p in layer.experts.parameters():
@@ -302,7 +303,7 @@ def test_experts_without_tokens_give_no_nan(dtype: torch.dtype, noise: bool, k: 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 @pytest.mark.parametrize("num_tokens", [0, 5])
 def test_no_tokens_give_zeros(num_tokens: int, capacity_factor: float | None) -> None:
-    """None at all, and padding alone."""
+    """No tokens at all, and only padding."""
     gate = make_gate(drawn(3, 6, key="w_gate"), 2, capacity_factor=capacity_factor)
     ctx = context(num_tokens, valid_T=torch.zeros(num_tokens, dtype=torch.bool))
     stats, grads = gradients(gate, drawn(num_tokens, 3, key="x"), ctx)
