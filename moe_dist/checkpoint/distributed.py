@@ -229,14 +229,10 @@ def load(
 
     optimizer = engine.optimizer
     state = read_state(checkpoint)
-    stacks = _stack_tensors(optimizer)
-    targets = {key: tensor for key, (tensor, _) in stacks.items()} | _row_tensors(optimizer)
-    on_cpu = {key: tensor.cpu() for key, tensor in targets.items()}  # no copy if it is on CPU
+    unmanaged = _UnmanagedTensors(optimizer, mesh)
     dense = engine.empty_dense_state()
     task_state = {key: torch.empty_like(t, device="cpu") for key, t in task.save_state().items()}
-    wanted: dict[str, Any] = dict(on_cpu)
-    for key, (_, param) in stacks.items():
-        wanted[key] = _as_shard(on_cpu[key], param, mesh)
+    wanted = dict(unmanaged.to_read)
     wanted |= {f"dense/{key}": tensor for key, tensor in dense.items()}
     wanted |= {f"task/{key}": tensor for key, tensor in task_state.items()}
     index = tensor_index(checkpoint)
@@ -244,7 +240,7 @@ def load(
     smaller: dict[str, Any] = {}  # tensors that have fewer experts in the checkpoint
     if growth:
         for key, tensor in wanted.items():
-            if key in index and (key in stacks or ".gate." in key):
+            if key in index and (key in unmanaged.owned_ids or ".gate." in key):
                 saved = growth.empty_saved(tensor, index[key].size, mesh)
                 if saved is not None:
                     smaller[key] = saved
@@ -256,12 +252,11 @@ def load(
     dcp.load(to_read, storage_reader=reader, process_group=mesh.checkpoint_group)
 
     for key, saved in smaller.items():
-        owned = _owned_ids(stacks[key][1], mesh) if key in stacks else range(0)
         assert growth
+        owned = unmanaged.owned_ids.get(key, range(0))
         is_weight = not key.endswith(STATE_SUFFIXES)
         growth.fill(wanted[key], saved, owned, key, perturb=is_weight)
-    for key, tensor in targets.items():
-        tensor.copy_(on_cpu[key])
+    unmanaged.copy_from_cpu()
     optimizer.updates = state["updates"]
     optimizer.previous_norm = state["previous_norm"]
     engine.load_dense_state(dense, optimizer.updates)
@@ -291,14 +286,10 @@ def load_matching_weights(
     import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
     optimizer = engine.optimizer
-    stacks = _stack_tensors(optimizer)
-    targets = {key: tensor for key, (tensor, _) in stacks.items()} | _row_tensors(optimizer)
-    on_cpu = {key: tensor.cpu() for key, tensor in targets.items()}
+    unmanaged = _UnmanagedTensors(optimizer, mesh)
     dense = {key: tensor.to("cpu", copy=True) for key, tensor in engine.dense_state()}
-    wanted: dict[str, Any] = dict(on_cpu)
+    wanted = dict(unmanaged.to_read)
     wanted |= {f"dense/{key}": tensor for key, tensor in dense.items()}
-    for key, (_, param) in stacks.items():
-        wanted[key] = _as_shard(on_cpu[key], param, mesh)
     index = tensor_index(checkpoint)
 
     matching: dict[str, Any] = {}
@@ -321,11 +312,44 @@ def load_matching_weights(
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     dcp.load(matching, storage_reader=reader, process_group=mesh.checkpoint_group)
 
-    for key, tensor in targets.items():
-        tensor.copy_(on_cpu[key])
+    unmanaged.copy_from_cpu()
     engine.load_dense_state(dense, optimizer.updates)
     optimizer.round_masters()
     return len(matching), others
+
+
+class _UnmanagedTensors:
+    """The tensors that DeepSpeed does not manage, prepared to be read from a checkpoint.
+
+    Attributes:
+        to_read: The tensors on CPU, by key; this rank's rows of a stack are a DTensor.
+        owned_ids: Global ids of this rank's rows, by the key of each stack.
+    """
+
+    def __init__(self, optimizer: Optimizer, mesh: Mesh) -> None:
+        """Copies the tensors to CPU; one that is there already is not copied.
+
+        Args:
+            optimizer: The optimizer that owns them.
+            mesh: The ranks.
+        """
+        self.to_read: dict[str, Any] = {}
+        self.owned_ids: dict[str, range] = {}
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor, the same on CPU)
+        for key, (tensor, param) in _stack_tensors(optimizer).items():
+            on_cpu = tensor.cpu()
+            self.to_read[key] = _as_shard(on_cpu, param, mesh)
+            self.owned_ids[key] = _owned_ids(param, mesh)
+            self._pairs.append((tensor, on_cpu))
+        for key, tensor in _row_tensors(optimizer).items():
+            on_cpu = tensor.cpu()
+            self.to_read[key] = on_cpu
+            self._pairs.append((tensor, on_cpu))
+
+    def copy_from_cpu(self) -> None:
+        """Copies the values that were read back to the optimizer's tensors."""
+        for tensor, on_cpu in self._pairs:
+            tensor.copy_(on_cpu)
 
 
 def _check_finite(tensors: dict[str, Any], group: Group) -> None:
