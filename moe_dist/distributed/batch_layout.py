@@ -8,11 +8,11 @@ from moe_dist.config.schema import Config, MoEConfig, moe_section
 
 
 def check_ep(ep: int, world: int) -> None:
-    """Checks that `mesh.ep` divides the number of ranks.
+    """Checks `mesh.ep` against the number of ranks.
 
     Args:
         ep: The value of `mesh.ep`.
-        world: Number of ranks.
+        world: World size.
 
     Raises:
         ValueError: It does not; the message lists all divisors.
@@ -32,7 +32,7 @@ class BatchLayout:
     consecutive share of them. So the sample order of a single rank is the global order.
 
     Attributes:
-        world: Number of ranks.
+        world: World size.
         global_batch_size: Samples of a step, over all ranks and micro-batches.
         grad_accum_steps: Number of micro-batches.
         balance_loss_group_size: Samples over which a balance loss is computed.
@@ -47,25 +47,25 @@ class BatchLayout:
 
     @property
     def samples_per_micro_batch(self) -> int:
-        """Number of samples of a micro-batch, over all ranks."""
+        """Samples in a micro-batch, over all ranks."""
         return self.global_batch_size // self.grad_accum_steps
 
     @property
     def samples_per_rank(self) -> int:
-        """Number of samples of one rank in a micro-batch."""
+        """Samples on one rank in a micro-batch."""
         return self.samples_per_micro_batch // self.world
 
     @property
     def num_balance_groups(self) -> int:
-        """Number of balance groups in the global batch."""
+        """Balance groups in the global batch."""
         return self.global_batch_size // self.balance_loss_group_size
 
     def first_sample(self, micro: int) -> int:
-        """Returns the global index of the first sample of micro-batch `micro`."""
+        """Returns the global index at which micro-batch `micro` starts."""
         return micro * self.samples_per_micro_batch
 
     def local_samples(self, micro: int, rank: int) -> range:
-        """Returns the global indices of the samples of `rank` in micro-batch `micro`."""
+        """Returns the global sample indices of `rank` in micro-batch `micro`."""
         first = self.first_sample(micro) + rank * self.samples_per_rank
         return range(first, first + self.samples_per_rank)
 
@@ -75,7 +75,7 @@ def make_batch_layout(config: Config, world: int) -> BatchLayout:
 
     Args:
         config: The config of a run.
-        world: Number of ranks.
+        world: World size.
 
     Returns:
         The layout, with the defaults of the batch section filled in.
@@ -125,7 +125,7 @@ def make_batch_layout(config: Config, world: int) -> BatchLayout:
 
 
 def _check_expert_count(section: str, moe: Any, ep: int, world: int) -> None:
-    """Checks that the experts, or groups of experts, are a multiple of `ep`."""
+    """Checks the number of experts, or expert groups, against `ep`."""
     groups = moe.num_groups if isinstance(moe, MoEConfig) else None
     if groups is None:
         key = "num_experts"
@@ -141,12 +141,12 @@ def _check_expert_count(section: str, moe: Any, ep: int, world: int) -> None:
 
 
 def _nearest_multiple(number: int, base: int) -> int:
-    """Returns the multiple of `base`, at least `base`, that is nearest to `number`."""
+    """Returns the multiple of `base`, at least `base`, nearest to `number`."""
     return max(base, round(number / base) * base)
 
 
 def _nearest_divisor(number: int, target: int) -> int:
-    """Returns the divisor of `number` that is nearest to `target`."""
+    """Returns the divisor of `number` nearest to `target`."""
     target = min(max(target, 1), number)
     for distance in range(target):  # 1 is a divisor, so the loop always returns
         for divisor in (target - distance, target + distance):

@@ -13,7 +13,7 @@ import torch
 
 LARGE = 2**20  # bytes from which a tensor is pooled
 # two limits: a tensor takes a block of at most SLACK times its size, and the pool holds at most
-# SLACK times the most bytes that were ever in use at once
+# SLACK times the most bytes ever in use at once
 SLACK = 1.5
 
 _lock = Lock()
@@ -21,7 +21,7 @@ _lock = Lock()
 # the list grows at its end without the lock.
 _free: list[np.ndarray] = []
 _total = 0  # bytes of all blocks, free and in use
-_max_used = 0  # the most bytes that were in use at once
+_max_used = 0  # the most bytes ever in use at once
 
 
 def pooled_empty(*size: int, like: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def pooled_empty(*size: int, like: torch.Tensor) -> torch.Tensor:
     buffer = block[:num_bytes]  # torch holds this view for as long as any tensor uses the memory
     weakref.finalize(buffer, _free.append, block).atexit = False
     # FENCE: set_ on an empty tensor, not a view of from_numpy: autograd accumulates a second
-    # gradient in place only into a tensor that is no view (torch 2.13, test_buffer_pool.py)
+    # gradient in place only into a non-view (torch 2.13, test_buffer_pool.py)
     storage = torch.from_numpy(buffer).untyped_storage()
     return like.new_empty(0).set_(storage, 0, size)  # type: ignore[call-overload]
 
@@ -49,8 +49,8 @@ def pooled_empty(*size: int, like: torch.Tensor) -> torch.Tensor:
 def _take(num_bytes: int) -> np.ndarray:
     """Returns the smallest free block that fits, or a new one.
 
-    Frees the blocks that have been unused for the longest time if the pool is over its limit, so
-    that sizes which change from step to step do not pile up.
+    If the pool is over its limit, frees the blocks unused for the longest time. Otherwise sizes
+    would pile up when they change from step to step.
     """
     global _total, _max_used
     with _lock:

@@ -8,7 +8,7 @@ two of them:
     combine.gather        waits for all chunks, which form one tensor
 
 `scatter` and `send_chunk` + `gather` are each other's gradient. The gradient of a row returns to
-the rank that sent the row, in the same chunk. So backward needs no schedule of its own: it is the
+its sender, in the same chunk. So backward needs no schedule of its own: it is the
 forward pass, mirrored.
 
 Timeline of a layer with C = 2 chunks. "+" starts the all-to-all of a chunk, "-" waits for it, and
@@ -35,10 +35,10 @@ Legend: N rows sent by this rank, R rows received, P ranks of the axis, C chunks
 
 FENCE: do not reorder the calls of autograd functions in this file or in the dispatchers.
 The backward timeline relies on two properties of autograd:
-  - Among the nodes that are ready, the engine runs the one that was created last in forward. This
+  - Among the ready nodes, the engine runs the one created last in forward. This
     makes chunk C - 1 the first chunk of backward, on every rank alike. Ranks that start collectives
     in different orders would deadlock.
-  - A node runs only after all nodes that use its outputs. The functions return empty tensors
+  - A node runs only after all users of its outputs. The functions return empty tensors
     ("order tokens") for this reason alone: they carry no data, they are edges of the graph that
     keep a wait behind its start.
 Tried with torch 2.13; tests/distributed/test_overlap.py holds the order of events
@@ -76,11 +76,11 @@ def all_to_all_rows(
 
     Args:
         x_N: Rows sorted by destination rank, (N, ...).
-        send_P: Number of rows for each rank.
-        receive_P: Number of rows from each rank.
-        axis: The ranks that take part.
+        send_P: Rows for each rank.
+        receive_P: Rows from each rank.
+        axis: The participating ranks.
         label: Name for the flight recorder and the byte counts.
-        comm_dtype: Dtype of floating-point rows on the wire; None: that of `x_N`.
+        comm_dtype: Wire dtype for floating-point rows; None: the dtype of `x_N`.
 
     Returns:
         The received rows by sender, (R, ...), in the dtype of `x_N`.
@@ -108,9 +108,9 @@ class ChunkedAllToAll:
         Args:
             chunks: For each chunk, the number of rows sent to each rank and received from each
                 rank.
-            axis: The ranks that take part.
+            axis: The participating ranks.
             label: Name of the forward calls; those of backward have `label.backward()`.
-            comm_dtype: Dtype of floating-point rows on the wire; None: that of the rows.
+            comm_dtype: Wire dtype for floating-point rows; None: the dtype of the rows.
         """
         backward_chunks = [(receive_P, send_P) for send_P, receive_P in chunks]
         self.num_chunks = len(chunks)
@@ -124,7 +124,7 @@ class ChunkedAllToAll:
             x_N: Rows sorted by chunk, then by destination rank, (N, ...).
 
         Returns:
-            For each chunk, a function that waits for it and returns its rows by sender, (R, ...).
+            For each chunk, a function to wait for it, which returns its rows by sender, (R, ...).
             Call each one once.
         """
         tokens = _StartScatter.apply(x_N, self)
@@ -134,11 +134,11 @@ class ChunkedAllToAll:
         """Starts the all-to-all of one chunk.
 
         Args:
-            c: Index of the chunk.
+            c: Chunk index.
             x_N: Its rows by destination rank, (N, ...).
 
         Returns:
-            An order token: an empty tensor that keeps the call's place in the autograd graph; pass
+            An order token: an empty tensor to keep the call's place in the autograd graph; pass
                 it to `gather`.
         """
         return _StartChunk.apply(x_N, self, c)
@@ -205,7 +205,7 @@ class _Direction:
         self.in_flight[c] = _ChunkInFlight(call, x_N, x_R)
 
     def start_all(self, x_N: torch.Tensor) -> None:
-        """Starts all chunks of rows that are sorted by chunk."""
+        """Starts all chunks; the rows are sorted by chunk."""
         for c, chunk_N in enumerate(x_N.split(self.sent_rows_C)):
             self.start(c, chunk_N)
 

@@ -27,15 +27,15 @@ T = TypeVar("T")
 
 
 def all_to_all_counts(count_E: torch.Tensor, axis: Axis, label: CommLabel) -> torch.Tensor:
-    """Exchanges the numbers of rows that each rank will send for each expert.
+    """Exchanges each rank's row counts per expert.
 
     Args:
         count_E: Rows of this rank for each global expert, int64.
-        axis: The ranks that hold the experts.
+        axis: The expert-parallel ranks.
         label: Name for the flight recorder and the byte counts.
 
     Returns:
-        Rows that this rank will receive for each of its experts, by sender: (P, e), int64.
+        Rows this rank will receive for each local expert, by sender: (P, e), int64.
     """
     count_Pe = torch.empty_like(count_E)
     axis.record_bytes(label, [count_E.nbytes // axis.size] * axis.size)
@@ -104,7 +104,7 @@ def reduce_sum(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> Non
     Args:
         x: The addend of this rank; becomes the sum on `owner`, and is undefined on the other ranks.
         axis: The ranks to sum over.
-        owner: Index along the axis of the rank that gets the sum.
+        owner: Axis index of the rank with the sum.
         label: Name for the flight recorder and the byte counts.
     """
     if axis.size == 1:
@@ -122,8 +122,8 @@ def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None
 
     Args:
         x: The tensor to send on `owner`; overwritten on the other ranks.
-        axis: The ranks that take part.
-        owner: Index along the axis of the rank that sends.
+        axis: The participating ranks.
+        owner: Axis index of the sender.
         label: Name for the flight recorder and the byte counts.
     """
     if axis.size == 1:
@@ -137,9 +137,9 @@ def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None
 
 
 def all_reduce_shared(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Sums a tensor over ranks for a loss term that every rank computes; backward is the identity.
+    """Sums a tensor over ranks for a loss term computed on every rank; backward is the identity.
 
-    The loss contains that term once, not once per rank, so each addend gets the gradient of the sum
+    The loss contains the term once, not once per rank, so each addend gets the gradient of the sum
     unchanged. The backward of a plain all-reduce would multiply it by the number of ranks.
 
     Args:
@@ -205,11 +205,11 @@ class StatReducer:
         return all_reduce_shared(x, self.mesh.dp)
 
     def over_replicas(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums over the ranks that hold the same experts, since each one received other rows."""
+        """Sums over the replicas of this rank's experts, since each one received other rows."""
         return all_reduce_shared(x, self.mesh.expert_dp)
 
     def over_expert_shards(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums over the ranks that together hold all experts."""
+        """Sums over the expert shards."""
         return all_reduce_shared(x, self.mesh.ep)
 
     def to_expert_shards(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ progress of this rank through the states of `watch_state`. After half the timeou
 it prints a warning and waits on. After the timeout it prints an error and ends the process.
 
 Before either message the watch reads the headers of the other ranks twice, two seconds apart. A
-rank whose header stays the same is stopped or dead. A rank that answers but has started fewer
+rank whose header stays the same is stopped or dead. A rank with new headers but fewer
 collectives is late. So a rank ends at most 5 seconds after the timeout. If a collective fails
 because a peer is gone, the same look names the peer at once.
 
@@ -37,13 +37,13 @@ MAX_NAMED_RANKS = 4  # in a message
 
 @dataclass(eq=False)
 class CollectiveCall:
-    """A collective that this rank has started.
+    """A collective started by this rank.
 
     Attributes:
         work: The handle of torch.distributed.
         number: Index among this rank's collectives, from 1.
         description: Direction, layer and step.
-        peers: Global ranks that take part, this one included.
+        peers: Participating global ranks, this one included.
         send_P: Rows sent to each peer; None if all peers get the same.
         receive_P: Rows received from each peer; None if all peers send the same.
         started_at_heartbeat: This rank's heartbeat at the start.
@@ -81,7 +81,7 @@ class FlightRecorder:
 
     Attributes:
         rank: This rank.
-        size: Number of ranks.
+        size: World size.
         step: Training step, which the caller updates.
         phase: Phase of the step (`enter_phase`).
         on_phase: Called with each phase and each direction before it begins (fault injection).
@@ -104,7 +104,7 @@ class FlightRecorder:
         """Records collectives and watches the progress of this rank.
 
         If a collective fails because another rank is gone, the process prints which one and ends at
-        once: an orderly shutdown could wait for that rank, or for the network.
+        once: an orderly shutdown could wait for the lost rank, or for the network.
 
         Args:
             run: The run folder.
@@ -147,8 +147,8 @@ class FlightRecorder:
         """Starts a collective and records it.
 
         Args:
-            label: Name of the collective.
-            peers: Global ranks that take part, this one included.
+            label: Label for the flight recorder and the byte counts.
+            peers: Participating global ranks, this one included.
             start: Starts it and returns the handle of torch.distributed.
             send_P: Rows sent to each peer, if they differ.
             receive_P: Rows received from each peer, if they differ.
@@ -177,11 +177,11 @@ class FlightRecorder:
         run: Callable[[], T],
         work: Callable[[T], Any],
     ) -> T:
-        """Records a collective that a library makes and that may block.
+        """Records a library's collective, which may block.
 
         Args:
-            label: Name of the collective.
-            peers: Global ranks that take part, this one included.
+            label: Label for the flight recorder and the byte counts.
+            peers: Participating global ranks, this one included.
             run: Makes the call.
             work: Returns the unfinished work of a result of `run` (an object with `is_completed`),
                 or None if nothing is left to wait for.
@@ -317,7 +317,7 @@ class FlightRecorder:
         return None
 
     def _look(self, call: CollectiveCall | None, idle_s: float) -> None:
-        """Finds the ranks that block this one; prints a warning if stalled, ends if lost."""
+        """Finds the blocking ranks; prints a warning if stalled, ends if lost."""
         assert self.files is not None
         lost = self.watch.state is WatchState.LOST
         silent = self._silent_ranks()
@@ -341,7 +341,7 @@ class FlightRecorder:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def _silent_ranks(self) -> list[int]:
-        """Returns the ranks that have started, have not ended, and write no heartbeats."""
+        """Returns the started ranks without heartbeats, except ended ones."""
         assert self.files is not None
         before = self.files.read_headers()
         for _ in range(LOOK_HEARTBEATS):
@@ -370,7 +370,7 @@ class FlightRecorder:
             self._end(f"in {call.description}: rank {ranks} ended first; see its error message")
 
     def _describe_block(self, problem: str, silent: list[int], call: CollectiveCall | None) -> str:
-        """Returns a message that names the silent ranks, or else the late ones."""
+        """Returns a message with the silent ranks, or else the late ones."""
         assert self.files is not None
         named = []
         for rank in silent:

@@ -1,4 +1,4 @@
-"""Labels of collectives: the place in the model that a call serves, and the direction of its data.
+"""Labels of collectives: the served place in the model, and the direction of the data.
 
 A layer's all-to-all has the layer's name as its place ("middle", "encoder.ffn.moe0"). Its
 directions are "counts", "dispatch" and "combine" in forward, "dispatch_backward" and
@@ -21,7 +21,7 @@ class CommLabel(NamedTuple):
         place: Name of the layer, the module or the kind of parameter.
         direction: Kind and direction of the data.
         layer_call: Index of the call within the forward pass, for layers
-            (`TokenContext.layer_call`). A layer that is shared by several blocks has several calls
+            (`TokenContext.layer_call`). A layer shared by several blocks has several calls
             and one place.
     """
 
@@ -47,7 +47,7 @@ class TrafficKey(NamedTuple):
     Attributes:
         place: As in `CommLabel`.
         direction: As in `CommLabel`.
-        inter_node: True for bytes that leave the node.
+        inter_node: True for bytes sent to another node.
     """
 
     place: str

@@ -19,7 +19,7 @@ NUMBER_RANGES = {
     "MASTER_PORT": (1, 2**16 - 1),
     **dict.fromkeys(RANK_VARIABLES, (0, MAX_COUNT - 1)),
 }
-# variable -> the variable that it is smaller than
+# variable -> its exclusive upper bound
 UPPER_BOUNDS = {
     "RANK": "WORLD_SIZE",
     "LOCAL_RANK": "LOCAL_WORLD_SIZE",
@@ -27,11 +27,11 @@ UPPER_BOUNDS = {
     "CROSS_RANK": "CROSS_SIZE",
 }
 
-JOIN_TIMEOUT_VARIABLE = "MOE_DIST_JOIN_SECONDS"  # seconds that ranks wait for each other at start
+JOIN_TIMEOUT_VARIABLE = "MOE_DIST_JOIN_SECONDS"  # timeout of the rendezvous
 
 
 def check_launch_environment() -> None:
-    """Checks the variables that a launcher, or a user by hand, has set.
+    """Checks the variables set by a launcher, or by hand.
 
     Raises:
         ValueError: A variable is not a number or out of range, only some of REQUIRED_VARIABLES are
@@ -60,7 +60,7 @@ def check_launch_environment() -> None:
 
 
 def check_number_variable(variable: str, least: int, most: int) -> None:
-    """Checks that a variable of the environment is a plain decimal number in a range.
+    """Checks an environment variable: a plain decimal number in a range.
 
     Args:
         variable: Its name; it must be set.
@@ -80,10 +80,10 @@ def check_number_variable(variable: str, least: int, most: int) -> None:
 
 
 def memory_per_rank(num_ranks: int | None = None) -> int:
-    """Measures the memory that a rank may use.
+    """Measures the memory of a rank.
 
     Args:
-        num_ranks: Number of ranks on a node; None: the number that the launcher started here.
+        num_ranks: Number of ranks on a node; None: the number started here.
 
     Returns:
         Bytes of the rank's GPU; without CUDA, of the rank's share of the machine's memory.
@@ -114,12 +114,12 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    """Returns the number of ranks that the launcher started; 1 without a launcher."""
+    """Returns the world size of the launcher; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def num_nodes() -> int:
-    """Returns the number of nodes that the launcher started ranks on; 1 without a launcher."""
+    """Returns the launcher's number of nodes; 1 without a launcher."""
     return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("CROSS_SIZE") or "1")
 
 

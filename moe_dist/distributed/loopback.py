@@ -20,7 +20,7 @@ def loopback_mesh(mesh: Mesh, ep: int, index: int, waits: bool = False) -> Mesh:
 
     Args:
         mesh: The mesh of the existing ranks.
-        ep: Number of ranks of the axis; the others do not exist.
+        ep: Size of the axis; the other ranks do not exist.
         index: Index of this process along the axis.
         waits: True if each all-to-all also waits for the ranks of `mesh`.
 
@@ -39,8 +39,8 @@ class LoopbackProcessGroup(dist.ProcessGroup):
 
         Args:
             rank: Index of this process.
-            size: Number of ranks.
-            barrier_axis: Existing ranks that make the same calls and wait for each other in them;
+            size: Ranks on the axis.
+            barrier_axis: Existing ranks with the same calls, which wait for each other in them;
                 None: nobody waits.
         """
         super().__init__(rank, size)  # type: ignore[call-arg]
@@ -74,7 +74,7 @@ class LoopbackProcessGroup(dist.ProcessGroup):
 
 
 class CompletedWork(dist.Work):
-    """The handle of a collective that is done."""
+    """The handle of a completed collective."""
 
     def wait(self, timeout: Any = None) -> bool:
         """Returns True."""

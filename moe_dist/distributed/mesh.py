@@ -1,9 +1,9 @@
 """The mesh of ranks: its axes, and how a process joins it.
 
 Axes:
-    ep           the ranks that together hold one whole set of experts; consecutive ranks, so that
-                 their all-to-all stays inside a node if possible
-    expert_dp    the ranks that hold the same experts as this rank
+    ep           the ranks of one whole set of experts; consecutive ranks, to keep their
+                 all-to-all inside a node if possible
+    expert_dp    the ranks with the same experts as this rank
     dp           all ranks, each with its own data
 
     rank = expert_dp_index * ep + ep_index          world = expert_dp * ep
@@ -42,13 +42,13 @@ class Axis:
     """A group of ranks along one axis of the mesh.
 
     Attributes:
-        size: Number of ranks.
+        size: Ranks on the axis.
         index: Index of this rank along the axis.
         group: The process group.
         node_P: Node of each rank; empty if all ranks are on one node.
-        bytes_sent: Bytes that this rank has sent to others.
-        flight_recorder: Log of the collectives.
-        ranks: Global rank of each rank.
+        bytes_sent: Bytes sent by this rank to others.
+        flight_recorder: Log for the collectives.
+        ranks: Global ranks along the axis.
     """
 
     size: int
@@ -63,7 +63,7 @@ class Axis:
         """Counts the bytes of an all-to-all.
 
         Args:
-            label: Name of the collective.
+            label: Label for the flight recorder and the byte counts.
             bytes_P: Bytes for each rank; those for this rank are not counted.
         """
         self.bytes_sent[TrafficKey(label.place, label.direction, inter_node=False)] += 0
@@ -75,8 +75,8 @@ class Axis:
         """Counts the bytes of a ring collective, in which each rank sends to the next one.
 
         Args:
-            label: Name of the collective.
-            num_bytes: Bytes that this rank sends.
+            label: Label for the flight recorder and the byte counts.
+            num_bytes: Bytes sent by this rank.
         """
         self._count(label, (self.index + 1) % self.size, num_bytes)
 
@@ -88,7 +88,7 @@ class Axis:
         """Splits `number` items into consecutive parts, one for each rank, as `torch.chunk` does.
 
         Args:
-            number: Number of items.
+            number: Item count.
 
         Returns:
             One slice per rank, equal in size but for the last ones, which may be smaller or empty.
@@ -102,19 +102,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of this rank, and the objects that one process has once.
+    """The axes of this rank, and the singletons of its process.
 
     Attributes:
-        ep: The ranks that together hold one set of experts.
-        expert_dp: The ranks that hold the same experts as this rank.
+        ep: The ranks of one set of experts.
+        expert_dp: The ranks with the same experts as this rank.
         dp: All ranks.
-        ranks_per_node: Number of ranks on each node.
+        ranks_per_node: Ranks per node.
         device: The device of this rank.
         device_mesh: (ep, expert_dp) on CPU, for sharded tensors in checkpoints.
         checkpoint_group: All ranks on gloo, since a checkpoint may be written while a step runs.
         intra_node: The ranks of `ep` on this node, if `ep` spans several nodes evenly.
-        step_timer: Timer of the parts of a step.
-        flight_recorder: Log of the collectives of all axes.
+        step_timer: Timer for the parts of a step.
+        flight_recorder: Log for the collectives on all axes.
     """
 
     ep: Axis
@@ -130,7 +130,7 @@ class Mesh:
 
     @property
     def bytes_sent(self) -> Counter[TrafficKey]:
-        """Bytes that this rank has sent to other ranks so far, over all axes."""
+        """Bytes sent by this rank to others so far, over all axes."""
         total: Counter[TrafficKey] = Counter()
         for axis in (self.ep, self.expert_dp, self.dp, self.intra_node):
             if axis:
@@ -159,9 +159,9 @@ def init_distributed(ep: int, timeout_s: float = 60.0) -> Mesh:
     """Joins the other ranks and builds the mesh.
 
     Args:
-        ep: Number of ranks that hold one set of experts.
-        timeout_s: The flight recorder's timeout; that of torch is longer, so that its own error
-            comes after the more precise one of the flight recorder.
+        ep: Number of ranks per set of experts.
+        timeout_s: The flight recorder's timeout; torch has a longer one, so its own
+            error comes after the more precise one of the flight recorder.
 
     Returns:
         The mesh.
@@ -216,7 +216,7 @@ def init_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
 
 
 def _rendezvous(seconds: int) -> tuple[dist.Store, int, int]:
-    """Meets the other ranks. Returns the store that all ranks share, this rank and the world size.
+    """Meets the other ranks. Returns the shared store, this rank and the world size.
 
     FENCE: a thread, since torch 2.13 waits without end if another program holds the port and does
     not answer (test_rendezvous_port.py). TimeoutError comes two seconds after torch's own timeout,
@@ -251,10 +251,10 @@ def _create_store(descriptor: int | None, timeout: timedelta) -> tuple[dist.Stor
 
 
 def build_mesh(ep: int) -> Mesh:
-    """Builds the mesh of the ranks that have joined. A collective.
+    """Builds the mesh. A collective.
 
     Args:
-        ep: Number of ranks that hold one set of experts.
+        ep: Number of ranks per set of experts.
 
     Returns:
         The mesh of this rank.
@@ -319,7 +319,7 @@ def exit_process(status: int) -> NoReturn:
     sometimes abort with messages of their own.
 
     Args:
-        status: Exit status of the process.
+        status: Exit status.
     """
     is_meeting = any(thread.name == RENDEZVOUS_THREAD for thread in threading.enumerate())
     if dist.is_initialized() or is_meeting:

@@ -10,8 +10,8 @@ import torch
 from moe_dist.distributed.collectives import all_reduce_max
 from moe_dist.distributed.mesh import Mesh
 
-EXIT_STATUS = 128 + signal.SIGTERM  # a shell's status of a process that SIGTERM has ended
-# seconds after a SIGTERM for work that a run can omit; launchers send SIGKILL after 30 s
+EXIT_STATUS = 128 + signal.SIGTERM  # a shell's status for a process ended by SIGTERM
+# seconds after a SIGTERM for optional work; launchers send SIGKILL after 30 s
 GRACE_S = 5.0
 
 

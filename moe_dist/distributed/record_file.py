@@ -24,8 +24,8 @@ class Header(NamedTuple):
     """The first line of a rank's file.
 
     Attributes:
-        heartbeat: Number of headers that the rank has written, this one included.
-        num_started: Number of collectives that the rank has started.
+        heartbeat: Number of headers written so far, this one included.
+        num_started: Number of collectives started so far.
         ended: True if the recording has ended.
         phase: Phase of the step, as in "forward".
     """
@@ -45,7 +45,7 @@ class RecordFiles:
         Args:
             run: The run folder.
             rank: This rank.
-            size: Number of ranks.
+            size: World size.
         """
         self.folder = run / FOLDER_NAME
         self.rank = rank
@@ -83,7 +83,7 @@ class RecordFiles:
         """Writes the first line of this rank's file.
 
         Args:
-            header: The values that other ranks read.
+            header: The values for other ranks.
             time: Date and time, for people.
         """
         ended = ", ended" if header.ended else ""

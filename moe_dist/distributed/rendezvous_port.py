@@ -13,7 +13,7 @@ from contextlib import suppress
 
 FIRST_PORT = 20000
 NUM_PORTS = 12768  # up to 32767: Linux assigns the ports above to any socket (ip_local_port_range)
-BACKLOG = 4096  # ranks that may connect at the same time
+BACKLOG = 4096  # simultaneous connections
 
 _reserved: socket.socket | None = None
 _reserved_ipv6: socket.socket | None = None
@@ -72,7 +72,7 @@ def find_free_port() -> int:
     """Finds a free port of this machine.
 
     Returns:
-        The port, below those that Linux assigns by itself.
+        The port, below the range from which Linux assigns ports.
 
     Raises:
         OSError: A port cannot be bound for a reason other than that it is in use.

@@ -44,13 +44,13 @@ class _Answer(NamedTuple):
 def run_distributed(
     function: Callable[..., Any], world: int, *args: Any, timeout: float = 120
 ) -> list[Any]:
-    """Runs `function(*args)` in new processes that can join a process group.
+    """Runs `function(*args)` in new processes, which can join a process group.
 
     Function, arguments and results are pickled. All processes have ended on return.
 
     Args:
         function: A function at the top level of a module.
-        world: Number of ranks.
+        world: World size.
         *args: Its arguments.
         timeout: Seconds until the processes are killed.
 
@@ -58,15 +58,15 @@ def run_distributed(
         The results by rank.
 
     Raises:
-        ValueError: The first rank that failed raised it.
-        RankFailed: The first rank that failed raised another exception, or died.
+        ValueError: The first failed rank raised it.
+        RankFailed: The first failed rank raised another exception, or died.
         TimeoutError: A rank is not done in time.
     """
     import torch.distributed as dist  # here: a rank imports this file before it sets its variables
 
     deadline = time.monotonic() + timeout
     call = pickle.dumps((function, args))
-    # bound to loopback, so that no other machine reaches it, and held until the end
+    # bound to loopback, unreachable from other machines, and held until the end
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     store = dist.TCPStore(
         "127.0.0.1",
@@ -117,7 +117,7 @@ def _receive(receiver: Any, rank: int) -> _Answer:
     try:
         seconds, failed, value = receiver.recv()
         return _Answer(seconds, rank, failed, value)
-    except EOFError:  # time 0: a death comes before all failures that peers report
+    except EOFError:  # time 0: a death comes before all failures of its peers
         return _Answer(0.0, rank, True, "")
     finally:
         receiver.close()

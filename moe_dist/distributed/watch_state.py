@@ -8,7 +8,7 @@
     lost       no progress for the timeout; on entry the watch looks again, prints an error and ends
                the process
 
-"Progress" is a collective that starts or completes. The watch itself is in `flight_recorder`.
+"Progress" is the start or the end of a collective. The watch itself is in `flight_recorder`.
 """
 
 import time
@@ -62,7 +62,7 @@ class WatchEvent(Enum):
     ALL_WORKING = "no collective is open, and every other rank has answered"
 
 
-# A pair that is not listed changes nothing. STALLED on HALF_TIMEOUT is not listed, so one stall has
+# An unlisted pair changes nothing. STALLED on HALF_TIMEOUT is not listed, so one stall has
 # one warning. LOST on TIMEOUT is, so the look is repeated until the process ends.
 TRANSITIONS = {
     (WatchState.WORKING, WatchEvent.CALL_OPEN): WatchState.WAITING,
