@@ -38,31 +38,26 @@ class DenseView(nn.Module):
                 yield name, p
 
 
-# FENCE. Tried with DeepSpeed 0.19.8, held by tests of the experts' dtypes and of ZeRO 3 (test_parallelize.py,
-# test_layouts.py). While it is constructed, DeepSpeed walks the module tree itself: it casts every module to
-# bf16, moves it, and at ZeRO 3 takes the parameters of each module away and hooks its forward. So the experts
-# are out of the tree for that time. Later it goes through `DenseView.named_parameters`.
+# FENCE. Tried with DeepSpeed 0.19.8, held by test_dense_view.py and, at ZeRO 3, test_large_vocabulary.py. While it is
+# constructed, DeepSpeed walks the module tree itself: it casts every module to bf16, moves it, and at ZeRO 3
+# takes the parameters of each module away and hooks its forward. So the modules of all other parameters are out of
+# the tree for that time. Later it goes through `DenseView.named_parameters`.
 @contextlib.contextmanager
 def experts_detached(model: ParallelModel) -> Iterator[None]:
-    """Takes everything but dense parameters out of the module tree, and puts it back at the end."""
-    kept_modules = {}
-    kept_parameters = {}
-    for module in model.module.modules():
+    """Takes experts, dispatchers and row tables out of the module tree, and puts them back at the end."""
+    hidden = [(*name.rpartition(".")[::2],) for name in model.row_tables]
+    for name, module in model.module.named_modules():
         if isinstance(module, MoE):
-            kept_modules[module] = dict(module._modules)
-    for name in model.row_tables:
-        module = model.module.get_submodule(name)
-        kept_parameters[module] = dict(module._parameters)
-    for module in kept_modules:
-        for hidden in HIDDEN_MODULES:
-            del module._modules[hidden]
-    for module in kept_parameters:
-        module._parameters.clear()
+            hidden += [(name, child) for child in HIDDEN_MODULES]
+    children_before = {}
+    for parent_name, _ in hidden:
+        parent = model.module.get_submodule(parent_name)
+        children_before[parent] = dict(parent._modules)
+    for parent_name, child in hidden:
+        del model.module.get_submodule(parent_name)._modules[child]
     try:
         yield
     finally:
-        for module, modules in kept_modules.items():
-            module._modules.clear()
-            module._modules.update(modules)
-        for module, parameters in kept_parameters.items():
-            module._parameters.update(parameters)
+        for parent, children in children_before.items():
+            parent._modules.clear()
+            parent._modules.update(children)

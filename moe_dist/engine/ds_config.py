@@ -1,4 +1,7 @@
-"""Reads and checks a DeepSpeed config of ds_configs/."""
+"""Reads and checks a DeepSpeed config of ds_configs/: precision, ZeRO stage and DeepSpeed's own options.
+
+Keys that DeepSpeed would ignore are errors. Batch sizes, clipping and the optimizer belong to the run's config.
+"""
 
 import json
 from collections import Counter
@@ -12,7 +15,8 @@ from moe_dist.config.messages import nearest
 from moe_dist.config.schema import Config
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-RUN_CONFIG_KEYS = {  # keys of a DeepSpeed config that the run's config decides -> where
+# keys of a DeepSpeed config that the run's config decides -> the field
+RUN_CONFIG_KEYS = {
     "train_batch_size": "batch.global_batch_size",
     "train_micro_batch_size_per_gpu": "batch.global_batch_size, batch.grad_accum_steps and the mesh",
     "gradient_accumulation_steps": "batch.grad_accum_steps",
@@ -20,10 +24,10 @@ RUN_CONFIG_KEYS = {  # keys of a DeepSpeed config that the run's config decides 
     "optimizer": "optim",
     "scheduler": "optim",
 }
-ALL_STAGES, SHARDED_STAGES = (0, 1, 2, 3), (1, 2, 3)
-ALLOWED_KEYS: dict[
-    str, tuple[type, tuple[int, ...]]
-] = {  # that a file may have -> type, and the ZeRO stages that read it
+ALL_STAGES = (0, 1, 2, 3)
+SHARDED_STAGES = (1, 2, 3)
+# keys that a file may have -> type, and the ZeRO stages at which DeepSpeed reads it
+ALLOWED_KEYS: dict[str, tuple[type, tuple[int, ...]]] = {
     "bf16.enabled": (bool, ALL_STAGES),
     "fp16.enabled": (bool, ALL_STAGES),
     "zero_optimization.stage": (int, ALL_STAGES),
@@ -54,82 +58,98 @@ ALLOWED_KEYS: dict[
 
 
 def read_ds_config(config: Config) -> dict[str, Any]:
-    """The file that `config.ds_config` names, with the stage that `config.zero` asks for.
+    """Reads the DeepSpeed config of a run.
 
-    Raises ValueError for an unknown name, a file that is no JSON object, a key that DeepSpeed would ignore (unknown,
-    twice there, or not read at the run's ZeRO stage) or that contradicts the config, fp16, or a stage not in 0..3.
+    Args:
+        config: `ds_config` names the file, and `zero_stage` replaces its stage unless it is None.
+
+    Returns:
+        The keys of the file, with the stage.
+
+    Raises:
+        ValueError: The name is unknown; the file is no JSON object; a key is unknown, given twice, not read at
+            this ZeRO stage, or decided by the run's config; it asks for fp16; or the stage is not in 0..3.
     """
     names = [path.stem for path in DS_CONFIGS.glob("*.json")]
     if config.ds_config not in names:
         raise ValueError(
-            f"ds_config={config.ds_config!r}: no such file in ds_configs/; {nearest(config.ds_config, names)}"
+            f"ds_config={config.ds_config!r}: no such file in ds_configs/; "
+            f"{nearest(config.ds_config, names)}"
         )
     file = f"ds_configs/{config.ds_config}.json"
     try:
-        ds = json.loads(
-            (DS_CONFIGS / f"{config.ds_config}.json").read_text(), object_pairs_hook=_without_twins
-        )
-        if not isinstance(ds, dict):
-            raise ValueError(f"{ds!r}, expected an object")
-        given = dict(_flat(ds))
-        for key, value in given.items():
+        ds = _read_object(DS_CONFIGS / f"{config.ds_config}.json")
+        values = dict(_flatten(ds))
+        for key, value in values.items():
             _check_key(key, value)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: {error}") from None
     if ds.get("fp16", {}).get("enabled"):
         raise ValueError(f"{file}: fp16 is not supported; use bf16 or fp32")
-    stage = (
-        ds.get("zero_optimization", {}).get("stage", 0)
-        if config.zero_stage is None
-        else config.zero_stage
-    )
-    if stage not in (0, 1, 2, 3):
+    stage = config.zero_stage
+    if stage is None:
+        stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if stage not in ALL_STAGES:
         raise ValueError(f"zero_stage={stage}: a ZeRO stage is 0, 1, 2 or 3")
-    for key in given:
-        if stage not in ALLOWED_KEYS[key][1]:
-            stages = ", ".join(map(str, ALLOWED_KEYS[key][1]))
+    for key in values:
+        _, stages = ALLOWED_KEYS[key]
+        if stage not in stages:
             raise ValueError(
-                f"{file}: {key} is read at ZeRO {stages}, not at zero_stage={stage}; give another file or stage"
+                f"{file}: {key} is read at ZeRO {', '.join(map(str, stages))}, not at zero_stage={stage}; "
+                f"use another file or stage"
             )
     ds["zero_optimization"] = ds.get("zero_optimization", {}) | {"stage": stage}
     return ds
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key, times in Counter(key for key, _ in pairs).items():
-        if times > 1:
-            raise ValueError(f"{key!r} is given {times} times")
+def _read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object of a file. Raises ValueError for anything else, and for a key that is given twice."""
+    ds = json.loads(path.read_text(), object_pairs_hook=_reject_duplicates)
+    if not isinstance(ds, dict):
+        raise ValueError(f"{ds!r}, expected an object")
+    return ds
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs as a dictionary. Raises ValueError for a key that is given twice."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{key!r} is given {count} times")
     return dict(pairs)
 
 
-def _flat(ds: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a file, no deeper than `ALLOWED_KEYS` goes."""
+def _flatten(ds: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted keys and values of a file, no deeper than the keys of `ALLOWED_KEYS`."""
     for key, value in ds.items():
-        inside = any(known.startswith(f"{prefix}{key}.") for known in ALLOWED_KEYS)
-        if inside and not isinstance(value, dict):
+        is_section = any(allowed.startswith(f"{prefix}{key}.") for allowed in ALLOWED_KEYS)
+        if not is_section:
+            yield prefix + key, value
+        elif isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
             raise ValueError(f"{prefix + key!r} is {value!r}, expected an object")
-        yield from _flat(value, f"{prefix}{key}.") if inside else [(prefix + key, value)]
 
 
 def _check_key(key: str, value: Any) -> None:
+    """Raises ValueError for a key that the file may not have, or a value of another type."""
     if key in RUN_CONFIG_KEYS:
         raise ValueError(f"{key!r} is set by {RUN_CONFIG_KEYS[key]} of the run's config; remove it")
     if key not in ALLOWED_KEYS:
         section, dot, name = key.rpartition(".")
-        siblings = {
-            known.removeprefix(section + dot).split(".")[0]
-            for known in ALLOWED_KEYS
-            if known.startswith(section + dot)
-        }
+        prefix = section + dot
+        siblings = set()
+        for allowed in ALLOWED_KEYS:
+            if allowed.startswith(prefix):
+                siblings.add(allowed.removeprefix(prefix).split(".")[0])
         raise ValueError(f"unknown key {key!r}; {nearest(name, siblings)}")
-    kind = ALLOWED_KEYS[key][0]
-    whole = isinstance(value, float) and value.is_integer()  # 5e8, as JSON has large numbers
-    if type(value) is not kind and not (kind is int and whole):
-        raise ValueError(f"{key!r} is {value!r}, expected {kind.__name__}")
+    expected, _ = ALLOWED_KEYS[key]
+    is_whole = isinstance(value, float) and value.is_integer()  # such as 5e8, JSON's large numbers
+    if type(value) is not expected and not (expected is int and is_whole):
+        raise ValueError(f"{key!r} is {value!r}, expected {expected.__name__}")
     if key.endswith("offload_optimizer.device") and value != "cpu":
-        raise ValueError(f"{key!r} is {value!r}; 'cpu', or leave it out")
+        raise ValueError(f"{key!r} is {value!r}; use 'cpu', or leave it out")
 
 
 def compute_dtype(ds: dict[str, Any]) -> torch.dtype:
-    """Of parameters and activations."""
+    """Returns the dtype of parameters and activations."""
     return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32

@@ -12,32 +12,45 @@ from moe_dist.config.messages import one_line
 from moe_dist.distributed.mesh import exit_process
 from moe_dist.monitoring.console import is_main_rank
 
+# exit statuses
+MISTAKE = 2
+INTERRUPTED = 130
+# a rank that found an error which rank 0 did not find prints so much later than rank 0 would
+OTHER_RANKS_DELAY_S = 3
+
 
 @contextlib.contextmanager
 def plain_errors(*kinds: type[Exception], run: Path | None = None) -> Iterator[None]:
     """Turns an error into one line on stderr and exit status 2, and Ctrl-C into one line and status 130.
 
-    Rank 0 prints first, and its exit ends the other ranks. A rank that alone found a mistake prints 3 seconds later.
+    Rank 0 prints first, and its exit ends the other ranks. An error of another rank alone is printed 3 seconds
+    later.
 
     Args:
-        kinds: Exceptions that need no traceback. The default is ValueError, a mistake of the user, and OSError.
-        run: The run folder, where the block trains: the line of Ctrl-C names the command that goes on.
+        *kinds: Exceptions without a traceback. The default is ValueError, a mistake of the user, and OSError.
+        run: The run folder if the block trains. The line of Ctrl-C then names the command that continues the run.
     """
-    caught = kinds or (ValueError, OSError)
+    expected = kinds or (ValueError, OSError)
     try:
         yield
-    except caught as error:
+    except expected as error:
+        prefix = "error"
         if not is_main_rank():
-            time.sleep(3)
-        where = "error" if is_main_rank() else f"error on rank {os.environ['RANK']}"
-        print(one_line(f"{where}: {error}"), file=sys.stderr, flush=True)
-        exit_process(2)
+            time.sleep(OTHER_RANKS_DELAY_S)
+            prefix = f"error on rank {os.environ['RANK']}"
+        print(one_line(f"{prefix}: {error}"), file=sys.stderr, flush=True)
+        exit_process(MISTAKE)
     except KeyboardInterrupt:
         if is_main_rank():
-            told = "interrupted"
-            if run:
-                kept = manifest.list_checkpoints(run)
-                goes_on = f"; train.py --resume {run} goes on from {kept[-1].name}" if kept else ""
-                told += goes_on or " before its first checkpoint"
-            print(told, file=sys.stderr, flush=True)
-        exit_process(130)
+            print(f"interrupted{_how_to_continue(run)}", file=sys.stderr, flush=True)
+        exit_process(INTERRUPTED)
+
+
+def _how_to_continue(run: Path | None) -> str:
+    """Returns the end of the line of Ctrl-C."""
+    if run is None:
+        return ""
+    checkpoints = manifest.list_checkpoints(run)
+    if not checkpoints:
+        return " before its first checkpoint"
+    return f"; train.py --resume {run} goes on from {checkpoints[-1].name}"

@@ -1,31 +1,53 @@
-"""Measures of a split, the same on every layout."""
+"""Evaluates splits; the result is the same on every layout."""
 
 from typing import Any
 
 import torch
 
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed import Engine
+from moe_dist.tasks.task import Task
 from moe_dist.training.metric_accumulator import MetricAccumulator
 
 
 @torch.no_grad()
-def evaluate(engine: Any, task: Any, split: str, mesh: Mesh) -> dict[str, Any]:
-    """{"SPLIT/loss", "SPLIT/MEASURE"}, what the task measures. A collective: all ranks must call it."""
+def evaluate(engine: Engine, task: Task, split: str, mesh: Mesh) -> dict[str, Any]:
+    """Evaluates a split. A collective.
+
+    Args:
+        engine: The model.
+        task: Its task.
+        split: Name of the split.
+        mesh: The ranks.
+
+    Returns:
+        "SPLIT/loss" and the task's other metrics by key.
+    """
     mesh.flight_recorder.enter_phase("evaluation")
-    meter = MetricAccumulator(mesh, task)
+    accumulator = MetricAccumulator(mesh, task)
     for batches in task.eval_batches(split):
-        total = task.loss_denominator(batches)
+        denominator = task.loss_denominator(batches)
         for batch in batches:
-            _, sums, stats = task.loss(engine, batch, total)
-            meter.add(sums, stats)
-    return meter.reduce_and_reset(split) | {
-        f"{split}/{name}": value for name, value in task.finalize_eval(split).items()
-    }
+            _, sums, stats = task.loss(engine, batch, denominator)
+            accumulator.add(sums, stats)
+    values: dict[str, Any] = dict(accumulator.reduce_and_reset(split))
+    for name, value in task.finalize_eval(split).items():
+        values[f"{split}/{name}"] = value
+    return values
 
 
-def evaluate_test(engine: Any, task: Any, mesh: Mesh) -> dict[str, Any]:
-    """Returns what `evaluate` does of all test splits of a task, which is one but for MNLI. A collective."""
-    result: dict[str, Any] = {}
+def evaluate_test(engine: Engine, task: Task, mesh: Mesh) -> dict[str, Any]:
+    """Evaluates all test splits of a task (one, and two for MNLI). A collective.
+
+    Args:
+        engine: The model.
+        task: Its task.
+        mesh: The ranks.
+
+    Returns:
+        The metrics of all of them by key.
+    """
+    values: dict[str, Any] = {}
     for split in task.test_splits:
-        result |= evaluate(engine, task, split, mesh)
-    return result
+        values |= evaluate(engine, task, split, mesh)
+    return values

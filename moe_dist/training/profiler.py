@@ -1,7 +1,7 @@
-"""A trace of a few training steps by torch's profiler, a file for each rank: train.py --profile.
+"""Traces a few training steps with torch's profiler, a file for each rank: train.py --profile.
 
-Its ranges are those of `clock`, with the layer in their name and "(backward)" where they are of backward, and those of
-`training.train_step`: data, forward, and backward with the update.
+The ranges in a trace are those of `monitoring.step_timer`, with the layer in their name and "(backward)" for the part in
+backward, and those of `training.setup.train_step`: data, forward, and backward with the update.
 """
 
 import contextlib
@@ -15,40 +15,51 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from moe_dist.config import run_folder
 from moe_dist.distributed.mesh import Mesh
 
-BEFORE, STEPS = 2, 3  # steps that are not traced, for the first ones differ, and that are
+SKIPPED_STEPS = 2  # the first steps are slower
+TRACED_STEPS = 3
 
 
 @contextlib.contextmanager
-def profile_steps(folder: Path, mesh: Mesh, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Gives what is to be called after each step. The third to fifth step of this process are traced, where they are
-    `wanted`, to folder/profile/rank*.json.gz, which the main rank says; a run that ends before has a shorter trace, or
-    none."""
-    if not wanted:
+def profile_steps(folder: Path, mesh: Mesh, enabled: bool) -> Iterator[Callable[[], None]]:
+    """Traces the third to fifth step of this process to folder/profile/rank*.json.gz.
+
+    A run that ends before has a shorter trace, or none.
+
+    Args:
+        folder: The run folder.
+        mesh: The ranks.
+        enabled: Whether to trace.
+
+    Yields:
+        A function to call after each step.
+    """
+    if not enabled:
         yield lambda: None
         return
-    name = f"profile/rank{mesh.dp.index}.json.gz"
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
 
     def write(trace: profile) -> None:
-        mesh.step_timer.annotate_profile = False
-        try:
-            with run_folder.atomic_write(folder, name) as file:
-                trace.export_chrome_trace(file.name)
-        except OSError as error:  # a full disk costs the trace, not the run
-            print(
-                f"warning: {folder / name} cannot be written ({error.strerror})",
-                file=sys.stderr,
-                flush=True,
-            )
-            return
-        if mesh.is_main:
-            files = f"{folder}/profile/rank*.json.gz"
-            print(f"profile: {files} (open one in ui.perfetto.dev or chrome://tracing)", flush=True)
+        _write(trace, folder, mesh)
 
-    activities = [
-        ProfilerActivity.CPU,
-        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
-    ]
-    plan = schedule(wait=BEFORE - 1, warmup=1, active=STEPS, repeat=1)
+    steps = schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=TRACED_STEPS, repeat=1)
     mesh.step_timer.annotate_profile = True
-    with profile(activities=activities, schedule=plan, on_trace_ready=write) as trace:
+    with profile(activities=activities, schedule=steps, on_trace_ready=write) as trace:
         yield trace.step
+
+
+def _write(trace: profile, folder: Path, mesh: Mesh) -> None:
+    """Writes this rank's trace; a full disk costs the trace, not the run."""
+    name = f"profile/rank{mesh.dp.index}.json.gz"
+    mesh.step_timer.annotate_profile = False
+    try:
+        with run_folder.atomic_write(folder, name) as file:
+            trace.export_chrome_trace(file.name)
+    except OSError as error:
+        warning = f"warning: {folder / name} cannot be written ({error.strerror})"
+        print(warning, file=sys.stderr, flush=True)
+        return
+    if mesh.is_main:
+        files = f"{folder}/profile/rank*.json.gz"
+        print(f"profile: {files} (open one in ui.perfetto.dev or chrome://tracing)", flush=True)

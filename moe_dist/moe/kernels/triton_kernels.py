@@ -1,12 +1,15 @@
-"""The Triton kernels of `gpu`. Every product is of one expert's rows or for one expert's weights, and a program makes
-one tile of it, ROWS x COLUMNS, adding up STEP at a time in float32.
+"""The Triton kernels of `triton_ffn`.
 
-Rows of tokens are gathered by pointers as they are loaded; what lies in order comes by descriptors (TMA on Hopper),
-which give zeros past a tensor's end. Nothing is added up by atomics: every result has one writer and one order.
+Every product is of one expert's rows, or for one expert's weights. A program computes one tile of it, ROWS x
+COLUMNS, and accumulates STEP at a time in float32. Rows of tokens are gathered by pointers while they are loaded.
+Rows that lie in order are loaded by descriptors (TMA on Hopper), which give zeros past a tensor's end. There are no
+atomics: every result has one writer and one order of summation.
 
-Legend: N assignments sorted by expert, M tiles of consecutive ones of one expert, each an expert, its first assignment
-and where that expert's end; T tokens, D width, F hidden units, K what a product sums over, L rows and C columns of its
-result, S columns of tiles, e experts.
+Status: correct in Triton's interpreter; compiled for Hopper, not timed on a GPU.
+
+Legend: N assignments sorted by expert, M tiles of consecutive ones of one expert (expert, first assignment, end of the
+expert's), T tokens, D width, F hidden units, K inner size, L rows and C columns of a result, S columns of tiles, e
+experts.
 """
 
 import triton
@@ -29,14 +32,15 @@ def times_matrix(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """out[n] = gate_N[n] relu(x[token_N[n]] @ w[i]). Without `token_N`, x is a descriptor of rows (N, K); without
-    `gate_N` it is 1; TRANSPOSED: w is (e, C, K)."""
+    """Computes out[n] = gate_N[n] * relu(x[token_N[n]] @ w[i]).
+
+    If `token_N` is None, x is a descriptor of rows (N, K). If `gate_N` is None, gates are 1. If TRANSPOSED, w is
+    (e, C, K). Without RELU the products are not clipped.
+    """
     m, c = _tile()
-    i, first, end = (
-        tl.load(tile_M3 + 3 * m),
-        tl.load(tile_M3 + 3 * m + 1),
-        tl.load(tile_M3 + 3 * m + 2),
-    )
+    i = tl.load(tile_M3 + 3 * m)
+    first = tl.load(tile_M3 + 3 * m + 1)
+    end = tl.load(tile_M3 + 3 * m + 2)
     if first < end:
         out = _product(
             x, token_N, w_eKC, i, first, end, c * COLUMNS, K, TRANSPOSED, ROWS, COLUMNS, STEP
@@ -66,14 +70,15 @@ def hidden_gradients(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """From dh = dy[token_N[n]] @ w2[i]ᵀ, the gradient of hidden units before the gate: that of what ReLU got, this
-    tile's part of the gate's, and beside them the hidden units times the gate, which w2's will want."""
+    """Computes, from dh = dy[token_N[n]] @ w2[i].T, the gradients of ReLU's input and of the gate.
+
+    dh is the gradient of the hidden units before the gate. It also stores this tile's addend of the gate's gradient, and
+    the hidden units times the gate, which the gradient of w2 needs.
+    """
     m, c = _tile()
-    i, first, end = (
-        tl.load(tile_M3 + 3 * m),
-        tl.load(tile_M3 + 3 * m + 1),
-        tl.load(tile_M3 + 3 * m + 2),
-    )
+    i = tl.load(tile_M3 + 3 * m)
+    first = tl.load(tile_M3 + 3 * m + 1)
+    end = tl.load(tile_M3 + 3 * m + 2)
     if first < end:
         dh = _product(
             dy_TD, token_N, w2_eFD, i, first, end, c * COLUMNS, D, True, ROWS, COLUMNS, STEP
@@ -93,7 +98,7 @@ def hidden_gradients(
 
 
 @triton.jit
-def of_weights(
+def weight_gradients(
     left,
     right,
     token_N,
@@ -107,28 +112,30 @@ def of_weights(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """out[i] = the sum over the assignments n of expert i of left[n]ᵀ right[n], zeros where there are none. One side
-    is of tokens and gathered, the other a descriptor of rows that lie in order."""
+    """Computes out[i] = sum of left[n].T right[n] over the assignments n of expert i; zeros if it has none.
+
+    One side is of tokens and gathered, the other is a descriptor of rows that lie in order.
+    """
     l, c = _tile()  # noqa: E741
     i = tl.program_id(2)
     end = tl.load(end_e + i).to(tl.int32)
-    line, column = l * ROWS + tl.arange(0, ROWS), c * COLUMNS + tl.arange(0, COLUMNS)
+    line = l * ROWS + tl.arange(0, ROWS)
+    column = c * COLUMNS + tl.arange(0, COLUMNS)
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     for n in range(end - tl.load(count_e + i).to(tl.int32), end, STEP):
         row = n + tl.arange(0, STEP)
-        mine = (row < end)[
-            :, None
-        ]  # on the gathered side alone: what the next expert has on the other is times 0
+        # masked on the gathered side alone: rows of the next expert on the other side are multiplied by 0
+        is_own = (row < end)[:, None]
         token = tl.load(token_N + row, mask=row < end, other=0).to(tl.int64)[:, None]
         if LEFT_IS_GATHERED:
             a = tl.load(
-                left + token * L + line[None, :], mask=mine & (line < L)[None, :], other=0.0
+                left + token * L + line[None, :], mask=is_own & (line < L)[None, :], other=0.0
             )
             b = right.load([n, c * COLUMNS])
         else:
             a = left.load([n, l * ROWS])
             b = tl.load(
-                right + token * C + column[None, :], mask=mine & (column < C)[None, :], other=0.0
+                right + token * C + column[None, :], mask=is_own & (column < C)[None, :], other=0.0
             )
         out = tl.dot(a.T, b, out, input_precision="ieee")
     place = (i.to(tl.int64) * L + line)[:, None] * C + column[None, :]
@@ -154,8 +161,10 @@ def _product(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """ROWS of x from `first` on @ COLUMNS of w[i] from `column` on. Rows after `end` are another expert's, and not to
-    be stored."""
+    """Returns ROWS of x from `first` on, times COLUMNS of w[i] from `column` on.
+
+    Rows after `end` belong to another expert and must not be stored.
+    """
     if token_N is not None:
         row = first + tl.arange(0, ROWS)
         token = tl.load(token_N + row, mask=row < end, other=0).to(tl.int64)
@@ -177,8 +186,11 @@ def _product(
 
 @triton.jit
 def _tile():
-    """Row and column of this program's tile. Programs start in order of their first number: eight rows of tiles have
-    one column before they have the next, so that what they share stays in the L2 cache."""
+    """Returns the row and the column of this program's tile.
+
+    Programs start in the order of their first number: eight rows of tiles have one column before they have the next,
+    so that the matrix they share stays in the L2 cache.
+    """
     return tl.swizzle2d(
         tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8
     )
@@ -186,9 +198,12 @@ def _tile():
 
 @triton.jit
 def _places(first, end, column, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a tile: its rows; where in an (N, C) tensor it begins, and its elements from there on, for which 32 bits will
-    do; and which of them are inside."""
-    r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    """Returns a tile's rows, its first element in an (N, C) tensor, its elements counted from there, and which exist.
+
+    32 bits are enough for elements that are counted from the tile's first.
+    """
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLUMNS)
     inside = (first + r < end)[:, None] & (column + c < C)[None, :]
     return (
         (first + r).to(tl.int64),
