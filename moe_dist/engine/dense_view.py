@@ -45,7 +45,10 @@ class DenseView(nn.Module):
 @contextlib.contextmanager
 def experts_detached(model: ParallelModel) -> Iterator[None]:
     """Takes experts, dispatchers and row tables out of the module tree, and puts them back at the end."""
-    hidden = [(*name.rpartition(".")[::2],) for name in model.row_tables]
+    hidden = []
+    for name in model.row_tables:
+        parent_name, _, child = name.rpartition(".")
+        hidden.append((parent_name, child))
     for name, module in model.module.named_modules():
         if isinstance(module, MoE):
             hidden += [(name, child) for child in HIDDEN_MODULES]

@@ -238,7 +238,7 @@ def test_illegal_layout_names_the_nearest_legal_one(world: int, sets: list[str],
         ),
         (
             '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}',
-            "'nvme'; 'cpu', or leave it out",
+            "'nvme'; use 'cpu', or leave it out",
         ),
         (
             '{"zero_optimization": {"stage": 2, "stage3_max_reuse_distance": 1e9}}',

@@ -184,7 +184,9 @@ def compiled(cache: Path) -> None:
             assert kernel.metadata.shared <= 227 * 1024, about
             assert "cp.async.bulk.tensor" in kernel.asm["ptx"], about  # TMA
             # 64 rows are what the tensor cores of a group of four warps take
-            wide = dtype == "bf16" and (tiles.rows["ROWS"] >= 64 or kernel.name == "of_weights")
+            wide = dtype == "bf16" and (
+                tiles.rows["ROWS"] >= 64 or kernel.name == "weight_gradients"
+            )
             assert ("wgmma.mma_async" in kernel.asm["ptx"]) == wide, about
             cubin = cache / "cubin"
             cubin.write_bytes(kernel.asm["cubin"])
