@@ -89,9 +89,8 @@ def expert_gradients_divided_by_the_expert_data_group() -> None:
     """Two ranks at ep 2 divide by 1 instead of 2."""
     honest = expert_state.FactoredAdamParam.square
 
-    def square(self: expert_state.FactoredAdamParam) -> torch.Tensor:
-        self.gradient().mul_(2)
-        return honest(self)
+    def square(self: expert_state.FactoredAdamParam, gradient: torch.Tensor) -> Any:
+        return honest(self, gradient.mul_(2))
 
     expert_state.FactoredAdamParam.square = square  # type: ignore[method-assign]
 
@@ -137,10 +136,10 @@ def a_sampler_that_depends_on_the_world() -> None:
 def statistics_from_the_wrong_group() -> None:
     honest = expert_state.FactoredAdamParam.square
 
-    def square(self: expert_state.FactoredAdamParam) -> torch.Tensor:
-        told = honest(self)
-        torch.distributed.all_reduce(self.row_square_eD)  # with the other rank's, of other experts
-        return told
+    def square(self: expert_state.FactoredAdamParam, gradient: torch.Tensor) -> Any:
+        total, statistics = honest(self, gradient)
+        torch.distributed.all_reduce(statistics[0])  # with the other rank's, of other experts
+        return total, statistics
 
     expert_state.FactoredAdamParam.square = square  # type: ignore[method-assign]
 

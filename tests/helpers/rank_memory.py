@@ -52,9 +52,9 @@ def held_by(config: Any) -> dict[str, int]:
         "dense parameters": size(dense),
         "dense optimizer": size(moments) + size(masters),
         "expert parameters": size([e.p for e in opt.experts.values()]),
-        "expert gradients": size([e.gradient() for e in opt.experts.values()]),
+        "expert gradients": size([e.local_gradient() for e in opt.experts.values()]),
         "expert optimizer": size(state) + size(expert_masters),
-        "gates of groups": size(gates) + size([g.gradient() for g in opt.gates.values()]),
+        "gates of groups": size(gates) + size([g.local_gradient() for g in opt.gates.values()]),
         "rows of the vocabulary": size(rows) + size(narrow),
         "activations": sum(saved.values()),
     }
