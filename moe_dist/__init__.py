@@ -1,1 +1,1 @@
-"""moe_dist: an expert-parallel trainer for sparse mixture-of-experts models. The layout is not part of the result."""
+"""moe_dist: an expert-parallel trainer for sparse mixture-of-experts models."""

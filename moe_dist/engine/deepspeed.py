@@ -1,8 +1,8 @@
 """The engine: dense parameters under DeepSpeed ZeRO. The package's only import of deepspeed.
 
-DeepSpeed reduces and shards the dense parameters and calls our optimizer; it neither clips gradients nor
-has an expert. A file of `ds_configs/` contains precision and ZeRO stage; batch sizes and clipping belong to
-the run's config.
+DeepSpeed reduces and shards the dense parameters and calls our optimizer; it neither clips
+gradients nor has an expert. A file of `ds_configs/` contains precision and ZeRO stage; batch sizes
+and clipping belong to the run's config.
 """
 
 import logging
@@ -40,7 +40,7 @@ RECORDED_COLLECTIVES = (
 
 
 def import_deepspeed() -> Any:
-    """Returns the module `deepspeed`, imported without its log lines and without compiling at start."""
+    """Returns the module `deepspeed`, imported without log lines or compiling at start."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
@@ -53,11 +53,12 @@ def import_deepspeed() -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # FENCE. Both lines tried with DeepSpeed 0.19.8 and torch 2.13, held by test_startup.py.
-    # On gloo DeepSpeed would compile a shared-memory op at start: 20 s, a compiler, and a build lock that a
-    # killed run leaves behind and that then hangs every later run. Marked as not compatible, it uses gloo alone.
+    # On gloo DeepSpeed would compile a shared-memory op at start: 20 s, a compiler, and a build
+    # lock that a killed run leaves behind and that then hangs every later run. Marked as not
+    # compatible, it uses gloo alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It imports its Muon optimizer to compare types, which compiles a function, for which torch imports its
-    # compiler: 3 CPU seconds. This is its own path for a torch without a compiler.
+    # It imports its Muon optimizer to compare types, which compiles a function, for which torch
+    # imports its compiler: 3 CPU seconds. This is its own path for a torch without a compiler.
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     return deepspeed
 
@@ -154,8 +155,8 @@ class Engine:
 
     def _complete_config(self, ds: dict[str, Any], layout: BatchLayout) -> dict[str, Any]:
         """Returns the DeepSpeed config with the keys that the run decides."""
-        # one sub-group, so that ZeRO 3 calls step() once; nothing persistent, so that it shards small
-        # parameters as well
+        # one sub-group, so that ZeRO 3 calls step() once; nothing persistent, so that it shards
+        # small parameters as well
         zero = {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12}
         complete = ds | {
             "train_micro_batch_size_per_gpu": layout.samples_per_rank,
@@ -179,14 +180,15 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Runs backward of this rank's part of one micro-batch's loss.
 
-        Gradients are summed over ranks and micro-batches. The last micro-batch of a step is followed by
-        the update.
+        Gradients are summed over ranks and micro-batches. The last micro-batch of a step is
+        followed by the update.
 
         Args:
             loss: A scalar.
 
         Raises:
-            FloatingPointError: On every rank, a step with a non-finite gradient could not be skipped.
+            FloatingPointError: On every rank, a step with a non-finite gradient could not be
+                skipped.
         """
         # the factor undoes DeepSpeed's averaging over ranks
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
@@ -195,7 +197,7 @@ class Engine:
         self.optimizer.check_not_skipped()
 
     def _local_matrix_shards(self) -> list[torch.Tensor]:
-        """Returns, for each dense matrix, a view of the part of its fp32 master that this rank updates (may be empty)."""
+        """Returns a view of this rank's part of each dense matrix's fp32 master, maybe empty."""
         parameters: list[Any] = list(self.names.values())
         matrices = [i for i, p in enumerate(parameters) if len(self.shape(p)) > 1]
         if self.stage == 0:
@@ -237,7 +239,8 @@ class Engine:
         A collective at stages 1 to 3: all ranks must run through it.
 
         Yields:
-            "NAME" with the float32 master, "NAME.exp_avg" and "NAME.exp_avg_sq" with Adam's moments.
+            "NAME" with the float32 master, "NAME.exp_avg" and "NAME.exp_avg_sq" with Adam's
+            moments.
         """
         for i, (name, p) in enumerate(self.names.items()):
             yield name, self.dense_weight(name)
@@ -260,7 +263,7 @@ class Engine:
         return state
 
     def load_dense_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        """Fills parameters, their masters and Adam's moments; the engine may have made steps before.
+        """Fills parameters, masters and Adam's moments; the engine may have made steps before.
 
         Args:
             state: Whole tensors, with the keys of `dense_state`.
@@ -269,7 +272,8 @@ class Engine:
         for flat in self.flat_masters():
             adam = self.optimizer.state[flat]
             for moment in MOMENTS:
-                # as torch's fused Adam creates them; existing ones stay, because DeepSpeed keeps views
+                # as torch's fused Adam creates them; existing ones stay, because DeepSpeed keeps
+                # views
                 adam.setdefault(moment, torch.zeros_like(flat))
             adam["step"] = torch.tensor(float(updates), device=flat.device)
         if self.stage in (1, 2):
@@ -303,7 +307,8 @@ class Engine:
     ) -> None:
         """Fills this rank's partition at ZeRO 3.
 
-        DeepSpeed's own function for whole tensors fails if the ranks do not divide the elements (0.19.8).
+        DeepSpeed's own function for whole tensors fails if the ranks do not divide the elements
+        (0.19.8).
         """
         utils = self.deepspeed.utils
         utils.safe_set_local_fp32_param(p, self._local_part(p, weight))
@@ -318,7 +323,7 @@ class Engine:
             utils.safe_set_full_optimizer_state(p, value.to(p.device), moment)
 
     def _local_part(self, p: Any, whole: torch.Tensor) -> torch.Tensor:
-        """Returns this rank's partition of a whole tensor at ZeRO 3; the last one is padded with zeros."""
+        """Returns this rank's partition of a whole tensor at ZeRO 3, padded with zeros."""
         flat = whole.flatten()
         size = p.ds_tensor.numel()
         padded = torch.cat([flat, flat.new_zeros(size * self.world - len(flat))])

@@ -1,8 +1,8 @@
 """Shows DeepSpeed a model without its experts.
 
-DeepSpeed moves, casts, shards and reduces every parameter that it finds in a model, and so it must not find
-the others: experts are different on every expert-parallel rank, and rows of a vocabulary are reduced one by
-one (`optim`). They stay in the module tree for everybody else.
+DeepSpeed moves, casts, shards and reduces every parameter that it finds in a model, and so it must
+not find the others: experts are different on every expert-parallel rank, and rows of a vocabulary
+are reduced one by one (`optim`). They stay in the module tree for everybody else.
 """
 
 import contextlib
@@ -38,13 +38,15 @@ class DenseView(nn.Module):
                 yield name, p
 
 
-# FENCE. Tried with DeepSpeed 0.19.8, held by test_dense_view.py and, at ZeRO 3, test_large_vocabulary.py. While it is
-# constructed, DeepSpeed walks the module tree itself: it casts every module to bf16, moves it, and at ZeRO 3
-# takes the parameters of each module away and hooks its forward. So the modules of all other parameters are out of
-# the tree for that time. Later it goes through `DenseView.named_parameters`.
+# FENCE. Tried with DeepSpeed 0.19.8, held by test_dense_view.py and, at ZeRO 3,
+# test_large_vocabulary.py. While it is constructed, DeepSpeed walks the module tree itself: it
+# casts every module to bf16, moves it, and at ZeRO 3 takes the parameters of each module away and
+# hooks its forward. So the modules of all other parameters are out of the tree for that time. Later
+# it goes through
+# `DenseView.named_parameters`.
 @contextlib.contextmanager
 def experts_detached(model: ParallelModel) -> Iterator[None]:
-    """Takes experts, dispatchers and row tables out of the module tree, and puts them back at the end."""
+    """Takes experts, dispatchers and row tables out of the module tree until the end."""
     hidden = []
     for name in model.row_tables:
         parent_name, _, child = name.rpartition(".")

@@ -53,10 +53,10 @@ def dispatcher_kind(
 ) -> str:
     """Returns "local", "all_to_all", "dedup_rank" or "dedup_node".
 
-    "auto" is the kind that was the fastest (docs/log.md, 2026-11-30): "dedup_node" if the ranks span
-    several nodes of several ranks evenly; else "dedup_rank" if that at least halves the rows; else
-    "all_to_all", whose rows can travel between nodes in chunks while experts run, and which is as
-    fast within a node.
+    "auto" is the kind that was the fastest (docs/log.md, 2026-11-30): "dedup_node" if the ranks
+    span several nodes of several ranks evenly; else "dedup_rank" if that at least halves the rows;
+    else "all_to_all", whose rows can travel between nodes in chunks while experts run, and which is
+    as fast within a node.
 
     Args:
         configured: `mesh.dispatcher` of the config.
@@ -74,7 +74,8 @@ def dispatcher_kind(
     if configured == "dedup_node" and not spans_nodes_evenly:
         raise ValueError(
             f"mesh.dispatcher='dedup_node': {num_ranks} expert-parallel ranks do not span several "
-            f"nodes of {ranks_per_node} ranks evenly; use 'auto', or set mesh.ep to the number of ranks "
+            f"nodes of {ranks_per_node} ranks evenly; use 'auto', or set mesh.ep to the number of "
+            "ranks "
             "of two nodes or more"
         )
     if configured != "auto":
@@ -86,7 +87,7 @@ def dispatcher_kind(
 
 
 def num_overlap_chunks(config: MeshConfig, crosses_nodes: bool) -> int:
-    """Returns into how many chunks an all-to-all is cut so that experts run while rows travel, 0 for no overlap.
+    """Returns the number of chunks of an all-to-all that overlaps the experts, 0 for no overlap.
 
     The default is 4 if the expert-parallel group has ranks on several nodes, else 0.
 

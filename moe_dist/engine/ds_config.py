@@ -1,6 +1,7 @@
-"""Reads and checks a DeepSpeed config of ds_configs/: precision, ZeRO stage and DeepSpeed's own options.
+"""Reads and checks a DeepSpeed config: precision, ZeRO stage and DeepSpeed's own options.
 
-Keys that DeepSpeed would ignore are errors. Batch sizes, clipping and the optimizer belong to the run's config.
+Keys that DeepSpeed would ignore are errors. Batch sizes, clipping and the optimizer belong to the
+run's config.
 """
 
 import json
@@ -18,7 +19,9 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # keys of a DeepSpeed config that the run's config decides -> the field
 RUN_CONFIG_KEYS = {
     "train_batch_size": "batch.global_batch_size",
-    "train_micro_batch_size_per_gpu": "batch.global_batch_size, batch.grad_accum_steps and the mesh",
+    "train_micro_batch_size_per_gpu": (
+        "batch.global_batch_size, batch.grad_accum_steps and the mesh"
+    ),
     "gradient_accumulation_steps": "batch.grad_accum_steps",
     "gradient_clipping": "optim.max_grad_norm",
     "optimizer": "optim",
@@ -67,8 +70,9 @@ def read_ds_config(config: Config) -> dict[str, Any]:
         The keys of the file, with the stage.
 
     Raises:
-        ValueError: The name is unknown; the file is no JSON object; a key is unknown, given twice, not read at
-            this ZeRO stage, or decided by the run's config; it asks for fp16; or the stage is not in 0..3.
+        ValueError: The name is unknown; the file is no JSON object; a key is unknown, given twice,
+            not read at this ZeRO stage, or decided by the run's config; it asks for fp16; or the
+            stage is not in 0..3.
     """
     names = [path.stem for path in DS_CONFIGS.glob("*.json")]
     if config.ds_config not in names:
@@ -95,7 +99,8 @@ def read_ds_config(config: Config) -> dict[str, Any]:
         _, stages = ALLOWED_KEYS[key]
         if stage not in stages:
             raise ValueError(
-                f"{file}: {key} is read at ZeRO {', '.join(map(str, stages))}, not at zero_stage={stage}; "
+                f"{file}: {key} is read at ZeRO {', '.join(map(str, stages))}, not at "
+                f"zero_stage={stage}; "
                 f"use another file or stage"
             )
     ds["zero_optimization"] = ds.get("zero_optimization", {}) | {"stage": stage}
@@ -103,7 +108,7 @@ def read_ds_config(config: Config) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object of a file. Raises ValueError for anything else, and for a key that is given twice."""
+    """Returns the JSON object of a file; ValueError for anything else or a repeated key."""
     ds = json.loads(path.read_text(), object_pairs_hook=_reject_duplicates)
     if not isinstance(ds, dict):
         raise ValueError(f"{ds!r}, expected an object")

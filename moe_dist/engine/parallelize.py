@@ -2,15 +2,19 @@
 
 `parallelize` changes a model in four steps, in this order:
 
-  1. keep_local_experts    every rank keeps the experts, or groups of experts, that the mesh assigns to it
-  2. fill_parameters       parameters, so far on the meta device, get memory and their initial values: dense ones
-                           keyed by name, experts by name and global id, so that every layout starts alike
+  1. keep_local_experts    every rank keeps the experts, or groups of experts, that the mesh assigns
+  to it
+  2. fill_parameters       parameters, so far on the meta device, get memory and their initial
+  values: dense ones
+                           keyed by name, experts by name and global id, so that every layout starts
+                           alike
   3. connect               each MoE layer gets the mesh's dispatcher, and its sums over ranks
-  4. time_layer            gate, dispatcher and experts of each layer are timed by the mesh's step timer
+  4. time_layer            gate, dispatcher and experts of each layer are timed by the mesh's step
+  timer
 
-Experts stay in the module tree: `parameters()`, `state_dict()` and `.to()` include those of this rank.
-`ParallelModel` lists the parameters by how they are reduced and updated; `engine.deepspeed` gives DeepSpeed
-the dense ones alone.
+Experts stay in the module tree: `parameters()`, `state_dict()` and `.to()` include those of this
+rank. `ParallelModel` lists the parameters by how they are reduced and updated; `engine.deepspeed`
+gives DeepSpeed the dense ones alone.
 
 Legend: a stacked expert parameter holds this rank's experts along its first dimension.
 """
@@ -40,8 +44,8 @@ class ParallelModel:
         module: The whole model, with this rank's experts.
         experts: Stacks of expert weights by name.
         gates: Stacks of the gates inside groups of experts by name.
-        row_tables: By module, the parameters of a vocabulary whose rows are updated one by one (modules
-            with `by_row`), by name.
+        row_tables: By module, the parameters of a vocabulary whose rows are updated one by one
+            (modules with `by_row`), by name.
     """
 
     module: nn.Module
@@ -50,7 +54,7 @@ class ParallelModel:
     row_tables: dict[str, dict[str, nn.Parameter]]
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns the parameters that every rank has alike, by name: those that DeepSpeed shards."""
+        """Returns the parameters that are equal on all ranks, by name; DeepSpeed shards them."""
         others = {*self.experts, *self.gates}
         for table in self.row_tables.values():
             others |= table.keys()
@@ -128,8 +132,8 @@ def fill_parameters(
         bounds: Bound of each parameter's uniform distribution, by name.
         expert_ids: Global ids of the experts that each stacked parameter holds, by name.
     """
-    # as `to_empty`, whose empty_like of a meta tensor imports sympy: 0.6 CPU seconds (torch 2.13, held by
-    # test_startup.py)
+    # as `to_empty`, whose empty_like of a meta tensor imports sympy: 0.6 CPU seconds (torch 2.13,
+    # held by test_startup.py)
     model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=mesh.device)).to(dtype)
     for module in model.modules():
         if isinstance(module, GroupProjection):

@@ -1,15 +1,17 @@
 """Delays weight gradients until the gradients of the rows have been sent.
 
 In backward, other ranks need the gradients of the rows, and no rank needs the gradients of this
-rank's expert weights. So the weight gradients are computed while the rows' gradients travel, which hides
-the all-to-all behind them (Lancet, Jiang et al. 2024; Megatron-Core's `delay_wgrad_compute`).
+rank's expert weights. So the weight gradients are computed while the rows' gradients travel, which
+hides the all-to-all behind them (Lancet, Jiang et al. 2024; Megatron-Core's `delay_wgrad_compute`).
 
-    forward    start dispatch ... split weights ... chunk 0 arrives, runs ... chunk 1 arrives, runs ...
-    backward   ... wait for rows  <- form dW here <- send dx of chunk 0 <- ... <- send dx of chunk 1
+    forward    start dispatch ... split weights ... chunk 0 arrives, runs ... chunk 1 arrives, runs
+    ... backward   ... wait for rows  <- form dW here <- send dx of chunk 0 <- ... <- send dx of
+    chunk 1
 
 Autograd runs the nodes of a graph in the reverse order of their creation. The weights are split
-(`_SplitStacks`) after the rows' dispatch has started and before the first chunk arrives. Its backward
-therefore runs after the last gradient of the rows has been sent and before any is waited for.
+(`_SplitStacks`) after the rows' dispatch has started and before the first chunk arrives. Its
+backward therefore runs after the last gradient of the rows has been sent and before any is waited
+for.
 
 Legend: e experts on this rank, along the first dimension of each stack of weights.
 """
@@ -21,7 +23,8 @@ import torch
 
 from moe_dist.distributed.buffer_pool import pooled_empty
 
-# grad_fn(out) -> the gradient of one chunk of a stack of weights, written to `out` unless it is None
+# grad_fn(out) -> the gradient of one chunk of a stack of weights, written to `out` unless it is
+# None
 GradFn = Callable[[torch.Tensor | None], torch.Tensor]
 # defer(s, grad_fn): the gradient of this chunk of stack s is `grad_fn`'s, to be computed later
 DeferGrad = Callable[[int, GradFn], None]
@@ -53,14 +56,14 @@ class DelayedWeightGrads:
         return self._chunks[c * self.num_stacks : (c + 1) * self.num_stacks]
 
     def defer(self, c: int, s: int, grad_fn: GradFn) -> None:
-        """Registers a function for the gradient of `chunk(c)[s]`; called in backward instead of returning it."""
+        """Registers, in backward, a function that computes the gradient of `chunk(c)[s]` later."""
         self.deferred[c, s] = (_graph_task_id(), grad_fn)
 
 
 # FENCE. `torch._C._current_graph_task_id` is private; tried with torch 2.11 and 2.13, held by
 # test_overlap.py and test_experts.py. It tells backward passes apart: a gradient that was
-# deferred in a backward pass that never reached the stacks (it was stopped, or needed no weights) must
-# not be used by a later one.
+# deferred in a backward pass that never reached the stacks (it was stopped, or needed no weights)
+# must not be used by a later one.
 def _graph_task_id() -> int:
     """Returns the number of the backward pass that is running."""
     return torch._C._current_graph_task_id()
@@ -75,8 +78,8 @@ class _SplitStacks(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         """Returns all stacks of chunk 0, then all of chunk 1, and so on; views."""
         ctx.set_materialize_grads(False)
-        # not `owner` itself: its chunks hold this node, and Python's garbage collector does not see a
-        # reference cycle through C++
+        # not `owner` itself: its chunks hold this node, and Python's garbage collector does not see
+        # a reference cycle through C++
         ctx.deferred = owner.deferred
         ctx.sizes = owner.sizes
         ctx.stacks = stacks
@@ -94,7 +97,7 @@ class _SplitStacks(torch.autograd.Function):
 
 
 def _stack_grad(ctx: Any, s: int, grads: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-    """Returns the gradient of stack `s`, from those that autograd accumulated or that were deferred."""
+    """Returns the gradient of stack `s`, from accumulated and from deferred gradients."""
     stack = ctx.stacks[s]
     num_stacks = len(ctx.stacks)
     if len(ctx.sizes) == 1:
@@ -119,6 +122,6 @@ def _stack_grad(ctx: Any, s: int, grads: tuple[torch.Tensor | None, ...]) -> tor
 def _take_deferred(
     deferred: dict[tuple[int, int], tuple[int, GradFn]], c: int, s: int
 ) -> GradFn | None:
-    """Removes and returns the function that this backward pass deferred for a chunk, None if there is none."""
+    """Removes and returns a chunk's deferred function, None if there is none."""
     task_id, grad_fn = deferred.pop((c, s), (None, None))
     return grad_fn if task_id == _graph_task_id() else None

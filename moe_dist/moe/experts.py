@@ -1,7 +1,7 @@
 """Experts as stacked weights.
 
-`Experts.expert_ffn` is the mathematics, in plain torch. `Experts.forward` computes the same with the
-device's fast kernel if there is one for the work at hand (`moe.kernels`).
+`Experts.expert_ffn` is the mathematics, in plain torch. `Experts.forward` computes the same with
+the device's fast kernel if there is one for the work at hand (`moe.kernels`).
 
 Legend: T tokens, R rows sorted by expert, D width, F hidden units, e experts on this rank (all E of
 them before `engine.parallelize`).
@@ -25,9 +25,9 @@ from moe_dist.moe.routing import Routing
 from moe_dist.nn.init import uniform_parameter
 from moe_dist.nn.token_context import TokenContext
 
-# relu_mask(h_RF, which=.., ctx_R=..) -> which hidden units are on (R, F), instead of the sign of h_RF, so that a
-# recorded run can be replayed (`verify.choice_replay`). `which`: rows by expert (int64), or the number of a
-# dense network's layer.
+# relu_mask(h_RF, which=.., ctx_R=..) -> which hidden units are on (R, F), instead of the sign of
+# h_RF, so that a recorded run can be replayed (`verify.choice_replay`). `which`: rows by expert
+# (int64), or the number of a dense network's layer.
 ReluMask = Callable[..., torch.Tensor]
 
 
@@ -146,7 +146,8 @@ class Experts(nn.Module):
             x_RD: Rows (R, D), sorted by expert.
             count_e: Rows of each expert, int64.
             relu_mask: Decides which hidden units are on. None: the sign of their input.
-            defer: Takes the functions that compute the weight gradients. None: backward returns them.
+            defer: Takes the functions that compute the weight gradients. None: backward returns
+            them.
             *weights: w1 (e, D, F) and w2 (e, F, D).
 
         Returns:
@@ -209,8 +210,9 @@ class Experts(nn.Module):
 class GeluExperts(Experts):
     """Two-layer GELU networks with biases, as in a transformer.
 
-    An expert has 2 x dim x hidden_dim + hidden_dim + dim parameters. The biases of an expert are a matrix
-    with one row, for which a factored second moment is exact (`optim.expert_state.FactoredAdamParam`).
+    An expert has 2 x dim x hidden_dim + hidden_dim + dim parameters. The biases of an expert are a
+    matrix with one row, for which a factored second moment is exact
+    (`optim.expert_state.FactoredAdamParam`).
     """
 
     def __init__(
@@ -229,19 +231,20 @@ class GeluExperts(Experts):
         defer: DeferGrad | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Computes gelu(x @ w1 + b1) @ w2 + b2 of each row; the arguments are those of `Experts`."""
+        """Computes gelu(x @ w1 + b1) @ w2 + b2 of each row; arguments as for `Experts`."""
         w1_eDF, w2_eFD, b1_e1F, b2_e1D = weights
         expert_e = torch.arange(len(count_e), device=x_RD.device)
         expert_R = expert_e.repeat_interleave(count_e, output_size=len(x_RD))
         h_RF = grouped_matmul(x_RD, w1_eDF, count_e, defer and partial(defer, 0))
         h_RF = h_RF + b1_e1F.squeeze(1)[expert_R]
-        # one GELU: the code of Xue et al. 2021 has a second one after the output, the paper and ViT do not
+        # one GELU: the code of Xue et al. 2021 has a second one after the output, unlike paper
+        # and ViT
         h_RF = F.gelu(h_RF)
         y_RD = grouped_matmul(h_RF, w2_eFD, count_e, defer and partial(defer, 1))
         return y_RD + b2_e1D.squeeze(1)[expert_R]
 
     def _select_kernel(self, *_: object) -> None:
-        """Returns None: a kernel that computes GELU again in backward was no faster (docs/log.md)."""
+        """Returns None: recomputing GELU in backward was not faster (docs/log.md)."""
         return None
 
 

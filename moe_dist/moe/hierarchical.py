@@ -1,9 +1,9 @@
-"""Hierarchical mixture of experts: a layer whose experts are groups of experts, each with its own gate.
+"""Hierarchical mixture of experts: the experts of a layer are groups with gates of their own.
 
-Shazeer et al. 2017, Appendix B. The primary gate is an ordinary gate over the groups, so a token crosses
-the network once for each chosen group. The secondary gates live with their group: no rank holds a matrix
-of width x all experts. The product of weights (Eq. 12) comes from nesting, because a group gets the
-weight that it was chosen with.
+Shazeer et al. 2017, Appendix B. The primary gate is an ordinary gate over the groups, so a token
+crosses the network once for each chosen group. The secondary gates live with their group: no rank
+holds a matrix of width x all experts. The product of weights (Eq. 12) comes from nesting, because a
+group gets the weight that it was chosen with.
 
 Legend: T tokens, D width, R rows of this rank's groups, g groups on this rank, b experts per group,
 e = g b experts on this rank, K experts chosen in a group, G balance groups, E all experts.
@@ -51,7 +51,7 @@ class GroupStats:
 
 
 class GroupProjection(nn.Module):
-    """Multiplies each row by the matrix of its group, in float32 or wider; the matrices start at zero.
+    """Multiplies each row by the matrix of its group, in float32 or wider; starts at zero.
 
     Its parameters are never narrower than float32.
     """
@@ -212,8 +212,8 @@ def _sum_by_group(
 class HierarchicalMoE(MoE):
     """A layer over `ExpertGroups` whose balance losses are those of all experts (Eqs. 13 and 14).
 
-    They are formed where the rows are. CV² over all experts needs two scalars per balance group from other
-    ranks.
+    They are formed where the rows are. CV² over all experts needs two scalars per balance group
+    from other ranks.
     """
 
     gate: NoisyTopK
@@ -222,7 +222,7 @@ class HierarchicalMoE(MoE):
     def stats(
         self, routing: Routing, gate_stats: GateStats, expert_stats: GroupStats
     ) -> LayerStats:
-        """Returns the layer's statistics from those of the primary gate and of the groups. A collective."""
+        """Returns the layer's statistics, from the primary gate's and the groups'. A collective."""
         num_groups = expert_stats.rows_Gg.shape[1]
         b = self.experts.experts_per_group
         first = self.experts.first_group

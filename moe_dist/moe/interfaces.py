@@ -1,7 +1,8 @@
-"""The parts of a mixture-of-experts layer as protocols, so that an editor can follow a call from `MoE.forward` on.
+"""Protocols of the parts of a mixture-of-experts layer: gate, experts, dispatcher.
 
 A gate decides which experts a token visits. A dispatcher moves the rows to the ranks of their
-experts and back. The experts compute. A stat reducer sums statistics over ranks for the balance loss.
+experts and back. The experts compute. A stat reducer sums statistics over ranks for the balance
+loss.
 
 Legend: T tokens on this rank, D width, G balance groups, E experts over all ranks.
 """
@@ -78,14 +79,15 @@ class Dispatcher(Protocol):
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        """Returns each token's sum of weighted expert outputs (T, D), and the experts' statistics."""
+        """Returns each token's weighted sum of expert outputs (T, D), and expert statistics."""
         ...
 
 
 class StatReducer(Protocol):
     """Sums statistics over ranks; each method is differentiable.
 
-    `NoReduction` is the one for a single rank, `distributed.collectives.StatReducer` the one for a mesh.
+    `NoReduction` is the one for a single rank, `distributed.collectives.StatReducer` the one for a
+    mesh.
     """
 
     def over_data(self, x: torch.Tensor) -> torch.Tensor:

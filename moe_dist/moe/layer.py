@@ -20,7 +20,8 @@ class LayerStats:
     """Statistics of one call of a layer; returned, never stored in the module.
 
     Attributes:
-        balance_loss: Scalar, summed over the balance groups of the micro-batch; the same on every rank.
+        balance_loss: Scalar, summed over the balance groups of the micro-batch; the same on every
+            rank.
         importance_E: Sum of gate weights by expert (Shazeer et al. 2017, Eq. 6), this rank's addend
             of the sum over ranks, detached.
         load_E: Rows by expert, int64, this rank's addend of the sum over ranks.
@@ -48,8 +49,8 @@ class MoE(nn.Module):
     """A mixture-of-experts layer (Shazeer et al. 2017, Eq. 1).
 
     y = sum over the chosen experts of gate weight x expert output. A plain layer holds all experts
-    and runs on one rank; `engine.parallelize` keeps this rank's experts and replaces `dispatcher` and
-    `stat_reducer` by those of a mesh.
+    and runs on one rank; `engine.parallelize` keeps this rank's experts and replaces `dispatcher`
+    and `stat_reducer` by those of a mesh.
     """
 
     gate: Gate
@@ -77,7 +78,7 @@ class MoE(nn.Module):
         return y_TD, self.stats(routing, gate_stats, expert_stats)
 
     def route(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[Routing, GateStats]:
-        """Returns the assignments of this rank's tokens to experts, and the gate's sums over them."""
+        """Returns the assignments of this rank's tokens to experts, and the gate's sums."""
         return self.gate(x_TD, ctx)
 
     def run_experts(

@@ -1,4 +1,4 @@
-"""Copies tokens to the rows of their experts, and sums the rows of each token: each is the other's gradient.
+"""Copies tokens to expert rows, and sums the rows of a token: each is the other's gradient.
 
 Legend: T tokens, N rows (copies of tokens), D width.
 """
@@ -28,14 +28,15 @@ class TokenPermutation:
 
     @cached_property
     def by_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the rows in the order of their tokens (N,), and each token's first place in it (T,)."""
+        """Returns the rows in token order (N,), and the position of each token's first row (T,)."""
         count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
         return self.token_N.argsort(stable=True), count_T.cumsum(0) - count_T
 
     def reordered(self, order_N: torch.Tensor) -> "TokenPermutation":
         """Returns the same rows in another order, row order_N[0] first.
 
-        Sums over a token's rows keep the order of this permutation, so that they round in the same way.
+        Sums over a token's rows keep the order of this permutation, so that they round in the same
+        way.
         """
         by_token_N, first_T = self.by_token
         place_N = torch.empty_like(order_N)

@@ -68,12 +68,13 @@ def capacity_mask(
 ) -> torch.Tensor:
     """Returns which choices are kept (T, K), bool.
 
-    Padding is never kept. Of the choices of an expert the first `capacity` in a capacity group are kept:
+    Padding is never kept. Of the choices of an expert the first `capacity` in a capacity group are
+    kept:
 
         capacity = ceil(capacity_factor * K * valid tokens of the group / num_experts)
 
-    as in Switch (Fedus et al. 2021, section 2.2). The first choices of all tokens precede their second
-    choices, and earlier tokens precede later ones.
+    as in Switch (Fedus et al. 2021, section 2.2). The first choices of all tokens precede their
+    second choices, and earlier tokens precede later ones.
 
     Args:
         expert_TK: The experts that each token chose, int64.
@@ -87,12 +88,14 @@ def capacity_mask(
         return valid_TK
     group_T = ctx.capacity_group_T
     tokens_G = torch.bincount(group_T[ctx.valid_T], minlength=ctx.num_capacity_groups)
-    # A ratio of integers, small enough for int64: in floating point 1.2 x 50 / 4 is above 15 and would be
-    # rounded up to 16.
+    # A ratio of integers, small enough for int64: in floating point 1.2 x 50 / 4 is above 15 and
+    # would be rounded up to 16.
     share = Fraction(str(capacity_factor)).limit_denominator(10**6) * k / num_experts
     capacity_G = -(-tokens_G * share.numerator // share.denominator)
-    # A queue for each (group, expert), choices of all tokens before their next choices: a stable sort by
-    # queue leaves each queue in the order of precedence. Padding is in a queue of its own, the last one.
+    # A queue for each (group, expert), choices of all tokens before their next choices: a stable
+    # sort by queue leaves each queue in the order of precedence. Padding is in a queue of its own,
+    # the last
+    # one.
     num_queues = ctx.num_capacity_groups * num_experts
     queue_TK = torch.where(valid_TK, group_T[:, None] * num_experts + expert_TK, num_queues)
     queue_N, order_N = queue_TK.t().flatten().sort(stable=True)
@@ -107,8 +110,8 @@ def sum_by_group(x_TE: torch.Tensor, ctx: TokenContext) -> torch.Tensor:
     """Sums over the valid tokens of each balance group.
 
     Returns:
-        (G, E), float64, because balance losses are small differences of these sums, and parts of them are
-        summed on other ranks.
+        (G, E), float64, because balance losses are small differences of these sums, and parts of
+        them are summed on other ranks.
     """
     zero = x_TE.new_zeros(())
     valid_TE = torch.where(ctx.valid_T[:, None], x_TE, zero).double()

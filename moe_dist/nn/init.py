@@ -1,7 +1,7 @@
 """Initial weights that follow from a parameter's name and, for experts, the global expert id.
 
-Every layout therefore starts from the same weights. A parameter stores the bound of its uniform distribution as
-the attribute `init_bound`; `engine.parallelize` fills it.
+Every layout therefore starts from the same weights. A parameter stores the bound of its uniform
+distribution as the attribute `init_bound`; `engine.parallelize` fills it.
 """
 
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ ELEMENTS_PER_CHUNK = 2**22
 
 
 def uniform_parameter(*shape: int, bound: float) -> nn.Parameter:
-    """Returns a parameter that is not filled yet; `init_parameter` draws it from U(-bound, bound)."""
+    """Returns an unfilled parameter; `init_parameter` draws it from U(-bound, bound)."""
     return set_init_bound(nn.Parameter(torch.empty(*shape)), bound)
 
 
 def set_init_bound(p: Any, bound: float) -> nn.Parameter:
-    """Sets the bound of a parameter, for example of one that another library created, and returns it."""
+    """Sets the bound of a parameter, also of one that a library created, and returns it."""
     p.init_bound = bound
     return p
 
@@ -43,7 +43,8 @@ def init_parameter(
         name: Its name in the model, a part of the key.
         bound: Bound of the uniform distribution.
         seed: Seed of the run, a part of the key.
-        expert_ids: Global ids along the first dimension, a part of the key. None: it is not stacked.
+        expert_ids: Global ids along the first dimension, a part of the key. None: it is not
+            stacked.
     """
     if expert_ids is None:
         _fill(p, bound, seed, name)

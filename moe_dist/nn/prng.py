@@ -1,7 +1,7 @@
-"""Random numbers that follow from a key alone, such as (seed, step, "negatives"): the same on every layout.
+"""Random numbers from a key alone, such as (seed, step, "negatives"): equal on every layout.
 
-A key is hashed into the seed of a generator, as `jax.random.fold_in` does. `nn.token_noise` makes the numbers
-that belong to a token.
+A key is hashed into the seed of a generator, as `jax.random.fold_in` does. `nn.token_noise` makes
+the numbers that belong to a token.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def uniform(num: int, *key: int | str) -> torch.Tensor:
 
 @contextmanager
 def default_generator() -> Iterator[Callable[..., None]]:
-    """Lends torch's default CPU generator to libraries that can draw from no other, and restores its state.
+    """Seeds torch's default CPU generator for libraries that need it, and restores its state.
 
     Yields:
         A function that seeds the generator by a key.

@@ -1,7 +1,7 @@
-"""The context of tokens: which sample and position each is, for noise, balance groups and capacity groups.
+"""The context of tokens: sample and position, for noise, balance groups and capacity groups.
 
-It travels with the rows of a token, to whichever rank they go. Samples are counted over all ranks, so nothing in it
-depends on the layout.
+It travels with the rows of a token, to whichever rank they go. Samples are counted over all ranks,
+so nothing in it depends on the layout.
 
 Legend: T tokens, N rows that are copies of tokens, R rows that have arrived.
 """
@@ -17,7 +17,8 @@ class TokenContext:
     """The context of T tokens of one micro-batch.
 
     Attributes:
-        sample_T: Index of the token's sample in the step's global batch (a language model's lane), int64.
+        sample_T: Index of the token's sample in the step's global batch (a language model's lane),
+            int64.
         position_T: Position within the sample, int64.
         valid_T: False for padding, bool.
         seed: Seed of the run.

@@ -1,11 +1,11 @@
 """Noise and dropout that belong to a token, not to a rank.
 
-Every number follows from (seed, step, layer call, gate level, use, sample, position, channel) alone. So noise and
-dropout are the same on any layout, and in a forward that is recomputed.
+Every number follows from (seed, step, layer call, gate level, use, sample, position, channel)
+alone. So noise and dropout are the same on any layout, and in a forward that is recomputed.
 
-They are a counter-based hash in integer tensor operations, with the same bits on CPU and CUDA. Its finaliser is
-Wellons' "lowbias32": two rounds of multiply and xor-shift. A token's second key word enters between the rounds,
-so that two tokens share their noise only if 64 bits collide.
+They are a counter-based hash in integer tensor operations, with the same bits on CPU and CUDA. Its
+finaliser is Wellons' "lowbias32": two rounds of multiply and xor-shift. A token's second key word
+enters between the rounds, so that two tokens share their noise only if 64 bits collide.
 
 Legend: T tokens, C channels, D width.
 """
@@ -60,8 +60,8 @@ def _bits(ctx: TokenContext, use: str, channel_C: torch.Tensor) -> torch.Tensor:
 def _to_normal(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the inverse CDF of 23 bits, centered in their cells; |z| <= 5.2.
 
-    They are odd multiples of 2^-23 in (-1, 1), which float32 represents exactly. With one bit more the last cell
-    would round to 1, and its normal to infinity.
+    They are odd multiples of 2^-23 in (-1, 1), which float32 represents exactly. With one bit more
+    the last cell would round to 1, and its normal to infinity.
     """
     centered = ((bits >> 9) & 0x7FFFFF).to(dtype).mul_(2).add_(1 - 2**23).mul_(2.0**-23)
     return centered.erfinv_().mul_(2**0.5)

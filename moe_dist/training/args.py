@@ -1,4 +1,4 @@
-"""The command line of train.py. Imports no torch, so that --help, --list and a wrong argument are answered at once."""
+"""The command line of train.py. It imports no torch, so that --help and errors are fast."""
 
 import argparse
 import sys
@@ -31,8 +31,8 @@ def parse_args(argv: list[str], doc: str | None) -> argparse.Namespace:
         "--resume",
         type=path_argument,
         metavar="RUN|auto",
-        help="goes on from the newest checkpoint of a run; auto "
-        "(with NAME and --folder): of that folder, or begins there, for launchers that start the same command again",
+        help="continues from the newest checkpoint of a run; auto "
+        "(with NAME and --folder): continues that folder's run, or begins one there",
     )
     parser.add_argument(
         "--grow",
@@ -85,7 +85,7 @@ def parse_args(argv: list[str], doc: str | None) -> argparse.Namespace:
 
 
 def _field_meant(unknown: list[str]) -> str:
-    """A hint where the first of the arguments names a field of a config, with its value or before it."""
+    """Returns a hint if the first argument names a config field, with its value or before it."""
     key, equals, value = unknown[0].lstrip("-").partition("=")
     if key not in dotted_keys(Config(name="")):
         return ""

@@ -21,14 +21,16 @@ OTHER_RANKS_DELAY_S = 3
 
 @contextlib.contextmanager
 def plain_errors(*kinds: type[Exception], run: Path | None = None) -> Iterator[None]:
-    """Turns an error into one line on stderr and exit status 2, and Ctrl-C into one line and status 130.
+    """Turns an error into one line on stderr and exit status 2, Ctrl-C into status 130.
 
-    Rank 0 prints first, and its exit ends the other ranks. An error of another rank alone is printed 3 seconds
-    later.
+    Rank 0 prints first, and its exit ends the other ranks. An error of another rank alone is
+    printed 3 seconds later.
 
     Args:
-        *kinds: Exceptions without a traceback. The default is ValueError, a mistake of the user, and OSError.
-        run: The run folder if the block trains. The line of Ctrl-C then names the command that continues the run.
+        *kinds: Exceptions without a traceback. The default is ValueError, a mistake of the user,
+            and OSError.
+        run: The run folder if the block trains. The line of Ctrl-C then names the command that
+            continues the run.
     """
     expected = kinds or (ValueError, OSError)
     try:

@@ -4,9 +4,9 @@
         --set fault_injection.phase=dispatch
     --set fault_injection.routing=one_expert
 
-A fault is injected once in a run: it leaves the file `fault_injection` in the run folder, so that the
-restarted run continues without it. A routing is forced in every training step. No other module of the
-trainer imports this one.
+A fault is injected once in a run: it leaves the file `fault_injection` in the run folder, so that
+the restarted run continues without it. A routing is forced in every training step. No other module
+of the trainer imports this one.
 
 Legend: T tokens, N assignments of them, E experts.
 """
@@ -42,7 +42,8 @@ def inject(training: Training, folder: Path, new_run: bool = True) -> None:
     Args:
         training: The run, ready to train.
         folder: Its run folder.
-        new_run: Whether the run begins. A resumed one may have fewer ranks, or be past the fault's step.
+        new_run: Whether the run begins. A resumed one may have fewer ranks, or be past the fault's
+            step.
 
     Raises:
         ValueError: A new run would never reach the fault.
@@ -66,7 +67,7 @@ def inject(training: Training, folder: Path, new_run: bool = True) -> None:
 
 
 def _check_is_reached(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError for a fault that never comes, which would look like one that was survived."""
+    """Raises ValueError for a fault that never comes and would look like a survived one."""
     faults = config.fault_injection
     at_step = f"fault_injection.step={faults.step}"
     at_phase = f"fault_injection.phase={faults.phase!r}"
@@ -141,7 +142,7 @@ class _Fault:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _inject_nan(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Replaces one number in the input of the step's first layer that takes floats, not token ids."""
+        """Replaces one number in the input of the first layer of the step that takes floats."""
         x = args[0]
         if not (torch.is_grad_enabled() and x.is_floating_point() and self._is_due()):
             return None

@@ -1,11 +1,12 @@
 """Finds the layer in which a NaN or an infinity first appeared.
 
-A step whose gradients are not all finite is skipped on every rank, and no trained number changes. The
-detector then names the layer, and training ends after `optim.max_consecutive_skipped_steps` such steps in
-a row. The LSTM state of a lane that is not finite starts again from zeros (`tasks.language_model`).
+A step whose gradients are not all finite is skipped on every rank, and no trained number changes.
+The detector then names the layer, and training ends after `optim.max_consecutive_skipped_steps`
+such steps in a row. The LSTM state of a lane that is not finite starts again from zeros
+(`tasks.language_model`).
 
-The output of each layer is summed in forward, and its gradient in backward: one pass over numbers that
-are in cache, and no synchronisation. The sums are only read after a step that was skipped.
+The output of each layer is summed in forward, and its gradient in backward: one pass over numbers
+that are in cache, and no synchronisation. The sums are only read after a step that was skipped.
 """
 
 import math
@@ -25,10 +26,10 @@ from moe_dist.monitoring.metric_keys import NONFINITE_SOURCE
 from moe_dist.optim.optimizer import Optimizer
 
 NOWHERE = 2**31  # an index after all layers
-# A run has diverged if a loss is more than this many times the loss of a uniform guess. In training no guess
-# needs to be much worse than uniform; on test data a model that has memorised its training split may be.
-# The limit is at least MARGIN above a uniform guess: with two classes a guess costs 0.69 nats, and in a small
-# batch one confident wrong answer makes a loss of several times that.
+# A run has diverged if a loss is more than this many times the loss of a uniform guess. In training
+# no guess needs to be much worse than uniform; on test data a model that has memorised its training
+# split may be. The limit is at least MARGIN above a uniform guess: with two classes a guess costs
+# 0.69 nats, and in a small batch one confident wrong answer makes a loss of several times that.
 DIVERGENCE_FACTORS = {"train/loss": 2.0, "test/loss": 10.0}
 MARGIN = 5.0  # nats, or the unit of a squared error
 
@@ -36,7 +37,8 @@ MARGIN = 5.0  # nats, or the unit of a squared error
 class NonFiniteDetector:
     """Watches the outputs of a model's layers, and their gradients, on this rank.
 
-    Layers are the modules that have parameters of their own, and the experts of each MoE layer as one.
+    Layers are the modules that have parameters of their own, and the experts of each MoE layer as
+    one.
 
     Attributes:
         skipped: Number of skipped steps in a row.
@@ -108,18 +110,19 @@ class NonFiniteDetector:
         if self.skipped >= max_skipped:
             raise FloatingPointError(
                 f"{self.source}; {self.skipped} steps in a row were skipped "
-                f"(optim.max_consecutive_skipped_steps={max_skipped}). --resume continues from the last "
+                f"(optim.max_consecutive_skipped_steps={max_skipped}). --resume continues from the "
+                "last "
                 f"checkpoint; a lower optim.lr may help"
             )
 
     def read_and_reset(self) -> dict[str, str]:
-        """Returns the source of the last skipped step for a line of metrics; empty if there is none."""
+        """Returns the source of the last skipped step as a metric, empty if there is none."""
         source = self.source
         self.source = ""
         return {NONFINITE_SOURCE: source} if source else {}
 
     def _find_source(self) -> str:
-        """Returns where a non-finite number first appeared, the same text on every rank. A collective."""
+        """Returns where a non-finite number first appeared, equal on all ranks. A collective."""
         first = [_first_nonfinite(self._outputs), _first_nonfinite(self._gradients)]
         first_P2 = all_gather(torch.tensor([first], device=self.mesh.device), self.mesh.dp)
         output_P, gradient_P = first_P2.t().tolist()
@@ -143,8 +146,10 @@ def divergence_reason(values: Mapping[str, Any], uniform_loss: float) -> str:
     """Returns which loss of a run has diverged, and why; empty if none has.
 
     Args:
-        values: The run's last metrics by key; the keys of `DIVERGENCE_FACTORS` are read if they are there.
-        uniform_loss: The loss of a model that gives every word or class the same probability, in nats.
+        values: The run's last metrics by key; the keys of `DIVERGENCE_FACTORS` are read if they are
+            there.
+        uniform_loss: The loss of a model that gives every word or class the same probability, in
+            nats.
     """
     for key, factor in DIVERGENCE_FACTORS.items():
         loss = values.get(key, 0.0)

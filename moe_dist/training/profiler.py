@@ -1,7 +1,8 @@
 """Traces a few training steps with torch's profiler, a file for each rank: train.py --profile.
 
-The ranges in a trace are those of `monitoring.step_timer`, with the layer in their name and "(backward)" for the part in
-backward, and those of `training.setup.train_step`: data, forward, and backward with the update.
+The ranges in a trace are those of `monitoring.step_timer`, with the layer in their name and
+"(backward)" for the part in backward, and those of `training.setup.train_step`: data, forward, and
+backward with the update.
 """
 
 import contextlib

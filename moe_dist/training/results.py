@@ -33,7 +33,8 @@ def result_lines(
     lines = [task_result]
     if num_updates < num_steps:
         lines.append(
-            f"{num_steps - num_updates} of {num_steps} steps were skipped, because their gradients were not "
+            f"{num_steps - num_updates} of {num_steps} steps were skipped, because their gradients "
+            "were not "
             f"finite; a lower optim.lr may help"
         )
     if config.baseline:
@@ -65,7 +66,7 @@ def read_kept_metrics(baseline: str) -> dict[str, Any] | None:
 
 
 def _baseline_lines(config: Config, baseline: str, is_explicit: bool) -> list[str]:
-    """Returns lines about the kept metrics; none if they do not compare, unless the user named them."""
+    """Returns lines about the kept metrics; none without such, unless the user named them."""
     kept = read_kept_metrics(baseline)
     if kept is None:
         return [f"no kept metrics {baseline} to compare with"] if is_explicit else []

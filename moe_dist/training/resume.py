@@ -78,7 +78,7 @@ def find_checkpoint(spec: RunSpec, mesh: Mesh) -> Resume:
 
 
 def last_training_loss(spec: RunSpec) -> dict[str, float]:
-    """Returns {"train/loss": value} from the last line of a resumed run's metrics, empty without one. A collective."""
+    """Returns {"train/loss": value} of a resumed run's last line, or {}. A collective."""
 
     def read() -> dict[str, float]:
         if spec.source_run is None:

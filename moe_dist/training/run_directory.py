@@ -1,7 +1,7 @@
 """The run folder of a process: its lock, and the files that describe the run.
 
-RUN/config.json  RUN/layout.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report.html  RUN/report/*.png
-RUN/profile/  RUN/wandb/  RUN/calls/  RUN/lock
+RUN/config.json  RUN/layout.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report.html
+RUN/report/*.png RUN/profile/  RUN/wandb/  RUN/calls/  RUN/lock
 """
 
 import errno
@@ -39,7 +39,8 @@ def check_writable(folder: Path, wait_for_lock: bool) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(
-            f"{folder}: cannot be written ({existing} is no folder to write to); give another --folder"
+            f"{folder}: cannot be written ({existing} is no folder to write to); give another "
+            "--folder"
         )
     try:
         for name in SUBFOLDERS:
@@ -77,7 +78,7 @@ class RunDirectory:
         self._restoring = threading.Lock()
 
     def claim(self, wait_for_lock: bool = False, keep_files: bool = False) -> None:
-        """Creates and locks the folder for as long as this process lives, and writes the files. Main rank only.
+        """Creates and locks the folder until the process ends, writes the files. Main rank only.
 
         Args:
             wait_for_lock: Whether to wait for another process to release it.
@@ -95,7 +96,8 @@ class RunDirectory:
                     write(self.path, name, content)
         except OSError as error:
             raise ValueError(
-                f"{self.path}: cannot be written ({run_folder.reason(error)}); give another --folder"
+                f"{self.path}: cannot be written ({run_folder.reason(error)}); give another "
+                "--folder"
             ) from None
 
     def restore(self) -> None:
@@ -197,7 +199,8 @@ def acquire(lock: IO[Any], folder: Path, timeout_s: int) -> None:
             if error.errno not in _NO_LOCKS:
                 raise
             print_on_main(
-                f"warning: {folder}: its file system has no locks ({error.strerror}); do not start two "
+                f"warning: {folder}: its file system has no locks ({error.strerror}); do not start "
+                "two "
                 f"runs in it",
                 sys.stderr,
             )

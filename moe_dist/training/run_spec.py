@@ -1,4 +1,4 @@
-"""Turns the command line of train.py into a `RunSpec`, checked as far as that needs no process group."""
+"""Turns the command line of train.py into a `RunSpec`, checked before any process group."""
 
 import argparse
 import dataclasses
@@ -41,10 +41,11 @@ from moe_dist.training.run_directory import check_writable
 
 MAX_RANKS = 2**20
 AUTO = Path("auto")  # the argument of --resume for launchers that repeat the same command
-# fields that contain a path to the data; a resumed run may have it elsewhere, its fingerprint is compared
+# fields that contain a path to the data; a resumed run may have it elsewhere, its fingerprint is
+# compared
 DATA_PATHS = ("data.text", "data.images", "data.image_root", "data.sentences", "data.questions")
-# fields, and beginnings of fields, that a resumed or evaluated run may change: neither its checkpoint nor its
-# position in the data depends on them
+# fields, and beginnings of fields, that a resumed or evaluated run may change: neither its
+# checkpoint nor its position in the data depends on them
 MAY_CHANGE: tuple[str, ...] = (
     *DATA_PATHS,
     "steps",
@@ -92,7 +93,8 @@ class RunSpec:
         config: The config of the run.
         ds_config: The DeepSpeed config (`engine.ds_config`).
         folder: The run folder. None: a new one in runs/.
-        source_run: The run folder whose checkpoint the run resumes from or evaluates. None: a new run.
+        source_run: The run folder whose checkpoint the run resumes from or evaluates. None: a new
+            run.
         upcycling: How the experts of `source_run` become more (--grow). None: they do not.
         evaluate: Whether only the test splits are evaluated.
         auto_resume: Whether there may be no checkpoint yet, and nothing left to do (--resume auto).
@@ -221,7 +223,7 @@ def _moved_data_advice(spec: RunSpec) -> str:
 
 
 def _unread_notes(spec: RunSpec) -> list[str]:
-    """Returns a note about fields that a new run takes from its data, which --dry-run does not read."""
+    """Returns a note about fields from the data, which --dry-run does not read."""
     fields = task_of(spec.config).fields_from_data
     unread = [key for key in fields if key not in spec.explicit_keys]
     if spec.source_run or not unread:
@@ -239,7 +241,7 @@ def _check_initial_weights(spec: RunSpec) -> None:
 
 
 def check_memory(layout_report: dict[str, Any]) -> None:
-    """Checks that a layout fits into a rank's memory, because the system would kill the rank without a message.
+    """Checks that a layout fits into memory; the system kills a rank without a message.
 
     Args:
         layout_report: The layout (`model_stats.describe_layout`).
@@ -251,8 +253,10 @@ def check_memory(layout_report: dict[str, Any]) -> None:
     available = memory_per_rank()
     if needed > available:
         raise ValueError(
-            f"a rank needs {needed / 1e9:.1f} GB and has {available / 1e9:.1f} GB (breakdown in the table "
-            f"above); use more ranks with a larger mesh.ep or zero_stage, or a smaller model or batch"
+            f"a rank needs {needed / 1e9:.1f} GB and has {available / 1e9:.1f} GB (breakdown in "
+            "the table "
+            "above); use more ranks with a larger mesh.ep or zero_stage, or a smaller model or "
+            "batch"
         )
 
 
@@ -272,7 +276,8 @@ def _resolve(args: argparse.Namespace) -> RunSpec:
         or (args.folder and not creates_folder)
     ):
         raise ValueError(
-            "give one of: NAME, --resume RUN, --evaluate RUN (and --folder PATH with NAME or --grow alone)"
+            "give one of: NAME, --resume RUN, --evaluate RUN (and --folder PATH with NAME or "
+            "--grow alone)"
         )
     if args.grow is not None and not args.resume:
         raise ValueError(f"--grow {args.grow}: only with --resume RUN")
@@ -280,7 +285,8 @@ def _resolve(args: argparse.Namespace) -> RunSpec:
         raise ValueError(f"--grow-noise {args.grow_noise}: only with --grow N")
     if args.folder and manifest.list_checkpoints(args.folder):
         raise ValueError(
-            f"--folder {args.folder}: holds a run already; use --resume {args.folder} to continue it"
+            f"--folder {args.folder}: holds a run already; use --resume {args.folder} to continue "
+            "it"
         )
     if source_run is not None:
         return _resumed(args, source_run)
@@ -311,7 +317,8 @@ def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
     for key in sorted(explicit_keys):
         if key in dotted_keys(kept_config) and not key.startswith(may_change):
             raise ValueError(
-                f"--set {key}: {source_run} cannot go on with another value; fields that may change: "
+                f"--set {key}: {source_run} cannot go on with another value; fields that may "
+                "change: "
                 f"{', '.join(may_change)}"
             )
     kept_config = _fit_ep(kept_config)
@@ -346,7 +353,7 @@ def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
 
 
 def _new_or_resumed(args: argparse.Namespace) -> RunSpec:
-    """Returns the spec of `--resume auto`: the run of --folder continues if it has a checkpoint, else it begins.
+    """Returns the spec of `--resume auto`: the run of --folder continues, or begins.
 
     Raises:
         ValueError: Arguments are missing or too many, or the folder has a run with another config.
@@ -401,7 +408,7 @@ def _merge(
 
 
 def named_config(name: str, assignments: list[str]) -> tuple[Config, list[str]]:
-    """Returns a named config with the assignments of --set, and notes about group sizes that follow from them.
+    """Returns a named config with the values of --set, and notes about derived group sizes.
 
     Args:
         name: The name of the config.
@@ -418,7 +425,8 @@ def named_config(name: str, assignments: list[str]) -> tuple[Config, list[str]]:
 def _new_config(args: argparse.Namespace) -> tuple[Config, list[str]]:
     """Returns the config of a new run, and notes.
 
-    Unless --set mesh.ep says otherwise, experts are spread over the ranks of a node as far as they divide.
+    Unless --set mesh.ep says otherwise, experts are spread over the ranks of a node as far as they
+    divide.
     """
     config, notes = named_config(args.name, args.set)
     section = moe_section(config)
@@ -431,11 +439,12 @@ def _new_config(args: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def _fit_ep(config: Config) -> Config:
-    """Returns the config with an expert-parallel degree that divides the ranks; the result does not depend on it."""
+    """Returns the config with an expert-parallel degree that divides the ranks."""
     if world_size() % config.mesh.ep:
         ep = math.gcd(config.mesh.ep, world_size())
         print_on_main(
-            f"note: mesh.ep={ep}, because {config.mesh.ep} does not divide these {world_size()} ranks; the "
+            f"note: mesh.ep={ep}, because {config.mesh.ep} does not divide these {world_size()} "
+            "ranks; the "
             f"result is the same"
         )
         config = override(config, [f"mesh.ep={ep}"])
@@ -469,6 +478,7 @@ def _upcycling(args: argparse.Namespace, config: Config) -> Upcycling:
         raise ValueError(f"--grow-noise {noise}: from 0 to 1")
     num_experts = section[1].num_experts
     print_on_main(
-        f"note: {num_experts} experts become {num_experts * args.grow}; copies differ by up to {noise:.3g}"
+        f"note: {num_experts} experts become {num_experts * args.grow}; copies differ by up to "
+        f"{noise:.3g}"
     )
     return Upcycling(args.grow, noise, config.seed)

@@ -1,4 +1,4 @@
-"""The services of a training run: metrics, checkpoints, preemption, the profiler and the flight recorder."""
+"""The services of a run: metrics, checkpoints, preemption, profiler, flight recorder."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -86,7 +86,7 @@ class TrainingSession:
         self._services.__exit__(kind, error, trace)
 
     def _open_metrics(self) -> MetricsLogger:
-        """Returns the logger, which continues the metrics file and the wandb run of a resumed run."""
+        """Returns the logger, which continues a resumed run's metrics file and wandb run."""
         config = self.spec.config
         # a grown run is a new one in wandb
         wandb_id = None if self.spec.upcycling else self.resume.state.get("wandb_id")
@@ -104,7 +104,7 @@ class TrainingSession:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Records every collective in the run folder, and names the rank that blocks them. A collective."""
+        """Records collectives in the run folder, names the blocking rank. A collective."""
         timeout_s = self.spec.config.mesh.timeout_s
         recorder = self.training.mesh.flight_recorder
         with recorder.recording(self.folder, timeout_s, barrier_without_timeout):

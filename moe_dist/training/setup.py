@@ -1,4 +1,4 @@
-"""A config on a mesh, ready to train, and one step of it: shared by train.py, verify, benchmarks and tests."""
+"""A config on a mesh, ready to train, and one step: for train.py, verify, benchmarks, tests."""
 
 import dataclasses
 import sys
@@ -76,19 +76,20 @@ def set_up(
         ds: The DeepSpeed config of `engine.ds_config.read_ds_config`.
         mesh: The ranks.
         metadata: `Training.metadata` of an earlier call with the same config.
-        resumed: Whether `metadata` is that of an earlier run, whose weights will be loaded, whose config
-            stays as it is, and whose data must be the same. Otherwise weights start as
+        resumed: Whether `metadata` is that of an earlier run, whose weights will be loaded, whose
+            config stays as it is, and whose data must be the same. Otherwise weights start as
             `config.init_from` says.
         explicit: Dotted keys of the config that the data does not change.
         allow_changed_data: Whether an earlier run may continue with other data.
-        on_config: Called with the config as the data determines it, before the model is built; may raise
-            ValueError.
+        on_config: Called with the config as the data determines it, before the model is built; may
+            raise ValueError.
 
     Returns:
         Everything that a step needs.
 
     Raises:
-        ValueError: On every rank, parts do not fit together, or the data is not that of the earlier run.
+        ValueError: On every rank, parts do not fit together, or the data is not that of the earlier
+            run.
     """
     layout = make_batch_layout(config, mesh.dp.size)
     dtype = compute_dtype(ds)
@@ -145,14 +146,14 @@ def _fingerprint(
 
     data, note = run_on_main(compare, mesh.checkpoint_group)
     if resumed and kept is None:
-        note = f"the checkpoint has no fingerprint of its data, so {data_name} was not compared with it"
+        note = f"the checkpoint has no fingerprint, so {data_name} was not compared with its data"
     if note and mesh.is_main:
         print(f"note: {note}", flush=True)
     return data
 
 
 def _initial_checkpoint(run: str, mesh: Mesh) -> Path:
-    """Returns the newest complete checkpoint of `config.init_from`, and prints which ones were refused."""
+    """Returns the newest complete checkpoint of `config.init_from`, prints refused ones."""
     try:
         checkpoint, refused = newest_complete(Path(run), mesh.checkpoint_group)
     except ValueError as error:
@@ -167,7 +168,7 @@ def _initial_checkpoint(run: str, mesh: Mesh) -> Path:
 def _load_initial_weights(
     checkpoint: Path, engine: Engine, mesh: Mesh, classes: Any, quiet: bool
 ) -> None:
-    """Loads the weights of another run that have the same name and shape, and prints which ones are new."""
+    """Loads another run's weights of equal name and shape, and prints which are new."""
     same_classes = read_state(checkpoint).get("classes") == classes
     never_loaded = () if same_classes else (HEAD_PREFIX,)
     num_loaded, new = load_matching_weights(checkpoint, engine, mesh, never_loaded)

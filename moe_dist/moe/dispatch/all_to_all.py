@@ -1,27 +1,27 @@
 """The dispatcher that sends a row for each assignment: an all-to-all with exact sizes.
 
-It computes y_t = sum of gate_n * expert_n(x_t) over the assignments n of token t (Shazeer et al. 2017,
-Eq. 1). On CPU it adds in the same order as `LocalDispatcher`. A gate weight travels with its row and
-the experts apply it: so its gradient is computed where the expert is, and experts that are layers
-themselves get the weight that they were chosen with.
+It computes y_t = sum of gate_n * expert_n(x_t) over the assignments n of token t (Shazeer et al.
+2017, Eq. 1). On CPU it adds in the same order as `LocalDispatcher`. A gate weight travels with its
+row and the experts apply it: so its gradient is computed where the expert is, and experts that are
+layers themselves get the weight that they were chosen with.
 
 The steps of `AllToAllDispatcher.forward`:
 
   1. counts      every rank receives the number of rows that it will get for each of its experts
   2. dispatch    exactly those rows travel, with their gate weights, and with their context if the
-                 experts need it; first the rows of each rank's first chunk of experts, and so on, so
-                 that one chunk travels while the experts run on another
+                 experts need it; first the rows of each rank's first chunk of experts, and so on,
+                 so that one chunk travels while the experts run on another
   3. regroup     rows arrive ordered by sender; a local routing assigns them to this rank's experts
   4. experts     run, and weight their rows
   5. combine     the rows return to their senders
   6. unpermute   each token sums the rows that returned for it
 
-Nothing is padded and nothing dropped. A rank without a row to send or to receive still makes every call.
-In backward the chunks travel the other way, and weight gradients are computed while the last ones
-travel (`moe.delayed_wgrad`).
+Nothing is padded and nothing dropped. A rank without a row to send or to receive still makes every
+call. In backward the chunks travel the other way, and weight gradients are computed while the last
+ones travel (`moe.delayed_wgrad`).
 
-Legend: T tokens, D width, N assignments of this rank's tokens, R rows that arrive, E experts over all
-ranks, e experts on this rank, P ranks, C chunks.
+Legend: T tokens, D width, N assignments of this rank's tokens, R rows that arrive, E experts over
+all ranks, e experts on this rank, P ranks, C chunks.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ class _ChunkPlan:
 
 
 class AllToAllDispatcher(nn.Module):
-    """Dispatches to experts that are spread over the ranks of an axis in equal consecutive blocks."""
+    """Dispatches to experts that lie on the ranks of an axis in equal consecutive blocks."""
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class AllToAllDispatcher(nn.Module):
 
         Args:
             axis: The expert-parallel ranks.
-            num_chunks: Chunks in which rows travel, at most one for each expert of a rank. 0: one chunk,
-                and neither experts nor weight gradients are overlapped with it.
+            num_chunks: Chunks in which rows travel, at most one for each expert of a rank. 0: one
+                chunk, and neither experts nor weight gradients are overlapped with it.
             comm_dtype: Dtype in which rows travel. None: the dtype they have.
             layer_name: The layer's name, for the labels of its collectives.
         """
@@ -98,8 +98,8 @@ class AllToAllDispatcher(nn.Module):
             ctx: The tokens' context.
 
         Returns:
-            Each token's sum of weighted expert outputs (T, D), and the statistics of the experts for
-            the last chunk; experts that have statistics run in one chunk.
+            Each token's sum of weighted expert outputs (T, D), and the statistics of the experts
+            for the last chunk; experts that have statistics run in one chunk.
         """
         label = CommLabel(self.layer_name, "counts", ctx.layer_call)
         count_Pe = all_to_all_counts(routing.count_E, self.axis, label)  # 1
@@ -141,7 +141,8 @@ class AllToAllDispatcher(nn.Module):
         Args:
             count_E: Rows that this rank sends to each expert, int64.
             count_Pe: Rows that each rank sends to each expert of this rank, int64.
-            max_chunks: Largest number of chunks that the experts can run in; 0 for those that cannot.
+            max_chunks: Largest number of chunks that the experts can run in; 0 for those that
+                cannot.
         """
         num_experts = count_Pe.shape[1]
         num_chunks = max(1, min(self.num_chunks, max_chunks))
@@ -180,7 +181,8 @@ def _sort_by_column(count_Pe: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Returns the order that sorts rows by column first.
 
     Args:
-        count_Pe: Rows of each pair (rank, expert) or (rank, chunk), int64; the rows lie in the order of these pairs.
+        count_Pe: Rows of each pair (rank, expert) or (rank, chunk), int64; the rows lie in the
+            order of these pairs.
         num_rows: Their sum.
 
     Returns:

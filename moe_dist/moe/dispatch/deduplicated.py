@@ -1,27 +1,30 @@
 """Dispatchers that send a token once to each rank that has experts of it, or once to each node.
 
-Rows travel in hops. A hop cuts the experts that it reaches into consecutive blocks (the experts of a
-node, or of a rank) and sends each row once to every block that contains one of its experts, together
-with the list of its experts there. Behind the hop the next dispatcher runs on what has arrived, and
-returns one sum of weighted outputs for each row. These return, and each row adds them up.
+Rows travel in hops. A hop cuts the experts that it reaches into consecutive blocks (the experts of
+a node, or of a rank) and sends each row once to every block that contains one of its experts,
+together with the list of its experts there. Behind the hop the next dispatcher runs on what has
+arrived, and returns one sum of weighted outputs for each row. These return, and each row adds them
+up.
 
   per_rank    one hop to the ranks
-  per_node    a hop to the nodes, to a rank there that has one of the row's experts (in its own node: to
+  per_node    a hop to the nodes, to a rank there that has one of the row's experts (in its own
+  node: to
               the rank where the row is); then a hop to the ranks of the node
 
-The output is that of Shazeer et al. 2017, Eq. 1, with another order of summation: first within a rank.
-Within an expert rows lie ordered by sender, then by token, as after `AllToAllDispatcher`.
+The output is that of Shazeer et al. 2017, Eq. 1, with another order of summation: first within a
+rank. Within an expert rows lie ordered by sender, then by token, as after `AllToAllDispatcher`.
 
-Example: rank 0 of two ranks, experts 0 and 1 on rank 0, 2 and 3 on rank 1. Rows 0 and 1 with experts
+Example: rank 0 of two ranks, experts 0 and 1 on rank 0, 2 and 3 on rank 1. Rows 0 and 1 with
+    experts
 
     row 0: experts 2, 3        row 1: experts 0, 2
 
 make four assignments but three pairs (row, block): row 0 travels once to rank 1 although it has two
-experts there. Rank 1 receives 2 rows and 3 assignments: (row 0, its expert 0), (row 1, its expert 0),
-(row 0, its expert 1). Rank 0 keeps 1 row and 1 assignment.
+experts there. Rank 1 receives 2 rows and 3 assignments: (row 0, its expert 0), (row 1, its expert
+0), (row 0, its expert 1). Rank 0 keeps 1 row and 1 assignment.
 
-Legend: T rows here, D width, N assignments of them, B blocks, U pairs (row, block), P ranks of the axis; V
-rows and M assignments that arrive, L experts of a block.
+Legend: T rows here, D width, N assignments of them, B blocks, U pairs (row, block), P ranks of the
+axis; V rows and M assignments that arrive, L experts of a block.
 """
 
 from dataclasses import dataclass
@@ -117,8 +120,8 @@ def _receiving_rank(
 ) -> torch.Tensor:
     """Returns the rank to which each pair (row, block) goes (U,), int64.
 
-    It is a rank that has one of the row's experts; rows take turns among several. Rows of this rank's own
-    block stay on this rank.
+    It is a rank that has one of the row's experts; rows take turns among several. Rows of this
+    rank's own block stay on this rank.
 
     Args:
         block_U: Block of each pair.
@@ -228,7 +231,7 @@ class DedupDispatcher(nn.Module):
         ctx: TokenContext,
         comm_dtype: torch.dtype | None = None,
     ) -> WaitForChunk:
-        """Starts to send rows (U, ...), and returns a function that waits for those that arrive (V, ...)."""
+        """Starts to send rows (U, ...); returns a function that waits for the received (V, ...)."""
         label = CommLabel(self.layer_name, "dispatch", ctx.layer_call)
         (wait,) = ChunkedAllToAll([send_and_receive], self.axis, label, comm_dtype).scatter(x_U)
         return wait
@@ -243,8 +246,8 @@ class DedupDispatcher(nn.Module):
         """Returns the assignments of the rows that have arrived to the experts of this block.
 
         Args:
-            slot_and_expert_M2: Row of each assignment among those of the same sender, and its expert
-                in the block; int64, ordered by sender.
+            slot_and_expert_M2: Row of each assignment among those of the same sender, and its
+                expert in the block; int64, ordered by sender.
             gate_M: Gate weights.
             received_P2: Rows and assignments from each rank, int64.
             experts_per_block: L.
@@ -267,7 +270,7 @@ def per_rank(
     delay_wgrad: bool = False,
     layer_name: str = "moe",
 ) -> DedupDispatcher:
-    """Returns a dispatcher that sends a row once to each rank of the axis that has one of its experts.
+    """Returns a dispatcher that sends a row once to each rank with at least one of its experts.
 
     Args:
         axis: The expert-parallel ranks.

@@ -16,5 +16,5 @@ class LocalDispatcher(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        """Returns each token's sum of weighted expert outputs (T, D), and the experts' statistics."""
+        """Returns each token's weighted sum of expert outputs (T, D), and expert statistics."""
         return experts(x_TD, routing, ctx)

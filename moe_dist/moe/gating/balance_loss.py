@@ -19,8 +19,8 @@ def cv_squared(
 ) -> torch.Tensor:
     """Returns the squared coefficient of variation over experts (G,) (Shazeer et al. 2017, Eq. 7).
 
-    It is the population variance divided by the squared mean. A group without a token has sums of zero, which
-    are even: its value is 0.
+    It is the population variance divided by the squared mean. A group without a token has sums of
+    zero, which are even: its value is 0.
 
     Args:
         x_Ge: A number for each expert of this rank.
@@ -29,8 +29,8 @@ def cv_squared(
     """
     num_experts = num_experts or x_Ge.shape[1]
     mean_G = over_expert_shards(x_Ge.sum(1)) / num_experts
-    # The derivative of the variance with respect to the mean is zero over all experts, though not over those
-    # of one rank: so the mean is detached.
+    # The derivative of the variance with respect to the mean is zero over all experts, though not
+    # over those of one rank: so the mean is detached.
     deviation_Ge = x_Ge - mean_G.detach()[:, None]
     variance_G = over_expert_shards(deviation_Ge.square().sum(1)) / num_experts
     has_tokens_G = mean_G > 0
@@ -40,8 +40,8 @@ def cv_squared(
 def switch_balance(probability_GE: torch.Tensor, chosen_GE: torch.Tensor) -> torch.Tensor:
     """Returns E sum_i m_i P_i (G,), which is 1 if both are even (Fedus et al. 2021, Eq. 4).
 
-    m_i is expert i's share of all choices and P_i its mean probability. Only P carries a gradient. A group
-    without a token has the value 0.
+    m_i is expert i's share of all choices and P_i its mean probability. Only P carries a gradient.
+    A group without a token has the value 0.
 
     Args:
         probability_GE: Sums of the gate's probabilities over tokens.

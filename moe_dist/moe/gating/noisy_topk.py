@@ -22,7 +22,8 @@ from moe_dist.nn import token_noise
 from moe_dist.nn.init import uniform_parameter
 from moe_dist.nn.token_context import TokenContext
 
-# select(score_TE, k, expert_E, ctx) -> the k winning scores and the best loser (T, k + 1), and their columns
+# select(score_TE, k, expert_E, ctx) -> the k winning scores and the best loser (T, k + 1), and
+# their columns
 SelectExperts = Callable[
     [torch.Tensor, int, torch.Tensor, TokenContext], tuple[torch.Tensor, torch.Tensor]
 ]
@@ -31,8 +32,9 @@ SelectExperts = Callable[
 class Projection(nn.Module):
     """A linear map without bias in float32 or wider; its weights start at zero.
 
-    A router in bf16 diverges (Fedus et al. 2021, Table 2). It is a module of its own because ZeRO 3 gathers a
-    parameter for backward at the output of the module that has it, if that output is a tensor.
+    A router in bf16 diverges (Fedus et al. 2021, Table 2). It is a module of its own because ZeRO 3
+    gathers a parameter for backward at the output of the module that has it, if that output is a
+    tensor.
     """
 
     def __init__(self, dim: int, num_experts: int) -> None:
@@ -47,12 +49,12 @@ class Projection(nn.Module):
 
 
 class NoisyTopK(nn.Module):
-    """A gate that chooses the k highest of noisy logits; gate weights are the softmax over those k alone.
+    """A gate that chooses the k highest noisy logits; its weights are the softmax over those k.
 
-    Both matrices start at zero: no signal, and noise with deviation softplus(0) = ln 2, so that the load is even
-    (Appendix A). At k = 1 the weight is 1 whatever the logits are, and only the balance losses have a gradient
-    (section 2.1 requires k > 1 for that reason): `config.validate` refuses it, and `SoftmaxTopK` is the gate that
-    learns at k = 1.
+    Both matrices start at zero: no signal, and noise with deviation softplus(0) = ln 2, so that the
+    load is even (Appendix A). At k = 1 the weight is 1 whatever the logits are, and only the
+    balance losses have a gradient (section 2.1 requires k > 1 for that reason): `config.validate`
+    refuses it, and `SoftmaxTopK` is the gate that learns at k = 1.
     """
 
     def __init__(
@@ -73,7 +75,8 @@ class NoisyTopK(nn.Module):
             num_experts: Number of experts, or of groups of experts, over all ranks.
             k: Number of them that a token visits.
             noise: Whether noise is added in training (Eq. 4).
-            capacity_factor: Capacity of an expert relative to an even load. None: nothing is dropped.
+            capacity_factor: Capacity of an expert relative to an even load. None: nothing is
+                dropped.
             importance_loss_weight: w_importance of Eq. 7.
             load_loss_weight: w_load of Eq. 11.
 
@@ -121,7 +124,7 @@ class NoisyTopK(nn.Module):
         return build_routing(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """Returns the weighted CV(Importance)² + CV(Load)² (Eqs. 7 and 11), summed over balance groups.
+        """Returns the weighted sum of CV(Importance)² and CV(Load)² (Eqs. 7 and 11) over groups.
 
         Args:
             importance_GE: Sums over the tokens of all ranks.
@@ -133,7 +136,7 @@ class NoisyTopK(nn.Module):
 
 
 def noise_std(x_TE: torch.Tensor) -> torch.Tensor:
-    """Returns softplus(x) (Eq. 4), at least 1e-6: it underflows below -100, and Eq. 9 divides by it."""
+    """Returns softplus(x) (Eq. 4), at least 1e-6, because Eq. 9 divides by it."""
     return F.softplus(x_TE).clamp_min(1e-6)
 
 
@@ -164,8 +167,8 @@ def route_noisy(
         select: Selects the best scores.
 
     Returns:
-        The choices (T, K), their gate weights (T, K), and each token's part of the load (T, E) (Eq. 9). The load
-        is None without noise: Eq. 9 is then 1 for chosen experts and 0 for others.
+        The choices (T, K), their gate weights (T, K), and each token's part of the load (T, E) (Eq.
+        9). The load is None without noise: Eq. 9 is then 1 for chosen experts and 0 for others.
     """
     score_TE = clean_TE
     if std_TE is not None:  # Eq. 4
@@ -183,11 +186,11 @@ def route_noisy(
 def probability_in_top_k(
     clean_TE: torch.Tensor, std_TE: torch.Tensor, chosen_TK: torch.Tensor, top_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Returns P(x, i): the probability that expert i is among the top k if only its noise were drawn again.
+    """Returns P(x, i): the probability that expert i is in the top k if its noise is drawn again.
 
-    Eqs. 8 and 9. The k-th highest score without expert i is the (k + 1)-th of all scores if i is in the top k,
-    else the k-th. The choice decides which, not a comparison of scores: of two equal scores only one was
-    chosen, and the other one's gradient has another path.
+    Eqs. 8 and 9. The k-th highest score without expert i is the (k + 1)-th of all scores if i is in
+    the top k, else the k-th. The choice decides which, not a comparison of scores: of two equal
+    scores only one was chosen, and the other one's gradient has another path.
 
     Args:
         clean_TE: Logits without noise.

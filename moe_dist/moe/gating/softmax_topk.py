@@ -1,4 +1,4 @@
-"""The router of WideNet (Xue et al. 2021): the top k of a softmax over all experts, with expert capacity.
+"""The router of WideNet (Xue et al. 2021): the top k of a softmax, with expert capacity.
 
 Legend: T tokens, D width, E experts, K chosen, G balance groups.
 """
@@ -20,15 +20,16 @@ from moe_dist.nn import token_noise
 from moe_dist.nn.init import set_init_bound
 from moe_dist.nn.token_context import TokenContext
 
-# initial variance of a logit for an input of unit variance, as Fedus et al. 2021 (section 2.4) start
+# initial variance of a logit for an input of unit variance (Fedus et al. 2021, section 2.4)
 INITIAL_VARIANCE = 0.1
 
 
 class SoftmaxTopK(nn.Module):
-    """A gate g(x) = TopK(softmax(f(x) + eps)), with f linear without bias and eps ~ N(0, 1/E²) in training.
+    """A gate g(x) = TopK(softmax(f(x) + eps)); f is linear, eps ~ N(0, 1/E²) in training.
 
-    The gate weights are the probabilities themselves, not divided by their sum over the chosen experts. An
-    assignment over an expert's capacity is dropped, and the residual around the layer carries the token.
+    The gate weights are the probabilities themselves, not divided by their sum over the chosen
+    experts. An assignment over an expert's capacity is dropped, and the residual around the layer
+    carries the token.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class SoftmaxTopK(nn.Module):
             num_experts: Number of experts over all ranks.
             k: Experts that a token visits.
             noise: Whether noise is added in training.
-            capacity_factor: Capacity of an expert relative to an even load. None: nothing is dropped.
+            capacity_factor: Capacity of an expert relative to an even load. None: nothing is
+                dropped.
             balance_loss_weight: The paper's lambda.
 
         Raises:
@@ -63,8 +65,8 @@ class SoftmaxTopK(nn.Module):
         self.capacity_factor = capacity_factor
         self.balance_loss_weight = balance_loss_weight
         self.router = Projection(dim, num_experts)
-        # Not zero as for `NoisyTopK`, whose first choices its noise decides: without noise all tokens would
-        # choose the same experts.
+        # Not zero as for `NoisyTopK`, whose first choices its noise decides: without noise all
+        # tokens would choose the same experts.
         set_init_bound(self.router.w_DE, (3 * INITIAL_VARIANCE / dim) ** 0.5)
         self.select: SelectExperts = top_k_plus_one
 
@@ -88,12 +90,12 @@ class SoftmaxTopK(nn.Module):
         top_TK, expert_TK = self.select(p_TE, self.k, expert_E, ctx)
         gate_TK = top_TK[:, : self.k]
         chosen_TK = expert_TK[:, : self.k]
-        # The paper's capacity is C K N L / E for a device's batch of N L tokens; here the tokens are those of
-        # a capacity group, padding is left out, and a part of a slot is a slot. The authors' code rounds down
-        # and leaves the last slot of every expert empty (it counts slots from 1 and asks for less than the
-        # capacity); this code does not. It also fills slots token by token, all choices of a token together;
-        # here the first choices of all tokens precede the second ones, so that second choices are dropped
-        # first.
+        # The paper's capacity is C K N L / E for a device's batch of N L tokens; here the tokens
+        # are those of a capacity group, padding is left out, and a part of a slot is a slot. The
+        # authors' code rounds down and leaves the last slot of every expert empty (it counts slots
+        # from 1 and asks for less than the capacity); this code does not. It also fills slots token
+        # by token, all choices of a token together; here the first choices of all tokens precede
+        # the second ones, so that second choices are dropped first.
         keep_TK = capacity_mask(chosen_TK, self.capacity_factor, ctx, self.num_experts)
         ones_TK = torch.ones_like(gate_TK)
         stats = GateStats(

@@ -1,9 +1,10 @@
 """The experts' ReLU networks on CPU, one expert at a time.
 
-From the gather of its tokens to its weighted outputs an expert is computed as a whole, so that whatever is
-between two matmuls stays in cache. Each of torch's threads gets whole experts. For backward the tokens are
-kept, which exist in any case, and the hidden units. Every large buffer, those of the weight gradients included,
-reuses the pages of an earlier one (`distributed.buffer_pool`).
+From the gather of its tokens to its weighted outputs an expert is computed as a whole, so that
+whatever is between two matmuls stays in cache. Each of torch's threads gets whole experts. For
+backward the tokens are kept, which exist in any case, and the hidden units. Every large buffer,
+those of the weight gradients included, reuses the pages of an earlier one
+(`distributed.buffer_pool`).
 
 Legend: T tokens, N rows of all experts, n rows of one expert, D width, F hidden units, e experts.
 """
@@ -21,7 +22,8 @@ from moe_dist.moe.delayed_wgrad import DeferGrad
 from moe_dist.moe.kernels.grouped_mm import for_each_expert
 from moe_dist.moe.permutation import TokenPermutation, unpermute_rows
 
-# mean bytes of hidden units of an expert; below, the calls of torch cost more than the memory traffic
+# mean bytes of hidden units of an expert; below, the calls of torch cost more than the memory
+# traffic
 MIN_BYTES_PER_EXPERT = 2**17
 # relu_mask(h_NF) -> which hidden units are on (N, F), from their input
 ReluMask = Callable[[torch.Tensor], torch.Tensor]
@@ -60,7 +62,7 @@ def feedforward(
 
 
 def is_profitable(num_rows: int, w1_eDF: torch.Tensor) -> bool:
-    """Returns whether this is faster than one matmul per expert and the rest at once (times in docs/log.md)."""
+    """Returns whether this kernel is faster than one matmul per expert (docs/log.md)."""
     num_experts, _, hidden_dim = w1_eDF.shape
     hidden_bytes = num_rows * hidden_dim * w1_eDF.element_size()
     return w1_eDF.device.type == "cpu" and hidden_bytes >= MIN_BYTES_PER_EXPERT * num_experts
@@ -162,7 +164,7 @@ class _Backward:
     w2_eFD: torch.Tensor
 
     def run_with_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes all gradients, and returns those of the matrices; zeros for an expert without rows.
+        """Computes all gradients, returns those of the matrices; zeros for an expert without rows.
 
         The gradients of an expert's outputs and hidden units are in memory that stays in cache.
         """

@@ -1,4 +1,4 @@
-"""The grouped matmul: each expert's rows times its matrix, by a loop over experts or by one kernel of torch.
+"""The grouped matmul: each expert's rows times its matrix, by a loop or by one torch kernel.
 
 On CPU the loop gives whole experts to each of torch's threads.
 
@@ -30,11 +30,11 @@ def for_each_expert(
     rows: Sequence[torch.Tensor | None],
     stacks: Sequence[torch.Tensor | None],
 ) -> None:
-    """Calls a function for consecutive parts of the experts with about equally many rows, in threads on CPU.
+    """Calls a function for consecutive parts of the experts, in threads on CPU.
 
     Args:
-        do: Called with a list that has a tuple for each expert: its part of every tensor of `rows`, then
-            its matrix of every tensor of `stacks`.
+        do: Called with a list that has a tuple for each expert: its part of every tensor of `rows`,
+            then its matrix of every tensor of `stacks`.
         count_e: Rows of each expert.
         rows: Tensors of all rows, sorted by expert. An entry None stands for None of each expert.
         stacks: Tensors with the experts along the first dimension; likewise.
@@ -86,8 +86,8 @@ def _threads(number: int) -> ThreadPoolExecutor:
     for _ in range(number):
         pool.submit(int)
     started.wait()
-    # FENCE. `set_num_threads` also sets the number for threads that start later, which would be 1 now
-    # (torch 2.13, held by test_experts.py).
+    # FENCE. `set_num_threads` also sets the number for threads that start later, which would be 1
+    # now (torch 2.13, held by test_experts.py).
     torch.set_num_threads(number)
     return pool
 
@@ -95,7 +95,8 @@ def _threads(number: int) -> ThreadPoolExecutor:
 class GroupedMatmul(torch.autograd.Function):
     """Multiplies the `count_e[i]` consecutive rows of each expert i by w[i].
 
-    Indexing a stacked parameter under autograd would write a gradient of the whole stack for every expert.
+    Indexing a stacked parameter under autograd would write a gradient of the whole stack for every
+    expert.
     """
 
     @staticmethod
@@ -106,7 +107,7 @@ class GroupedMatmul(torch.autograd.Function):
         count_e: torch.Tensor,
         defer: Callable[[GradFn], None] | None,
     ) -> torch.Tensor:
-        """Returns the products (R, F); `defer` takes the function that computes the gradient of `w_eDF`."""
+        """Returns the products (R, F); `defer` receives the function for `w_eDF`'s gradient."""
         products = _GroupedMM(count_e) if has_grouped_mm(x_RD, w_eDF) else _PerExpertMM(count_e)
         ctx.save_for_backward(x_RD, w_eDF)
         ctx.products = products
@@ -146,7 +147,7 @@ class _PerExpertMM:
     def weights(
         self, x_RK: torch.Tensor, dy_RC: torch.Tensor, out_eKC: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns x.T @ dy of each expert's rows (e, K, C), in `out_eKC` if given; zeros for one without rows."""
+        """Returns x.T @ dy of each expert's rows (e, K, C), zeros for an expert without rows."""
         if out_eKC is None:
             out_eKC = pooled_empty(len(self.count_e), x_RK.shape[1], dy_RC.shape[1], like=x_RK)
 
@@ -177,6 +178,6 @@ class _GroupedMM:
 
 
 def has_grouped_mm(x_RD: torch.Tensor, w_eDF: torch.Tensor) -> bool:
-    """Returns whether torch has one kernel for it: CUDA, bf16, rows of a multiple of 16 bytes, < 1,024 experts."""
+    """Returns whether torch's kernel takes it: CUDA, bf16, rows of 16 n bytes, < 1,024 experts."""
     aligned = all(size % 8 == 0 for size in w_eDF.shape[1:])
     return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned and len(w_eDF) < 1024

@@ -1,21 +1,24 @@
 """The experts' ReLU networks on a GPU, with Triton kernels that gather tokens while they load them.
 
-No sorted copy of the tokens is made. `triton_kernels` has the kernels; this module has their graph and the tiles in
-which they work:
+No sorted copy of the tokens is made. `triton_kernels` has the kernels; this module has their graph
+and the tiles in which they work:
 
-    forward   h_NF = relu(x[token] @ w1)     y_ND = gate (h_NF @ w2)     y_TD = sums of y_ND by token
-    backward  dh = dy[token] @ w2.T (never stored)   dgate_N = <dh, h>   dz_NF = gate dh [h > 0]
+    forward   h_NF = relu(x[token] @ w1)     y_ND = gate (h_NF @ w2)     y_TD = sums of y_ND by
+    token backward  dh = dy[token] @ w2.T (never stored)   dgate_N = <dh, h>   dz_NF = gate dh [h >
+    0]
               dx_ND = dz_NF @ w1.T           dx_TD = sums of dx_ND by token
               dw2 = (gate h).T @ dy[token]   dw1 = x[token].T @ dz_NF
 
-For backward the tokens are kept, which exist in any case, and h_NF. It is kept without its gate: a gate may be 0, and
-then <dh, gate h> / gate is no dgate; it may be negative, and then the sign of gate h is not that of h; and in float16
-small gates would cost digits. So the gate is applied in float32, before a product is rounded.
+For backward the tokens are kept, which exist in any case, and h_NF. It is kept without its gate: a
+gate may be 0, and then <dh, gate h> / gate is no dgate; it may be negative, and then the sign of
+gate h is not that of h; and in float16 small gates would cost digits. So the gate is applied in
+float32, before a product is rounded.
 
 Status: off by default (`Experts.use_triton`). Correct in Triton's interpreter; not timed on a GPU.
 
-Legend: T tokens, N assignments sorted by expert, M tiles of consecutive ones of one expert, D width, F hidden units, K
-inner size, L rows and C columns of a result, S columns of tiles, e experts.
+Legend: T tokens, N assignments sorted by expert, M tiles of consecutive ones of one expert, D
+width, F hidden units, K inner size, L rows and C columns of a result, S columns of tiles, e
+experts.
 """
 
 import functools
@@ -57,8 +60,10 @@ class Tiles:
 
     Attributes:
         rows: Rows times an expert's matrix.
-        hidden: Gradients of hidden units. Narrower, because three such tiles are in registers at its end.
-        weights: Gradients of weights. A row is loaded after its token's number, so half of the stages hold tiles.
+        hidden: Gradients of hidden units. Narrower, because three such tiles are in registers at
+            its end.
+        weights: Gradients of weights. A row is loaded after its token's number, so half of the
+            stages hold tiles.
     """
 
     rows: Tile
@@ -66,8 +71,8 @@ class Tiles:
     weights: Tile
 
 
-# smallest mean number of assignments of an expert -> tiles, for Hopper. Tests show that they fit its shared memory
-# and that no register spills; that no others are faster has not been measured.
+# smallest mean number of assignments of an expert -> tiles, for Hopper. Tests show that they fit
+# its shared memory and that no register spills; that no others are faster has not been measured.
 TILES = {
     64: Tiles(tile(128, 256, 64, 4, 8), tile(128, 128, 64, 4, 8), tile(128, 256, 64, 7, 8)),
     24: Tiles(tile(64, 128, 64, 4, 4), tile(64, 128, 64, 4, 4), tile(128, 256, 64, 7, 8)),
@@ -90,10 +95,10 @@ def feedforward(
 ) -> torch.Tensor:
     """Computes y_t = sum over the rows n of token t of gate_n * relu(x_t @ w1[i]) @ w2[i].
 
-    Products accumulate in float32 and are rounded once. Equal inputs give equal bits. Rows gathered in the load
-    without sorted copies are ScatterMoE's (Tan et al. 2024, arXiv 2403.08245). The gates' gradient from hidden units
-    instead of outputs, and sums by token instead of scattered stores, are SonicMoE's (Guo et al. 2025, arXiv
-    2512.14080).
+    Products accumulate in float32 and are rounded once. Equal inputs give equal bits. Rows gathered
+    in the load without sorted copies are ScatterMoE's (Tan et al. 2024, arXiv 2403.08245). The
+    gates' gradient from hidden units instead of outputs, and sums by token instead of scattered
+    stores, are SonicMoE's (Guo et al. 2025, arXiv 2512.14080).
 
     Args:
         x_TD: Tokens (T, D), bfloat16, float16 or float32, as the matrices.
@@ -127,8 +132,9 @@ def supported(
 ) -> bool:
     """Returns whether `feedforward` can do this work.
 
-    It needs Triton (which needs a C compiler and reports a missing one), compute capability 9 (Hopper), for whose
-    shared memory the tiles are made, one dtype, and widths that descriptors and wide loads allow.
+    It needs Triton (which needs a C compiler and reports a missing one), compute capability 9
+    (Hopper), for whose shared memory the tiles are made, one dtype, and widths that descriptors and
+    wide loads allow.
     """
     return (
         x_TD.is_cuda
@@ -202,7 +208,7 @@ class _Feedforward(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Work:
-    """Products over the assignments. The list of tiles is made on the device, so that nothing waits for it.
+    """Products over the assignments; the list of tiles is made on the device, without a wait.
 
     Attributes:
         token_N: Token of each assignment, int64.
@@ -220,7 +226,7 @@ class _Work:
 
     @classmethod
     def listed(cls, token_N: torch.Tensor, count_e: torch.Tensor, tiles: Tiles) -> "_Work":
-        """Lists the largest possible number of tiles; a tile that is not needed begins at or after its expert's end."""
+        """Lists the largest possible number of tiles; a surplus tile begins after its expert."""
         rows = tiles.rows["ROWS"]
         number_e = (count_e + rows - 1) // rows
         end_e = count_e.cumsum(0)

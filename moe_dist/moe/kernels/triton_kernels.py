@@ -1,15 +1,16 @@
 """The Triton kernels of `triton_ffn`.
 
-Every product is of one expert's rows, or for one expert's weights. A program computes one tile of it, ROWS x
-COLUMNS, and accumulates STEP at a time in float32. Rows of tokens are gathered by pointers while they are loaded.
-Rows that lie in order are loaded by descriptors (TMA on Hopper), which give zeros past a tensor's end. There are no
+Every product is of one expert's rows, or for one expert's weights. A program computes one tile of
+it, ROWS x COLUMNS, and accumulates STEP at a time in float32. Rows of tokens are gathered by
+pointers while they are loaded. Rows that lie in order are loaded by descriptors (TMA on Hopper),
+which give zeros past a tensor's end. There are no
 atomics: every result has one writer and one order of summation.
 
 Status: correct in Triton's interpreter; compiled for Hopper, not timed on a GPU.
 
-Legend: N assignments sorted by expert, M tiles of consecutive ones of one expert (expert, first assignment, end of the
-expert's), T tokens, D width, F hidden units, K inner size, L rows and C columns of a result, S columns of tiles, e
-experts.
+Legend: N assignments sorted by expert, M tiles of consecutive ones of one expert (expert, first
+assignment, end of the expert's), T tokens, D width, F hidden units, K inner size, L rows and C
+columns of a result, S columns of tiles, e experts.
 """
 
 import triton
@@ -34,8 +35,8 @@ def times_matrix(
 ):
     """Computes out[n] = gate_N[n] * relu(x[token_N[n]] @ w[i]).
 
-    If `token_N` is None, x is a descriptor of rows (N, K). If `gate_N` is None, gates are 1. If TRANSPOSED, w is
-    (e, C, K). Without RELU the products are not clipped.
+    If `token_N` is None, x is a descriptor of rows (N, K). If `gate_N` is None, gates are 1. If
+    TRANSPOSED, w is (e, C, K). Without RELU the products are not clipped.
     """
     m, c = _tile()
     i = tl.load(tile_M3 + 3 * m)
@@ -72,8 +73,8 @@ def hidden_gradients(
 ):
     """Computes, from dh = dy[token_N[n]] @ w2[i].T, the gradients of ReLU's input and of the gate.
 
-    dh is the gradient of the hidden units before the gate. It also stores this tile's addend of the gate's gradient, and
-    the hidden units times the gate, which the gradient of w2 needs.
+    dh is the gradient of the hidden units before the gate. It also stores this tile's addend of the
+    gate's gradient, and the hidden units times the gate, which the gradient of w2 needs.
     """
     m, c = _tile()
     i = tl.load(tile_M3 + 3 * m)
@@ -112,7 +113,7 @@ def weight_gradients(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Computes out[i] = sum of left[n].T right[n] over the assignments n of expert i; zeros if it has none.
+    """Computes out[i] = sum of left[n].T right[n] over the assignments n of expert i, or zeros.
 
     One side is of tokens and gathered, the other is a descriptor of rows that lie in order.
     """
@@ -124,7 +125,8 @@ def weight_gradients(
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     for n in range(end - tl.load(count_e + i).to(tl.int32), end, STEP):
         row = n + tl.arange(0, STEP)
-        # masked on the gathered side alone: rows of the next expert on the other side are multiplied by 0
+        # masked on the gathered side alone: rows of the next expert on the other side are
+        # multiplied by 0
         is_own = (row < end)[:, None]
         token = tl.load(token_N + row, mask=row < end, other=0).to(tl.int64)[:, None]
         if LEFT_IS_GATHERED:
@@ -188,8 +190,8 @@ def _product(
 def _tile():
     """Returns the row and the column of this program's tile.
 
-    Programs start in the order of their first number: eight rows of tiles have one column before they have the next,
-    so that the matrix they share stays in the L2 cache.
+    Programs start in the order of their first number: eight rows of tiles have one column before
+    they have the next, so that the matrix they share stays in the L2 cache.
     """
     return tl.swizzle2d(
         tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8
@@ -198,7 +200,7 @@ def _tile():
 
 @triton.jit
 def _places(first, end, column, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns a tile's rows, its first element in an (N, C) tensor, its elements counted from there, and which exist.
+    """Returns a tile's rows, first element in an (N, C) tensor, offsets from it, and a mask.
 
     32 bits are enough for elements that are counted from the tile's first.
     """
