@@ -11,8 +11,9 @@
     python train.py --resume runs/NAME --grow 2
     python train.py --evaluate runs/NAME
 
---dry-run prints the layout and ends; --profile traces the third to fifth step; --resume auto begins the run or
-continues it, for launchers that repeat the same command; --grow N starts a new run with N experts for each.
+--dry-run prints the layout and ends; --profile traces the third to fifth step; --resume auto begins
+the run or continues it, for launchers that repeat the same command; --grow N starts a new run with
+N experts for each.
 It runs on CPU with gloo or on CUDA with NCCL.
 """
 
@@ -107,8 +108,8 @@ def train(spec: RunSpec, resume: Resume, training: Training, directory: RunDirec
     """Trains a run, prints its result and draws its report.
 
     Returns:
-        The exit status: 0, `EXIT_STATUS` if SIGTERM ended it before its last step, or 1 if it diverged or its
-        last checkpoint could not be written.
+        The exit status: 0, `EXIT_STATUS` if SIGTERM ended it before its last step, or 1 if it
+        diverged or its last checkpoint could not be written.
     """
     with TrainingSession(spec, resume, training, directory) as session:
         with session.recording():

@@ -1,8 +1,9 @@
-"""The language model with DeepSpeed's own MoE layer in place of ours, under DeepSpeed's own engine and clipping, with
-torch's fused Adam as the client optimizer: what its documentation has, and what `lm.py` times beside ours.
+"""The language model with DeepSpeed's own MoE layer in place of ours, under DeepSpeed's own engine
+and clipping, with torch's fused Adam as the client optimizer: what its documentation has, and what
+`lm.py` times beside ours.
 
-Its gate for k above 2 has no noise, and its balance loss is that of GShard. Where it drops nothing, every expert's rows
-are padded to those of the fullest; where it drops, to the capacity.
+Its gate for k above 2 has no noise, and its balance loss is that of GShard. Where it drops nothing,
+every expert's rows are padded to those of the fullest; where it drops, to the capacity.
 
 Legend: T tokens, D width, E experts.
 """

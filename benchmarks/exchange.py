@@ -1,4 +1,5 @@
-"""Bytes and seconds of a layer's exchange by kind: ragged, once to each rank, once to each node; ragged in pieces.
+"""Bytes and seconds of a layer's exchange by kind: ragged, once to each rank, once to each node;
+ragged in pieces.
 
     .venv/bin/python benchmarks/exchange.py                      four ranks here, told that they are two nodes of two
     .venv/bin/python benchmarks/exchange.py --ranks 2            two ranks of one node
@@ -7,13 +8,15 @@
     sudo benchmarks/two_nodes.sh 1gbit 1 benchmarks/exchange.py --kinds ragged pieces1 pieces2 pieces4 --hidden 1024 \
         --experts 32 --zipf 0                                    what is hidden of the transfer behind the experts
 
-Forward and backward of 4,096 tokens a rank to experts that only weight their rows, or have `--hidden` units, 4 of 256
-for each token, popular by Zipf's law. "pieces2": plainly, in two pieces, gradients of weights while the last one
-travels; "all_to_all" does nothing meanwhile, nor do "dedup_rank" and "dedup_node"; with "dedup_rank+" and "dedup_node+" gradients of weights wait.
-"bf16": plainly, but bf16 on the wire. "experts": the same work without a transfer. All kinds take turns in random
-order, a round is one of each, timed by the clock between barriers, and every kind's output and gradient are compared
-with the ragged ones. Bytes are of forward, there and back, with ids, weights: those that a rank sends to others, the
-mean of the ranks. Prints medians with 90 % intervals, and medians of the rounds' ratios to the ragged exchange.
+Forward and backward of 4,096 tokens a rank to experts that only weight their rows, or have
+`--hidden` units, 4 of 256 for each token, popular by Zipf's law. "pieces2": plainly, in two pieces,
+gradients of weights while the last one travels; "all_to_all" does nothing meanwhile, nor do
+"dedup_rank" and "dedup_node"; with "dedup_rank+" and "dedup_node+" gradients of weights wait.
+"bf16": plainly, but bf16 on the wire. "experts": the same work without a transfer. All kinds take
+turns in random order, a round is one of each, timed by the clock between barriers, and every kind's
+output and gradient are compared with the ragged ones. Bytes are of forward, there and back, with
+ids, weights: those that a rank sends to others, the mean of the ranks. Prints medians with 90 %
+intervals, and medians of the rounds' ratios to the ragged exchange.
 """
 
 import argparse
@@ -53,7 +56,9 @@ class Weigh(torch.nn.Module):
 
 
 class Compute:
-    """As many rows for each of this rank's experts as the exchange brings on average, and nothing travels."""
+    """As many rows for each of this rank's experts as the exchange brings on average, and nothing
+    travels.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size

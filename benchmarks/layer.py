@@ -1,4 +1,5 @@
-"""Milliseconds of one MoE feed-forward layer, forward and backward: ours, the limits it is held against, other systems.
+"""Milliseconds of one MoE feed-forward layer, forward and backward: ours, the limits it is held
+against, other systems.
 
     .venv/bin/python benchmarks/layer.py                            e32 and e256, all that is installed
     .venv/bin/python benchmarks/layer.py --shapes e32 e256 widenet3072 widenet4096 --gate --gelu --json FILE
@@ -6,25 +7,32 @@
     .venv/bin/python benchmarks/layer.py --shapes e256 --world 2 --skew 0.6
     .venv/bin/python benchmarks/layer.py --shapes tokens --impl ours        a ladder of E; `rows` is the other
 
-All of all shapes take turns in random order, on the same weights, tokens and choices; a round is one step of each.
-Printed are medians with 90 % intervals, medians of the rounds' ratios to the dense limit's speed, relative errors
-(norms; bf16 against float32, float32 against float64) of the output and of the worst gradient, and the share of
-assignments that is dropped. Time is the process's with one thread on one rank, which others on the machine disturb
-least; else the clock's, of the slowest rank.
+All of all shapes take turns in random order, on the same weights, tokens and choices; a round is
+one step of each.
+Printed are medians with 90 % intervals, medians of the rounds' ratios to the dense limit's speed,
+relative errors (norms; bf16 against float32, float32 against float64) of the output and of the
+worst gradient, and the share of assignments that is dropped. Time is the process's with one thread
+on one rank, which others on the machine disturb least; else the clock's, of the slowest rank.
 
-`dense` is the limit: one expert of the same shape gets all T·K rows, under plain autograd. `sorted` is matmuls and
-ReLU alone, without autograd, on rows that lie sorted. `ours` reuses the memory of the weights' gradients, as training
-on CPU does, `sorted_reused` and `dense_reused` reuse all; `sorted` and other systems reuse none. `ours_triton` has the
-kernels for a GPU that training does not take before they are measured. `--gate` adds our layer with a noisy gate and
-both its losses, held against the dense limit with that gate alone beside it; `--gelu` adds our experts with GELU and
-biases, held against a dense network of that kind. `peers.py` says what the others are.
+`dense` is the limit: one expert of the same shape gets all T·K rows, under plain autograd. `sorted`
+is matmuls and ReLU alone, without autograd, on rows that lie sorted. `ours` reuses the memory of
+the weights' gradients, as training on CPU does, `sorted_reused` and `dense_reused` reuse all;
+`sorted` and other systems reuse none.
+`ours_triton` has the kernels for a GPU that training does not take before they are measured.
+`--gate` adds our layer with a noisy gate and both its losses, held against the dense limit with
+that gate alone beside it; `--gelu` adds our experts with GELU and biases, held against a dense
+network of that kind.
+`peers.py` says what the others are.
 
-On Linux fresh pages are a fifth of plain autograd's time, or none of it: where other implementations share the process,
-its heap may keep enough for all. `--keep-memory` has it so for every one, and the figures hang on nobody else then.
+On Linux fresh pages are a fifth of plain autograd's time, or none of it: where other
+implementations share the process, its heap may keep enough for all. `--keep-memory` has it so for
+every one, and the figures hang on nobody else then.
 
-In float32 a hidden unit within rounding of 0 may fall either way, and is then an error of 2e-4 in the gradients.
+In float32 a hidden unit within rounding of 0 may fall either way, and is then an error of 2e-4 in
+the gradients.
 
-Legend: T tokens of all ranks, D width, H hidden units (F in names of tensors), E experts, K choices of a token.
+Legend: T tokens of all ranks, D width, H hidden units (F in names of tensors), E experts, K choices
+    of a token.
 """
 
 import argparse
@@ -97,7 +105,8 @@ class Taken(NamedTuple):
 
 
 def draw(shape: Shape, skew: float, device: torch.device) -> Work:
-    """The work of all ranks. The n-th of the experts, in an order drawn as well, is chosen in proportion to n ** -skew,
+    """The work of all ranks. The n-th of the experts, in an order drawn as well, is chosen in
+    proportion to n ** -skew,
     the K of a token without return."""
     g, dtype = prng.generator("layer", *shape), DTYPES[shape.dtype][0]
     popularity_E = (
@@ -209,7 +218,9 @@ def measure(
 
 
 def keep_freed_memory() -> None:
-    """Has the C library (glibc) take all memory from one heap, and give nothing of it back to the system."""
+    """Has the C library (glibc) take all memory from one heap, and give nothing of it back to the
+    system.
+    """
     mallopt = ctypes.CDLL(None).mallopt
     no_mmap, no_trim, grow = (
         mallopt(-4, 0),
@@ -335,7 +346,8 @@ def main() -> None:
     for name in shapes:
         if args.world < 1 or EVERY[name].E % args.world or EVERY[name].T % args.world:
             parser.error(
-                f"--world {args.world}: must divide the {EVERY[name].E} experts and the tokens of {name}"
+                f"--world {args.world}: must divide the {EVERY[name].E} experts and the tokens of "
+                f"{name}"
             )
     impls = [
         impl

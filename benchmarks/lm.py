@@ -1,16 +1,17 @@
-"""Words per second of whole training steps: our MoE models, their dense baseline of equal ops per timestep, and MoE-256
-with DeepSpeed's own layer and engine.
+"""Words per second of whole training steps: our MoE models, their dense baseline of equal ops per
+timestep, and MoE-256 with DeepSpeed's own layer and engine.
 
     .venv/bin/python benchmarks/lm.py                                  under ten minutes on two cores, 19 GB of memory
     .venv/bin/python benchmarks/lm.py --rounds 15 --json FILE
 
-Sizes of Appendix C.1 (width 512, experts of 1,024, 4 of them for a word, dense 4,096), vocabulary 8,000 on the bundled
-text, full softmax, torch's fused Adam on every parameter (`_factored`: our own factored Adam, the trainer's default, on
-those of experts), one process. All live in one process and take turns in random
-order; a round is one step of each. Prints medians with 90 % intervals and the medians of the rounds' ratios.
+Sizes of Appendix C.1 (width 512, experts of 1,024, 4 of them for a word, dense 4,096), vocabulary
+8,000 on the bundled text, full softmax, torch's fused Adam on every parameter (`_factored`: our own
+factored Adam, the trainer's default, on those of experts), one process. All live in one process and
+take turns in random order; a round is one step of each. Prints medians with 90 % intervals and the
+medians of the rounds' ratios.
 
-`deepspeed` drops nothing, as ours; `deepspeed_drops` has capacity 1.25. Both train the same weights: a step of the one
-is followed by a step of the other.
+`deepspeed` drops nothing, as ours; `deepspeed_drops` has capacity 1.25. Both train the same
+weights: a step of the one is followed by a step of the other.
 """
 
 import argparse

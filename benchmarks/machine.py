@@ -35,7 +35,8 @@ COMMIT = _commit()  # that was imported, whatever is there when it ends
 
 
 def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """For JSON: the command (two_nodes.sh puts its own before it), the commit, the architecture, the CPU's name and
+    """For JSON: the command (two_nodes.sh puts its own before it), the commit, the architecture,
+    the CPU's name and
     which of INSTRUCTIONS it has; None for what is not told here."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     pairs = (line.partition(":") for line in reversed(lines))  # of the first core

@@ -1,13 +1,15 @@
-"""Seconds of an update of stacked experts: our factored Adam beside torch's fused Adam, on the same parameters.
+"""Seconds of an update of stacked experts: our factored Adam beside torch's fused Adam, on the same
+parameters.
 
     .venv/bin/python benchmarks/optimizer.py                             two minutes on a core, 7 GB of memory
     .venv/bin/python benchmarks/optimizer.py --rounds 31 --json FILE
 
-Both matrices of 32 and of 256 experts of 512 x 1024 (Appendix C.1), float32. `update` alone, and with it the pass that
-gives the gradient's norm and its row and column sums (`step`), are held against fused Adam's step, which has no norm;
-`clipped Adam` is torch's `clip_grad_norm_` and then fused Adam, and `adam form` our own use of fused Adam
-(`optim.expert_optimizer=adam`) with its norm and its clip factor. All take turns in random order, a round is one of each. Prints
-medians with 90 % intervals, and medians of the rounds' ratios to fused Adam, and of our step to clipped Adam.
+Both matrices of 32 and of 256 experts of 512 x 1024 (Appendix C.1), float32. `update` alone, and
+with it the pass that gives the gradient's norm and its row and column sums (`step`), are held
+against fused Adam's step, which has no norm; `clipped Adam` is torch's `clip_grad_norm_` and then
+fused Adam, and `adam form` our own use of fused Adam (`optim.expert_optimizer=adam`) with its norm
+and its clip factor. All take turns in random order, a round is one of each. Prints medians with 90
+% intervals, and medians of the rounds' ratios to fused Adam, and of our step to clipped Adam.
 """
 
 import argparse
@@ -33,7 +35,9 @@ BASE, CLIPPED = "fused Adam", "clipped Adam"
 
 
 def contenders(num_experts: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    """By name, what is timed: all on parameters and gradients of the same shape, the gradients shared."""
+    """By name, what is timed: all on parameters and gradients of the same shape, the gradients
+    shared.
+    """
     shapes = ((num_experts, DIM, HIDDEN), (num_experts, HIDDEN, DIM))
     alone = Axis(1, 0, None)  # type: ignore[arg-type]  # nobody to talk to
     parameters = [nn.Parameter(torch.empty(s, device=device).uniform_(-0.1, 0.1)) for s in shapes]
@@ -90,7 +94,9 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def measure(num_experts: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds by name, after two rounds that are not kept. `update` comes right after `norm`, as in a step."""
+    """Seconds by name, after two rounds that are not kept. `update` comes right after `norm`, as in
+    a step.
+    """
     runs, order = contenders(num_experts, device), random.Random(0)
     turns = [("norm", "update"), ("adam form",), (CLIPPED,), (BASE,)]
     taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -148,7 +154,8 @@ def main() -> None:
     )
     print(f"{name}, torch {torch.__version__}, {args.rounds} rounds")
     print(
-        f"{'experts':>7}  {'':<12}{'ms':>8}  90 % of rounds   of fused Adam  90 % of rounds  of clipped"
+        f"{'experts':>7}  {'':<12}{'ms':>8}  90 % of rounds   of fused Adam  90 % of rounds  of "
+        "clipped"
     )
     rows = []
     for num_experts in args.experts:

@@ -1,7 +1,8 @@
-"""What `layer.py` times of our own: our layer, the limits that it is held against, a naive loop over experts. `Work` is
-what all do, and a `Layer` one that does it.
+"""What `layer.py` times of our own: our layer, the limits that it is held against, a naive loop
+over experts. `Work` is what all do, and a `Layer` one that does it.
 
-Legend: T tokens of this rank, K choices of each, N = T·K, D width, F hidden units, E experts, e of this rank.
+Legend: T tokens of this rank, K choices of each, N = T·K, D width, F hidden units, E experts, e of
+    this rank.
 """
 
 import dataclasses
@@ -52,7 +53,8 @@ class Work:
         return torch.bincount(self.expert_TK.flatten(), minlength=self.num_experts)
 
 
-# forward(x_TD, gate_TK) -> what backward starts from: first the output, whose gradient is given, then any losses
+# forward(x_TD, gate_TK) -> what backward starts from: first the output, whose gradient is given,
+# then any losses
 Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 ByExpert = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
@@ -184,7 +186,9 @@ def dense_gelu(work: Work, mesh: Mesh) -> Layer:
 
 
 class SortedLimit:
-    """Rows that lie sorted by expert, weighted, and stay so: matmuls and ReLU alone, without autograd."""
+    """Rows that lie sorted by expert, weighted, and stay so: matmuls and ReLU alone, without
+    autograd.
+    """
 
     version, dropped = torch.__version__, 0.0
 

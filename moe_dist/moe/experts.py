@@ -147,7 +147,7 @@ class Experts(nn.Module):
             count_e: Rows of each expert, int64.
             relu_mask: Decides which hidden units are on. None: the sign of their input.
             defer: Takes the functions that compute the weight gradients. None: backward returns
-            them.
+                them.
             *weights: w1 (e, D, F) and w2 (e, F, D).
 
         Returns:

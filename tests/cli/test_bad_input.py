@@ -188,10 +188,12 @@ def test_unknown_field_is_named_without_its_value() -> None:
         (
             3,
             [],
-            "batch.global_batch_size=8 is not a multiple of accumulation x ranks = 1 x 3; nearest: 9",
+            "batch.global_batch_size=8 is not a multiple of accumulation x ranks = 1 x 3; nearest: "
+            "9",
         ),
         (1, ["batch.grad_accum_steps=0"], "at least 1"),
-        # half of 8 samples is a micro-batch; a balance group of the whole batch does not fit into it
+        # half of 8 samples is a micro-batch; a balance group of the whole batch does not fit into
+        # it
         (
             1,
             ["batch.grad_accum_steps=2", "batch.balance_loss_group_size=none"],

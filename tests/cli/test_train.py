@@ -50,7 +50,8 @@ def test_list_and_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
         printed("moe_256_h", "--dry-run", "--json", "--set", "batch.global_batch_size=64")
     )
     assert (said["world"], said["global_batch_size"]) == (1, 64)
-    # experts 256 x 2 x 512 x 1024, LSTMs 2 x (8 x 512 x 512 + 8 x 512), primary gate 2 x 512 x 16, others 16 times that
+    # experts 256 x 2 x 512 x 1024, LSTMs 2 x (8 x 512 x 512 + 8 x 512), primary gate 2 x 512 x 16,
+    # others 16 times that
     parameters = 268_435_456 + 4_202_496 + 16_384 + 262_144
     assert said["parameters_without_embedding_and_softmax"] == parameters
     assert "32 in all, 32 per rank, 4 per word" in printed("moe_32", "--dry-run")
@@ -70,7 +71,8 @@ def test_run_writes_all_its_files_and_can_be_evaluated(
     assert json.loads((run / "layout.json").read_text())["world"] == 1
     assert "<h1>run</h1>" in (run / "report.html").read_text()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # at most (importance_loss_weight + load_loss_weight) x CV² of one expert for all, which is num_experts - 1
+    # at most (importance_loss_weight + load_loss_weight) x CV² of one expert for all, which is
+    # num_experts - 1
     assert lines[0]["throughput/tflops_per_device"] > 0
     assert 0 < lines[0]["train/balance_loss"] < 0.2 * 7
     assert lines[0]["moe/middle/dead_experts"] == lines[0]["moe/middle/tokens_per_expert"].count(0)

@@ -109,7 +109,8 @@ def test_every_task_trains_on_own_data_at_first_start(folder: Path) -> None:
         name: {key: value for key, value in each.items() if key != "parameters"}
         for name, each in one.items()
     }
-    # 12 words, <unk> and <eos>; pieces: 5 special ones, 13 letters and 10 digits with those that go on with a word, ...
+    # 12 words, <unk> and <eos>; pieces: 5 special ones, 13 letters and 10 digits with those that go
+    # on with a word, ...
     assert taken["lstm_moe_demo"] == {"data.vocabulary_size": 14}
     assert taken["widenet_demo"]["model.num_classes"] == 3
     assert taken["widenet_text_demo"]["model.num_classes"] == 3

@@ -99,23 +99,28 @@ def test_dedup_bytes_by_hand() -> None:
     # ragged: to rank 1 four of its rows, to the other node 2 + 3; a weight each
     assert told[0]["all_to_all"]["dispatch"] == 4 * (ROW + 4)
     assert told[0]["all_to_all"]["dispatch_between_nodes"] == 5 * (ROW + 4)
-    # once: rank 1 gets tokens 0, 1, 3 with four assignments; rank 2 tokens 1 and 2, rank 3 token 2: five assignments
+    # once: rank 1 gets tokens 0, 1, 3 with four assignments; rank 2 tokens 1 and 2, rank 3 token 2:
+    # five assignments
     assert told[0]["dedup_rank"]["dispatch"] == 3 * ROW + 4 * EACH
     assert told[0]["dedup_rank"]["dispatch_between_nodes"] == 3 * ROW + 5 * EACH
-    # node: tokens 1 and 2 cross, each once, with five assignments. Inside: rank 1 gets tokens 0, 1, 3 as above, and of
-    # rank 3's token [1, 2, 3], which is the 0th there and lands on rank 0, two assignments
+    # node: tokens 1 and 2 cross, each once, with five assignments. Inside: rank 1 gets tokens 0, 1,
+    # 3 as above, and of rank 3's token [1, 2, 3], which is the 0th there and lands on rank 0, two
+    # assignments
     assert told[0]["dedup_node"]["dispatch_between_nodes"] == 2 * ROW + 5 * EACH
     assert told[0]["dedup_node"]["dispatch"] == 4 * ROW + 6 * EACH
-    # rank 1: [6, 7, 5] is on both ranks of the other node: ragged sends three rows, once two, node one
+    # rank 1: [6, 7, 5] is on both ranks of the other node: ragged sends three rows, once two, node
+    # one
     assert [
         told[1][kind]["dispatch_between_nodes"]
         for kind in ("all_to_all", "dedup_rank", "dedup_node")
     ] == [3 * (ROW + 4), 2 * ROW + 3 * EACH, ROW + 3 * EACH]
-    # token 2 of rank 0 and token 0 of rank 1, being even, land on rank 2 and go on to rank 3, with two assignments;
+    # token 2 of rank 0 and token 0 of rank 1, being even, land on rank 2 and go on to rank 3, with
+    # two assignments;
     # rank 3 sends its own token [7, 6, 4] to rank 2 with one
     assert told[2]["dedup_node"]["dispatch"] == 2 * ROW + 4 * EACH
     assert told[3]["dedup_node"]["dispatch"] == ROW + EACH
-    # what rows went there comes back, and nothing else: tokens 1 and 2 of rank 0, and that of rank 1, from rank 2
+    # what rows went there comes back, and nothing else: tokens 1 and 2 of rank 0, and that of rank
+    # 1, from rank 2
     assert [told[rank]["dedup_node"]["combine_between_nodes"] for rank in range(4)] == [
         ROW,
         0,

@@ -44,7 +44,8 @@ def test_sharded_update_equals_replicated_update(small_text: Path, tmp_path: Pat
     for told in by_rank:
         for case, each in told.items():
             assert all(each["same"].values()), (case, each["same"])
-        # two matrices of six experts of 16 x 24 float32: gradients go to owners and weights come back, each from 3 of 4
+        # two matrices of six experts of 16 x 24 float32: gradients go to owners and weights come
+        # back, each from 3 of 4
         assert told["factored 1"]["sent"] == dict.fromkeys(
             ("gradients", "weights"), 2 * 6 * 16 * 24 * 4 * 3 // 4
         )

@@ -1,8 +1,9 @@
 """Hierarchical experts on 1, 2 and 4 ranks against a slow reference, in float64; and the bytes that
 they send.
 
-The batch, its cuts over ranks and the primary gate are those of `test_parity`: what were experts there are groups here,
-of three experts each. Groups 4 and 5 no token chooses: with ep = 4 these are all of the rank that has no tokens.
+The batch, its cuts over ranks and the primary gate are those of `test_parity`: what were experts
+there are groups here, of three experts each. Groups 4 and 5 no token chooses: with ep = 4 these are
+all of the rank that has no tokens.
 
 Legend: T tokens, D width, a groups, b experts per group, E = a b experts, G balance groups.
 """
@@ -315,7 +316,8 @@ def test_secondary_gates_stay_in_float32(ran: tuple[Layout, list[dict[str, Any]]
 
 
 def test_group_gates_are_in_the_norm_and_use_adam(ran: tuple[Layout, list[dict[str, Any]]]) -> None:
-    """Rank r has a gradient of (1, -1) (1 + r) for its gate; that of the gate is the sum over its replicas, over all
+    """Rank r has a gradient of (1, -1) (1 + r) for its gate; that of the gate is the sum over its
+    replicas, over all
     ranks. The dense gradient is (3, 4), so norm² = 25 + 2 sum of squares of the gates'."""
     layout, by_rank = ran
     gradient = [

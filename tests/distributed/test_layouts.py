@@ -58,7 +58,9 @@ def bytes_of(run: Run) -> dict[str, int]:
 
 
 def every_layout(world: int) -> list[tuple[int, int, int]]:
-    """Every (ep, ZeRO stage, accumulation): one micro-batch or two, and with experts spread over two ranks both."""
+    """Every (ep, ZeRO stage, accumulation): one micro-batch or two, and with experts spread over
+    two ranks both.
+    """
     layouts = []
     for ep in (1, 2, 4):
         if world % ep == 0:
@@ -127,8 +129,10 @@ def test_hierarchical_layouts_agree(small_text: Path) -> None:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bf16_follows_float32(zero: int, small_text: Path) -> None:
-    """With bf16 compute and float32 masters of dense and expert weights the first norms are those of float32 to a few
-    units of bf16's 2^-8, and twenty steps of 1e-4 add up in the masters, which bf16 weights of 0.1 would round away."""
+    """With bf16 compute and float32 masters of dense and expert weights the first norms are those
+    of float32 to a few units of bf16's 2^-8, and twenty steps of 1e-4 add up in the masters, which
+    bf16 weights of 0.1 would round away.
+    """
     results = run_distributed(train_bf16, 2, str(small_text), zero, timeout=180)
     for result in results:
         assert result["bf16 norms"] == pytest.approx(result["fp32 norms"], rel=0.005)

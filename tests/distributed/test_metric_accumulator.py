@@ -17,13 +17,16 @@ from moe_dist.training.setup import train_step
 
 @pytest.mark.timeout(120)
 def test_logged_losses_add_up(small_text: Path) -> None:
-    """Loss per word + balance loss is the step's loss, over 2 ranks, 2 micro-batches and 4 balance groups."""
+    """Loss per word + balance loss is the step's loss, over 2 ranks, 2 micro-batches and 4 balance
+    groups.
+    """
     for total, line in run_distributed(one_line, 2, str(small_text), timeout=100):
         assert line["train/loss"] + line["train/balance_loss"] == pytest.approx(total, rel=1e-6)
         assert line["train/balance_loss"] > 1e-4
         # 8 samples of 6 words, 2 experts each
         assert sum(line["moe/middle/tokens_per_expert"]) == 8 * 6 * 2
-        # on average half of the rows go to the other rank: 48 of 96 rows of 16 float32, there and back, twice
+        # on average half of the rows go to the other rank: 48 of 96 rows of 16 float32, there and
+        # back, twice
         for direction in ("dispatch", "combine", "combine_backward"):
             assert line[f"comm/middle/{direction}/intra_node_bytes"] == pytest.approx(
                 48 * 16 * 4, rel=0.4
@@ -31,7 +34,8 @@ def test_logged_losses_add_up(small_text: Path) -> None:
         assert (
             line["comm/middle/counts/intra_node_bytes"] == 2 * 2 * 4 * 8
         )  # 2 micro-batches, 2 ranks, 4 counts of 8 bytes
-        # each part of the step takes some time, and each of two ranks more than 100 MB for Python and torch alone
+        # each part of the step takes some time, and each of two ranks more than 100 MB for Python
+        # and torch alone
         assert all(line[f"time/{part}_ms"] > 0 for part in PARTS)
         assert (
             len(line["memory/peak_bytes_by_rank"]) == 2

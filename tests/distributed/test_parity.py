@@ -1,7 +1,9 @@
-"""The layer and the language model on 1, 2 and 4 ranks against a slow reference, in float64: values and every gradient.
+"""The layer and the language model on 1, 2 and 4 ranks against a slow reference, in float64: values
+and every gradient.
 
-One global batch of 8 samples with up to 4 tokens each is cut over the ranks unevenly: on two ranks into 2 and 6 samples
-or 0 and 8; on four into 2, 2 (padding alone), none at all and 4. The reference sees the whole batch at once.
+One global batch of 8 samples with up to 4 tokens each is cut over the ranks unevenly: on two ranks
+into 2 and 6 samples or 0 and 8; on four into 2, 2 (padding alone), none at all and 4. The reference
+sees the whole batch at once.
 
 Legend: T tokens, B samples, S timesteps, D width, E experts, e experts of a rank, G balance groups.
 """
@@ -73,7 +75,9 @@ CASES = {
 
 
 class ExpertsByPlace(nn.Module):
-    """Experts whose output depends on where a token stands: y = scale_e * x * sin(1 + sample + 10 position)."""
+    """Experts whose output depends on where a token stands: y = scale_e * x * sin(1 + sample + 10
+    position).
+    """
 
     needs_context = True
 

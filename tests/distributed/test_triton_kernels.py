@@ -31,10 +31,12 @@ pytestmark = pytest.mark.skipif(
 Told = dict[str, torch.Tensor]
 NAMES = ("x", "gate", "w1", "w2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# of a norm. bf16 rounds what is stored by 2^-9 at most, where the interpreter cuts off 2^-8; fp16 by 2^-12
+# of a norm. bf16 rounds what is stored by 2^-9 at most, where the interpreter cuts off 2^-8; fp16
+# by 2^-12
 ERROR = {"fp32": 2e-6, "bf16": 1.2e-2, "fp16": 1e-3}
 SMALL = Tiles(tile(16, 32, 32, 2, 4), tile(16, 16, 16, 2, 4), tile(32, 16, 16, 2, 4))
-# tokens, and how many assignments each expert has: more and less than a tile's rows, exactly so many, none
+# tokens, and how many assignments each expert has: more and less than a tile's rows, exactly so
+# many, none
 CASES = {
     "ragged": (37, [19, 0, 16, 1, 33, 0]),
     "one expert": (20, [20]),

@@ -214,8 +214,8 @@ def test_verify_from_the_command_line(
     said = capfd.readouterr().out
     assert "2 of 2 layouts within 1e-05 of one rank" in said
     assert (
-        "not a layout of this config: 5 ranks, ep 1, accumulation 1: batch.global_batch_size=24 is not a multiple"
-        in said
+        "not a layout of this config: 5 ranks, ep 1, accumulation 1: batch.global_batch_size=24 is "
+        "not a multiple" in said
     )
     told = json.loads(file.read_text())
     assert [

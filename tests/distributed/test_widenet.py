@@ -245,7 +245,8 @@ def test_models_equal_the_reference(ran: tuple[Layout, list[dict[str, Any]]], na
 def test_shared_experts_dispatch_at_every_depth_and_reduce_once(
     ran: tuple[Layout, list[dict[str, Any]]],
 ) -> None:
-    """T blocks are T exchanges each way, each with the shared layer's name and its own layer call, also if blocks share
+    """T blocks are T exchanges each way, each with the shared layer's name and its own layer call,
+    also if blocks share
     a routing; a gradient is reduced once."""
     layout, by_rank = ran
     away, replicas = layout.ep > 1, layout.world // layout.ep
@@ -257,7 +258,8 @@ def test_shared_experts_dispatch_at_every_depth_and_reduce_once(
                 labels.add(CommLabel(f"encoder.ffn.moe{layer}", direction, 2 * i + 2))
         assert all(rank[name]["labels"] == labels for rank in by_rank)
     calls = {}
-    if away:  # each use: counts, rows and weights there, rows back; and all but the counts again in backward
+    # each use: counts, rows and weights there, rows back; and all but the counts again in backward
+    if away:
         calls["all_to_all_single"] = WIDENET.depth * (4 + 3)
     if replicas > 1:  # 4 stacks, each in a part for every replica
         calls["reduce"] = 4 * replicas

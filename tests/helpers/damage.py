@@ -85,7 +85,9 @@ def damaged(content: bytes, dice: random.Random) -> bytes:
 
 
 def damaged_files(num: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yields `num` damaged files and files of other kinds, as (ending, content); the ending is often another's."""
+    """Yields `num` damaged files and files of other kinds, as (ending, content); the ending is
+    often another's.
+    """
     dice = random.Random(seed)
     files = whole_files()
     for _ in range(num):
@@ -102,7 +104,8 @@ def open_damaged_files(folder: Path, num: int, seed: int, seconds: float = 5) ->
         How many were read ("image") and how many refused ("refused").
 
     Raises:
-        AssertionError: where a file is neither read nor refused in one line that names it, or not within `step_seconds`.
+        AssertionError: where a file is neither read nor refused in one line that names it, or not
+            within `step_seconds`.
     """
     outcomes: Counter[str] = Counter()
     for i, (ending, content) in enumerate(damaged_files(num, seed)):

@@ -31,7 +31,8 @@ MOE = SoftmaxMoEConfig(
     num_experts=NUM_EXPERTS, k=2, expert_hidden_dim=10, capacity_factor=1.0, balance_loss_weight=0.5
 )
 WIDENET = EncoderConfig(depth=3, dim=DIM, num_heads=2, ffn_hidden_dim=12, dropout=0.25, moe=MOE)
-# 5 blocks: attention of 0-1, 2-3, 4; ffn of 0-2 and of 3-4; norms of 0-1, 2-3, 4; assignments of 0-2 and of 3-4
+# 5 blocks: attention of 0-1, 2-3, 4; ffn of 0-2 and of 3-4; norms of 0-1, 2-3, 4; assignments of
+# 0-2 and of 3-4
 GROUPED = dataclasses.replace(
     WIDENET,
     depth=5,

@@ -1,4 +1,6 @@
-"""train.py as a user starts it: its command line in this process, or the whole program in processes of its own."""
+"""train.py as a user starts it: its command line in this process, or the whole program in processes
+of its own.
+"""
 
 import multiprocessing
 import os
@@ -65,7 +67,8 @@ def ranks(port: int, *args: str, **environment: str) -> list[tuple[int, str]]:
 
 
 def train_forked(*args: str, timeout: float = 100) -> tuple[int, str, str]:
-    """Runs train.py in a process that is forked with torch imported, which saves the seconds that a start takes.
+    """Runs train.py in a process that is forked with torch imported, which saves the seconds that a
+    start takes.
 
     Returns (exit status, stdout, stderr). Fails when there is a traceback.
     """

@@ -1,7 +1,8 @@
 """The mixture-of-experts layer and the language model of Shazeer et al. 2017, slow and obvious.
 
-Loops over tokens and experts, written from the paper's equations; parameters, drawn noise and dropout masks are given
-as plain tensors, and autograd gives every gradient. The fast paths of the package are compared with this.
+Loops over tokens and experts, written from the paper's equations; parameters, drawn noise and
+dropout masks are given as plain tensors, and autograd gives every gradient. The fast paths of the
+package are compared with this.
 
 Legend: T tokens, B samples, S timesteps, D width, E experts, G balance groups, V vocabulary.
 """
@@ -222,7 +223,9 @@ def language_model(
 def lstm(
     x_BSD: torch.Tensor, state: State, name: str, parameters: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, State]:
-    """One layer over all timesteps; the gates i, f, g, o lie in this order along the rows of both matrices."""
+    """One layer over all timesteps; the gates i, f, g, o lie in this order along the rows of both
+    matrices.
+    """
     w_in, w_hidden, b_in, b_hidden = (
         parameters[f"{name}.{p}_l0"] for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )

@@ -1,9 +1,10 @@
 """The hierarchical mixture of experts of Shazeer et al. 2017, Appendix B, slow and obvious.
 
-For every token a loop over groups, and in it a loop over the experts of the group, written from Eqs. 12 to 14; gates
-and drawn noise are given as plain tensors, and autograd gives every gradient.
+For every token a loop over groups, and in it a loop over the experts of the group, written from
+Eqs. 12 to 14; gates and drawn noise are given as plain tensors, and autograd gives every gradient.
 
-Legend: T tokens, D width, a groups, b experts per group, E = a b experts, n things to choose from, G balance groups.
+Legend: T tokens, D width, a groups, b experts per group, E = a b experts, n things to choose from,
+    G balance groups.
 """
 
 from collections.abc import Sequence
@@ -120,7 +121,9 @@ def noisy_top_k(
 def load_h(
     load_prim_a: list[torch.Tensor], load_E: list[torch.Tensor], tokens_a: list[int]
 ) -> list[torch.Tensor]:
-    """Load_prim(X)_i Load_i(X^(i))_j / |X^(i)| (Eq. 14) for every expert; 0 where no token chose the group."""
+    """Load_prim(X)_i Load_i(X^(i))_j / |X^(i)| (Eq. 14) for every expert; 0 where no token chose
+    the group.
+    """
     b = len(load_E) // len(load_prim_a)
     return [
         load_prim_a[n // b] * load_E[n] / tokens_a[n // b]

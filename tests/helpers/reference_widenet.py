@@ -1,8 +1,9 @@
-"""WideNet (Xue et al. 2021), slow and obvious: its router in loops over tokens and experts, its blocks in loops over
-samples, heads and tokens. Parameters, drawn noise and dropout masks are given as plain tensors; autograd gives every
-gradient.
+"""WideNet (Xue et al. 2021), slow and obvious: its router in loops over tokens and experts, its
+blocks in loops over samples, heads and tokens. Parameters, drawn noise and dropout masks are given
+as plain tensors; autograd gives every gradient.
 
-Legend: T tokens, B samples, S tokens of each, D width, E experts, G balance groups, C channels of a head.
+Legend: T tokens, B samples, S tokens of each, D width, E experts, G balance groups, C channels of a
+    head.
 """
 
 import math
@@ -24,7 +25,8 @@ def moe(
     expert: Expert,
     at_TD: torch.Tensor | None = None,
 ) -> Layer:
-    """MoE(x) = sum_i g(x)_i e(x)_i with g = TopK(softmax(f(x) + eps)), and balance_loss_weight E sum_i m_i P_i by balance group.
+    """MoE(x) = sum_i g(x)_i e(x)_i with g = TopK(softmax(f(x) + eps)), and balance_loss_weight E
+    sum_i m_i P_i by balance group.
     `gate.noise_TE` is N(0, 1); `at_TD`: what the router sees, `x_TD` where it is None."""
     num_experts = gate.w_gate_DE.shape[1]
     every = range(num_experts)

@@ -1,4 +1,5 @@
-"""A global batch of 8 samples with up to 4 tokens each, its uneven cuts over ranks, and how results of ranks are compared.
+"""A global batch of 8 samples with up to 4 tokens each, its uneven cuts over ranks, and how results
+of ranks are compared.
 
 Legend: T tokens, B samples, S timesteps, D width, E experts."""
 
@@ -49,7 +50,8 @@ LAYOUTS = [
     Layout(2, (0, 2, 8), "all_to_all", 1),
     Layout(2, (0, 2, 8), "all_to_all", 3),
     Layout(4, (0, 2, 4, 4, 8), "all_to_all", 2),
-    # experts by themselves, their gradients put off where rows travel in pieces; in some pieces alone; and sent once
+    # experts by themselves, their gradients put off where rows travel in pieces; in some pieces
+    # alone; and sent once
     Layout(1, (0, 8), worth_it=0),
     Layout(2, (0, 2, 8), "all_to_all", 1, worth_it=0),
     Layout(2, (0, 2, 8), "all_to_all", 3, worth_it=0),
@@ -126,8 +128,8 @@ def gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
 def gathered(by_rank: list[dict[str, torch.Tensor | None]], ep: int) -> dict[str, torch.Tensor]:
     """Quantities of the whole batch from those of every rank.
 
-    Tokens' are joined; expert weights are joined along `ep`, their gradients summed over the ranks that share them; the
-    balance loss exists once; all others are sums over ranks.
+    Tokens' are joined; expert weights are joined along `ep`, their gradients summed over the ranks
+    that share them; the balance loss exists once; all others are sums over ranks.
     """
     whole = {}
     for key, value in by_rank[0].items():

@@ -8,7 +8,9 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 
 def wandb_records(path: pathlib.Path) -> list[Record]:
-    """Reads a .wandb file: a 7 byte header, then LevelDB log blocks of 32 KiB whose chunks make up the records."""
+    """Reads a .wandb file: a 7 byte header, then LevelDB log blocks of 32 KiB whose chunks make up
+    the records.
+    """
     data, position, record, records = path.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
     while position + 7 <= len(data):
@@ -32,7 +34,9 @@ def records_of(folder: pathlib.Path) -> list[Record]:
 
 
 def wandb_log(run: pathlib.Path) -> tuple[str, dict, list[dict]]:
-    """Returns the run id, the config and the history lines of the one offline log in the folder of a run."""
+    """Returns the run id, the config and the history lines of the one offline log in the folder of
+    a run.
+    """
     records = records_of(run)
     (first,) = [record.run for record in records if record.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in first.config.update}

@@ -1,10 +1,13 @@
-"""Dense models equal those of timm (ViT) and transformers (ALBERT) on the same weights: logits and every gradient.
+"""Dense models equal those of timm (ViT) and transformers (ALBERT) on the same weights: logits and
+every gradient.
 
-A peer computes with functions of our parameters, so that autograd brings its gradients back in our names. What differs
-in how weights are kept is in those functions alone: our gains are offsets from one, our patch projection is a matrix,
-our keys have no bias, and blocks that share something are many blocks there.
+A peer computes with functions of our parameters, so that autograd brings its gradients back in our
+names. What differs in how weights are kept is in those functions alone: our gains are offsets from
+one, our patch projection is a matrix, our keys have no bias, and blocks that share something are
+many blocks there.
 
-Legend: B samples, S tokens of each, N classes or masked tokens, V vocabulary, Q colours, Y and X pixels.
+Legend: B samples, S tokens of each, N classes or masked tokens, V vocabulary, Q colours, Y and X
+    pixels.
 """
 
 import dataclasses
@@ -321,8 +324,10 @@ def test_paper_models_have_the_parameters_of_their_peers(
 
 
 def test_albert_has_the_published_parameters() -> None:
-    # 30,000 words, 512 places and 2 kinds of width 128, LayerNorm 2 x 128, widened by 768 x 128 + 768; of the block
-    # attention 4 x (768² + 768), ffn 2 x 768 x 3072 + 3072 + 768, LayerNorms 4 x 768; pooler 768² + 768
+    # 30,000 words, 512 places and 2 kinds of width 128, LayerNorm 2 x 128, widened by 768 x 128 +
+    # 768; of the block attention 4 x (768² + 768), ffn 2 x 768 x 3072 + 3072 + 768, LayerNorms 4 x
+    # 768; pooler 768² +
+    # 768
     embedding, block, pooler = 30_514 * 128 + 256 + 99_072, 2_362_368 + 4_722_432 + 3_072, 590_592
     assert embedding + block + pooler == 11_683_584, "of albert-base-v2 without heads"
     with torch.device("meta"):

@@ -320,7 +320,8 @@ def test_impossible_sealed_checkpoint_prints_one_line(
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_full_disk_is_reported_and_training_continues(background: str, run: Path) -> None:
-    limit = "ulimit -f 190; exec "  # no file above 190 kB, as if the disk were full: pictures fit, checkpoints do not
+    # no file above 190 kB, as if the disk were full: pictures fit, checkpoints do not
+    limit = "ulimit -f 190; exec "
     sets = set_("steps=5", "write_report=true", f"async_save={background}")
     command = [
         sys.executable,

@@ -291,7 +291,8 @@ def test_impossible_faults_are_rejected(small_text: Path, tmp_path: Path) -> Non
         [
             "fault_injection.rank=1: use 0 to 0",
             "fault_injection.step=31: the run has 30 steps",
-            "fault_injection.phase='dispatch': one expert-parallel rank dispatches nothing; set mesh.ep to 2 or "
+            "fault_injection.phase='dispatch': one expert-parallel rank dispatches nothing; set "
+            "mesh.ep to 2 or "
             "more",
             "fault_injection.step=3: a checkpoint is saved at multiples of save_every=2",
             "fault_injection.step=3: evaluations are at multiples of eval_every=2",
@@ -337,7 +338,8 @@ def refusals(text: str, folder: Path) -> list[str]:
 def test_the_watch_names_a_silent_rank_in_real_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread of `recording`, with 0.1 s between heartbeats and a timeout of 1.6 s. All other cases have a fake
+    """The thread of `recording`, with 0.1 s between heartbeats and a timeout of 1.6 s. All other
+    cases have a fake
     clock (unit/distributed/test_flight_recorder.py)."""
     monkeypatch.setattr(flight_recorder, "HEARTBEAT_S", 0.1)
     errors: list[str] = []
@@ -356,7 +358,8 @@ def test_the_watch_names_a_silent_rank_in_real_time(
 
 
 def survive(fault: faults.Fault, text: Path, folder: Path) -> str:
-    """`experiments/faults.py` in short: the losses are those of an unbroken run, from the newest checkpoint on.
+    """`experiments/faults.py` in short: the losses are those of an unbroken run, from the newest
+    checkpoint on.
 
     Returns the log of the run.
     """

@@ -34,7 +34,8 @@ VARIABLES = {
 PLAIN = {"PATH": "/usr/bin:/bin"}  # of a machine with none of the launchers
 WAIT = "for i in {1..200}; do sleep 0.1; done"
 SHOW = r'[[ $1 == train.py ]] && printf "%s\n" "$@"'
-# DeepSpeed (test_ds_configs holds it to that), pdsh and the shell of another node, for the words behind --no_python
+# DeepSpeed (test_ds_configs holds it to that), pdsh and the shell of another node, for the words
+# behind --no_python
 REMOTE = r"""
 while [[ $1 != --no_python ]]; do shift; done; shift
 command="cd /;"
@@ -606,7 +607,8 @@ def test_two_nodes_train_like_one_process(small_text: Path, tmp_path: Path) -> N
     assert losses(tmp_path / "two") == pytest.approx(whole, abs=1e-5)
 
 
-@pytest.mark.slow  # fast: test_two_nodes_train_like_one_process, test_resume_on_any_other_layout_and_back
+# fast: test_two_nodes_train_like_one_process, test_resume_on_any_other_layout_and_back
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_node_leaves_and_comes_back(small_text: Path, tmp_path: Path) -> None:
     """Two nodes, one, two: the same losses at equal samples."""
@@ -760,7 +762,8 @@ def test_deepspeed_script_launches_two_nodes(small_text: Path, tmp_path: Path) -
     assert len(losses(tmp_path / "run")) == 2
 
 
-@pytest.mark.slow  # fast: test_sigterm_to_one_rank_saves_and_ends_all_ranks, test_resume_auto_requires_the_same_config
+# fast: test_sigterm_to_one_rank_saves_and_ends_all_ranks, test_resume_auto_requires_the_same_config
+@pytest.mark.slow
 def test_resume_auto_starts_resumes_and_finishes(small_text: Path, tmp_path: Path) -> None:
     """Runs the same command three times: stopped in the middle, resumed, and with fewer steps."""
     folder = tmp_path / "run"

@@ -43,14 +43,17 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 def test_browser_shows_the_page_without_errors_or_requests(
     of_one: str, of_both: str, tmp_path: Path
 ) -> None:
-    """What a page asks for has an initiator in the browser's record of its network; what the browser asks for itself
+    """What a page asks for has an initiator in the browser's record of its network; what the
+    browser asks for itself
     (its own updates, say) has none. A proxy that is not there keeps both from the network."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser at hand: none of {', '.join(BROWSERS)}")
 
     def opened(text: str) -> tuple[str, str, set[str]]:
-        """The page as the browser has it, what its console says, and the addresses that it asked for."""
+        """The page as the browser has it, what its console says, and the addresses that it asked
+        for.
+        """
         file, log = tmp_path / "page.html", tmp_path / "net.json"
         file.write_text(text)
         options = [

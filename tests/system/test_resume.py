@@ -206,7 +206,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.slow  # fast: test_resume_is_bit_identical_at_every_stage_and_precision, test_run_survives_a_killed_rank
+# fast: test_resume_is_bit_identical_at_every_stage_and_precision, test_run_survives_a_killed_rank
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_killed_run_resumes_bit_identically(small_text: Path, tmp_path: Path) -> None:
     sets = [

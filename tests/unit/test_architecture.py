@@ -229,7 +229,8 @@ def test_nothing_branches_on_the_world_size() -> None:
 def test_branch_finder_finds_a_branch(tmp_path: Path) -> None:
     path = tmp_path / "guilty.py"
     path.write_text(
-        "if mesh.ep.size == 1:\n    pass\nx = 1 if 1 < config.world else 2\ny = [s for s in x if s <= step]\n"
+        "if mesh.ep.size == 1:\n    pass\nx = 1 if 1 < config.world else 2\ny = [s for s in x if s "
+        "<= step]\n"
     )
     assert branches(path) == ["mesh.ep.size == 1", "1 < config.world", "s <= step"]
     assert [bool(ABOUT_SIZE.search(b)) for b in branches(path)] == [True, True, False]

@@ -614,7 +614,8 @@ def test_folder_with_several_datasets_is_rejected(tmp_path: Path) -> None:
         (
             "bare",
             LINES,
-            "the name has no ending, and the first line is not prose ..{'text|the name has no ending",
+            "the name has no ending, and the first line is not prose "
+            "..{'text|the name has no ending",
         ),
         ("x.00001", "id\ttext\n", "first line is not prose"),
         ("bare.gz", gzip.compress(b"id,text\n1,a\n", mtime=0), "first line is not prose"),

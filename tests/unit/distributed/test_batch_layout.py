@@ -4,7 +4,8 @@ from moe_dist.distributed.batch_layout import BatchLayout
 
 
 def test_batch_layout_by_hand() -> None:
-    # 24 samples, 2 micro-batches of 12 over 3 ranks of 4: rank 1 has 4..7 of the first and 16..19 of the second
+    # 24 samples, 2 micro-batches of 12 over 3 ranks of 4: rank 1 has 4..7 of the first and 16..19
+    # of the second
     layout = BatchLayout(
         world=3,
         global_batch_size=24,

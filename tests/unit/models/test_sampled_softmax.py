@@ -37,8 +37,8 @@ def tokens(dim: int = D) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_inclusion_probability_by_hand() -> None:
-    # V = 3: q = ln 2 / ln 4, ln 1.5 / ln 4, ln (4/3) / ln 4 = 0.5, 0.29248, 0.20752, which add up to 1
-    # two draws: P = 1 - (1 - q)^2 = 0.75, 1 - 0.70752^2 = 0.49942, 1 - 0.79248^2 = 0.37198
+    # V = 3: q = ln 2 / ln 4, ln 1.5 / ln 4, ln (4/3) / ln 4 = 0.5, 0.29248, 0.20752, which add up
+    # to 1 two draws: P = 1 - (1 - q)^2 = 0.75, 1 - 0.70752^2 = 0.49942, 1 - 0.79248^2 = 0.37198
     torch.testing.assert_close(
         inclusion_probability(3, 2),
         torch.tensor([0.75, 0.49942, 0.37198]).double(),
@@ -68,15 +68,17 @@ def test_negatives_are_drawn_with_their_inclusion_probability() -> None:
     assert ((count_V / draws - p_V).abs() < 4 * error_V).all()
 
 
-# V = 3, two draws: P = 0.75, 0.499417, 0.371973 (above). Logits are the biases ln 1, ln 2, ln 3, so that
-# exp(s) = exp(l) / P is 1 / 0.75 = 1.333333, 2 / 0.499417 = 4.004668, 3 / 0.371973 = 8.065093.
+# V = 3, two draws: P = 0.75, 0.499417, 0.371973 (above). Logits are the biases ln 1, ln 2, ln 3, so
+# that exp(s) = exp(l) / P is 1 / 0.75 = 1.333333, 2 / 0.499417 = 4.004668, 3 / 0.371973 = 8.065093.
 @pytest.mark.parametrize(
     ("drawn", "target", "nll", "gradient_V"),
     [
-        # word 2 is not drawn and a candidate all the same: of 1.333333 + 4.004668 + 8.065093 = 13.403094
+        # word 2 is not drawn and a candidate all the same: of 1.333333 + 4.004668 + 8.065093 =
+        # 13.403094
         # -ln(8.065093 / 13.403094) = 0.507941; the shares are 0.099480, 0.298787, 0.601733
         ([0, 1], 2, 0.507941, [0.099480, 0.298787, 0.601733 - 1]),
-        # word 1 is drawn and counts once: -ln(4.004668 / 5.338001) = 0.287392; shares 0.249781, 0.750219
+        # word 1 is drawn and counts once: -ln(4.004668 / 5.338001) = 0.287392; shares 0.249781,
+        # 0.750219
         ([0, 1], 1, 0.287392, [0.249781, 0.750219 - 1, 0]),
         # -ln(8.065093 / 9.398426) = 0.152996; shares 0.141868, 0.858132
         ([0], 2, 0.152996, [0.141868, 0, 0.858132 - 1]),
@@ -130,7 +132,9 @@ def test_sampled_loss_equals_tensorflow(
 
 
 def test_corrections_stay_in_float32_with_bf16_weights() -> None:
-    """In bf16, log P of a rare word is off by up to 0.03. All logits are zero, which bf16 holds exactly."""
+    """In bf16, log P of a rare word is off by up to 0.03. All logits are zero, which bf16 holds
+    exactly.
+    """
     size, samples, target_T = 500_000, 50, torch.tensor([0, 400_000, 123_456])
     layer = Softmax(2, size, samples).bfloat16()
     for p in layer.parameters():

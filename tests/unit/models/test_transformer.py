@@ -101,9 +101,9 @@ def test_parameters_equal_the_paper(name: str, parameters: int, millions: int) -
 
 
 def test_parameters_of_widenet_b_by_hand() -> None:
-    # width 768: attention 4 x 768² + 3 x 768, for keys have no bias; of 4 experts each 2 x 768 x 4096 + 4096 + 768, the
-    # router 4 x 768; 12 blocks x 2 norms x 2 x 768; patches 768 x 768 + 768, places 196 x 768, last norm 2 x 768,
-    # representation 768 x 768 + 768, classes 768 x 1000 + 1000
+    # width 768: attention 4 x 768² + 3 x 768, for keys have no bias; of 4 experts each 2 x 768 x
+    # 4096 + 4096 + 768, the router 4 x 768; 12 blocks x 2 norms x 2 x 768; patches 768 x 768 + 768,
+    # places 196 x 768, last norm 2 x 768, representation 768 x 768 + 768, classes 768 x 1000 + 1000
     encoder = 2_361_600 + 4 * 6_296_320 + 3_072 + 36_864
     assert (
         num_parameters(xue2021.widenet_b().model)
@@ -240,7 +240,8 @@ def test_text_padding_changes_nothing_else() -> None:
 
 
 def test_divergence_of_norms_by_hand() -> None:
-    # 2 norms of 3 channels: y = 1/(3 x 2²) x 2 x (1² + 2² + 3²) = 28/12; of biases 1/12 x 2 x 0.5²; the ffn's are equal
+    # 2 norms of 3 channels: y = 1/(3 x 2²) x 2 x (1² + 2² + 3²) = 28/12; of biases 1/12 x 2 x 0.5²;
+    # the ffn's are equal
     named = {
         "encoder.norm_attention.0.gain_D": torch.tensor([1.0, 0.0, -1.0]),
         "encoder.norm_attention.1.gain_D": torch.tensor([2.0, 2.0, 2.0]),

@@ -150,7 +150,8 @@ def test_output_and_gradients_equal_a_loop(kind: str, cls: type[Experts], thread
 def test_bf16_is_within_its_rounding(cls: type[Experts]) -> None:
     right, actual = expected("ragged"), ours("ragged", cls, torch.bfloat16)
     for name, wanted in right.items():
-        # an element is rounded by 2^-9 at most where it is stored: x, weights, hidden units, outputs, their gradients;
+        # an element is rounded by 2^-9 at most where it is stored: x, weights, hidden units,
+        # outputs, their gradients;
         # a unit within that of zero may fall either way, and its gradient is whole or none
         assert (actual[name] - wanted).norm() < 0.02 * wanted.norm(), name
     assert actual["gate"].dtype == torch.float32 and actual["w1"].dtype == torch.bfloat16
@@ -213,8 +214,10 @@ def test_experts_without_any_token() -> None:
 
 
 def test_relu_mask_override_decides() -> None:
-    """A unit below zero that is on adds to the output, and its gradient comes through: x = 1, w1 = (-2, 3),
-    w2 = (5, 7), of which the first alone is on: y = -10, dx = -2 x 5, dw1 = (5, 0), dw2 = (-2, 0)."""
+    """A unit below zero that is on adds to the output, and its gradient comes through: x = 1, w1 =
+    (-2, 3), w2 = (5, 7), of which the first alone is on: y = -10, dx = -2 x 5, dw1 = (5, 0), dw2 =
+    (-2, 0).
+    """
     for cls in (Fast, Plain):
         experts = cls(1, 1, 2)
         with torch.no_grad():

@@ -88,7 +88,8 @@ def test_eq_14_by_hand() -> None:
       CV² = (1.25² + 0.25² + 0.5² + 0.5²) / 4 = 2.125 / 4 = 0.53125.
       dCV²/dLoad_H = (Load_H - 1) / 2 - CV² / 2 = (0.359375, -0.390625, -0.515625, -0.515625), so
       dCV²/dLoad_prim = (0.359375·3/4 - 0.390625·1/4, -2·0.515625·1/2) = (0.171875, -0.515625).
-    Balance group 2: Load_prim = (2, 0.5), but no token chose group 2: |X| = (2, 0), Load_1 = (1, 1).
+    Balance group 2: Load_prim = (2, 0.5), but no token chose group 2: |X| = (2, 0), Load_1 = (1,
+      1).
       Load_H = (2·1/2, 2·1/2, 0, 0) = (1, 1, 0, 0), mean 0.5, CV² = 4·0.5² / 4 / 0.5² = 1.
       dCV²/dLoad_H of the first two = 2 (1 - 0.5) - 1 = 0, and an empty group takes no derivative.
     """
@@ -121,7 +122,8 @@ def test_eq_14_by_hand() -> None:
 def test_eqs_12_and_13_by_hand() -> None:
     """Two groups of two experts, all chosen; x = 1, and expert (i, j) gives (10, 20; 30, 40).
 
-    Primary logits (ln 3, 0): G_prim = (3/4, 1/4). Secondary (ln 2, 0; 0, 0): G_1 = (2/3, 1/3), G_2 = (1/2, 1/2).
+    Primary logits (ln 3, 0): G_prim = (3/4, 1/4). Secondary (ln 2, 0; 0, 0): G_1 = (2/3, 1/3), G_2
+    = (1/2, 1/2).
     y = 3/4·2/3·10 + 3/4·1/3·20 + 1/4·1/2·30 + 1/4·1/2·40 = 5 + 5 + 3.75 + 5 = 18.75.
     Importance_H of four such tokens: 4·(1/2, 1/4, 1/8, 1/8) = (2, 1, 0.5, 0.5), mean 1,
     CV² = (1 + 0 + 0.25 + 0.25) / 4 = 0.375. Load_H = 4·4/4 each, CV² = 0.

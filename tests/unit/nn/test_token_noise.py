@@ -124,8 +124,9 @@ def test_bits_equal_the_hash_in_plain_integers() -> None:
 
 
 def test_no_two_tokens_share_their_noise() -> None:
-    # 2^15 samples of 2^6 positions. If a token were known by 32 bits, two samples would share the noise of their
-    # positions wherever they agree in the other 26 bits: 2^29 pairs / 2^26 = 8 pairs of samples.
+    # 2^15 samples of 2^6 positions. If a token were known by 32 bits, two samples would share the
+    # noise of their positions wherever they agree in the other 26 bits: 2^29 pairs / 2^26 = 8 pairs
+    # of samples.
     word_T2 = bits(context(2**15, 2**6), 2)
     assert len(torch.unique(word_T2[:, 0] << 32 | word_T2[:, 1])) == 2**21
 

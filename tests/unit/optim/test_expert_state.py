@@ -35,8 +35,10 @@ def test_owned_parts_equal_torch_chunk() -> None:
 
 
 def test_clipping_by_the_previous_norm_by_hand() -> None:
-    # gradients (3, 4) of norm 5, then (6, 8) of norm 10, clip_norm 2.5: factors 1 (no norm before), then 2.5 / 5.
-    # Means at beta1 = 0.5: 0.5 (3, 4), then 0.25 (3, 4) + 0.5 (3, 4). An infinite one is skipped and leaves 10.
+    # gradients (3, 4) of norm 5, then (6, 8) of norm 10, clip_norm 2.5: factors 1 (no norm before),
+    # then 2.5 / 5.
+    # Means at beta1 = 0.5: 0.5 (3, 4), then 0.25 (3, 4) + 0.5 (3, 4). An infinite one is skipped
+    # and leaves 10.
     p = torch.nn.Parameter(torch.zeros(2))
     optimizer = Optimizer(
         [p],

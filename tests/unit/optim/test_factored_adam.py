@@ -27,7 +27,8 @@ def state(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_first_step_of_the_paper_form_by_hand() -> None:
     # g² = [[1, 4], [9, 0]]: row means 2.5, 4.5; column means 5, 2; mean of the rows 3.5
-    # after one step the bias-corrected means are these themselves, so v = [[2.5*5, 2.5*2], [4.5*5, 4.5*2]] / 3.5
+    # after one step the bias-corrected means are these themselves, so v = [[2.5*5, 2.5*2], [4.5*5,
+    # 4.5*2]] / 3.5
     w, row, column = state(1, 2, 2)
     g = torch.tensor([[[1.0, -2.0], [3.0, 0.0]]], dtype=torch.float64)
     factored_update(
@@ -42,10 +43,11 @@ def test_first_step_of_the_paper_form_by_hand() -> None:
 
 
 def test_first_step_of_the_t2t_form_by_hand() -> None:
-    # roots first: sqrt(rows) = 2, 1; sqrt(columns) = 1, 3 with mean 2 -> sqrt(v) = [[1, 3], [0.5, 1.5]]
-    # g² with row means 4, 1 and column means 1, 9 does not exist; scale the ones that do:
+    # roots first: sqrt(rows) = 2, 1; sqrt(columns) = 1, 3 with mean 2 -> sqrt(v) = [[1, 3], [0.5,
+    # 1.5]] g² with row means 4, 1 and column means 1, 9 does not exist; scale the ones that do:
     # g² = [[2, 6], [0.5, 1.5]] has row means 4, 1 and column means 1.25, 3.75
-    # roots 2, 1 and 1.1180, 1.9365 with mean 1.52725 -> sqrt(v) = [[1.4641, 2.5359], [0.7320, 1.2680]]
+    # roots 2, 1 and 1.1180, 1.9365 with mean 1.52725 -> sqrt(v) = [[1.4641, 2.5359], [0.7320,
+    # 1.2680]]
     w, row, column = state(1, 2, 2)
     g = torch.tensor([[[2.0, 6.0], [0.5, 1.5]]], dtype=torch.float64).sqrt()
     factored_update(
@@ -196,7 +198,9 @@ def test_t2t_steps_are_smaller() -> None:
 
 @pytest.mark.parametrize("form", ["factored_adam", "factored_adam_t2t"])
 def test_no_gradient_gives_no_update(form: str) -> None:
-    """A dead row, a dead column and an expert without a token: with g = 0 and v = 0 the update is 0, not NaN."""
+    """A dead row, a dead column and an expert without a token: with g = 0 and v = 0 the update is
+    0, not NaN.
+    """
     config = dataclasses.replace(PLAIN, expert_optimizer=form, eps=1e-30)
     w, row, column = state(2, 3, 3)
     g = torch.zeros(2, 3, 3, dtype=torch.float64)

@@ -43,7 +43,8 @@ def test_each_row_has_its_own_adam_and_untouched_rows_wait() -> None:
         (torch.gather(b_V, 0, id_N, sparse_grad=True) * g_ND[:, 0]).sum().backward()
         gradients = rows.reduce()
         g_VD = torch.zeros(6, 3, dtype=torch.float64).index_add(0, id_N, g_ND)
-        # the norm of this step: of the matrix and of the vector, whose gradient is the matrix's first column
+        # the norm of this step: of the matrix and of the vector, whose gradient is the matrix's
+        # first column
         assert rows.square(gradients).item() == pytest.approx(
             (g_VD**2).sum().item() + (g_VD[:, 0] ** 2).sum().item()
         )

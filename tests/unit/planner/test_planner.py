@@ -53,8 +53,10 @@ def sent(config: Config, world: int, per_node: int, what: str) -> tuple[float, f
 
 
 def test_all_to_all_bytes_by_hand() -> None:
-    # 64 lanes x 32 words on two ranks: 1,024 words each, 4 experts a word, of which half are on the other rank:
-    # 2,048 rows of 128 float32 there, and their gradients back, with a weight of 4 bytes and its gradient
+    # 64 lanes x 32 words on two ranks: 1,024 words each, 4 experts a word, of which half are on the
+    # other rank:
+    # 2,048 rows of 128 float32 there, and their gradients back, with a weight of 4 bytes and its
+    # gradient
     assert sent(demo("mesh.ep=2", "mesh.dispatcher=all_to_all"), 2, 2, "dispatch") == (
         2048 * (2 * 512 + 8),
         0,
@@ -68,10 +70,12 @@ def test_all_to_all_bytes_by_hand() -> None:
         0,
         2048 * 2 * 512,
     )
-    # by itself a word goes once to a rank that has an expert of it: to the other with 1 - C(32, 4) / C(64, 4)
+    # by itself a word goes once to a rank that has an expert of it: to the other with 1 - C(32, 4)
+    # / C(64, 4)
     away = 1 - 32 * 31 * 30 * 29 / (64 * 63 * 62 * 61)
     assert sent(demo("mesh.ep=2"), 2, 1, "combine") == (0, pytest.approx(1024 * away * 2 * 512))
-    # two nodes of three: words of 96 lanes, 512 a rank; of pairs of ranks the middle one is in two nodes
+    # two nodes of three: words of 96 lanes, 512 a rank; of pairs of ranks the middle one is in two
+    # nodes
     sets = [
         "mesh.ep=2",
         "batch.global_batch_size=96",
@@ -79,7 +83,8 @@ def test_all_to_all_bytes_by_hand() -> None:
         "mesh.dispatcher=all_to_all",
     ]
     assert sent(demo(*sets), 6, 3, "combine") == (0, 1024 * 2 * 512)
-    # two nodes of two ranks: 512 words; of their 2,048 rows a quarter stays, one goes to the node's other rank
+    # two nodes of two ranks: 512 words; of their 2,048 rows a quarter stays, one goes to the node's
+    # other rank
     assert sent(demo("mesh.ep=4", "mesh.dispatcher=all_to_all"), 4, 2, "combine") == (
         512 * 1024,
         1024 * 1024,
@@ -87,14 +92,15 @@ def test_all_to_all_bytes_by_hand() -> None:
 
 
 def test_dedup_rank_and_dedup_node_bytes_by_hand() -> None:
-    # 8 experts, 2 a word, on 4 ranks of 2: none of a rank's with 6 x 5 / (8 x 7) = 15/28, so 13/28 of words visit it;
+    # 8 experts, 2 a word, on 4 ranks of 2: none of a rank's with 6 x 5 / (8 x 7) = 15/28, so 13/28
+    # of words visit it;
     # a node's 4 experts with 1 - 4 x 3 / (8 x 7) = 22/28. 512 words of 16 float32 there and back
     sets = ["model.dim=128", "model.moe.num_experts=8", "model.moe.k=2", "mesh.ep=4"]
     row = 512 * 1024
     once = sent(demo(*sets, "mesh.dispatcher=dedup_rank"), 4, 2, "combine")
     assert once == pytest.approx((row * 13 / 28, 2 * row * 13 / 28))
-    # to the other node once; there further to the second rank where both are visited (2 x 13/28 - 22/28 = 4/28), and
-    # from a word's own rank to its neighbour
+    # to the other node once; there further to the second rank where both are visited (2 x 13/28 -
+    # 22/28 = 4/28), and from a word's own rank to its neighbour
     node = sent(demo(*sets, "mesh.dispatcher=auto"), 4, 2, "combine")
     assert node == pytest.approx((row * (4 / 28 + 13 / 28), row * 22 / 28))
 
@@ -107,13 +113,16 @@ def test_distinct_destinations_equal_an_enumeration() -> None:
 
 
 def test_all_reduce_bytes_by_hand() -> None:
-    # 2,336,576 dense parameters (below) of 4 bytes: a ring of two sends 2 x 1/2 of them; above ZeRO 0 half of the
-    # weights are told besides, and at 3 gathered for forward while gradients are summed where they are kept
+    # 2,336,576 dense parameters (below) of 4 bytes: a ring of two sends 2 x 1/2 of them; above ZeRO
+    # 0 half of the weights are told besides, and at 3 gathered for forward while gradients are
+    # summed where they
+    # are kept
     dense = 4 * 2_336_576
     assert sent(demo("zero_stage=0"), 2, 2, "gradients") == (dense, 0)
     assert sent(demo("zero_stage=1"), 2, 2, "weights") == (dense / 2, 0)
     assert sent(demo("zero_stage=3"), 2, 2, "gradients") == (dense / 2, 0)
-    # both ranks have all experts, 64 x 2 matrices of 128 x 256: half of the gradients go, half of the weights come
+    # both ranks have all experts, 64 x 2 matrices of 128 x 256: half of the gradients go, half of
+    # the weights come
     assert sent(demo("zero_stage=0"), 2, 2, "expert gradients") == (64 * 2 * 128 * 256 * 4 / 2, 0)
     # four ranks in two nodes: of a ring's steps every second one crosses
     assert sent(demo("zero_stage=0"), 4, 2, "gradients") == (2 * dense * 3 / 4 / 2,) * 2
@@ -127,10 +136,11 @@ def test_all_reduce_bytes_by_hand() -> None:
 # memory
 
 
-# embedding and softmax 8,000 x 128 and 8,000 biases, two LSTMs of 4 x 128 x (128 + 128) + 2 x 4 x 128, a gate and its
-# noise of 128 x 64: 1,024,000 x 2 + 8,000 + 2 x 132,096 + 16,384
+# embedding and softmax 8,000 x 128 and 8,000 biases, two LSTMs of 4 x 128 x (128 + 128) + 2 x 4 x
+# 128, a gate and its noise of 128 x 64: 1,024,000 x 2 + 8,000 + 2 x 132,096 + 16,384
 DENSE = 2_336_576
-# 64 experts of two matrices of 128 x 256, an element of which has 4 bytes; factored state: (128 + 256) numbers a matrix
+# 64 experts of two matrices of 128 x 256, an element of which has 4 bytes; factored state: (128 +
+# 256) numbers a matrix
 EXPERT, STATE = 2 * 128 * 256 * 4, 2 * (128 + 256) * 4
 
 
@@ -155,7 +165,8 @@ def test_memory_by_hand(ep: int, zero: int) -> None:
         "optimizer state": moments + 32 * STATE,
         "gradients": gradients + here * EXPERT,
     }
-    # in bf16 all weights and dense gradients are half as wide, and every owner of experts has a master of 4 bytes
+    # in bf16 all weights and dense gradients are half as wide, and every owner of experts has a
+    # master of 4 bytes
     config = override(config, ["ds_config=bf16"])
     told = rank_memory(plain, config, make_batch_layout(config, 2), read_ds_config(config), NOTHING)
     assert told["weights"] == weights // 2 + here * EXPERT // 2
@@ -167,7 +178,8 @@ def test_gpu_memory_includes_buffers_and_libraries() -> None:
     config = demo("mesh.ep=2", "zero_stage=1")
     plain, ds = task_of(config).build_model(config), read_ds_config(config)
     told = rank_cost_on_gpu("h100", plain, config, make_batch_layout(config, 2), ds).memory_bytes
-    # 1,024 words x 4 rows x 128 of 4 bytes, three times, and DeepSpeed's bucket of 500 million numbers
+    # 1,024 words x 4 rows x 128 of 4 bytes, three times, and DeepSpeed's bucket of 500 million
+    # numbers
     assert (
         told["exchange buffers"] == 3 * 4096 * 512 + 4 * 500_000_000
         and told["libraries"] == 2 * 10**9
@@ -200,8 +212,8 @@ def test_step_seconds_by_hand() -> None:
         3.0,
         5.0,
     )  # no replicas, so none to be told
-    # 2,048 rows go and 2,048 come back, with gradients of both; in calls: counts, rows, weights, two gradients, and two
-    # for combine, for each of two micro-batches
+    # 2,048 rows go and 2,048 come back, with gradients of both; in calls: counts, rows, weights,
+    # two gradients, and two for combine, for each of two micro-batches
     num_bytes = 2048 * (2 * 512 + 8) + 2048 * 2 * 512
     assert told["dispatch"] == pytest.approx(2.0 + 2 * 7 * 1e-3 + num_bytes / 1e6)
     # a sum for each micro-batch's balance loss, three besides, and one of the dense gradients
@@ -275,7 +287,8 @@ def as_if_measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, Config]:
             return [more[0]]
         config = more[
             0
-        ]  # together: half of the experts on each, and ZeRO that takes 9 s of update and 2 s of rest
+            # together: half of the experts on each, and ZeRO that takes 9 s of update and 2 s of rest
+        ]
         zero, (experts, dense) = config.zero_stage, (16 * 32 * 65_536, 28 * (DENSE - 8192))
         update = (
             0.8 * (dense / (2 if zero else 1) + experts / 2) / (dense + experts)
@@ -301,14 +314,14 @@ def test_measured_parts_are_combined_by_layout(as_if_measured: dict[int, Config]
     assert owns[1, 3].seconds["rest"] == pytest.approx(10 + 6) and owns[2, 1].seconds[
         "rest"
     ] == pytest.approx(9 + 2)
-    # 28 bytes move for each dense element, of which gate and noise of 32 experts less are 2 x 128 x 32, and 16 for each
-    # of 32 experts' 65,536: about as in the world of one
+    # 28 bytes move for each dense element, of which gate and noise of 32 experts less are 2 x 128 x
+    # 32, and 16 for each of 32 experts' 65,536: about as in the world of one
     experts, dense, alone = 16 * 32 * 65_536, 28 * DENSE, 28 * (DENSE - 8192)
     assert owns[2, 0].seconds["optimizer"] == pytest.approx(
         0.8 * (dense + experts) / (alone + experts)
     )
-    # at ZeRO 1 half of the dense elements, and 9 s divided by 9 calls: weights once, and for both replicas gradients
-    # and weights of two matrices. Where experts are spread there is the one call
+    # at ZeRO 1 half of the dense elements, and 9 s divided by 9 calls: weights once, and for both
+    # replicas gradients and weights of two matrices. Where experts are spread there is the one call
     assert owns[2, 1].seconds["optimizer"] == pytest.approx(
         1 + 0.8 * (dense / 2 + experts) / (alone + experts)
     )
@@ -324,9 +337,9 @@ def test_measured_parts_are_combined_by_layout(as_if_measured: dict[int, Config]
     assert owns[1, 0].seconds["optimizer"] == pytest.approx(
         (dense + experts) / (dense + 2 * experts)
     )
-    # of 700 MB the model of half the experts takes 16 bytes for each dense element, 8 for each of the experts' and
-    # their state. Together two ranks held 600 MB and a stage's, with half of that state and at ZeRO 2, by element,
-    # 4 + 4 / 2 + 4 / 2 + 8 / 2
+    # of 700 MB the model of half the experts takes 16 bytes for each dense element, 8 for each of
+    # the experts' and their state. Together two ranks held 600 MB and a stage's, with half of that
+    # state and at ZeRO 2, by element, 4 + 4 / 2 + 4 / 2 + 8 / 2
     named = 16 * (DENSE - 8192) + 2 * 32 * EXPERT + 32 * STATE
     together = 12 * (DENSE - 8192) + 2 * 32 * EXPERT + 16 * STATE
     more = (6e8 + 2e7 - together) - (7e8 - named)
@@ -419,7 +432,8 @@ def test_plan_of_131072_experts_is_fast(tmp_path: Path) -> None:
     args += ["--set", "batch.global_batch_size=131072"]
     assert main(["moe_131072_h", *args]) == 0
     best, *others = json.loads(file.read_text())["layouts"]
-    # at ep 1 a GPU would hold 137 billion parameters of experts and 0.4 of gates and vocabulary in bf16
+    # at ep 1 a GPU would hold 137 billion parameters of experts and 0.4 of gates and vocabulary in
+    # bf16
     assert best["ep"] == 128 and best["fits"]
     (all_here,) = [p for p in others if p["ep"] == 1 and p["zero_stage"] == 0]
     assert not all_here["fits"] and 2 * 137e9 < all_here["memory"]["weights"] < 2 * 140e9
@@ -431,7 +445,8 @@ def test_plan_of_131072_experts_is_fast(tmp_path: Path) -> None:
 def test_plan_that_does_not_fit_is_rejected_with_the_number(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # 2 GB of CUDA and as much of DeepSpeed's bucket above ZeRO 0: with 3 GB of memory ZeRO 0 alone fits
+    # 2 GB of CUDA and as much of DeepSpeed's bucket above ZeRO 0: with 3 GB of memory ZeRO 0 alone
+    # fits
     args = ["lstm_moe_demo", "--gpus-per-node", "2", "--gpu", "h100"]
     assert main([*args, "--memory", "3"]) == 0
     out = capsys.readouterr().out

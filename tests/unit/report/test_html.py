@@ -58,7 +58,8 @@ def test_page_has_the_numbers_of_the_metrics(of_one: str) -> None:
         "parameters": "12,345",
         "tokens per second, median": "3,000",  # of 1,000 to 5,000
         "milliseconds per step, median": "40.0",
-        # dispatch: 1 MB x (1 + ... + 5) / 5 = 3 MB inside a node and three times that between them; 0.5 MB of gradients
+        # dispatch: 1 MB x (1 + ... + 5) / 5 = 3 MB inside a node and three times that between them;
+        # 0.5 MB of gradients
         "sent per step by all ranks": "12.50 MB",
         "inside a node, per step": "3.50 MB",
         "between nodes, per step": "9.00 MB",

@@ -18,7 +18,8 @@ def test_matthews_and_f1_by_hand() -> None:
     # of 20: 6 right positives, 2 too many, 1 missed, 11 right negatives
     # (6 x 11 - 2 x 1) / sqrt(8 x 7 x 13 x 12) = 64 / sqrt(8736) = 64 / 93.4666
     assert matthews(6, 2, 1, 11) == pytest.approx(64 / 93.46657, rel=1e-6)
-    # the example of scikit-learn's documentation: true + + + -, said + - + +: tp 2, fp 1, fn 1, tn 0
+    # the example of scikit-learn's documentation: true + + + -, said + - + +: tp 2, fp 1, fn 1, tn
+    # 0
     assert matthews(2, 1, 1, 0) == pytest.approx(-1 / 3)
     assert matthews(5, 0, 0, 4) == 1 and matthews(0, 5, 4, 0) == -1
     assert matthews(7, 3, 0, 0) == 0, "one class is said of all"

@@ -34,7 +34,8 @@ def test_fault_list_covers_every_kind() -> None:
     assert {fault.phase for fault in drawn} == set(faults.PHASES)
     assert all(1 <= fault.step <= faults.STEPS for fault in drawn) and drawn == faults.draw(30)
     assert all(fault.step == faults.STEPS for fault in drawn if fault.phase in faults.AT_THE_END)
-    # the newest whole checkpoint before step 11, of those at 5, 10, ...; one that dies in a save has not got it
+    # the newest whole checkpoint before step 11, of those at 5, 10, ...; one that dies in a save
+    # has not got it
     assert (
         faults.Fault("kill", 0, 11, "step").whole == 10 == faults.Fault("kill", 0, 15, "save").whole
     )

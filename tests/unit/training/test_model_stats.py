@@ -66,8 +66,9 @@ def test_parameter_kinds_and_active_parameters_by_hand() -> None:
         "middle.experts.experts.w1_eDF": "experts",
         "middle.experts.experts.w2_eFD": "experts",
     }
-    # width 16: an embedding of 16; 6 rows of the softmax with a bias, the target's and of 5 draws the 4.7 that are
-    # distinct on average; two LSTMs of 8 x 16 x 16 + 8 x 16; primary gate 2 x 16 x 4;
+    # width 16: an embedding of 16; 6 rows of the softmax with a bias, the target's and of 5 draws
+    # the 4.7 that are distinct on average; two LSTMs of 8 x 16 x 16 + 8 x 16; primary gate 2 x 16 x
+    # 4;
     # in 2 of 4 groups gates of 2 x 16 x 2, and 4 of 8 experts of 2 x 16 x 24
     active = 16 + 6 * 17 + 2 * (2048 + 128) + 128 + 2 * 64 + 4 * 768
     assert count_params_and_flops(model, config)["active_parameters_per_word"] == active

@@ -27,14 +27,16 @@ def test_rank_flip_within_rounding_is_counted_and_the_recording_wins() -> None:
         ctx,
     )
     replayer = RecordedChoices(recorder.recorded)
-    # word 2 ranks experts 0 and 1 the other way, 4e-6 of its largest score apart; words lie elsewhere on this layout
+    # word 2 ranks experts 0 and 1 the other way, 4e-6 of its largest score apart; words lie
+    # elsewhere on this layout
     after = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.0 + 4e-6, 1.0, 0.0]])
     order = torch.tensor([2, 0, 1])
     top, column = replayer.select(after[order], 1, torch.arange(3), ctx.select(order))
     assert column.tolist() == [[1, 0], [2, 1], [0, 1]]
     torch.testing.assert_close(top[0], torch.tensor([1.0, 1.0 + 4e-6]), rtol=0, atol=0)
     assert replayer.rank_flips == 1 and 3e-6 < replayer.max_gap < 5e-6
-    # word 0 ranks them 3, 2, 1 where 1, 2, 3 is recorded: its first is 2 / 3 of the largest score off
+    # word 0 ranks them 3, 2, 1 where 1, 2, 3 is recorded: its first is 2 / 3 of the largest score
+    # off
     replayer.select(
         torch.tensor([[3.0, 2.0, 1.0]]), 1, torch.arange(3), ctx.select(torch.tensor([0]))
     )
@@ -73,7 +75,8 @@ def test_sign_flip_within_rounding_is_counted_once_and_the_recording_wins(recomp
     assert sums == pytest.approx([1, 2 + 4e-6]) and on == [[1, 0, 0], [1, 1, 0]]
     (keys, _), *others = recorder.recorded.relu_masks.values()
     assert keys.tolist() == [7, (1 << 42) + 7] and not others
-    # word 1's second unit is off here, 2e-6 of the row's largest from zero; words lie elsewhere on this layout
+    # word 1's second unit is off here, 2e-6 of the row's largest from zero; words lie elsewhere on
+    # this layout
     replayer = RecordedChoices(recorder.recorded)
     sums, on = hidden(
         experts, replayer, [[2.0, -4e-6, -1.0], [1.0, 0.0, -2.0]], ctx.select(torch.tensor([1, 0]))

@@ -251,7 +251,8 @@ def test_transparency_is_blended_on_white(tmp_path: Path) -> None:
         for mode in ("L", "RGB"):
             shown_YX = np.asarray(open_image(tmp_path / name, mode)).reshape(3, -1)
             assert (shown_YX == [[0], [255], [204]]).all(), (name, mode)
-    # a palette with alphas, one with a transparent entry, and a color that stands for nothing, in colors and in gray
+    # a palette with alphas, one with a transparent entry, and a color that stands for nothing, in
+    # colors and in gray
     palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
     palette.putpalette([0] * 9)
     palette.save(tmp_path / "palette.png", transparency=bytes([255, 0, 51]))

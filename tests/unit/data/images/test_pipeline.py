@@ -62,7 +62,8 @@ def one(item_YX: np.ndarray, samples: int, **changes: Any) -> ImageSplit:
 
 
 def test_each_epoch_is_a_permutation() -> None:
-    # 7 images: steps of 3 end within epochs, one of 10 holds more than one. Numbers 0 to 69 are 10 epochs.
+    # 7 images: steps of 3 end within epochs, one of 10 holds more than one. Numbers 0 to 69 are 10
+    # epochs.
     stream = [i for step in range(24) for i in numbers(numbered(7, 3).batch(step, range(3)))][:70]
     assert stream == [
         i for step in range(7) for i in numbers(numbered(7, 10).batch(step, range(10)))
@@ -135,7 +136,8 @@ def test_pad_crop_cuts_a_window_and_flips_half() -> None:
             if (byte_YX == (padded_YX[y : y + 8, x : x + 8][:, :: -1 if flipped else 1])).all()
         ]
         seen[found] += 1
-    # 1,000 over 2 x 81 places: 6.2 of each; a place that is never taken has probability e^-6.2 = 0.002
+    # 1,000 over 2 x 81 places: 6.2 of each; a place that is never taken has probability e^-6.2 =
+    # 0.002
     assert len(seen) > 155
     flipped = sum(num for (_, _, is_flipped), num in seen.items() if is_flipped)
     assert abs(flipped - 500) < 4 * (1000 / 4) ** 0.5
@@ -171,7 +173,8 @@ TREE = {f"{split}/{kind}": 8 for split in ("train", "valid", "test") for kind in
 
 
 def test_evaluation_resizes_the_short_side_and_crops_the_center(tmp_path: Path) -> None:
-    # 28 x 256 / 224 = 32: a picture of 40 x 60 becomes 32 x 48, of which the middle 28 x 28 begins at row 2, column 10.
+    # 28 x 256 / 224 = 32: a picture of 40 x 60 becomes 32 x 48, of which the middle 28 x 28 begins
+    # at row 2, column 10.
     # Without inception it becomes 28 x 42, cut from column 7 on.
     image = Image.fromarray(picture(3, 40, 60))
     path = tmp_path / "image.png"
@@ -216,7 +219,8 @@ def test_more_than_eight_bits_are_rejected(tmp_path: Path) -> None:
     Image.fromarray(np.full((9, 9), 4096, np.uint16)).save(path)  # which PIL would make white
     told(
         ImageDataConfig(str(root)),
-        f"{re.escape(repr(str(path)))} is not a readable image .*mode in PIL is I;16, more than 8 bits",
+        f"{re.escape(repr(str(path)))} is not a readable image .*mode in PIL is I;16, more than 8 "
+        "bits",
         SMALL,
     )
 
@@ -225,7 +229,8 @@ def test_more_than_eight_bits_are_rejected(tmp_path: Path) -> None:
 
 
 def test_targets_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two images, of bytes 0 (-1) and 255 (+1), classes 0 and 2 of 4; smoothing 0.2: 0.8 + 0.2 / 4 = 0.85 and 0.05.
+    # Two images, of bytes 0 (-1) and 255 (+1), classes 0 and 2 of 4; smoothing 0.2: 0.8 + 0.2 / 4 =
+    # 0.85 and 0.05.
     # Weight 0.25 on oneself, 0.75 on the next of the step, the last one's being the first:
     #   -1 x 0.25 + 1 x 0.75 = 0.5      0.85 x 0.25 + 0.05 x 0.75 = 0.25      0.05 x 0.25 + 0.85 x 0.75 = 0.65
     monkeypatch.setattr(ImageSplit, "mixup_weight", lambda split, step: 0.25)

@@ -162,7 +162,8 @@ def test_cyclic_lanes_continue_into_the_next_lane() -> None:
         torch.int64,
         torch.bool,
     )
-    # Next pass: lane 0 reads lane 1's text; lane 1 reads index 6 (the remainder), then 7 mod 7 = 0 and 8 mod 7 = 1.
+    # Next pass: lane 0 reads lane 1's text; lane 1 reads index 6 (the remainder), then 7 mod 7 = 0
+    # and 8 mod 7 = 1.
     input_BS, target_BS, valid_BS = lanes.window(3, 3, np.arange(2))
     assert input_BS.tolist() == [[13, 14, 15], [16, 10, 11]]
     assert target_BS.tolist() == [[14, 15, 16], [10, 11, 12]]
@@ -172,7 +173,8 @@ def test_cyclic_lanes_continue_into_the_next_lane() -> None:
 
 
 def test_evaluation_lanes_pad_after_their_own_end() -> None:
-    # N = 8 has 7 pairs; ceil(7 / 3) = 3 pairs a lane: pairs 0-2, 3-5 and 6 with 2 places of padding.
+    # N = 8 has 7 pairs; ceil(7 / 3) = 3 pairs a lane: pairs 0-2, 3-5 and 6 with 2 places of
+    # padding.
     lanes = Lanes(np.arange(10, 18), num_lanes=3, cyclic=False)
     assert lanes.lane_len == 3
     assert [lanes.num_windows(steps) for steps in (1, 2, 3, 4)] == [3, 2, 1, 1]
@@ -233,7 +235,8 @@ def test_lane_out_of_range_is_rejected(lane: int) -> None:
 
 
 def test_unigram_perplexity_of_four_tokens() -> None:
-    # Counts of 0, 1, 2, 3 plus one: 2, 3, 2, 1, of 8. Targets 1, 1, 0 (the leading 3 is none): 3/8, 3/8, 2/8.
+    # Counts of 0, 1, 2, 3 plus one: 2, 3, 2, 1, of 8. Targets 1, 1, 0 (the leading 3 is none): 3/8,
+    # 3/8, 2/8.
     # Perplexity (8/3 * 8/3 * 8/2) ** (1/3) = (256 / 9) ** (1/3) = 3.0526...
     perplexity = unigram_perplexity((1, 2, 1, 0), np.array([3, 1, 1, 0]))
     assert perplexity == pytest.approx((256 / 9) ** (1 / 3), rel=1e-12)

@@ -47,7 +47,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[Any
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_files_without_splits_are_split_in_order(tmp_path: Path, streamed: bool) -> None:
-    # 39 + 1 lines: int(40 * 0.9) = 36 and int(40 * 0.95) = 38. b.txt sorts behind a.txt, so its line comes last.
+    # 39 + 1 lines: int(40 * 0.9) = 36 and int(40 * 0.95) = 38. b.txt sorts behind a.txt, so its
+    # line comes last.
     (tmp_path / "b.txt").write_text("\n  last \n", encoding="utf-8")
     (tmp_path / "a.txt").write_bytes(
         ("\ufeff" + "".join(f" {i}\r\n\n" for i in range(39))).encode()

@@ -135,7 +135,8 @@ def test_sample_is_the_same_on_any_layout_and_in_any_order(
     for asked in (range(4, 8), range(0, 4), range(3, 4), range(0, 0)):
         for part, every in zip(again.batch(5, asked), whole, strict=True):
             assert part.equal(every[asked.start : asked.stop])
-    # sample 3 of step 5 is number 43 = 4 * 9 + 7 of a batch of 9 in the same epoch: only the padding may differ
+    # sample 3 of step 5 is number 43 = 4 * 9 + 7 of a batch of 9 in the same epoch: only the
+    # padding may differ
     wider = Pretraining(lines, tokens, max_tokens=64, global_batch_size=9, seed=1).batch(
         4, range(7, 8)
     )

@@ -440,7 +440,8 @@ def test_glue_uses_validation_as_test(hub: tuple[Path, list[Any]], task: str) ->
         ]
         for row in rows:
             row |= {second: "more"} if second else {}
-        # a file in a folder of its own, for a name such as validation_matched is not one that the library splits by
+        # a file in a folder of its own, for a name such as validation_matched is not one that the
+        # library splits by
         write(
             folder / "nyu-mll/glue" / task / "data" / f"{split}-00000-of-00001.parquet", rows, names
         )

@@ -312,8 +312,8 @@ def test_unknown_source_is_rejected(source: str, message: str) -> None:
 
 
 def test_windows_by_hand() -> None:
-    # 9 tokens hold [CLS] a [SEP], five of the context and [SEP]; of 8 tokens the windows begin at 0, 2 and 4, for the
-    # third ends with the last one. "d e" is tokens 3 and 4: all three have it.
+    # 9 tokens hold [CLS] a [SEP], five of the context and [SEP]; of 8 tokens the windows begin at
+    # 0, 2 and 4, for the third ends with the last one. "d e" is tokens 3 and 4: all three have it.
     questions = [
         ask("a", "a b c d e f g h", "d e"),
         ask("a b c", "c d", "c", id_="r"),
@@ -440,7 +440,8 @@ def test_best_spans_by_hand() -> None:
     )
     start_bS = torch.tensor([[1.0, 9.0, 9.0, 2.0, 0.0, 5.0, 9.0]])
     end_bS = torch.tensor([[0.5, 9.0, 9.0, 1.0, 0.0, 3.0, 9.0]])
-    # 5..5: 5 + 3 = 8; 3..5: 2 + 3 = 5 is of three tokens; 3..3: 2 + 1 = 3; 4..5: 0 + 3 = 3; 3..4: 2 + 0 = 2
+    # 5..5: 5 + 3 = 8; 3..5: 2 + 3 = 5 is of three tokens; 3..3: 2 + 1 = 3; 4..5: 0 + 3 = 3; 3..4: 2
+    # + 0 = 2
     score_bn, start_bn, end_bn, null_b = best_spans(
         start_bS, end_bS, token_bS, kind_bS, longest=3, num=2
     )
@@ -560,7 +561,8 @@ def test_scores_by_hand() -> None:
         ask("?", context, "the", "dog", id_="6"),  # but not beside one that has words
     ]
     answer = {"1": "dog in snow", "2": "", "3": "", "4": "red", "5": "", "6": ""}
-    # 1: dog in snow / red dog in snow 2 * 3 / 7, better than 2 * 1 / 5; 2: 0; 3: 1; 4: 0; 5: 1; 6: 0
+    # 1: dog in snow / red dog in snow 2 * 3 / 7, better than 2 * 1 / 5; 2: 0; 3: 1; 4: 0; 5: 1; 6:
+    # 0
     assert squad_scores(questions, answer) == pytest.approx(
         {
             "exact": 200 / 6,

@@ -45,8 +45,8 @@ def test_windows_and_positions_by_hand() -> None:
 
 
 def test_fewer_lines_than_lanes_and_long_windows() -> None:
-    # One line for three lanes: lane b reads lines b, b + 3, ..., all "a". 5 tokens: a . a . a, so that the next is the
-    # <eos> of the third line, b + 6.
+    # One line for three lanes: lane b reads lines b, b + 3, ..., all "a". 5 tokens: a . a . a, so
+    # that the next is the <eos> of the third line, b + 6.
     stream = Stream(["a"], VOCABULARY, num_lanes=3, lane_b=range(3))
     input_BS, target_BS, _ = stream.window(5, np.arange(3))
     assert (said(input_BS), said(target_BS)) == (["a . a . a"] * 3, [". a . a ."] * 3)

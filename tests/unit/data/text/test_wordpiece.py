@@ -43,13 +43,15 @@ def test_special_tokens_have_fixed_numbers() -> None:
 
 
 def test_pieces_by_hand() -> None:
-    # Words: ab twice, abc twice. The pair a ##b is there 4 times, ##b ##c twice; after ab, ab ##c twice.
+    # Words: ab twice, abc twice. The pair a ##b is there 4 times, ##b ##c twice; after ab, ab ##c
+    # twice.
     tokens = WordPieceTokenizer.build(LINES, 13)
     assert tokens.words == (*SPECIAL, "##a", "##b", "##c", "a", "b", "c", "ab", "abc")
     assert (
         len(tokens) == 13 and tokens.is_inside_V.tolist() == [False] * 5 + [True] * 3 + [False] * 5
     )
-    # abc whole; ab; a and what goes on with it; c, then no ##ab: letter by letter; x is no character of the text
+    # abc whole; ab; a and what goes on with it; c, then no ##ab: letter by letter; x is no
+    # character of the text
     assert tokens.encode("abc ab ac cab x") == [12, 11, 8, 7, 10, 5, 6, UNK]
     assert tokens.decode([12, 11, 8, 7, 10, 5, 6, UNK]) == "abc ab ac cab [UNK]"
     assert [ids.tolist() for ids in tokens.encode_all(["abc", "", "ac"])] == [[12], [], [8, 7]]
@@ -117,7 +119,8 @@ def test_encoding_equals_a_slow_reference(verses: list[str]) -> None:
 
 
 def test_rare_characters_are_left_out() -> None:
-    # 0.99995 of 40,001 characters that are no spaces are 39,998.99: a and b are enough, the one ß is not needed
+    # 0.99995 of 40,001 characters that are no spaces are 39,998.99: a and b are enough, the one ß
+    # is not needed
     tokens = WordPieceTokenizer.build(["ab" * 20] * 1000 + ["ß"], 12)
     assert {word.removeprefix("##") for word in tokens.words[5:]} <= {"a", "b"} | {
         "ab" * n for n in range(21)

@@ -44,8 +44,10 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 
 def test_weights_are_the_softmax_over_chosen_experts() -> None:
     # Tokens are unit vectors, so their logits are the rows of w_gate.
-    # Token 0: e^logit = 1, 3, 6, 2. The best two are experts 2 and 1: weights 6 / (6 + 3) and 3 / (6 + 3).
-    # Token 1: e^logit = 4, 1, 2, 12. The best two are experts 3 and 0: weights 12 / (12 + 4) and 4 / (12 + 4).
+    # Token 0: e^logit = 1, 3, 6, 2. The best two are experts 2 and 1: weights 6 / (6 + 3) and 3 /
+    # (6 + 3).
+    # Token 1: e^logit = 4, 1, 2, 12. The best two are experts 3 and 0: weights 12 / (12 + 4) and 4
+    # / (12 + 4).
     gate = make_gate(
         torch.tensor([[1, 3, 6, 2], [4, 1, 2, 12]], dtype=FLOAT64).log(), k=2, noise=False
     )
@@ -55,12 +57,14 @@ def test_weights_are_the_softmax_over_chosen_experts() -> None:
     close(routing.gate_N, [1 / 4, 1 / 3, 2 / 3, 3 / 4])
     close(told.importance_GE, [[1 / 4, 1 / 3, 2 / 3, 3 / 4]])
     close(told.load_GE, [[1, 1, 1, 1]])  # no noise: Eq. 9 is 0 or 1
-    # importance: mean 1/2, variance ((1/4)² + (1/6)² + (1/6)² + (1/4)²) / 4 = 13/288, CV² = 13/72; load is even
+    # importance: mean 1/2, variance ((1/4)² + (1/6)² + (1/6)² + (1/4)²) / 4 = 13/288, CV² = 13/72;
+    # load is even
     close(gate.balance_loss(told.importance_GE, told.load_GE), 0.1 * 13 / 72)
 
 
 def test_noise_is_scaled_by_softplus_and_changes_the_choice() -> None:
-    # softplus(ln(e^s - 1)) = s: deviations 1 and 3. With k = 1 the higher of z0 and ln 2 + 3 z1 is chosen.
+    # softplus(ln(e^s - 1)) = s: deviations 1 and 3. With k = 1 the higher of z0 and ln 2 + 3 z1 is
+    # chosen.
     deviation_E = torch.tensor([[1.0, 3.0]], dtype=FLOAT64)
     gate = make_gate(
         torch.tensor([[1.0, 2.0]], dtype=FLOAT64).log(), 1, (deviation_E.exp() - 1).log()
@@ -83,11 +87,13 @@ def test_probability_in_top_k() -> None:
     )
     score_TE = torch.tensor([[1.5, 0.2, -0.6]], dtype=FLOAT64)  # after noise
     # k = 1. The best without expert 0 is 0.2, without 1 or 2 it is 1.5:
-    # Phi((1 - 0.2) / 1) = Phi(0.8), Phi((0 - 1.5) / 0.5) = Phi(-3), Phi((-1 - 1.5) / 2) = Phi(-1.25)
+    # Phi((1 - 0.2) / 1) = Phi(0.8), Phi((0 - 1.5) / 0.5) = Phi(-3), Phi((-1 - 1.5) / 2) =
+    # Phi(-1.25)
     p_TE = probability_in_top_k(clean_TE, std_TE, torch.tensor([[0]]), score_TE.topk(2).values)
     close(p_TE, [[0.788145, 0.001350, 0.105650]])
     # k = 2. The second best without expert 0 or 1 is -0.6, without 2 it is 0.2:
-    # Phi((1 + 0.6) / 1) = Phi(1.6), Phi((0 + 0.6) / 0.5) = Phi(1.2), Phi((-1 - 0.2) / 2) = Phi(-0.6)
+    # Phi((1 + 0.6) / 1) = Phi(1.6), Phi((0 + 0.6) / 0.5) = Phi(1.2), Phi((-1 - 0.2) / 2) =
+    # Phi(-0.6)
     p_TE = probability_in_top_k(clean_TE, std_TE, torch.tensor([[0, 1]]), score_TE.topk(3).values)
     close(p_TE, [[0.945201, 0.884930, 0.274253]])
     # k = 3 of 3: always chosen
@@ -98,8 +104,10 @@ def test_probability_in_top_k() -> None:
 
 
 def test_tied_scores_are_compared_with_each_other() -> None:
-    """Experts 0 and 1 score 2; 0 was chosen. Without 0 the best is 1's score, without 1 it is 0's: the gradient of
-    P(x, 0) = Phi(clean 0 - score 1) goes to clean 0 and score 1, where comparing scores would find 0 not in the top."""
+    """Experts 0 and 1 score 2; 0 was chosen. Without 0 the best is 1's score, without 1 it is 0's:
+    the gradient of P(x, 0) = Phi(clean 0 - score 1) goes to clean 0 and score 1, where comparing
+    scores would find 0 not in the top.
+    """
     clean_TE = torch.tensor([[1.0, 1.5, 0.0]], dtype=FLOAT64, requires_grad=True)
     score_TE = clean_TE + torch.tensor([[1.0, 0.5, 0.0]], dtype=FLOAT64)
     p_TE = probability_in_top_k(
@@ -116,13 +124,15 @@ def test_tied_scores_are_compared_with_each_other() -> None:
 def test_cv_squared() -> None:
     even, one_of_four = [3.0, 3.0, 3.0, 3.0], [8.0, 0.0, 0.0, 0.0]
     rising = [1.0, 2.0, 3.0, 4.0]
-    # one of four: mean 2, variance (36 + 4 + 4 + 4) / 4 = 12, 12 / 4 = 3. rising: mean 2.5, variance 1.25, 1.25 / 6.25.
+    # one of four: mean 2, variance (36 + 4 + 4 + 4) / 4 = 12, 12 / 4 = 3. rising: mean 2.5,
+    # variance 1.25, 1.25 / 6.25.
     close(cv_squared(torch.tensor([even, one_of_four, rising, [0.0] * 4])), [0, 3, 0.2, 0])
 
 
 def test_balance_loss_is_summed_over_groups() -> None:
     gate = NoisyTopK(1, 2, 1, importance_loss_weight=0.5, load_loss_weight=2.0)
-    # importance: CV² of (4, 0) is 4 / 4 = 1, of (1, 3) 1 / 4; load: of (1, 1) 0, of (0, 6) 9 / 9 = 1
+    # importance: CV² of (4, 0) is 4 / 4 = 1, of (1, 3) 1 / 4; load: of (1, 1) 0, of (0, 6) 9 / 9 =
+    # 1
     importance_GE, load_GE = (
         torch.tensor([[4.0, 0.0], [1.0, 3.0]]),
         torch.tensor([[1.0, 1.0], [0.0, 6.0]]),
@@ -147,7 +157,8 @@ def test_route_sorts_by_expert_and_then_by_token() -> None:
     gate_TK = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 0.8]])
     keep_TK = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 1]], dtype=torch.bool)
     routing = build_routing(expert_TK, gate_TK, keep_TK, num_experts=4)
-    # expert 0: tokens 0, 1, 3; expert 1: token 1 (token 2's is not kept); expert 2: tokens 0, 2, 3; expert 3: none
+    # expert 0: tokens 0, 1, 3; expert 1: token 1 (token 2's is not kept); expert 2: tokens 0, 2, 3;
+    # expert 3: none
     assert routing.count_E.tolist() == [3, 1, 3, 0]
     assert routing.token_N.tolist() == [0, 1, 3, 1, 0, 2, 3]
     close(routing.gate_N, [0.2, 0.3, 0.7, 0.4, 0.1, 0.5, 0.8])
@@ -156,8 +167,10 @@ def test_route_sorts_by_expert_and_then_by_token() -> None:
 @pytest.mark.parametrize(
     ("factor", "kept"),
     [
-        # 5 valid tokens, 2 choices, 4 experts: capacity = ceil(factor x 2 x 5 / 4) = ceil(2.5 factor).
-        # Expert 0 is wanted first by tokens 0, 1, 3, then second by 2 and 5; expert 1 first by 2 and 5, second by 0, 1;
+        # 5 valid tokens, 2 choices, 4 experts: capacity = ceil(factor x 2 x 5 / 4) = ceil(2.5
+        # factor).
+        # Expert 0 is wanted first by tokens 0, 1, 3, then second by 2 and 5; expert 1 first by 2
+        # and 5, second by 0, 1;
         # expert 2 second by 3. Token 4 is padding.
         (0.4, [[1, 0], [0, 0], [1, 0], [0, 1], [0, 0], [0, 0]]),  # 1 place
         (0.8, [[1, 0], [1, 0], [1, 0], [0, 1], [0, 0], [1, 0]]),  # 2 places
@@ -175,8 +188,8 @@ def test_capacity_takes_first_choices_then_earlier_tokens(
 
 
 def test_capacity_is_counted_in_each_token_group() -> None:
-    # Groups of two samples: tokens 0 to 3 (all for expert 0, one padding) and 4 and 5. With factor 1 and 2 experts the
-    # capacities are ceil(3 / 2) = 2 and ceil(2 / 2) = 1.
+    # Groups of two samples: tokens 0 to 3 (all for expert 0, one padding) and 4 and 5. With factor
+    # 1 and 2 experts the capacities are ceil(3 / 2) = 2 and ceil(2 / 2) = 1.
     expert_TK = torch.tensor([[0], [0], [0], [0], [0], [0]])
     valid_T = torch.tensor([1, 0, 1, 1, 1, 1], dtype=torch.bool)
     ctx = context(6, 2, valid_T=valid_T, capacity_group_size=2)
@@ -197,8 +210,8 @@ def test_integer_capacity_is_not_rounded_up() -> None:
 
 
 def test_dropped_assignments_are_counted() -> None:
-    # Every token chooses expert 0 (logit 1 against 0) and then the only other: 4 x 2 assignments, of which a capacity
-    # of ceil(0.5 x 2 x 4 / 2) = 2 keeps 2 of each expert.
+    # Every token chooses expert 0 (logit 1 against 0) and then the only other: 4 x 2 assignments,
+    # of which a capacity of ceil(0.5 x 2 x 4 / 2) = 2 keeps 2 of each expert.
     gate = make_gate(torch.tensor([[1.0, 0.0]]), 2, noise=False, capacity_factor=0.5)
     routing, told = gate(torch.ones(4, 1), context(4, 4))
     assert routing.count_E.tolist() == [2, 2]
@@ -236,7 +249,9 @@ def test_probability_equals_the_share_over_redraws(k: int) -> None:
 
 
 def test_loads_sum_to_k_per_token_on_average() -> None:
-    """P(x, i) is the chance of i given the others' noise, so its mean is the chance, and those sum to k."""
+    """P(x, i) is the chance of i given the others' noise, so its mean is the chance, and those sum
+    to k.
+    """
     num_tokens, k, num_steps = 16, 2, 600
     w_gate_DE, w_noise_DE = drawn(3, 5, key="w_gate"), drawn(3, 5, key="w_noise")
     gate = make_gate(w_gate_DE, k, w_noise_DE)
@@ -254,7 +269,8 @@ def test_loads_sum_to_k_per_token_on_average() -> None:
 
 
 def test_load_is_even_at_initialization() -> None:
-    # Both matrices are zero, so each of 16 experts is among the best 4 of 16 equal draws with chance 1/4:
+    # Both matrices are zero, so each of 16 experts is among the best 4 of 16 equal draws with
+    # chance 1/4:
     # of 4,096 tokens 1,024 +- sqrt(4096 x 1/4 x 3/4) = 27.7
     gate = make_gate(torch.zeros(8, 16), k=4)
     routing, told = gate(torch.randn(4096, 8, generator=prng.generator("x")), context(4096))
@@ -329,7 +345,8 @@ def test_padding_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 def test_noise_that_underflows_gives_no_nan(dtype: torch.dtype) -> None:
-    # softplus(-1000) is 0 in any precision: the gate decides without noise, and the chance of each expert is 0 or 1
+    # softplus(-1000) is 0 in any precision: the gate decides without noise, and the chance of each
+    # expert is 0 or 1
     w_gate_DE, x_TD = drawn(3, 6, key="w_gate").to(dtype), drawn(10, 3, key="x").to(dtype)
     x_TD[:, 0] = 1
     w_noise_DE = torch.zeros(3, 6, dtype=dtype)

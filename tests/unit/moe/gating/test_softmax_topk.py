@@ -43,8 +43,10 @@ def drawn(*shape: int, key: str) -> torch.Tensor:
 
 def test_weights_are_probabilities_over_all_experts() -> None:
     # Tokens are unit vectors, so their logits are the rows of the router.
-    # Token 0: e^logit = 1, 3, 6, 2, sum 12. The best two are experts 2 and 1: weights 6/12 and 3/12, not 2/3 and 1/3.
-    # Token 1: e^logit = 4, 1, 3, 12, sum 20. The best two are experts 3 and 0: weights 12/20 and 4/20.
+    # Token 0: e^logit = 1, 3, 6, 2, sum 12. The best two are experts 2 and 1: weights 6/12 and
+    # 3/12, not 2/3 and 1/3.
+    # Token 1: e^logit = 4, 1, 3, 12, sum 20. The best two are experts 3 and 0: weights 12/20 and
+    # 4/20.
     w_DE = torch.tensor([[1, 3, 6, 2], [4, 1, 3, 12]], dtype=FLOAT64).log()
     gate = make_gate(w_DE, k=2, noise=False, balance_loss_weight=0.5)
     routing, told = gate(torch.eye(2, dtype=FLOAT64), context(2))
@@ -60,8 +62,10 @@ def test_weights_are_probabilities_over_all_experts() -> None:
 
 
 def test_balance_loss() -> None:
-    # Group 0, 4 tokens with one choice each: m = 3/4, 1/4, 0; P = 2/4, 1/4, 1/4; 3 (3/4 2/4 + 1/4 1/4) = 3 x 7/16.
-    # Group 1 has no token. Group 2, 2 tokens with two choices each, is even in m: 3 x 1/3 = 1 whatever P is.
+    # Group 0, 4 tokens with one choice each: m = 3/4, 1/4, 0; P = 2/4, 1/4, 1/4; 3 (3/4 2/4 + 1/4
+    # 1/4) = 3 x 7/16.
+    # Group 1 has no token. Group 2, 2 tokens with two choices each, is even in m: 3 x 1/3 = 1
+    # whatever P is.
     probability_GE = torch.tensor(
         [[2, 1, 1], [0, 0, 0], [1.5, 0.25, 0.25]], dtype=FLOAT64, requires_grad=True
     )
@@ -70,14 +74,16 @@ def test_balance_loss() -> None:
     close(loss_G, [21 / 16, 0, 1])
     gate = SoftmaxTopK(2, 3, 1)
     close(gate.balance_loss(probability_GE, chosen_GE), 0.01 * (21 / 16 + 1))
-    # the gradient of a sum of probabilities is E m_i / tokens, tokens held fixed: 3/4 x (3/4, 1/4, 0), and 3/2 x 1/3
+    # the gradient of a sum of probabilities is E m_i / tokens, tokens held fixed: 3/4 x (3/4, 1/4,
+    # 0), and 3/2 x 1/3
     loss_G.sum().backward()
     assert probability_GE.grad is not None
     close(probability_GE.grad, [[9 / 16, 3 / 16, 0], [0, 0, 0], [1 / 2, 1 / 2, 1 / 2]])
 
 
 def test_noise_has_deviation_one_over_num_experts() -> None:
-    # Logits are zero, so log p differs between two experts by the difference of their noise: variance 2 / E² = 1/8.
+    # Logits are zero, so log p differs between two experts by the difference of their noise:
+    # variance 2 / E² = 1/8.
     gate = make_gate(torch.zeros(1, 4), k=4, capacity_factor=None)
     x_TD = torch.ones(4000, 1)
     routing, _ = gate(x_TD, context(4000))
@@ -90,7 +96,8 @@ def test_noise_has_deviation_one_over_num_experts() -> None:
 
 
 def test_capacity_equals_the_paper() -> None:
-    # 5 tokens of one sample, all to expert 0: ceil(1.2 x 1 x 5 / 4) = ceil(1.5) = 2 find room, 3 are dropped
+    # 5 tokens of one sample, all to expert 0: ceil(1.2 x 1 x 5 / 4) = ceil(1.5) = 2 find room, 3
+    # are dropped
     gate = make_gate(torch.tensor([[9.0, 0, 0, 0]]), k=1, noise=False)
     routing, told = gate(torch.ones(5, 1), context(5, 5))
     assert routing.token_N.tolist() == [0, 1] and told.dropped == 3
@@ -141,7 +148,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_layer_equals_loops(name: str) -> None:
-    """Outputs, statistics and every gradient, with padding, two balance groups and capacity by two samples."""
+    """Outputs, statistics and every gradient, with padding, two balance groups and capacity by two
+    samples.
+    """
     case = {"noise": True, "train": True} | CASES[name]
     num_tokens = NUM_SAMPLES * TOKENS
     ctx = context(
@@ -200,7 +209,8 @@ def test_layer_equals_loops(name: str) -> None:
 
 
 def test_gelu_experts_by_hand() -> None:
-    # One unit: gelu(2 x 1 + 1) = 3 Phi(3); of two experts the second has the row, weight 1/2: (4 x 3 Phi(3) + 5) / 2.
+    # One unit: gelu(2 x 1 + 1) = 3 Phi(3); of two experts the second has the row, weight 1/2: (4 x
+    # 3 Phi(3) + 5) / 2.
     experts = GeluExperts(2, 1, 1).double()
     with torch.no_grad():
         for p, value in zip(

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 SMALL = Tiles(tile(16, 32, 32, 2, 4), tile(16, 16, 16, 2, 4), tile(32, 16, 16, 2, 4))
-# tokens, and how many assignments each expert has: more and less than a tile's rows, exactly so many, none
+# tokens, and how many assignments each expert has: more and less than a tile's rows, exactly so
+# many, none
 CASES = {
     "ragged": (37, [19, 0, 16, 1, 33, 0]),
     "one expert": (20, [20]),
