@@ -88,7 +88,7 @@ from moe_dist.training.results import result_lines
             "with num_groups nothing is dropped",
         ),
         ("model.lstm_units=8", "less than model.dim=128"),
-        ("model.dim=2000000000", "a model of these sizes cannot be"),
+        ("model.dim=2000000000", "the model is too large for a tensor"),
         ("batch.balance_loss_group_size=0", "balance_loss_group_size=0"),
         ("batch.global_batch_size=2000000011 batch.balance_loss_group_size=4", "nearest: 1"),
         ("save_every=25", "not a multiple of log_every=10"),

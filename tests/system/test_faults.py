@@ -339,8 +339,7 @@ def test_the_watch_names_a_silent_rank_in_real_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread of `recording`, with 0.1 s between heartbeats and a timeout of 1.6 s. All other
-    cases have a fake
-    clock (unit/distributed/test_flight_recorder.py)."""
+    cases have a fake clock (unit/distributed/test_flight_recorder.py)."""
     monkeypatch.setattr(flight_recorder, "HEARTBEAT_S", 0.1)
     errors: list[str] = []
     monkeypatch.setattr(
