@@ -44,9 +44,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pydoclint -q moe_dist train.py
 
 check: lint
-	$(BIN)/pydoclint moe_dist train.py
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu and not slow'
 
 bench: setup

@@ -107,6 +107,12 @@ def open_directory(spec: RunSpec, resume: Resume) -> RunDirectory:
 def train(spec: RunSpec, resume: Resume, training: Training, directory: RunDirectory) -> int:
     """Trains a run, prints its result and draws its report.
 
+    Args:
+        spec: The run.
+        resume: The checkpoint from which it continues, if there is one.
+        training: Model, task and engine, with initial or loaded weights.
+        directory: The run folder, locked.
+
     Returns:
         The exit status: 0, `EXIT_STATUS` if SIGTERM ended it before its last step, or 1 if it
         diverged or its last checkpoint could not be written.
@@ -119,6 +125,9 @@ def train(spec: RunSpec, resume: Resume, training: Training, directory: RunDirec
 
 def run_steps(session: TrainingSession) -> tuple[int, bool]:
     """Runs the training loop.
+
+    Args:
+        session: The run's services, entered.
 
     Returns:
         The number of the last step, and whether SIGTERM ended the loop before the run's last step.
@@ -179,8 +188,13 @@ def evaluate_step(session: TrainingSession, step: int, is_last: bool) -> None:
 def end_run(session: TrainingSession, step: int, preempted: bool) -> int:
     """Prints the result, leaves the process group, and draws the report.
 
+    Args:
+        session: The run's services, entered.
+        step: The number of the last step.
+        preempted: Whether SIGTERM ended the loop before the run's last step.
+
     Returns:
-        The exit status.
+        The exit status, as of `train`.
     """
     mesh = session.training.mesh
     folder = session.folder
@@ -224,6 +238,12 @@ def evaluate_only(
     spec: RunSpec, resume: Resume, training: Training, directory: RunDirectory
 ) -> int:
     """Evaluates the test splits of a trained run, and prints the result.
+
+    Args:
+        spec: The run.
+        resume: The checkpoint that is evaluated.
+        training: Model, task and engine, with the checkpoint's weights.
+        directory: The run folder.
 
     Returns:
         The exit status: 0, or 1 if the run has diverged.

@@ -31,6 +31,10 @@ def build_dispatcher(
         k: Number of them that a token visits.
         layer_name: The layer's name, for the labels of its collectives.
 
+    Returns:
+        The dispatcher of the kind that `dispatcher_kind` returns. For one expert-parallel rank it
+        is a `LocalDispatcher`, for any configured kind.
+
     Raises:
         ValueError: The mesh cannot have this dispatcher.
     """
@@ -51,7 +55,7 @@ def build_dispatcher(
 def dispatcher_kind(
     configured: str, num_experts: int, k: int, num_ranks: int, ranks_per_node: int
 ) -> str:
-    """Returns "local", "all_to_all", "dedup_rank" or "dedup_node".
+    """Chooses the kind of dispatcher for a layer.
 
     "auto" is the kind that was the fastest (docs/log.md, 2026-11-30): "dedup_node" if the ranks
     span several nodes of several ranks evenly; else "dedup_rank" if that at least halves the rows;
@@ -64,6 +68,10 @@ def dispatcher_kind(
         k: Number of them that a token visits.
         num_ranks: Expert-parallel ranks.
         ranks_per_node: Ranks on each node.
+
+    Returns:
+        "local" for one rank; else `configured`, or for "auto" one of "all_to_all", "dedup_rank" and
+        "dedup_node".
 
     Raises:
         ValueError: "dedup_node" is configured and the ranks do not span several nodes evenly.
@@ -87,13 +95,14 @@ def dispatcher_kind(
 
 
 def num_overlap_chunks(config: MeshConfig, crosses_nodes: bool) -> int:
-    """Returns the number of chunks of an all-to-all that overlaps the experts, 0 for no overlap.
-
-    The default is 4 if the expert-parallel group has ranks on several nodes, else 0.
+    """Returns the number of chunks of an all-to-all that overlaps the experts.
 
     Args:
         config: The section `mesh` of the config, with `overlap_chunks` if the user chose a number.
         crosses_nodes: True if some expert-parallel group has ranks on more than one node.
+
+    Returns:
+        `config.overlap_chunks`, or by default 4 if `crosses_nodes`, else 0; 0 is no overlap.
     """
     if config.overlap_chunks is not None:
         return config.overlap_chunks

@@ -145,6 +145,12 @@ def fill_parameters(
 def connect(layer: MoE, name: str, mesh: Mesh, config: MeshConfig) -> None:
     """Gives a layer the dispatcher and the sums over ranks of a mesh.
 
+    Args:
+        layer: The layer; its `dispatcher` and `stat_reducer` are replaced.
+        name: The layer's name in the model, for the labels of its collectives.
+        mesh: The ranks.
+        config: The section `mesh` of the config.
+
     Raises:
         ValueError: The mesh cannot have the configured dispatcher.
     """

@@ -198,7 +198,13 @@ class ExpertGroups(nn.Module):
 def _sum_by_group(
     x_Rc: torch.Tensor, group_R: torch.Tensor, num_groups: int, ctx_R: TokenContext
 ) -> torch.Tensor:
-    """Sums (R, c) over the rows of each balance group and each group of experts.
+    """Sums over the rows of each balance group and each group of experts.
+
+    Args:
+        x_Rc: c numbers for each row.
+        group_R: Each row's group among those of this rank, int64.
+        num_groups: g.
+        ctx_R: The rows' context.
 
     Returns:
         (G, g c), float64 for the reason given at `moe.routing.sum_by_group`.

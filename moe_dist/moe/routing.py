@@ -52,6 +52,9 @@ def build_routing(
         gate_TK: Their gate weights.
         keep_TK: Which choices are kept, bool.
         num_experts: E.
+
+    Returns:
+        The N assignments that are kept, sorted by expert, in token order within an expert.
     """
     kept_N = keep_TK.flatten().nonzero().squeeze(1)
     expert_N, order_N = expert_TK.flatten()[kept_N].sort(stable=True)
@@ -66,10 +69,9 @@ def build_routing(
 def capacity_mask(
     expert_TK: torch.Tensor, capacity_factor: float | None, ctx: TokenContext, num_experts: int
 ) -> torch.Tensor:
-    """Returns which choices are kept (T, K), bool.
+    """Selects the choices that fit into the capacity of their experts.
 
-    Padding is never kept. Of the choices of an expert the first `capacity` in a capacity group are
-    kept:
+    In each capacity group an expert keeps the first `capacity` choices that name it:
 
         capacity = ceil(capacity_factor * K * valid tokens of the group / num_experts)
 
@@ -81,6 +83,9 @@ def capacity_mask(
         capacity_factor: None keeps the choices of all valid tokens.
         ctx: The tokens' context.
         num_experts: E.
+
+    Returns:
+        True for each choice that is kept (T, K), bool; False for padding.
     """
     num_tokens, k = expert_TK.shape
     valid_TK = ctx.valid_T[:, None].expand(num_tokens, k)
@@ -108,6 +113,10 @@ def capacity_mask(
 
 def sum_by_group(x_TE: torch.Tensor, ctx: TokenContext) -> torch.Tensor:
     """Sums over the valid tokens of each balance group.
+
+    Args:
+        x_TE: A number for each token and each expert.
+        ctx: The tokens' context.
 
     Returns:
         (G, E), float64, because balance losses are small differences of these sums, and parts of

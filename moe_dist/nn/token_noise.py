@@ -19,13 +19,16 @@ from moe_dist.nn.token_context import TokenContext
 def token_normal(
     ctx: TokenContext, use: str, channel_C: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns standard normal numbers (T, C).
+    """Returns standard normal numbers for tokens and channels.
 
     Args:
         ctx: The tokens' context.
         use: What the numbers are for; another use has other numbers.
         channel_C: Global ids of the channels, for example of experts, int64; (C,) or (T, C).
         dtype: Dtype of the result.
+
+    Returns:
+        (T, C), independent for each token and channel; no absolute value is above 5.2.
     """
     return _to_normal(_bits(ctx, use, channel_C), dtype)
 
@@ -37,6 +40,9 @@ def token_dropout(x_TD: torch.Tensor, p: float, ctx: TokenContext) -> torch.Tens
         x_TD: Tokens (T, D).
         p: The probability.
         ctx: The tokens' context; outside training nothing changes.
+
+    Returns:
+        (T, D), in the dtype of `x_TD`; `x_TD` itself if p is 0, and outside training.
     """
     if p == 0 or not ctx.train:
         return x_TD
@@ -68,13 +74,16 @@ def _to_normal(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _mix(x: torch.Tensor, between: torch.Tensor | int = 0) -> torch.Tensor:
-    """Returns a bijection of int32 that spreads every input bit over the word.
+    """Mixes the bits of each word, so that every input bit affects the whole word.
 
     `>>` keeps the sign, so the shifted words are masked. Multiplication wraps.
 
     Args:
         x: int32.
-        between: Added after the first round.
+        between: Added after the first round; broadcast to the shape of `x`.
+
+    Returns:
+        New int32 words in the shape of `x`; for a given `between` a bijection of `x`.
     """
     x = x ^ ((x >> 16) & 0xFFFF)
     x.mul_(0x7FEB352D).add_(between)

@@ -166,6 +166,10 @@ def _force_routing(
         gate: The gate.
         args: Its arguments: tokens and their context.
         output: The result of its forward.
+
+    Returns:
+        A routing with some of the assignments, which for "one_expert" all go to expert 0, and the
+        statistics of `output`; outside training `output` itself.
     """
     x_TD, ctx = args
     routing, stats = output

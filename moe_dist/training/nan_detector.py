@@ -143,13 +143,20 @@ class NonFiniteDetector:
 
 
 def divergence_reason(values: Mapping[str, Any], uniform_loss: float) -> str:
-    """Returns which loss of a run has diverged, and why; empty if none has.
+    """Checks whether a loss of a run has diverged.
+
+    A loss has diverged if it is not finite, or if it is above both its factor times `uniform_loss`
+    and `uniform_loss + MARGIN`.
 
     Args:
         values: The run's last metrics by key; the keys of `DIVERGENCE_FACTORS` are read if they are
             there.
         uniform_loss: The loss of a model that gives every word or class the same probability, in
             nats.
+
+    Returns:
+        The key of the first such loss and the reason, as text for a warning; empty if there is
+        none.
     """
     for key, factor in DIVERGENCE_FACTORS.items():
         loss = values.get(key, 0.0)

@@ -20,7 +20,7 @@ def result_lines(
     num_updates: int,
     baseline_is_explicit: bool,
 ) -> str:
-    """Returns the result of a run as text.
+    """Formats the result of a run.
 
     Args:
         config: The config of the run.
@@ -29,6 +29,10 @@ def result_lines(
         num_steps: Steps that were trained.
         num_updates: Steps that were not skipped.
         baseline_is_explicit: Whether the user named the baseline, so that its absence is reported.
+
+    Returns:
+        Lines without a newline at the end: the test metrics, the skipped steps if there are any,
+        the baseline's metrics if they can be compared, and the run folder.
     """
     lines = [task_result]
     if num_updates < num_steps:
@@ -43,10 +47,13 @@ def result_lines(
 
 
 def read_kept_metrics(baseline: str) -> dict[str, Any] | None:
-    """Returns the kept metrics that `baseline` names, None if there is no such file.
+    """Reads the metrics of earlier runs with which a result is compared.
 
     Args:
         baseline: A path below the root of the repository.
+
+    Returns:
+        The file's JSON object, which has at least `KEPT_KEYS`; None if there is no such file.
 
     Raises:
         ValueError: The file contains something else.

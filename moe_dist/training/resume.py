@@ -50,6 +50,10 @@ def find_checkpoint(spec: RunSpec, mesh: Mesh) -> Resume:
         spec: The run.
         mesh: The ranks, which share the reading of all files.
 
+    Returns:
+        The checkpoint with its state, and the newer ones that were refused. The result has no
+        checkpoint for a new run, and for --resume auto if the folder has none.
+
     Raises:
         ValueError: On every rank, no checkpoint is complete, or no step is left to train.
     """

@@ -153,6 +153,10 @@ def open_run_directory(
         wait_for_lock: As of `RunDirectory.claim`.
         keep_files: As of `RunDirectory.claim`.
 
+    Returns:
+        The folder, with the same path on every rank; the main rank has locked it unless
+        `read_only`.
+
     Raises:
         ValueError: On every rank, the folder cannot be written, or another run is using it.
     """

@@ -153,6 +153,9 @@ def parse_run(argv: list[str], doc: str | None) -> RunSpec:
     Args:
         argv: The arguments.
         doc: The description of --help.
+
+    Returns:
+        The spec with its layout. The data may still change its config (`RunSpec.with_config`).
     """
     args = parse_args(argv, doc)
     with plain_errors():
@@ -261,7 +264,14 @@ def check_memory(layout_report: dict[str, Any]) -> None:
 
 
 def _resolve(args: argparse.Namespace) -> RunSpec:
-    """Returns the spec of a new, a resumed, an evaluated or a grown run.
+    """Builds the spec of a new, a resumed, an evaluated or a grown run.
+
+    Args:
+        args: The parsed command line.
+
+    Returns:
+        The spec, still without its layout and without the effect of --profile and
+        --allow-changed-data.
 
     Raises:
         ValueError: The arguments do not fit together, or the run to resume cannot be used.
@@ -301,7 +311,15 @@ def _resolve(args: argparse.Namespace) -> RunSpec:
 
 
 def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
-    """Returns the spec of a run that continues, is evaluated, or grows.
+    """Builds the spec of a run that continues, is evaluated, or grows.
+
+    Args:
+        args: The parsed command line.
+        source_run: The run folder that --resume or --evaluate names.
+
+    Returns:
+        The spec with the config of `source_run` and the values of --set. Its folder is
+        `source_run`, or for --grow that of --folder (None: a new one).
 
     Raises:
         ValueError: A field may not change, or the run to resume cannot be read.
@@ -353,7 +371,14 @@ def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
 
 
 def _new_or_resumed(args: argparse.Namespace) -> RunSpec:
-    """Returns the spec of `--resume auto`: the run of --folder continues, or begins.
+    """Builds the spec of `--resume auto`: the run of --folder continues, or begins.
+
+    Args:
+        args: The parsed command line.
+
+    Returns:
+        The spec with the config that the command line names. If --folder has checkpoints, the sizes
+        that the kept run took from its data replace those of the named config.
 
     Raises:
         ValueError: Arguments are missing or too many, or the folder has a run with another config.
@@ -386,7 +411,16 @@ def _new_or_resumed(args: argparse.Namespace) -> RunSpec:
 def _merge(
     config: Config, kept_config: Config, explicit_keys: frozenset[str], folder: Path
 ) -> Config:
-    """Returns the config of the command line with the sizes that the kept run took from its data.
+    """Merges the config of the command line with that of the kept run.
+
+    Args:
+        config: The config that the command line names, with the values of --set.
+        kept_config: The config of the run in `folder`.
+        explicit_keys: Dotted keys that --set names; they keep the values of `config`.
+        folder: The run folder, for the error.
+
+    Returns:
+        `config` with the sizes that the kept run took from its data.
 
     Raises:
         ValueError: Another field differs that a resumed run may not change.
@@ -408,11 +442,14 @@ def _merge(
 
 
 def named_config(name: str, assignments: list[str]) -> tuple[Config, list[str]]:
-    """Returns a named config with the values of --set, and notes about derived group sizes.
+    """Builds a named config with the values of --set, and checks it.
 
     Args:
         name: The name of the config.
         assignments: Texts KEY=VALUE.
+
+    Returns:
+        The config, with the group sizes that `fit_groups` reduces, and a note about each of them.
 
     Raises:
         ValueError: The name or a key is unknown, or a value is invalid.
@@ -463,7 +500,14 @@ def _print_moved_data(kept_config: Config, config: Config) -> None:
 
 
 def _upcycling(args: argparse.Namespace, config: Config) -> Upcycling:
-    """Returns how the experts become more.
+    """Checks --grow and --grow-noise, and prints a note about the copies of the experts.
+
+    Args:
+        args: The parsed command line, with --grow.
+        config: The config of the run before it grows.
+
+    Returns:
+        The growth. Its noise is 0.01 without --grow-noise, its seed that of the run.
 
     Raises:
         ValueError: --grow or --grow-noise is out of range, or the run has no experts.

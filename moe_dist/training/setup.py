@@ -130,7 +130,19 @@ def _fingerprint(
     resumed: bool,
     allow_changed_data: bool,
 ) -> dict[str, Any]:
-    """Returns the fingerprint of the data for checkpoints. A collective.
+    """Computes the fingerprint of the data, and compares it with an earlier one. A collective.
+
+    Args:
+        task: The task, which has the data.
+        config: The config of the run, for the name of the data in messages.
+        mesh: The ranks.
+        metadata: As of `set_up`.
+        resumed: As of `set_up`.
+        allow_changed_data: As of `set_up`.
+
+    Returns:
+        The fingerprint for checkpoints (JSON), the same on every rank. It is that of `metadata`
+        without a comparison if there is one and `resumed` is false.
 
     Raises:
         ValueError: On every rank, the data is not that of the earlier run.

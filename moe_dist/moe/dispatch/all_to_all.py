@@ -136,13 +136,18 @@ class AllToAllDispatcher(nn.Module):
         return permutation.unpermute(combine.gather(returning)), stats  # 6
 
     def _plan(self, count_E: torch.Tensor, count_Pe: torch.Tensor, max_chunks: int) -> _ChunkPlan:
-        """Returns how many rows travel in each chunk. Copies the counts to the host.
+        """Cuts the experts into chunks and copies their row counts to the host.
 
         Args:
             count_E: Rows that this rank sends to each expert, int64.
             count_Pe: Rows that each rank sends to each expert of this rank, int64.
             max_chunks: Largest number of chunks that the experts can run in; 0 for those that
                 cannot.
+
+        Returns:
+            The rows that travel in each chunk, for at most `min(self.num_chunks, max_chunks)`
+            chunks, and at least one. The chunks have the same number of this rank's experts; the
+            last may have fewer.
         """
         num_experts = count_Pe.shape[1]
         num_chunks = max(1, min(self.num_chunks, max_chunks))

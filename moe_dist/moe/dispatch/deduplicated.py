@@ -118,10 +118,7 @@ def _receiving_rank(
     ranks_per_block: int,
     my_rank: int,
 ) -> torch.Tensor:
-    """Returns the rank to which each pair (row, block) goes (U,), int64.
-
-    It is a rank that has one of the row's experts; rows take turns among several. Rows of this
-    rank's own block stay on this rank.
+    """Chooses the rank to which each pair (row, block) goes.
 
     Args:
         block_U: Block of each pair.
@@ -130,6 +127,11 @@ def _receiving_rank(
         rank_in_block_N: Rank, counted within its block, that has the assignment's expert.
         ranks_per_block: Ranks in a block.
         my_rank: This rank on the axis.
+
+    Returns:
+        Each pair's rank on the axis (U,), int64. Rows of this rank's own block stay on this rank.
+        Every other row goes to a rank of the block that has one of its experts; rows take turns
+        among several such ranks.
     """
     if ranks_per_block == 1:
         return block_U
@@ -243,7 +245,7 @@ class DedupDispatcher(nn.Module):
         received_P2: torch.Tensor,
         experts_per_block: int,
     ) -> Routing:
-        """Returns the assignments of the rows that have arrived to the experts of this block.
+        """Builds the routing of the rows that have arrived to the experts of this block.
 
         Args:
             slot_and_expert_M2: Row of each assignment among those of the same sender, and its
@@ -251,6 +253,9 @@ class DedupDispatcher(nn.Module):
             gate_M: Gate weights.
             received_P2: Rows and assignments from each rank, int64.
             experts_per_block: L.
+
+        Returns:
+            The M assignments of the V rows, sorted by expert, and by sender within an expert.
         """
         rows_P = received_P2[:, 0]
         assignments_P = received_P2[:, 1]
@@ -270,13 +275,16 @@ def per_rank(
     delay_wgrad: bool = False,
     layer_name: str = "moe",
 ) -> DedupDispatcher:
-    """Returns a dispatcher that sends a row once to each rank with at least one of its experts.
+    """Builds a dispatcher with one hop, to the ranks.
 
     Args:
         axis: The expert-parallel ranks.
         comm_dtype: Dtype in which rows travel. None: the dtype they have.
         delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
         layer_name: The layer's name, for the labels of its collectives.
+
+    Returns:
+        A dispatcher that sends a row once to each rank with at least one of its experts.
     """
     return DedupDispatcher(
         axis, axis.size, 1, LocalDispatcher(), comm_dtype, delay_wgrad, layer_name
@@ -290,7 +298,7 @@ def per_node(
     delay_wgrad: bool = False,
     layer_name: str = "moe",
 ) -> DedupDispatcher:
-    """Returns a dispatcher that sends a row once to each node that has one of its experts.
+    """Builds a dispatcher with two hops, to the nodes and then to the ranks of a node.
 
     Args:
         axis: The expert-parallel ranks.
@@ -298,6 +306,10 @@ def per_node(
         comm_dtype: Dtype in which rows travel. None: the dtype they have.
         delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
         layer_name: The layer's name, for the labels of its collectives.
+
+    Returns:
+        A dispatcher that sends a row once to each node with at least one of its experts, and within
+        that node once to each rank with at least one of them.
     """
     within_node = per_rank(intra_node, comm_dtype, layer_name=layer_name)
     num_nodes = axis.size // intra_node.size

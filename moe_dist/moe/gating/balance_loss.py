@@ -17,15 +17,16 @@ def cv_squared(
     num_experts: int | None = None,
     over_expert_shards: Callable[[torch.Tensor], torch.Tensor] = _identity,
 ) -> torch.Tensor:
-    """Returns the squared coefficient of variation over experts (G,) (Shazeer et al. 2017, Eq. 7).
-
-    It is the population variance divided by the squared mean. A group without a token has sums of
-    zero, which are even: its value is 0.
+    """Returns the squared coefficient of variation over experts (Shazeer et al. 2017, Eq. 7).
 
     Args:
-        x_Ge: A number for each expert of this rank.
+        x_Ge: A number for each balance group and each expert of this rank, 0 or more.
         num_experts: E. None: the experts of this rank are all.
         over_expert_shards: Sums over the ranks that together hold all experts.
+
+    Returns:
+        The population variance divided by the squared mean (G,), in the dtype of `x_Ge`. A group
+        without a token has sums of zero, which are even: its value is 0.
     """
     num_experts = num_experts or x_Ge.shape[1]
     mean_G = over_expert_shards(x_Ge.sum(1)) / num_experts
@@ -38,14 +39,16 @@ def cv_squared(
 
 
 def switch_balance(probability_GE: torch.Tensor, chosen_GE: torch.Tensor) -> torch.Tensor:
-    """Returns E sum_i m_i P_i (G,), which is 1 if both are even (Fedus et al. 2021, Eq. 4).
+    """Returns the balance loss E sum_i m_i P_i of each group (Fedus et al. 2021, Eq. 4).
 
     m_i is expert i's share of all choices and P_i its mean probability. Only P carries a gradient.
-    A group without a token has the value 0.
 
     Args:
         probability_GE: Sums of the gate's probabilities over tokens.
         chosen_GE: How often each expert was chosen.
+
+    Returns:
+        (G,), without a weight: 1 if m and P are even, 0 for a group without a token.
     """
     # the probabilities of a token sum to 1
     tokens_G1 = probability_GE.detach().sum(1, keepdim=True)

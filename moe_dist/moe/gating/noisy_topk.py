@@ -124,11 +124,14 @@ class NoisyTopK(nn.Module):
         return build_routing(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """Returns the weighted sum of CV(Importance)² and CV(Load)² (Eqs. 7 and 11) over groups.
+        """Returns the balance loss from the sums of importance and load (Eqs. 7 and 11).
 
         Args:
             importance_GE: Sums over the tokens of all ranks.
             load_GE: Sums over the tokens of all ranks.
+
+        Returns:
+            w_importance CV(Importance)² + w_load CV(Load)², summed over balance groups; a scalar.
         """
         importance_loss_G = self.importance_loss_weight * cv_squared(importance_GE)
         load_loss_G = self.load_loss_weight * cv_squared(load_GE)

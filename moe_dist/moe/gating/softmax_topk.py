@@ -106,12 +106,16 @@ class SoftmaxTopK(nn.Module):
         return build_routing(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """Returns balance_loss_weight E sum_i m_i P_i, summed over balance groups.
+        """Returns the balance loss from the sums of probabilities and choices.
 
         Choices count before some are dropped: an assignment over capacity is a load all the same.
 
         Args:
             importance_GE: Sums of probabilities over the tokens of all ranks.
             load_GE: Sums of choices over the tokens of all ranks.
+
+        Returns:
+            balance_loss_weight E sum_i m_i P_i (`switch_balance`), summed over balance groups; a
+            scalar.
         """
         return self.balance_loss_weight * switch_balance(importance_GE, load_GE).sum()

@@ -44,6 +44,9 @@ def tile(rows: int, columns: int, step: int, stages: int, warps: int) -> Tile:
         step: Elements of the inner size that are accumulated at a time.
         stages: Number of steps that are loaded ahead.
         warps: Number of warps.
+
+    Returns:
+        The parameters by the names of a kernel launch's keyword arguments.
     """
     return {
         "ROWS": rows,
@@ -295,13 +298,16 @@ class _Work:
     def weights_gradient(
         self, left: torch.Tensor, right: torch.Tensor, out_eLC: torch.Tensor, left_is_gathered: bool
     ) -> torch.Tensor:
-        """Fills and returns `out_eLC` with left.T @ right of each expert's assignments.
+        """Computes left.T @ right over the assignments of each expert.
 
         Args:
             left: Tokens (T, L) if `left_is_gathered`, else rows (N, L).
             right: Rows (N, C), or tokens (T, C).
-            out_eLC: The result.
+            out_eLC: Memory for the result.
             left_is_gathered: Which side has tokens.
+
+        Returns:
+            `out_eLC`, filled; zeros for an expert without an assignment.
         """
         from moe_dist.moe.kernels.triton_kernels import weight_gradients
 
