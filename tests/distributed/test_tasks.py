@@ -507,7 +507,7 @@ def test_unclassifiable_input_prints_one_line(
         ("lstm_moe_demo", "optim.weight_decay=0.1 model.softmax_samples=100", "would not decay"),
     ],
 )
-def test_a_bad_setting_is_one_line_and_status_2(
+def test_invalid_setting_prints_one_line_and_exits_with_2(
     name: str, assignments: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_plan([name, *set_(*assignments.split())], says, capsys)
