@@ -63,7 +63,7 @@ class Layer(nn.Module):
 class Adam(torch.optim.Adam):
     """With the one method of our optimizer that a training loop calls."""
 
-    def begin(self, lr: float) -> None:
+    def start_step(self, lr: float) -> None:
         for group in self.param_groups:
             group["lr"] = lr
 

@@ -35,7 +35,7 @@ from moe_dist.engine.deepspeed import Engine
 from moe_dist.engine.ds_config import compute_dtype, read_ds_config
 from moe_dist.engine.parallelize import parallelize
 from moe_dist.optim.lr_schedule import learning_rate
-from moe_dist.tasks.task import LanguageModel
+from moe_dist.tasks.language_model import LanguageModel
 
 DENSE, OURS = "moe_1_wide", ("moe_32", "moe_256", "moe_256_factored", "moe_256_h")
 DEEPSPEED = ("deepspeed", "deepspeed_drops")

@@ -1,6 +1,8 @@
 """Rules of the code's structure: imports lead down, and each risk is in one place."""
 
 import ast
+import contextlib
+import importlib
 import re
 import shutil
 from pathlib import Path
@@ -278,3 +280,29 @@ def test_every_named_equation_maps_to_code_and_a_test() -> None:
         assert not method or re.search(rf"^    def {method}\b", source, re.M), (
             f"{file}::{name}.{method}"
         )
+
+
+def unresolved_imports(path: Path) -> list[str]:
+    """Returns the names that a script imports from the package and that do not exist."""
+    missing = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    with contextlib.suppress(ModuleNotFoundError):
+                        importlib.import_module(f"{node.module}.{alias.name}")
+                        continue
+                    missing.append(f"{path.relative_to(path.parents[1])}: {alias.name}")
+    return missing
+
+
+def test_scripts_outside_the_package_import_names_that_exist(tmp_path):
+    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")]
+    assert len(scripts) > 10
+    assert [name for script in scripts for name in unresolved_imports(script)] == []
+
+    moved = tmp_path / "benchmarks" / "moved.py"
+    moved.parent.mkdir()
+    moved.write_text("from moe_dist.moe import layer\nfrom moe_dist.moe.layer import Layer, MoE\n")
+    assert unresolved_imports(moved) == ["benchmarks/moved.py: Layer"]
