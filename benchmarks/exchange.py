@@ -1,22 +1,27 @@
-"""Bytes and seconds of a layer's exchange by kind: ragged, once to each rank, once to each node;
-ragged in pieces.
+"""Measures bytes and seconds of one layer's dispatch and combine, for each kind of dispatcher.
 
-    .venv/bin/python benchmarks/exchange.py                      four ranks here, told that they are two nodes of two
-    .venv/bin/python benchmarks/exchange.py --ranks 2            two ranks of one node
-    sudo benchmarks/two_nodes.sh 1gbit 2 benchmarks/exchange.py  two network namespaces with a link of 1 Gbit/s
-    torchrun ... benchmarks/exchange.py --json FILE              any ranks
-    sudo benchmarks/two_nodes.sh 1gbit 1 benchmarks/exchange.py --kinds ragged pieces1 pieces2 pieces4 --hidden 1024 \
-        --experts 32 --zipf 0                                    what is hidden of the transfer behind the experts
+    .venv/bin/python benchmarks/exchange.py             4 ranks here, grouped as 2 nodes of 2
+    .venv/bin/python benchmarks/exchange.py --ranks 2   2 ranks of one node
+    sudo benchmarks/two_nodes.sh 1gbit 2 benchmarks/exchange.py
+                                                        2 network namespaces, a 1 Gbit/s link
+    torchrun ... benchmarks/exchange.py --json FILE     any ranks
+    sudo benchmarks/two_nodes.sh 1gbit 1 benchmarks/exchange.py --hidden 1024 --experts 32 \
+        --zipf 0 --kinds all_to_all pieces1 pieces2 pieces4
+                                                        how much of the transfer experts hide
 
-Forward and backward of 4,096 tokens a rank to experts that only weight their rows, or have
-`--hidden` units, 4 of 256 for each token, popular by Zipf's law. "pieces2": plainly, in two pieces,
-gradients of weights while the last one travels; "all_to_all" does nothing meanwhile, nor do
-"dedup_rank" and "dedup_node"; with "dedup_rank+" and "dedup_node+" gradients of weights wait.
-"bf16": plainly, but bf16 on the wire. "experts": the same work without a transfer. All kinds take
-turns in random order, a round is one of each, timed by the clock between barriers, and every kind's
-output and gradient are compared with the ragged ones. Bytes are of forward, there and back, with
-ids, weights: those that a rank sends to others, the mean of the ranks. Prints medians with 90 %
-intervals, and medians of the rounds' ratios to the ragged exchange.
+Each rank runs forward and backward of 4,096 tokens, each with 4 of 256 experts drawn by Zipf's law.
+Experts only multiply rows by their weights, or have `--hidden` units. Kinds:
+
+- `all_to_all`: a row for each assignment, without overlap. All other kinds are compared with it.
+- `dedup_rank`, `dedup_node`: a row once for each rank, or once for each node.
+- `dedup_rank+`, `dedup_node+`: the same, with delayed weight gradients.
+- `pieces2`: `all_to_all` in 2 chunks; weight gradients run while the last chunk travels.
+- `bf16`: `all_to_all` with rows in bf16 on the wire.
+- `experts`: the same computation without a transfer.
+
+All kinds take turns in random order: a round is one of each, timed between barriers. Bytes are those
+of the forward pass that a rank sends to other ranks (rows in both directions, ids, weights; mean over
+ranks). Prints medians with 90 % intervals, and medians of the rounds' ratios to `all_to_all`.
 """
 
 import argparse
@@ -163,7 +168,7 @@ def ranks(args: argparse.Namespace, per_node: int | None) -> list[dict[str, Any]
             }
             | {"bytes_between_nodes": far, "bytes": total, "error": max(errors).item()}
             | {"ms": 1e3 * statistics.median(seconds), "low": 1e3 * low, "high": 1e3 * high}
-            | {"of_ragged": statistics.median(ratios), "version": torch.__version__}
+            | {"of_all_to_all": statistics.median(ratios), "version": torch.__version__}
             | machine()
         )
     meshes.shutdown()
@@ -197,7 +202,11 @@ def show(rows: list[dict[str, Any]]) -> None:
                 f"{row[key] / first[key]:.3f}" if first[key] else "",
             ]
         figures += [f"{row[key]:.1f}" for key in ("ms", "low", "high")]
-        print(cells.format(row["impl"], *figures, f"{row['of_ragged']:.3f}", f"{row['error']:.1e}"))
+        print(
+            cells.format(
+                row["impl"], *figures, f"{row['of_all_to_all']:.3f}", f"{row['error']:.1e}"
+            )
+        )
 
 
 def main() -> None:
