@@ -71,7 +71,9 @@ def test_architecture_picture_equals_its_script() -> None:
     assert module.FILE.read_text() == module.draw()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     for link in LINK.findall(FENCE.sub("", page.read_text())):
         if link.startswith(("http://", "https://")):
@@ -97,6 +99,20 @@ def test_commands_and_keys_exist(page: Path) -> None:
     for name in re.findall(r"\b(?:tests|benchmarks|experiments|launch|docker)/[\w/]+\.\w+\b", text):
         if name != INVENTED:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_changelog_maps_old_fields_to_fields() -> None:
+    """Each row of its table has fields that exist, and old ones that do not."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    table = text.partition("**Config fields**")[2].partition("**Values**")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 25
+    keys = known_keys()
+    for old, new in rows:
+        for key in re.findall(r"`([\w.]+)`", new):
+            assert key in keys, key
+        for key in re.findall(r"`([\w.]+)`", old):
+            assert key not in keys, key
 
 
 def test_named_configs_of_commands_exist() -> None:
