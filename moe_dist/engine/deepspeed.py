@@ -1,8 +1,8 @@
 """The engine: dense parameters under DeepSpeed ZeRO. The package's only import of deepspeed.
 
-DeepSpeed reduces and shards the dense parameters and calls our optimizer; it neither clips
-gradients nor has an expert. A file of `ds_configs/` contains precision and ZeRO stage; batch sizes
-and clipping belong to the run's config.
+DeepSpeed reduces and shards the dense parameters and calls our optimizer; it does not clip
+gradients and does not see the experts. A `ds_configs/` file contains precision and ZeRO stage;
+batch sizes and clipping belong to the run's config.
 """
 
 import logging
@@ -24,7 +24,7 @@ from moe_dist.engine.parallelize import ParallelModel
 from moe_dist.optim.optimizer import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# methods of DeepSpeed's communication backend that the flight recorder records
+# DeepSpeed backend methods to record in the flight recorder
 RECORDED_COLLECTIVES = (
     "all_reduce",
     "all_reduce_coalesced",
@@ -40,12 +40,12 @@ RECORDED_COLLECTIVES = (
 
 
 def import_deepspeed() -> Any:
-    """Returns the module `deepspeed`, imported without log lines or compiling at start."""
+    """Imports `deepspeed` without its log lines and its compilation at start."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch 2.13 deprecates, at every step
+    # at every step, DeepSpeed calls collectives by names deprecated in torch 2.13
     warnings.filterwarnings(
         "ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning
     )
@@ -53,18 +53,19 @@ def import_deepspeed() -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # FENCE. Both lines tried with DeepSpeed 0.19.8 and torch 2.13, held by test_startup.py.
-    # On gloo DeepSpeed would compile a shared-memory op at start: 20 s, a compiler, and a build
-    # lock that a killed run leaves behind and that then hangs every later run. Marked as not
-    # compatible, it uses gloo alone.
+    # On gloo DeepSpeed would compile a shared-memory op at start: it takes 20 s and a compiler, and
+    # a killed run leaves a build lock behind, on which every later run hangs. If the op is marked
+    # as not compatible, DeepSpeed uses gloo alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It imports its Muon optimizer to compare types, which compiles a function, for which torch
-    # imports its compiler: 3 CPU seconds. This is its own path for a torch without a compiler.
+    # To compare types, DeepSpeed imports its Muon optimizer, whose import compiles a function, so
+    # torch imports its compiler: 3 CPU seconds. The replacement is DeepSpeed's own path for a torch
+    # without a compiler.
     deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     return deepspeed
 
 
 def _record_calls(backend: Any, mesh: Mesh) -> None:
-    """Records DeepSpeed's collectives in the flight recorder: a rank may hang in them, too."""
+    """Records DeepSpeed's collectives in the flight recorder: a rank may hang there, too."""
 
     def recorded(name: str) -> Any:
         method = getattr(type(backend), name)
@@ -81,33 +82,33 @@ def _record_calls(backend: Any, mesh: Mesh) -> None:
 
 
 def _work(result: Any) -> Any:
-    """Returns the work of a collective that is still to be waited for, None if there is none."""
+    """Returns a collective's unfinished work, None if there is none."""
     if hasattr(result, "is_completed"):
         return result
     return _StreamPosition() if torch.cuda.is_available() else None
 
 
 class _StreamPosition:
-    """A position on the CUDA stream, as a work: completed once the GPU has passed it."""
+    """A CUDA stream position as a work handle: completed once the GPU has passed it."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event()
         self.event.record()
 
     def is_completed(self) -> bool:
-        """Returns whether the GPU has passed it."""
+        """Returns True if the GPU has passed it."""
         return self.event.query()
 
 
 class Engine:
-    """Forward, backward and step of a model whose dense parameters DeepSpeed shards.
+    """Runs forward, backward and step; DeepSpeed shards the model's dense parameters.
 
     Attributes:
         deepspeed: The module.
         engine: DeepSpeed's own engine.
         stage: ZeRO stage.
         world: Number of ranks.
-        optimizer: The optimizer of all parameters.
+        optimizer: The optimizer for all parameters.
         names: Dense parameters by name.
     """
 
@@ -123,9 +124,9 @@ class Engine:
 
         Args:
             model: The parallel model.
-            config: The section `optim` of the config.
+            config: The config's section `optim`.
             ds: The DeepSpeed config (`ds_config.read_ds_config`).
-            layout: The layout of the batch.
+            layout: The batch layout.
             mesh: The ranks.
 
         Raises:
@@ -154,9 +155,8 @@ class Engine:
         _record_calls(self.deepspeed.comm.comm.cdb, mesh)
 
     def _complete_config(self, ds: dict[str, Any], layout: BatchLayout) -> dict[str, Any]:
-        """Returns the DeepSpeed config with the keys that the run decides."""
-        # one sub-group, so that ZeRO 3 calls step() once; nothing persistent, so that it shards
-        # small parameters as well
+        """Returns the DeepSpeed config completed with the run's keys."""
+        # one sub-group, so ZeRO 3 calls step() once; threshold 0, so it shards small parameters too
         zero = {"stage3_param_persistence_threshold": 0, "sub_group_size": 10**12}
         complete = ds | {
             "train_micro_batch_size_per_gpu": layout.samples_per_rank,
@@ -174,14 +174,14 @@ class Engine:
         return complete
 
     def __call__(self, *args: Any) -> Any:
-        """Returns what the model returns."""
+        """Returns the model's result."""
         return self.engine(*args)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Runs backward of this rank's part of one micro-batch's loss.
+        """Runs backward for this rank's part of one micro-batch's loss.
 
-        Gradients are summed over ranks and micro-batches. The last micro-batch of a step is
-        followed by the update.
+        Gradients are summed over ranks and micro-batches. After a step's last micro-batch, the
+        optimizer updates the parameters.
 
         Args:
             loss: A scalar.
@@ -197,7 +197,10 @@ class Engine:
         self.optimizer.check_not_skipped()
 
     def _local_matrix_shards(self) -> list[torch.Tensor]:
-        """Returns a view of this rank's part of each dense matrix's fp32 master, maybe empty."""
+        """Returns, for each dense matrix, a view of this rank's part of its fp32 master.
+
+        A view is empty if this rank has no part.
+        """
         parameters: list[Any] = list(self.names.values())
         matrices = [i for i, p in enumerate(parameters) if len(self.shape(p)) > 1]
         if self.stage == 0:
@@ -207,7 +210,7 @@ class Engine:
             return [local_part(parameters[i]) for i in matrices]
         shards = []
         for i in matrices:
-            mapping = parameters[i]._hp_mapping  # None if this rank's partition has none of it
+            mapping = parameters[i]._hp_mapping  # None if it is not in this rank's partition
             if mapping is None:
                 shards.append(self.flat_masters()[0][:0])
             else:
@@ -215,9 +218,10 @@ class Engine:
         return shards
 
     def flat_masters(self) -> list[torch.Tensor]:
-        """Returns the tensors that the optimizer's state belongs to.
+        """Returns the tensors used as keys in the optimizer's state.
 
-        They are the whole parameters in order at ZeRO 0, and this rank's flat partitions above.
+        At ZeRO 0 they are the whole parameters in order, at ZeRO 1 to 3 this rank's flat
+        partitions.
         """
         if self.stage == 0:
             return self.optimizer.param_groups[0]["params"]
@@ -227,16 +231,16 @@ class Engine:
         return zero.single_partition_of_fp32_groups
 
     def dense_weight(self, name: str) -> torch.Tensor:
-        """Returns the whole float32 master of a dense parameter. A collective at stages 1 to 3."""
+        """Returns a dense parameter's whole float32 master. A collective at stages 1 to 3."""
         if self.stage == 0:
             return self.flat_masters()[list(self.names).index(name)].detach()
         p = self.names[name]
         return self.deepspeed.utils.safe_get_full_fp32_param(p).view(self.shape(p))
 
     def dense_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields whole tensors by name, alike at any stage.
+        """Yields whole tensors by name, the same at any stage.
 
-        A collective at stages 1 to 3: all ranks must run through it.
+        A collective at stages 1 to 3: all ranks must exhaust the iterator.
 
         Yields:
             "NAME" with the float32 master, "NAME.exp_avg" and "NAME.exp_avg_sq" with Adam's
@@ -263,17 +267,17 @@ class Engine:
         return state
 
     def load_dense_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        """Fills parameters, masters and Adam's moments; the engine may have made steps before.
+        """Fills parameters, masters and Adam's moments, before or after training steps.
 
         Args:
             state: Whole tensors, with the keys of `dense_state`.
-            updates: Number of updates after which they were saved.
+            updates: Number of updates before they were saved.
         """
         for flat in self.flat_masters():
             adam = self.optimizer.state[flat]
             for moment in MOMENTS:
-                # as torch's fused Adam creates them; existing ones stay, because DeepSpeed keeps
-                # views
+                # the same tensors as torch's fused Adam creates; existing ones stay, because
+                # DeepSpeed has views into them
                 adam.setdefault(moment, torch.zeros_like(flat))
             adam["step"] = torch.tensor(float(updates), device=flat.device)
         if self.stage in (1, 2):
@@ -331,5 +335,5 @@ class Engine:
 
     @staticmethod
     def shape(p: torch.Tensor) -> torch.Size:
-        """Returns the shape of the whole parameter, which ZeRO 3 has replaced by an empty one."""
+        """Returns the whole parameter's shape; ZeRO 3 replaces the parameter by an empty one."""
         return getattr(p, "ds_shape", p.shape)

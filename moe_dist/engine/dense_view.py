@@ -1,8 +1,8 @@
-"""Shows DeepSpeed a model without its experts.
+"""Hides all but the dense parameters from DeepSpeed.
 
-DeepSpeed moves, casts, shards and reduces every parameter that it finds in a model, and so it must
-not find the others: experts are different on every expert-parallel rank, and rows of a vocabulary
-are reduced one by one (`optim`). They stay in the module tree for everybody else.
+DeepSpeed moves, casts, shards and reduces every parameter it finds in a model. It must not find
+experts, which differ on every expert-parallel rank, nor vocabulary rows, which are reduced one by
+one (`optim`). They stay in the module tree for all other code.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch import nn
 from moe_dist.engine.parallelize import ParallelModel
 from moe_dist.moe.layer import MoE
 
-# submodules of a layer that are not shown: experts, and the dispatcher, which has no parameters
+# a layer's hidden submodules: experts, and the dispatcher, which has no parameters
 HIDDEN_MODULES = ("dispatcher", "experts")
 
 
@@ -28,7 +28,7 @@ class DenseView(nn.Module):
         self._dense = {id(p) for p in model.dense_parameters().values()}
 
     def forward(self, *args: Any) -> Any:
-        """Returns what the model returns."""
+        """Returns the model's result."""
         return self.model(*args)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -39,14 +39,13 @@ class DenseView(nn.Module):
 
 
 # FENCE. Tried with DeepSpeed 0.19.8, held by test_dense_view.py and, at ZeRO 3,
-# test_large_vocabulary.py. While it is constructed, DeepSpeed walks the module tree itself: it
-# casts every module to bf16, moves it, and at ZeRO 3 takes the parameters of each module away and
-# hooks its forward. So the modules of all other parameters are out of the tree for that time. Later
-# it goes through
-# `DenseView.named_parameters`.
+# test_large_vocabulary.py. While DeepSpeed's engine is constructed, it walks the module tree
+# itself: it casts every module to bf16, moves it, and at ZeRO 3 removes each module's parameters
+# and hooks its forward. So the modules with other parameters leave the tree for that time. Later
+# the engine uses `DenseView.named_parameters`.
 @contextlib.contextmanager
 def experts_detached(model: ParallelModel) -> Iterator[None]:
-    """Takes experts, dispatchers and row tables out of the module tree until the end."""
+    """Removes experts, dispatchers and row tables from the module tree inside the block."""
     hidden = []
     for name in model.row_tables:
         parent_name, _, child = name.rpartition(".")

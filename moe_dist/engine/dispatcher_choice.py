@@ -1,10 +1,10 @@
-"""Chooses the dispatcher of a layer from the config and the mesh.
+"""Chooses a layer's dispatcher from the config and the mesh.
 
-kind          a row travels
-local         not at all: one expert-parallel rank
-all_to_all    once for each expert that its token chose
-dedup_rank    once to each rank that has one of them
-dedup_node    once to each node that has one of them, and from there to the node's ranks
+kind          a token's row is sent
+local         never: there is one expert-parallel rank
+all_to_all    once for each chosen expert
+dedup_rank    once to each rank with a chosen expert
+dedup_node    once to each node with a chosen expert, and from there to the node's ranks
 """
 
 import math
@@ -26,14 +26,14 @@ def build_dispatcher(
 
     Args:
         mesh: The ranks.
-        config: The section `mesh` of the config.
-        num_experts: Experts, or groups of experts, that the gate chooses from.
-        k: Number of them that a token visits.
-        layer_name: The layer's name, for the labels of its collectives.
+        config: The config's section `mesh`.
+        num_experts: Number of experts, or expert groups, the gate chooses from.
+        k: Experts or groups per token.
+        layer_name: The layer's name, for its collectives' labels.
 
     Returns:
-        The dispatcher of the kind that `dispatcher_kind` returns. For one expert-parallel rank it
-        is a `LocalDispatcher`, for any configured kind.
+        The dispatcher of the kind that `dispatcher_kind` returns. One expert-parallel rank always
+        gets a `LocalDispatcher`.
 
     Raises:
         ValueError: The mesh cannot have this dispatcher.
@@ -57,15 +57,15 @@ def dispatcher_kind(
 ) -> str:
     """Chooses the kind of dispatcher for a layer.
 
-    "auto" is the kind that was the fastest (docs/log.md, 2026-11-30): "dedup_node" if the ranks
-    span several nodes of several ranks evenly; else "dedup_rank" if that at least halves the rows;
-    else "all_to_all", whose rows can travel between nodes in chunks while experts run, and which is
-    as fast within a node.
+    "auto" is the fastest kind in measurements (docs/log.md, 2026-11-30): "dedup_node" if the ranks
+    span several nodes of several ranks evenly; else "dedup_rank" if it sends at most half the rows;
+    else "all_to_all", which overlaps chunks between nodes with the experts and is as fast within a
+    node.
 
     Args:
-        configured: `mesh.dispatcher` of the config.
-        num_experts: Experts, or groups of experts, that the gate chooses from.
-        k: Number of them that a token visits.
+        configured: The config's `mesh.dispatcher`.
+        num_experts: Number of experts, or expert groups, the gate chooses from.
+        k: Experts or groups per token.
         num_ranks: Expert-parallel ranks.
         ranks_per_node: Ranks on each node.
 
@@ -95,10 +95,10 @@ def dispatcher_kind(
 
 
 def num_overlap_chunks(config: MeshConfig, crosses_nodes: bool) -> int:
-    """Returns the number of chunks of an all-to-all that overlaps the experts.
+    """Returns the number of chunks in an all-to-all overlapped with the experts.
 
     Args:
-        config: The section `mesh` of the config, with `overlap_chunks` if the user chose a number.
+        config: The config's section `mesh`, with `overlap_chunks` if the user chose a number.
         crosses_nodes: True if some expert-parallel group has ranks on more than one node.
 
     Returns:
@@ -110,9 +110,9 @@ def num_overlap_chunks(config: MeshConfig, crosses_nodes: bool) -> int:
 
 
 def expected_blocks_visited(num_experts: int, k: int, num_blocks: int) -> float:
-    """Returns how many blocks of experts contain one of a token's k distinct experts, on average.
+    """Returns how many expert blocks contain one of a token's k distinct experts, on average.
 
-    For B equal blocks of E equally popular experts it is B (1 - C(E - E/B, k) / C(E, k)).
+    If E equally popular experts form B equal blocks, it is B (1 - C(E - E/B, k) / C(E, k)).
     """
     elsewhere = num_experts - num_experts // num_blocks
     none_here = math.prod((elsewhere - i) / (num_experts - i) for i in range(k))

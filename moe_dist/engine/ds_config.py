@@ -16,7 +16,7 @@ from moe_dist.config.messages import nearest
 from moe_dist.config.schema import Config
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-# keys of a DeepSpeed config that the run's config decides -> the field
+# DeepSpeed config key -> the run config's field that sets it
 RUN_CONFIG_KEYS = {
     "train_batch_size": "batch.global_batch_size",
     "train_micro_batch_size_per_gpu": (
@@ -29,7 +29,7 @@ RUN_CONFIG_KEYS = {
 }
 ALL_STAGES = (0, 1, 2, 3)
 SHARDED_STAGES = (1, 2, 3)
-# keys that a file may have -> type, and the ZeRO stages at which DeepSpeed reads it
+# allowed key -> type, and the ZeRO stages at which DeepSpeed reads it
 ALLOWED_KEYS: dict[str, tuple[type, tuple[int, ...]]] = {
     "bf16.enabled": (bool, ALL_STAGES),
     "fp16.enabled": (bool, ALL_STAGES),
@@ -61,18 +61,18 @@ ALLOWED_KEYS: dict[str, tuple[type, tuple[int, ...]]] = {
 
 
 def read_ds_config(config: Config) -> dict[str, Any]:
-    """Reads the DeepSpeed config of a run.
+    """Reads a run's DeepSpeed config.
 
     Args:
         config: `ds_config` names the file, and `zero_stage` replaces its stage unless it is None.
 
     Returns:
-        The keys of the file, with the stage.
+        The file's keys, with the stage.
 
     Raises:
         ValueError: The name is unknown; the file is no JSON object; a key is unknown, given twice,
-            not read at this ZeRO stage, or decided by the run's config; it asks for fp16; or the
-            stage is not in 0..3.
+            not read at this ZeRO stage, or set by the run's config; fp16 is enabled; or the stage
+            is not in 0..3.
     """
     names = [path.stem for path in DS_CONFIGS.glob("*.json")]
     if config.ds_config not in names:
@@ -108,7 +108,7 @@ def read_ds_config(config: Config) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object of a file; ValueError for anything else or a repeated key."""
+    """Returns a file's JSON object. Raises ValueError for anything else or a repeated key."""
     ds = json.loads(path.read_text(), object_pairs_hook=_reject_duplicates)
     if not isinstance(ds, dict):
         raise ValueError(f"{ds!r}, expected an object")
@@ -116,7 +116,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the pairs as a dictionary. Raises ValueError for a key that is given twice."""
+    """Returns the pairs as a dictionary. Raises ValueError for a repeated key."""
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
             raise ValueError(f"{key!r} is given {count} times")
@@ -124,7 +124,7 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _flatten(ds: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted keys and values of a file, no deeper than the keys of `ALLOWED_KEYS`."""
+    """Yields a file's dotted keys and values, no deeper than the keys in `ALLOWED_KEYS`."""
     for key, value in ds.items():
         is_section = any(allowed.startswith(f"{prefix}{key}.") for allowed in ALLOWED_KEYS)
         if not is_section:
@@ -136,7 +136,7 @@ def _flatten(ds: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _check_key(key: str, value: Any) -> None:
-    """Raises ValueError for a key that the file may not have, or a value of another type."""
+    """Raises ValueError for a key not allowed in the file, or a value of another type."""
     if key in RUN_CONFIG_KEYS:
         raise ValueError(f"{key!r} is set by {RUN_CONFIG_KEYS[key]} of the run's config; remove it")
     if key not in ALLOWED_KEYS:
@@ -156,5 +156,5 @@ def _check_key(key: str, value: Any) -> None:
 
 
 def compute_dtype(ds: dict[str, Any]) -> torch.dtype:
-    """Returns the dtype of parameters and activations."""
+    """Returns the dtype for parameters and activations."""
     return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32

@@ -2,19 +2,17 @@
 
 `parallelize` changes a model in four steps, in this order:
 
-  1. keep_local_experts    every rank keeps the experts, or groups of experts, that the mesh assigns
-  to it
-  2. fill_parameters       parameters, so far on the meta device, get memory and their initial
-  values: dense ones
-                           keyed by name, experts by name and global id, so that every layout starts
-                           alike
+  1. keep_local_experts    every rank keeps the experts, or expert groups, assigned to it by the
+                           mesh
+  2. fill_parameters       parameters move from the meta device to memory and get their initial
+                           values: dense ones keyed by name, experts by name and global id, so every
+                           layout starts with the same values
   3. connect               each MoE layer gets the mesh's dispatcher, and its sums over ranks
-  4. time_layer            gate, dispatcher and experts of each layer are timed by the mesh's step
-  timer
+  4. time_layer            the mesh's step timer times each layer's gate, dispatcher and experts
 
-Experts stay in the module tree: `parameters()`, `state_dict()` and `.to()` include those of this
-rank. `ParallelModel` lists the parameters by how they are reduced and updated; `engine.deepspeed`
-gives DeepSpeed the dense ones alone.
+Experts stay in the module tree: `parameters()`, `state_dict()` and `.to()` include this rank's
+experts. `ParallelModel` lists the parameters by how they are reduced and updated;
+`engine.deepspeed` gives DeepSpeed only the dense ones.
 
 Legend: a stacked expert parameter holds this rank's experts along its first dimension.
 """
@@ -38,14 +36,14 @@ DEFAULT = MeshConfig()
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A model of this rank, and its parameters by the way they are reduced and updated.
+    """This rank's model, and its parameters by how they are reduced and updated.
 
     Attributes:
         module: The whole model, with this rank's experts.
-        experts: Stacks of expert weights by name.
-        gates: Stacks of the gates inside groups of experts by name.
-        row_tables: By module, the parameters of a vocabulary whose rows are updated one by one
-            (modules with `by_row`), by name.
+        experts: Stacked expert weights by name.
+        gates: Stacked gates inside expert groups, by name.
+        row_tables: For each module with `by_row` (a vocabulary updated row by row), its parameters
+            by name.
     """
 
     module: nn.Module
@@ -54,7 +52,7 @@ class ParallelModel:
     row_tables: dict[str, dict[str, nn.Parameter]]
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns the parameters that are equal on all ranks, by name; DeepSpeed shards them."""
+        """Returns the parameters by name that are equal on all ranks; DeepSpeed shards them."""
         others = {*self.experts, *self.gates}
         for table in self.row_tables.values():
             others |= table.keys()
@@ -69,9 +67,9 @@ def parallelize(
     Args:
         model: The model on the meta device, with all experts.
         mesh: The ranks.
-        seed: Seed of the initial weights.
-        dtype: Dtype of parameters and activations.
-        config: The section `mesh` of the config, for the dispatcher.
+        seed: Seed for the initial weights.
+        dtype: Dtype for parameters and activations.
+        config: The config's section `mesh`, for the dispatcher.
 
     Returns:
         The model on the mesh's device, with this rank's experts.
@@ -92,7 +90,7 @@ def parallelize(
 
 
 def keep_local_experts(layer: MoE, name: str, mesh: Mesh) -> dict[str, range]:
-    """Replaces each stack of a layer's experts by the part of this rank.
+    """Replaces each stacked parameter in a layer's experts by this rank's part.
 
     Args:
         layer: The layer, with all experts.
@@ -100,7 +98,7 @@ def keep_local_experts(layer: MoE, name: str, mesh: Mesh) -> dict[str, range]:
         mesh: The ranks.
 
     Returns:
-        Global ids of the experts, or groups, that each parameter holds now, by its name.
+        Each parameter's global expert (or group) ids, by parameter name.
     """
     ids = {}
     experts = layer.get_submodule("experts")
@@ -127,13 +125,13 @@ def fill_parameters(
     Args:
         model: The model on the meta device.
         mesh: The ranks.
-        seed: Seed of the initial weights.
-        dtype: Dtype of the parameters; gates inside groups of experts have float32 or wider.
-        bounds: Bound of each parameter's uniform distribution, by name.
-        expert_ids: Global ids of the experts that each stacked parameter holds, by name.
+        seed: Seed for the initial weights.
+        dtype: Dtype for the parameters; gates inside expert groups have float32 or wider.
+        bounds: Bound for each parameter's uniform distribution, by name.
+        expert_ids: Each stacked parameter's global expert ids, by name.
     """
-    # as `to_empty`, whose empty_like of a meta tensor imports sympy: 0.6 CPU seconds (torch 2.13,
-    # held by test_startup.py)
+    # FENCE. Replaces `to_empty`, whose empty_like on a meta tensor imports sympy: 0.6 CPU seconds
+    # (torch 2.13, held by test_startup.py)
     model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=mesh.device)).to(dtype)
     for module in model.modules():
         if isinstance(module, GroupProjection):
@@ -143,13 +141,13 @@ def fill_parameters(
 
 
 def connect(layer: MoE, name: str, mesh: Mesh, config: MeshConfig) -> None:
-    """Gives a layer the dispatcher and the sums over ranks of a mesh.
+    """Gives a layer a mesh's dispatcher and sums over ranks.
 
     Args:
         layer: The layer; its `dispatcher` and `stat_reducer` are replaced.
-        name: The layer's name in the model, for the labels of its collectives.
+        name: The layer's name in the model, for its collectives' labels.
         mesh: The ranks.
-        config: The section `mesh` of the config.
+        config: The config's section `mesh`.
 
     Raises:
         ValueError: The mesh cannot have the configured dispatcher.
@@ -159,7 +157,7 @@ def connect(layer: MoE, name: str, mesh: Mesh, config: MeshConfig) -> None:
 
 
 def time_layer(layer: MoE, name: str, timer: StepTimer) -> None:
-    """Times a layer's gate, dispatcher and experts, and those inside groups of experts."""
+    """Times a layer's gate, dispatcher and experts, and those inside expert groups."""
     timer.attach(layer.get_submodule("gate"), "gate", f"gate {name}")
     timer.attach(layer.get_submodule("dispatcher"), "dispatch", f"dispatch {name}")
     experts = layer.get_submodule("experts")
@@ -172,7 +170,7 @@ def time_layer(layer: MoE, name: str, timer: StepTimer) -> None:
 
 
 def _by_update(model: nn.Module, layers: dict[str, MoE]) -> ParallelModel:
-    """Sorts the parameters by the way they are reduced and updated."""
+    """Sorts the parameters by how they are reduced and updated."""
     experts: dict[str, nn.Parameter] = {}
     gates: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():

@@ -15,7 +15,7 @@ from moe_dist.monitoring.console import is_main_rank
 # exit statuses
 MISTAKE = 2
 INTERRUPTED = 130
-# a rank that found an error which rank 0 did not find prints so much later than rank 0 would
+# an error on another rank is printed this much later, because rank 0 usually has the same error
 OTHER_RANKS_DELAY_S = 3
 
 
@@ -23,14 +23,14 @@ OTHER_RANKS_DELAY_S = 3
 def plain_errors(*kinds: type[Exception], run: Path | None = None) -> Iterator[None]:
     """Turns an error into one line on stderr and exit status 2, Ctrl-C into status 130.
 
-    Rank 0 prints first, and its exit ends the other ranks. An error of another rank alone is
-    printed 3 seconds later.
+    Rank 0 prints first, and its exit ends the other ranks. If only another rank has an error, it
+    prints 3 seconds later.
 
     Args:
-        *kinds: Exceptions without a traceback. The default is ValueError, a mistake of the user,
-            and OSError.
-        run: The run folder if the block trains. The line of Ctrl-C then names the command that
-            continues the run.
+        *kinds: Exceptions to print without a traceback; by default ValueError (a user mistake) and
+            OSError.
+        run: The run folder if the block trains. The Ctrl-C message then shows the command to
+            continue the run.
     """
     expected = kinds or (ValueError, OSError)
     try:
@@ -49,7 +49,7 @@ def plain_errors(*kinds: type[Exception], run: Path | None = None) -> Iterator[N
 
 
 def _how_to_continue(run: Path | None) -> str:
-    """Returns the end of the line of Ctrl-C."""
+    """Returns the second half of the Ctrl-C message."""
     if run is None:
         return ""
     checkpoints = manifest.list_checkpoints(run)

@@ -37,7 +37,7 @@ def evaluate(engine: Engine, task: Task, split: str, mesh: Mesh) -> dict[str, An
 
 
 def evaluate_test(engine: Engine, task: Task, mesh: Mesh) -> dict[str, Any]:
-    """Evaluates all test splits of a task (one, and two for MNLI). A collective.
+    """Evaluates a task's test splits (two for MNLI, else one). A collective.
 
     Args:
         engine: The model.
@@ -45,7 +45,7 @@ def evaluate_test(engine: Engine, task: Task, mesh: Mesh) -> dict[str, Any]:
         mesh: The ranks.
 
     Returns:
-        The metrics of all of them by key.
+        All metrics by key.
     """
     values: dict[str, Any] = {}
     for split in task.test_splits:

@@ -1,14 +1,14 @@
-"""Injects faults, to try a cluster and the trainer on it (`config.schema.FaultInjectionConfig`).
+"""Injects faults to test a cluster and the trainer (`config.schema.FaultInjectionConfig`).
 
     --set fault_injection.fault=kill --set fault_injection.rank=1 --set fault_injection.step=17 \
         --set fault_injection.phase=dispatch
     --set fault_injection.routing=one_expert
 
-A fault is injected once in a run: it leaves the file `fault_injection` in the run folder, so that
-the restarted run continues without it. A routing is forced in every training step. No other module
-of the trainer imports this one.
+A fault is injected once in a run: it writes the file `fault_injection` into the run folder, so the
+restarted run continues without it. A routing is forced in every training step. No other trainer
+module imports this one.
 
-Legend: T tokens, N assignments of them, E experts.
+Legend: T tokens, N token-expert assignments, E experts.
 """
 
 import os
@@ -37,13 +37,13 @@ PHASES_AFTER_TRAINING = ("report", "wandb")
 
 
 def inject(training: Training, folder: Path, new_run: bool = True) -> None:
-    """Arranges the configured fault, and forces the configured routing.
+    """Schedules the configured fault and forces the configured routing.
 
     Args:
         training: The run, ready to train.
         folder: Its run folder.
-        new_run: Whether the run begins. A resumed one may have fewer ranks, or be past the fault's
-            step.
+        new_run: If True, checks the fault's rank and step. A resumed run may have fewer ranks or
+            may already be past the step.
 
     Raises:
         ValueError: A new run would never reach the fault.
@@ -67,7 +67,7 @@ def inject(training: Training, folder: Path, new_run: bool = True) -> None:
 
 
 def _check_is_reached(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError for a fault that never comes and would look like a survived one."""
+    """Raises ValueError for a fault the run never reaches: it would look like a survived one."""
     faults = config.fault_injection
     at_step = f"fault_injection.step={faults.step}"
     at_phase = f"fault_injection.phase={faults.phase!r}"
@@ -105,7 +105,7 @@ def _log(mesh: Mesh, message: str) -> None:
 
 
 class _Fault:
-    """A fault that is injected on this rank when its step and phase are reached."""
+    """Injects a fault on this rank at its step and phase."""
 
     def __init__(
         self, faults: FaultInjectionConfig, mesh: Mesh, folder: Path, model: nn.Module
@@ -121,7 +121,7 @@ class _Fault:
             mesh.flight_recorder.on_phase = self._on_phase
 
     def _is_due(self) -> bool:
-        """Returns whether this is the step; leaves the marker file if it is."""
+        """Returns True once, at the fault's step, and writes the marker file."""
         is_step = self.flight_recorder.step == self.faults.step
         if not is_step or (self.folder / MARKER_FILE).exists():
             return False
@@ -129,7 +129,7 @@ class _Fault:
         return True
 
     def _on_phase(self, phase: str) -> None:
-        """Injects the fault if a phase of the step, or a collective, is the one."""
+        """Injects the fault if `phase` (a step phase or a collective) is the configured one."""
         if phase != self.faults.phase or not self._is_due():
             return
         if self.faults.fault == "delay":
@@ -142,7 +142,7 @@ class _Fault:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _inject_nan(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Replaces one number in the input of the first layer of the step that takes floats."""
+        """Puts a NaN into the first float input of a layer in this step; a forward pre-hook."""
         x = args[0]
         if not (torch.is_grad_enabled() and x.is_floating_point() and self._is_due()):
             return None
@@ -158,18 +158,18 @@ def _force_routing(
     args: tuple[torch.Tensor, TokenContext],
     output: tuple[Routing, GateStats],
 ) -> tuple[Routing, GateStats]:
-    """Changes the routing that a gate returns in training; a forward hook.
+    """Changes a gate's routing in training; a forward hook.
 
     Args:
         kind: "one_expert", "empty_rank" or "ragged".
         mesh: The ranks.
         gate: The gate.
         args: Its arguments: tokens and their context.
-        output: The result of its forward.
+        output: Its forward result.
 
     Returns:
-        A routing with some of the assignments, which for "one_expert" all go to expert 0, and the
-        statistics of `output`; outside training `output` itself.
+        A routing with a subset of the assignments (for "one_expert" all to expert 0) and the
+        unchanged gate statistics; outside training, `output` itself.
     """
     x_TD, ctx = args
     routing, stats = output
@@ -189,7 +189,7 @@ def _force_routing(
 def _first_of_each_token(
     routing: Routing, expert_N: torch.Tensor, ctx: TokenContext, mesh: Mesh
 ) -> torch.Tensor:
-    """Returns the assignment of each token to the first of its experts."""
+    """Returns the index of each token's assignment to its first expert."""
     order_N = routing.token_N.argsort(stable=True)
     token_N = routing.token_N[order_N]
     before_first = token_N.new_tensor([-1])
@@ -199,7 +199,7 @@ def _first_of_each_token(
 def _not_on_last_rank(
     routing: Routing, expert_N: torch.Tensor, ctx: TokenContext, mesh: Mesh
 ) -> torch.Tensor:
-    """Returns the assignments to experts of all ranks but the last."""
+    """Returns the indices of the assignments to experts outside the last rank."""
     num_experts = len(routing.count_E)
     on_last_rank = len(mesh.local_experts(num_experts))
     return (expert_N < num_experts - on_last_rank).nonzero().squeeze(1)
@@ -208,7 +208,7 @@ def _not_on_last_rank(
 def _of_some_tokens(
     routing: Routing, expert_N: torch.Tensor, ctx: TokenContext, mesh: Mesh
 ) -> torch.Tensor:
-    """Returns the assignments of this rank's first tokens: none, some or all of them."""
+    """Returns the indices of the assignments for a random prefix of this rank's tokens."""
     key = (ctx.seed, "ragged", ctx.step, ctx.layer_call, mesh.dp.index)
     share = prng.uniform(1, *key).item()
     num_tokens = int(share * (len(ctx.sample_T) + 1))

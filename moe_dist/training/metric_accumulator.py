@@ -1,17 +1,16 @@
-"""Accumulation of metrics over micro-batches, steps and ranks, between two log lines.
+"""Accumulates metrics over micro-batches, steps and ranks between two log lines.
 
-A log line needs two all-reduces; a step needs none. The statistics of an MoE layer,
-`moe/LAYER/STATISTIC`, are measured in training only. They count all micro-batches of a step on all
-ranks:
+A log line needs two all-reduces; a step needs none. MoE layer statistics, `moe/LAYER/STATISTIC`,
+are measured in training only, over all micro-batches and ranks:
 
     importance_cv, load_cv,             value in each step (as in Table 6 of Shazeer et al. 2017),
     load_max_over_mean,                 averaged over the steps since the last line
     load_p10_over_mean, ..p50.., ..p90..
     importance_per_expert,              sum over these steps, by expert
     tokens_per_expert
-    dead_experts                        experts without a token in all these steps
+    dead_experts                        experts without a token in these steps
     dropped                             assignments over capacity per step
-    drop_rate                           fraction of all assignments that are over capacity
+    drop_rate                           fraction of assignments over capacity
 
 Legend: E experts, S steps, P percentiles or ranks.
 """
@@ -53,7 +52,7 @@ from moe_dist.monitoring.metric_keys import (
 )
 
 TASK_SUMS = "sums/"  # prefix of the task's sums
-MAX_PENDING = 2**23  # numbers of steps that are not reduced yet (64 MiB of float64)
+MAX_PENDING = 2**23  # numbers kept before they are reduced (64 MiB in float64)
 RATIOS = (
     IMPORTANCE_CV,
     LOAD_CV,
@@ -66,16 +65,16 @@ Metrics = dict[str, float | list[float]]
 
 
 class MetricAccumulator:
-    """Accumulates metrics of micro-batches; `reduce_and_reset` reduces and averages them."""
+    """Accumulates micro-batch metrics; `reduce_and_reset` reduces and averages them."""
 
     def __init__(self, mesh: Mesh, task: Any, flops_per_unit: int = 0) -> None:
         """Creates an empty accumulator.
 
         Args:
-            mesh: The mesh of the run.
+            mesh: The ranks.
             task: A `tasks.task.Task`; it computes its metrics from its sums.
-            flops_per_unit: Floating point operations per unit of work, forward and backward (see
-                `training.model_stats.count_params_and_flops`).
+            flops_per_unit: Training FLOPs (forward and backward) per word or sample
+                (`training.model_stats.count_params_and_flops`).
         """
         self.mesh = mesh
         self.task = task
@@ -83,9 +82,9 @@ class MetricAccumulator:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}  # float64, of this rank
-        # importance and load by layer, (2, E): of the current step on this rank, of the steps that
-        # are not reduced yet on this rank, and of all other steps, over all ranks
+        self.sums: dict[str, torch.Tensor] = {}  # float64, this rank's
+        # (2, E) importance and load by layer: `usage` for this rank's current step, `pending` for
+        # its finished steps until they are reduced, `total_usage` for all reduced steps and ranks
         self.usage: dict[str, torch.Tensor] = {}
         self.pending: list[dict[str, torch.Tensor]] = []
         self.total_usage: dict[str, torch.Tensor] = {}
@@ -96,7 +95,7 @@ class MetricAccumulator:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Context manager for one training step: measures its time, its parts and its traffic."""
+        """Measures one training step: its time, its parts and its traffic."""
         start = time.perf_counter()
         sent_before = self.mesh.bytes_sent
         with self.mesh.step_timer.step():
@@ -125,7 +124,7 @@ class MetricAccumulator:
         self.pending.clear()
 
     def _all_reduce(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums float64 tensors over all ranks with one all-reduce; returns them by their names."""
+        """Sums float64 tensors over all ranks with one all-reduce; returns the sums by name."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
         parts = all_reduce_sum(flat, self.mesh.dp).split([t.numel() for t in tensors.values()])
         reduced = {}
@@ -138,11 +137,11 @@ class MetricAccumulator:
         self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def add(self, sums: dict[str, torch.Tensor], stats: dict[str, LayerStats]) -> None:
-        """Adds one micro-batch of this rank.
+        """Adds one of this rank's micro-batches.
 
         Args:
             sums: The task's sums by name, scalars.
-            stats: Statistics of the MoE layers by layer name.
+            stats: MoE layer statistics by layer name.
         """
         for name, value in sums.items():
             self._add(f"{TASK_SUMS}{name}", value)
@@ -157,12 +156,12 @@ class MetricAccumulator:
         """Reduces the metrics over all ranks and resets the accumulator. A collective.
 
         Args:
-            prefix: Prefix for the keys of the task's metrics.
+            prefix: Prefix for the task's metric keys.
 
         Returns:
-            The task's metrics. If steps were measured, also throughput, milliseconds per part of a
-            step (mean over ranks), bytes sent per step (sum over ranks), peak memory by rank, the
-            balance loss, and the statistics of each MoE layer.
+            The task's metrics. If steps were measured, also throughput, milliseconds per step part
+            (mean over ranks), bytes sent per step (sum over ranks), peak memory by rank, the
+            balance loss, and each MoE layer's statistics.
         """
         sent: dict[str, float] = {}
         for label, num_bytes in self.sent.items():
@@ -173,7 +172,7 @@ class MetricAccumulator:
         if self.steps:
             for part, seconds in self.mesh.step_timer.read_and_reset().items():
                 sums[time_key(part)] = self._scalar(1e3 * seconds)
-            # each rank fills its own entry, so that the sum is a gather
+            # each rank fills its own entry, so the sum is a gather
             peak_P = torch.zeros(self.mesh.dp.size, dtype=torch.float64, device=self.mesh.device)
             peak_P[self.mesh.dp.index] = peak_memory(self.mesh.device)
             sums[PEAK_BYTES_BY_RANK] = peak_P
@@ -196,10 +195,10 @@ class MetricAccumulator:
         return torch.tensor(value, dtype=torch.float64, device=self.mesh.device)
 
     def _throughput(self, task_sums: dict[str, float]) -> Metrics:
-        """Returns the units per second of all ranks, and TFLOPS per device."""
+        """Returns all ranks' units per second, and TFLOPS per device."""
         unit = self.task.throughput_unit
         num_units = task_sums[unit]
-        # "work" counts units of the size for which the FLOPs are counted, if units differ in size
+        # if units differ in size, "work" counts units of the size that flops_per_unit is for
         work_per_second = task_sums.get("work", num_units) / self.seconds
         flops_per_device = self.flops_per_unit * work_per_second / self.mesh.dp.size
         return {
@@ -223,7 +222,7 @@ class MetricAccumulator:
         return values
 
     def _layer_statistics(self, name: str, dropped: float) -> Metrics:
-        """Returns the statistics of one layer; `dropped` is a sum over steps and ranks."""
+        """Returns one layer's statistics; `dropped` is a sum over steps and ranks."""
         importance_E, load_E = self.total_usage[name].tolist()
         values: Metrics = {}
         for statistic, total in zip(RATIOS, self.ratios[name].tolist(), strict=True):
@@ -241,8 +240,7 @@ def peak_memory(device: torch.device) -> int:
     """Returns the peak memory so far in bytes.
 
     Args:
-        device: On CUDA, tensors on the device (torch's allocator) are counted; on CPU, the whole
-            process.
+        device: CUDA counts tensors on the device (torch's allocator); CPU counts the whole process.
 
     Returns:
         Bytes.
@@ -254,7 +252,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _ratios(importance_SE: torch.Tensor, load_SE: torch.Tensor) -> torch.Tensor:
-    """Returns the RATIOS of each step, which are 0 for a step without tokens: (S, 3 + P)."""
+    """Returns each step's RATIOS, zeros for a step without tokens: (S, 3 + P)."""
     importance_SE = _over_mean(importance_SE)
     load_SE = _over_mean(load_SE)
     percentiles_PS = load_SE.quantile(load_SE.new_tensor(LOAD_PERCENTILES) / 100, dim=1)

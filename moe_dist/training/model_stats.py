@@ -1,17 +1,17 @@
-"""Parameter, FLOP and memory counts of a config on a given layout.
+"""Counts a config's parameters, FLOPs and memory on a given layout.
 
-Everything is counted from the shapes of a plain model on the meta device: no process group starts
-and no tensor is allocated, so a config of any size can be described on any machine.
+All counts come from a plain model's shapes on the meta device: no process group starts and no
+tensor is allocated, so any machine can describe a config of any size.
 `describe_layout` returns the counts for a program (RUN/layout.json), `format_layout` prints them
 (train.py --dry-run).
 
-Parameters have four kinds, because a layout divides each kind in another way (`param_kinds`):
+A layout divides parameters in four ways, one for each kind (`param_kinds`):
 
   "dense"    every rank has a copy; ZeRO divides optimizer state, gradients or weights over all
              ranks
   "experts"  divided over the expert-parallel (ep) ranks; replicas share the update
   "gates"    gates inside groups of experts (hierarchical layers); divided like experts
-  "rows"     vocabulary matrices that are updated row by row; every rank has a copy
+  "rows"     vocabulary matrices with row-sparse updates; every rank has a copy
 """
 
 import functools
@@ -42,10 +42,10 @@ from moe_dist.moe.hierarchical import GroupProjection
 from moe_dist.moe.layer import MoE
 from moe_dist.monitoring.metric_format import format_bytes
 
-# the counts of Shazeer et al. 2017 leave these modules out
+# Shazeer et al. 2017 leave these modules out of their counts
 EMBEDDING_AND_SOFTMAX = ("embedding.", "softmax.")
 FLOAT_BYTES = 4  # one float32
-ADAM_STATE_BYTES = 2 * FLOAT_BYTES  # both moments of one parameter
+ADAM_STATE_BYTES = 2 * FLOAT_BYTES  # one parameter's two moments
 
 
 def param_kinds(model: nn.Module) -> dict[str, str]:
@@ -65,7 +65,7 @@ def param_kinds(model: nn.Module) -> dict[str, str]:
 
 
 def params_of_kind(model: nn.Module, *kinds: str) -> list[nn.Parameter]:
-    """Returns a plain model's parameters that have one of `kinds`."""
+    """Returns a plain model's parameters of these kinds."""
     kind = param_kinds(model)
     return [model.get_parameter(name) for name in kind if kind[name] in kinds]
 
@@ -86,9 +86,9 @@ def count_params_and_flops(model: nn.Module, config: Config) -> dict[str, int]:
         config: The config.
 
     Returns:
-        Counts by name. A language model is counted per word, as Shazeer et al. 2017 count (Table
-        7); other models per sample. "flops_per_unit" is the training FLOPs (forward and backward)
-        per word or sample.
+        Counts by name, per word for a language model (as in Shazeer et al. 2017, Table 7) and per
+        sample for other models. "flops_per_unit" counts training FLOPs (forward and backward) per
+        word or sample.
     """
     counts = {
         "parameters": num_elements(model.parameters()),
@@ -113,7 +113,7 @@ def _count_lstm(model: nn.Module, config: Config) -> dict[str, int]:
     num_active = Fraction(0)
     num_multiply_adds = Fraction(0)
     for name, p in model.named_parameters():
-        # a word uses one row of the embedding, k of the experts and some rows of a sampled softmax
+        # a word uses one embedding row, k experts and some rows of a sampled softmax
         share = Fraction(1)
         if name == "embedding.weight":
             share = Fraction(1, len(p))
@@ -135,12 +135,12 @@ def _count_lstm(model: nn.Module, config: Config) -> dict[str, int]:
 
 
 def _count_transformer(model: Any) -> dict[str, int]:
-    """Counts a transformer per sample from the rows that each of its matrices multiplies."""
+    """Counts a transformer per sample, from the number of rows each matrix multiplies."""
     rows_by_prefix = model.rows_per_sample()
     kind = param_kinds(model)
     multiply_adds = Fraction(model.encoder.attention_multiply_adds(model.num_tokens))
     for name, p in model.named_parameters():
-        is_matrix = p.dim() > 1 and p.shape[-2] > 1  # False for the biases of experts
+        is_matrix = p.dim() > 1 and p.shape[-2] > 1  # False for expert biases
         if not is_matrix:
             continue
         num_rows = 0
@@ -157,7 +157,7 @@ def _count_transformer(model: Any) -> dict[str, int]:
 
 
 def _logits_per_target(config: Config) -> int:
-    """Returns the average number of logits that training computes for one target word."""
+    """Returns how many logits training computes for one target word, on average."""
     assert isinstance(config.model, LSTMConfig)
     assert isinstance(config.data, TextDataConfig)
     vocabulary_size = config.data.vocabulary_size
@@ -169,10 +169,10 @@ def _logits_per_target(config: Config) -> int:
 
 @functools.cache
 def expected_distinct_words(vocabulary_size: int, samples: int) -> float:
-    """Returns the average number of distinct words among `samples` negative samples.
+    """Returns how many distinct words `samples` negative samples contain, on average.
 
-    The negative-sampling distribution imitates a text, so the number is also an approximation for
-    the words of a text.
+    The negative-sampling distribution imitates a text, so the result also approximates the distinct
+    words in a text.
     """
     return inclusion_probability(vocabulary_size, samples).sum().item()
 
@@ -182,13 +182,13 @@ def expected_distinct_words(vocabulary_size: int, samples: int) -> float:
 
 @dataclass(frozen=True)
 class ParamMemory:
-    """The share of one kind of parameters that a rank holds.
+    """A rank's share of one parameter kind.
 
     Attributes:
         parameters: Element count.
-        weights: Bytes for the weights that forward and backward use.
+        weights: Bytes for the weights used in forward and backward.
         gradients: Bytes for their gradients.
-        masters: Bytes for float32 copies of the weights.
+        masters: Bytes for the weights' float32 copies.
         state: Bytes for optimizer state.
     """
 
@@ -204,9 +204,8 @@ def param_memory(
 ) -> dict[str, ParamMemory]:
     """Computes how much memory parameters take on one rank, by kind.
 
-    The result is exact except for the padding of ZeRO's partitions. Two things are upper bounds:
-    "rows" counts as if every row had been updated, and if replicas of experts share an update
-    unevenly, the rank with the largest share is counted.
+    The result is exact except for ZeRO's padding and two upper bounds: "rows" assumes every row has
+    been updated, and if expert replicas share an update unevenly, the largest share is counted.
 
     Args:
         model: The plain model, on the meta device.
@@ -215,7 +214,7 @@ def param_memory(
         ds: The DeepSpeed config, with the ZeRO stage and the precision.
 
     Returns:
-        The share of one rank by kind.
+        One rank's share by kind.
     """
     world = layout.world
     ep = config.mesh.ep
@@ -233,9 +232,9 @@ def param_memory(
 def _dense_memory(
     params: list[nn.Parameter], stage: int, world: int, bytes_per_weight: int
 ) -> ParamMemory:
-    """Divides each part over all ranks from the ZeRO stage on at which DeepSpeed does so."""
+    """Counts dense parameters; each ZeRO stage divides one more part over all ranks."""
     total = num_elements(params)
-    # above stage 0 DeepSpeed keeps a master of float32 parameters too
+    # above stage 0 DeepSpeed keeps a master copy even for float32 parameters
     has_master = stage > 0 or bytes_per_weight < FLOAT_BYTES
     state_parts = world if stage >= 1 else 1
     gradient_parts = world if stage >= 2 else 1
@@ -252,19 +251,19 @@ def _dense_memory(
 def _expert_memory(
     params: list[nn.Parameter], config: Config, world: int, bytes_per_weight: int
 ) -> ParamMemory:
-    """Counts the experts of a rank, and the state of those experts that it updates."""
+    """Counts a rank's experts, and the optimizer state for its share of their updates."""
     ep = config.mesh.ep
     local = 0  # elements on this rank
-    largest_stack = 0  # elements of its largest stacked parameter
-    updated = 0  # elements that this rank updates
-    updated_rows_and_columns = 0  # of their matrices: the size of factored state
+    largest_stack = 0  # elements in its largest stacked parameter
+    updated = 0  # elements updated by this rank
+    updated_rows_and_columns = 0  # rows + columns in their matrices: the factored state's size
     for stack in params:
         num_updated = _num_updated_matrices(stack, ep, world)
         local += stack.numel() // ep
         largest_stack = max(largest_stack, stack.numel() // ep)
         updated += num_updated * stack[0].numel()
         updated_rows_and_columns += num_updated * (stack.shape[1] + stack.shape[2])
-    # an update inside backward frees the gradient of each stack before the next one is computed
+    # an update inside backward frees each stack's gradient before the next one is computed
     fused = config.optim.fuse_expert_update_in_backward
     if config.optim.expert_optimizer == "adam":
         state = updated * ADAM_STATE_BYTES
@@ -280,7 +279,7 @@ def _expert_memory(
 
 
 def _gate_memory(params: list[nn.Parameter], ep: int, world: int) -> ParamMemory:
-    """Counts the gates inside groups of experts, which are float32 in every precision."""
+    """Counts the gates inside expert groups, which are float32 in every precision."""
     local = 0
     updated = 0
     for stack in params:
@@ -298,7 +297,7 @@ def _gate_memory(params: list[nn.Parameter], ep: int, world: int) -> ParamMemory
 def _row_memory(
     params: list[nn.Parameter], bytes_per_weight: int, master_bytes: int
 ) -> ParamMemory:
-    """Counts matrices that are updated by row, without their gradients, which have a few rows."""
+    """Counts row-sparse matrices, without their gradients, which have only a few rows."""
     total = num_elements(params)
     return ParamMemory(
         parameters=total,
@@ -310,7 +309,7 @@ def _row_memory(
 
 
 def _num_updated_matrices(stack: nn.Parameter, ep: int, world: int) -> int:
-    """Returns how many matrices the first replica updates, which has the largest share."""
+    """Returns how many matrices the first replica updates (the largest share)."""
     num_local = stack.shape[0] // ep
     num_replicas = world // ep
     return -(-num_local // num_replicas)
@@ -324,7 +323,7 @@ def bytes_per_element(ds: dict[str, Any]) -> int:
 def per_rank(
     model: nn.Module, config: Config, layout: BatchLayout, ds: dict[str, Any]
 ) -> dict[str, Any]:
-    """Estimates what one rank holds.
+    """Estimates one rank's parameters and memory.
 
     Args:
         model: The plain model, on the meta device.
@@ -333,8 +332,7 @@ def per_rank(
         ds: The DeepSpeed config.
 
     Returns:
-        "parameters": element count; "memory_bytes": bytes by kind, without kinds that take
-        none.
+        "parameters": element count; "memory_bytes": bytes by kind, without empty kinds.
     """
     by_kind = param_memory(model, config, layout, ds)
     dense = by_kind["dense"]
@@ -364,7 +362,7 @@ def per_rank(
 
 
 def expert_rows_per_sample(plain: Any, config: Config) -> int:
-    """Returns how many rows an MoE layer sends to experts for a sample without padding or drops."""
+    """Returns how many rows an MoE layer sends to experts per sample, without padding or drops."""
     experts = moe_section(config)
     if not experts:
         return 0
@@ -377,16 +375,16 @@ def expert_rows_per_sample(plain: Any, config: Config) -> int:
 def activation_bytes(
     plain: Any, config: Config, samples: int, width: int, rows: float | None = None
 ) -> int:
-    """Estimates the bytes that one micro-batch keeps for backward on a rank.
+    """Estimates how many bytes one micro-batch keeps for backward on a rank.
 
-    The estimate adds up the tensors that forward saves, with expert rows spread evenly over ranks.
+    The estimate adds up the tensors saved by forward, with expert rows spread evenly over ranks.
 
     Args:
         plain: The plain model.
         config: The config.
         samples: This rank's samples in the micro-batch.
         width: Bytes per activation.
-        rows: Rows that one MoE layer sends to experts for a sample, if known; the default is
+        rows: Rows per sample sent to experts by one MoE layer, if known; by default
             `expert_rows_per_sample`.
 
     Returns:
@@ -409,14 +407,14 @@ def activation_bytes(
 
 
 def kept_per_row(dim: int, units: int) -> int:
-    """Returns how many numbers one use of an MoE layer keeps for backward for each row.
+    """Returns how many numbers per row an MoE layer keeps for backward each time it runs.
 
     These are the expert's input, its hidden units, its output, and the output times the gate
     weight.
 
     Args:
         dim: Model width.
-        units: Hidden units that are kept.
+        units: Number of hidden units kept.
 
     Returns:
         An element count.
@@ -425,16 +423,16 @@ def kept_per_row(dim: int, units: int) -> int:
 
 
 def _lstm_activation_bytes(model: LSTMConfig, tokens: int, rows: int, width: int) -> int:
-    """Returns the bytes that an LSTM language model's layers keep for backward.
+    """Returns how many bytes an LSTM language model's layers keep for backward.
 
-    Each layer keeps its input, its output and its dropout mask. CPU kernels keep the gates and
-    cells of an LSTM in float32; scores of MoE gates are float32 too.
+    Each layer keeps its input, its output and its dropout mask. CPU kernels keep LSTM gates and
+    cells in float32; MoE gate scores are float32 too.
     """
     moe = model.moe
     layers = LAYERS[model.middle_layer]
     units = model.lstm_units or model.dim
-    narrow = 3 * model.dim * (1 + len(layers))  # numbers per token of `width` bytes
-    float32 = 0  # numbers per token of 4 bytes
+    narrow = 3 * model.dim * (1 + len(layers))  # numbers per token, `width` bytes each
+    float32 = 0  # numbers per token, 4 bytes each
     numbers_per_row = 0
     for name in layers:
         if name != "middle":
@@ -452,7 +450,7 @@ def _lstm_activation_bytes(model: LSTMConfig, tokens: int, rows: int, width: int
 
 
 def _softmax_chunk_bytes(config: Config) -> int:
-    """Returns the bytes of a chunk's logits, their gradient, and the softmax matrix's gradient."""
+    """Returns the bytes for a chunk's logits, their gradient, and the softmax matrix's gradient."""
     assert isinstance(config.model, LSTMConfig)
     columns = _logits_per_target(config)
     chunk_tokens = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // columns)
@@ -467,9 +465,9 @@ class GateChoice:
     """An MoE layer's (primary) gate choice for each token.
 
     Attributes:
-        num_choices: Experts, or groups of experts, that the gate chooses from.
-        k: Experts or groups that it chooses.
-        has_groups: True if it chooses groups of experts.
+        num_choices: Number of experts, or expert groups, to choose from.
+        k: Number of experts or groups chosen.
+        has_groups: True if the gate chooses groups.
     """
 
     num_choices: int
@@ -478,7 +476,7 @@ class GateChoice:
 
 
 def gate_choice(config: Config) -> GateChoice:
-    """Returns the gates' choice for a config that has experts."""
+    """Returns the gates' choice for a config with experts."""
     experts = moe_section(config)
     assert experts
     _, moe = experts
@@ -487,17 +485,17 @@ def gate_choice(config: Config) -> GateChoice:
 
 
 def layout_dispatcher(config: Config, ranks_per_node: int) -> str:
-    """Returns the dispatcher that `parallelize` builds for a config.
+    """Returns the kind of dispatcher `parallelize` builds for a config.
 
     Args:
         config: The config, with dispatcher and expert-parallel degree.
         ranks_per_node: Ranks on each node.
 
     Returns:
-        A result of `dispatcher_choice.dispatcher_kind`; "local" for a model without experts.
+        A `dispatcher_choice.dispatcher_kind` result; "local" for a model without experts.
 
     Raises:
-        ValueError: The layout cannot have the dispatcher that the config names.
+        ValueError: The layout cannot have the configured dispatcher.
     """
     if not moe_section(config):
         return "local"
@@ -513,17 +511,17 @@ def layout_dispatcher(config: Config, ranks_per_node: int) -> str:
 def describe_layout(
     config: Config, layout: BatchLayout, ds: dict[str, Any], model: nn.Module, num_nodes: int
 ) -> dict[str, Any]:
-    """Returns all facts about a config on a layout as JSON values, which RUN/layout.json contains.
+    """Returns the contents of RUN/layout.json: all facts about a config on a layout.
 
     Args:
         config: The config, with its expert-parallel degree.
         layout: The batch layout.
         ds: The DeepSpeed config.
         model: The plain model, on the meta device.
-        num_nodes: Nodes that the ranks are on.
+        num_nodes: Node count.
 
     Returns:
-        The facts by name.
+        The facts by name, as JSON values.
     """
     ep = config.mesh.ep
     report: dict[str, Any] = {
@@ -559,10 +557,10 @@ def describe_layout(
 
 
 def _experts_by_node(num_experts: int, ep: int, ranks_per_node: int) -> list[tuple[int, int]]:
-    """Returns the first and the last expert on each node of an expert-parallel group.
+    """Returns the (first, last) expert on each node in an expert-parallel group.
 
-    Each node has consecutive experts, and so it has consecutive groups of experts. The list is
-    empty if some expert-parallel groups begin inside one node and end on another.
+    Each node has consecutive experts, and so consecutive expert groups. The list is empty if some
+    expert-parallel groups begin inside one node and end on another.
     """
     if ranks_per_node % ep and ep % ranks_per_node:
         return []
@@ -597,7 +595,7 @@ def _batch_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-# what the bytes of each dispatcher depend on
+# dispatcher -> the rows it sends
 _ROWS_SENT = {
     "all_to_all": "one row for each chosen expert, or group",
     "dedup_rank": "one row to each rank that has a chosen expert",

@@ -1,12 +1,11 @@
 """Finds the layer in which a NaN or an infinity first appeared.
 
-A step whose gradients are not all finite is skipped on every rank, and no trained number changes.
-The detector then names the layer, and training ends after `optim.max_consecutive_skipped_steps`
-such steps in a row. The LSTM state of a lane that is not finite starts again from zeros
-(`tasks.language_model`).
+If a gradient is not finite, every rank skips the step and no trained number changes. The detector
+then names the layer, and training ends after `optim.max_consecutive_skipped_steps` skipped steps in
+a row. A lane whose LSTM state is not finite starts again from zeros (`tasks.language_model`).
 
-The output of each layer is summed in forward, and its gradient in backward: one pass over numbers
-that are in cache, and no synchronisation. The sums are only read after a step that was skipped.
+Each layer's output is summed in forward, and its gradient in backward: one pass over numbers in
+cache, and no synchronisation. The sums are read only after a skipped step.
 """
 
 import math
@@ -26,10 +25,10 @@ from moe_dist.monitoring.metric_keys import NONFINITE_SOURCE
 from moe_dist.optim.optimizer import Optimizer
 
 NOWHERE = 2**31  # an index after all layers
-# A run has diverged if a loss is more than this many times the loss of a uniform guess. In training
-# no guess needs to be much worse than uniform; on test data a model that has memorised its training
-# split may be. The limit is at least MARGIN above a uniform guess: with two classes a guess costs
-# 0.69 nats, and in a small batch one confident wrong answer makes a loss of several times that.
+# A run has diverged if a loss is more than this many times a uniform guess's loss. A training loss
+# need not be much worse than uniform; a test loss may be, if the model has memorised its training
+# split. The limit is at least MARGIN above a uniform guess: with two classes a guess costs 0.69
+# nats, and in a small batch one confident wrong answer costs several times as much.
 DIVERGENCE_FACTORS = {"train/loss": 2.0, "test/loss": 10.0}
 MARGIN = 5.0  # nats, or the unit of a squared error
 
@@ -37,19 +36,18 @@ MARGIN = 5.0  # nats, or the unit of a squared error
 class NonFiniteDetector:
     """Watches the outputs of a model's layers, and their gradients, on this rank.
 
-    Layers are the modules that have parameters of their own, and the experts of each MoE layer as
-    one.
+    Layers are the modules with direct parameters; each MoE layer's experts count as one layer.
 
     Attributes:
         skipped: Number of skipped steps in a row.
-        source: Description of the last skipped step since `read_and_reset`, empty if there is none.
+        source: Description of the last skipped step since `read_and_reset`, or an empty text.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         """Registers forward hooks.
 
         Args:
-            model: The model of this rank.
+            model: This rank's model.
             mesh: The ranks.
         """
         self.mesh = mesh
@@ -70,12 +68,12 @@ class NonFiniteDetector:
                 module.register_forward_hook(partial(self._after_forward, name))
 
     def start_step(self) -> None:
-        """Forgets the sums of the step before."""
+        """Clears the previous step's sums."""
         self._outputs.clear()
         self._gradients.clear()
 
     def watch(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor now and its gradient in backward; does nothing in an evaluation.
+        """Sums a tensor now and its gradient in backward; a no-op in evaluation.
 
         Args:
             name: Name of the layer.
@@ -90,12 +88,12 @@ class NonFiniteDetector:
         return x
 
     def end_step(self, step: int, optimizer: Optimizer, max_skipped: int) -> None:
-        """Reports a step that was skipped. A collective if it was.
+        """Reports a skipped step. A collective if the step was skipped.
 
         Args:
-            step: Number of the step, from 1.
+            step: Step number, from 1.
             optimizer: The optimizer after the step.
-            max_skipped: Number of skipped steps in a row after which the run ends.
+            max_skipped: The run ends after this many skipped steps in a row.
 
         Raises:
             FloatingPointError: On every rank, `max_skipped` steps in a row were skipped.
@@ -116,7 +114,7 @@ class NonFiniteDetector:
             )
 
     def read_and_reset(self) -> dict[str, str]:
-        """Returns the source of the last skipped step as a metric, empty if there is none."""
+        """Returns the last skipped step's source as a metric, or an empty dictionary."""
         source = self.source
         self.source = ""
         return {NONFINITE_SOURCE: source} if source else {}
@@ -138,25 +136,22 @@ class NonFiniteDetector:
         return "a gradient of weights is not finite, though the outputs of all layers are"
 
     def _after_forward(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Watches the output of a layer, or its first part; a forward hook."""
+        """Watches a layer's output, or its first element if it is a tuple; a forward hook."""
         self.watch(name, output[0] if isinstance(output, tuple) else output)
 
 
 def divergence_reason(values: Mapping[str, Any], uniform_loss: float) -> str:
-    """Checks whether a loss of a run has diverged.
+    """Checks whether a run's loss has diverged.
 
     A loss has diverged if it is not finite, or if it is above both its factor times `uniform_loss`
     and `uniform_loss + MARGIN`.
 
     Args:
-        values: The run's last metrics by key; the keys of `DIVERGENCE_FACTORS` are read if they are
-            there.
-        uniform_loss: The loss of a model that gives every word or class the same probability, in
-            nats.
+        values: The run's last metrics by key; reads the keys in `DIVERGENCE_FACTORS`, if present.
+        uniform_loss: A uniform guess's loss over all words or classes, in nats.
 
     Returns:
-        The key of the first such loss and the reason, as text for a warning; empty if there is
-        none.
+        A warning with the first diverged loss's key and the reason; empty if no loss has diverged.
     """
     for key, factor in DIVERGENCE_FACTORS.items():
         loss = values.get(key, 0.0)
@@ -168,7 +163,7 @@ def divergence_reason(values: Mapping[str, Any], uniform_loss: float) -> str:
 
 
 def _first_nonfinite(sums: list[tuple[str, torch.Tensor]]) -> int:
-    """Returns the index of the first sum that is not finite, `NOWHERE` if all are finite."""
+    """Returns the index of the first non-finite sum, `NOWHERE` if all are finite."""
     if not sums:
         return NOWHERE
     bad = ~torch.stack([total.float() for _, total in sums]).isfinite()

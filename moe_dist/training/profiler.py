@@ -1,8 +1,8 @@
 """Traces a few training steps with torch's profiler, a file for each rank: train.py --profile.
 
-The ranges in a trace are those of `monitoring.step_timer`, with the layer in their name and
-"(backward)" for the part in backward, and those of `training.setup.train_step`: data, forward, and
-backward with the update.
+A trace has the ranges from `monitoring.step_timer`, named by layer and marked "(backward)" in
+backward, and the ranges from `training.setup.train_step`: data, forward, and backward with the
+update.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ TRACED_STEPS = 3
 
 @contextlib.contextmanager
 def profile_steps(folder: Path, mesh: Mesh, enabled: bool) -> Iterator[Callable[[], None]]:
-    """Traces the third to fifth step of this process to folder/profile/rank*.json.gz.
+    """Traces this process's third to fifth step to folder/profile/rank*.json.gz.
 
-    A run that ends before has a shorter trace, or none.
+    A run with fewer steps has a shorter trace, or none.
 
     Args:
         folder: The run folder.
         mesh: The ranks.
-        enabled: Whether to trace.
+        enabled: If False, traces nothing.
 
     Yields:
         A function to call after each step.
@@ -51,7 +51,7 @@ def profile_steps(folder: Path, mesh: Mesh, enabled: bool) -> Iterator[Callable[
 
 
 def _write(trace: profile, folder: Path, mesh: Mesh) -> None:
-    """Writes this rank's trace; a full disk costs the trace, not the run."""
+    """Writes this rank's trace; if it cannot be written, prints a warning and the run continues."""
     name = f"profile/rank{mesh.dp.index}.json.gz"
     mesh.step_timer.annotate_profile = False
     try:

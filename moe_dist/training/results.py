@@ -1,4 +1,4 @@
-"""The lines that train.py prints at the end of a run."""
+"""Formats the lines train.py prints at the end of a run."""
 
 import json
 from pathlib import Path
@@ -20,15 +20,15 @@ def result_lines(
     num_updates: int,
     baseline_is_explicit: bool,
 ) -> str:
-    """Formats the result of a run.
+    """Formats a run's result.
 
     Args:
-        config: The config of the run.
+        config: The run's config.
         folder: Its run folder.
-        task_result: The test metrics as the task writes them.
-        num_steps: Steps that were trained.
-        num_updates: Steps that were not skipped.
-        baseline_is_explicit: Whether the user named the baseline, so that its absence is reported.
+        task_result: The test metrics as formatted by the task.
+        num_steps: Number of trained steps, skipped ones included.
+        num_updates: Number of steps without the skipped ones.
+        baseline_is_explicit: If True, the user named the baseline, so its absence is reported.
 
     Returns:
         Lines without a newline at the end: the test metrics, the skipped steps if there are any,
@@ -47,13 +47,13 @@ def result_lines(
 
 
 def read_kept_metrics(baseline: str) -> dict[str, Any] | None:
-    """Reads the metrics of earlier runs with which a result is compared.
+    """Reads the metrics of earlier runs, for comparison.
 
     Args:
-        baseline: A path below the root of the repository.
+        baseline: A path below the repository root.
 
     Returns:
-        The file's JSON object, which has at least `KEPT_KEYS`; None if there is no such file.
+        The file's JSON object, with at least `KEPT_KEYS`; None if there is no such file.
 
     Raises:
         ValueError: The file contains something else.
@@ -73,7 +73,7 @@ def read_kept_metrics(baseline: str) -> dict[str, Any] | None:
 
 
 def _baseline_lines(config: Config, baseline: str, is_explicit: bool) -> list[str]:
-    """Returns lines about the kept metrics; none without such, unless the user named them."""
+    """Returns lines about the kept metrics; if there are none, a note if the user named them."""
     kept = read_kept_metrics(baseline)
     if kept is None:
         return [f"no kept metrics {baseline} to compare with"] if is_explicit else []

@@ -1,4 +1,4 @@
-"""Finds the checkpoint from which a run continues."""
+"""Finds the checkpoint to resume a run from."""
 
 import sys
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ from moe_dist.training.run_spec import RunSpec
 
 @dataclass(frozen=True)
 class Resume:
-    """The checkpoint from which a run continues; without one it begins.
+    """The checkpoint to resume a run from, if there is one.
 
     Attributes:
-        checkpoint: The newest complete checkpoint. None: the run begins.
-        refused: Newer checkpoints that are damaged, with the reasons.
-        state: The JSON state of the checkpoint (`checkpoint.format`).
+        checkpoint: The newest complete checkpoint; None for a run that begins.
+        refused: Newer, damaged checkpoints, with the reasons.
+        state: The checkpoint's JSON state (`checkpoint.format`).
     """
 
     checkpoint: Path | None = None
@@ -30,29 +30,29 @@ class Resume:
 
     @property
     def step(self) -> int:
-        """Returns the number of steps that have been done."""
+        """Returns the number of finished steps."""
         return self.state["step"]
 
     @property
     def metadata(self) -> dict[str, Any] | None:
-        """Returns what the task stored about its data, None for a run that begins."""
+        """Returns the task's and data's checkpoint metadata, None for a run that begins."""
         return self.state if self.checkpoint else None
 
     def has_finished(self, spec: RunSpec) -> bool:
-        """Returns whether there is no step left."""
+        """Returns True if no step is left."""
         return self.step >= spec.config.steps
 
 
 def find_checkpoint(spec: RunSpec, mesh: Mesh) -> Resume:
-    """Finds the newest complete checkpoint, and prints which ones were refused. A collective.
+    """Finds the newest complete checkpoint, and prints the refused ones. A collective.
 
     Args:
         spec: The run.
-        mesh: The ranks, which share the reading of all files.
+        mesh: The ranks; they share the file reads.
 
     Returns:
-        The checkpoint with its state, and the newer ones that were refused. The result has no
-        checkpoint for a new run, and for --resume auto if the folder has none.
+        The checkpoint with its state, and the newer, refused ones. There is no checkpoint for a new
+        run, or for --resume auto if the folder has none.
 
     Raises:
         ValueError: On every rank, no checkpoint is complete, or no step is left to train.
@@ -82,7 +82,7 @@ def find_checkpoint(spec: RunSpec, mesh: Mesh) -> Resume:
 
 
 def last_training_loss(spec: RunSpec) -> dict[str, float]:
-    """Returns {"train/loss": value} of a resumed run's last line, or {}. A collective."""
+    """Returns {"train/loss": value} from a resumed run's last line, or {}. A collective."""
 
     def read() -> dict[str, float]:
         if spec.source_run is None:

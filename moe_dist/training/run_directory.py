@@ -1,4 +1,4 @@
-"""The run folder of a process: its lock, and the files that describe the run.
+"""A process's run folder: its lock, and the files that describe the run.
 
 RUN/config.json  RUN/layout.json  RUN/metrics.jsonl  RUN/checkpoints/  RUN/report.html
 RUN/report/*.png RUN/profile/  RUN/wandb/  RUN/calls/  RUN/lock
@@ -21,17 +21,17 @@ from moe_dist.distributed.collectives import run_on_main
 from moe_dist.monitoring.console import print_on_main
 
 LOCK_NAME = "lock"
-# a launcher that starts a run again waits so long for killed ranks to end
+# when a launcher restarts a run, time for the killed ranks to release the lock
 LOCK_TIMEOUT_S = 20
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems without locks
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks
 
 
 def check_writable(folder: Path, wait_for_lock: bool) -> None:
-    """Checks, before any work and without writing, that a run folder can be opened.
+    """Checks early, without writing, if a run folder can be opened.
 
     Args:
-        folder: The run folder, which may not exist yet.
-        wait_for_lock: Whether to wait for another process to release it.
+        folder: The run folder; it may not exist yet.
+        wait_for_lock: If True, waits for another process to release it.
 
     Raises:
         ValueError: The folder cannot be written, or another run is using it.
@@ -53,24 +53,24 @@ def check_writable(folder: Path, wait_for_lock: bool) -> None:
 
 
 def new_folder(config_name: str) -> Path:
-    """Returns the path of a new run folder in runs/."""
+    """Returns a path for a new run folder in runs/."""
     return Path("runs") / f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 class RunDirectory:
-    """A run folder that the main rank of this run has locked.
+    """A run folder, locked by this run's main rank.
 
     Attributes:
         path: The folder, the same on every rank.
-        lock: The open lock file on the main rank, None elsewhere.
+        lock: The open lock file on the main rank, None on other ranks.
     """
 
     def __init__(self, path: Path, files: dict[str, str]) -> None:
-        """Describes a folder; `claim` creates it.
+        """Stores the path and the file contents; `claim` creates the folder.
 
         Args:
             path: The folder.
-            files: Contents of the files that describe the run, by name.
+            files: Contents by file name, for the files that describe the run.
         """
         self.path = path
         self.lock: IO[bytes] | None = None
@@ -78,11 +78,11 @@ class RunDirectory:
         self._restoring = threading.Lock()
 
     def claim(self, wait_for_lock: bool = False, keep_files: bool = False) -> None:
-        """Creates and locks the folder until the process ends, writes the files. Main rank only.
+        """Creates the folder, locks it until the process ends, writes the files. Main rank only.
 
         Args:
-            wait_for_lock: Whether to wait for another process to release it.
-            keep_files: Whether existing files stay as they are, because nothing will be trained.
+            wait_for_lock: If True, waits for another process to release it.
+            keep_files: If True, existing files stay as they are (nothing will be trained).
 
         Raises:
             ValueError: The folder cannot be written, or another run is using it.
@@ -103,7 +103,7 @@ class RunDirectory:
     def restore(self) -> None:
         """Creates the folder again if it was removed or renamed, with a warning.
 
-        It acts on the main rank only. Any thread may call it.
+        It is a no-op on other ranks than the main one. Any thread may call it.
 
         Raises:
             OSError: The folder cannot be created again, or another run is using it now.
@@ -113,7 +113,7 @@ class RunDirectory:
                 self._restore(self.lock)
 
     def _restore(self, held_lock: IO[bytes]) -> None:
-        """Writes what is missing."""
+        """Writes missing files, and locks the folder again if the lock file is missing."""
         missing = [name for name in self._files if not (self.path / name).exists()]
         restored = list(missing)
         if not is_same_file(held_lock.fileno(), self.path / LOCK_NAME):
@@ -147,11 +147,11 @@ def open_run_directory(
 
     Args:
         folder: The run folder. None: a new one in runs/.
-        config_name: Name of the config, for a new folder's name.
-        files: Contents of the files that describe the run, by name.
-        read_only: Whether nothing will be written, so that it needs no lock.
-        wait_for_lock: As of `RunDirectory.claim`.
-        keep_files: As of `RunDirectory.claim`.
+        config_name: The config's name, for a new folder's name.
+        files: Contents by file name, for the files that describe the run.
+        read_only: If True, nothing will be written, so no lock is needed.
+        wait_for_lock: As in `RunDirectory.claim`.
+        keep_files: As in `RunDirectory.claim`.
 
     Returns:
         The folder, with the same path on every rank; the main rank has locked it unless
@@ -174,7 +174,7 @@ def open_run_directory(
 
 
 def open_lock(folder: Path) -> IO[bytes]:
-    """Opens the lock file of a run folder."""
+    """Opens a run folder's lock file."""
     return open(open_existing(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT), "r+b")
 
 
@@ -184,7 +184,7 @@ def acquire(lock: IO[Any], folder: Path, timeout_s: int) -> None:
     Args:
         lock: The open lock file.
         folder: The run folder, for messages.
-        timeout_s: How long to wait for another process to release it.
+        timeout_s: Seconds to wait for another process to release it.
 
     Raises:
         ValueError: Another process still has it.

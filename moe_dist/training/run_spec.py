@@ -1,4 +1,4 @@
-"""Turns the command line of train.py into a `RunSpec`, checked before any process group."""
+"""Turns train.py's command line into a `RunSpec`, checked before a process group starts."""
 
 import argparse
 import dataclasses
@@ -40,12 +40,12 @@ from moe_dist.training.results import read_kept_metrics
 from moe_dist.training.run_directory import check_writable
 
 MAX_RANKS = 2**20
-AUTO = Path("auto")  # the argument of --resume for launchers that repeat the same command
-# fields that contain a path to the data; a resumed run may have it elsewhere, its fingerprint is
-# compared
+AUTO = Path("auto")  # --resume's argument for launchers that repeat the same command
+# fields with a path to the data; a resumed run may find its data elsewhere, because fingerprints
+# are compared
 DATA_PATHS = ("data.text", "data.images", "data.image_root", "data.sentences", "data.questions")
-# fields, and beginnings of fields, that a resumed or evaluated run may change: neither its
-# checkpoint nor its position in the data depends on them
+# fields, and prefixes of fields, a resumed or evaluated run may change: neither its checkpoint nor
+# its position in the data depends on them
 MAY_CHANGE: tuple[str, ...] = (
     *DATA_PATHS,
     "steps",
@@ -87,20 +87,19 @@ MAY_CHANGE: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run as the command line describes it.
+    """A run as described by the command line.
 
     Attributes:
-        config: The config of the run.
+        config: The run's config.
         ds_config: The DeepSpeed config (`engine.ds_config`).
         folder: The run folder. None: a new one in runs/.
-        source_run: The run folder whose checkpoint the run resumes from or evaluates. None: a new
-            run.
-        upcycling: How the experts of `source_run` become more (--grow). None: they do not.
-        evaluate: Whether only the test splits are evaluated.
-        auto_resume: Whether there may be no checkpoint yet, and nothing left to do (--resume auto).
-        profile: Whether a few steps are traced.
-        allow_changed_data: Whether the data may differ from that of `source_run`.
-        explicit_keys: Dotted keys that --set names; the data does not change these fields.
+        source_run: The run folder with the checkpoint to resume or evaluate. None: a new run.
+        upcycling: How `source_run`'s experts are copied (--grow). None: no growth.
+        evaluate: If True, evaluates only the test splits.
+        auto_resume: If True (--resume auto), a missing checkpoint or a finished run is no error.
+        profile: If True, traces a few steps.
+        allow_changed_data: If True, the data may differ from `source_run`'s data.
+        explicit_keys: Dotted keys in --set; the data does not change these fields.
         notes: Notes about the config for the user, one line each.
         layout_report: The layout (`model_stats.describe_layout`).
     """
@@ -119,7 +118,7 @@ class RunSpec:
     layout_report: dict[str, Any] = field(default_factory=dict)
 
     def with_config(self, config: Config) -> "RunSpec":
-        """Returns the spec with the config that the data determines, and its layout."""
+        """Returns the spec with the data-determined config and its layout."""
         if config == self.config:
             return self
         layout = make_batch_layout(config, world_size())
@@ -128,10 +127,10 @@ class RunSpec:
         return dataclasses.replace(self, config=config, layout_report=report)
 
     def print_changes(self, config: Config) -> None:
-        """Prints the lines of the layout's table that the data's sizes change.
+        """Prints the layout table's lines that differ after the data's sizes are known.
 
         Args:
-            config: The config that the data determines.
+            config: The data-determined config.
 
         Raises:
             ValueError: The model no longer fits into a rank's memory.
@@ -146,13 +145,13 @@ class RunSpec:
 
 
 def parse_run(argv: list[str], doc: str | None) -> RunSpec:
-    """Reads the command line, prints the layout, and checks all that needs no process group.
+    """Reads the command line, prints the layout, and checks what needs no process group.
 
-    It exits after --list and --dry-run, and with one line and status 2 for a mistake.
+    It exits after --list and --dry-run; a user mistake exits with one line and status 2.
 
     Args:
         argv: The arguments.
-        doc: The description of --help.
+        doc: The --help description.
 
     Returns:
         The spec with its layout. The data may still change its config (`RunSpec.with_config`).
@@ -192,7 +191,7 @@ def parse_run(argv: list[str], doc: str | None) -> RunSpec:
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that do not go together."""
+    """Raises ValueError for incompatible options."""
     if (args.json or args.ranks is not None) and not args.dry_run:
         raise ValueError("--json and --ranks: only with --dry-run")
     if args.ranks is not None and not 1 <= args.ranks <= MAX_RANKS:
@@ -206,7 +205,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
 
 
 def _check_data(spec: RunSpec) -> None:
-    """Raises ValueError for data that cannot be used, with advice if it may have been moved."""
+    """Raises ValueError for unusable data, with advice if it may have been moved."""
     try:
         task_of(spec.config).check_data(spec.config, is_main_rank(), spec.explicit_keys)
     except ValueError as error:
@@ -226,7 +225,7 @@ def _moved_data_advice(spec: RunSpec) -> str:
 
 
 def _unread_notes(spec: RunSpec) -> list[str]:
-    """Returns a note about fields from the data, which --dry-run does not read."""
+    """Returns a note about the fields set by the data; --dry-run does not read it."""
     fields = task_of(spec.config).fields_from_data
     unread = [key for key in fields if key not in spec.explicit_keys]
     if spec.source_run or not unread:
@@ -235,7 +234,7 @@ def _unread_notes(spec: RunSpec) -> list[str]:
 
 
 def _check_initial_weights(spec: RunSpec) -> None:
-    """Raises ValueError if a new run shall begin with weights that do not exist."""
+    """Raises ValueError if a new run's initial weights do not exist."""
     initial = spec.config.init_from
     if initial and not spec.source_run and not manifest.list_checkpoints(Path(initial)):
         raise ValueError(
@@ -244,7 +243,7 @@ def _check_initial_weights(spec: RunSpec) -> None:
 
 
 def check_memory(layout_report: dict[str, Any]) -> None:
-    """Checks that a layout fits into memory; the system kills a rank without a message.
+    """Checks if a layout fits into memory; else the system would kill a rank without a message.
 
     Args:
         layout_report: The layout (`model_stats.describe_layout`).
@@ -264,14 +263,13 @@ def check_memory(layout_report: dict[str, Any]) -> None:
 
 
 def _resolve(args: argparse.Namespace) -> RunSpec:
-    """Builds the spec of a new, a resumed, an evaluated or a grown run.
+    """Builds the spec for a new, a resumed, an evaluated or a grown run.
 
     Args:
         args: The parsed command line.
 
     Returns:
-        The spec, still without its layout and without the effect of --profile and
-        --allow-changed-data.
+        The spec, still without its layout, `profile` and `allow_changed_data`.
 
     Raises:
         ValueError: The arguments do not fit together, or the run to resume cannot be used.
@@ -311,15 +309,15 @@ def _resolve(args: argparse.Namespace) -> RunSpec:
 
 
 def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
-    """Builds the spec of a run that continues, is evaluated, or grows.
+    """Builds the spec for a resumed, an evaluated or a grown run.
 
     Args:
         args: The parsed command line.
-        source_run: The run folder that --resume or --evaluate names.
+        source_run: The run folder given by --resume or --evaluate.
 
     Returns:
-        The spec with the config of `source_run` and the values of --set. Its folder is
-        `source_run`, or for --grow that of --folder (None: a new one).
+        The spec with `source_run`'s config and the --set values. Its folder is `source_run`, or
+        with --grow the --folder argument (None: a new one).
 
     Raises:
         ValueError: A field may not change, or the run to resume cannot be read.
@@ -371,14 +369,14 @@ def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
 
 
 def _new_or_resumed(args: argparse.Namespace) -> RunSpec:
-    """Builds the spec of `--resume auto`: the run of --folder continues, or begins.
+    """Builds the spec for `--resume auto`: the run in --folder continues, or begins.
 
     Args:
         args: The parsed command line.
 
     Returns:
-        The spec with the config that the command line names. If --folder has checkpoints, the sizes
-        that the kept run took from its data replace those of the named config.
+        The spec with the named config. If --folder has checkpoints, the kept run's data-determined
+        sizes replace the named config's.
 
     Raises:
         ValueError: Arguments are missing or too many, or the folder has a run with another config.
@@ -411,22 +409,22 @@ def _new_or_resumed(args: argparse.Namespace) -> RunSpec:
 def _merge(
     config: Config, kept_config: Config, explicit_keys: frozenset[str], folder: Path
 ) -> Config:
-    """Merges the config of the command line with that of the kept run.
+    """Merges the command line's config with the kept run's.
 
     Args:
-        config: The config that the command line names, with the values of --set.
+        config: The named config with the --set values.
         kept_config: The config of the run in `folder`.
-        explicit_keys: Dotted keys that --set names; they keep the values of `config`.
+        explicit_keys: Dotted keys in --set; they keep `config`'s values.
         folder: The run folder, for the error.
 
     Returns:
-        `config` with the sizes that the kept run took from its data.
+        `config` with the kept run's data-determined sizes.
 
     Raises:
-        ValueError: Another field differs that a resumed run may not change.
+        ValueError: Another field differs, and a resumed run may not change it.
     """
     from_data = task_of(config).fields_from_data
-    # name and task come first: configs that agree in them have the same fields
+    # name and task come first: configs with equal names and tasks have the same fields
     for key in dotted_keys(config):
         kept = value_of(kept_config, key)
         given = value_of(config, key)
@@ -442,14 +440,14 @@ def _merge(
 
 
 def named_config(name: str, assignments: list[str]) -> tuple[Config, list[str]]:
-    """Builds a named config with the values of --set, and checks it.
+    """Builds a named config with the --set values, and checks it.
 
     Args:
-        name: The name of the config.
+        name: The config's name.
         assignments: Texts KEY=VALUE.
 
     Returns:
-        The config, with the group sizes that `fit_groups` reduces, and a note about each of them.
+        The config, with group sizes reduced by `fit_groups`, and a note about each reduced size.
 
     Raises:
         ValueError: The name or a key is unknown, or a value is invalid.
@@ -460,10 +458,10 @@ def named_config(name: str, assignments: list[str]) -> tuple[Config, list[str]]:
 
 
 def _new_config(args: argparse.Namespace) -> tuple[Config, list[str]]:
-    """Returns the config of a new run, and notes.
+    """Returns a new run's config, and notes.
 
-    Unless --set mesh.ep says otherwise, experts are spread over the ranks of a node as far as they
-    divide.
+    Without --set mesh.ep, experts are spread over a node's ranks: ep is the greatest common divisor
+    of the two numbers.
     """
     config, notes = named_config(args.name, args.set)
     section = moe_section(config)
@@ -476,7 +474,7 @@ def _new_config(args: argparse.Namespace) -> tuple[Config, list[str]]:
 
 
 def _fit_ep(config: Config) -> Config:
-    """Returns the config with an expert-parallel degree that divides the ranks."""
+    """Returns the config with an expert-parallel degree reduced to divide the rank count."""
     if world_size() % config.mesh.ep:
         ep = math.gcd(config.mesh.ep, world_size())
         print_on_main(
@@ -500,14 +498,14 @@ def _print_moved_data(kept_config: Config, config: Config) -> None:
 
 
 def _upcycling(args: argparse.Namespace, config: Config) -> Upcycling:
-    """Checks --grow and --grow-noise, and prints a note about the copies of the experts.
+    """Checks --grow and --grow-noise, and prints a note about the expert copies.
 
     Args:
         args: The parsed command line, with --grow.
-        config: The config of the run before it grows.
+        config: The run's config before it grows.
 
     Returns:
-        The growth. Its noise is 0.01 without --grow-noise, its seed that of the run.
+        The growth, with the run's seed; without --grow-noise its noise is 0.01.
 
     Raises:
         ValueError: --grow or --grow-noise is out of range, or the run has no experts.

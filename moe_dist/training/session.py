@@ -1,4 +1,4 @@
-"""The services of a run: metrics, checkpoints, preemption, profiler, flight recorder."""
+"""A run's services: metrics, checkpoints, preemption, profiler, flight recorder."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,17 +20,17 @@ from moe_dist.training.setup import Training
 
 
 class TrainingSession:
-    """Opens the services of a run for as long as it is entered.
+    """Context manager that keeps a run's services open.
 
     Attributes:
         spec: The run.
-        resume: Where it continues.
+        resume: The checkpoint it continues from, if any.
         training: Model, task and engine.
-        folder: The path of its run folder.
-        accumulator: Sums metrics between two lines of metrics.
+        folder: The run folder's path.
+        accumulator: Sums metrics between two metrics lines.
         saver: Writes checkpoints.
         preemption: Handles SIGTERM.
-        metrics: Writes lines of metrics.
+        metrics: Writes metrics lines.
         last_metrics: The newest training metrics, and the test metrics once there are any.
     """
 
@@ -111,7 +111,7 @@ class TrainingSession:
             yield
 
     def end_step(self) -> None:
-        """Tells the profiler that a step has ended."""
+        """Ends a step for the profiler."""
         self._end_profiled_step()
 
     def save(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""A config on a mesh, ready to train, and one step: for train.py, verify, benchmarks, tests."""
+"""Sets a config up on a mesh, and runs one step: for train.py, verify, benchmarks, tests."""
 
 import dataclasses
 import sys
@@ -29,23 +29,23 @@ from moe_dist.tasks.registry import task_of
 from moe_dist.tasks.task import Batch, Task
 from moe_dist.training.nan_detector import NonFiniteDetector
 
-# weights of a classifier's head, which are not taken from a run with other classes
+# a classifier's head weights, not loaded from a run with other classes
 HEAD_PREFIX = "head."
 
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that a training step needs.
+    """Everything a training step needs.
 
     Attributes:
-        config: The config with the sizes that the data determines.
+        config: The config with data-determined sizes.
         mesh: The ranks.
-        layout: Which rank has which samples.
+        layout: The samples on each rank.
         task: Batches, loss and metrics.
         model: The parallel model.
         engine: Forward, backward and step.
         nan_detector: Watches the layers.
-        metadata: What checkpoints store about the task and its data (JSON).
+        metadata: Checkpoint entries about the task and its data (JSON).
     """
 
     config: Config
@@ -72,24 +72,24 @@ def set_up(
     """Opens the data, and builds the model and the engine. A collective.
 
     Args:
-        config: The config of the run.
-        ds: The DeepSpeed config of `engine.ds_config.read_ds_config`.
+        config: The run's config.
+        ds: The DeepSpeed config (`engine.ds_config.read_ds_config`).
         mesh: The ranks.
-        metadata: `Training.metadata` of an earlier call with the same config.
-        resumed: Whether `metadata` is that of an earlier run, whose weights will be loaded, whose
-            config stays as it is, and whose data must be the same. Otherwise weights start as
-            `config.init_from` says.
-        explicit: Dotted keys of the config that the data does not change.
-        allow_changed_data: Whether an earlier run may continue with other data.
-        on_config: Called with the config as the data determines it, before the model is built; may
-            raise ValueError.
+        metadata: `Training.metadata` from an earlier call with the same config.
+        resumed: If True, `metadata` comes from an earlier run: its weights will be loaded, its
+            config does not change, and its data must be the same. If False, weights start from
+            `config.init_from`.
+        explicit: Dotted config keys the data does not change.
+        allow_changed_data: If True, an earlier run may continue with other data.
+        on_config: Called with the data-determined config before the model is built; may raise
+            ValueError.
 
     Returns:
-        Everything that a step needs.
+        Everything a step needs.
 
     Raises:
-        ValueError: On every rank, parts do not fit together, or the data is not that of the earlier
-            run.
+        ValueError: On every rank, parts do not fit together, or the data differs from the earlier
+            run's.
     """
     layout = make_batch_layout(config, mesh.dp.size)
     dtype = compute_dtype(ds)
@@ -130,22 +130,22 @@ def _fingerprint(
     resumed: bool,
     allow_changed_data: bool,
 ) -> dict[str, Any]:
-    """Computes the fingerprint of the data, and compares it with an earlier one. A collective.
+    """Computes the data's fingerprint, and compares it with an earlier one. A collective.
 
     Args:
-        task: The task, which has the data.
-        config: The config of the run, for the name of the data in messages.
+        task: The task, with its data.
+        config: The run's config, for the data's name in messages.
         mesh: The ranks.
-        metadata: As of `set_up`.
-        resumed: As of `set_up`.
-        allow_changed_data: As of `set_up`.
+        metadata: As in `set_up`.
+        resumed: As in `set_up`.
+        allow_changed_data: As in `set_up`.
 
     Returns:
-        The fingerprint for checkpoints (JSON), the same on every rank. It is that of `metadata`
-        without a comparison if there is one and `resumed` is false.
+        The fingerprint for checkpoints (JSON), the same on every rank. If `metadata` has one and
+        `resumed` is False, it is returned without a comparison.
 
     Raises:
-        ValueError: On every rank, the data is not that of the earlier run.
+        ValueError: On every rank, the data differs from the earlier run's.
     """
     kept = (metadata or {}).get("data")
     if kept is not None and not resumed:
@@ -180,7 +180,7 @@ def _initial_checkpoint(run: str, mesh: Mesh) -> Path:
 def _load_initial_weights(
     checkpoint: Path, engine: Engine, mesh: Mesh, classes: Any, quiet: bool
 ) -> None:
-    """Loads another run's weights of equal name and shape, and prints which are new."""
+    """Loads another run's weights with equal name and shape, and prints which are new."""
     same_classes = read_state(checkpoint).get("classes") == classes
     never_loaded = () if same_classes else (HEAD_PREFIX,)
     num_loaded, new = load_matching_weights(checkpoint, engine, mesh, never_loaded)
@@ -193,11 +193,11 @@ def _load_initial_weights(
 
 
 def check_classes(source_classes: list[str] | None, classes: list[str] | None) -> None:
-    """Checks that a resumed run has the classes that it was trained on.
+    """Checks if a resumed run's data still has the classes in its checkpoint.
 
     Args:
-        source_classes: Classes of the checkpoint, None if it has none.
-        classes: Classes of the data now.
+        source_classes: The checkpoint's classes, None if it has none.
+        classes: The data's classes now.
 
     Raises:
         ValueError: They differ.
@@ -210,21 +210,21 @@ def check_classes(source_classes: list[str] | None, classes: list[str] | None) -
 
 
 def _shorten_list(names: Sequence[str]) -> str:
-    """Returns some of the names, and their number."""
+    """Returns a text with some names and their number."""
     return f"{preview_names(names)} ({len(names)})"
 
 
 def train_step(
     training: Training, step: int
 ) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:
-    """Runs one optimizer step; the update follows the backward of the last micro-batch.
+    """Runs one optimizer step; the update follows the last micro-batch's backward.
 
     Args:
         training: The run.
-        step: Number of the step, from 1.
+        step: Step number, from 1.
 
     Yields:
-        Each micro-batch of this rank after its backward, with its sums and its layers' statistics.
+        Each local micro-batch after its backward, with its sums and its layers' statistics.
 
     Raises:
         FloatingPointError: On every rank, too many steps in a row were skipped (`nan_detector`).
