@@ -121,6 +121,19 @@ def test_named_configs_of_commands_exist() -> None:
             assert name in papers.CONFIGS, f"{page.name}: {name}"
 
 
+def test_messages_of_troubleshooting_exist() -> None:
+    """Each part of a quoted message, between its dots, is somewhere in the code."""
+    files = [ROOT / "train.py", *(ROOT / "moe_dist").rglob("*.py"), *(ROOT / "launch").glob("*.sh")]
+    code = "\n".join(path.read_text() for path in files)
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # adjacent parts of one string
+    page = (DOCS / "how_to" / "when_something_goes_wrong.md").read_text()
+    messages = re.findall(r"^\| (?:[^`|]*)`([^`]* [^`]*)` \|", page, re.MULTILINE)
+    assert len(messages) >= 9
+    for message in messages:
+        for part in re.split(r"\.\.\.|^error: |^warning: ", message):
+            assert part.strip(" :;") in code, f"{message}: {part}"
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
 
