@@ -40,7 +40,6 @@ from moe_dist.distributed import mesh as meshes
 from moe_dist.distributed.preemption import EXIT_STATUS, GRACE_S
 from moe_dist.monitoring.console import print_on_main
 from moe_dist.monitoring.metric_keys import GRAD_NORM, LEARNING_RATE, SKIPPED_STEPS
-from moe_dist.optim.lr_schedule import learning_rate
 from moe_dist.report import files as report_files
 from moe_dist.training import fault_injection
 from moe_dist.training.errors import plain_errors
@@ -158,10 +157,9 @@ def run_steps(session: TrainingSession) -> tuple[int, bool]:
 
 def log_step(session: TrainingSession, step: int) -> None:
     """Writes a line of training metrics. A collective."""
-    config = session.spec.config
     optimizer = session.training.engine.optimizer
     line: dict[str, Any] = dict(session.accumulator.reduce_and_reset())
-    line[LEARNING_RATE] = learning_rate(config.optim, step, config.steps)
+    line[LEARNING_RATE] = optimizer.lr
     line[GRAD_NORM] = optimizer.norm
     line[SKIPPED_STEPS] = step - optimizer.updates
     line |= session.training.nan_detector.read_and_reset()

@@ -1,4 +1,6 @@
-"""Collectives of a training step. Only this package calls `all_to_all`.
+"""Collectives of a training step, among them the all-to-all of row counts.
+
+The rows themselves travel in `chunked_all_to_all`; nothing else calls `dist.all_to_all_single`.
 
 Each call carries a `CommLabel`. Bytes sent to other ranks are counted by the label's place and
 direction; a reduction counts as a ring sends it, with the mean over the ranks. The flight recorder

@@ -4,11 +4,11 @@ A layer's all-to-all has the layer's name as its place ("middle", "encoder.ffn.m
 directions are "counts", "dispatch" and "combine" in forward, "dispatch_backward" and
 "combine_backward" in backward. Other calls:
 
-    place            direction                 data NAME             rows
-    touched rows of the vocabulary matrix NAME experts          gradients, weights        expert
-    parameters, between the replicas of one expert shard DeepSpeed        all_reduce, ...
-    dense parameters, by the name of DeepSpeed's method all ranks        sum, gather
-    everything else
+    place        direction             data
+    NAME         rows                  touched rows of the vocabulary matrix NAME
+    experts      gradients, weights    expert parameters, between replicas of an expert shard
+    DeepSpeed    all_reduce, ...       dense parameters, by the name of DeepSpeed's method
+    all ranks    sum, gather           everything else
 """
 
 from typing import NamedTuple

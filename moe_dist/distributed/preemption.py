@@ -1,4 +1,9 @@
-"""Preemption: SIGTERM as a request to stop, on which all ranks agree."""
+"""Preemption: SIGTERM as a request to stop, on which all ranks agree.
+
+`train.run_steps` reads the request after each step, saves a checkpoint and ends the loop; the
+process then exits with `EXIT_STATUS`. Before `training.session` installs the handler, and in an
+evaluation alone, SIGTERM ends the process as usual.
+"""
 
 import signal
 from collections.abc import Callable

@@ -8,8 +8,8 @@ first goes through a sigmoid. The MoE receives all unrolled timesteps at once (s
 Legend: B samples (lanes of text), S timesteps, T = B S tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -149,7 +149,7 @@ class FeedForward(nn.Module):
         return hidden_TF @ self.w2_FD, None
 
 
-def _moe(config: LSTMConfig) -> MoE:
+def build_moe(config: LSTMConfig) -> MoE:
     """Returns a config's flat or hierarchical MoE layer."""
     moe = config.moe
     if moe.num_groups is not None and moe.num_experts % moe.num_groups:
@@ -185,12 +185,12 @@ def _moe(config: LSTMConfig) -> MoE:
     return HierarchicalMoE(gate, groups)
 
 
-def _ffn(config: LSTMConfig) -> FeedForward:
+def build_ffn(config: LSTMConfig) -> FeedForward:
     """Returns a config's dense baseline."""
     return FeedForward(config.dim, config.ffn_hidden_dim, config.ffn_layers)
 
 
-MIDDLE: dict[str, Any] = {"moe": _moe, "ffn": _ffn}
+MIDDLE: dict[str, Callable[[LSTMConfig], MoE | FeedForward]] = {"moe": build_moe, "ffn": build_ffn}
 LAYERS = {
     "moe": ("lstm1", "middle", "lstm2"),
     "ffn": ("lstm1", "middle", "lstm2"),

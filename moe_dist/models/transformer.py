@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             if block.ffn not in self.ffn:
                 is_moe = block.ffn.startswith("moe")
-                self.ffn[block.ffn] = _moe(config) if is_moe else _ffn(config)
+                self.ffn[block.ffn] = build_moe(config) if is_moe else build_ffn(config)
         self.norm = LayerNorm(config.dim) if config.norm_first else nn.Identity()
 
     def forward(
@@ -358,7 +358,7 @@ def linear(fan_in: int, fan_out: int, bound: float | None = None, bias: bool = T
     return layer
 
 
-def _ffn(config: EncoderConfig) -> nn.Module:
+def build_ffn(config: EncoderConfig) -> nn.Module:
     """Returns a dense feed-forward layer.
 
     The paper does not specify its dropout. Here it applies to a block's output before the
@@ -371,7 +371,7 @@ def _ffn(config: EncoderConfig) -> nn.Module:
     )
 
 
-def _moe(config: EncoderConfig) -> MoE:
+def build_moe(config: EncoderConfig) -> MoE:
     """Returns an MoE layer with GELU experts."""
     moe = config.moe
     gate = SoftmaxTopK(

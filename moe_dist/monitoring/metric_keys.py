@@ -5,7 +5,7 @@
                                    the layer in which a step became NaN or infinite
     throughput/UNIT_per_sec        tokens, images or texts per second, summed over all ranks
     throughput/tflops_per_device   TFLOPS
-    time/PART_ms                   milliseconds per step, for each part in `step_timer.PARTS`
+    time/PART_ms                   milliseconds per step, for each part in `PARTS`
     memory/peak_bytes_by_rank      list, one entry per rank
     memory/max_peak_bytes          maximum of that list
     moe/LAYER/STATISTIC            load balance of an MoE layer, see `training.metric_accumulator`

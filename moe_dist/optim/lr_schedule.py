@@ -6,7 +6,7 @@ from moe_dist.config.schema import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Computes the learning rate of one optimizer step.
+    """Computes the learning rate of one optimizer step; `Optimizer.start_step` sets it.
 
     The rate rises linearly during warm-up. Then it falls with 1/sqrt(step) (Shazeer et al. 2017,
     Appendix C.1) or as half a cosine wave to 0 (Xue et al. 2021).

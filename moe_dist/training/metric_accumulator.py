@@ -21,7 +21,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -50,6 +49,7 @@ from moe_dist.monitoring.metric_keys import (
     throughput_key,
     time_key,
 )
+from moe_dist.tasks.task import Task
 
 TASK_SUMS = "sums/"  # prefix of the task's sums
 MAX_PENDING = 2**23  # numbers kept before they are reduced (64 MiB in float64)
@@ -67,7 +67,7 @@ Metrics = dict[str, float | list[float]]
 class MetricAccumulator:
     """Accumulates micro-batch metrics; `reduce_and_reset` reduces and averages them."""
 
-    def __init__(self, mesh: Mesh, task: Any, flops_per_unit: int = 0) -> None:
+    def __init__(self, mesh: Mesh, task: Task, flops_per_unit: int = 0) -> None:
         """Creates an empty accumulator.
 
         Args:

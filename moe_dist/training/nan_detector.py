@@ -1,8 +1,9 @@
 """Finds the layer in which a NaN or an infinity first appeared.
 
-If a gradient is not finite, every rank skips the step and no trained number changes. The detector
-then names the layer, and training ends after `optim.max_consecutive_skipped_steps` skipped steps in
-a row. A lane whose LSTM state is not finite starts again from zeros (`tasks.language_model`).
+If a gradient is not finite, `Optimizer.step` skips the step on every rank, and no trained number
+changes. The detector then names the layer, and training ends after
+`optim.max_consecutive_skipped_steps` skipped steps in a row. A lane whose LSTM state is not finite
+starts again from zeros (`tasks.language_model`).
 
 Each layer's output is summed in forward, and its gradient in backward: one pass over numbers in
 cache, and no synchronisation. The sums are read only after a skipped step.
