@@ -85,7 +85,7 @@ def test_second_gradient_in_a_step_is_rejected() -> None:
         (["optim.clip_norm_source=last"], "optim.clip_norm_source='last' is unknown; did you mean"),
         (
             [*FREE, "batch.grad_accum_steps=2"],
-            "batch.grad_accum_steps=2, but with optim.fuse_expert_update_in_backward",
+            "batch.grad_accum_steps=2 does not fit optim.fuse_expert_update_in_backward",
         ),
     ],
 )
