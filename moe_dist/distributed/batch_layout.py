@@ -1,4 +1,4 @@
-"""Assignment of the samples of a global batch to micro-batches and ranks."""
+"""Assigns a global batch's samples to micro-batches and ranks."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from moe_dist.config.schema import Config, MoEConfig, moe_section
 
 
 def check_ep(ep: int, world: int) -> None:
-    """Checks `mesh.ep` against the number of ranks.
+    """Checks if `mesh.ep` divides the world size.
 
     Args:
         ep: The value of `mesh.ep`.
@@ -26,14 +26,14 @@ def check_ep(ep: int, world: int) -> None:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """A division of the global batch into micro-batches, and of a micro-batch into ranks' shares.
+    """Splits the global batch into micro-batches, and each micro-batch into one share per rank.
 
     Micro-batch m contains `samples_per_micro_batch` consecutive samples, and each rank has a
-    consecutive share of them. So the sample order of a single rank is the global order.
+    consecutive share. So a single rank's sample order is the global order.
 
     Attributes:
         world: World size.
-        global_batch_size: Samples of a step, over all ranks and micro-batches.
+        global_batch_size: Samples per step, over all ranks and micro-batches.
         grad_accum_steps: Number of micro-batches.
         balance_loss_group_size: Samples over which a balance loss is computed.
         capacity_group_size: Samples over which expert capacity is computed.
@@ -71,10 +71,10 @@ class BatchLayout:
 
 
 def make_batch_layout(config: Config, world: int) -> BatchLayout:
-    """Computes the layout of a config.
+    """Computes a config's batch layout.
 
     Args:
-        config: The config of a run.
+        config: The run's config.
         world: World size.
 
     Returns:
@@ -125,7 +125,7 @@ def make_batch_layout(config: Config, world: int) -> BatchLayout:
 
 
 def _check_expert_count(section: str, moe: Any, ep: int, world: int) -> None:
-    """Checks the number of experts, or expert groups, against `ep`."""
+    """Checks if `ep` divides the number of experts, or expert groups."""
     groups = moe.num_groups if isinstance(moe, MoEConfig) else None
     if groups is None:
         key = "num_experts"

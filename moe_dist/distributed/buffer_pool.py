@@ -1,6 +1,6 @@
-"""Pool of large CPU buffers: the memory of a freed tensor is reused by the next one.
+"""Pool for large CPU buffers: a new tensor reuses a freed tensor's memory.
 
-The operating system takes large blocks back at once, and filling fresh pages again costs a fifth
+The operating system takes freed large blocks back at once, and page faults in new ones cost a fifth
 of a layer's time. GPU tensors and small tensors need no pool: torch keeps freed GPU memory, and the
 C library keeps small blocks.
 """
@@ -12,27 +12,27 @@ import numpy as np
 import torch
 
 LARGE = 2**20  # bytes from which a tensor is pooled
-# two limits: a tensor takes a block of at most SLACK times its size, and the pool holds at most
-# SLACK times the most bytes ever in use at once
+# two limits: a block is at most SLACK times its tensor's size, and the pool holds at most SLACK
+# times the most bytes ever in use at once
 SLACK = 1.5
 
 _lock = Lock()
 # Free blocks, oldest first. A finalizer appends to the list at any time, also within `_take`, so
 # the list grows at its end without the lock.
 _free: list[np.ndarray] = []
-_total = 0  # bytes of all blocks, free and in use
+_total = 0  # bytes in all blocks, free and in use
 _max_used = 0  # the most bytes ever in use at once
 
 
 def pooled_empty(*size: int, like: torch.Tensor) -> torch.Tensor:
-    """Allocates an uninitialized tensor, on CPU from the pool if it is large.
+    """Allocates an uninitialized tensor; a large CPU tensor comes from the pool.
 
     Args:
-        *size: Shape of the tensor.
+        *size: The tensor's shape.
         like: A tensor with the dtype and the device to use.
 
     Returns:
-        The tensor, which is not a view.
+        The tensor; it is not a view.
     """
     num_bytes = like.element_size() * int(np.prod(size))
     if like.device.type != "cpu" or num_bytes < LARGE:
@@ -49,8 +49,8 @@ def pooled_empty(*size: int, like: torch.Tensor) -> torch.Tensor:
 def _take(num_bytes: int) -> np.ndarray:
     """Returns the smallest free block that fits, or a new one.
 
-    If the pool is over its limit, frees the blocks unused for the longest time. Otherwise sizes
-    would pile up when they change from step to step.
+    If the pool is over its limit, it frees the blocks unused for the longest time. Otherwise blocks
+    would pile up when sizes change from step to step.
     """
     global _total, _max_used
     with _lock:

@@ -7,13 +7,12 @@ two of them:
     combine.send_chunk    starts one chunk as soon as the experts have computed it
     combine.gather        waits for all chunks, which form one tensor
 
-`scatter` and `send_chunk` + `gather` are each other's gradient. The gradient of a row returns to
-its sender, in the same chunk. So backward needs no schedule of its own: it is the
-forward pass, mirrored.
+`scatter` and `send_chunk` + `gather` are each other's gradient. A row's gradient returns to its
+sender, in the same chunk. So backward needs no separate schedule: it is the forward pass, mirrored.
 
-Timeline of a layer with C = 2 chunks. "+" starts the all-to-all of a chunk, "-" waits for it, and
-the bar between them is the transfer. E0 and E1 are the experts' forward on each chunk, D0 and D1
-the gradients of their input rows, W the gradients of their weights (`moe.delayed_wgrad`):
+A layer's timeline with C = 2 chunks: "+" starts a chunk's all-to-all, "-" waits for it, and the bar
+between them is the transfer. E0 and E1 are the experts' forward on each chunk, D0 and D1 their
+input rows' gradients, W their weight gradients (`moe.delayed_wgrad`):
 
     forward, time from left to right
       dispatch 0           +=========-
@@ -31,16 +30,15 @@ the gradients of their input rows, W the gradients of their weights (`moe.delaye
       dispatch_backward 0                           +=========-
       events               +c0  +c1  -c1  +d1  -c0  +d0  W    -d0  -d1
 
-Legend: N rows sent by this rank, R rows received, P ranks of the axis, C chunks.
+Legend: N rows sent by this rank, R rows received, P ranks on the axis, C chunks.
 
-FENCE: do not reorder the calls of autograd functions in this file or in the dispatchers.
-The backward timeline relies on two properties of autograd:
-  - Among the ready nodes, the engine runs the one created last in forward. This
-    makes chunk C - 1 the first chunk of backward, on every rank alike. Ranks that start collectives
-    in different orders would deadlock.
-  - A node runs only after all users of its outputs. The functions return empty tensors
-    ("order tokens") for this reason alone: they carry no data, they are edges of the graph that
-    keep a wait behind its start.
+FENCE: do not reorder the autograd function calls in this file or in the dispatchers.
+The backward timeline relies on two autograd properties:
+  - Among the ready nodes, the engine runs the one created last in forward. So every rank starts
+    backward with chunk C - 1. Ranks that start collectives in different orders would deadlock.
+  - A node runs only after all users of its outputs. Only for this reason, the functions return
+    empty tensors ("order tokens"): they carry no data, they are graph edges that keep a wait behind
+    its start.
 Tried with torch 2.13; tests/distributed/test_overlap.py holds the order of events
 (test_chunks_overlap_experts_and_wgrads_run_last).
 """
@@ -69,9 +67,9 @@ def all_to_all_rows(
     label: CommLabel,
     comm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Exchanges rows between the ranks of an axis; differentiable.
+    """Exchanges rows between an axis's ranks; differentiable.
 
-    Every rank must make the call, also with zero rows to send or to receive. Backward is an
+    Every rank must make the call, even with zero rows to send or to receive. Backward is an
     all-to-all too.
 
     Args:
@@ -80,10 +78,10 @@ def all_to_all_rows(
         receive_P: Rows from each rank.
         axis: The participating ranks.
         label: Name for the flight recorder and the byte counts.
-        comm_dtype: Wire dtype for floating-point rows; None: the dtype of `x_N`.
+        comm_dtype: Wire dtype for floating-point rows; None: `x_N`'s dtype.
 
     Returns:
-        The received rows by sender, (R, ...), in the dtype of `x_N`.
+        The received rows by sender, (R, ...), in `x_N`'s dtype.
     """
     (wait,) = ChunkedAllToAll([(send_P, receive_P)], axis, label, comm_dtype).scatter(x_N)
     return wait()
@@ -92,8 +90,8 @@ def all_to_all_rows(
 class ChunkedAllToAll:
     """An all-to-all in chunks: either `scatter`, or `send_chunk` for each chunk and then `gather`.
 
-    An instance serves one forward pass and its backward pass. See the timeline at the head of this
-    file.
+    Create a new instance for each forward pass and its backward pass. The module docstring has a
+    timeline.
     """
 
     def __init__(
@@ -109,8 +107,8 @@ class ChunkedAllToAll:
             chunks: For each chunk, the number of rows sent to each rank and received from each
                 rank.
             axis: The participating ranks.
-            label: Name of the forward calls; those of backward have `label.backward()`.
-            comm_dtype: Wire dtype for floating-point rows; None: the dtype of the rows.
+            label: Name for the forward calls; backward calls have `label.backward()`.
+            comm_dtype: Wire dtype for floating-point rows; None: the rows' dtype.
         """
         backward_chunks = [(receive_P, send_P) for send_P, receive_P in chunks]
         self.num_chunks = len(chunks)
@@ -124,14 +122,14 @@ class ChunkedAllToAll:
             x_N: Rows sorted by chunk, then by destination rank, (N, ...).
 
         Returns:
-            For each chunk, a function to wait for it, which returns its rows by sender, (R, ...).
-            Call each one once.
+            For each chunk, a function that waits for it and returns its rows by sender, (R, ...).
+            Call each function once.
         """
         tokens = _StartScatter.apply(x_N, self)
         return [partial(_WaitChunk.apply, token, self, c) for c, token in enumerate(tokens)]
 
     def send_chunk(self, c: int, x_N: torch.Tensor) -> torch.Tensor:
-        """Starts the all-to-all of one chunk.
+        """Starts one chunk's all-to-all.
 
         Args:
             c: Chunk index.
@@ -147,7 +145,7 @@ class ChunkedAllToAll:
         """Waits for all chunks.
 
         Args:
-            tokens: The order token of each `send_chunk`, by chunk.
+            tokens: Each `send_chunk` call's order token, by chunk.
 
         Returns:
             The received rows by chunk, then by sender, (R, ...).
@@ -165,7 +163,7 @@ class _ChunkInFlight:
 
 
 class _Direction:
-    """The calls of one direction, forward or backward, without autograd."""
+    """The all-to-all calls in one direction, forward or backward, without autograd."""
 
     def __init__(
         self,
@@ -180,12 +178,12 @@ class _Direction:
         self.comm_dtype = comm_dtype
         self.sent_rows_C = [sum(send_P) for send_P, _ in chunks]
         self.received_rows_C = [sum(receive_P) for _, receive_P in chunks]
-        self.dtype: torch.dtype | None = None  # of the rows before they are cast to comm_dtype
+        self.dtype: torch.dtype | None = None  # the rows' dtype before the cast to comm_dtype
         self.in_flight: dict[int, _ChunkInFlight] = {}
-        self.received: torch.Tensor | None = None  # one buffer for the rows of all chunks
+        self.received: torch.Tensor | None = None  # one buffer for all chunks' rows
 
     def start(self, c: int, x_N: torch.Tensor) -> None:
-        """Starts the all-to-all of chunk `c`."""
+        """Starts chunk `c`'s all-to-all."""
         send_P, receive_P = self.chunks[c]
         self.dtype = x_N.dtype
         if self.comm_dtype is not None and x_N.is_floating_point():

@@ -1,12 +1,12 @@
-"""Collectives of a training step, among them the all-to-all of row counts.
+"""Collectives in a training step, including the all-to-all for row counts.
 
-The rows themselves travel in `chunked_all_to_all`; nothing else calls `dist.all_to_all_single`.
+The rows themselves are sent in `chunked_all_to_all`; nothing else calls `dist.all_to_all_single`.
 
-Each call carries a `CommLabel`. Bytes sent to other ranks are counted by the label's place and
-direction; a reduction counts as a ring sends it, with the mean over the ranks. The flight recorder
-of the axis lists every call by its label.
+Each call has a `CommLabel`. Bytes sent to other ranks are counted by the label's place and
+direction; a reduction counts the bytes a ring sends, averaged over the ranks. The axis's flight
+recorder lists every call by its label.
 
-Legend: E global experts, e experts of this rank, P ranks of the axis.
+Legend: E global experts, e this rank's experts, P ranks on the axis.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def all_to_all_counts(count_E: torch.Tensor, axis: Axis, label: CommLabel) -> to
     """Exchanges each rank's row counts per expert.
 
     Args:
-        count_E: Rows of this rank for each global expert, int64.
+        count_E: This rank's row count for each global expert, int64.
         axis: The expert-parallel ranks.
         label: Name for the flight recorder and the byte counts.
 
@@ -50,7 +50,7 @@ def all_to_all_counts(count_E: torch.Tensor, axis: Axis, label: CommLabel) -> to
 
 
 def call_options(axis: Axis) -> dict[str, Any]:
-    """Returns the keyword arguments of every torch.distributed call on an axis."""
+    """Returns the keyword arguments for every torch.distributed call on an axis."""
     return {"group": axis.group, "async_op": True}
 
 
@@ -61,10 +61,10 @@ def _run_blocking(axis: Axis, label: CommLabel, start: Callable[[], Any]) -> Non
 
 
 def all_reduce_sum(x: torch.Tensor, axis: Axis, label: CommLabel | None = None) -> torch.Tensor:
-    """Sums a tensor over the ranks of an axis, in place. Not differentiable.
+    """Sums a tensor over an axis's ranks, in place. Not differentiable.
 
     Args:
-        x: The addend of this rank; becomes the sum.
+        x: This rank's addend; becomes the sum.
         axis: The ranks to sum over.
         label: Name for the flight recorder and the byte counts; None: bytes are not counted.
 
@@ -75,10 +75,10 @@ def all_reduce_sum(x: torch.Tensor, axis: Axis, label: CommLabel | None = None) 
 
 
 def all_reduce_max(x: torch.Tensor, axis: Axis, label: CommLabel | None = None) -> torch.Tensor:
-    """Takes the maximum of each element over the ranks of an axis, in place.
+    """Takes each element's maximum over an axis's ranks, in place.
 
     Args:
-        x: The values of this rank; become the maxima.
+        x: This rank's values; become the maxima.
         axis: The ranks to compare.
         label: Name for the flight recorder and the byte counts; None: bytes are not counted.
 
@@ -101,12 +101,12 @@ def _all_reduce(x: torch.Tensor, axis: Axis, label: CommLabel | None, op: Any) -
 
 
 def reduce_sum(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None:
-    """Sums a tensor over the ranks of an axis, in place on one rank.
+    """Sums a tensor over an axis's ranks, in place on one rank.
 
     Args:
-        x: The addend of this rank; becomes the sum on `owner`, and is undefined on the other ranks.
+        x: This rank's addend; becomes the sum on `owner`, and is undefined on the other ranks.
         axis: The ranks to sum over.
-        owner: Axis index of the rank with the sum.
+        owner: Axis index of the rank that receives the sum.
         label: Name for the flight recorder and the byte counts.
     """
     if axis.size == 1:
@@ -120,7 +120,7 @@ def reduce_sum(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> Non
 
 
 def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None:
-    """Copies a tensor of one rank to all ranks of an axis, in place.
+    """Copies one rank's tensor to all ranks on an axis, in place.
 
     Args:
         x: The tensor to send on `owner`; overwritten on the other ranks.
@@ -141,11 +141,11 @@ def broadcast(x: torch.Tensor, axis: Axis, owner: int, label: CommLabel) -> None
 def all_reduce_shared(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Sums a tensor over ranks for a loss term computed on every rank; backward is the identity.
 
-    The loss contains the term once, not once per rank, so each addend gets the gradient of the sum
-    unchanged. The backward of a plain all-reduce would multiply it by the number of ranks.
+    The loss contains the term once, not once per rank, so each addend gets the sum's gradient
+    unchanged. A plain all-reduce's backward would multiply it by the number of ranks.
 
     Args:
-        x: The addend of this rank.
+        x: This rank's addend.
         axis: The ranks to sum over.
 
     Returns:
@@ -166,7 +166,7 @@ class _AllReduceShared(torch.autograd.Function):
 
 
 def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Concatenates the equally shaped tensors of all ranks along the first dimension."""
+    """Concatenates all ranks' tensors, of equal shape, along the first dimension."""
     parts = [torch.empty_like(x) for _ in range(axis.size)]
 
     def start() -> Any:
@@ -177,7 +177,7 @@ def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def copy_to_owners(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Copies a replicated tensor of which each rank uses its own part.
+    """Copies a replicated tensor; each rank uses its own part of the copy.
 
     Backward sums the gradient over the ranks.
     """
@@ -197,17 +197,17 @@ class _CopyToOwners(torch.autograd.Function):
 
 
 class StatReducer:
-    """A set of sums over the ranks of a mesh, for balance losses."""
+    """Sums statistics over a mesh's ranks, for balance losses."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
     def over_data(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums over all ranks, since each rank has its own tokens."""
+        """Sums over all ranks, because each rank has different tokens."""
         return all_reduce_shared(x, self.mesh.dp)
 
     def over_replicas(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums over the replicas of this rank's experts, since each one received other rows."""
+        """Sums over the replicas of this rank's experts, because each received different rows."""
         return all_reduce_shared(x, self.mesh.expert_dp)
 
     def over_expert_shards(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ class StatReducer:
         return all_reduce_shared(x, self.mesh.ep)
 
     def to_expert_shards(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns `x`, of which each rank uses the part for its experts."""
+        """Returns `x`; each rank uses the part for its experts."""
         return copy_to_owners(x, self.mesh.ep)
 
 
@@ -234,7 +234,7 @@ def run_on_main(make: Callable[[], T], group: Group | None = None) -> T:
             corpus.
 
     Returns:
-        The result of `make`, on every rank.
+        `make`'s result, on every rank.
 
     Raises:
         ValueError: `make` raised it; on every rank.
@@ -255,7 +255,7 @@ def run_on_main(make: Callable[[], T], group: Group | None = None) -> T:
 
 
 def all_gather_objects(local: T, group: Group) -> list[T]:
-    """Returns the picklable object of each rank of the group, by rank, on every rank."""
+    """Gathers one picklable object per rank; returns them by rank, on every rank."""
     objects: list[Any] = [None] * group.size()
     dist.all_gather_object(objects, local, group=group)
     return objects

@@ -1,17 +1,17 @@
 """Flight recorder: logs every collective of this rank and names the rank that blocks it.
 
 `FlightRecorder.recording` opens RUN/calls/rank00000.txt (`record_file`) and starts a thread, the
-watch. The watch writes the header of the file twice a second (the heartbeat) and follows the
-progress of this rank through the states of `watch_state`. After half the timeout without progress
-it prints a warning and waits on. After the timeout it prints an error and ends the process.
+watch. The watch writes the file's header twice a second (the heartbeat) and tracks this rank's
+progress with the states in `watch_state`. After half the timeout without progress it prints a
+warning and continues to wait. After the timeout it prints an error and ends the process.
 
-Before either message the watch reads the headers of the other ranks twice, two seconds apart. A
-rank whose header stays the same is stopped or dead. A rank with new headers but fewer
-collectives is late. So a rank ends at most 5 seconds after the timeout. If a collective fails
-because a peer is gone, the same look names the peer at once.
+Before either message the watch reads the other ranks' headers twice, two seconds apart. A rank
+whose header stays the same is stopped or dead. A rank with new headers but fewer collectives is
+late. So a rank ends at most 5 seconds after the timeout. If a collective fails because a peer is
+gone, the same comparison names the peer at once.
 
-Time is counted in heartbeats of this rank, never by comparing clocks: a rank that was itself
-stopped for an hour has counted no time, and blames nobody.
+Time is counted in this rank's heartbeats, never by comparing clocks: a rank that was itself stopped
+for an hour has counted no time, so it reports no other rank.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from moe_dist.distributed.watch_state import Clock, SystemClock, Watch, WatchEve
 
 T = TypeVar("T")
 HEARTBEAT_S = 0.5  # seconds between two headers
-LOOK_HEARTBEATS = 4  # heartbeats between the two readings of the other ranks' headers
+LOOK_HEARTBEATS = 4  # heartbeats between the two reads of the other ranks' headers
 MAX_NAMED_RANKS = 4  # in a message
 
 
@@ -40,14 +40,14 @@ class CollectiveCall:
     """A collective started by this rank.
 
     Attributes:
-        work: The handle of torch.distributed.
+        work: The torch.distributed handle.
         number: Index among this rank's collectives, from 1.
         description: Direction, layer and step.
         peers: Participating global ranks, this one included.
         send_P: Rows sent to each peer; None if all peers get the same.
         receive_P: Rows received from each peer; None if all peers send the same.
         started_at_heartbeat: This rank's heartbeat at the start.
-        start_time: Seconds of the recorder's clock at the start.
+        start_time: The recorder's clock at the start, in seconds.
         waited: True if `wait_for` was called. On CUDA the collective may still run.
         returned: True if a library's blocking call, which is its own `work`, has returned.
     """
@@ -77,16 +77,16 @@ class CollectiveCall:
 
 @dataclass
 class FlightRecorder:
-    """The flight recorder of one rank. Disabled (no overhead) outside `recording()`.
+    """One rank's flight recorder. Disabled (no overhead) outside `recording()`.
 
     Attributes:
         rank: This rank.
         size: World size.
-        step: Training step, which the caller updates.
-        phase: Phase of the step (`enter_phase`).
+        step: Training step; the caller updates it.
+        phase: The step's phase (`enter_phase`).
         on_phase: Called with each phase and each direction before it begins (fault injection).
-        clock: Source of time.
-        files: Files of all ranks; None while disabled.
+        clock: Time source.
+        files: All ranks' files; None while disabled.
     """
 
     rank: int = 0
@@ -101,7 +101,7 @@ class FlightRecorder:
     def recording(
         self, run: Path, timeout_s: float, barrier: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        """Records collectives and watches the progress of this rank.
+        """Records collectives and watches this rank's progress.
 
         If a collective fails because another rank is gone, the process prints which one and ends at
         once: an orderly shutdown could wait for the lost rank, or for the network.
@@ -131,7 +131,7 @@ class FlightRecorder:
             self._stop()
 
     def enter_phase(self, phase: str) -> None:
-        """Sets the phase of the step, which other ranks read from this rank's header."""
+        """Sets the step's phase; other ranks read it from this rank's header."""
         self.phase = phase
         if self.on_phase:
             self.on_phase(phase)
@@ -149,7 +149,7 @@ class FlightRecorder:
         Args:
             label: Label for the flight recorder and the byte counts.
             peers: Participating global ranks, this one included.
-            start: Starts it and returns the handle of torch.distributed.
+            start: Starts it and returns the torch.distributed handle.
             send_P: Rows sent to each peer, if they differ.
             receive_P: Rows received from each peer, if they differ.
 
@@ -183,11 +183,11 @@ class FlightRecorder:
             label: Label for the flight recorder and the byte counts.
             peers: Participating global ranks, this one included.
             run: Makes the call.
-            work: Returns the unfinished work of a result of `run` (an object with `is_completed`),
-                or None if nothing is left to wait for.
+            work: Takes `run`'s result and returns its unfinished work (an object with
+                `is_completed`), or None if nothing is left to wait for.
 
         Returns:
-            The result of `run`.
+            `run`'s result.
         """
         if self.files is None:
             return run()
@@ -207,7 +207,7 @@ class FlightRecorder:
         self.timeout_s = timeout_s
         self.num_started = 0
         self.heartbeat = 0
-        self.last_progress = 0  # heartbeat of the last start or end of a collective
+        self.last_progress = 0  # heartbeat at which a collective last started or ended
         self.open_calls: dict[int, CollectiveCall] = {}
         self.watch = Watch()
         self.stale_headers = files.read_headers()  # of an earlier start
@@ -259,7 +259,7 @@ class FlightRecorder:
     def _close_if_completed(self, call: CollectiveCall) -> None:
         if not (call.waited and call.work.is_completed()):
             return
-        # the main thread and the watch may both come here: the one that pops the call records it
+        # the main thread and the watch may both get here: the one that pops the call records it
         if self.open_calls.pop(call.number, None):
             self.last_progress = self.heartbeat
             milliseconds = 1e3 * (self.clock.now() - call.start_time)
@@ -287,7 +287,7 @@ class FlightRecorder:
             self._tick()
 
     def _tick(self) -> None:
-        """Writes a heartbeat and checks the progress of this rank."""
+        """Writes a heartbeat and checks this rank's progress."""
         assert self.files is not None
         self.files.restore()
         self._write_header()
@@ -356,7 +356,7 @@ class FlightRecorder:
         return silent
 
     def _explain(self, error: RuntimeError) -> None:
-        """Ends the process if another rank is the cause of a failed collective."""
+        """Ends the process if another rank caused a collective's failure."""
         assert self.files is not None
         call = next(iter(self.open_calls.values()), None)
         silent = self._silent_ranks()
@@ -398,6 +398,6 @@ class FlightRecorder:
 
 
 def _first_sentence(error: BaseException) -> str:
-    """Returns the first sentence of an error, without the leading [file:line] of torch."""
+    """Returns an error's first sentence, without torch's leading [file:line]."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"^\[[^]]*\] *|\. .*", "", line)

@@ -1,4 +1,4 @@
-"""Labels of collectives: the served place in the model, and the direction of the data.
+"""Labels for collectives: the place in the model, and the data's direction.
 
 A layer's all-to-all has the layer's name as its place ("middle", "encoder.ffn.moe0"). Its
 directions are "counts", "dispatch" and "combine" in forward, "dispatch_backward" and
@@ -18,8 +18,8 @@ class CommLabel(NamedTuple):
     """A name for a collective in the flight recorder and in the byte counts.
 
     Attributes:
-        place: Name of the layer, the module or the kind of parameter.
-        direction: Kind and direction of the data.
+        place: Name of the layer, module or parameter kind.
+        direction: The data's kind and direction.
         layer_call: Index of the call within the forward pass, for layers
             (`TokenContext.layer_call`). A layer shared by several blocks has several calls
             and one place.
@@ -30,7 +30,7 @@ class CommLabel(NamedTuple):
     layer_call: int | None = None
 
     def backward(self) -> "CommLabel":
-        """Returns the label of the same call's gradient."""
+        """Returns the label for the same call's gradient."""
         return self._replace(direction=f"{self.direction}_backward")
 
     def describe(self) -> str:
@@ -40,9 +40,9 @@ class CommLabel(NamedTuple):
 
 
 class TrafficKey(NamedTuple):
-    """A key of the byte counts.
+    """A key in the byte counts.
 
-    All calls of one layer add up, and links between nodes are counted apart.
+    One layer's calls add up, and links between nodes are counted separately.
 
     Attributes:
         place: As in `CommLabel`.

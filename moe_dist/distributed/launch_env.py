@@ -1,4 +1,4 @@
-"""Environment variables of the launcher: ranks, nodes and the rendezvous."""
+"""The launcher's environment variables: ranks, nodes and the rendezvous."""
 
 import os
 
@@ -27,7 +27,7 @@ UPPER_BOUNDS = {
     "CROSS_RANK": "CROSS_SIZE",
 }
 
-JOIN_TIMEOUT_VARIABLE = "MOE_DIST_JOIN_SECONDS"  # timeout of the rendezvous
+JOIN_TIMEOUT_VARIABLE = "MOE_DIST_JOIN_SECONDS"  # the rendezvous timeout
 
 
 def check_launch_environment() -> None:
@@ -80,13 +80,13 @@ def check_number_variable(variable: str, least: int, most: int) -> None:
 
 
 def memory_per_rank(num_ranks: int | None = None) -> int:
-    """Measures the memory of a rank.
+    """Measures a rank's memory.
 
     Args:
         num_ranks: Number of ranks on a node; None: the number started here.
 
     Returns:
-        Bytes of the rank's GPU; without CUDA, of the rank's share of the machine's memory.
+        Bytes of the rank's GPU memory; without CUDA, of its share of the machine's memory.
     """
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(local_rank()).total_memory
@@ -95,10 +95,10 @@ def memory_per_rank(num_ranks: int | None = None) -> int:
 
 
 def local_rank() -> int:
-    """Reads the index of this rank on its node.
+    """Reads this rank's index on its node.
 
     Returns:
-        The index, which is also the index of its GPU.
+        The index; the rank's GPU has the same index.
 
     Raises:
         ValueError: The node has fewer GPUs.
@@ -114,7 +114,7 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    """Returns the world size of the launcher; 1 without a launcher."""
+    """Returns the launcher's world size; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or "1")
 
 

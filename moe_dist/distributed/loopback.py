@@ -1,8 +1,8 @@
 """Loopback process group: every receive buffer is filled with the rows this rank sends to itself.
 
-It lets one process act as a rank of a larger expert-parallel axis, to measure time and memory (the
-results are meaningless). The rank receives about as many rows as from real peers, as uneven from
-step to step, in the same collectives. It can also wait in each collective for existing ranks.
+With it, one process acts as a rank on a larger expert-parallel axis, to measure time and memory
+(the results are meaningless). The rank receives about as many rows as from real peers, as uneven
+from step to step, in the same collectives. In each collective it can also wait for existing ranks.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ def loopback_mesh(mesh: Mesh, ep: int, index: int, waits: bool = False) -> Mesh:
     """Copies a mesh and replaces its `ep` axis by a loopback.
 
     Args:
-        mesh: The mesh of the existing ranks.
-        ep: Size of the axis; the other ranks do not exist.
-        index: Index of this process along the axis.
-        waits: True if each all-to-all also waits for the ranks of `mesh`.
+        mesh: The existing ranks' mesh.
+        ep: The axis's size; the other ranks do not exist.
+        index: This process's index along the axis.
+        waits: If True, each all-to-all also waits for the ranks in `mesh`.
 
     Returns:
         The new mesh.
@@ -32,16 +32,16 @@ def loopback_mesh(mesh: Mesh, ep: int, index: int, waits: bool = False) -> Mesh:
 
 
 class LoopbackProcessGroup(dist.ProcessGroup):
-    """A process group of one existing rank."""
+    """A process group with one existing rank."""
 
     def __init__(self, rank: int, size: int, barrier_axis: Axis | None) -> None:
         """Creates the group.
 
         Args:
-            rank: Index of this process.
+            rank: This process's index.
             size: Ranks on the axis.
-            barrier_axis: Existing ranks with the same calls, which wait for each other in them;
-                None: nobody waits.
+            barrier_axis: Existing ranks with the same calls; they wait for each other in each call.
+                None: no rank waits.
         """
         super().__init__(rank, size)  # type: ignore[call-arg]
         self.index = rank
@@ -74,7 +74,7 @@ class LoopbackProcessGroup(dist.ProcessGroup):
 
 
 class CompletedWork(dist.Work):
-    """The handle of a completed collective."""
+    """A completed collective's handle."""
 
     def wait(self, timeout: Any = None) -> bool:
         """Returns True."""

@@ -1,7 +1,7 @@
-"""The mesh of ranks: its axes, and how a process joins it.
+"""The mesh: its axes of ranks, and how a process joins it.
 
 Axes:
-    ep           the ranks of one whole set of experts; consecutive ranks, to keep their
+    ep           the ranks that share one whole set of experts; consecutive ranks, to keep their
                  all-to-all inside a node if possible
     expert_dp    the ranks with the same experts as this rank
     dp           all ranks, each with its own data
@@ -39,13 +39,13 @@ from moe_dist.monitoring.step_timer import StepTimer
 
 @dataclass(frozen=True)
 class Axis:
-    """A group of ranks along one axis of the mesh.
+    """A group of ranks along one mesh axis.
 
     Attributes:
         size: Ranks on the axis.
-        index: Index of this rank along the axis.
+        index: This rank's index along the axis.
         group: The process group.
-        node_P: Node of each rank; empty if all ranks are on one node.
+        node_P: Each rank's node; empty if all ranks are on one node.
         bytes_sent: Bytes sent by this rank to others.
         flight_recorder: Log for the collectives.
         ranks: Global ranks along the axis.
@@ -60,11 +60,11 @@ class Axis:
     ranks: tuple[int, ...] = ()
 
     def record_bytes(self, label: CommLabel, bytes_P: list[int]) -> None:
-        """Counts the bytes of an all-to-all.
+        """Counts an all-to-all's bytes.
 
         Args:
             label: Label for the flight recorder and the byte counts.
-            bytes_P: Bytes for each rank; those for this rank are not counted.
+            bytes_P: Bytes for each rank; bytes for this rank itself are not counted.
         """
         self.bytes_sent[TrafficKey(label.place, label.direction, inter_node=False)] += 0
         for peer, num_bytes in enumerate(bytes_P):
@@ -72,7 +72,7 @@ class Axis:
                 self._count(label, peer, num_bytes)
 
     def record_ring_bytes(self, label: CommLabel, num_bytes: int) -> None:
-        """Counts the bytes of a ring collective, in which each rank sends to the next one.
+        """Counts a ring collective's bytes: each rank sends to the next one.
 
         Args:
             label: Label for the flight recorder and the byte counts.
@@ -102,17 +102,17 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of this rank, and the singletons of its process.
+    """This rank's axes, and its process's singletons.
 
     Attributes:
-        ep: The ranks of one set of experts.
+        ep: The ranks that share one set of experts with this rank.
         expert_dp: The ranks with the same experts as this rank.
         dp: All ranks.
         ranks_per_node: Ranks per node.
-        device: The device of this rank.
+        device: This rank's device.
         device_mesh: (ep, expert_dp) on CPU, for sharded tensors in checkpoints.
-        checkpoint_group: All ranks on gloo, since a checkpoint may be written while a step runs.
-        intra_node: The ranks of `ep` on this node, if `ep` spans several nodes evenly.
+        checkpoint_group: All ranks on gloo, because a checkpoint may be written while a step runs.
+        intra_node: The `ep` ranks on this node, if `ep` spans several nodes evenly.
         step_timer: Timer for the parts of a step.
         flight_recorder: Log for the collectives on all axes.
     """
@@ -148,7 +148,7 @@ class Mesh:
         return range(self.ep.index * per_rank, (self.ep.index + 1) * per_rank)
 
     def owns_item(self, i: int) -> bool:
-        """Returns True if work item `i` is this rank's; items go round the ranks."""
+        """Returns True if this rank does work item `i`; items are assigned to ranks in turn."""
         return i % self.dp.size == self.dp.index
 
 
@@ -175,16 +175,16 @@ def init_distributed(ep: int, timeout_s: float = 60.0) -> Mesh:
 
 
 def init_process_group(timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Joins the process group of the launcher's environment: NCCL with CUDA, else gloo.
+    """Joins the process group given by the launcher's environment: NCCL with CUDA, else gloo.
 
-    Without a launcher the process is a world of one rank.
+    Without a launcher the process is a world with one rank.
 
     Args:
-        timeout: Timeout of collectives. The timeout for all ranks to meet is the environment
+        timeout: Timeout for collectives. The timeout for all ranks to meet is the environment
             variable MOE_DIST_JOIN_SECONDS (300 s by default).
 
     Raises:
-        ValueError: The port of rank 0 is taken, or not all ranks meet there in time.
+        ValueError: Rank 0's port is taken, or not all ranks meet there in time.
     """
     if "MASTER_ADDR" not in os.environ:
         os.environ |= {
@@ -236,7 +236,7 @@ def _rendezvous(seconds: int) -> tuple[dist.Store, int, int]:
 
 
 def _create_store(descriptor: int | None, timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Creates the store, on rank 0 with the socket that `rendezvous_port` has reserved."""
+    """Creates the store, on rank 0 with the socket reserved by `rendezvous_port`."""
     if descriptor is None:
         return next(rendezvous("env://", timeout=timeout))
     store = dist.TCPStore(
@@ -257,7 +257,7 @@ def build_mesh(ep: int) -> Mesh:
         ep: Number of ranks per set of experts.
 
     Returns:
-        The mesh of this rank.
+        This rank's mesh.
 
     Raises:
         ValueError: `ep` does not divide the number of ranks.
@@ -268,8 +268,8 @@ def build_mesh(ep: int) -> Mesh:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    # the first dimension of a stacked expert parameter is split over ep, and that part over the
-    # replicas, each of which updates its own
+    # a stacked expert parameter's first dimension is split over ep, and each part is split over the
+    # replicas that update it
     device_mesh = DeviceMesh(
         "cpu", torch.arange(world).view(-1, ep).t(), mesh_dim_names=("ep", "edp")
     )
@@ -315,8 +315,8 @@ def shutdown() -> None:
 def exit_process(status: int) -> NoReturn:
     """Ends this process without waiting for the others.
 
-    If the ranks have met or are about to, it skips Python's shutdown, in which threads of libraries
-    sometimes abort with messages of their own.
+    If the ranks have met or are about to, it skips Python's shutdown, in which library threads
+    sometimes abort with extra messages.
 
     Args:
         status: Exit status.

@@ -43,7 +43,7 @@ class PreemptionHandler:
     def run_unless_preempted(self, work: Callable[[], None]) -> bool:
         """Runs optional work at the end of a run; SIGTERM skips or interrupts it.
 
-        SIGTERM is ignored from then on, also after the context: the process is about to end.
+        From then on SIGTERM is ignored, also after the context: the process is about to end.
 
         Args:
             work: The work; an interrupted one is abandoned.

@@ -1,7 +1,7 @@
-"""Files of the flight recorder: RUN/calls/rank00000.txt, one per rank.
+"""The flight recorder's files: RUN/calls/rank00000.txt, one per rank.
 
-A file has a header line and a ring of `NUM_RECORDS` lines, one per collective, each RECORD_WIDTH
-bytes long. The operating system owns the written bytes, so the file outlives a killed process. The
+A file has a header line and a ring with `NUM_RECORDS` lines, one per collective, each RECORD_WIDTH
+bytes long. The operating system holds the written bytes, so the file survives a killed process. The
 next start renames the file to rank00000.before.
 """
 
@@ -16,18 +16,18 @@ from moe_dist.config.run_folder import make_folder, open_existing
 
 FOLDER_NAME = "calls"
 NUM_RECORDS = 256  # collectives in a file; the newest one overwrites the oldest
-RECORD_WIDTH = 160  # bytes of a line, with its newline
+RECORD_WIDTH = 160  # bytes per line, with its newline
 _HEADER = re.compile(r"line (\d+), (\d+) calls begun(, ended)?, in (\w+)")
 
 
 class Header(NamedTuple):
-    """The first line of a rank's file.
+    """The first line in a rank's file.
 
     Attributes:
-        heartbeat: Number of headers written so far, this one included.
-        num_started: Number of collectives started so far.
+        heartbeat: Headers written so far, this one included.
+        num_started: Collectives started so far.
         ended: True if the recording has ended.
-        phase: Phase of the step, as in "forward".
+        phase: The step's phase, for example "forward".
     """
 
     heartbeat: int
@@ -37,7 +37,7 @@ class Header(NamedTuple):
 
 
 class RecordFiles:
-    """The files of all ranks: this rank's is written, the others are read."""
+    """All ranks' files: this rank's is written, the others are read."""
 
     def __init__(self, run: Path, rank: int, size: int) -> None:
         """Prepares the paths; nothing is created yet.
@@ -50,10 +50,10 @@ class RecordFiles:
         self.folder = run / FOLDER_NAME
         self.rank = rank
         self.size = size
-        self.descriptor: int | None = None  # of this rank's file
+        self.descriptor: int | None = None  # this rank's open file
 
     def create(self) -> None:
-        """Creates this rank's file and keeps the one of an earlier start as .before.
+        """Creates this rank's file and keeps an earlier start's file as .before.
 
         Raises:
             OSError: The file cannot be written.
@@ -80,7 +80,7 @@ class RecordFiles:
         self.descriptor = None
 
     def write_header(self, header: Header, time: str) -> None:
-        """Writes the first line of this rank's file.
+        """Writes the first line in this rank's file.
 
         Args:
             header: The values for other ranks.
@@ -100,15 +100,15 @@ class RecordFiles:
         os.close(os.dup(self.descriptor))
 
     def write_record(self, number: int, text: str) -> None:
-        """Writes the line of collective `number`, which is counted from 1."""
+        """Writes the line for collective `number`, counted from 1."""
         self._write_line(1 + (number - 1) % NUM_RECORDS, text)
 
     def read_headers(self) -> dict[int, Header | None]:
-        """Returns the header of every other rank; None for a rank without a readable file."""
+        """Returns every other rank's header; None for a rank without a readable file."""
         return {rank: self.read_header(rank) for rank in range(self.size) if rank != self.rank}
 
     def read_header(self, rank: int) -> Header | None:
-        """Returns the header of one rank; None if its file cannot be read."""
+        """Returns one rank's header; None if its file cannot be read."""
         try:
             with open(open_existing(self._path(rank)), errors="replace") as file:
                 match = _HEADER.match(file.readline(2 * RECORD_WIDTH))
@@ -123,7 +123,7 @@ class RecordFiles:
         return self.folder / f"rank{rank:05d}.txt"
 
     def _create(self) -> int:
-        """Creates this rank's file at its full size, before a disk may be full."""
+        """Creates this rank's file at its full size, so a disk that fills up later does no harm."""
         make_folder(self.folder.parent, FOLDER_NAME)
         descriptor = open_existing(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_EXCL)
         os.write(descriptor, (b" " * (RECORD_WIDTH - 1) + b"\n") * (NUM_RECORDS + 1))

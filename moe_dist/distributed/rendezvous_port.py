@@ -1,4 +1,4 @@
-"""Reservation of the rendezvous port. Imports no torch.
+"""Reserves the rendezvous port. Imports no torch.
 
 torchrun finds a free port and releases it; torch binds it only after its import, seconds later. In
 between another process could take it, so rank 0 binds it first.
@@ -20,10 +20,10 @@ _reserved_ipv6: socket.socket | None = None
 
 
 def reserve() -> None:
-    """Binds MASTER_PORT on rank 0, at the start of its process.
+    """Binds MASTER_PORT on rank 0, when its process starts.
 
     Does nothing on other ranks, without a valid MASTER_PORT, or if the port is taken:
-    `mesh.init_process_group` reports that. Under torchrun's agent store the agent listens itself.
+    `mesh.init_process_group` reports it. With torchrun's agent store the agent itself listens.
     """
     global _reserved, _reserved_ipv6
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -37,7 +37,7 @@ def reserve() -> None:
     host = os.environ.get("MASTER_ADDR", "")
     with suppress(OSError):
         _reserved = _listen(host, int(text))
-    # localhost is ::1 too: bind it without listening, so that no other process can
+    # localhost is ::1 too: bind it without listening, so no other process can
     with suppress(OSError):
         if _reserved and host == "localhost":
             _reserved_ipv6 = socket.socket(socket.AF_INET6)
@@ -59,7 +59,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def release_fd() -> int | None:
-    """Returns the file descriptor of the reserved socket to the first caller, then None."""
+    """Returns the reserved socket's file descriptor to the first caller, then None."""
     global _reserved
     if _reserved is None:
         return None
@@ -69,13 +69,13 @@ def release_fd() -> int | None:
 
 
 def find_free_port() -> int:
-    """Finds a free port of this machine.
+    """Finds a free port on this machine.
 
     Returns:
         The port, below the range from which Linux assigns ports.
 
     Raises:
-        OSError: A port cannot be bound for a reason other than that it is in use.
+        OSError: A port cannot be bound, but not because it is in use.
     """
     while True:
         port = FIRST_PORT + secrets.randbelow(NUM_PORTS)

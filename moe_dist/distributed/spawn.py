@@ -26,10 +26,10 @@ class RankFailed(Exception):
 
 
 class _Answer(NamedTuple):
-    """The last message of a rank.
+    """A rank's last message.
 
     Attributes:
-        time: `time.monotonic()` of the rank, to find the first of several failures.
+        time: The rank's `time.monotonic()`, to find the first among several failures.
         rank: The rank.
         failed: True if the function raised.
         value: The pickled result, a ValueError, a traceback, or "" if the rank died.
@@ -49,7 +49,7 @@ def run_distributed(
     Function, arguments and results are pickled. All processes have ended on return.
 
     Args:
-        function: A function at the top level of a module.
+        function: A function at a module's top level.
         world: World size.
         *args: Its arguments.
         timeout: Seconds until the processes are killed.
@@ -60,7 +60,7 @@ def run_distributed(
     Raises:
         ValueError: The first failed rank raised it.
         RankFailed: The first failed rank raised another exception, or died.
-        TimeoutError: A rank is not done in time.
+        TimeoutError: A rank does not finish in time.
     """
     import torch.distributed as dist  # here: a rank imports this file before it sets its variables
 
@@ -124,7 +124,7 @@ def _receive(receiver: Any, rank: int) -> _Answer:
 
 
 def _raise_failure(failure: _Answer, process: Any, name: str, world: int) -> None:
-    """Raises the exception of a failed rank."""
+    """Raises a failed rank's exception."""
     text = failure.value
     if isinstance(text, ValueError):
         raise text
@@ -137,7 +137,7 @@ def _raise_failure(failure: _Answer, process: Any, name: str, world: int) -> Non
 def _run_rank(
     sender: Connection, call: bytes, rank: int, world: int, port: int, timeout: float
 ) -> None:
-    """Runs the call in the process of one rank and sends (time, failed, value)."""
+    """Runs the call in one rank's process and sends (time, failed, value)."""
     # before torch is imported, which unpickling the call may do
     os.environ |= {
         "RANK": str(rank),
@@ -149,7 +149,7 @@ def _run_rank(
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent process listens there
         "OMP_NUM_THREADS": "1",
     }
-    faulthandler.dump_traceback_later(0.8 * timeout)  # to stderr, shows the place of a hang
+    faulthandler.dump_traceback_later(0.8 * timeout)  # to stderr, shows where a rank hangs
     message: tuple[float, bool, Any]
     try:
         import torch

@@ -1,4 +1,4 @@
-"""States of the watch over a rank's progress, their transitions, and the clock.
+"""The watch over a rank's progress: its states, their transitions, and the clock.
 
     state      meaning
     working    no collective is open
@@ -20,7 +20,7 @@ from moe_dist.distributed.record_file import Header
 
 
 class Clock(Protocol):
-    """A source of time, which tests replace."""
+    """A time source; tests replace it."""
 
     def now(self) -> float:
         """Returns seconds since an arbitrary start."""
@@ -32,7 +32,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The clock of the machine."""
+    """The machine's clock."""
 
     def now(self) -> float:
         """Returns `time.perf_counter()`."""
@@ -44,7 +44,7 @@ class SystemClock:
 
 
 class WatchState(Enum):
-    """Progress of this rank, as the watch sees it."""
+    """This rank's progress, as observed by the watch."""
 
     WORKING = "working"
     WAITING = "waiting"
@@ -53,7 +53,7 @@ class WatchState(Enum):
 
 
 class WatchEvent(Enum):
-    """An observation of the watch at one heartbeat."""
+    """The watch's observation at one heartbeat."""
 
     PROGRESS = "a collective has started or completed since the last heartbeat"
     CALL_OPEN = "a collective is open, for less than half the timeout"
@@ -82,12 +82,12 @@ TRANSITIONS = {
 
 @dataclass
 class Watch:
-    """The memory of the watch from one heartbeat to the next.
+    """The watch's state between heartbeats.
 
     Attributes:
-        state: Progress of this rank.
-        since: Heartbeat of the last progress. It identifies a stall.
-        headers_at_warning: Headers of the other ranks after the last warning.
+        state: This rank's progress.
+        since: Heartbeat at the last progress. It identifies a stall.
+        headers_at_warning: The other ranks' headers after the last warning.
     """
 
     state: WatchState = WatchState.WORKING
