@@ -3,8 +3,7 @@
     python -m moe_dist.checkpoint inspect RUN                     content of the newest checkpoint
     python -m moe_dist.checkpoint export RUN model.safetensors    its weights, for use elsewhere
 
-A damaged checkpoint is refused with the name of the damaged file and of the newest complete
-checkpoint.
+For a damaged checkpoint, the error contains the damaged file and the newest complete checkpoint.
 """
 
 import argparse
@@ -24,7 +23,7 @@ def _format_shape(shape: tuple[int, ...]) -> str:
 
 
 def _format_summary(summary: dict[str, Any]) -> str:
-    """Returns the result of `single_process.inspect` as a table."""
+    """Formats the result of `single_process.inspect` as a table."""
     lines = [
         f"{summary['checkpoint']}: complete, step {summary['step']}, {summary['updates']} updates",
         f"  {'weights':<42} {'kind':<8} {'shape':<22} {'numbers':>15} {'optimizer':>15}",
@@ -60,7 +59,7 @@ def _parse_args(argv: list[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     """Runs a command; raises ValueError or OSError if it fails."""
-    # imported in the call: they import torch, which --help does not need
+    # imported in the call: --help does not need torch
     from moe_dist.checkpoint import manifest
     from moe_dist.checkpoint.sealed_config import read_config
     from moe_dist.checkpoint.single_process import export, inspect

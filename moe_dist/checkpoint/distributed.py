@@ -1,7 +1,7 @@
-"""Writes and reads the state of a run by all ranks, on any layout.
+"""Writes and reads a run's state with all ranks, on any layout.
 
 torch.distributed.checkpoint stores it in safetensors files; reading them executes no code. A
-checkpoint is written to a partial folder, which is renamed when it is complete.
+checkpoint is written to a partial folder; the folder is renamed when it is complete.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ EXIT_TIMEOUT_S = 60  # longest wait for a background checkpoint after Ctrl-C or 
 class Saver:
     """Writes a run's checkpoints.
 
-    If a checkpoint cannot be written (a full disk, for example), a warning is printed to stderr and
-    the run continues; earlier checkpoints stay. As a context manager it waits at its end, also
-    after an exception, for the checkpoint that is being written.
+    If a checkpoint cannot be written (for example, on a full disk), a warning is printed to stderr
+    and the run continues; earlier checkpoints stay. As a context manager it waits on exit, also
+    after an exception, for an unfinished checkpoint.
 
     Attributes:
         failed: True if the last checkpoint could not be written.
@@ -64,17 +64,17 @@ class Saver:
         config: str | None = None,
         restore: Callable[[], None] = lambda: None,
     ) -> None:
-        """Removes the partial checkpoints of killed runs.
+        """Removes partial checkpoints from killed runs.
 
         Args:
             run: The run folder.
             engine: The engine, with parameters and optimizer.
-            task: The task, whose `save_state` returns its tensors.
-            mesh: The ranks, which save together.
-            keep: Checkpoints that stay, without those in `refused`.
-            in_background: Copies the state to host memory and writes the copy in a thread, while
-                training continues.
-            refused: Damaged checkpoints, which are never removed to make room.
+            task: The task; its `save_state` returns its tensors.
+            mesh: The ranks; all of them save.
+            keep: Number of newest checkpoints to keep, not counting `refused`.
+            in_background: If True, copies the state to host memory and writes the copy in a thread,
+                while training continues.
+            refused: Damaged checkpoints; they are never removed to make room.
             config: The run's config as JSON; each checkpoint has a copy.
             restore: Called on the main rank before anything is written. It creates the run folder
                 again if it was removed, or raises OSError.
@@ -138,7 +138,7 @@ class Saver:
             wait([self._writing], EXIT_TIMEOUT_S)
 
     def _local_tensors(self) -> dict[str, Any]:
-        """Returns the tensors that this rank writes, by key, on CPU. A collective."""
+        """Returns this rank's tensors to write, by key, on CPU. A collective."""
         mesh = self.mesh
         optimizer = self.engine.optimizer
 
@@ -148,7 +148,7 @@ class Saver:
         tensors: dict[str, Any] = {}
         for key, (tensor, param) in _stack_tensors(optimizer).items():
             tensors[key] = _as_shard(to_cpu(tensor), param, mesh)
-        # Every rank has all dense tensors and all rows; each rank writes a share of them.
+        # Every rank has all dense tensors and all rows; each rank writes a share.
         for i, (key, tensor) in enumerate(self.engine.dense_state()):
             if mesh.owns_item(i):
                 tensors[f"dense/{key}"] = to_cpu(tensor)
@@ -161,9 +161,9 @@ class Saver:
         return tensors
 
     def _write(self, final: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """Writes one checkpoint; raises OSError on every rank if one of them cannot write.
+        """Writes one checkpoint; raises OSError on every rank if any rank cannot write.
 
-        A collective. It runs in a thread and uses a process group of its own.
+        A collective. It runs in a thread, on a separate process group.
         """
         import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
@@ -197,7 +197,7 @@ class Saver:
             if isinstance(error, dcp.CheckpointException):
                 reasons = [failure[0] for failure in error.failures.values()]
             if not all(isinstance(reason, OSError | SafetensorError) for reason in reasons):
-                raise  # a programming error, not a failure of the disk
+                raise  # a programming error, not a disk failure
             raise OSError(f"{final} cannot be written ({reasons[0]})") from None
         self.refused.discard(final)
         # All ranks wait for the removal: a main rank that removes files during a step would delay
@@ -210,15 +210,15 @@ def load(
 ) -> None:
     """Loads a run's complete state, on any layout. A collective.
 
-    It fills parameters, float32 masters, optimizer state and the state of the task. The engine may
-    have made steps; nothing of them is left.
+    It fills parameters, float32 masters, optimizer state and the task's state. It overwrites all
+    state from earlier steps.
 
     Args:
         checkpoint: A complete checkpoint's folder.
         engine: The engine, changed in place.
-        task: The task, whose state is changed in place.
+        task: The task; its state is changed in place.
         mesh: The ranks.
-        growth: Growth of the number of experts from the checkpoint to the engine.
+        growth: Upcycling, if the engine has more experts than the checkpoint.
 
     Raises:
         ValueError: On every rank, before anything is changed: a file is damaged; or a tensor is
@@ -237,7 +237,7 @@ def load(
     wanted |= {f"task/{key}": tensor for key, tensor in task_state.items()}
     index = tensor_index(checkpoint)
 
-    smaller: dict[str, Any] = {}  # tensors that have fewer experts in the checkpoint
+    smaller: dict[str, Any] = {}  # tensors with fewer experts in the checkpoint
     if growth:
         for key, tensor in wanted.items():
             if key in index and (key in unmanaged.owned_ids or ".gate." in key):
@@ -267,20 +267,20 @@ def load(
 def load_matching_weights(
     checkpoint: Path, engine: Engine, mesh: Mesh, new: tuple[str, ...] = ()
 ) -> tuple[int, list[str]]:
-    """Loads the weights whose name and complete shape agree, on any layout. A collective.
+    """Loads the weights with equal name and complete shape, on any layout. A collective.
 
     Args:
         checkpoint: A complete checkpoint's folder.
-        engine: A new engine. Weights that are not loaded stay as they are.
+        engine: A new engine. Other weights stay as they are.
         mesh: The ranks.
-        new: Starts of names that are never loaded, such as ("head.",).
+        new: Name prefixes that are never loaded, such as ("head.",).
 
     Returns:
-        The number of loaded weights, and the names of the others.
+        The number of loaded weights, and the other weights' names.
 
     Raises:
-        ValueError: On every rank, before anything is changed: a file is damaged, no weight agrees,
-            or a weight that agrees has overlapping parts, is not finite or has another dtype. The
+        ValueError: On every rank, before anything is changed: a file is damaged, no weight matches,
+            or a matching weight has overlapping parts, is not finite or has another dtype. The
             message has its key.
     """
     import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
@@ -319,18 +319,18 @@ def load_matching_weights(
 
 
 class _UnmanagedTensors:
-    """The tensors that DeepSpeed does not manage, prepared to be read from a checkpoint.
+    """The tensors not managed by DeepSpeed, ready to be filled from a checkpoint.
 
     Attributes:
         to_read: The tensors on CPU, by key; this rank's rows of a stack are a DTensor.
-        owned_ids: Global ids of this rank's rows, by the key of each stack.
+        owned_ids: Global ids of this rank's rows, by stack key.
     """
 
     def __init__(self, optimizer: Optimizer, mesh: Mesh) -> None:
-        """Copies the tensors to CPU; one that is there already is not copied.
+        """Copies the tensors to CPU, except those already there.
 
         Args:
-            optimizer: The optimizer that owns them.
+            optimizer: Their optimizer.
             mesh: The ranks.
         """
         self.to_read: dict[str, Any] = {}
@@ -347,7 +347,7 @@ class _UnmanagedTensors:
             self._pairs.append((tensor, on_cpu))
 
     def copy_from_cpu(self) -> None:
-        """Copies the values that were read back to the optimizer's tensors."""
+        """Copies the values read on CPU to the optimizer's tensors."""
         for tensor, on_cpu in self._pairs:
             tensor.copy_(on_cpu)
 
@@ -368,7 +368,7 @@ def _check_finite(tensors: dict[str, Any], group: Group) -> None:
 
 
 def _try_to_remove(run: Path, name: str) -> None:
-    """Removes a folder of a run if possible."""
+    """Removes a folder in a run folder if possible."""
     with contextlib.suppress(OSError):
         remove(run, name)
 
@@ -376,9 +376,9 @@ def _try_to_remove(run: Path, name: str) -> None:
 def _stack_tensors(
     optimizer: Optimizer,
 ) -> dict[str, tuple[torch.Tensor, ShardedExpertParam]]:
-    """Returns the rows that this rank owns of each global stack, with their parameter, by key.
+    """Returns this rank's owned rows of each global stack, with their parameter, by key.
 
-    Stacks are the weights and the optimizer state of experts and of the gates of expert groups.
+    Stacks are the weights and the optimizer state for experts and for gates inside expert groups.
     """
     tensors: dict[str, tuple[torch.Tensor, ShardedExpertParam]] = {}
     for kind, params in (("experts", optimizer.experts), ("gates", optimizer.gates)):
@@ -389,7 +389,7 @@ def _stack_tensors(
 
 
 def _owned_ids(param: ShardedExpertParam, mesh: Mesh) -> range:
-    """Returns the global ids of the experts or groups that this rank owns."""
+    """Returns the global ids of this rank's owned experts or groups."""
     first = mesh.ep.index * len(param.p)
     return range(first + param.owned.start, first + param.owned.stop)
 
@@ -397,8 +397,8 @@ def _owned_ids(param: ShardedExpertParam, mesh: Mesh) -> range:
 def _as_shard(tensor: torch.Tensor, param: ShardedExpertParam, mesh: Mesh) -> "DTensor":
     """Returns this rank's rows of a global stack as a DTensor.
 
-    A stack is split over the expert-parallel ranks and then over their replicas, the owners, whose
-    parts may differ in size.
+    A stack is split over the expert-parallel ranks and then over their replicas, the owners; the
+    owners' parts may differ in size.
     """
     from torch.distributed.tensor import DTensor, Shard  # in the call: see the package's docstring
 
@@ -415,7 +415,7 @@ def _as_shard(tensor: torch.Tensor, param: ShardedExpertParam, mesh: Mesh) -> "D
 
 
 def _row_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Returns the tables with one row per word, which every rank holds completely, by key."""
+    """Returns the tables with one row per word by key; every rank holds them completely."""
     tensors: dict[str, torch.Tensor] = {}
     for table in optimizer.row_tables.values():
         for name, tensor in table.tensors().items():

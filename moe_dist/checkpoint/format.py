@@ -1,7 +1,7 @@
-"""The on-disk format of a checkpoint, and checks of its content.
+"""A checkpoint's on-disk format, and checks on its content.
 
-Tensors are stored under keys that do not depend on the layout: the name of a parameter, the global
-id of an expert, the global index of a lane. So a checkpoint can be read on any number of ranks.
+Tensor keys do not depend on the layout: they use parameter names, global expert ids and global lane
+indices. So a checkpoint can be read on any number of ranks.
 
     RUN/checkpoints/step_00000425/
 
@@ -22,14 +22,14 @@ id of an expert, the global index of a lane. So a checkpoint can be read on any 
                           previous_norm            gradient norm of the last step
                           wandb_id                 id of the wandb run, or null
                           data                     fingerprint of the data
-                          vocabulary, tokens,      metadata of the task, as far as it has them
+                          vocabulary, tokens,      the task's metadata, if it has any
                           classes, pairs           (`TASK_METADATA_CHECKS`)
     config.json                                    the run's config (`sealed_config.py`)
     manifest.sha256                                checksums of the other files (`manifest.py`)
 
 `gates/NAME`, `rows/NAME`, and with Adam for experts also `experts/NAME`, have `.exp_avg` and
 `.exp_avg_sq` like a dense parameter. A tensor can be split along its first dimension into parts in
-several shards; torch.distributed.checkpoint defines the format of a shard.
+several shards; torch.distributed.checkpoint defines the shard format.
 """
 
 import itertools
@@ -50,17 +50,17 @@ from moe_dist.distributed.collectives import Group, all_gather_objects
 
 # First part of a parameter's key; a name has one kind in a checkpoint.
 PARAM_KINDS = ("dense", "experts", "gates", "rows")
-# End of the keys of optimizer state; all other keys of these kinds are weights.
+# Key suffixes for optimizer state; all other keys of these kinds are weights.
 STATE_SUFFIXES = (".exp_avg", ".exp_avg_sq", ".row", ".column", ".updates")
 NON_NEGATIVE_SUFFIXES = (".exp_avg_sq", ".row", ".column", ".updates")  # means of squares; a count
-# Largest count in state.json, and largest sum of word counts: exact as a float64.
+# Largest count in state.json, and largest total word count: exact as a float64.
 MAX_COUNT = 2**53
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads state.json and checks the type and range of each value.
+    """Reads state.json and checks each value's type and range.
 
-    Values of a task (`TASK_METADATA_CHECKS`) may be missing, and are not compared with the config.
+    Task values (`TASK_METADATA_CHECKS`) may be missing, and are not compared with the config.
 
     Args:
         checkpoint: The checkpoint's folder.
@@ -69,8 +69,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         The state passed to `Saver.save`, with step, updates and previous_norm.
 
     Raises:
-        ValueError: The file is damaged, a value is one that `Saver` never writes, or the step is
-            not that in the folder's name.
+        ValueError: The file is damaged, `Saver` never writes such a value, or the step differs from
+            the folder's name.
     """
     path = checkpoint / STATE
     state = read_json(path)
@@ -92,7 +92,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _has_progress(state: dict[str, Any]) -> bool:
-    """Returns whether step, updates and previous_norm are in their ranges."""
+    """Returns True if step, updates and previous_norm are in their ranges."""
     step = state.get("step")
     updates = state.get("updates")
     norm = state.get("previous_norm")
@@ -102,12 +102,12 @@ def _has_progress(state: dict[str, Any]) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    """Returns whether a JSON value is a whole number from 0 to `MAX_COUNT`; true is none."""
+    """Returns True for a whole number from 0 to `MAX_COUNT`; JSON's true is not a number."""
     return type(value) is int and 0 <= value <= MAX_COUNT
 
 
 def _are_texts(values: Any) -> bool:
-    """Returns whether a JSON value is a list of texts that UTF-8 can encode."""
+    """Returns True for a list of texts that UTF-8 can encode."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         return False
     try:
@@ -118,9 +118,9 @@ def _are_texts(values: Any) -> bool:
 
 
 def _is_vocabulary(value: Any) -> bool:
-    """Returns whether a JSON value is a `Vocabulary` with the count of each word.
+    """Returns True for a `Vocabulary` with each word's count.
 
-    Earlier versions saved a list of words without counts, which is refused.
+    Earlier versions saved a list of words without counts; it is refused.
     """
     if not isinstance(value, dict) or value.keys() != {"words", "counts"}:
         return False
@@ -138,7 +138,7 @@ def _is_vocabulary(value: Any) -> bool:
 
 
 def _are_tokens(value: Any) -> bool:
-    """Returns whether a JSON value is the result of `WordPieceTokenizer.to_json`."""
+    """Returns True for a result of `WordPieceTokenizer.to_json`."""
     # imported in the call, because the tokenizer library is slow to import
     from moe_dist.data.text.wordpiece import WordPieceTokenizer
 
@@ -151,16 +151,16 @@ def _are_tokens(value: Any) -> bool:
 
 
 def _is_wandb_id(value: Any) -> bool:
-    """Returns whether a JSON value is the id of a wandb run, or null."""
+    """Returns True for a wandb run's id, or null."""
     return value is None or isinstance(value, str)
 
 
 def _is_bool(value: Any) -> bool:
-    """Returns whether a JSON value is true or false."""
+    """Returns True for JSON's true or false."""
     return isinstance(value, bool)
 
 
-# Metadata of tasks in state.json, and a check of each value.
+# Task metadata in state.json -> a check of its value.
 TASK_METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
     "vocabulary": _is_vocabulary,
     "tokens": _are_tokens,
@@ -170,17 +170,17 @@ TASK_METADATA_CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def tensor_index(checkpoint: Path) -> dict[str, Any]:
-    """Reads the metadata of all tensors from the headers of the shards.
+    """Reads all tensors' metadata from the shard headers.
 
     Args:
         checkpoint: The checkpoint's folder.
 
     Returns:
-        The metadata of each tensor (`TensorStorageMetadata`), by key.
+        Each tensor's metadata (`TensorStorageMetadata`), by key.
 
     Raises:
-        ValueError: A shard is damaged, a key has an unknown kind, or the parts of a tensor overlap
-            or leave a gap.
+        ValueError: A shard is damaged, a key has an unknown kind, or a tensor's parts overlap or
+            leave a gap.
     """
     import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
@@ -199,7 +199,7 @@ def tensor_index(checkpoint: Path) -> dict[str, Any]:
 
 
 def _parts_are_complete(metadata: Any) -> bool:
-    """Returns whether the parts of a tensor cover its first dimension without gap or overlap."""
+    """Returns True if a tensor's parts cover its first dimension without gap or overlap."""
     num_rows, *row_shape = metadata.size or (1,)
     end = 0
     for part in sorted(metadata.chunks, key=lambda part: (part.offsets, part.sizes)):
@@ -212,13 +212,13 @@ def _parts_are_complete(metadata: Any) -> bool:
 
 
 def check_shape(checkpoint: Path, index: dict[str, Any], key: str, tensor: torch.Tensor) -> None:
-    """Checks that a checkpoint has a tensor with the shape that the model needs.
+    """Checks if a checkpoint has a tensor with the shape needed by the model.
 
     Args:
         checkpoint: The checkpoint's folder.
         index: Its tensors' metadata, from `tensor_index`.
         key: The tensor's key.
-        tensor: A tensor of the needed shape.
+        tensor: A tensor with the needed shape.
 
     Raises:
         ValueError: The tensor is missing or has another shape.
@@ -239,13 +239,13 @@ def check_shape(checkpoint: Path, index: dict[str, Any], key: str, tensor: torch
 def check_values(
     checkpoint: Path, wanted: dict[str, torch.Tensor], group: Group | None = None
 ) -> None:
-    """Reads the values of some tensors once and checks them, before anything is overwritten.
+    """Reads some tensors' values once and checks them, before anything is overwritten.
 
     Args:
         checkpoint: The checkpoint's folder.
-        wanted: Tensors of the needed dtypes, by key. Floating-point state of a task may have
-            another width, because its activations have the precision of the run.
-        group: Ranks that share the reading; the call is then a collective.
+        wanted: Tensors with the needed dtypes, by key. A task's floating-point state may have
+            another width, because activations have the run's precision.
+        group: Ranks that share the reads; the call is then a collective.
 
     Raises:
         ValueError: On every rank: a tensor has another dtype, is not finite, or is a mean of
@@ -273,7 +273,7 @@ def check_values(
 
 
 def _value_problem(tensor: torch.Tensor, key: str, dtype: torch.dtype) -> str | None:
-    """Returns what is wrong with a tensor's dtype or values, or None."""
+    """Returns the problem with a tensor's dtype or values, or None."""
     is_task_state = key.startswith("task/")
     both_float = tensor.is_floating_point() and dtype.is_floating_point
     if tensor.dtype != dtype and not (is_task_state and both_float):
@@ -286,5 +286,5 @@ def _value_problem(tensor: torch.Tensor, key: str, dtype: torch.dtype) -> str | 
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor contains neither NaN nor infinity."""
+    """Returns True if a tensor contains neither NaN nor infinity."""
     return bool(torch.isfinite(tensor).all())

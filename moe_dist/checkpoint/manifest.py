@@ -1,12 +1,12 @@
-"""Finds, seals and removes checkpoints; the manifest shows which of them are complete.
+"""Finds, seals and removes checkpoints; the manifest shows which ones are complete.
 
     RUN/checkpoints/step_00000425/manifest.sha256   one line per other file, for `sha256sum --check`
-    RUN/checkpoints/partial_step_00000450/          a checkpoint that is being written or removed
+    RUN/checkpoints/partial_step_00000450/          a checkpoint during writing or removal
 
 A checkpoint is in one of three states:
 
-    complete    the files are exactly those in the manifest, and each has its checksum
-    damaged     a file is missing, added or changed; refused with the name of the file
+    complete    the folder has exactly the manifest's files, and each has its checksum
+    damaged     a file is missing, added or changed; refused, and the error names the file
     partial     its folder is not renamed yet; never read, and removed by the next start
 """
 
@@ -23,14 +23,14 @@ from moe_dist.distributed.collectives import Group, all_gather_objects, run_on_m
 
 NAME = "manifest.sha256"
 STATE = "state.json"
-CONFIG = "config.json"  # copy of the run's config; earlier versions saved none
+CONFIG = "config.json"  # the run's config; earlier versions saved none
 LINE_PATTERN = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 STEP_GLOB = "step_" + "[0-9]" * 8
 FOLDER = "checkpoints"
 
 
 def folder(run: Path, step: int) -> Path:
-    """Returns the folder of the checkpoint after `step` steps."""
+    """Returns the folder for the checkpoint after `step` steps."""
     return run / FOLDER / f"step_{step:08d}"
 
 
@@ -55,11 +55,11 @@ def newest_complete(run: Path, group: Group | None = None) -> tuple[Path, dict[P
 
     Args:
         run: The run folder.
-        group: Ranks that share the reading; the call is then a collective. None: this
-            process reads all of them.
+        group: Ranks that share the reads; the call is then a collective. None: this process reads
+            all files.
 
     Returns:
-        The folder of the checkpoint, and the newer damaged ones, each with what is wrong with it.
+        The checkpoint's folder, and the newer damaged ones, each with its problem.
 
     Raises:
         ValueError: On every rank: the run has no complete checkpoint.
@@ -80,14 +80,14 @@ def newest_complete(run: Path, group: Group | None = None) -> tuple[Path, dict[P
 
 
 def check_complete(checkpoint: Path) -> None:
-    """Checks that a checkpoint is complete.
+    """Checks if a checkpoint is complete.
 
     Args:
         checkpoint: The checkpoint's folder.
 
     Raises:
-        ValueError: It is damaged; the message has the files and the newest complete checkpoint of
-            the same run.
+        ValueError: It is damaged; the message has the files and the run's newest complete
+            checkpoint.
     """
     damage = find_damage(checkpoint)
     if not damage:
@@ -105,18 +105,18 @@ def find_damage(checkpoint: Path, group: Group | None = None) -> list[str]:
 
     Args:
         checkpoint: The checkpoint's folder.
-        group: Ranks that share the reading; the call is then a collective.
+        group: Ranks that share the reads; the call is then a collective.
 
     Returns:
-        A phrase for each file that is missing, added or changed. Empty for a complete checkpoint.
-        The same on every rank.
+        A phrase for each missing, added or changed file; empty for a complete checkpoint. The same
+        on every rank.
     """
     num_readers, index = (group.size(), group.rank()) if group else (1, 0)
     damage: list[str] = []
     try:
         checksums = _read_manifest(checkpoint)
-        # File systems leave hidden files, which are ignored, except those named like a shard:
-        # torch's reader would read them.
+        # Ignore hidden files left by file systems, except those named like a shard: torch's reader
+        # would read them.
         paths = [
             path
             for path in checkpoint.iterdir()
@@ -159,13 +159,13 @@ def _read_manifest(checkpoint: Path) -> dict[str, str]:
 
 
 def checksum(path: Path) -> str:
-    """Returns the SHA-256 of a regular file, in hexadecimal."""
+    """Returns a regular file's SHA-256, in hexadecimal."""
     with open(open_existing(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_intact(checkpoint: Path, name: str) -> bool:
-    """Returns whether one file of a checkpoint is in the manifest and has its checksum."""
+    """Returns True if a checkpoint's file is in the manifest and has its checksum."""
     try:
         return _read_manifest(checkpoint).get(name) == checksum(checkpoint / name)
     except (OSError, ValueError):
@@ -173,16 +173,16 @@ def is_intact(checkpoint: Path, name: str) -> bool:
 
 
 def seal(partial: Path, written: list[Path], final: Path, group: Group) -> None:
-    """Writes the manifest of a partial checkpoint and renames its folder. A collective.
+    """Writes a partial checkpoint's manifest and renames its folder. A collective.
 
     Args:
         partial: The folder to which all ranks have written.
-        written: The files that this rank wrote.
-        final: The folder of the complete checkpoint. A checkpoint of this name is replaced.
+        written: The files written by this rank.
+        final: The complete checkpoint's folder. A checkpoint with this name is replaced.
         group: The ranks.
 
     Raises:
-        OSError: On every rank: a file of a rank cannot be read, or the folder cannot be renamed.
+        OSError: On every rank: a rank's file cannot be read, or the folder cannot be renamed.
     """
     local: dict[str, str] | OSError
     try:
@@ -198,11 +198,11 @@ def seal(partial: Path, written: list[Path], final: Path, group: Group) -> None:
                 raise checksums
             lines += [f"{digest}  {name}\n" for name, digest in checksums.items()]
         write(partial, NAME, "".join(lines))
-        # Shards are flushed by their writer, the small files are not.
+        # The writer flushes the shards, but not the small files.
         small = [path for path in written if path.suffix == ".json"]
         for path in (*small, partial / NAME, partial):
             _flush_to_disk(path)
-        # A checkpoint of this name was refused, because the run continued from an earlier one.
+        # A checkpoint with this name was refused: the run continued from an earlier one.
         remove(final)
         partial.rename(final)
 
@@ -214,8 +214,8 @@ def prune(run: Path, keep: int, refused: Container[Path]) -> None:
 
     Args:
         run: The run folder.
-        keep: Checkpoints that stay, the newest ones.
-        refused: Damaged checkpoints, which are neither counted nor removed.
+        keep: Number of newest checkpoints to keep.
+        refused: Damaged checkpoints; they are neither counted nor removed.
     """
     candidates = [path for path in list_checkpoints(run) if path not in refused]
     for old in candidates[:-keep]:
@@ -226,7 +226,7 @@ def prune(run: Path, keep: int, refused: Container[Path]) -> None:
 def remove(checkpoint: Path) -> None:
     """Removes a checkpoint, if it exists.
 
-    It is renamed to a partial checkpoint first, so that no reader finds half of it.
+    It is renamed to a partial checkpoint first, so no reader finds an incomplete one.
 
     Args:
         checkpoint: The checkpoint's folder.
@@ -244,7 +244,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_partial(run: Path) -> None:
-    """Removes partial checkpoints, which killed runs leave behind."""
+    """Removes partial checkpoints left by killed runs."""
     for partial in (run / FOLDER).glob(f"{PARTIAL}*"):
         with contextlib.suppress(OSError):
             run_folder.remove(run, f"{FOLDER}/{partial.name}")

@@ -1,8 +1,8 @@
 """Reads a run's config and compares it with the copies in its checkpoints.
 
-Each checkpoint has a copy of the config under its checksums, with which RUN/config.json must agree:
+Each checkpoint has a copy of the config with a checksum, and RUN/config.json must agree with it:
 
-    RUN/config.json                              for people, and for a run without a checkpoint
+    RUN/config.json                              for users, and for a run without a checkpoint
     RUN/checkpoints/step_00000425/config.json    the config when this checkpoint was saved
 """
 
@@ -16,17 +16,17 @@ from moe_dist.config.run_folder import read
 from moe_dist.config.schema import Config
 from moe_dist.config.validate import check_config
 
-MAX_DIFFERENCES = 5  # named in one error
+MAX_DIFFERENCES = 5  # listed in one error
 
 
 def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:
     """Reads a run's config from its newest checkpoint with an intact copy.
 
-    Without such a copy (earlier versions saved none) the config is that of RUN/config.json.
+    Without such a copy (earlier versions saved none) it reads RUN/config.json.
 
     Args:
         run: The run folder.
-        given: Dotted keys of fields that the caller overrides; the two files may differ in them.
+        given: Dotted keys of fields overridden by the caller; the two files may differ there.
 
     Returns:
         The config, and a note for the user. The note is empty if the two files were compared;
@@ -63,7 +63,7 @@ def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:
 
 
 def _newest_with_config(checkpoints: list[Path]) -> Path | None:
-    """Returns the newest checkpoint whose copy of the config is intact, or None."""
+    """Returns the newest checkpoint with an intact copy of the config, or None."""
     for checkpoint in reversed(checkpoints):
         if manifest.is_intact(checkpoint, manifest.CONFIG):
             return checkpoint
@@ -71,7 +71,7 @@ def _newest_with_config(checkpoints: list[Path]) -> Path | None:
 
 
 def _parse(path: Path) -> Config:
-    """Reads and checks a config file; raises ValueError, whose message begins with the path."""
+    """Reads and checks a config file; a ValueError's message begins with the path."""
     try:
         config = from_json(read(path).decode())
         check_config(config)
@@ -88,8 +88,8 @@ def differences(config: Config, other: Config) -> dict[str, str]:
         other: Another config, perhaps with other sections.
 
     Returns:
-        For each field that differs, by dotted key, a text such as "optim.lr=0.1, not 0.2". A field
-        that one of the configs does not have is "none" there.
+        For each differing field, by dotted key, a text such as "optim.lr=0.1, not 0.2". A field
+        missing in one config is "none" there.
     """
     values = _values(config)
     other_values = _values(other)
@@ -104,5 +104,5 @@ def differences(config: Config, other: Config) -> dict[str, str]:
 
 
 def _values(config: Config) -> dict[str, Any]:
-    """Returns the value of each field, by dotted key."""
+    """Returns each field's value, by dotted key."""
     return {key: value_of(config, key) for key in dotted_keys(config)}

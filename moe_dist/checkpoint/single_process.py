@@ -29,8 +29,8 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
     Args:
         checkpoint: The checkpoint's folder.
-        model: A model that holds all experts, not sharded. Each parameter is found under its name,
-            in any of the kinds of `PARAM_KINDS`.
+        model: An unsharded model with all experts. Each parameter is found by its name, under any
+            kind in `PARAM_KINDS`.
 
     Raises:
         ValueError: A shard is damaged; or a parameter is missing, has overlapping parts, is not
@@ -46,7 +46,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _weight_key(index: dict[str, Any], name: str) -> str:
-    """Returns the key of a parameter in a checkpoint, or its name if the checkpoint has none."""
+    """Returns a parameter's key in a checkpoint, or its name if the checkpoint has none."""
     for kind in PARAM_KINDS:
         if f"{kind}/{name}" in index:
             return f"{kind}/{name}"
@@ -54,7 +54,7 @@ def _weight_key(index: dict[str, Any], name: str) -> str:
 
 
 def _read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills complete tensors in place, by key; raises ValueError for values that are invalid."""
+    """Fills complete tensors in place, by key; raises ValueError for invalid values."""
     import torch.distributed.checkpoint as dcp  # in the call: see the package's docstring
 
     check_values(checkpoint, tensors)
@@ -72,8 +72,8 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
 
     Returns:
         A dictionary with "checkpoint" (its path), "step", "updates", "weights" and "task".
-        "weights" has, by name, the kind of a weight, its shape, and under "optimizer" the shapes of
-        its optimizer state by suffix. "task" has, by name, the shape of each task tensor.
+        "weights" has, by name, each weight's kind and shape, and under "optimizer" its optimizer
+        state's shapes by suffix. "task" has each task tensor's shape by name.
 
     Raises:
         ValueError: The checkpoint is damaged.
@@ -102,13 +102,12 @@ def inspect(checkpoint: Path) -> dict[str, Any]:
 def export(checkpoint: Path, file: Path) -> int:
     """Writes all weights from a checkpoint to one safetensors file.
 
-    The weights are complete float32 tensors with the names of the unsharded model. The metadata of
-    the file has the step, the config as JSON, and the task's metadata as JSON (vocabulary,
-    tokens, classes).
+    The weights are complete float32 tensors with the unsharded model's names. The file's metadata
+    has the step, the config as JSON, and the task's metadata as JSON (vocabulary, tokens, classes).
 
     Args:
         checkpoint: The checkpoint's folder.
-        file: The safetensors file, which must not exist.
+        file: The safetensors file; it must not exist.
 
     Returns:
         The number of parameters.
@@ -142,7 +141,7 @@ def _export_metadata(checkpoint: Path, step: int) -> dict[str, str]:
         if key in state:
             metadata[key] = json.dumps(state[key])
     config = checkpoint / manifest.CONFIG
-    if not config.is_file():  # earlier versions saved no copy; use the file of the run
+    if not config.is_file():  # earlier versions saved no copy; use the run's file
         config = checkpoint.resolve().parent.parent / manifest.CONFIG
     if config.is_file():
         metadata["config"] = read(config).decode(errors="replace")
