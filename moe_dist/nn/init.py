@@ -1,7 +1,7 @@
-"""Initial weights that follow from a parameter's name and, for experts, the global expert id.
+"""Initial weights, drawn from a key: seed, parameter name and, for experts, global expert id.
 
-Every layout therefore starts from the same weights. A parameter stores the bound of its uniform
-distribution as the attribute `init_bound`; `engine.parallelize` fills it.
+Every layout therefore starts from the same weights. A parameter's attribute `init_bound` is the
+bound of its uniform distribution; `engine.parallelize` draws the weights.
 """
 
 from collections.abc import Iterable
@@ -21,13 +21,13 @@ def uniform_parameter(*shape: int, bound: float) -> nn.Parameter:
 
 
 def set_init_bound(p: Any, bound: float) -> nn.Parameter:
-    """Sets the bound of a parameter, also of one that a library created, and returns it."""
+    """Sets a parameter's `init_bound`, also if a library created it, and returns the parameter."""
     p.init_bound = bound
     return p
 
 
 def init_bounds(model: nn.Module) -> dict[str, float]:
-    """Returns the bound of every parameter by name."""
+    """Returns each parameter's bound by name."""
     named: Iterable[tuple[str, Any]] = model.named_parameters()
     return {name: p.init_bound for name, p in named}
 
@@ -36,15 +36,15 @@ def init_bounds(model: nn.Module) -> dict[str, float]:
 def init_parameter(
     p: nn.Parameter, name: str, bound: float, seed: int, expert_ids: range | None = None
 ) -> None:
-    """Fills a parameter in place.
+    """Fills a parameter in place with random numbers that depend only on the key.
 
     Args:
         p: The parameter.
         name: Its name in the model, a part of the key.
-        bound: Bound of the uniform distribution.
-        seed: Seed of the run, a part of the key.
-        expert_ids: Global ids along the first dimension, a part of the key. None: it is not
-            stacked.
+        bound: The numbers are drawn from U(-bound, bound).
+        seed: The run's seed, a part of the key.
+        expert_ids: Global expert ids along the first dimension; each is a part of its slice's key.
+            None: the parameter is not a stack of experts.
     """
     if expert_ids is None:
         _fill(p, bound, seed, name)
@@ -54,7 +54,7 @@ def init_parameter(
 
 
 def _fill(x: torch.Tensor, bound: float, *key: int | str) -> None:
-    """Draws a tensor from U(-bound, bound) in float64, whatever its dtype."""
+    """Fills a tensor from U(-bound, bound); draws in float64 for every dtype."""
     generator = prng.generator(*key)
     for chunk in x.view(-1).split(ELEMENTS_PER_CHUNK):
         drawn = torch.empty(chunk.shape, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Random numbers from a key alone, such as (seed, step, "negatives"): equal on every layout.
+"""Random numbers that depend only on a key, such as (seed, step, "negatives").
 
-A key is hashed into the seed of a generator, as `jax.random.fold_in` does. `nn.token_noise` makes
-the numbers that belong to a token.
+They are therefore equal on every layout. A key is hashed into a generator's seed, as
+`jax.random.fold_in` does. `nn.token_noise` generates the numbers keyed by token.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def uniform(num: int, *key: int | str) -> torch.Tensor:
-    """Returns `num` uniform numbers on [0, 1) that follow from `key` (float64, on CPU)."""
+    """Returns `num` uniform numbers on [0, 1), seeded by `key` (float64, on CPU)."""
     return torch.empty(num, dtype=torch.float64).uniform_(generator=generator(*key))
 
 
 @contextmanager
 def default_generator() -> Iterator[Callable[..., None]]:
-    """Seeds torch's default CPU generator for libraries that need it, and restores its state.
+    """Seeds torch's default CPU generator for libraries that use it; restores its state at exit.
 
     Yields:
-        A function that seeds the generator by a key.
+        A function `seed(*key)` to seed the generator.
     """
     state_before = torch.get_rng_state()
 
@@ -40,7 +40,7 @@ def default_generator() -> Iterator[Callable[..., None]]:
 
 
 def fold_in(*key: int | str) -> tuple[int, int]:
-    """Returns two independent 63-bit words from a key."""
+    """Hashes a key into two independent 63-bit words."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     first_word = int.from_bytes(digest[:8], "big") >> 1
     second_word = int.from_bytes(digest[8:], "big") >> 1

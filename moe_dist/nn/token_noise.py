@@ -1,11 +1,11 @@
-"""Noise and dropout that belong to a token, not to a rank.
+"""Noise and dropout keyed by token, not by rank.
 
-Every number follows from (seed, step, layer call, gate level, use, sample, position, channel)
-alone. So noise and dropout are the same on any layout, and in a forward that is recomputed.
+Every number depends only on (seed, step, layer call, gate level, use, sample, position, channel).
+So noise and dropout are equal on every layout, and in a recomputed forward.
 
-They are a counter-based hash in integer tensor operations, with the same bits on CPU and CUDA. Its
-finaliser is Wellons' "lowbias32": two rounds of multiply and xor-shift. A token's second key word
-enters between the rounds, so that two tokens share their noise only if 64 bits collide.
+The generator is a counter-based hash in integer tensor operations, with the same bits on CPU and
+CUDA. Its finaliser is Wellons' "lowbias32": two rounds of multiply and xor-shift. A token's second
+key word enters between the rounds, so two tokens share their noise only if 64 bits collide.
 
 Legend: T tokens, C channels, D width.
 """
@@ -23,12 +23,12 @@ def token_normal(
 
     Args:
         ctx: The tokens' context.
-        use: What the numbers are for; another use has other numbers.
-        channel_C: Global ids of the channels, for example of experts, int64; (C,) or (T, C).
-        dtype: Dtype of the result.
+        use: Purpose, a part of the key; two uses get independent numbers.
+        channel_C: Global channel ids, for example expert ids, int64; (C,) or (T, C).
+        dtype: Result dtype.
 
     Returns:
-        (T, C), independent for each token and channel; no absolute value is above 5.2.
+        (T, C), independent for each token and channel; |z| <= 5.2.
     """
     return _to_normal(_bits(ctx, use, channel_C), dtype)
 
@@ -38,11 +38,11 @@ def token_dropout(x_TD: torch.Tensor, p: float, ctx: TokenContext) -> torch.Tens
 
     Args:
         x_TD: Tokens (T, D).
-        p: The probability.
-        ctx: The tokens' context; outside training nothing changes.
+        p: Drop probability.
+        ctx: The tokens' context; if `ctx.train` is False, nothing is dropped.
 
     Returns:
-        (T, D), in the dtype of `x_TD`; `x_TD` itself if p is 0, and outside training.
+        (T, D), in `x_TD`'s dtype; `x_TD` itself if nothing is dropped.
     """
     if p == 0 or not ctx.train:
         return x_TD
@@ -53,7 +53,7 @@ def token_dropout(x_TD: torch.Tensor, p: float, ctx: TokenContext) -> torch.Tens
 
 
 def _bits(ctx: TokenContext, use: str, channel_C: torch.Tensor) -> torch.Tensor:
-    """Returns uniform int32 words (T, C)."""
+    """Hashes tokens and channels into uniform int32 words (T, C)."""
     word_a, word_b = fold_in(ctx.seed, ctx.step, ctx.layer_call, ctx.gate_level, use)
     low_T = _mix(_mix(_low_word(ctx.sample_T + word_a)) ^ _low_word(ctx.position_T))
     high_T = _mix(
@@ -64,26 +64,27 @@ def _bits(ctx: TokenContext, use: str, channel_C: torch.Tensor) -> torch.Tensor:
 
 
 def _to_normal(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the inverse CDF of 23 bits, centered in their cells; |z| <= 5.2.
+    """Maps the upper 23 bits to standard normal numbers by the inverse CDF; |z| <= 5.2.
 
-    They are odd multiples of 2^-23 in (-1, 1), which float32 represents exactly. With one bit more
-    the last cell would round to 1, and its normal to infinity.
+    The bits number cells in (-1, 1). The cells' centers are odd multiples of 2^-23, which float32
+    represents exactly. With 24 bits the last center would round to 1, and its normal number would
+    be infinite.
     """
     centered = ((bits >> 9) & 0x7FFFFF).to(dtype).mul_(2).add_(1 - 2**23).mul_(2.0**-23)
     return centered.erfinv_().mul_(2**0.5)
 
 
 def _mix(x: torch.Tensor, between: torch.Tensor | int = 0) -> torch.Tensor:
-    """Mixes the bits of each word, so that every input bit affects the whole word.
+    """Mixes the bits within each word: every input bit affects the whole word.
 
     `>>` keeps the sign, so the shifted words are masked. Multiplication wraps.
 
     Args:
         x: int32.
-        between: Added after the first round; broadcast to the shape of `x`.
+        between: Added after the first round; broadcast to `x.shape`.
 
     Returns:
-        New int32 words in the shape of `x`; for a given `between` a bijection of `x`.
+        New int32 words, shaped as `x`. For a fixed `between` the map is a bijection.
     """
     x = x ^ ((x >> 16) & 0xFFFF)
     x.mul_(0x7FEB352D).add_(between)
