@@ -1,19 +1,22 @@
-"""Delays weight gradients until the gradients of the rows have been sent.
+"""Delays weight gradients until the row gradients have been sent.
 
-In backward, other ranks need the gradients of the rows, and no rank needs the gradients of this
-rank's expert weights. So the weight gradients are computed while the rows' gradients travel, which
-hides the all-to-all behind them (Lancet, Jiang et al. 2024; Megatron-Core's `delay_wgrad_compute`).
+In backward, other ranks need this rank's row gradients, but not its expert-weight gradients. So
+the weight gradients are computed while the row gradients travel, which hides the all-to-all
+(Lancet, Jiang et al. 2024; Megatron-Core's `delay_wgrad_compute`).
 
-    forward    start dispatch ... split weights ... chunk 0 arrives, runs ... chunk 1 arrives, runs
-    ... backward   ... wait for rows  <- form dW here <- send dx of chunk 0 <- ... <- send dx of
-    chunk 1
+Autograd runs nodes in the reverse order of their creation. The dispatcher therefore splits the
+weights (`_SplitStacks`) between the start of the dispatch and the first wait. Each line below is
+one step in forward and its counterpart in backward:
 
-Autograd runs the nodes of a graph in the reverse order of their creation. The weights are split
-(`_SplitStacks`) after the rows' dispatch has started and before the first chunk arrives. Its
-backward therefore runs after the last gradient of the rows has been sent and before any is waited
-for.
+    forward, read downward                 backward, read upward
+    start the dispatch of all chunks       wait for the row gradients of all chunks
+    split the weights                      compute dW, while the row gradients travel
+    wait for chunk 0, run its experts      compute dx of chunk 0, start to send it
+    wait for chunk 1, run its experts      compute dx of chunk 1, start to send it
 
-Legend: e experts on this rank, along the first dimension of each stack of weights.
+`distributed.chunked_all_to_all` has the timeline with the collectives.
+
+Legend: e experts on this rank, along the first dimension of each weight stack.
 """
 
 from collections.abc import Callable
@@ -23,27 +26,26 @@ import torch
 
 from moe_dist.distributed.buffer_pool import pooled_empty
 
-# grad_fn(out) -> the gradient of one chunk of a stack of weights, written to `out` unless it is
-# None
+# grad_fn(out) -> the gradient for one chunk of a weight stack, written to `out` if that is given
 GradFn = Callable[[torch.Tensor | None], torch.Tensor]
-# defer(s, grad_fn): the gradient of this chunk of stack s is `grad_fn`'s, to be computed later
+# defer(s, grad_fn): registers `grad_fn`, to compute the gradient for this chunk of stack s later
 DeferGrad = Callable[[int, GradFn], None]
 
 
 class DelayedWeightGrads:
-    """Stacks of expert weights, split into chunks whose gradients may be computed later.
+    """Expert weight stacks, split into chunks whose gradients can be computed later.
 
     Attributes:
-        sizes: Number of experts in each chunk.
+        sizes: Experts per chunk.
         num_stacks: Number of stacks.
-        deferred: (chunk, stack) -> the backward pass that deferred it, and the function to call.
+        deferred: (chunk, stack) -> (id of the backward pass, `grad_fn`).
     """
 
     def __init__(self, sizes: list[int], *stacks: torch.Tensor) -> None:
         """Splits the stacks.
 
         Args:
-            sizes: Number of experts in each chunk.
+            sizes: Experts per chunk.
             *stacks: Weights with this rank's experts along the first dimension.
         """
         self.sizes = sizes
@@ -56,30 +58,30 @@ class DelayedWeightGrads:
         return self._chunks[c * self.num_stacks : (c + 1) * self.num_stacks]
 
     def defer(self, c: int, s: int, grad_fn: GradFn) -> None:
-        """Registers, in backward, a function that computes the gradient of `chunk(c)[s]` later."""
+        """Registers, in backward, `grad_fn`, to compute the gradient of `chunk(c)[s]` later."""
         self.deferred[c, s] = (_graph_task_id(), grad_fn)
 
 
 # FENCE. `torch._C._current_graph_task_id` is private; tried with torch 2.11 and 2.13, held by
-# test_overlap.py and test_experts.py. It tells backward passes apart: a gradient that was
-# deferred in a backward pass that never reached the stacks (it was stopped, or needed no weights)
-# must not be used by a later one.
+# test_overlap.py and test_experts.py. It distinguishes backward passes: if a pass deferred
+# a gradient but never reached the stacks (it was stopped, or needed no weights), a later pass must
+# not use that gradient.
 def _graph_task_id() -> int:
-    """Returns the number of the backward pass that is running."""
+    """Returns the id of the running backward pass."""
     return torch._C._current_graph_task_id()
 
 
 class _SplitStacks(torch.autograd.Function):
-    """Splits stacks into chunks; its backward computes the gradients that were deferred."""
+    """Splits stacks into chunks; its backward computes the deferred gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, owner: DelayedWeightGrads, *stacks: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Returns all stacks of chunk 0, then all of chunk 1, and so on; views."""
+        """Returns views: chunk 0 of all stacks, then chunk 1 of all stacks, and so on."""
         ctx.set_materialize_grads(False)
-        # not `owner` itself: its chunks hold this node, and Python's garbage collector does not see
-        # a reference cycle through C++
+        # `owner` itself is not stored: its chunks hold this node, and Python's garbage collector
+        # does not see a reference cycle through C++
         ctx.deferred = owner.deferred
         ctx.sizes = owner.sizes
         ctx.stacks = stacks
@@ -91,13 +93,13 @@ class _SplitStacks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        """Returns the gradient of every stack, assembled from its chunks."""
+        """Returns every stack's gradient, assembled from its chunks."""
         stack_grads = [_stack_grad(ctx, s, grads) for s in range(len(ctx.stacks))]
         return None, *stack_grads
 
 
 def _stack_grad(ctx: Any, s: int, grads: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-    """Returns the gradient of stack `s`, from accumulated and from deferred gradients."""
+    """Returns stack `s`'s gradient, from its chunks' deferred or accumulated gradients."""
     stack = ctx.stacks[s]
     num_stacks = len(ctx.stacks)
     if len(ctx.sizes) == 1:
@@ -122,6 +124,6 @@ def _stack_grad(ctx: Any, s: int, grads: tuple[torch.Tensor | None, ...]) -> tor
 def _take_deferred(
     deferred: dict[tuple[int, int], tuple[int, GradFn]], c: int, s: int
 ) -> GradFn | None:
-    """Removes and returns a chunk's deferred function, None if there is none."""
+    """Removes and returns a chunk's `grad_fn`, None if this backward pass has deferred none."""
     task_id, grad_fn = deferred.pop((c, s), (None, None))
     return grad_fn if task_id == _graph_task_id() else None

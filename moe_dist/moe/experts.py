@@ -1,10 +1,10 @@
 """Experts as stacked weights.
 
-`Experts.expert_ffn` is the mathematics, in plain torch. `Experts.forward` computes the same with
-the device's fast kernel if there is one for the work at hand (`moe.kernels`).
+`Experts.expert_ffn` is the reference in plain torch. `Experts.forward` computes the same, with a
+fast kernel (`moe.kernels`) if one fits the device and the size.
 
-Legend: T tokens, R rows sorted by expert, D width, F hidden units, e experts on this rank (all E of
-them before `engine.parallelize`).
+Legend: T tokens, R rows sorted by expert, D width, F hidden units, e experts on this rank (all E
+before `engine.parallelize`).
 """
 
 from collections.abc import Callable
@@ -25,22 +25,22 @@ from moe_dist.moe.routing import Routing
 from moe_dist.nn.init import uniform_parameter
 from moe_dist.nn.token_context import TokenContext
 
-# relu_mask(h_RF, which=.., ctx_R=..) -> which hidden units are on (R, F), instead of the sign of
-# h_RF, so that a recorded run can be replayed (`verify.choice_replay`). `which`: rows by expert
-# (int64), or the number of a dense network's layer.
+# relu_mask(h_RF, which=.., ctx_R=..) -> (R, F), True for active hidden units. It replaces the test
+# h_RF > 0 when a recorded run is replayed (`verify.choice_replay`). `which`: rows per expert
+# (int64) or, in a dense network, the layer's number.
 ReluMask = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ExpertChunk:
-    """Consecutive experts of a module with the weights to use; called like the module.
+    """Consecutive experts with their weights; callable like the whole module.
 
     Attributes:
-        module: The experts.
-        needs_context: As of the module.
-        first_expert: The first of them, counted on this rank.
-        weights: Their part of every stack of weights.
-        defer: Takes the functions that compute their weight gradients, so that these can wait.
+        module: This rank's experts.
+        needs_context: As for the module.
+        first_expert: The chunk's first expert, an index on this rank.
+        weights: The chunk's part of every weight stack.
+        defer: Registers the functions to compute the weight gradients later.
     """
 
     module: nn.Module
@@ -52,7 +52,7 @@ class ExpertChunk:
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        """Returns what the module returns for these experts."""
+        """Runs the module on these experts."""
         return self.module(x_TD, routing, ctx, chunk=self)
 
 
@@ -67,20 +67,21 @@ class Experts(nn.Module):
     def __init__(
         self, num_experts: int, dim: int, hidden_dim: int, recompute: bool = False
     ) -> None:
-        """Creates the experts; their weights are filled by `nn.init.init_parameter`.
+        """Creates the experts; `nn.init.init_parameter` fills their weights.
 
         Args:
-            num_experts: Number of experts over all ranks.
-            dim: Width of the layer.
-            hidden_dim: Hidden units of an expert.
-            recompute: Whether hidden activations are computed again in backward instead of being
-                kept (Appendix D).
+            num_experts: Experts over all ranks.
+            dim: Layer width.
+            hidden_dim: Hidden units per expert.
+            recompute: If True, recomputes hidden activations in backward instead of keeping them
+                (Appendix D).
         """
         super().__init__()
         self.recompute = recompute
         self.relu_mask_override: ReluMask | None = None
-        # Triton's kernels instead of torch's on a GPU. They are off until a GPU has timed them
-        # (`ours_triton` of benchmarks/layer.py): in Triton's interpreter they are correct.
+        # If True, a GPU runs Triton's kernels instead of torch's. Off because they are not timed
+        # on a GPU yet (`ours_triton` in benchmarks/layer.py); they are correct in Triton's
+        # interpreter.
         self.use_triton = False
         self.w1_eDF = uniform_parameter(num_experts, dim, hidden_dim, bound=(3 / dim) ** 0.5)
         self.w2_eFD = uniform_parameter(num_experts, hidden_dim, dim, bound=(3 / hidden_dim) ** 0.5)
@@ -92,16 +93,16 @@ class Experts(nn.Module):
         ctx: TokenContext,
         chunk: ExpertChunk | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """Computes each token's sum of weighted expert outputs.
+        """Sums each token's weighted expert outputs.
 
         Args:
             x_TD: Tokens (T, D).
-            routing: Their assignments to this rank's experts, or to those of the chunk.
+            routing: Their assignments to this rank's experts, or to the chunk's.
             ctx: The tokens' context.
-            chunk: The experts to run. None runs all of this rank.
+            chunk: The experts to run. None: all experts on this rank.
 
         Returns:
-            The sums (T, D), and None: experts have no statistics of their own.
+            The sums (T, D), and None: these experts have no statistics.
         """
         if chunk is None:
             first_expert = 0
@@ -140,18 +141,18 @@ class Experts(nn.Module):
         defer: DeferGrad | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Computes relu(x @ w1) @ w2 of each row with the weights of its expert.
+        """Computes relu(x @ w1) @ w2 for each row with its expert's weights.
 
         Args:
             x_RD: Rows (R, D), sorted by expert.
-            count_e: Rows of each expert, int64.
-            relu_mask: Decides which hidden units are on. None: the sign of their input.
-            defer: Takes the functions that compute the weight gradients. None: backward returns
-                them.
+            count_e: Rows per expert, int64.
+            relu_mask: Selects the active hidden units. None: those with a positive input.
+            defer: Registers the functions to compute the weight gradients later. None: backward
+                returns these gradients.
             *weights: w1 (e, D, F) and w2 (e, F, D).
 
         Returns:
-            The outputs (R, D), not yet weighted.
+            The outputs (R, D), before gate weights are applied.
         """
         w1_eDF, w2_eFD = weights
         h_RF = grouped_matmul(x_RD, w1_eDF, count_e, defer and partial(defer, 0))
@@ -160,17 +161,17 @@ class Experts(nn.Module):
 
     @property
     def max_chunks(self) -> int:
-        """Returns the number of experts on this rank."""
+        """Returns the number of experts on this rank: a chunk has at least one."""
         return len(self.w1_eDF)
 
     def split_experts(self, sizes: list[int]) -> list[ExpertChunk]:
         """Splits the experts into consecutive chunks; see `moe.interfaces.ChunkedExperts`.
 
         Args:
-            sizes: Number of experts in each chunk.
+            sizes: Experts per chunk.
 
         Returns:
-            The chunks, whose weight gradients wait until the rows' gradients have been sent.
+            The chunks; their weight gradients are computed after the row gradients have been sent.
         """
         delayed = DelayedWeightGrads(sizes, *self.parameters())
         chunks = []
@@ -185,7 +186,7 @@ class Experts(nn.Module):
     def _relu_mask(
         self, routing: Routing, ctx: TokenContext, first_expert: int
     ) -> kernel_select.ReluMask | None:
-        """Returns `relu_mask_override` bound to these rows, None if there is no override."""
+        """Returns `relu_mask_override` bound to these rows, None without an override."""
         if self.relu_mask_override is None:
             return None
         after = len(self.w1_eDF) - first_expert - len(routing.count_E)
@@ -210,15 +211,14 @@ class Experts(nn.Module):
 class GeluExperts(Experts):
     """Two-layer GELU networks with biases, as in a transformer.
 
-    An expert has 2 x dim x hidden_dim + hidden_dim + dim parameters. The biases of an expert are a
-    matrix with one row, for which a factored second moment is exact
-    (`optim.expert_state.FactoredAdamParam`).
+    An expert has 2 x dim x hidden_dim + hidden_dim + dim parameters. Each bias is a matrix with one
+    row, for which a factored second moment is exact (`optim.expert_state.FactoredAdamParam`).
     """
 
     def __init__(
         self, num_experts: int, dim: int, hidden_dim: int, recompute: bool = False
     ) -> None:
-        """Creates the experts; the arguments are those of `Experts`."""
+        """Creates the experts; arguments as for `Experts`."""
         super().__init__(num_experts, dim, hidden_dim, recompute)
         self.b1_e1F = uniform_parameter(num_experts, 1, hidden_dim, bound=0.0)
         self.b2_e1D = uniform_parameter(num_experts, 1, dim, bound=0.0)
@@ -231,14 +231,14 @@ class GeluExperts(Experts):
         defer: DeferGrad | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Computes gelu(x @ w1 + b1) @ w2 + b2 of each row; arguments as for `Experts`."""
+        """Computes gelu(x @ w1 + b1) @ w2 + b2 for each row; arguments as for `Experts`."""
         w1_eDF, w2_eFD, b1_e1F, b2_e1D = weights
         expert_e = torch.arange(len(count_e), device=x_RD.device)
         expert_R = expert_e.repeat_interleave(count_e, output_size=len(x_RD))
         h_RF = grouped_matmul(x_RD, w1_eDF, count_e, defer and partial(defer, 0))
         h_RF = h_RF + b1_e1F.squeeze(1)[expert_R]
-        # one GELU: the code of Xue et al. 2021 has a second one after the output, unlike paper
-        # and ViT
+        # One GELU, as in the paper and in ViT; the code of Xue et al. 2021 has a second one after
+        # the output.
         h_RF = F.gelu(h_RF)
         y_RD = grouped_matmul(h_RF, w2_eFD, count_e, defer and partial(defer, 1))
         return y_RD + b2_e1D.squeeze(1)[expert_R]
@@ -264,12 +264,13 @@ def grouped_matmul(
     """Multiplies each expert's rows by its matrix.
 
     Args:
-        x_RD: Rows (R, D), `count_e[i]` consecutive ones for expert i.
-        w_eDF: Matrices (e, D, F). An expert without rows gets a gradient of zeros.
-        count_e: Rows of each expert, int64.
-        defer: Takes the function that computes the gradient of `w_eDF`. None: backward returns it.
+        x_RD: Rows (R, D), sorted by expert.
+        w_eDF: Matrices (e, D, F). An expert without rows gets a zero gradient.
+        count_e: Rows per expert, int64.
+        defer: Registers the function to compute `w_eDF`'s gradient later. None: backward returns
+            the gradient.
 
     Returns:
-        x @ w[i] of each row (R, F).
+        x @ w[i] for each row of each expert i, (R, F).
     """
     return GroupedMatmul.apply(x_RD, w_eDF, count_e, defer)

@@ -1,12 +1,12 @@
-"""Hierarchical mixture of experts: the experts of a layer are groups with gates of their own.
+"""Hierarchical mixture of experts: a layer's experts are groups, and each group has a gate.
 
-Shazeer et al. 2017, Appendix B. The primary gate is an ordinary gate over the groups, so a token
-crosses the network once for each chosen group. The secondary gates live with their group: no rank
-holds a matrix of width x all experts. The product of weights (Eq. 12) comes from nesting, because a
-group gets the weight that it was chosen with.
+Shazeer et al. 2017, Appendix B. The primary gate is an ordinary gate over groups, so a token
+crosses the network once per chosen group. A secondary gate is on the same rank as its group: no
+rank holds a (width, all experts) matrix. Nesting gives the product of gate weights (Eq. 12): a row
+arrives at a group with its primary weight, and the group multiplies it by the secondary weight.
 
-Legend: T tokens, D width, R rows of this rank's groups, g groups on this rank, b experts per group,
-e = g b experts on this rank, K experts chosen in a group, G balance groups, E all experts.
+Legend: T tokens, D width, R rows for this rank's groups, g groups on this rank, b experts per
+group, e = g b experts on this rank, K experts chosen in a group, G balance groups, E all experts.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from moe_dist.nn.token_context import TokenContext
 
 @dataclass(frozen=True)
 class GroupStats:
-    """Sums over the rows of this rank's groups, by balance group.
+    """Sums over the rows in this rank's groups, per balance group.
 
     Attributes:
-        importance_Ge: Sum of the weights of each expert (Eq. 13), with a gradient.
-        load_Ge: Load of each expert within its group (Load_i(X^(i))_j of Eq. 14), with a gradient.
-        rows_Gg: Rows of each group (|X^(i)| of Eq. 14).
-        count_e: Rows of each expert, int64.
+        importance_Ge: Gate weights summed per expert (Eq. 13), with a gradient.
+        load_Ge: Each expert's load within its group (Load_i(X^(i))_j in Eq. 14), with a gradient.
+        rows_Gg: Rows per group (|X^(i)| in Eq. 14).
+        count_e: Rows per expert, int64.
     """
 
     importance_Ge: torch.Tensor
@@ -51,7 +51,7 @@ class GroupStats:
 
 
 class GroupProjection(nn.Module):
-    """Multiplies each row by the matrix of its group, in float32 or wider; starts at zero.
+    """Multiplies each row by its group's matrix, in float32 or wider; starts at zero.
 
     Its parameters are never narrower than float32.
     """
@@ -62,13 +62,13 @@ class GroupProjection(nn.Module):
         self.w_gDb = uniform_parameter(num_groups, dim, experts_per_group, bound=0.0)
 
     def forward(self, x_RD: torch.Tensor, count_g: torch.Tensor) -> torch.Tensor:
-        """Returns a number for each expert of the row's group (R, b)."""
+        """Returns a number for each expert in the row's group (R, b)."""
         return grouped_matmul(x_RD.to(self.w_gDb.dtype), self.w_gDb, count_g)
 
 
 @dataclass(frozen=True)
 class _GroupsChunk:
-    """All groups of a rank, with experts whose weight gradients can wait."""
+    """This rank's groups as one chunk; only the experts delay their weight gradients."""
 
     groups: "ExpertGroups"
     experts: ExpertModule
@@ -77,18 +77,18 @@ class _GroupsChunk:
     def __call__(
         self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
     ) -> tuple[torch.Tensor, GroupStats]:
-        """Returns what the groups return."""
+        """Runs the groups with these experts."""
         return self.groups(x_TD, routing, ctx, experts=self.experts)
 
 
 class ExpertGroups(nn.Module):
-    """Groups of experts as the experts of a layer, each with a noisy top-k gate.
+    """Expert groups, in the place of a layer's experts; each group has a noisy top-k gate.
 
-    At k = 1 the task's loss has no gradient for these gates (see `NoisyTopK`).
+    At k = 1 these gates get no gradient from the task's loss (see `NoisyTopK`).
 
     Attributes:
         first_group: Global id of this rank's first group; `engine.parallelize` sets it.
-        max_chunks: 1, because the statistics are those of all rows together.
+        max_chunks: 1, because the statistics cover all rows together.
     """
 
     needs_context = True
@@ -107,16 +107,16 @@ class ExpertGroups(nn.Module):
         noise: bool = True,
         recompute: bool = False,
     ) -> None:
-        """Creates groups of experts.
+        """Creates the groups.
 
         Args:
-            num_groups: Number of groups over all ranks.
-            experts_per_group: Number of experts in each.
-            dim: Width of the layer.
-            hidden_dim: Hidden units of an expert.
-            k: Experts of a group that a row visits.
-            noise: Whether the gates add noise in training (Eq. 4).
-            recompute: As of `Experts`.
+            num_groups: Groups over all ranks.
+            experts_per_group: Experts in each group.
+            dim: Layer width.
+            hidden_dim: Hidden units per expert.
+            k: Experts per row and chosen group.
+            noise: If True, the gates add noise in training (Eq. 4).
+            recompute: As for `Experts`.
 
         Raises:
             ValueError: k is not in 1..experts_per_group.
@@ -136,7 +136,7 @@ class ExpertGroups(nn.Module):
         self.select: SelectExperts = top_k_plus_one
 
     def split_experts(self, sizes: list[int]) -> list[_GroupsChunk]:
-        """Returns one chunk of all groups: gradients of experts can wait, those of gates do not."""
+        """Returns all groups as one chunk, with delayed weight gradients for the experts."""
         assert len(sizes) == 1
         (experts,) = self.experts.split_experts([len(self.experts.w1_eDF)])
         return [_GroupsChunk(self, experts)]
@@ -148,16 +148,16 @@ class ExpertGroups(nn.Module):
         ctx: TokenContext,
         experts: ExpertModule | None = None,
     ) -> tuple[torch.Tensor, GroupStats]:
-        """Runs the secondary gates and the experts that they choose.
+        """Runs the secondary gates and the experts they choose.
 
         Args:
             x_TD: Tokens (T, D).
             routing: Their assignments to this rank's groups.
             ctx: The tokens' context.
-            experts: The experts of the groups. None: `self.experts`.
+            experts: The groups' experts. None: `self.experts`.
 
         Returns:
-            Each token's sum of weighted outputs (T, D), and the sums that the balance loss needs.
+            Each token's sum of weighted outputs (T, D), and the balance loss's sums.
         """
         permutation = TokenPermutation(routing.token_N, len(x_TD))
         x_RD = permutation.permute(x_TD)
@@ -198,16 +198,16 @@ class ExpertGroups(nn.Module):
 def _sum_by_group(
     x_Rc: torch.Tensor, group_R: torch.Tensor, num_groups: int, ctx_R: TokenContext
 ) -> torch.Tensor:
-    """Sums over the rows of each balance group and each group of experts.
+    """Sums rows per pair (balance group, expert group).
 
     Args:
-        x_Rc: c numbers for each row.
-        group_R: Each row's group among those of this rank, int64.
+        x_Rc: c numbers per row.
+        group_R: Each row's expert group, an index on this rank, int64.
         num_groups: g.
         ctx_R: The rows' context.
 
     Returns:
-        (G, g c), float64 for the reason given at `moe.routing.sum_by_group`.
+        (G, g c), float64 as in `moe.routing.sum_by_group`.
     """
     key_R = ctx_R.balance_group_T * num_groups + group_R
     x_Rc = x_Rc.double()
@@ -216,10 +216,10 @@ def _sum_by_group(
 
 
 class HierarchicalMoE(MoE):
-    """A layer over `ExpertGroups` whose balance losses are those of all experts (Eqs. 13 and 14).
+    """A layer over `ExpertGroups`; its balance losses cover all experts (Eqs. 13 and 14).
 
-    They are formed where the rows are. CV² over all experts needs two scalars per balance group
-    from other ranks.
+    Each rank computes the sums for its own groups. For a CV² over all experts, the expert shards
+    then exchange two scalars per balance group.
     """
 
     gate: NoisyTopK
@@ -238,7 +238,7 @@ class HierarchicalMoE(MoE):
         addends_2Ge = torch.stack([expert_stats.importance_Ge, expert_stats.load_Ge])
         importance_Ge, load_Ge = self.stat_reducer.over_replicas(addends_2Ge)
         rows_Gg = self.stat_reducer.over_replicas(expert_stats.rows_Gg)
-        # a group without a token has no load: Eq. 14 is then 0, not 0 / 0
+        # a group without tokens has no load: Eq. 14 is then 0, not 0 / 0
         share_Gg = torch.where(rows_Gg > 0, primary_Gg / torch.where(rows_Gg > 0, rows_Gg, 1), 0)
         load_Ge = load_Ge * share_Gg.repeat_interleave(b, 1)  # Eq. 14
 

@@ -17,15 +17,15 @@ from moe_dist.nn.token_context import TokenContext
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Statistics of one call of a layer; returned, never stored in the module.
+    """Statistics of one layer call; returned, never stored in the module.
+
+    `importance_E`, `load_E` and `dropped` are this rank's addends: sum them over ranks.
 
     Attributes:
-        balance_loss: Scalar, summed over the balance groups of the micro-batch; the same on every
-            rank.
-        importance_E: Sum of gate weights by expert (Shazeer et al. 2017, Eq. 6), this rank's addend
-            of the sum over ranks, detached.
-        load_E: Rows by expert, int64, this rank's addend of the sum over ranks.
-        dropped: Assignments over capacity, int64 scalar, this rank's addend of the sum over ranks.
+        balance_loss: Scalar, summed over the micro-batch's balance groups; equal on every rank.
+        importance_E: Gate weights summed per expert (Shazeer et al. 2017, Eq. 6), detached.
+        load_E: Rows per expert, int64.
+        dropped: Assignments over capacity, int64 scalar.
     """
 
     balance_loss: torch.Tensor
@@ -35,7 +35,7 @@ class LayerStats:
 
 
 class NoReduction:
-    """The stat reducer of a single rank: every sum over ranks is its only addend."""
+    """The stat reducer for a single rank: every method returns its input."""
 
     @staticmethod
     def over_data(x: torch.Tensor) -> torch.Tensor:
@@ -48,9 +48,9 @@ class NoReduction:
 class MoE(nn.Module):
     """A mixture-of-experts layer (Shazeer et al. 2017, Eq. 1).
 
-    y = sum over the chosen experts of gate weight x expert output. A plain layer holds all experts
-    and runs on one rank; `engine.parallelize` keeps this rank's experts and replaces `dispatcher`
-    and `stat_reducer` by those of a mesh.
+    y = sum over the chosen experts of gate weight x expert output. A new layer holds all experts
+    and runs on one rank. `engine.parallelize` keeps only this rank's experts and installs the
+    mesh's `dispatcher` and `stat_reducer`.
     """
 
     gate: Gate
@@ -72,32 +72,32 @@ class MoE(nn.Module):
         self.stat_reducer = NoReduction()
 
     def forward(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[torch.Tensor, LayerStats]:
-        """Returns the output (T, D) and the statistics of this call."""
+        """Returns the output (T, D) and this call's statistics."""
         routing, gate_stats = self.route(x_TD, ctx)
         y_TD, expert_stats = self.run_experts(x_TD, routing, ctx)
         return y_TD, self.stats(routing, gate_stats, expert_stats)
 
     def route(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[Routing, GateStats]:
-        """Returns the assignments of this rank's tokens to experts, and the gate's sums."""
+        """Returns this rank's assignments and the gate's sums."""
         return self.gate(x_TD, ctx)
 
     def run_experts(
         self, x_TD: torch.Tensor, routing: Routing, ctx: TokenContext
     ) -> tuple[torch.Tensor, Any]:
-        """Sends the rows to their experts, on whichever ranks these are, and sums what returns.
+        """Sends rows to their experts' ranks, and sums each token's returned outputs.
 
         Args:
             x_TD: This rank's tokens (T, D).
-            routing: Their assignments, from `route` of this layer; it may be used more than once.
-            ctx: The context of the tokens.
+            routing: Their assignments, from this layer's `route`; can be used more than once.
+            ctx: The tokens' context.
 
         Returns:
-            The output (T, D), and the statistics of the experts, None if they have none.
+            The output (T, D), and the experts' statistics, None if they have none.
         """
         return self.dispatcher(x_TD, routing, self.experts, ctx)
 
     def stats(self, routing: Routing, gate_stats: GateStats, expert_stats: Any) -> LayerStats:
-        """Returns the layer's statistics from those of gate and experts. A collective."""
+        """Returns the layer's statistics from the gate's and the experts'. A collective."""
         addends_2GE = torch.stack([gate_stats.importance_GE, gate_stats.load_GE])
         importance_GE, load_GE = self.stat_reducer.over_data(addends_2GE)
         return LayerStats(

@@ -1,4 +1,4 @@
-"""Copies tokens to expert rows, and sums the rows of a token: each is the other's gradient.
+"""Copies tokens to expert rows and sums each token's rows: each is the other's gradient.
 
 Legend: T tokens, N rows (copies of tokens), D width.
 """
@@ -14,10 +14,10 @@ from moe_dist.distributed.buffer_pool import pooled_empty
 
 
 class TokenPermutation:
-    """Row n is a copy of token token_N[n]; a token may have any number of copies, none included.
+    """Maps rows to tokens: row n is a copy of token_N[n]; a token can have zero or more copies.
 
     Attributes:
-        token_N: Token of each row, int64.
+        token_N: Each row's token, int64.
         num_tokens: T.
     """
 
@@ -28,15 +28,14 @@ class TokenPermutation:
 
     @cached_property
     def by_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the rows in token order (N,), and the position of each token's first row (T,)."""
+        """Returns the row indices in token order (N,), and each token's first position (T,)."""
         count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
         return self.token_N.argsort(stable=True), count_T.cumsum(0) - count_T
 
     def reordered(self, order_N: torch.Tensor) -> "TokenPermutation":
-        """Returns the same rows in another order, row order_N[0] first.
+        """Returns the same rows in another order: its row n is row order_N[n] of this permutation.
 
-        Sums over a token's rows keep the order of this permutation, so that they round in the same
-        way.
+        `unpermute` still adds a token's rows in this permutation's order, so it rounds equally.
         """
         by_token_N, first_T = self.by_token
         place_N = torch.empty_like(order_N)
@@ -46,25 +45,25 @@ class TokenPermutation:
         return other
 
     def permute(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Returns the rows (N, D) of tokens (T, D); differentiable."""
+        """Copies tokens (T, D) to rows (N, D); differentiable."""
         return _Permute.apply(x_TD, self)
 
     def unpermute(self, y_ND: torch.Tensor) -> torch.Tensor:
-        """Returns each token's sum of rows (T, D); differentiable.
+        """Sums each token's rows, (N, D) to (T, D); differentiable.
 
-        It adds in ascending order of n, in float32 or wider, and rounds once.
+        It adds in ascending n (see `reordered`), in float32 or wider, and rounds once.
         """
         return _Unpermute.apply(y_ND, self)
 
 
 def permute_rows(x_TD: torch.Tensor, permutation: TokenPermutation) -> torch.Tensor:
-    """Returns the rows (N, D) of tokens (T, D), without a gradient."""
+    """Copies tokens (T, D) to rows (N, D), without a gradient."""
     out_ND = pooled_empty(len(permutation.token_N), x_TD.shape[1], like=x_TD)
     return torch.index_select(x_TD, 0, permutation.token_N, out=out_ND)
 
 
 def unpermute_rows(y_ND: torch.Tensor, permutation: TokenPermutation) -> torch.Tensor:
-    """Returns each token's sum of rows (T, D), without a gradient."""
+    """Sums each token's rows, (N, D) to (T, D), without a gradient."""
     order_N, first_T = permutation.by_token
     return F.embedding_bag(order_N, y_ND, first_T, mode="sum")
 
@@ -81,7 +80,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_ND: torch.Tensor) -> tuple:
-        """Returns the gradient of the tokens."""
+        """Returns the tokens' gradient."""
         return unpermute_rows(grad_ND[0].contiguous(), ctx.permutation), None
 
 
@@ -97,5 +96,5 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_TD: torch.Tensor) -> tuple:
-        """Returns the gradient of the rows."""
+        """Returns the rows' gradient."""
         return permute_rows(grad_TD[0].contiguous(), ctx.permutation), None

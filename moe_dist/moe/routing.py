@@ -16,9 +16,9 @@ class Routing:
     """Assignments of tokens to experts, sorted by expert, in token order within an expert.
 
     Attributes:
-        token_N: Token of each assignment, int64.
-        gate_N: Gate weight of each assignment, differentiable.
-        count_E: Assignments of each expert, int64; they sum to N.
+        token_N: Each assignment's token, int64.
+        gate_N: Each assignment's gate weight, differentiable.
+        count_E: Assignments per expert, int64; they sum to N.
     """
 
     token_N: torch.Tensor
@@ -34,7 +34,7 @@ class GateStats:
         importance_GE: Gate weights by balance group and expert (Shazeer et al. 2017, Eq. 6), with a
             gradient.
         load_GE: Load by balance group and expert (Eq. 10), with a gradient.
-        dropped: Number of assignments over capacity, int64 scalar.
+        dropped: Assignments over capacity, int64 scalar.
     """
 
     importance_GE: torch.Tensor
@@ -45,16 +45,16 @@ class GateStats:
 def build_routing(
     expert_TK: torch.Tensor, gate_TK: torch.Tensor, keep_TK: torch.Tensor, num_experts: int
 ) -> Routing:
-    """Builds a routing from the choices of each token.
+    """Builds a routing from each token's choices.
 
     Args:
-        expert_TK: The experts that each token chose, int64.
+        expert_TK: Each token's chosen experts, int64.
         gate_TK: Their gate weights.
-        keep_TK: Which choices are kept, bool.
+        keep_TK: True for choices to keep, bool.
         num_experts: E.
 
     Returns:
-        The N assignments that are kept, sorted by expert, in token order within an expert.
+        The N kept assignments, sorted by expert, in token order within an expert.
     """
     kept_N = keep_TK.flatten().nonzero().squeeze(1)
     expert_N, order_N = expert_TK.flatten()[kept_N].sort(stable=True)
@@ -69,23 +69,23 @@ def build_routing(
 def capacity_mask(
     expert_TK: torch.Tensor, capacity_factor: float | None, ctx: TokenContext, num_experts: int
 ) -> torch.Tensor:
-    """Selects the choices that fit into the capacity of their experts.
+    """Selects the choices that fit into their expert's capacity.
 
-    In each capacity group an expert keeps the first `capacity` choices that name it:
+    In each capacity group, each expert keeps its first `capacity` choices:
 
-        capacity = ceil(capacity_factor * K * valid tokens of the group / num_experts)
+        capacity = ceil(capacity_factor * K * valid tokens in the group / num_experts)
 
-    as in Switch (Fedus et al. 2021, section 2.2). The first choices of all tokens precede their
-    second choices, and earlier tokens precede later ones.
+    as in Switch (Fedus et al. 2021, section 2.2). All first choices precede all second choices;
+    among first choices, and among second choices, earlier tokens precede later tokens.
 
     Args:
-        expert_TK: The experts that each token chose, int64.
+        expert_TK: Each token's chosen experts, int64.
         capacity_factor: None keeps the choices of all valid tokens.
         ctx: The tokens' context.
         num_experts: E.
 
     Returns:
-        True for each choice that is kept (T, K), bool; False for padding.
+        (T, K), bool: True for each kept choice; False for padding.
     """
     num_tokens, k = expert_TK.shape
     valid_TK = ctx.valid_T[:, None].expand(num_tokens, k)
@@ -93,14 +93,12 @@ def capacity_mask(
         return valid_TK
     group_T = ctx.capacity_group_T
     tokens_G = torch.bincount(group_T[ctx.valid_T], minlength=ctx.num_capacity_groups)
-    # A ratio of integers, small enough for int64: in floating point 1.2 x 50 / 4 is above 15 and
-    # would be rounded up to 16.
+    # A ratio of small integers, so that the product fits int64. In floating point 1.2 x 50 / 4 is
+    # above 15, and would be rounded up to 16.
     share = Fraction(str(capacity_factor)).limit_denominator(10**6) * k / num_experts
     capacity_G = -(-tokens_G * share.numerator // share.denominator)
-    # A queue for each (group, expert), choices of all tokens before their next choices: a stable
-    # sort by queue leaves each queue in the order of precedence. Padding is in a queue of its own,
-    # the last
-    # one.
+    # One queue per (group, expert), and a last queue for padding. The choices are listed in order
+    # of precedence (transposed to K x T); a stable sort by queue keeps this order in each queue.
     num_queues = ctx.num_capacity_groups * num_experts
     queue_TK = torch.where(valid_TK, group_T[:, None] * num_experts + expert_TK, num_queues)
     queue_N, order_N = queue_TK.t().flatten().sort(stable=True)
@@ -112,15 +110,15 @@ def capacity_mask(
 
 
 def sum_by_group(x_TE: torch.Tensor, ctx: TokenContext) -> torch.Tensor:
-    """Sums over the valid tokens of each balance group.
+    """Sums over the valid tokens in each balance group.
 
     Args:
-        x_TE: A number for each token and each expert.
+        x_TE: One number per token and expert.
         ctx: The tokens' context.
 
     Returns:
-        (G, E), float64, because balance losses are small differences of these sums, and parts of
-        them are summed on other ranks.
+        (G, E), float64, because balance losses are small differences between these sums, to which
+        other ranks' parts are added.
     """
     zero = x_TE.new_zeros(())
     valid_TE = torch.where(ctx.valid_T[:, None], x_TE, zero).double()
@@ -131,16 +129,16 @@ def sum_by_group(x_TE: torch.Tensor, ctx: TokenContext) -> torch.Tensor:
 def sum_chosen_by_group(
     chosen_TK: torch.Tensor, x_TK: torch.Tensor, num_experts: int, ctx: TokenContext
 ) -> torch.Tensor:
-    """Sums a sparse input over the valid tokens of each balance group.
+    """Sums a sparse input over the valid tokens in each balance group.
 
     Args:
-        chosen_TK: The column of each value, int64.
+        chosen_TK: Each value's column, int64.
         x_TK: The values; all other columns are zero.
         num_experts: Number of columns.
         ctx: The tokens' context.
 
     Returns:
-        (G, E), float64, as `sum_by_group`.
+        (G, E), float64, as for `sum_by_group`.
     """
     zero = x_TK.new_zeros(())
     valid_TK = torch.where(ctx.valid_T[:, None], x_TK, zero).double()

@@ -1,1 +1,1 @@
-"""Dispatchers carry rows to their experts and back, and decide nothing."""
+"""Dispatchers move rows to their experts' ranks and back; gates make the routing decisions."""

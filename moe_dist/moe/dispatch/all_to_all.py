@@ -1,27 +1,32 @@
-"""The dispatcher that sends a row for each assignment: an all-to-all with exact sizes.
+"""All-to-all dispatcher: sends one row per assignment, with exact sizes.
 
-It computes y_t = sum of gate_n * expert_n(x_t) over the assignments n of token t (Shazeer et al.
-2017, Eq. 1). On CPU it adds in the same order as `LocalDispatcher`. A gate weight travels with its
-row and the experts apply it: so its gradient is computed where the expert is, and experts that are
-layers themselves get the weight that they were chosen with.
+It computes y_t = sum of gate_n * expert_n(x_t) over token t's assignments n (Shazeer et al. 2017,
+Eq. 1). On CPU it adds in the same order as `LocalDispatcher`. A gate weight travels with its row,
+and the experts apply it. So its gradient is computed on the expert's rank, and an expert group
+(`moe.hierarchical`) receives its primary gate weight.
 
-The steps of `AllToAllDispatcher.forward`:
+The steps in `AllToAllDispatcher.forward`:
 
-  1. counts      every rank receives the number of rows that it will get for each of its experts
-  2. dispatch    exactly those rows travel, with their gate weights, and with their context if the
-                 experts need it; first the rows of each rank's first chunk of experts, and so on,
-                 so that one chunk travels while the experts run on another
+  1. counts      each rank receives the row counts for its experts from each rank
+  2. dispatch    the rows travel with their gate weights, and with their context if the experts
+                 need it; chunk by chunk, so that one chunk travels while the experts run on another
   3. regroup     rows arrive ordered by sender; a local routing assigns them to this rank's experts
-  4. experts     run, and weight their rows
+  4. experts     run, and apply the gate weights
   5. combine     the rows return to their senders
-  6. unpermute   each token sums the rows that returned for it
+  6. unpermute   each token sums its returned rows
 
-Nothing is padded and nothing dropped. A rank without a row to send or to receive still makes every
-call. In backward the chunks travel the other way, and weight gradients are computed while the last
-ones travel (`moe.delayed_wgrad`).
+Example for step 2: experts 0 and 1 are on rank 0, experts 2 and 3 on rank 1. With 2 chunks, chunk
+0 is each rank's first expert. Rank 0 has the rows a, b, c, d for experts 0, 1, 2, 3 and sends:
 
-Legend: T tokens, D width, N assignments of this rank's tokens, R rows that arrive, E experts over
-all ranks, e experts on this rank, P ranks, C chunks.
+    chunk 0    a to rank 0    c to rank 1
+    chunk 1    b to rank 0    d to rank 1
+
+No row is padded or dropped. A rank without rows to send or to receive still makes every call. In
+backward the chunks travel in the other direction, and weight gradients are computed while the last
+chunks travel (`moe.delayed_wgrad`). `distributed.chunked_all_to_all` has the timeline.
+
+Legend: T tokens, D width, N assignments on this rank, R received rows, E experts over all ranks, e
+experts on this rank, P ranks, C chunks.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,18 +45,18 @@ from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
 from moe_dist.nn.token_context import TokenContext
 
-# wait() -> the rows of one chunk (R, ...), once they have arrived
+# wait() -> one chunk's received rows (R, ...)
 WaitForChunk = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _ChunkPlan:
-    """How many rows travel in each chunk.
+    """Row counts per chunk.
 
     Attributes:
-        sizes_C: Experts of this rank in each chunk.
-        send_PC: Rows that this rank sends to each rank in each chunk, int64.
-        there_C: For each chunk the rows sent to each rank, and received from each.
+        sizes_C: This rank's experts per chunk.
+        send_PC: Rows from this rank to each rank in each chunk, int64.
+        there_C: For each chunk: (rows sent to each rank, rows received from each rank).
         back_C: The same for the way back.
     """
 
@@ -62,7 +67,7 @@ class _ChunkPlan:
 
 
 class AllToAllDispatcher(nn.Module):
-    """Dispatches to experts that lie on the ranks of an axis in equal consecutive blocks."""
+    """Dispatches to experts in equal consecutive blocks, one block per rank on an axis."""
 
     def __init__(
         self,
@@ -75,10 +80,10 @@ class AllToAllDispatcher(nn.Module):
 
         Args:
             axis: The expert-parallel ranks.
-            num_chunks: Chunks in which rows travel, at most one for each expert of a rank. 0: one
-                chunk, and neither experts nor weight gradients are overlapped with it.
-            comm_dtype: Dtype in which rows travel. None: the dtype they have.
-            layer_name: The layer's name, for the labels of its collectives.
+            num_chunks: Chunks into which rows are split, at most one per expert on a rank. 0: one
+                chunk, which overlaps with neither experts nor weight gradients.
+            comm_dtype: Wire dtype for rows. None: the rows' dtype.
+            layer_name: The layer's name in the collectives' labels.
         """
         super().__init__()
         self.axis = axis
@@ -93,13 +98,13 @@ class AllToAllDispatcher(nn.Module):
 
         Args:
             x_TD: This rank's tokens (T, D).
-            routing: Their assignments to the experts of all ranks.
+            routing: Their assignments to all ranks' experts.
             experts: This rank's experts.
             ctx: The tokens' context.
 
         Returns:
-            Each token's sum of weighted expert outputs (T, D), and the statistics of the experts
-            for the last chunk; experts that have statistics run in one chunk.
+            Each token's sum of weighted expert outputs (T, D), and the experts' statistics for the
+            last chunk; experts with statistics run in one chunk.
         """
         label = CommLabel(self.layer_name, "counts", ctx.layer_call)
         count_Pe = all_to_all_counts(routing.count_E, self.axis, label)  # 1
@@ -136,18 +141,16 @@ class AllToAllDispatcher(nn.Module):
         return permutation.unpermute(combine.gather(returning)), stats  # 6
 
     def _plan(self, count_E: torch.Tensor, count_Pe: torch.Tensor, max_chunks: int) -> _ChunkPlan:
-        """Cuts the experts into chunks and copies their row counts to the host.
+        """Splits the experts into chunks and copies their row counts to the host.
 
         Args:
-            count_E: Rows that this rank sends to each expert, int64.
-            count_Pe: Rows that each rank sends to each expert of this rank, int64.
-            max_chunks: Largest number of chunks that the experts can run in; 0 for those that
-                cannot.
+            count_E: Rows from this rank to each expert, int64.
+            count_Pe: Rows from each rank to each expert on this rank, int64.
+            max_chunks: Maximum number of chunks for the experts; 0 if they cannot run in chunks.
 
         Returns:
-            The rows that travel in each chunk, for at most `min(self.num_chunks, max_chunks)`
-            chunks, and at least one. The chunks have the same number of this rank's experts; the
-            last may have fewer.
+            Row counts for at most `min(self.num_chunks, max_chunks)` chunks, and at least one.
+            Each chunk has equally many of this rank's experts; the last may have fewer.
         """
         num_experts = count_Pe.shape[1]
         num_chunks = max(1, min(self.num_chunks, max_chunks))
@@ -166,7 +169,7 @@ class AllToAllDispatcher(nn.Module):
         ctx: TokenContext,
         comm_dtype: torch.dtype | None = None,
     ) -> list[WaitForChunk]:
-        """Starts to send rows (N, ...), and returns a function for each chunk that waits for it."""
+        """Starts to send rows (N, ...), and returns one wait function per chunk."""
         label = CommLabel(self.layer_name, "dispatch", ctx.layer_call)
         return ChunkedAllToAll(plan.there_C, self.axis, label, comm_dtype).scatter(x_N)
 
@@ -178,16 +181,16 @@ def context_of_rows(key_R2: torch.Tensor, ctx: TokenContext) -> TokenContext:
 
 
 def _sum_by_chunk(count_Pe: torch.Tensor, sizes_C: list[int]) -> torch.Tensor:
-    """Returns the rows of each rank in each chunk of experts (P, C), int64."""
+    """Returns the row counts per rank and expert chunk (P, C), int64."""
     return torch.stack([chunk.sum(1) for chunk in count_Pe.split(sizes_C, 1)], 1)
 
 
 def _sort_by_column(count_Pe: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Returns the order that sorts rows by column first.
+    """Returns the order that sorts rows by column, then by rank.
 
     Args:
-        count_Pe: Rows of each pair (rank, expert) or (rank, chunk), int64; the rows lie in the
-            order of these pairs.
+        count_Pe: Rows per pair (rank, expert) or (rank, chunk), int64; the rows are given sorted
+            by rank, then by column.
         num_rows: Their sum.
 
     Returns:

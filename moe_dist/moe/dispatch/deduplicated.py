@@ -1,30 +1,65 @@
-"""Dispatchers that send a token once to each rank that has experts of it, or once to each node.
+"""Dispatchers that send a token once to each rank, or once to each node, that has its experts.
 
-Rows travel in hops. A hop cuts the experts that it reaches into consecutive blocks (the experts of
-a node, or of a rank) and sends each row once to every block that contains one of its experts,
-together with the list of its experts there. Behind the hop the next dispatcher runs on what has
-arrived, and returns one sum of weighted outputs for each row. These return, and each row adds them
-up.
+Rows travel in hops. A hop divides the experts into consecutive blocks, one per rank or one per
+node. It sends each row once to every block with at least one of the row's experts, together with
+the list of these experts. The next dispatcher runs on the received rows and returns one weighted
+sum per row. The sums travel back, and each row adds its sums.
 
-  per_rank    one hop to the ranks
-  per_node    a hop to the nodes, to a rank there that has one of the row's experts (in its own
-  node: to
-              the rank where the row is); then a hop to the ranks of the node
+  per_rank    one hop to ranks
+  per_node    a hop to nodes, then a hop to ranks inside the node. The first hop sends a row to a
+              rank with one of its experts; inside the row's own node, the row stays on its rank.
 
-The output is that of Shazeer et al. 2017, Eq. 1, with another order of summation: first within a
-rank. Within an expert rows lie ordered by sender, then by token, as after `AllToAllDispatcher`.
+The output equals Shazeer et al. 2017, Eq. 1, with another order of summation: first within a rank.
+An expert's rows are ordered by sender, then by token, as in `AllToAllDispatcher`.
 
-Example: rank 0 of two ranks, experts 0 and 1 on rank 0, 2 and 3 on rank 1. Rows 0 and 1 with
-    experts
+Example: 4 experts; rank 0 has two rows with four assignments:
 
     row 0: experts 2, 3        row 1: experts 0, 2
 
-make four assignments but three pairs (row, block): row 0 travels once to rank 1 although it has two
-experts there. Rank 1 receives 2 rows and 3 assignments: (row 0, its expert 0), (row 1, its expert
-0), (row 0, its expert 1). Rank 0 keeps 1 row and 1 assignment.
+`per_rank` on 2 ranks with 2 experts each. There are three pairs (row, block), because both experts
+of row 0 are on rank 1:
 
-Legend: T rows here, D width, N assignments of them, B blocks, U pairs (row, block), P ranks of the
-axis; V rows and M assignments that arrive, L experts of a block.
+    stays on rank 0    row 1    for expert 0
+    to rank 1          row 0    for experts 2, 3
+                       row 1    for expert 2
+
+Rank 1 receives 2 rows and 3 assignments, with its experts counted from 0: (row 0, expert 0),
+(row 1, expert 0), (row 0, expert 1).
+
+`per_node` on 2 nodes with 2 ranks each, one expert per rank. Two rows cross to node 1 (ranks 2 and
+3); `per_rank` would send three:
+
+    hop to nodes       row 1    stays on rank 0
+                       row 0    rank 0 -> rank 2
+                       row 1    rank 0 -> rank 2
+    hop to ranks       row 1    stays on rank 0, for expert 0
+                       row 0    stays on rank 2, for expert 2
+                       row 1    stays on rank 2, for expert 2
+                       row 0    rank 2 -> rank 3, for expert 3
+
+Timeline of `per_node`, with the symbols of `distributed.chunked_all_to_all`: "+" starts an
+all-to-all, "-" waits for it, E is the experts' forward, D the gradients of their input rows, and W
+the gradients of their weights. `delay_wgrad` moves W behind D, so that it runs while the row
+gradients travel between nodes. The all-to-all of counts before each dispatch is not drawn:
+
+    forward, time from left to right
+      dispatch to nodes        +======-
+      dispatch to ranks                +==-
+      experts                              E
+      combine from ranks                    +==-
+      combine from nodes                        +======-
+
+    backward
+      combine from nodes       +======-
+      combine from ranks               +==-
+      experts                              D     W
+      dispatch to ranks                     +==-
+      dispatch to nodes                         +======-
+
+tests/distributed/test_overlap.py holds the order in backward.
+
+Legend: T rows on this rank, D width, N assignments, B blocks, U pairs (row, block), P ranks on the
+axis; V received rows, M received assignments, L experts per block.
 """
 
 from dataclasses import dataclass
@@ -47,14 +82,16 @@ from moe_dist.nn.token_context import TokenContext
 
 @dataclass(frozen=True)
 class HopPlan:
-    """Which rows and assignments one rank sends to which rank, computed without communication.
+    """The rows and assignments that this rank sends in a hop, computed without communication.
+
+    `slot_N` and `expert_N` are in the routing's order; `order_N` sorts them for sending.
 
     Attributes:
-        row_U: Rows to send, one for each pair (row, block), ordered by receiving rank; int64.
-        order_N: The assignments ordered by receiving rank; int64 indices.
-        slot_N: Place of each assignment's row among the rows for the same rank; int64.
-        expert_N: Expert of each assignment, counted within its block; int64.
-        sent_P2: Rows and assignments for each rank; int64.
+        row_U: Rows to send, one per pair (row, block), ordered by receiving rank; int64.
+        order_N: Assignments ordered by receiving rank; int64 indices.
+        slot_N: Each assignment's row, a position among the rows for the same rank; int64.
+        expert_N: Each assignment's expert, an index in its block; int64.
+        sent_P2: Rows and assignments to each rank; int64.
     """
 
     row_U: torch.Tensor
@@ -67,24 +104,24 @@ class HopPlan:
 def plan_hop(
     routing: Routing, num_rows: int, num_blocks: int, ranks_per_block: int, axis: Axis
 ) -> HopPlan:
-    """Plans a hop.
+    """Plans this rank's part in a hop.
 
     Args:
-        routing: Assignments of rows to the experts of all blocks.
+        routing: The rows' assignments to all blocks' experts.
         num_rows: T.
-        num_blocks: Number of blocks, which share the experts evenly.
-        ranks_per_block: Number of consecutive ranks that share a block's experts evenly.
-        axis: The ranks.
+        num_blocks: Number of blocks, which divide the experts evenly.
+        ranks_per_block: Consecutive ranks that divide a block's experts evenly.
+        axis: The ranks of all blocks.
 
     Returns:
-        The plan of this rank.
+        This rank's plan.
     """
     num_experts = len(routing.count_E)
     per_block = num_experts // num_blocks
     expert_E = torch.arange(num_experts, device=routing.token_N.device)
     expert_N = expert_E.repeat_interleave(routing.count_E, output_size=len(routing.token_N))
 
-    # one pair (row, block) for all assignments of a row to experts of a block
+    # all of a row's assignments to one block share one pair (row, block)
     key_N = expert_N // per_block * num_rows + routing.token_N
     key_U, pair_N = key_N.unique(return_inverse=True)
     block_U = key_U // max(num_rows, 1)
@@ -118,23 +155,25 @@ def _receiving_rank(
     ranks_per_block: int,
     my_rank: int,
 ) -> torch.Tensor:
-    """Chooses the rank to which each pair (row, block) goes.
+    """Chooses the receiving rank for each pair (row, block).
 
     Args:
-        block_U: Block of each pair.
-        row_U: Row of each pair.
-        pair_N: Pair of each assignment.
-        rank_in_block_N: Rank, counted within its block, that has the assignment's expert.
-        ranks_per_block: Ranks in a block.
+        block_U: Each pair's block.
+        row_U: Each pair's row.
+        pair_N: Each assignment's pair.
+        rank_in_block_N: The rank with the assignment's expert, an index in its block.
+        ranks_per_block: Ranks per block.
         my_rank: This rank on the axis.
 
     Returns:
-        Each pair's rank on the axis (U,), int64. Rows of this rank's own block stay on this rank.
-        Every other row goes to a rank of the block that has one of its experts; rows take turns
-        among several such ranks.
+        Each pair's rank on the axis (U,), int64. In this rank's own block, the row stays on this
+        rank. In another block, it goes to a rank with one of its experts; if several ranks have
+        one, rows take turns between them.
     """
     if ranks_per_block == 1:
         return block_U
+    # row t prefers the ranks in cyclic order, from rank -t % ranks_per_block on; turn 0 is the most
+    # preferred rank
     turn_N = (rank_in_block_N + row_U[pair_N]) % ranks_per_block
     no_turn_U = torch.full_like(row_U, ranks_per_block)
     first_turn_U = no_turn_U.scatter_reduce(0, pair_N, turn_N, "amin")
@@ -143,7 +182,7 @@ def _receiving_rank(
 
 
 class DedupDispatcher(nn.Module):
-    """One hop to blocks of experts, and the dispatcher behind it."""
+    """One hop to expert blocks, followed by the next dispatcher."""
 
     def __init__(
         self,
@@ -160,11 +199,11 @@ class DedupDispatcher(nn.Module):
         Args:
             axis: The ranks of all blocks.
             num_blocks: Number of blocks.
-            ranks_per_block: Ranks in a block.
-            next_dispatcher: Runs on the rows that arrive, with a routing to this block's experts.
-            comm_dtype: Dtype in which rows travel. None: the dtype they have.
-            delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
-            layer_name: The layer's name, for the labels of its collectives.
+            ranks_per_block: Ranks per block.
+            next_dispatcher: Runs on the received rows, with a routing to this block's experts.
+            comm_dtype: Wire dtype for rows. None: the rows' dtype.
+            delay_wgrad: If True, computes weight gradients after row gradients have been sent.
+            layer_name: The layer's name in the collectives' labels.
         """
         super().__init__()
         self.axis = axis
@@ -182,12 +221,12 @@ class DedupDispatcher(nn.Module):
 
         Args:
             x_TD: This rank's tokens (T, D).
-            routing: Their assignments to the experts of all blocks.
+            routing: Their assignments to all blocks' experts.
             experts: This rank's experts.
             ctx: The tokens' context.
 
         Returns:
-            Each token's sum of weighted expert outputs (T, D), and the statistics of the experts.
+            Each token's sum of weighted expert outputs (T, D), and the experts' statistics.
         """
         num_experts = len(routing.count_E)
         plan = plan_hop(routing, len(x_TD), self.num_blocks, self.ranks_per_block, self.axis)
@@ -233,7 +272,7 @@ class DedupDispatcher(nn.Module):
         ctx: TokenContext,
         comm_dtype: torch.dtype | None = None,
     ) -> WaitForChunk:
-        """Starts to send rows (U, ...); returns a function that waits for the received (V, ...)."""
+        """Starts to send rows (U, ...); returns a function to wait for the received (V, ...)."""
         label = CommLabel(self.layer_name, "dispatch", ctx.layer_call)
         (wait,) = ChunkedAllToAll([send_and_receive], self.axis, label, comm_dtype).scatter(x_U)
         return wait
@@ -245,17 +284,17 @@ class DedupDispatcher(nn.Module):
         received_P2: torch.Tensor,
         experts_per_block: int,
     ) -> Routing:
-        """Builds the routing of the rows that have arrived to the experts of this block.
+        """Builds the routing from the received rows to this block's experts.
 
         Args:
-            slot_and_expert_M2: Row of each assignment among those of the same sender, and its
-                expert in the block; int64, ordered by sender.
+            slot_and_expert_M2: Each assignment's row, a position among its sender's rows, and its
+                expert, an index in the block; int64, ordered by sender.
             gate_M: Gate weights.
             received_P2: Rows and assignments from each rank, int64.
             experts_per_block: L.
 
         Returns:
-            The M assignments of the V rows, sorted by expert, and by sender within an expert.
+            The M assignments, sorted by expert, and by sender within an expert.
         """
         rows_P = received_P2[:, 0]
         assignments_P = received_P2[:, 1]
@@ -275,13 +314,13 @@ def per_rank(
     delay_wgrad: bool = False,
     layer_name: str = "moe",
 ) -> DedupDispatcher:
-    """Builds a dispatcher with one hop, to the ranks.
+    """Builds a dispatcher with one hop, to ranks.
 
     Args:
         axis: The expert-parallel ranks.
-        comm_dtype: Dtype in which rows travel. None: the dtype they have.
-        delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
-        layer_name: The layer's name, for the labels of its collectives.
+        comm_dtype: Wire dtype for rows. None: the rows' dtype.
+        delay_wgrad: If True, computes weight gradients after row gradients have been sent.
+        layer_name: The layer's name in the collectives' labels.
 
     Returns:
         A dispatcher that sends a row once to each rank with at least one of its experts.
@@ -298,18 +337,18 @@ def per_node(
     delay_wgrad: bool = False,
     layer_name: str = "moe",
 ) -> DedupDispatcher:
-    """Builds a dispatcher with two hops, to the nodes and then to the ranks of a node.
+    """Builds a dispatcher with two hops: to nodes, then to ranks inside the node.
 
     Args:
         axis: The expert-parallel ranks.
-        intra_node: Those of them on this rank's node; consecutive, and as many on every node.
-        comm_dtype: Dtype in which rows travel. None: the dtype they have.
-        delay_wgrad: Whether weight gradients wait until the rows' gradients have been sent.
-        layer_name: The layer's name, for the labels of its collectives.
+        intra_node: The expert-parallel ranks on this node; consecutive, equally many per node.
+        comm_dtype: Wire dtype for rows. None: the rows' dtype.
+        delay_wgrad: If True, computes weight gradients after row gradients have been sent.
+        layer_name: The layer's name in the collectives' labels.
 
     Returns:
-        A dispatcher that sends a row once to each node with at least one of its experts, and within
-        that node once to each rank with at least one of them.
+        A dispatcher that sends a row once to each node with at least one of its experts, and inside
+        the node once to each rank with at least one.
     """
     within_node = per_rank(intra_node, comm_dtype, layer_name=layer_name)
     num_nodes = axis.size // intra_node.size

@@ -1,4 +1,4 @@
-"""The dispatcher of a single expert-parallel rank: all experts are here."""
+"""The dispatcher for a single expert-parallel rank: all experts are local."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from moe_dist.nn.token_context import TokenContext
 
 
 class LocalDispatcher(nn.Module):
-    """Calls the experts with the tokens as they are."""
+    """Calls the experts directly, without moving any rows."""
 
     def forward(
         self, x_TD: torch.Tensor, routing: Routing, experts: ExpertModule, ctx: TokenContext

@@ -1,5 +1,5 @@
-"""Gates: they choose each token's experts, and move nothing. A file per paper.
+"""Gates, one file per paper: each chooses a token's experts, and moves no rows.
 
-`moe.interfaces.Gate` is the interface of a gate. A model builds its gate in `build_moe`
-(`models.lstm_lm`, `models.transformer`) from a section of `config.schema`.
+`moe.interfaces.Gate` is a gate's interface. A model builds its gate in `build_moe`
+(`models.lstm_lm`, `models.transformer`) from a section in `config.schema`.
 """

@@ -1,4 +1,4 @@
-"""Balance losses, from sums over a balance group.
+"""Balance losses, computed from sums per balance group.
 
 Legend: G balance groups, E experts over all ranks, e experts on this rank.
 """
@@ -20,18 +20,18 @@ def cv_squared(
     """Returns the squared coefficient of variation over experts (Shazeer et al. 2017, Eq. 7).
 
     Args:
-        x_Ge: A number for each balance group and each expert of this rank, 0 or more.
-        num_experts: E. None: the experts of this rank are all.
+        x_Ge: One number >= 0 per balance group and expert on this rank.
+        num_experts: E. None: this rank has all experts.
         over_expert_shards: Sums over the ranks that together hold all experts.
 
     Returns:
-        The population variance divided by the squared mean (G,), in the dtype of `x_Ge`. A group
-        without a token has sums of zero, which are even: its value is 0.
+        The population variance divided by the squared mean (G,), in `x_Ge`'s dtype; 0 for a group
+        without tokens, whose numbers are all 0 and therefore even.
     """
     num_experts = num_experts or x_Ge.shape[1]
     mean_G = over_expert_shards(x_Ge.sum(1)) / num_experts
-    # The derivative of the variance with respect to the mean is zero over all experts, though not
-    # over those of one rank: so the mean is detached.
+    # The mean is detached: the variance's derivative with respect to the mean is zero over all
+    # experts, but this rank's part is not.
     deviation_Ge = x_Ge - mean_G.detach()[:, None]
     variance_G = over_expert_shards(deviation_Ge.square().sum(1)) / num_experts
     has_tokens_G = mean_G > 0
@@ -39,18 +39,18 @@ def cv_squared(
 
 
 def switch_balance(probability_GE: torch.Tensor, chosen_GE: torch.Tensor) -> torch.Tensor:
-    """Returns the balance loss E sum_i m_i P_i of each group (Fedus et al. 2021, Eq. 4).
+    """Returns the balance loss E sum_i m_i P_i for each group (Fedus et al. 2021, Eq. 4).
 
-    m_i is expert i's share of all choices and P_i its mean probability. Only P carries a gradient.
+    m_i is expert i's share of all choices, P_i its mean probability. Only P has a gradient.
 
     Args:
-        probability_GE: Sums of the gate's probabilities over tokens.
+        probability_GE: The gate's probabilities, summed over tokens.
         chosen_GE: How often each expert was chosen.
 
     Returns:
-        (G,), without a weight: 1 if m and P are even, 0 for a group without a token.
+        (G,), without a loss weight: 1 if m and P are even, 0 for a group without tokens.
     """
-    # the probabilities of a token sum to 1
+    # each token's probabilities sum to 1
     tokens_G1 = probability_GE.detach().sum(1, keepdim=True)
     choices_G1 = chosen_GE.sum(1, keepdim=True)
     m_GE = chosen_GE / torch.where(choices_G1 > 0, choices_G1, 1)

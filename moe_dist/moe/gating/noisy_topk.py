@@ -22,8 +22,8 @@ from moe_dist.nn import token_noise
 from moe_dist.nn.init import uniform_parameter
 from moe_dist.nn.token_context import TokenContext
 
-# select(score_TE, k, expert_E, ctx) -> the k winning scores and the best loser (T, k + 1), and
-# their columns
+# select(score_TE, k, expert_E, ctx) -> the k chosen scores and the next best (T, k + 1), and their
+# columns
 SelectExperts = Callable[
     [torch.Tensor, int, torch.Tensor, TokenContext], tuple[torch.Tensor, torch.Tensor]
 ]
@@ -32,9 +32,8 @@ SelectExperts = Callable[
 class Projection(nn.Module):
     """A linear map without bias in float32 or wider; its weights start at zero.
 
-    A router in bf16 diverges (Fedus et al. 2021, Table 2). It is a module of its own because ZeRO 3
-    gathers a parameter for backward at the output of the module that has it, if that output is a
-    tensor.
+    A router in bf16 diverges (Fedus et al. 2021, Table 2). The map is a separate module for ZeRO 3,
+    which gathers a module's parameters for backward at its output, if the output is a tensor.
     """
 
     def __init__(self, dim: int, num_experts: int) -> None:
@@ -49,12 +48,12 @@ class Projection(nn.Module):
 
 
 class NoisyTopK(nn.Module):
-    """A gate that chooses the k highest noisy logits; its weights are the softmax over those k.
+    """A gate that chooses the k highest noisy logits; gate weights are the softmax over these k.
 
-    Both matrices start at zero: no signal, and noise with deviation softplus(0) = ln 2, so that the
-    load is even (Appendix A). At k = 1 the weight is 1 whatever the logits are, and only the
-    balance losses have a gradient (section 2.1 requires k > 1 for that reason): `config.validate`
-    refuses it, and `SoftmaxTopK` is the gate that learns at k = 1.
+    Both matrices start at zero: no signal, and noise with standard deviation softplus(0) = ln 2, so
+    the load is even (Appendix A). At k = 1 the gate weight is always 1, and only the balance losses
+    have a gradient (section 2.1 therefore requires k > 1). So `config.validate` refuses k = 1; use
+    `SoftmaxTopK` there.
     """
 
     def __init__(
@@ -71,14 +70,13 @@ class NoisyTopK(nn.Module):
         """Creates the gate.
 
         Args:
-            dim: Width of the layer.
-            num_experts: Number of experts, or of groups of experts, over all ranks.
-            k: Number of them that a token visits.
-            noise: Whether noise is added in training (Eq. 4).
-            capacity_factor: Capacity of an expert relative to an even load. None: nothing is
-                dropped.
-            importance_loss_weight: w_importance of Eq. 7.
-            load_loss_weight: w_load of Eq. 11.
+            dim: Layer width.
+            num_experts: Experts, or expert groups, over all ranks.
+            k: Experts, or expert groups, per token.
+            noise: If True, adds noise in training (Eq. 4).
+            capacity_factor: Expert capacity relative to an even load. None: nothing is dropped.
+            importance_loss_weight: w_importance in Eq. 7.
+            load_loss_weight: w_load in Eq. 11.
 
         Raises:
             ValueError: k is not in 1..num_experts.
@@ -104,7 +102,7 @@ class NoisyTopK(nn.Module):
             ctx: Their context.
 
         Returns:
-            The assignments, and sums by balance group: importance (Eq. 6) and load (Eq. 10).
+            The assignments, and sums per balance group: importance (Eq. 6) and load (Eq. 10).
         """
         clean_TE = self.w_gate(x_TD)
         std_TE = noise_std(self.w_noise(x_TD)) if self.noise and ctx.train else None
@@ -124,11 +122,11 @@ class NoisyTopK(nn.Module):
         return build_routing(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """Returns the balance loss from the sums of importance and load (Eqs. 7 and 11).
+        """Returns the balance loss from the importance and load sums (Eqs. 7 and 11).
 
         Args:
-            importance_GE: Sums over the tokens of all ranks.
-            load_GE: Sums over the tokens of all ranks.
+            importance_GE: Sums over all ranks' tokens.
+            load_GE: Sums over all ranks' tokens.
 
         Returns:
             w_importance CV(Importance)² + w_load CV(Load)², summed over balance groups; a scalar.
@@ -162,16 +160,16 @@ def route_noisy(
 
     Args:
         clean_TE: Logits without noise.
-        std_TE: Deviation of the noise. None: no noise.
-        k: Number of choices.
-        expert_E: Global ids of the columns, int64, which key the noise; (T, E) if rows choose among
-            different experts.
+        std_TE: The noise's standard deviation. None: no noise.
+        k: Choices per token.
+        expert_E: The columns' global expert ids, int64, which key the noise; (T, E) if rows choose
+            among different experts.
         ctx: The tokens' context.
         select: Selects the best scores.
 
     Returns:
-        The choices (T, K), their gate weights (T, K), and each token's part of the load (T, E) (Eq.
-        9). The load is None without noise: Eq. 9 is then 1 for chosen experts and 0 for others.
+        The choices (T, K), their gate weights (T, K), and each token's part in the load (T, E)
+        (Eq. 9). Without noise the load is None: Eq. 9 is 1 for chosen experts and 0 for others.
     """
     score_TE = clean_TE
     if std_TE is not None:  # Eq. 4
@@ -191,13 +189,13 @@ def probability_in_top_k(
 ) -> torch.Tensor:
     """Returns P(x, i): the probability that expert i is in the top k if its noise is drawn again.
 
-    Eqs. 8 and 9. The k-th highest score without expert i is the (k + 1)-th of all scores if i is in
-    the top k, else the k-th. The choice decides which, not a comparison of scores: of two equal
-    scores only one was chosen, and the other one's gradient has another path.
+    Eqs. 8 and 9. The threshold for expert i is the k-th highest score without i: the (k + 1)-th of
+    all scores if i was chosen, else the k-th. `chosen_TK` decides this, not a comparison: if only
+    one of two equal scores was chosen, their gradients take different paths.
 
     Args:
         clean_TE: Logits without noise.
-        std_TE: Deviation of the noise.
+        std_TE: The noise's standard deviation.
         chosen_TK: The choices, int64.
         top_TK: The k + 1 highest scores; k if there are only k experts, and then every P is 1.
 

@@ -1,4 +1,4 @@
-"""The router of WideNet (Xue et al. 2021): the top k of a softmax, with expert capacity.
+"""WideNet's router (Xue et al. 2021): softmax, then top k, with expert capacity.
 
 Legend: T tokens, D width, E experts, K chosen, G balance groups.
 """
@@ -20,16 +20,15 @@ from moe_dist.nn import token_noise
 from moe_dist.nn.init import set_init_bound
 from moe_dist.nn.token_context import TokenContext
 
-# initial variance of a logit for an input of unit variance (Fedus et al. 2021, section 2.4)
+# a logit's initial variance for unit-variance inputs (Fedus et al. 2021, section 2.4)
 INITIAL_VARIANCE = 0.1
 
 
 class SoftmaxTopK(nn.Module):
     """A gate g(x) = TopK(softmax(f(x) + eps)); f is linear, eps ~ N(0, 1/E²) in training.
 
-    The gate weights are the probabilities themselves, not divided by their sum over the chosen
-    experts. An assignment over an expert's capacity is dropped, and the residual around the layer
-    carries the token.
+    The gate weights are the probabilities, not normalized over the chosen experts. An assignment
+    over an expert's capacity is dropped; the layer's residual connection still carries the token.
     """
 
     def __init__(
@@ -45,12 +44,11 @@ class SoftmaxTopK(nn.Module):
         """Creates the gate.
 
         Args:
-            dim: Width of the layer.
-            num_experts: Number of experts over all ranks.
-            k: Experts that a token visits.
-            noise: Whether noise is added in training.
-            capacity_factor: Capacity of an expert relative to an even load. None: nothing is
-                dropped.
+            dim: Layer width.
+            num_experts: Experts over all ranks.
+            k: Experts per token.
+            noise: If True, adds noise in training.
+            capacity_factor: Expert capacity relative to an even load. None: nothing is dropped.
             balance_loss_weight: The paper's lambda.
 
         Raises:
@@ -65,8 +63,8 @@ class SoftmaxTopK(nn.Module):
         self.capacity_factor = capacity_factor
         self.balance_loss_weight = balance_loss_weight
         self.router = Projection(dim, num_experts)
-        # Not zero as for `NoisyTopK`, whose first choices its noise decides: without noise all
-        # tokens would choose the same experts.
+        # Not zero: without noise all tokens would choose the same experts. `NoisyTopK` can start at
+        # zero, because its noise decides the first choices.
         set_init_bound(self.router.w_DE, (3 * INITIAL_VARIANCE / dim) ** 0.5)
         self.select: SelectExperts = top_k_plus_one
 
@@ -78,24 +76,27 @@ class SoftmaxTopK(nn.Module):
             ctx: Their context.
 
         Returns:
-            The assignments, and sums by balance group: of probabilities, and of choices.
+            The assignments, and per balance group the summed probabilities and choices.
         """
         logit_TE = self.router(x_TD)
         expert_E = torch.arange(self.num_experts, device=x_TD.device)
         if self.noise and ctx.train:
-            # in the logits, as in the paper and its code: gate weights and P are noisy as well
+            # noise in the logits, as in the paper and its code: gate weights and P are noisy too
             noise_TE = token_noise.token_normal(ctx, "gate", expert_E, logit_TE.dtype)
             logit_TE = logit_TE + noise_TE / self.num_experts
         p_TE = logit_TE.softmax(1)
         top_TK, expert_TK = self.select(p_TE, self.k, expert_E, ctx)
         gate_TK = top_TK[:, : self.k]
         chosen_TK = expert_TK[:, : self.k]
-        # The paper's capacity is C K N L / E for a device's batch of N L tokens; here the tokens
-        # are those of a capacity group, padding is left out, and a part of a slot is a slot. The
-        # authors' code rounds down and leaves the last slot of every expert empty (it counts slots
-        # from 1 and asks for less than the capacity); this code does not. It also fills slots token
-        # by token, all choices of a token together; here the first choices of all tokens precede
-        # the second ones, so that second choices are dropped first.
+        # Capacity differs from WideNet in three points:
+        #   tokens    The paper's capacity is C K N L / E for the N L tokens on a device. Here the
+        #             tokens are a capacity group's, without padding.
+        #   rounding  The authors' code rounds down and leaves each expert's last slot empty (it
+        #             counts slots from 1 and keeps those below the capacity). Here: up, no empty
+        #             slot.
+        #   order     The authors' code fills slots token by token, with all choices of a token
+        #             together. Here all first choices precede all second choices, so second
+        #             choices are dropped first.
         keep_TK = capacity_mask(chosen_TK, self.capacity_factor, ctx, self.num_experts)
         ones_TK = torch.ones_like(gate_TK)
         stats = GateStats(
@@ -106,13 +107,13 @@ class SoftmaxTopK(nn.Module):
         return build_routing(chosen_TK, gate_TK, keep_TK, self.num_experts), stats
 
     def balance_loss(self, importance_GE: torch.Tensor, load_GE: torch.Tensor) -> torch.Tensor:
-        """Returns the balance loss from the sums of probabilities and choices.
+        """Returns the balance loss from the summed probabilities and choices.
 
-        Choices count before some are dropped: an assignment over capacity is a load all the same.
+        Dropped choices count too: an assignment over capacity is still load.
 
         Args:
-            importance_GE: Sums of probabilities over the tokens of all ranks.
-            load_GE: Sums of choices over the tokens of all ranks.
+            importance_GE: Probabilities, summed over all ranks' tokens.
+            load_GE: Choices, counted over all ranks' tokens.
 
         Returns:
             balance_loss_weight E sum_i m_i P_i (`switch_balance`), summed over balance groups; a

@@ -1,1 +1,1 @@
-"""Fast paths of the experts, by device; each equals the plain one in `moe/experts.py`."""
+"""Fast expert kernels by device; each computes the same as plain torch in `moe/experts.py`."""

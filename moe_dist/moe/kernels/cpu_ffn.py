@@ -1,12 +1,11 @@
 """The experts' ReLU networks on CPU, one expert at a time.
 
-From the gather of its tokens to its weighted outputs an expert is computed as a whole, so that
-whatever is between two matmuls stays in cache. Each of torch's threads gets whole experts. For
-backward the tokens are kept, which exist in any case, and the hidden units. Every large buffer,
-those of the weight gradients included, reuses the pages of an earlier one
-(`distributed.buffer_pool`).
+A thread computes one expert from the token gather to the weighted outputs, so tensors between two
+matmuls stay in cache. Each torch thread gets whole experts. Forward saves the tokens (which exist
+anyway) and the hidden units for backward. Every large buffer, also for weight gradients, reuses an
+earlier buffer's memory pages (`distributed.buffer_pool`).
 
-Legend: T tokens, N rows of all experts, n rows of one expert, D width, F hidden units, e experts.
+Legend: T tokens, N rows for all experts, n rows for one expert, D width, F hidden units, e experts.
 """
 
 from collections.abc import Callable
@@ -22,10 +21,10 @@ from moe_dist.moe.delayed_wgrad import DeferGrad
 from moe_dist.moe.kernels.grouped_mm import for_each_expert
 from moe_dist.moe.permutation import TokenPermutation, unpermute_rows
 
-# mean bytes of hidden units of an expert; below, the calls of torch cost more than the memory
+# mean bytes of hidden units per expert; below this, torch's call overhead exceeds the saved memory
 # traffic
 MIN_BYTES_PER_EXPERT = 2**17
-# relu_mask(h_NF) -> which hidden units are on (N, F), from their input
+# relu_mask(h_NF) -> (N, F), True for active hidden units; h_NF is their input
 ReluMask = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -45,13 +44,14 @@ def feedforward(
     Args:
         x_TD: Tokens (T, D).
         permutation: The rows, sorted by expert.
-        gate_N: Gate weight of each row.
-        count_e: Rows of each expert, int64.
+        gate_N: Gate weight per row.
+        count_e: Rows per expert, int64.
         w1_eDF: First matrices.
         w2_eFD: Second matrices.
-        relu_mask: Decides which hidden units are on. None: the sign of their input.
-        recompute: Whether hidden units are computed again in backward instead of being kept.
-        defer: Takes the functions that compute the weight gradients. None: backward returns them.
+        relu_mask: Selects the active hidden units. None: those with a positive input.
+        recompute: If True, recomputes hidden units in backward instead of keeping them.
+        defer: Registers the functions to compute the weight gradients later. None: backward returns
+            these gradients.
 
     Returns:
         The sums (T, D).
@@ -62,7 +62,7 @@ def feedforward(
 
 
 def is_profitable(num_rows: int, w1_eDF: torch.Tensor) -> bool:
-    """Returns whether this kernel is faster than one matmul per expert (docs/log.md)."""
+    """Returns True if this kernel is faster than one matmul per expert (docs/log.md)."""
     num_experts, _, hidden_dim = w1_eDF.shape
     hidden_bytes = num_rows * hidden_dim * w1_eDF.element_size()
     return w1_eDF.device.type == "cpu" and hidden_bytes >= MIN_BYTES_PER_EXPERT * num_experts
@@ -105,7 +105,7 @@ class _Feedforward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: torch.Tensor) -> tuple:
-        """Returns the gradients of tokens, gate weights and, unless they are deferred, matrices."""
+        """Returns the gradients of tokens, gate weights and, unless deferred, matrices."""
         x_TD, gate_N, w1_eDF, w2_eFD, *kept = ctx.saved_tensors
         if kept:
             h_NF, on_NF = kept
@@ -135,18 +135,18 @@ class _Feedforward(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Backward:
-    """The tensors of one backward pass; `dgate_N` and `dx_ND` are its outputs.
+    """The tensors in one backward pass; `dgate_N` and `dx_ND` are its outputs.
 
     Attributes:
-        count_e: Rows of each expert.
-        token_N: Token of each row.
+        count_e: Rows per expert.
+        token_N: Each row's token.
         x_TD: Tokens.
-        dy_TD: Gradient of the output.
+        dy_TD: The output's gradient.
         h_NF: Hidden units after ReLU.
-        on_NF: Which of them are on. None: those above zero.
+        on_NF: True for active hidden units. None: those above zero.
         scale_N1: Gate weights.
-        dgate_N: Gradient of the gate weights.
-        dx_ND: Gradient of the rows.
+        dgate_N: The gate weights' gradient.
+        dx_ND: The rows' gradient.
         w1_eDF: First matrices.
         w2_eFD: Second matrices.
     """
@@ -164,9 +164,9 @@ class _Backward:
     w2_eFD: torch.Tensor
 
     def run_with_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes all gradients, returns those of the matrices; zeros for an expert without rows.
+        """Computes all gradients; returns the matrices', with zeros for an expert without rows.
 
-        The gradients of an expert's outputs and hidden units are in memory that stays in cache.
+        One expert's output and hidden gradients are in reused buffers, which stay in cache.
         """
         dw1_eDF = pooled_empty(*self.w1_eDF.shape, like=self.w1_eDF)
         dw2_eFD = pooled_empty(*self.w2_eFD.shape, like=self.w2_eFD)
@@ -188,7 +188,7 @@ class _Backward:
         return dw1_eDF, dw2_eFD
 
     def run_deferring_weights(self, defer: DeferGrad) -> None:
-        """Computes the gradients of rows and gate weights, and defers those of the matrices."""
+        """Computes row and gate-weight gradients, and defers the matrices' gradients."""
         dy_ND = pooled_empty(*self.dx_ND.shape, like=self.dx_ND)
         dh_NF = pooled_empty(*self.h_NF.shape, like=self.h_NF)
 
@@ -203,7 +203,7 @@ class _Backward:
         defer(1, partial(_w2_grad, self.h_NF, dy_ND, self.count_e))
 
     def _rows(self) -> list[torch.Tensor | None]:
-        """Returns the tensors of all rows in the order of the fields of `_ExpertViews`."""
+        """Returns the tensors with all rows, in `_ExpertViews`'s field order."""
         return [self.token_N, self.h_NF, self.on_NF, self.scale_N1, self.dgate_N, self.dx_ND]
 
     def _input_grad(
@@ -213,17 +213,17 @@ class _Backward:
         dh_nF: torch.Tensor,
         buffers: "_Buffers",
     ) -> None:
-        """Computes an expert's gradients of rows and gate weights.
+        """Computes one expert's row and gate-weight gradients.
 
         Args:
-            expert: Its part of every tensor.
-            dy_nD: Output: gradient of its outputs, weighted.
-            dh_nF: Output: gradient of its hidden units' input.
+            expert: The expert's part of every tensor.
+            dy_nD: Output: the gradient of its outputs, times the gate weights.
+            dh_nF: Output: the gradient of its hidden units' input.
             buffers: Memory for temporaries.
         """
         h_nF = expert.h_nF
         torch.index_select(self.dy_TD, 0, expert.token_n, out=dy_nD)
-        torch.mm(dy_nD, expert.w2_FD.t(), out=dh_nF)  # of the output before its gate weight
+        torch.mm(dy_nD, expert.w2_FD.t(), out=dh_nF)  # before the gate weight
         product_nF = buffers.get("product", len(expert.token_n), self.h_NF)
         torch.mul(dh_nF, h_nF, out=product_nF)
         torch.sum(product_nF, 1, dtype=expert.dgate_n.dtype, out=expert.dgate_n)
@@ -238,7 +238,7 @@ class _Backward:
 
 @dataclass(frozen=True)
 class _ExpertViews:
-    """One expert's part of the tensors of `_Backward`."""
+    """One expert's part of the tensors in `_Backward`."""
 
     token_n: torch.Tensor
     h_nF: torch.Tensor
@@ -251,13 +251,13 @@ class _ExpertViews:
 
 
 class _Buffers:
-    """Memory that one thread uses for expert after expert, so that it stays in cache."""
+    """Buffers that one thread reuses for expert after expert, so that they stay in cache."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, num_rows: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns rows with undefined values, as wide as those of `like`."""
+        """Returns uninitialized rows, as wide as `like`."""
         buffer = self._by_name.get(name)
         if buffer is None or len(buffer) < num_rows:
             buffer = like.new_empty(num_rows, like.shape[1])
@@ -265,7 +265,7 @@ class _Buffers:
         return buffer[:num_rows]
 
     def gather(self, x_TD: torch.Tensor, token_n: torch.Tensor) -> torch.Tensor:
-        """Returns the rows of some tokens (n, D)."""
+        """Returns the rows (n, D) for tokens `token_n`."""
         return torch.index_select(x_TD, 0, token_n, out=self.get("x", len(token_n), x_TD))
 
 
@@ -276,7 +276,7 @@ def _hidden(
     count_e: list[int],
     relu_mask: ReluMask | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the hidden units (N, F), and which are on if `relu_mask` decides it."""
+    """Returns the hidden units (N, F), and the mask from `relu_mask` (None without one)."""
     h_NF = pooled_empty(len(permutation.token_N), w1_eDF.shape[2], like=x_TD)
 
     def up(experts: Any) -> None:
@@ -300,7 +300,7 @@ def _w1_grad(
     count_e: list[int],
     out_eDF: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Returns the gradient of the first matrices (e, D, F), in `out_eDF` if given."""
+    """Returns the first matrices' gradient (e, D, F), in `out_eDF` if given."""
     if out_eDF is None:
         out_eDF = pooled_empty(len(count_e), x_TD.shape[1], dh_NF.shape[1], like=x_TD)
 
@@ -316,7 +316,7 @@ def _w1_grad(
 def _w2_grad(
     h_NF: torch.Tensor, dy_ND: torch.Tensor, count_e: list[int], out_eFD: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns the gradient of the second matrices (e, F, D), in `out_eFD` if given."""
+    """Returns the second matrices' gradient (e, F, D), in `out_eFD` if given."""
     if out_eFD is None:
         out_eFD = pooled_empty(len(count_e), h_NF.shape[1], dy_ND.shape[1], like=h_NF)
 

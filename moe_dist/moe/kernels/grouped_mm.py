@@ -1,6 +1,6 @@
-"""The grouped matmul: each expert's rows times its matrix, by a loop or by one torch kernel.
+"""Grouped matmul: each expert's rows times its matrix, by a loop or by one torch kernel.
 
-On CPU the loop gives whole experts to each of torch's threads.
+On CPU, torch's threads divide the loop; a thread runs whole experts.
 
 Legend: R rows sorted by expert, K inner size, C columns, D width, F hidden units, e experts.
 """
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from moe_dist.distributed.buffer_pool import pooled_empty
 from moe_dist.moe.delayed_wgrad import GradFn
 
-# parts of the experts for each thread: the first thread to finish takes the next part
+# parts per thread: the first thread to finish takes the next part
 CHUNKS_PER_THREAD = 4
 
 
@@ -30,14 +30,15 @@ def for_each_expert(
     rows: Sequence[torch.Tensor | None],
     stacks: Sequence[torch.Tensor | None],
 ) -> None:
-    """Calls a function for consecutive parts of the experts, in threads on CPU.
+    """Calls a function for consecutive parts of the expert list; on CPU in threads.
 
     Args:
-        do: Called with a list that has a tuple for each expert: its part of every tensor of `rows`,
-            then its matrix of every tensor of `stacks`.
-        count_e: Rows of each expert.
-        rows: Tensors of all rows, sorted by expert. An entry None stands for None of each expert.
-        stacks: Tensors with the experts along the first dimension; likewise.
+        do: Called with a list of tuples, one per expert: its rows from each tensor in `rows`, then
+            its matrix from each tensor in `stacks`.
+        count_e: Rows per expert.
+        rows: Tensors with all rows, sorted by expert. An entry None gives every expert None.
+        stacks: Tensors with the experts along the first dimension. An entry None gives every expert
+            None.
     """
     none_e = [None] * len(count_e)
     columns: list[Any] = [none_e if t is None else t.split(count_e) for t in rows]
@@ -61,7 +62,7 @@ def for_each_expert(
 
 
 def _equal_parts(count_e: list[int], num_parts: int) -> list[int]:
-    """Returns the bounds of consecutive parts of the experts with about equally many rows."""
+    """Returns the bounds of consecutive expert parts with about equally many rows."""
     share = sum(count_e) / num_parts
     bounds = [0]
     rows_in_part = 0
@@ -75,7 +76,7 @@ def _equal_parts(count_e: list[int], num_parts: int) -> list[int]:
 
 @functools.cache
 def _threads(number: int) -> ThreadPoolExecutor:
-    """Returns a pool of threads, each of which uses one thread of torch."""
+    """Returns a pool of threads, each with one torch thread."""
     started = Barrier(number + 1)
 
     def start() -> None:
@@ -86,17 +87,17 @@ def _threads(number: int) -> ThreadPoolExecutor:
     for _ in range(number):
         pool.submit(int)
     started.wait()
-    # FENCE. `set_num_threads` also sets the number for threads that start later, which would be 1
-    # now (torch 2.13, held by test_experts.py).
+    # FENCE. `set_num_threads` also applies to threads that start later, which would get 1 now
+    # (torch 2.13, held by test_experts.py).
     torch.set_num_threads(number)
     return pool
 
 
 class GroupedMatmul(torch.autograd.Function):
-    """Multiplies the `count_e[i]` consecutive rows of each expert i by w[i].
+    """Multiplies expert i's `count_e[i]` consecutive rows by w[i], for each i.
 
-    Indexing a stacked parameter under autograd would write a gradient of the whole stack for every
-    expert.
+    It is an autograd function because indexing a stacked parameter under autograd would write a
+    gradient of the stack's full size for every expert.
     """
 
     @staticmethod
@@ -107,7 +108,7 @@ class GroupedMatmul(torch.autograd.Function):
         count_e: torch.Tensor,
         defer: Callable[[GradFn], None] | None,
     ) -> torch.Tensor:
-        """Returns the products (R, F); `defer` receives the function for `w_eDF`'s gradient."""
+        """Returns the products (R, F); backward passes `w_eDF`'s gradient function to `defer`."""
         products = _GroupedMM(count_e) if has_grouped_mm(x_RD, w_eDF) else _PerExpertMM(count_e)
         ctx.save_for_backward(x_RD, w_eDF)
         ctx.products = products
@@ -117,7 +118,7 @@ class GroupedMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RF: torch.Tensor) -> tuple:
-        """Returns the gradients of rows and matrices."""
+        """Returns the gradients of rows and, unless deferred, matrices."""
         x_RD, w_eDF = ctx.saved_tensors
         dy_RF = dy_RF.contiguous()
         dx_RD = ctx.products.rows(dy_RF, w_eDF.mT)
@@ -128,13 +129,13 @@ class GroupedMatmul(torch.autograd.Function):
 
 
 class _PerExpertMM:
-    """Products by one matmul for each expert."""
+    """Products by one matmul per expert."""
 
     def __init__(self, count_e: torch.Tensor) -> None:
         self.count_e: list[int] = count_e.tolist()
 
     def rows(self, x_RK: torch.Tensor, w_eKC: torch.Tensor) -> torch.Tensor:
-        """Returns x @ w of each expert's rows (R, C)."""
+        """Returns x @ w for each expert's rows (R, C)."""
         out_RC = pooled_empty(len(x_RK), w_eKC.shape[2], like=x_RK)
 
         def run(experts: Any) -> None:
@@ -147,7 +148,7 @@ class _PerExpertMM:
     def weights(
         self, x_RK: torch.Tensor, dy_RC: torch.Tensor, out_eKC: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns x.T @ dy of each expert's rows (e, K, C), zeros for an expert without rows."""
+        """Returns x.T @ dy for each expert's rows (e, K, C), zeros for an expert without rows."""
         if out_eKC is None:
             out_eKC = pooled_empty(len(self.count_e), x_RK.shape[1], dy_RC.shape[1], like=x_RK)
 
@@ -160,24 +161,24 @@ class _PerExpertMM:
 
 
 class _GroupedMM:
-    """Products by torch's kernel `grouped_mm`."""
+    """Products by torch's `grouped_mm` kernel."""
 
     def __init__(self, count_e: torch.Tensor) -> None:
         self.end_e = count_e.cumsum(0).int()
 
     def rows(self, x_RK: torch.Tensor, w_eKC: torch.Tensor) -> torch.Tensor:
-        """Returns x @ w of each expert's rows (R, C)."""
+        """Returns x @ w for each expert's rows (R, C)."""
         return F.grouped_mm(x_RK, w_eKC, offs=self.end_e)
 
     def weights(
         self, x_RK: torch.Tensor, dy_RC: torch.Tensor, out_eKC: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns x.T @ dy of each expert's rows (e, K, C), in `out_eKC` if given."""
+        """Returns x.T @ dy for each expert's rows (e, K, C), in `out_eKC` if given."""
         product_eKC = F.grouped_mm(x_RK.t(), dy_RC, offs=self.end_e)
         return product_eKC if out_eKC is None else out_eKC.copy_(product_eKC)
 
 
 def has_grouped_mm(x_RD: torch.Tensor, w_eDF: torch.Tensor) -> bool:
-    """Returns whether torch's kernel takes it: CUDA, bf16, rows of 16 n bytes, < 1,024 experts."""
+    """Returns True if `grouped_mm` can run: CUDA, bf16, rows of 16 n bytes, < 1,024 experts."""
     aligned = all(size % 8 == 0 for size in w_eDF.shape[1:])
     return x_RD.is_cuda and x_RD.dtype == torch.bfloat16 and aligned and len(w_eDF) < 1024

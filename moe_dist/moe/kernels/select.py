@@ -1,4 +1,4 @@
-"""Selects the fast kernel of the experts' feed-forward networks, by device and size of the work."""
+"""Selects the fast kernel for the experts' feed-forward networks, by device and problem size."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,12 +23,12 @@ def select_kernel(
     """Selects a kernel.
 
     Args:
-        num_rows: Rows of all experts of this rank.
+        num_rows: Rows for all experts on this rank.
         x_TD: Tokens (T, D).
         w1_eDF: First matrices.
         w2_eFD: Second matrices.
-        relu_mask: Decides which hidden units are on. None: the sign of their input.
-        use_triton: Whether Triton's kernels may be used on a GPU.
+        relu_mask: Selects the active hidden units. None: those with a positive input.
+        use_triton: If True, allows Triton's kernels on a GPU.
 
     Returns:
         The kernel, None if plain torch is as fast.

@@ -1,24 +1,31 @@
-"""The experts' ReLU networks on a GPU, with Triton kernels that gather tokens while they load them.
+"""The experts' ReLU networks on a GPU, with Triton kernels that gather tokens while loading them.
 
-No sorted copy of the tokens is made. `triton_kernels` has the kernels; this module has their graph
-and the tiles in which they work:
+They make no sorted copy of the tokens. `triton_kernels` has the kernels; this module has the
+autograd graph and the tile sizes:
 
-    forward   h_NF = relu(x[token] @ w1)     y_ND = gate (h_NF @ w2)     y_TD = sums of y_ND by
-    token backward  dh = dy[token] @ w2.T (never stored)   dgate_N = <dh, h>   dz_NF = gate dh [h >
-    0]
-              dx_ND = dz_NF @ w1.T           dx_TD = sums of dx_ND by token
-              dw2 = (gate h).T @ dy[token]   dw1 = x[token].T @ dz_NF
+    forward
+      h_NF = relu(x[token] @ w1)
+      y_ND = gate (h @ w2)
+      y_TD = y_ND summed by token
 
-For backward the tokens are kept, which exist in any case, and h_NF. It is kept without its gate: a
-gate may be 0, and then <dh, gate h> / gate is no dgate; it may be negative, and then the sign of
-gate h is not that of h; and in float16 small gates would cost digits. So the gate is applied in
-float32, before a product is rounded.
+    backward
+      dh = dy[token] @ w2.T                never stored
+      dgate_N = <dh, h>
+      dz_NF = gate dh [h > 0]
+      dx_ND = dz @ w1.T
+      dx_TD = dx_ND summed by token
+      dw2 = (gate h).T @ dy[token]
+      dw1 = x[token].T @ dz
+
+Forward saves the tokens (which exist anyway) and h_NF for backward. It saves h, not gate h, for
+three reasons: a gate can be 0, and then <dh, gate h> / gate is undefined; a gate can be negative,
+and then gate h has the wrong sign for [h > 0]; and in float16, small gates would cost digits. So
+the gate is applied in float32, before a product is rounded.
 
 Status: off by default (`Experts.use_triton`). Correct in Triton's interpreter; not timed on a GPU.
 
-Legend: T tokens, N assignments sorted by expert, M tiles of consecutive ones of one expert, D
-width, F hidden units, K inner size, L rows and C columns of a result, S columns of tiles, e
-experts.
+Legend: T tokens, N assignments sorted by expert, M tiles (consecutive assignments to one expert), D
+width, F hidden units, K inner size, L rows and C columns in a result, S tile columns, e experts.
 """
 
 import functools
@@ -36,17 +43,17 @@ Tile = dict[str, int]
 
 
 def tile(rows: int, columns: int, step: int, stages: int, warps: int) -> Tile:
-    """Returns the parameters of a tile.
+    """Returns a tile's parameters as keyword arguments for a kernel launch.
 
     Args:
-        rows: Rows of the result.
-        columns: Columns of the result.
-        step: Elements of the inner size that are accumulated at a time.
-        stages: Number of steps that are loaded ahead.
+        rows: Result rows per tile.
+        columns: Result columns per tile.
+        step: Elements along the inner size, accumulated at a time.
+        stages: Steps to load ahead.
         warps: Number of warps.
 
     Returns:
-        The parameters by the names of a kernel launch's keyword arguments.
+        The parameters by keyword.
     """
     return {
         "ROWS": rows,
@@ -59,14 +66,14 @@ def tile(rows: int, columns: int, step: int, stages: int, warps: int) -> Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of each kind of product; `rows` and `hidden` have equally many rows.
+    """The tile for each kind of product; `rows` and `hidden` have equally many rows.
 
     Attributes:
-        rows: Rows times an expert's matrix.
-        hidden: Gradients of hidden units. Narrower, because three such tiles are in registers at
-            its end.
-        weights: Gradients of weights. A row is loaded after its token's number, so half of the
-            stages hold tiles.
+        rows: For rows times an expert's matrix.
+        hidden: For hidden gradients. Narrower, because the kernel ends with three such tiles in
+            registers.
+        weights: For weight gradients. A row's load must wait for its token's index, so only half of
+            the stages hold tiles.
     """
 
     rows: Tile
@@ -74,8 +81,8 @@ class Tiles:
     weights: Tile
 
 
-# smallest mean number of assignments of an expert -> tiles, for Hopper. Tests show that they fit
-# its shared memory and that no register spills; that no others are faster has not been measured.
+# smallest mean assignments per expert -> tiles, for Hopper. Tests show: they fit its shared memory
+# and no register spills. Not measured: whether other tiles are faster.
 TILES = {
     64: Tiles(tile(128, 256, 64, 4, 8), tile(128, 128, 64, 4, 8), tile(128, 256, 64, 7, 8)),
     24: Tiles(tile(64, 128, 64, 4, 4), tile(64, 128, 64, 4, 4), tile(128, 256, 64, 7, 8)),
@@ -98,21 +105,24 @@ def feedforward(
 ) -> torch.Tensor:
     """Computes y_t = sum over the rows n of token t of gate_n * relu(x_t @ w1[i]) @ w2[i].
 
-    Products accumulate in float32 and are rounded once. Equal inputs give equal bits. Rows gathered
-    in the load without sorted copies are ScatterMoE's (Tan et al. 2024, arXiv 2403.08245). The
-    gates' gradient from hidden units instead of outputs, and sums by token instead of scattered
-    stores, are SonicMoE's (Guo et al. 2025, arXiv 2512.14080).
+    It may fail for inputs for which `supported` returns False.
+
+    Products accumulate in float32 and are rounded once. Equal inputs give equal bits. From
+    ScatterMoE (Tan et al. 2024, arXiv 2403.08245): rows are gathered while loading, without sorted
+    copies. From SonicMoE (Guo et al. 2025, arXiv 2512.14080): the gate gradient is computed from
+    hidden units instead of outputs, and sums by token replace scattered stores.
 
     Args:
-        x_TD: Tokens (T, D), bfloat16, float16 or float32, as the matrices.
+        x_TD: Tokens (T, D), bfloat16, float16 or float32, like the matrices.
         permutation: The rows, sorted by expert, at least one.
-        gate_N: Gate weight of each row, of any dtype.
-        count_e: Rows of each expert, int64.
+        gate_N: Gate weight per row, any dtype.
+        count_e: Rows per expert, int64.
         w1_eDF: First matrices.
         w2_eFD: Second matrices.
-        recompute: Whether hidden units are computed again in backward instead of being kept.
-        defer: Takes the functions that compute the weight gradients. None: backward returns them.
-        tiles: None: those for this size. It may fail for work that `supported` refuses.
+        recompute: If True, recomputes hidden units in backward instead of keeping them.
+        defer: Registers the functions to compute the weight gradients later. None: backward returns
+            these gradients.
+        tiles: Tile sizes. None: those for this problem size.
 
     Returns:
         The sums (T, D).
@@ -124,7 +134,7 @@ def feedforward(
 
 
 def _tiles_for(dtype: torch.dtype, mean_assignments: float) -> Tiles:
-    """Returns the tiles for a dtype and a mean number of assignments of an expert."""
+    """Returns the tiles for a dtype and mean assignments per expert."""
     if dtype == torch.float32:
         return TILES_FLOAT32
     return next(tiles for smallest, tiles in TILES.items() if mean_assignments >= smallest)
@@ -133,11 +143,11 @@ def _tiles_for(dtype: torch.dtype, mean_assignments: float) -> Tiles:
 def supported(
     num_rows: int, x_TD: torch.Tensor, w1_eDF: torch.Tensor, w2_eFD: torch.Tensor
 ) -> bool:
-    """Returns whether `feedforward` can do this work.
+    """Returns True if `feedforward` supports these inputs.
 
-    It needs Triton (which needs a C compiler and reports a missing one), compute capability 9
-    (Hopper), for whose shared memory the tiles are made, one dtype, and widths that descriptors and
-    wide loads allow.
+    It needs Triton (which needs a C compiler and reports a missing one); compute capability 9
+    (Hopper), because the tiles are made for its shared memory; one dtype; and widths for which
+    descriptors and wide loads work.
     """
     return (
         x_TD.is_cuda
@@ -154,12 +164,12 @@ def supported(
 
 @functools.cache
 def _has_triton() -> bool:
-    """Returns whether Triton is installed."""
+    """Returns True if Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 class _Feedforward(torch.autograd.Function):
-    """The graph of the module's docstring."""
+    """The graph in the module's docstring."""
 
     @staticmethod
     def forward(
@@ -186,7 +196,7 @@ class _Feedforward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: torch.Tensor) -> tuple:
-        """Returns the gradients of tokens, gate weights and, unless they are deferred, matrices."""
+        """Returns the gradients of tokens, gate weights and, unless deferred, matrices."""
         x_TD, gate_N, w1_eDF, w2_eFD, *kept = ctx.saved_tensors
         work = ctx.work
         dy_TD = dy_TD.contiguous()
@@ -211,14 +221,14 @@ class _Feedforward(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Work:
-    """Products over the assignments; the list of tiles is made on the device, without a wait.
+    """Products over the assignments; the tile list is made on the device, without a host wait.
 
     Attributes:
-        token_N: Token of each assignment, int64.
-        count_e: Assignments of each expert, int64.
-        end_e: End of each expert's assignments, int64.
-        tile_M3: Expert, first assignment, and end of the expert's assignments of each tile, int32.
-        tiles: Sizes of the tiles.
+        token_N: Each assignment's token, int64.
+        count_e: Assignments per expert, int64.
+        end_e: Each expert's end in the assignments, int64.
+        tile_M3: For each tile: its expert, its first assignment, and the expert's end, int32.
+        tiles: Tile sizes.
     """
 
     token_N: torch.Tensor
@@ -229,7 +239,7 @@ class _Work:
 
     @classmethod
     def listed(cls, token_N: torch.Tensor, count_e: torch.Tensor, tiles: Tiles) -> "_Work":
-        """Lists the largest possible number of tiles; a surplus tile begins after its expert."""
+        """Lists as many tiles as can be needed; a surplus tile begins past its expert's rows."""
         rows = tiles.rows["ROWS"]
         number_e = (count_e + rows - 1) // rows
         end_e = count_e.cumsum(0)
@@ -248,15 +258,15 @@ class _Work:
         relu: bool = False,
         transposed: bool = False,
     ) -> torch.Tensor:
-        """Multiplies each assignment's row by the matrix of its expert.
+        """Multiplies each assignment's row by its expert's matrix.
 
         Args:
             x: Tokens (T, K) if `gathered`, else rows (N, K).
             w: Matrices (e, K, C), or (e, C, K) if `transposed`.
-            gate_N: Factor of each row. None: 1.
-            gathered: Whether x has tokens.
-            relu: Whether negative products become 0.
-            transposed: Whether the matrices are transposed.
+            gate_N: Factor per row. None: 1.
+            gathered: If True, x has tokens, which are gathered into rows.
+            relu: If True, negative products become 0.
+            transposed: If True, multiplies by the transposed matrices.
 
         Returns:
             (N, C)
@@ -278,7 +288,7 @@ class _Work:
     def hidden_gradients(
         self, dy_TD: torch.Tensor, w2_eFD: torch.Tensor, gate_N: torch.Tensor, h_NF: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns dz (N, F), gate h (N, F) and dgate (N,) of the module's docstring."""
+        """Returns dz (N, F), gate h (N, F) and dgate (N,), as in the module's docstring."""
         from moe_dist.moe.kernels.triton_kernels import hidden_gradients
 
         t = self.tiles.hidden
@@ -298,13 +308,13 @@ class _Work:
     def weights_gradient(
         self, left: torch.Tensor, right: torch.Tensor, out_eLC: torch.Tensor, left_is_gathered: bool
     ) -> torch.Tensor:
-        """Computes left.T @ right over the assignments of each expert.
+        """Computes left.T @ right over each expert's assignments.
 
         Args:
             left: Tokens (T, L) if `left_is_gathered`, else rows (N, L).
-            right: Rows (N, C), or tokens (T, C).
+            right: Rows (N, C) if `left_is_gathered`, else tokens (T, C).
             out_eLC: Memory for the result.
-            left_is_gathered: Which side has tokens.
+            left_is_gathered: If True, `left` has tokens, else `right`.
 
         Returns:
             `out_eLC`, filled; zeros for an expert without an assignment.
@@ -326,7 +336,7 @@ class _Work:
 
 
 def _descriptor(t: torch.Tensor, *block: int) -> Any:
-    """Returns a descriptor through which blocks of this size are loaded."""
+    """Returns a tensor descriptor to load blocks of this size."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(t, list(block))

@@ -1,16 +1,15 @@
-"""The Triton kernels of `triton_ffn`.
+"""The Triton kernels for `triton_ffn`.
 
-Every product is of one expert's rows, or for one expert's weights. A program computes one tile of
-it, ROWS x COLUMNS, and accumulates STEP at a time in float32. Rows of tokens are gathered by
-pointers while they are loaded. Rows that lie in order are loaded by descriptors (TMA on Hopper),
-which give zeros past a tensor's end. There are no
-atomics: every result has one writer and one order of summation.
+Every product belongs to one expert: its rows or its weight gradient. A program computes one tile,
+ROWS x COLUMNS, and accumulates STEP elements at a time in float32. Token rows are gathered by
+pointers while loading. Rows in order are loaded by descriptors (TMA on Hopper), which return zeros
+past a tensor's end. There are no atomics: every result has one writer and one order of summation.
 
 Status: correct in Triton's interpreter; compiled for Hopper, not timed on a GPU.
 
-Legend: N assignments sorted by expert, M tiles of consecutive ones of one expert (expert, first
-assignment, end of the expert's), T tokens, D width, F hidden units, K inner size, L rows and C
-columns of a result, S columns of tiles, e experts.
+Legend: N assignments sorted by expert, M tiles (expert, first assignment, the expert's end), T
+tokens, D width, F hidden units, K inner size, L rows and C columns in a result, S tile columns, e
+experts.
 """
 
 import triton
@@ -35,8 +34,8 @@ def times_matrix(
 ):
     """Computes out[n] = gate_N[n] * relu(x[token_N[n]] @ w[i]).
 
-    If `token_N` is None, x is a descriptor of rows (N, K). If `gate_N` is None, gates are 1. If
-    TRANSPOSED, w is (e, C, K). Without RELU the products are not clipped.
+    If `token_N` is None, x is a descriptor for rows (N, K). If `gate_N` is None, gates are 1. If
+    TRANSPOSED, w is (e, C, K). Without RELU, there is no relu.
     """
     m, c = _tile()
     i = tl.load(tile_M3 + 3 * m)
@@ -71,10 +70,10 @@ def hidden_gradients(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Computes, from dh = dy[token_N[n]] @ w2[i].T, the gradients of ReLU's input and of the gate.
+    """Computes dh = dy[token_N[n]] @ w2[i].T and, from it, ReLU's input gradient dz.
 
-    dh is the gradient of the hidden units before the gate. It also stores this tile's addend of the
-    gate's gradient, and the hidden units times the gate, which the gradient of w2 needs.
+    dh is the hidden units' gradient before the gate. The kernel also stores this tile's addend to
+    the gate gradient, and the hidden units times the gate, which w2's gradient needs.
     """
     m, c = _tile()
     i = tl.load(tile_M3 + 3 * m)
@@ -113,9 +112,9 @@ def weight_gradients(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Computes out[i] = sum of left[n].T right[n] over the assignments n of expert i, or zeros.
+    """Computes out[i] = sum of left[n].T right[n] over expert i's assignments n, or zeros.
 
-    One side is of tokens and gathered, the other is a descriptor of rows that lie in order.
+    One side is gathered from tokens, the other is a descriptor for rows in order.
     """
     l, c = _tile()  # noqa: E741
     i = tl.program_id(2)
@@ -125,8 +124,8 @@ def weight_gradients(
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     for n in range(end - tl.load(count_e + i).to(tl.int32), end, STEP):
         row = n + tl.arange(0, STEP)
-        # masked on the gathered side alone: rows of the next expert on the other side are
-        # multiplied by 0
+        # only the gathered side is masked: its zeros cancel the next expert's rows on the other
+        # side
         is_own = (row < end)[:, None]
         token = tl.load(token_N + row, mask=row < end, other=0).to(tl.int64)[:, None]
         if LEFT_IS_GATHERED:
@@ -163,9 +162,9 @@ def _product(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Returns ROWS of x from `first` on, times COLUMNS of w[i] from `column` on.
+    """Returns (ROWS rows of x from `first` on) @ (COLUMNS columns of w[i] from `column` on).
 
-    Rows after `end` belong to another expert and must not be stored.
+    Rows from `end` on belong to another expert and must not be stored.
     """
     if token_N is not None:
         row = first + tl.arange(0, ROWS)
@@ -188,10 +187,10 @@ def _product(
 
 @triton.jit
 def _tile():
-    """Returns the row and the column of this program's tile.
+    """Returns this program's tile row and tile column.
 
-    Programs start in the order of their first number: eight rows of tiles have one column before
-    they have the next, so that the matrix they share stays in the L2 cache.
+    Programs start with program id 0 varying fastest. The swizzle groups eight tile rows: all eight
+    run column c before column c + 1, so the matrix they share stays in the L2 cache.
     """
     return tl.swizzle2d(
         tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8
@@ -200,9 +199,9 @@ def _tile():
 
 @triton.jit
 def _places(first, end, column, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns a tile's rows, first element in an (N, C) tensor, offsets from it, and a mask.
+    """Returns a tile's rows, its first element in an (N, C) tensor, offsets from it, and a mask.
 
-    32 bits are enough for elements that are counted from the tile's first.
+    The offsets fit in 32 bits, because they are relative to the tile's first element.
     """
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
