@@ -35,7 +35,7 @@ KEYS = ("train/loss", "train/grad_norm")
 
 
 def run(config: str, sets: tuple[str, ...], ranks: int) -> list[list[float]]:
-    """Trains `STEP_GLOB` steps and returns the values of `ALLOWED_KEYS` of each."""
+    """Trains `STEPS` steps and returns the values of `KEYS` of each step."""
     sets = (*sets, f"steps={STEPS}", "log_every=1", "write_report=false", "wandb.mode=off")
     with tempfile.TemporaryDirectory() as folder:
         options = [option for each in sets for option in ("--set", each)]
