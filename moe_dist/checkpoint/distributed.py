@@ -381,7 +381,7 @@ def _stack_tensors(
     Stacks are the weights and the optimizer state for experts and for gates inside expert groups.
     """
     tensors: dict[str, tuple[torch.Tensor, ShardedExpertParam]] = {}
-    for kind, params in (("experts", optimizer.experts), ("gates", optimizer.gates)):
+    for kind, params in (("experts", optimizer.experts), ("gates", optimizer.group_gates)):
         for name, param in params.items():
             for suffix, tensor in param.tensors(optimizer.updates).items():
                 tensors[f"{kind}/{name}{suffix}"] = (tensor, param)

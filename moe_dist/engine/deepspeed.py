@@ -139,7 +139,7 @@ class Engine:
         self.optimizer = Optimizer(
             self.names.values(),
             model.experts,
-            model.gates,
+            model.group_gates,
             model.row_tables,
             config,
             mesh,
@@ -174,14 +174,15 @@ class Engine:
         return complete
 
     def __call__(self, *args: Any) -> Any:
-        """Returns the model's result."""
+        """Returns the model's result, called through DeepSpeed and `DenseView`."""
         return self.engine(*args)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Runs backward for this rank's part of one micro-batch's loss.
 
-        Gradients are summed over ranks and micro-batches. After a step's last micro-batch, the
-        optimizer updates the parameters.
+        Gradients are summed over ranks and micro-batches; hooks on the parameters outside DeepSpeed
+        collect theirs meanwhile (`optim.expert_state`). `self.engine.step()` does nothing before a
+        step's last micro-batch; then it calls `Optimizer.step` through ZeRO's wrapper.
 
         Args:
             loss: A scalar.

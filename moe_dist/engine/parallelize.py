@@ -41,19 +41,19 @@ class ParallelModel:
     Attributes:
         module: The whole model, with this rank's experts.
         experts: Stacked expert weights by name.
-        gates: Stacked gates inside expert groups, by name.
+        group_gates: Stacked gates inside expert groups, by name.
         row_tables: For each module with `by_row` (a vocabulary updated row by row), its parameters
             by name.
     """
 
     module: nn.Module
     experts: dict[str, nn.Parameter]
-    gates: dict[str, nn.Parameter]
+    group_gates: dict[str, nn.Parameter]
     row_tables: dict[str, dict[str, nn.Parameter]]
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the parameters by name that are equal on all ranks; DeepSpeed shards them."""
-        others = {*self.experts, *self.gates}
+        others = {*self.experts, *self.group_gates}
         for table in self.row_tables.values():
             others |= table.keys()
         return {name: p for name, p in self.module.named_parameters() if name not in others}
@@ -172,13 +172,13 @@ def time_layer(layer: MoE, name: str, timer: StepTimer) -> None:
 def _by_update(model: nn.Module, layers: dict[str, MoE]) -> ParallelModel:
     """Sorts the parameters by how they are reduced and updated."""
     experts: dict[str, nn.Parameter] = {}
-    gates: dict[str, nn.Parameter] = {}
+    group_gates: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         module_of_experts = layer.get_submodule("experts")
         for prefix, module in module_of_experts.named_modules(prefix=f"{name}.experts"):
             named = {f"{prefix}.{key}": p for key, p in module.named_parameters(recurse=False)}
             if isinstance(module, GroupProjection):
-                gates |= named
+                group_gates |= named
             else:
                 experts |= named
     row_tables = {}
@@ -187,4 +187,4 @@ def _by_update(model: nn.Module, layers: dict[str, MoE]) -> ParallelModel:
             row_tables[name] = {
                 f"{name}.{key}": p for key, p in module.named_parameters(recurse=False)
             }
-    return ParallelModel(model, experts, gates, row_tables)
+    return ParallelModel(model, experts, group_gates, row_tables)

@@ -17,7 +17,7 @@ from torch import nn
 from moe_dist.config.messages import nearest
 from moe_dist.config.schema import LSTMConfig
 from moe_dist.models.sampled_softmax import Softmax
-from moe_dist.moe.experts import Experts, ReluMask, masked_relu
+from moe_dist.moe.experts import Experts, ReluMaskOverride, masked_relu
 from moe_dist.moe.gating.noisy_topk import NoisyTopK
 from moe_dist.moe.hierarchical import ExpertGroups, HierarchicalMoE
 from moe_dist.moe.layer import LayerStats, MoE
@@ -136,7 +136,7 @@ class FeedForward(nn.Module):
             for _ in range(num_layers - 1)
         )
         self.w2_FD = uniform_parameter(hidden, dim, bound=(3 / hidden) ** 0.5)
-        self.relu_mask_override: ReluMask | None = None
+        self.relu_mask_override: ReluMaskOverride | None = None
 
     def forward(self, x_TD: torch.Tensor, ctx: TokenContext) -> tuple[torch.Tensor, None]:
         """Returns the output (T, D), and None for the layer statistics."""

@@ -28,7 +28,7 @@ from moe_dist.nn.token_context import TokenContext
 # relu_mask(h_RF, which=.., ctx_R=..) -> (R, F), True for active hidden units. It replaces the test
 # h_RF > 0 when a recorded run is replayed (`verify.choice_replay`). `which`: rows per expert
 # (int64) or, in a dense network, the layer's number.
-ReluMask = Callable[..., torch.Tensor]
+ReluMaskOverride = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Experts(nn.Module):
         """
         super().__init__()
         self.recompute = recompute
-        self.relu_mask_override: ReluMask | None = None
+        self.relu_mask_override: ReluMaskOverride | None = None
         # If True, a GPU runs Triton's kernels instead of torch's. Off because they are not timed
         # on a GPU yet (`ours_triton` in benchmarks/layer.py); they are correct in Triton's
         # interpreter.

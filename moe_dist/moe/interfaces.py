@@ -18,6 +18,11 @@ from moe_dist.nn.token_context import TokenContext
 class Gate(Protocol):
     """Decides which experts each token visits, without communication.
 
+    A gate is an `nn.Module` without buffers. Its parameters come from `nn.init.uniform_parameter`
+    and lie in submodules that return a tensor, such as `gating.noisy_topk.Projection` (for ZeRO 3).
+    It draws noise from `nn.token_noise`, and chooses through its attribute `select`
+    (`gating.noisy_topk.top_k_plus_one`), which `verify` replaces to replay recorded choices.
+
     Attributes:
         num_experts: Experts, or expert groups, over all ranks.
         k: Experts, or expert groups, per token.

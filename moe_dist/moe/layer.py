@@ -50,7 +50,8 @@ class MoE(nn.Module):
 
     y = sum over the chosen experts of gate weight x expert output. A new layer holds all experts
     and runs on one rank. `engine.parallelize` keeps only this rank's experts and installs the
-    mesh's `dispatcher` and `stat_reducer`.
+    mesh's `dispatcher` (`engine.dispatcher_choice`) and `stat_reducer`. Forward hooks on the three
+    parts time them (`monitoring.step_timer`) and find NaN (`training.nan_detector`).
     """
 
     gate: Gate

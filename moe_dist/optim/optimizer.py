@@ -80,7 +80,7 @@ class Optimizer(torch.optim.AdamW):
 
     Attributes:
         experts: Expert stacks by parameter name.
-        gates: Stacks with group gates by parameter name.
+        group_gates: Stacks with group gates by parameter name.
         row_tables: Row-sparse vocabulary matrices by module name.
         updates: Steps so far that were not skipped.
         norm: The last step's gradient norm before clipping; NaN if DeepSpeed skipped the step.
@@ -100,7 +100,7 @@ class Optimizer(torch.optim.AdamW):
         self,
         dense: Iterable[nn.Parameter],
         experts: dict[str, nn.Parameter],
-        gates: dict[str, nn.Parameter],
+        group_gates: dict[str, nn.Parameter],
         rows: dict[str, dict[str, nn.Parameter]],
         config: OptimConfig,
         mesh: Mesh,
@@ -111,7 +111,7 @@ class Optimizer(torch.optim.AdamW):
         Args:
             dense: The parameters that DeepSpeed shards.
             experts: This rank's stacked expert parameters, by name.
-            gates: Stacked gates for expert groups, by name.
+            group_gates: Stacked gates for expert groups, by name.
             rows: Row-sparse parameters by module name, then by parameter name.
             config: The config's section `optim`.
             mesh: The ranks.
@@ -135,7 +135,7 @@ class Optimizer(torch.optim.AdamW):
         )
         expert_class = EXPERT_OPTIMIZERS[config.expert_optimizer]
         self.experts = {name: expert_class(p, mesh.expert_dp) for name, p in experts.items()}
-        self.gates = {name: AdamParam(p, mesh.expert_dp) for name, p in gates.items()}
+        self.group_gates = {name: AdamParam(p, mesh.expert_dp) for name, p in group_gates.items()}
         self.row_tables: dict[str, RowSparseAdam] = {}
         for name, named in rows.items():
             self.row_tables[name] = RowSparseAdam(name, named, mesh.dp)
@@ -154,7 +154,7 @@ class Optimizer(torch.optim.AdamW):
     @property
     def expert_params(self) -> list[ShardedExpertParam]:
         """All stacks: experts, then gates."""
-        return [*self.experts.values(), *self.gates.values()]
+        return [*self.experts.values(), *self.group_gates.values()]
 
     @property
     def lr(self) -> float:

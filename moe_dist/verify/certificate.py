@@ -426,7 +426,7 @@ def whole_weights(training: Training) -> dict[str, torch.Tensor]:
     for table in optimizer.row_tables.values():
         for name, matrix in table.named.items():
             weights[name] = matrix.master
-    for name, state in (optimizer.experts | optimizer.gates).items():
+    for name, state in (optimizer.experts | optimizer.group_gates).items():
         weights[name] = all_gather(state.whole_master(), training.mesh.ep)
     return weights
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.models.lstm_lm import FeedForward
-from moe_dist.moe.experts import GeluExperts, ReluMask
+from moe_dist.moe.experts import GeluExperts, ReluMaskOverride
 from moe_dist.moe.gating.noisy_topk import top_k_plus_one
 from moe_dist.moe.hierarchical import ExpertGroups
 from moe_dist.moe.layer import MoE
@@ -189,8 +189,8 @@ class RecordedChoices:
         all_packed = torch.cat([packed, on_RB])
         self.recorded.relu_masks[layer_call] = (all_keys, all_packed)
 
-    def _expert_relu_mask(self, first_expert: int) -> ReluMask:
-        """Returns a `ReluMask` for this rank's experts, the first of which has this global id."""
+    def _expert_relu_mask(self, first_expert: int) -> ReluMaskOverride:
+        """Returns the override for this rank's experts, of which the first has this global id."""
 
         def mask(h_RF: torch.Tensor, which: torch.Tensor, ctx_R: TokenContext) -> torch.Tensor:
             count_e = which

@@ -94,7 +94,7 @@ def parallel_layer(
     fill_primary(model.module.moe.gate)
     mine = mesh.local_experts(NUM_GROUPS)
     with torch.no_grad():
-        for name, p in model.gates.items():
+        for name, p in model.group_gates.items():
             assert not p.any(), "gates start at zero"
             p.copy_(secondary()[name][mine.start : mine.stop])
     return model
@@ -116,7 +116,7 @@ def run_layer(
     ((batch()["weight"][mine] * y_TD).sum() + stats.balance_loss).backward()
     return {
         **gradients(model),
-        **{f"d {name}": p.grad for name, p in model.gates.items()},
+        **{f"d {name}": p.grad for name, p in model.group_gates.items()},
         "y": y_TD.detach(),
         "dx": x_TD.grad,
         "balance_loss": stats.balance_loss.detach(),
@@ -136,15 +136,15 @@ def run_narrow(layout: Layout, mesh: meshes.Mesh) -> dict[str, Any]:
     )
     (y_TD.float().sum() + stats.balance_loss).backward()
     return {
-        "gates": {p.dtype for p in model.gates.values()},
-        "gate gradients": {p.grad.dtype for p in model.gates.values()},
+        "gates": {p.dtype for p in model.group_gates.values()},
+        "gate gradients": {p.grad.dtype for p in model.group_gates.values()},
         "experts": {p.dtype for p in model.experts.values()},
         "y": y_TD.dtype,
         "balance loss": stats.balance_loss.dtype,
         "finite": all(
-            p.grad.isfinite().all() for p in [*model.gates.values(), *model.experts.values()]
+            p.grad.isfinite().all() for p in [*model.group_gates.values(), *model.experts.values()]
         ),
-        "d w_gate": model.gates["moe.experts.w_gate.w_gDb"].grad,
+        "d w_gate": model.group_gates["moe.experts.w_gate.w_gDb"].grad,
     }
 
 
@@ -152,7 +152,7 @@ def gate_elements(mesh: meshes.Mesh) -> int:
     """Returns the number of elements of all gate matrices on this rank."""
     model = parallel_layer(CASES["k2"], mesh, torch.float64)
     primary = model.module.moe.gate.parameters()
-    return sum(p.numel() for p in [*primary, *model.gates.values()])
+    return sum(p.numel() for p in [*primary, *model.group_gates.values()])
 
 
 def run_step(mesh: meshes.Mesh) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def run_step(mesh: meshes.Mesh) -> dict[str, Any]:
         torch.tensor([[[1.0, -1.0]]]) * (1 + mesh.dp.index),
     )
     optimizer.step()
-    told = optimizer.gates["gate"].tensors(1)
+    told = optimizer.group_gates["gate"].tensors(1)
     return {
         "norm": optimizer.norm,
         "gate": gate.flatten().tolist(),
@@ -214,7 +214,7 @@ def state(run: Run) -> dict[str, torch.Tensor]:
     """Returns whole weights by name, and the secondary gates with their moments, by global
     group."""
     whole = run.weights()
-    gates = run.optimizer.gates.items()
+    gates = run.optimizer.group_gates.items()
     for name, t in (
         (n + end, t) for n, gate in gates for end, t in gate.tensors(len(run.losses)).items()
     ):

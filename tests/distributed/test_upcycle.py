@@ -64,7 +64,7 @@ def grow(
 def tell(run: Run) -> Told:
     """Returns perplexity, and weights and state of all experts."""
     state = {}
-    for name, stack in (run.optimizer.experts | run.optimizer.gates).items():
+    for name, stack in (run.optimizer.experts | run.optimizer.group_gates).items():
         for ending, t in stack.tensors(4).items():
             if ending:
                 whole = torch.empty(len(stack.p), *t.shape[1:])

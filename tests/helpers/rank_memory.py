@@ -18,7 +18,7 @@ def held_by(config: Any) -> dict[str, int]:
     parameters = [
         *run.model.dense_parameters().values(),
         *run.model.experts.values(),
-        *run.model.gates.values(),
+        *run.model.group_gates.values(),
     ]
     known, saved = {p.untyped_storage().data_ptr() for p in parameters}, {}
 
@@ -39,7 +39,7 @@ def held_by(config: Any) -> dict[str, int]:
         p for p in run.engine.flat_masters() if p.data_ptr() not in {d.data_ptr() for d in dense}
     ]
     state = [t for e in opt.experts.values() for end, t in e.tensors(1).items() if end]
-    gates = [t for g in opt.gates.values() for t in g.tensors(1).values()]
+    gates = [t for g in opt.group_gates.values() for t in g.tensors(1).values()]
     rows = [
         t
         for table in opt.row_tables.values()
@@ -54,7 +54,8 @@ def held_by(config: Any) -> dict[str, int]:
         "expert parameters": size([e.p for e in opt.experts.values()]),
         "expert gradients": size([e.local_gradient() for e in opt.experts.values()]),
         "expert optimizer": size(state) + size(expert_masters),
-        "gates of groups": size(gates) + size([g.local_gradient() for g in opt.gates.values()]),
+        "gates of groups": size(gates)
+        + size([g.local_gradient() for g in opt.group_gates.values()]),
         "rows of the vocabulary": size(rows) + size(narrow),
         "activations": sum(saved.values()),
     }

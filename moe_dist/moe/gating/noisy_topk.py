@@ -144,7 +144,11 @@ def noise_std(x_TE: torch.Tensor) -> torch.Tensor:
 def top_k_plus_one(
     score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: TokenContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the k + 1 highest scores (k if there are only k experts), and their columns."""
+    """Returns the k + 1 highest scores (k if there are only k experts), and their columns.
+
+    The extra score is for the load (Eq. 9). `expert_E` and `ctx` are for a replacement that replays
+    recorded choices (`verify.choice_replay`).
+    """
     return score_TE.topk(min(k + 1, score_TE.shape[1]), dim=1)
 
 

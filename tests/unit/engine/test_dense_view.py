@@ -28,7 +28,7 @@ def test_experts_and_rows_are_in_the_module_tree() -> None:
     model = parallel_model(torch.float32)
     names = dict(model.module.named_parameters()).keys()
     assert GATES | EXPERTS | ROWS <= names == model.module.state_dict().keys()
-    assert model.experts.keys() == EXPERTS and model.gates.keys() == GATES
+    assert model.experts.keys() == EXPERTS and model.group_gates.keys() == GATES
     assert {name for table in model.row_tables.values() for name in table} == ROWS
     assert model.dense_parameters().keys() == names - GATES - EXPERTS - ROWS
     model.module.to(torch.float64)
