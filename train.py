@@ -33,7 +33,7 @@ from moe_dist.training.args import parse_args
 if __name__ == "__main__":
     parse_args(sys.argv[1:], __doc__)  # answers --help, --list and a wrong argument without torch
 
-from moe_dist.checkpoint.distributed import load
+from moe_dist.checkpoint.loader import load
 from moe_dist.config.overrides import to_json
 from moe_dist.config.schema import FaultInjectionConfig
 from moe_dist.distributed import mesh as meshes
@@ -50,7 +50,8 @@ from moe_dist.training.resume import Resume, find_checkpoint, last_training_loss
 from moe_dist.training.run_directory import RunDirectory, open_run_directory
 from moe_dist.training.run_spec import RunSpec, parse_run
 from moe_dist.training.session import TrainingSession
-from moe_dist.training.setup import Training, set_up, train_step
+from moe_dist.training.setup import Training, set_up
+from moe_dist.training.step import train_step
 
 
 def main(spec: RunSpec) -> None:

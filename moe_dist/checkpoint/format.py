@@ -1,7 +1,8 @@
 """A checkpoint's on-disk format, and checks on its content.
 
 Tensor keys do not depend on the layout: they use parameter names, global expert ids and global lane
-indices. So a checkpoint can be read on any number of ranks.
+indices. So a checkpoint can be read on any number of ranks. `saver.Saver` writes it, `loader.load`
+reads it.
 
     RUN/checkpoints/step_00000425/
 

@@ -77,7 +77,8 @@ from moe_dist.planner.search import LayoutKey
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.metric_accumulator import peak_memory
 from moe_dist.training.model_stats import activation_bytes, bytes_per_element, layout_dispatcher
-from moe_dist.training.setup import set_up, train_step
+from moe_dist.training.setup import set_up
+from moe_dist.training.step import train_step
 
 WARMUP_STEPS = 6
 TIMED_STEPS = 18

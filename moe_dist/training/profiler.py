@@ -1,7 +1,7 @@
 """Traces a few training steps with torch's profiler, a file for each rank: train.py --profile.
 
 A trace has the ranges from `monitoring.step_timer`, named by layer and marked "(backward)" in
-backward, and the ranges from `training.setup.train_step`: data, forward, and backward with the
+backward, and the ranges from `training.step.train_step`: data, forward, and backward with the
 update.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from moe_dist.checkpoint.distributed import Saver
+from moe_dist.checkpoint.saver import Saver
 from moe_dist.config.overrides import to_json
 from moe_dist.distributed.collectives import barrier_without_timeout
 from moe_dist.distributed.preemption import PreemptionHandler

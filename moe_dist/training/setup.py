@@ -1,17 +1,14 @@
-"""Sets a config up on a mesh, and runs one step: for train.py, verify, benchmarks, tests."""
+"""Sets a config up on a mesh, ready to train: for train.py, verify, benchmarks and tests."""
 
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.profiler import record_function
-
-from moe_dist.checkpoint.distributed import load_matching_weights
 from moe_dist.checkpoint.format import read_state
+from moe_dist.checkpoint.loader import load_matching_weights
 from moe_dist.checkpoint.manifest import newest_complete
 from moe_dist.config.overrides import dotted_keys
 from moe_dist.config.schema import Config
@@ -23,10 +20,8 @@ from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed import Engine
 from moe_dist.engine.ds_config import compute_dtype
 from moe_dist.engine.parallelize import ParallelModel, parallelize
-from moe_dist.moe.layer import LayerStats
-from moe_dist.optim.lr_schedule import learning_rate
 from moe_dist.tasks.registry import task_of
-from moe_dist.tasks.task import Batch, Task
+from moe_dist.tasks.task import Task
 from moe_dist.training.nan_detector import NonFiniteDetector
 
 # a classifier's head weights, not loaded from a run with other classes
@@ -212,41 +207,3 @@ def check_classes(source_classes: list[str] | None, classes: list[str] | None) -
 def _shorten_list(names: Sequence[str]) -> str:
     """Returns a text with some names and their number."""
     return f"{preview_names(names)} ({len(names)})"
-
-
-def train_step(
-    training: Training, step: int
-) -> Iterator[tuple[Batch, dict[str, torch.Tensor], dict[str, LayerStats]]]:
-    """Runs one optimizer step; the update follows the last micro-batch's backward.
-
-    Args:
-        training: The run.
-        step: Step number, from 1.
-
-    Yields:
-        Each local micro-batch after its backward, with its sums and its layers' statistics.
-
-    Raises:
-        FloatingPointError: On every rank, too many steps in a row were skipped (`nan_detector`).
-    """
-    config = training.config
-    task = training.task
-    engine = training.engine
-    flight_recorder = training.mesh.flight_recorder
-    flight_recorder.step = step
-    training.nan_detector.start_step()
-    engine.optimizer.start_step(learning_rate(config.optim, step, config.steps))
-    with record_function("data"):
-        batches = list(task.batches(step - 1))
-        denominator = task.loss_denominator(batches)
-    for batch in batches:
-        flight_recorder.enter_phase("forward")
-        with record_function("forward"):
-            loss, sums, stats = task.loss(engine, batch, denominator)
-            training.nan_detector.watch("the loss", loss)
-        flight_recorder.enter_phase("backward")
-        with record_function("backward and update"):
-            engine.backward(loss)
-        yield batch, sums, stats
-    max_skipped = config.optim.max_consecutive_skipped_steps
-    training.nan_detector.end_step(step, engine.optimizer, max_skipped)

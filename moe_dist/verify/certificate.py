@@ -27,7 +27,8 @@ from moe_dist.distributed.spawn import run_distributed
 from moe_dist.engine.ds_config import compute_dtype, read_ds_config
 from moe_dist.tasks.task import Batch
 from moe_dist.training.metric_accumulator import MetricAccumulator
-from moe_dist.training.setup import Training, set_up, train_step
+from moe_dist.training.setup import Training, set_up
+from moe_dist.training.step import train_step
 from moe_dist.verify.choice_replay import RecordedChoices, Recording
 
 # two scores, or a hidden unit's input and zero, can be ordered either way by rounding if their

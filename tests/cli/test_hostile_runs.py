@@ -29,8 +29,9 @@ from experiments.hostile import (
 )
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.distributed import Saver, load, load_matching_weights
 from moe_dist.checkpoint.format import read_state, tensor_index
+from moe_dist.checkpoint.loader import load, load_matching_weights
+from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.sealed_config import read_config
 from moe_dist.checkpoint.single_process import load_weights
 from moe_dist.config import run_folder

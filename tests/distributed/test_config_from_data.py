@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from processes import check_plan, set_
 
-from moe_dist.checkpoint.distributed import Saver
+from moe_dist.checkpoint.saver import Saver
 from moe_dist.config.overrides import from_json, override, to_json, value_of
 from moe_dist.config.schema import Config
 from moe_dist.distributed import mesh as meshes
@@ -21,7 +21,8 @@ from moe_dist.training import run_spec
 from moe_dist.training import setup as training_module
 from moe_dist.training.results import result_lines
 from moe_dist.training.resume import find_checkpoint
-from moe_dist.training.setup import set_up, train_step
+from moe_dist.training.setup import set_up
+from moe_dist.training.step import train_step
 
 DATA = {  # config -> the field that names its data
     "lstm_moe_demo": "data.text",

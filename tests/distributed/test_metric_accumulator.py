@@ -12,7 +12,7 @@ from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring.metric_keys import PARTS
 from moe_dist.training import metric_accumulator as meters
 from moe_dist.training.metric_accumulator import MetricAccumulator
-from moe_dist.training.setup import train_step
+from moe_dist.training.step import train_step
 
 
 @pytest.mark.timeout(120)

@@ -23,7 +23,8 @@ from moe_dist.planner.cost_model import (
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.metric_accumulator import MetricAccumulator
 from moe_dist.training.model_stats import activation_bytes
-from moe_dist.training.setup import set_up, train_step
+from moe_dist.training.setup import set_up
+from moe_dist.training.step import train_step
 
 NOTHING = RankCost({}, {})
 

@@ -25,7 +25,8 @@ from moe_dist.models.transformer import norm_divergence
 from moe_dist.tasks.registry import task_of
 from moe_dist.training.evaluate import evaluate
 from moe_dist.training.metric_accumulator import MetricAccumulator
-from moe_dist.training.setup import set_up, train_step
+from moe_dist.training.setup import set_up
+from moe_dist.training.step import train_step
 from moe_dist.verify import certificate
 from moe_dist.verify.certificate import ParallelConfig
 

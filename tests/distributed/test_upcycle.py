@@ -8,7 +8,7 @@ from processes import check_plan, set_, train_forked
 from runs import TINY, Run, tiny
 
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.distributed import load
+from moe_dist.checkpoint.loader import load
 from moe_dist.checkpoint.single_process import inspect
 from moe_dist.checkpoint.upcycle import Upcycling
 from moe_dist.distributed import mesh as meshes

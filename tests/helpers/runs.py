@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.distributed import Saver, load
+from moe_dist.checkpoint.loader import load
 from moe_dist.checkpoint.manifest import newest_complete
+from moe_dist.checkpoint.saver import Saver
 from moe_dist.config.overrides import override, to_json
 from moe_dist.config.papers import get
 from moe_dist.config.schema import Config
 from moe_dist.distributed import mesh as meshes
 from moe_dist.engine.ds_config import read_ds_config
 from moe_dist.training.metric_accumulator import MetricAccumulator
-from moe_dist.training.setup import set_up, train_step
+from moe_dist.training.setup import set_up
+from moe_dist.training.step import train_step
 from moe_dist.verify.certificate import whole_weights
 
 TINY = [

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_dist.checkpoint import __main__ as command
 from moe_dist.checkpoint import manifest
-from moe_dist.checkpoint.distributed import Saver
 from moe_dist.checkpoint.format import read_state
+from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.single_process import export, inspect
 from moe_dist.config.overrides import from_json
 from moe_dist.distributed import mesh as meshes

@@ -23,7 +23,7 @@ from moe_dist.distributed.record_file import RECORD_WIDTH
 from moe_dist.distributed.spawn import run_distributed
 from moe_dist.monitoring.metrics_file import read_metrics
 from moe_dist.training import fault_injection
-from moe_dist.training.setup import train_step
+from moe_dist.training.step import train_step
 
 
 def two_ranks(folder: Path, text: Path, *sets: str) -> list[subprocess.Popen[str]]:
