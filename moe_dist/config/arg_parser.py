@@ -1,4 +1,4 @@
-"""The argument parser that all command lines of the package share. Imports no torch."""
+"""The argument parser for all of the package's command lines. Imports no torch."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 from moe_dist.config.messages import one_line, text_problem
 
-MAX_NAME_BYTES = 255  # longest name of a file or folder that file systems accept
-MAX_PATH_BYTES = 3900  # of the 4,096 that Linux accepts, the rest is for names inside the folder
+MAX_NAME_BYTES = 255  # longest file or folder name in common file systems
+MAX_PATH_BYTES = 3900  # Linux allows 4,096; the rest is for names inside the folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,8 +17,8 @@ class Parser(argparse.ArgumentParser):
         """Creates the parser.
 
         Args:
-            prog: Name of the program in the help text.
-            **options: Further options of `argparse.ArgumentParser`.
+            prog: The program's name in the help text.
+            **options: Further `argparse.ArgumentParser` options.
         """
         options["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, **options)
@@ -29,13 +29,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def path_argument(text: str) -> Path:
-    """Converts a command-line argument to a path, as `type=` of `add_argument`.
+    """Converts a command-line argument to a path; for `add_argument(type=...)`.
 
     Args:
         text: The argument.
 
     Returns:
-        The path of a file or a folder, which may be missing.
+        The path to a file or a folder; it may be missing.
 
     Raises:
         argparse.ArgumentTypeError: The text is empty (as a path, it would be the current folder),

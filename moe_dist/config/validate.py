@@ -1,4 +1,4 @@
-"""Checks the fields of a config, each field by itself, before a run does any work."""
+"""Checks a config's fields, each field by itself, before a run does any work."""
 
 from moe_dist.config.messages import nearest, shorten, text_problem
 from moe_dist.config.overrides import dotted_keys, value_of
@@ -13,7 +13,7 @@ from moe_dist.config.schema import (
 )
 
 WANDB_MODES = ("online", "offline", "off")
-# The values of each mode, by dotted key. Modes that depend on the model, the task or the data are
+# dotted key of a mode -> its values. Modes that depend on the model, the task or the data are
 # checked in the module that reads them.
 MODES: dict[str, tuple[str, ...]] = {
     "mesh.dispatcher": ("auto", "all_to_all", "dedup_rank", "dedup_node"),
@@ -37,14 +37,14 @@ MODES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-MAX_NAME_LENGTH = 100  # characters of `Config.name`; names of folders begin with it
-MAX_WANDB_NAME_LENGTH = 128  # characters of a project or a group; the limit of wandb's server
+MAX_NAME_LENGTH = 100  # characters in `Config.name`; folder names begin with it
+MAX_WANDB_NAME_LENGTH = 128  # characters in a project or group name; wandb's server limit
 MAX_WANDB_TAG_LENGTH = 64  # characters
-MAX_COUNT = 2**31 - 1  # largest count; the product of a few counts still fits into 64 bits
-MAX_STEPS = 10**8 - 1  # the name of a checkpoint has eight digits
+MAX_COUNT = 2**31 - 1  # largest count; the product of two counts still fits into 64 bits
+MAX_STEPS = 10**8 - 1  # a checkpoint's name has eight digits
 WEEK_S = 7 * 24 * 3600
-# Smallest and largest value of each number, by the last part of its key, which has the same meaning
-# in every section. The bounds keep the products of a step's numbers far from the limits of float32.
+# last part of a number's key -> (smallest value, largest value); it has the same meaning in every
+# section. The bounds keep products of a step's numbers far from float32's limits.
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**63 - 1),
     # steps
@@ -64,7 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "workers": (0, 1024),
     "timeout_s": (1e-3, WEEK_S),
     "seconds": (0, WEEK_S),
-    # sizes of the model
+    # model sizes
     "dim": (1, MAX_COUNT),
     "lstm_units": (1, MAX_COUNT),
     "ffn_hidden_dim": (1, MAX_COUNT),
@@ -117,7 +117,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def check_config(config: Config) -> None:
-    """Checks each field of a config by itself.
+    """Checks each config field by itself.
 
     Combinations of sections (a batch layout, a gate's groups, a DeepSpeed config) are checked in
     the modules that combine them.
@@ -126,7 +126,7 @@ def check_config(config: Config) -> None:
         config: The config.
 
     Raises:
-        ValueError: The first field that fails: a number is out of its range (`RANGES`), a text is
+        ValueError: For the first invalid field: a number is out of its range (`RANGES`), a text is
             empty or cannot be a name, a mode is unknown (`MODES`), or a text looks like a password
             or a key. The message begins with the field's dotted key.
     """
@@ -146,7 +146,7 @@ def check_config(config: Config) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Checks that a folder's name can begin with the name of the run."""
+    """Checks that a folder's name can begin with the run's name."""
     if name in (".", "..") or "/" in name or len(name) > MAX_NAME_LENGTH:
         raise ValueError(
             f"name={shorten(name)!r} cannot begin the name of the run folder; use at most "
@@ -197,7 +197,7 @@ def _check_modes(config: Config) -> None:
 
 
 def _check_wandb(labels: WandbConfig) -> None:
-    """Checks the names that wandb's server would refuse in the middle of a run."""
+    """Checks names, because wandb's server would refuse them in the middle of a run."""
     if labels.project is not None:
         forbidden = set(labels.project) & set("/\\#?%:")
         if forbidden or not 1 <= len(labels.project) <= MAX_WANDB_NAME_LENGTH:
@@ -245,7 +245,7 @@ def _check_gate(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
-    """Checks the options of the optimizer that exclude each other."""
+    """Checks for optimizer options that exclude each other."""
     optim = config.optim
     sparse_rows = isinstance(config.model, LSTMConfig) and config.model.softmax_samples is not None
     if sparse_rows and (optim.weight_decay or optim.lamb):

@@ -1,8 +1,8 @@
 """Named configs, one module per paper.
 
 Each function in `CONFIGS` returns a complete config. Its docstring describes the model and has the
-command that trains it; a line that begins with "Paper" gives figures of the paper, not measurements
-of this code. `train.py --list` prints the first line of each docstring.
+command to train it; a line that begins with "Paper" gives the paper's figures, not measurements of
+this code. `train.py --list` prints each docstring's first line.
 """
 
 from collections.abc import Callable

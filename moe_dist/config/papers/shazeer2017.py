@@ -1,12 +1,12 @@
-"""Outrageously Large Neural Networks (Shazeer et al. 2017): language models of Appendices C and D.
+"""Outrageously Large Neural Networks (Shazeer et al. 2017): language models in Appendices C and D.
 
-A line "Paper" gives figures of the paper, not measurements of this code: parameters without
+A line "Paper" gives the paper's figures, not measurements of this code: parameters without
 embedding and softmax, and multiply-adds per timestep ("ops"), as in Tables 7 and 8.
 `tests/cli/test_config.py` compares them with the models.
 
 The paper trains with about 300,000 words per step on 16 GPUs and warms up over 1,000 steps. It does
-not give the batch in lanes or a base learning rate: 15,000 lanes of 20 words and 1e-3 are choices
-of this project. 8 ranks in a command are an example.
+not give the batch in lanes or a base learning rate: this project chooses 15,000 lanes with 20 words
+and 1e-3. 8 ranks in a command are an example.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def lstm_moe_demo() -> Config:
     """A small MoE language model: width 128, 64 experts, bundled text; minutes on two CPU cores.
 
     Command: `make train`, or `torchrun --nproc-per-node 2 train.py lstm_moe_demo`.
-    It is no model of the paper. Its kept result is experiments/results/lstm_moe_demo.json.
+    It is not in the paper. Its kept result is experiments/results/lstm_moe_demo.json.
     """
     return Config(
         name="lstm_moe_demo",
@@ -46,7 +46,7 @@ def lstm_wide_demo() -> Config:
     """The dense baseline of `lstm_moe_demo`: one layer of 1,024 ReLU units, equal ops.
 
     Command: `torchrun --nproc-per-node 2 train.py lstm_wide_demo`.
-    1,024 units are the 4 x 256 units that `lstm_moe_demo` uses for each word.
+    1,024 units are the 4 x 256 units per word in `lstm_moe_demo`.
     """
     changes = [
         "name=lstm_wide_demo",
@@ -58,7 +58,7 @@ def lstm_wide_demo() -> Config:
 
 
 def _billion_words(name: str, model: LSTMConfig) -> Config:
-    """Returns a model of Appendix C.1 on the 1-billion-word benchmark, 10 passes.
+    """Returns a model from Appendix C.1 on the 1-billion-word benchmark, 10 passes.
 
     The paper samples the softmax but gives no number; 8,192 words per step are from Jozefowicz et
     al. (2016).
@@ -75,7 +75,7 @@ def _billion_words(name: str, model: LSTMConfig) -> Config:
 
 
 def _moe(num_experts: int, num_groups: int | None = None, dropout: float = 0.1) -> LSTMConfig:
-    """Returns a model whose experts have 1,024 units: 4 per word, or 2 in each of 2 groups."""
+    """Returns a model with 1,024 units per expert: 4 experts per word, or 2 in each of 2 groups."""
     moe = MoEConfig(num_experts=num_experts, num_groups=num_groups, k=2 if num_groups else 4)
     return LSTMConfig(dropout=dropout, moe=moe)
 
@@ -193,7 +193,7 @@ def moe_143m() -> Config:
 
 
 def _hundred_billion_words(name: str, num_experts: int, num_groups: int) -> Config:
-    """Returns a model of Appendix D: one pass over 100 billion words, 2.5 million per step.
+    """Returns a model from Appendix D: one pass over 100 billion words, 2.5 million per step.
 
     The paper's news corpus is not public. An equally long sample of web text replaces it. The paper
     gives no dropout; 0.1 is kept from Appendix C.1.

@@ -1,11 +1,11 @@
 """Go Wider Instead of Deeper (Xue et al. 2021): WideNet and its baselines, for images and text.
 
-A line "Paper" gives figures of the paper, not measurements of this code. Parameter counts are
-compared with the models in docs/paper_map.md.
+A line "Paper" gives the paper's figures, not measurements of this code. docs/paper_map.md compares
+its parameter counts with the models.
 
 The paper trains on ImageNet-1K for 300 epochs with 4,096 images per step and LAMB; like its code,
-these configs clip the norm of the gradient at 1 (`optim.max_grad_norm`). They differ from that code
-as follows:
+these configs clip the gradient norm at 1 (`optim.max_grad_norm`). They differ from its code as
+follows:
 
 - Learning rate: it rises from 0 and falls as half a cosine wave to 0; the code's rises from 1e-5
   and falls linearly to 1e-5.
@@ -38,8 +38,8 @@ def widenet_demo() -> Config:
     """A small WideNet for images: 6 blocks of width 96, 4 experts; minutes on two CPU cores.
 
     Command: `torchrun --nproc-per-node 2 train.py widenet_demo`.
-    It trains on 6,000 images of Fashion-MNIST; each token uses 2 experts with 192 units. It is no
-    model of the paper. Its kept result is experiments/results/widenet_demo.json.
+    It trains on 6,000 Fashion-MNIST images; each token uses 2 experts with 192 units. It is not in
+    the paper. Its kept result is experiments/results/widenet_demo.json.
     """
     encoder = EncoderConfig(
         depth=6,
@@ -99,7 +99,7 @@ def _lamb(lr: float, warmup_steps: int, weight_decay: float) -> OptimConfig:
 def _imagenet(name: str, encoder: EncoderConfig, lr: float = 0.01) -> Config:
     """Returns a run on ImageNet-1K: 300 epochs of 1,281,167 images, 30 of them warm-up.
 
-    The augmentation is that of the authors' code.
+    The augmentation is the same as in the authors' code.
     """
     data = ImageDataConfig(
         images="imagenet",
@@ -129,8 +129,8 @@ def _vit(
 ) -> Config:
     """Returns a vision transformer that shares nothing between blocks.
 
-    Experts have 4,096 units even if dense blocks have 3,072: only then does the number of
-    parameters agree with the paper.
+    Experts have 4,096 units even if dense blocks have 3,072: only then the parameter count agrees
+    with the paper.
     """
     encoder = EncoderConfig(
         depth=depth,
@@ -218,7 +218,7 @@ def widenet_text_demo() -> Config:
 
     Command: `torchrun --nproc-per-node 2 train.py widenet_text_demo`.
     It classifies the bundled movie reviews as positive or negative; each token uses 2 experts with
-    192 units. It is no model of the paper. Its kept result is
+    192 units. It is not in the paper. Its kept result is
     experiments/results/widenet_text_demo.json.
     """
     encoder = EncoderConfig(
@@ -282,8 +282,8 @@ def widenet_pretraining_demo() -> Config:
 def _pretraining(name: str, encoder: EncoderConfig) -> Config:
     """Returns pre-training with masked words and sentence order, on Wikipedia.
 
-    Wikipedia replaces ALBERT's Wikipedia and books, which are not available. 125,000 steps of 4,096
-    samples with LAMB, and the learning rate, are ALBERT's.
+    Wikipedia replaces ALBERT's Wikipedia and books, which are not available. As in ALBERT, there
+    are 125,000 steps with 4,096 samples, with LAMB and the same learning rate.
     """
     return Config(
         name=name,
@@ -299,7 +299,7 @@ def _pretraining(name: str, encoder: EncoderConfig) -> Config:
 
 
 def albert() -> Config:
-    """ALBERT: 12 uses of one dense block, with shared LayerNorms.
+    """ALBERT: one dense block used 12 times, with shared LayerNorms.
 
     Command: `torchrun --nproc-per-node 8 train.py albert`.
     Paper (text models): 12M parameters.
