@@ -1,1 +1,1 @@
-"""A trained run in use."""
+"""Uses a trained run: generates text, classifies images and sentences."""

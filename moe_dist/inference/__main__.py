@@ -12,11 +12,11 @@ from moe_dist.config.arg_parser import Parser
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command that the first argument names with the other arguments."""
+    """Runs the command in the first argument with the other arguments."""
     parser = Parser("python -m moe_dist.inference", description=__doc__)
     parser.add_argument("command", choices=("generate", "classify"), help="the use of the run")
     command = parser.parse_args(argv[:1]).command
-    # imported here because they import torch, which --help does not need
+    # imported here because --help does not need torch
     if command == "generate":
         from moe_dist.inference import generate
 

@@ -7,7 +7,7 @@
 Expert capacity is counted within each image or sentence, so the result for one does not
 depend on the others.
 
-Legend: B images or sentences, S tokens of each, C classes.
+Legend: B images or sentences, S tokens per item, C classes.
 """
 
 import argparse
@@ -41,10 +41,10 @@ TASKS_WITH_CLASSES = ("image_classification", "text_classification")
 
 @dataclass(frozen=True)
 class Classification:
-    """The most probable classes of an item.
+    """An item's most probable classes.
 
     Attributes:
-        item: The path of the image, or the sentence.
+        item: The image's path, or the sentence.
         classes: Probability by class, the most probable class first.
     """
 
@@ -58,9 +58,9 @@ class Classifier:
     Attributes:
         config: The run's config.
         model: The model.
-        of_images: True for a classifier of images, False for sentences.
+        of_images: True if it classifies images, False if sentences.
         names: Class names.
-        pairs: True if the run was trained on pairs of sentences.
+        pairs: True if the run was trained on sentence pairs.
         tokens: The tokenizer; None for images.
     """
 
@@ -87,7 +87,7 @@ class Classifier:
 
     @torch.no_grad()
     def probabilities(self, items: list[Any]) -> torch.Tensor:
-        """Computes the probability of each class.
+        """Computes each class's probability.
 
         Args:
             items: Image paths, or sentences.
@@ -99,7 +99,7 @@ class Classifier:
             ValueError: An item cannot be read.
         """
         logit_BC = self._image_logits(items) if self.of_images else self._sentence_logits(items)
-        # the model may have more outputs than the data has classes
+        # the model may have more outputs than there are classes in the data
         return logit_BC[:, : len(self.names)].float().softmax(1)
 
     def _image_logits(self, paths: list[Path]) -> torch.Tensor:
@@ -121,7 +121,7 @@ class Classifier:
         return self.model(token_BS, kind_BS, _context(valid_BS))[0]
 
     def _split_pair(self, sentence: str) -> tuple[str, str | None]:
-        """Splits a pair at its tab. Raises ValueError for a pair or no pair, unlike the run's."""
+        """Splits a pair at its tab. Raises ValueError if only the item or the run has pairs."""
         first, tab, second = sentence.partition("\t")
         if self.pairs and not tab:
             raise ValueError(
@@ -135,7 +135,7 @@ class Classifier:
 
 
 def _context(valid_BS: torch.Tensor) -> TokenContext:
-    """Returns the context of B samples of S tokens, each of which is a capacity group."""
+    """Returns the context for B samples with S tokens; each sample is a capacity group."""
     num_samples, tokens = valid_BS.shape
     return TokenContext(
         sample_T=torch.arange(num_samples).repeat_interleave(tokens),
@@ -152,13 +152,13 @@ def _context(valid_BS: torch.Tensor) -> TokenContext:
 
 
 def images_of(paths: Iterable[Path]) -> list[Path]:
-    """Returns image files. A note on stderr lists files of folders that are left out.
+    """Returns image files. A note on stderr lists a folder's other files, which are left out.
 
     Args:
-        paths: Image files, and folders of image files.
+        paths: Image files, and folders with image files.
 
     Returns:
-        The files in the order of `paths`, those of a folder sorted.
+        The files in the order of `paths`; a folder's files are sorted.
 
     Raises:
         ValueError: A path does not exist or cannot be listed, or no file is an image.
@@ -184,7 +184,7 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
 
 
 def _sentences_of(file: str | None, text: str | None) -> list[str]:
-    """Returns the sentences of --sentences or --text, without empty ones of a file.
+    """Returns the sentences from --sentences or --text, without a file's empty lines.
 
     Raises ValueError if the file cannot be read or has no word, or if a sentence is not text.
     """
@@ -207,7 +207,7 @@ def _sentences_of(file: str | None, text: str | None) -> list[str]:
 
 
 def _read_sentences(file: str) -> list[str]:
-    """Reads the lines of a file, or of rows the columns text and text2 with a tab between."""
+    """Reads a file's lines, or for a table each row's text and text2 with a tab between."""
     try:
         rows = list(read_rows(Path(file), ["text", "text2"]))
     except ValueError as error:
@@ -225,7 +225,7 @@ def _read_sentences(file: str) -> list[str]:
 
 
 def _check_encoding(sentences: list[str]) -> None:
-    """Raises ValueError for characters that stand for bytes that were no text."""
+    """Raises ValueError for surrogates, which stand for bytes that cannot be decoded."""
     for sentence in sentences:
         if any("\ud800" <= letter <= "\udfff" for letter in sentence):
             raise ValueError("a sentence is not text in this terminal's encoding; give UTF-8")
@@ -237,7 +237,7 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[Cla
     Args:
         classifier: The classifier.
         items: Image paths, or sentences.
-        top: How many classes to return per item.
+        top: Number of classes to return per item.
 
     Yields:
         One result per item, in order.
@@ -251,7 +251,7 @@ def classify(classifier: Classifier, items: list[Any], top: int) -> Iterator[Cla
                 batch, value_Bk.tolist(), class_Bk.tolist(), strict=True
             ):
                 names = [classifier.names[index] for index in classes]
-                # a file's name may contain bytes that are no UTF-8
+                # a file's name may contain bytes outside UTF-8
                 printable_item = str(item).encode("utf-8", "backslashreplace").decode()
                 yield Classification(printable_item, dict(zip(names, values, strict=True)))
             bar.update(len(batch))
@@ -277,7 +277,7 @@ def _parser() -> Parser:
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that are out of range or do not fit together."""
+    """Raises ValueError for options out of range or incompatible options."""
     if args.top < 1:
         raise ValueError(f"--top {args.top} is out of range; use at least 1")
     inputs = [bool(args.images), args.sentences is not None, args.text is not None]
@@ -286,7 +286,7 @@ def _check_args(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with the arguments that follow its name."""
+    """Runs the command with the arguments after its name."""
     args = _parser().parse_args(argv)
     with plain_errors():
         _check_args(args)
@@ -299,14 +299,14 @@ def main(argv: list[str]) -> None:
 
 
 def _items(args: argparse.Namespace) -> list[Any]:
-    """Returns the image files or the sentences of the command line."""
+    """Returns the image files or the sentences given on the command line."""
     if args.images:
         return images_of(args.images)
     return _sentences_of(args.sentences, args.text)
 
 
 def _format(result: Classification, as_json: bool) -> str:
-    """Returns the line of an item."""
+    """Returns an item's output line."""
     if as_json:
         return json.dumps({"item": result.item, "classes": result.classes})
     classes = [f"{100 * value:5.1f} % {name}" for name, value in result.classes.items()]

@@ -1,7 +1,7 @@
-"""Records which experts the words of a text visit, and summarises these visits.
+"""Records which experts a text's words visit, and summarises these visits.
 
-Legend: T words, D width, K experts per word, E experts, N assignments of a word to an expert, M
-visits of one expert.
+Legend: T words, D width, K experts per word, E experts, N word-expert assignments, M visits to one
+expert.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from moe_dist.nn.token_context import TokenContext
 
 @dataclass(frozen=True)
 class ExpertAssignments:
-    """The experts that the words of a text visit in one layer.
+    """The experts visited by a text's words in one layer.
 
     Attributes:
         expert_TK: Global ids, int64, the expert with the largest gate weight first.
-        weight_TK: Gate weights, which sum to 1 over K.
+        weight_TK: Gate weights; they sum to 1 over K.
         num_experts: The layer's expert count.
     """
 
@@ -31,7 +31,7 @@ class ExpertAssignments:
 
 
 class RecordingDispatcher(LocalDispatcher):
-    """A local dispatcher that keeps the assignments of its last call.
+    """A local dispatcher that keeps its last call's assignments.
 
     Attributes:
         assignments: The assignments; not set before the first call.
@@ -45,8 +45,8 @@ class RecordingDispatcher(LocalDispatcher):
         """Records the routing and dispatches like `LocalDispatcher`."""
         num_experts = len(routing.count_E)
         expert_N = torch.arange(num_experts).repeat_interleave(routing.count_E)
-        # with groups of experts the rows are copies of a word, one for each of its groups; the
-        # word's position in the context is the same in all copies
+        # with expert groups a word has one row per chosen group; the word's position in the
+        # context is the same in all its rows
         by_word_N = ctx.position_T[routing.token_N].argsort(stable=True)
         shape = (ctx.num_samples, -1)  # all words visit equally many experts
         weight_TK, order_TK = (
@@ -58,21 +58,21 @@ class RecordingDispatcher(LocalDispatcher):
 
 
 def expert_shares(visits: ExpertAssignments) -> torch.Tensor:
-    """Returns the fraction of all visits that each expert receives: (E,), float64, sums to 1."""
+    """Returns each expert's fraction of all visits: (E,), float64, sums to 1."""
     count_E = torch.bincount(visits.expert_TK.flatten(), minlength=visits.num_experts)
     return count_E.double() / visits.expert_TK.numel()
 
 
 def top_contexts(visits: ExpertAssignments, expert: int, num: int) -> list[tuple[float, int]]:
-    """Returns the visits of an expert with the largest gate weights.
+    """Returns the visits to an expert with the largest gate weights.
 
     Args:
-        visits: The visits of a text.
+        visits: A text's visits.
         expert: The expert's global id.
-        num: How many visits to return at most.
+        num: Maximum number of visits to return.
 
     Returns:
-        (gate weight, position of the word in the text), the largest weight first.
+        (gate weight, the word's position in the text), the largest weight first.
     """
     position_M, choice_M = (visits.expert_TK == expert).nonzero(as_tuple=True)
     weight_M, order_M = visits.weight_TK[position_M, choice_M].sort(

@@ -11,7 +11,7 @@ RUN is a run folder; its newest checkpoint is loaded, whatever layout and precis
 process, on CPU, in float32. The model reads a text from a line's start.
 """
 
-# Legend: T words of a text, V vocabulary, N words that may be drawn.
+# Legend: T words in a text, V vocabulary, N words that may be drawn.
 
 import argparse
 import math
@@ -32,21 +32,21 @@ from moe_dist.inference.load import TextModel
 from moe_dist.nn import prng
 from moe_dist.training.errors import plain_errors
 
-# of a table of --specialisation
+# sizes in a --specialisation table
 EXPERTS_SHOWN = 16  # the experts with most visits
 CONTEXTS_SHOWN = 4  # lines for each expert
-SIDE = 32  # characters of a context on either side of its word
-WORD = 14  # characters of a word
-EXPERTS_PER_LINE = 8  # of a table of --experts
+SIDE = 32  # context characters on either side of a word
+WORD = 14  # characters per word
+EXPERTS_PER_LINE = 8  # in an --experts table
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text as the model reads it; the first word is the `<eos>` of the line before.
+    """A text as model input; the first word is the `<eos>` at the end of the previous line.
 
     Attributes:
-        words: Words as they were written.
-        word_T: Their indices in the vocabulary, int64.
+        words: Words in their original spelling.
+        word_T: Their vocabulary indices, int64.
     """
 
     words: list[str]
@@ -54,7 +54,7 @@ class Text:
 
 
 def as_text(lines: list[str], vocabulary: Vocabulary) -> Text:
-    """Converts lines to words. A note on stderr lists words that are not in the vocabulary.
+    """Converts lines to words. A note on stderr lists words outside the vocabulary.
 
     Args:
         lines: Lines, each without its line break.
@@ -66,7 +66,7 @@ def as_text(lines: list[str], vocabulary: Vocabulary) -> Text:
     words = [EOS]
     for line in lines:
         words += [*tokenize(line), EOS]
-    words.pop()  # the last line goes on
+    words.pop()  # the last line continues
     word_T = torch.tensor([EOS_ID, *vocabulary.encode(lines)[:-1]])
     unknown_words = set()
     for word, index in zip(words, word_T.tolist(), strict=True):
@@ -87,9 +87,9 @@ def draw(log_probability_V: torch.Tensor, u: float, temperature: float, top: int
 
     Args:
         log_probability_V: Log-probabilities, in nats.
-        u: A number that is uniform on [0, 1).
+        u: A uniform random number in [0, 1).
         temperature: A positive number; below 1, probable words become more probable.
-        top: How many words can be drawn.
+        top: Number of words to draw from.
 
     Returns:
         The word's index.
@@ -105,7 +105,7 @@ NO_SPACE_AFTER = frozenset(["(", "[", "“", "-", "--", EOS])
 
 
 def written(before: str, word: str) -> str:
-    """Returns a word as it is written after the word `before`.
+    """Returns a word with the space or line break needed after the word `before`.
 
     Words are separated by a space, except at punctuation and line ends; `<eos>` is a line break.
     """
@@ -149,7 +149,7 @@ def show_next(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
 
 
 def show_experts(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
-    """Prints the experts that each word of the prompt visits, by layer."""
+    """Prints the experts visited by each word in the prompt, by layer."""
     for name, visits in reader.expert_assignments(text.word_T).items():
         print(f"layer {name}: the experts of each word, and their gate weights")
         rows = zip(text.words, visits.expert_TK.tolist(), visits.weight_TK.tolist(), strict=True)
@@ -165,7 +165,7 @@ def show_experts(reader: TextModel, text: Text, args: argparse.Namespace) -> Non
 def show_specialization(reader: TextModel, text: Text, args: argparse.Namespace) -> None:
     """Prints for each expert its words with the largest gate weights, in context.
 
-    The table is that of Shazeer et al. 2017, Table 9.
+    The table is like Table 9 in Shazeer et al. 2017.
     """
     for name, visits in reader.expert_assignments(text.word_T).items():
         share_E = expert_shares(visits)
@@ -192,16 +192,16 @@ def show_specialization(reader: TextModel, text: Text, args: argparse.Namespace)
 
 
 def context(words: list[str], position: int) -> str:
-    """Returns a word in brackets with `SIDE` characters of the text on either side.
+    """Returns a word in brackets with `SIDE` characters of text on either side.
 
-    The brackets of all lines are in the same column.
+    All lines have their brackets in the same column.
 
     Args:
         words: The text's words.
         position: The word's index.
 
     Returns:
-        One line, in which "/" stands for a line's end.
+        One line; "/" marks a line's end.
     """
     first = max(0, position - SIDE)  # a word takes at least one character
     nearby = ["/" if word == EOS else word for word in words[first : position + 1 + SIDE]]
@@ -223,11 +223,11 @@ def _cut(text: str, width: int) -> str:
 
 @dataclass(frozen=True)
 class Mode:
-    """One use of the command.
+    """One mode of the command.
 
     Attributes:
         show: Prints the result.
-        options: The options that the mode takes.
+        options: The mode's options.
     """
 
     show: Callable[[TextModel, Text, argparse.Namespace], None]
@@ -265,7 +265,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
         The options, with defaults, and `mode`, a key of `MODES`.
 
     Raises:
-        ValueError: A number is out of range, or options do not go together.
+        ValueError: A number is out of range, or options are incompatible.
     """
     given = vars(_parser().parse_args(argv))
     modes = [mode for mode in MODES if mode in given] or ["continuation"]
@@ -293,7 +293,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> Parser:
-    """Returns the command line's parser. Options that are not given are left out."""
+    """Returns the command line's parser. The result contains only the given options."""
     parser = Parser(
         prog="python -m moe_dist.inference generate",
         description=__doc__,
@@ -358,14 +358,14 @@ def _parser() -> Parser:
 
 
 def open_text(reader: TextModel, args: argparse.Namespace) -> Text:
-    """Returns the text that a mode reads, after the options are checked against the run.
+    """Checks the options against the run, and returns the mode's input text.
 
     Args:
         reader: The model.
         args: The options, from `command_line`.
 
     Returns:
-        The prompt, or the text of --specialisation.
+        The prompt, or the text for --specialisation.
 
     Raises:
         ValueError: The text cannot be read, or an option does not fit the run.
@@ -407,7 +407,7 @@ def _check_against_run(reader: TextModel, args: argparse.Namespace) -> None:
 
 
 def _lines_of(path: Path) -> list[str]:
-    """Returns the lines of a file that contain a word. Raises ValueError if none does."""
+    """Returns a file's lines with at least one word. Raises ValueError if there are none."""
     lines = [line for line in corpus.read_lines("--of", str(path), [path]) if tokenize(line)]
     if not lines:
         raise ValueError(f"--of {path}: contains no word")
@@ -415,7 +415,7 @@ def _lines_of(path: Path) -> list[str]:
 
 
 def _first_lines(num_words: int, lines: Iterable[str]) -> Iterator[str]:
-    """Yields lines until they have at least `num_words` words; a line's end is a word."""
+    """Yields lines until they have at least `num_words` words; a line's end counts as a word."""
     words = 0
     for line in lines:
         if words >= num_words:
@@ -425,7 +425,7 @@ def _first_lines(num_words: int, lines: Iterable[str]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command with the arguments that follow its name."""
+    """Runs the command with the arguments after its name."""
     with plain_errors():
         args = command_line(argv)
         reader = TextModel(args.run)

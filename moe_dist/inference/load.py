@@ -1,10 +1,10 @@
 """Loads a trained run for use in one process, on CPU, in float32.
 
-The newest complete checkpoint of a run folder is loaded, whatever layout and precision wrote it.
-`open_run` returns the model of any task, `TextModel` reads a text with a language model, without
-noise and dropout and with the LSTM state carried from word to word.
+It loads a run folder's newest complete checkpoint, written in any layout and precision. `open_run`
+returns the model for any task. `TextModel` reads a text with a language model, without noise and
+dropout; the LSTM state is carried from word to word.
 
-Legend: T words of a text, V vocabulary, D width.
+Legend: T words in a text, V vocabulary, D width.
 """
 
 import json
@@ -29,7 +29,7 @@ from moe_dist.nn.token_context import TokenContext
 from moe_dist.tasks.language_model import saved_vocabulary
 from moe_dist.tasks.registry import task_of
 
-WORDS_PER_CALL = 512  # of the model, when a whole text is read
+WORDS_PER_CALL = 512  # words per model call when a whole text is read
 
 
 def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
@@ -39,8 +39,8 @@ def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
         folder: The run folder.
 
     Returns:
-        The config, the model with the weights of the newest complete checkpoint, on CPU, and the
-        checkpoint's state besides tensors.
+        The config, the model on CPU with the newest complete checkpoint's weights, and the
+        checkpoint's JSON state.
 
     Raises:
         ValueError: The folder has no config or no complete checkpoint, or they do not fit together.
@@ -59,7 +59,7 @@ def open_run(folder: Path) -> tuple[Config, Any, dict[str, Any]]:
 
 
 def _check_metadata(checkpoint: Path, config: Config, state: dict[str, Any]) -> None:
-    """Raises ValueError if metadata that the task needs is missing or does not fit the model."""
+    """Raises ValueError if the task's metadata is missing or does not fit the model."""
     required = task_of(config).required_metadata
     missing = [key for key in required if key not in state]
     if missing:
@@ -83,7 +83,7 @@ def _check_metadata(checkpoint: Path, config: Config, state: dict[str, Any]) -> 
 
 
 def _check_size(checkpoint: Path, config: Config, key: str, things: str, size: int) -> None:
-    """Raises ValueError if a field of the config is not the size of what a checkpoint contains."""
+    """Raises ValueError if a config field differs from a size in the checkpoint."""
     expected = value_of(config, key)
     if size != expected:
         raise ValueError(
@@ -100,7 +100,7 @@ class TextModel:
         layers: The config's section `model`.
         data: The config's section `data`.
         vocabulary: The run's vocabulary.
-        recorders: By MoE layer name, the dispatcher that records its assignments.
+        recorders: By MoE layer name, the recording dispatcher.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -132,7 +132,7 @@ class TextModel:
                 self.recorders[name] = recorder
 
     def initial_state(self) -> State:
-        """Returns the LSTM state before the first word of a text."""
+        """Returns the LSTM state before a text's first word."""
         state = []
         for hidden_width, cell_width in state_widths(self.layers):
             state.append((torch.zeros(1, 1, hidden_width), torch.zeros(1, 1, cell_width)))
@@ -140,19 +140,19 @@ class TextModel:
 
     @torch.no_grad()
     def read(self, word_T: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-        """Reads some words of a text.
+        """Reads a text's next words.
 
         Args:
             word_T: Word indices, int64, (T,).
             state: The LSTM state before them.
 
         Returns:
-            Log-probabilities (V,) of the next word, in nats, and the state after the words.
+            The next word's log-probabilities (V,), in nats, and the state after the words.
         """
         num_words = len(word_T)
         position_T = torch.arange(num_words)
-        # each word is a sample of its own. Capacity is then counted within a word and drops
-        # nothing, so a text can be read in parts of any length
+        # each word is a separate sample. So capacity is counted within a word and drops nothing,
+        # and a text can be read in parts of any length
         ctx = TokenContext(
             sample_T=position_T,
             position_T=position_T,
@@ -169,7 +169,7 @@ class TextModel:
         return self.model.softmax.log_probability(x_TD[-1:])[0], state
 
     def expert_assignments(self, word_T: torch.Tensor) -> dict[str, ExpertAssignments]:
-        """Returns the experts that each word of a whole text visits, by layer name."""
+        """Returns the experts visited by each word in a whole text, by layer name."""
         state = self.initial_state()
         parts: dict[str, list[ExpertAssignments]] = {name: [] for name in self.recorders}
         with tqdm(
@@ -184,7 +184,7 @@ class TextModel:
 
 
 def _concatenate(parts: list[ExpertAssignments]) -> ExpertAssignments:
-    """Joins the assignments of consecutive parts of a text."""
+    """Joins the assignments for a text's consecutive parts."""
     expert_TK = torch.cat([part.expert_TK for part in parts])
     weight_TK = torch.cat([part.weight_TK for part in parts])
     return ExpertAssignments(expert_TK, weight_TK, parts[0].num_experts)

@@ -1,1 +1,1 @@
-"""Estimates what every layout of a config costs on a cluster."""
+"""Estimates every layout's cost on a cluster, for a given config."""

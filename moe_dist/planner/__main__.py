@@ -1,17 +1,16 @@
-"""Plans a config on a cluster: memory, communication and step time of every legal layout.
+"""Plans a config on a cluster: every legal layout's memory, communication and step time.
 
     python -m moe_dist.planner moe_131072_h --nodes 16 --gpus-per-node 8 --gpu h100
     python -m moe_dist.planner lstm_moe_demo --gpus-per-node 2 --measure    takes a minute or two
 
-A layout is an expert-parallel degree and a ZeRO stage. The table lists for each layout the rank's
-memory by kind, the bytes that it sends inside its node and between nodes, and the step time by
-part. The fastest layout that fits is marked with *. A layout that does not fit is refused with the
-memory that it needs; if none fits, the exit status is 1.
+A layout is an expert-parallel degree and a ZeRO stage. For each layout the table lists a rank's
+memory by kind, its sent bytes inside the node and between nodes, and the step time by part. The
+fastest layout that fits is marked with *. If a layout does not fit, its needed memory is printed;
+if none fits, the exit status is 1.
 
---gpu estimates with public peaks, of which stated fractions are achieved (FLOPS_EFFICIENCY and
-BANDWIDTH_EFFICIENCY in planner/cost_model.py). --measure times short runs of one rank's share on
-this machine (planner/microbenchmark.py). With --gpu no tensor is allocated, whatever the size of
-the model.
+--gpu estimates from fixed fractions of public peaks (FLOPS_EFFICIENCY and BANDWIDTH_EFFICIENCY in
+planner/cost_model.py). --measure times short runs of one rank's share on this machine
+(planner/microbenchmark.py). With --gpu no tensor is allocated, even for a very large model.
 """
 
 import argparse
@@ -38,10 +37,10 @@ from moe_dist.tasks.registry import task_of
 from moe_dist.training.errors import plain_errors
 from moe_dist.training.run_spec import MAX_RANKS, named_config
 
-# processes that take turns on a CPU core and still have about the times of ranks
+# processes that can share a CPU core with about the same times as real ranks
 MAX_PROCESSES_PER_CORE = 4
-MAX_GB = 1e9  # of --nic and --memory
-NIC_LATENCY_S = 5e-5  # of a link between nodes with --measure
+MAX_GB = 1e9  # for --nic and --memory
+NIC_LATENCY_S = 5e-5  # latency between nodes with --measure
 BYTES_PER_GB = 1e9
 
 
@@ -116,7 +115,7 @@ def _parser() -> Parser:
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that are out of range or do not fit together."""
+    """Raises ValueError for options out of range or incompatible options."""
     for key, number in (("nodes", args.nodes), ("gpus-per-node", args.gpus_per_node)):
         if not 1 <= number <= MAX_RANKS:
             raise ValueError(
@@ -157,13 +156,13 @@ def _check_config(config: Config, args: argparse.Namespace) -> None:
 
 
 def _plan(config: Config, args: argparse.Namespace) -> tuple[list[PlannedLayout], Machine]:
-    """Returns the planned layouts and the machine, either a GPU's or this one as measured."""
+    """Returns the planned layouts and the machine: a GPU preset, or this machine as measured."""
     nic_bytes_per_s = None if args.nic is None else args.nic * BYTES_PER_GB
     rank_costs = None
     if args.gpu:
         machine = gpu_machine(args.gpu, nic_bytes_per_s)
     else:
-        # imported here because it imports the whole trainer, which --gpu does not need
+        # imported here because it imports the whole trainer, not needed for --gpu
         from moe_dist.planner.microbenchmark import adopt_data_sizes
 
         config = adopt_data_sizes(config, keys_of(args.set))
@@ -189,9 +188,9 @@ def measure_this_machine(
     """Measures this machine as one node.
 
     Args:
-        config: The config, with the sizes that its data determines.
+        config: The config, with data-determined sizes.
         nodes: Node count to plan for.
-        ranks_per_node: Ranks on each node, which run here.
+        ranks_per_node: Ranks on each node; as many run here.
         nic_bytes_per_s: A rank's bandwidth between nodes.
 
     Returns:
@@ -200,7 +199,7 @@ def measure_this_machine(
     Raises:
         ValueError: The data is not on this machine, or one rank's share cannot be trained here.
     """
-    # imported here because it imports the whole trainer, which --gpu does not need
+    # imported here because it imports the whole trainer, not needed for --gpu
     from moe_dist.planner.microbenchmark import calibrate
 
     layouts = list(legal_layouts(config, nodes, ranks_per_node))
@@ -215,7 +214,7 @@ def measure_this_machine(
 
 
 def _write_json(args: argparse.Namespace, planned: list[PlannedLayout], machine: Machine) -> None:
-    """Writes the machine and the layouts to the file of --json."""
+    """Writes the machine and the layouts to the --json file."""
     report = {
         "machine": dataclasses.asdict(machine),
         "layouts": [dataclasses.asdict(layout) for layout in planned],
@@ -230,8 +229,8 @@ def format_plan(planned: list[PlannedLayout], machine: Machine) -> str:
     """Formats a plan for a terminal: a line per layout, and the best layout's traffic by purpose.
 
     Args:
-        planned: The layouts of `plan_layouts`.
-        machine: The machine that they were planned for.
+        planned: The layouts from `plan_layouts`.
+        machine: Their machine.
 
     Returns:
         The table's lines.
@@ -261,7 +260,7 @@ def format_plan(planned: list[PlannedLayout], machine: Machine) -> str:
 
 
 def _table_head(layout: PlannedLayout) -> list[str]:
-    """Returns the column names; a kind of memory is called by its last word."""
+    """Returns the column names; a memory kind's column is its last word."""
     kinds = [kind.split()[-1] for kind in layout.memory]
     return ["", "ep", "ZeRO", *kinds, "memory", "inside", "between", *PARTS, "step", ""]
 
@@ -289,7 +288,7 @@ def _align(rows: list[list[str]]) -> list[str]:
 
 
 def _traffic_lines(where: str, bytes_by_purpose: dict[str, float]) -> list[str]:
-    """Returns a line per purpose with the bytes that a rank sends for it in a step."""
+    """Returns a line per purpose with the bytes a rank sends in a step."""
     lines = []
     for purpose, num_bytes in bytes_by_purpose.items():
         label = f"{purpose}, {where}"

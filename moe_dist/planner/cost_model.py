@@ -1,4 +1,4 @@
-"""Cost of a layout: bytes that a rank holds, bytes that it sends, and seconds of a training step.
+"""A layout's cost: a rank's memory, its sent bytes, and the seconds per training step.
 
 Everything here is arithmetic on counts; nothing is executed. A layout's cost has two halves:
 
@@ -8,8 +8,8 @@ Everything here is arithmetic on counts; nothing is executed. A layout's cost ha
      costs a latency plus bytes / bandwidth, inside a node and between nodes
      (`Traffic.seconds`).
 
-`step_seconds` adds both up by the parts of `metric_keys.PARTS`, `rank_memory` adds up bytes by
-kind. Rows are taken to be spread evenly over experts.
+`step_seconds` adds both up by part (`metric_keys.PARTS`), `rank_memory` adds up bytes by kind. Rows
+are assumed to be spread evenly over experts.
 
 Worked example: lstm_moe_demo (float32, width 128, 64 experts, k = 4) on two ranks of one node,
 mesh.ep=2, mesh.dispatcher=all_to_all. The batch has 64 lanes x 32 words, 1,024 words per rank. Each
@@ -23,7 +23,7 @@ word visits 4 experts, of which half are on the other rank: 1,024 x 4 / 2 = 2,04
              gradients)
 
 On a link of 1 ms latency and 1 GB/s dispatch and combine take 7 x 1 ms + 4,210,688 / 1e9 s = 11.2
-ms. (`test_all_to_all_bytes_by_hand` and `test_step_seconds_by_hand` of tests/unit/planner hold
+ms. (`test_all_to_all_bytes_by_hand` and `test_step_seconds_by_hand` in tests/unit/planner check
 these numbers.)
 """
 
@@ -58,11 +58,11 @@ INDEX_BYTES = 8  # one int64
 
 @dataclass(frozen=True)
 class Link:
-    """The speed of one kind of communication.
+    """The speed for one kind of communication.
 
     Attributes:
-        latency: Seconds that each call takes in addition.
-        bandwidth: Bytes per second that a rank sends.
+        latency: Additional seconds per call.
+        bandwidth: Bytes sent per second by a rank.
     """
 
     latency: float
@@ -74,7 +74,7 @@ class Machine:
     """A rank's memory and links.
 
     Attributes:
-        name: Name for people.
+        name: Name to print.
         memory: Bytes per rank.
         rows: Link inside a node, for all-to-all.
         sums: Link inside a node, for reductions and broadcasts.
@@ -93,7 +93,7 @@ class RankCost:
     """One rank's cost without communication.
 
     Attributes:
-        seconds: Seconds per step by part of `metric_keys.PARTS`.
+        seconds: Seconds per step by part (`metric_keys.PARTS`).
         memory_bytes: Bytes by kind, in addition to weights, masters, optimizer state and gradients.
     """
 
@@ -103,7 +103,7 @@ class RankCost:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Public peaks of one GPU in a node.
+    """Public peaks for one GPU in a node.
 
     Attributes:
         bf16_flops_per_s: Dense bf16 matrix products.
@@ -128,25 +128,25 @@ GPUS = {
     "h200": Gpu(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
     "b200": Gpu(2250e12, 80e12, 180e9, 8e12, 900e9, 50e9),
 }
-FLOPS_EFFICIENCY = 0.4  # achieved fraction of peak FLOP/s
-BANDWIDTH_EFFICIENCY = 0.8  # achieved fraction of every peak bandwidth
+FLOPS_EFFICIENCY = 0.4  # achieved FLOP/s / peak
+BANDWIDTH_EFFICIENCY = 0.8  # achieved bandwidth / peak, for every bandwidth
 KERNEL_LAUNCH_S = 5e-6
 NVLINK_LATENCY_S = 15e-6
 NIC_LATENCY_S = 30e-6
-CUDA_CONTEXT_BYTES = 2 * 10**9  # the context, workspaces of libraries, and NCCL
-GRAD_BUCKET_BYTES = 500_000_000 * FLOAT_BYTES  # DeepSpeed's default bucket of gradients
+CUDA_CONTEXT_BYTES = 2 * 10**9  # the context, library workspaces, and NCCL
+GRAD_BUCKET_BYTES = 500_000_000 * FLOAT_BYTES  # DeepSpeed's default gradient bucket
 KERNELS_PER_PARAM = 30  # launched for each dense parameter in forward, backward and update
-# times that the float32 scores of a token are read or written: noise, top k, order, sums, and their
+# number of reads and writes of a token's float32 scores: noise, top k, order, sums, and their
 # backward
 GATE_PASSES = 40
-# times that a row crosses memory in dispatch and combine, forward and backward
+# number of reads and writes of a row in dispatch and combine, forward and backward
 DISPATCH_PASSES = 8
-# bytes per element that Adam reads (weight, gradient, two moments) and writes (weight, two moments)
+# bytes per element read by Adam (weight, gradient, two moments) and written (weight, two moments)
 ADAM_UPDATE_BYTES = 28
-# bytes per element of factored Adam, which reads the gradient twice and the weight, and writes the
-# weight
+# bytes per element for factored Adam: it reads the gradient twice and the weight once, and writes
+# the weight
 FACTORED_UPDATE_BYTES = 16
-# DeepSpeed keeps so many gathered elements from forward to backward at ZeRO 3
+# gathered elements kept by DeepSpeed from forward to backward at ZeRO 3
 # (stage3_max_live_parameters)
 ZERO3_MAX_LIVE_ELEMENTS = 10**9
 
@@ -155,7 +155,7 @@ ZERO3_MAX_LIVE_ELEMENTS = 10**9
 
 
 def gpu_machine(name: str, nic_bytes_per_s: float | None = None) -> Machine:
-    """Returns the machine of a GPU preset.
+    """Returns a GPU preset's machine.
 
     Args:
         name: A key of `GPUS`.
@@ -189,7 +189,7 @@ def rank_cost_on_gpu(
         ds: The DeepSpeed config.
 
     Returns:
-        Seconds and bytes of one rank without communication.
+        One rank's seconds and bytes without communication.
     """
     gpu = GPUS[name]
     width = bytes_per_element(ds)
@@ -199,7 +199,7 @@ def rank_cost_on_gpu(
     if width == 2:
         matmul_flops_per_s = gpu.bf16_flops_per_s * FLOPS_EFFICIENCY
     num_micro_batches = layout.grad_accum_steps
-    samples = layout.samples_per_rank  # of one micro-batch
+    samples = layout.samples_per_rank  # in one micro-batch
     num_uses = num_moe_uses(plain, config)
     rows = expert_rows_per_sample(plain, config)
     dim = model_dim(config)
@@ -252,8 +252,8 @@ def rank_cost_on_gpu(
 def _gate_scores_per_sample(plain: Any, config: Config) -> int:
     """Returns how many scores all gates compute for one sample.
 
-    A token has one score per choice of the gate, and one per expert inside each group that it
-    chose.
+    A token has one score per expert or group to choose from, and one per expert inside each chosen
+    group.
     """
     experts = moe_section(config)
     if not experts:
@@ -270,7 +270,7 @@ def _gate_scores_per_sample(plain: Any, config: Config) -> int:
 def _gate_flops_per_sample(plain: Any, config: Config) -> int:
     """Returns the gates' training FLOPs for one sample: 6 x scores x width.
 
-    The gates of a language model have a second matrix, for the noise.
+    A language model's gates have a second matrix, for the noise.
     """
     num_matrices = 2 if isinstance(config.model, LSTMConfig) else 1
     return 6 * num_matrices * _gate_scores_per_sample(plain, config) * model_dim(config)
@@ -288,10 +288,10 @@ def _expert_flops_per_sample(plain: Any, config: Config) -> float:
 
 
 def _expert_weights_s(plain: Any, config: Config, width: int, bytes_per_s: float) -> float:
-    """Returns the seconds of one MoE layer and micro-batch that the row count does not change.
+    """Returns an MoE layer's seconds per micro-batch that do not depend on the row count.
 
-    A rank's expert weights are read twice and their float32 gradients written once; kernels are
-    launched.
+    They are for reading a rank's expert weights twice, writing their float32 gradients once, and
+    kernel launches.
     """
     experts = moe_section(config)
     if not experts:
@@ -299,7 +299,7 @@ def _expert_weights_s(plain: Any, config: Config, width: int, bytes_per_s: float
     _, moe = experts
     num_local = moe.num_experts // config.mesh.ep
     all_elements = num_elements(params_of_kind(plain, "experts"))
-    # grouped kernels run all experts in one launch; else each expert has its own launches
+    # grouped kernels run all experts in one launch; otherwise each expert has separate launches
     has_grouped_kernel = width == 2 and num_local < 1024
     num_launches = 2 if has_grouped_kernel else 12 * num_local
     weights_s = all_elements / config.mesh.ep * (2 * width + FLOAT_BYTES) / bytes_per_s
@@ -309,11 +309,11 @@ def _expert_weights_s(plain: Any, config: Config, width: int, bytes_per_s: float
 def update_bytes(
     plain: nn.Module, config: Config, layout: BatchLayout, ds: dict[str, Any]
 ) -> float:
-    """Returns the bytes of memory that a rank's share of one optimizer update reads and writes.
+    """Returns the bytes read and written in memory by a rank's share of one optimizer update.
 
-    ZeRO divides dense parameters over all ranks from stage 1 on. Experts and gates of groups are
-    divided over all ranks at every stage: over expert-parallel ranks by layout, over replicas by
-    owner.
+    ZeRO divides dense parameters over all ranks from stage 1 on. Experts, and gates inside groups,
+    are divided over all ranks at every stage: over expert-parallel ranks by layout, over replicas
+    by owner.
     """
     dense_parts = layout.world if ds["zero_optimization"]["stage"] > 0 else 1
     dense_elements = num_elements(params_of_kind(plain, "dense")) / dense_parts
@@ -344,15 +344,15 @@ def num_moe_uses(plain: Any, config: Config) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The messages that an average rank sends in a step for one purpose.
+    """An average rank's messages in a step for one purpose.
 
     Attributes:
-        part: The part of the step that they belong to, of `metric_keys.PARTS`.
+        part: Their part of the step, in `metric_keys.PARTS`.
         name: Their purpose.
-        intra_node_bytes: Bytes that a rank sends inside its node.
-        inter_node_bytes: Bytes that a rank sends to other nodes.
+        intra_node_bytes: Bytes sent by a rank inside its node.
+        inter_node_bytes: Bytes sent by a rank to other nodes.
         calls: Collective calls.
-        ring: True for a ring, in which links inside and between nodes work at the same time.
+        ring: True for a ring; its links inside and between nodes work at the same time.
     """
 
     part: str
@@ -365,8 +365,8 @@ class Traffic:
     def seconds(self, machine: Machine, nodes: int) -> float:
         """Returns calls x latency + bytes / bandwidth.
 
-        In a ring the slower link alone counts; otherwise the times of both links are added. The
-        latency is that of the link between nodes if there are several nodes.
+        In a ring only the slower link counts; otherwise both links' times are added. With several
+        nodes, the latency is the one between nodes.
 
         Args:
             machine: The links.
@@ -393,22 +393,22 @@ def dispatch_traffic(
         config: The config, with dispatcher and expert-parallel degree.
         layout: The batch layout.
         ranks_per_node: Ranks on each node.
-        uses: MoE layers that a micro-batch passes.
+        uses: MoE layer calls per micro-batch.
         width: Bytes per activation.
         rows: Expert rows per sample in one MoE layer.
 
     Returns:
-        The traffic called dispatch and combine; empty if rows stay on their rank.
+        The traffic named dispatch and combine; empty if rows stay on their rank.
     """
     dispatcher = layout_dispatcher(config, ranks_per_node)
     if not uses or dispatcher == "local":
         return []
     ep = config.mesh.ep
     choice = gate_choice(config)
-    # ranks of an expert-parallel group on one node. If nodes cut through groups, it is the smallest
-    # share, because other ranks have to wait for the rank with most bytes between nodes
+    # an expert-parallel group's ranks on one node. If nodes split groups, it is the smallest share,
+    # because all ranks wait for the rank with the most bytes between nodes
     local_ranks = math.gcd(ep, ranks_per_node)
-    # choices of the (primary) gate for this rank's tokens; a chosen group turns one row into k
+    # the (primary) gate's choices for this rank's tokens; a chosen group turns one row into k
     samples = layout.samples_per_rank * layout.grad_accum_steps
     assignments = samples * uses * rows / (choice.k if choice.has_groups else 1)
     tokens = assignments / choice.k
@@ -416,10 +416,10 @@ def dispatch_traffic(
 
     wire_bytes = 2 if config.mesh.comm_dtype == "bf16" else width
     row_bytes = model_dim(config) * wire_bytes
-    # rows to groups carry the position of their word and their sample, for the gates of the groups
+    # rows to groups include their word's position and their sample, for the groups' gates
     key_bytes = 2 * INDEX_BYTES if choice.has_groups else 0
-    # all_to_all sends each assignment's weight, dedup also its place and its expert; the weight's
-    # gradient returns
+    # all_to_all sends each assignment's weight, dedup also its row index and its expert; the
+    # weight's gradient returns
     assignment_bytes = FLOAT_BYTES if dispatcher == "all_to_all" else FLOAT_BYTES + 8
     round_trip_bytes = assignment_bytes + FLOAT_BYTES
     near_assignment_bytes = assignments * (local_ranks - 1) / ep * round_trip_bytes
@@ -427,7 +427,7 @@ def dispatch_traffic(
 
     num_hops = 2 if dispatcher == "dedup_node" else 1
     num_exchanges = num_hops * layout.grad_accum_steps * uses
-    # counts, rows, weights and two gradients; dedup sends assignments apart, groups send keys
+    # counts, rows, weights and two gradients; dedup sends assignments separately, groups send keys
     calls_per_dispatch = 5 + (dispatcher != "all_to_all") + choice.has_groups
     dispatch = Traffic(
         "dispatch",
@@ -451,15 +451,15 @@ def rows_sent_per_token(
 ) -> tuple[float, float]:
     """Returns how many rows an average token sends to other ranks.
 
-    With V(b) = `expected_blocks_visited`, the average number of b blocks of experts that a token
-    visits:
+    V(b) = `expected_blocks_visited` is the average number of expert blocks, out of b, visited by a
+    token:
 
       all_to_all   k / ep rows to each rank: a row per chosen expert
       dedup_rank   V(ep) / ep rows to each rank: a row if the rank has a chosen expert
       dedup_node   V(nodes) / nodes rows to each other node. A rank there forwards the row to the
-                   other ranks of the node that have a chosen expert: V(ep) / nodes ranks per node,
-                   less the one that has the row already. In its own node a token sends V(ep) / ep
-                   rows to each other rank.
+                   node's other ranks with a chosen expert: V(ep) / nodes ranks per node, minus the
+                   rank that already has the row. In its own node a token sends V(ep) / ep rows to
+                   each other rank.
 
     Args:
         dispatcher: "all_to_all", "dedup_rank" or "dedup_node".
@@ -489,15 +489,15 @@ def rows_sent_per_token(
 def ring_traffic(
     part: str, name: str, num_bytes: float, ranks: int, local_ranks: int, calls: float
 ) -> Traffic:
-    """Returns the traffic of rings over `ranks` ranks.
+    """Returns the traffic for rings over `ranks` ranks.
 
-    Each rank sends (ranks - 1) / ranks of the bytes to the next rank.
-    If the ring leaves the node, one of every `local_ranks` steps crosses to the next node.
+    Each rank sends (ranks - 1) / ranks of the bytes to the next rank. If the ring leaves the node,
+    one in every `local_ranks` steps crosses to the next node.
 
     Args:
         part: See `Traffic`.
         name: See `Traffic`.
-        num_bytes: Bytes of a reduce-scatter or an all-gather; twice the tensor's size for an
+        num_bytes: Bytes in a reduce-scatter or an all-gather; twice the tensor's size for an
             all-reduce.
         ranks: The ring's ranks.
         local_ranks: The ring's ranks on each node.
@@ -519,7 +519,7 @@ def reduction_traffic(
     ds: dict[str, Any],
     routings: int,
 ) -> list[Traffic]:
-    """Returns the traffic of a step without dispatch and combine: reductions and parameters.
+    """Returns a step's traffic without dispatch and combine: reductions and parameters.
 
     Args:
         plain: The plain model.
@@ -535,7 +535,7 @@ def reduction_traffic(
     if layout.world == 1:
         return []
     local_ranks = min(ranks_per_node, layout.world)
-    # a few numbers each, of which the calls alone count; 3 for the loss and the norm
+    # only the calls count, because each has a few numbers; 3 are for the loss and the norm
     calls = layout.grad_accum_steps * routings + 3
     scalars = ring_traffic("rest", "balance, loss and norm", 0, layout.world, local_ranks, calls)
     return [
@@ -553,7 +553,7 @@ def _dense_traffic(
 
     Stages 0 to 2 all-reduce the gradients, from stage 2 on after each micro-batch, and stages 1 and
     2 all-gather the updated weights. Stage 3 reduce-scatters gradients, and all-gathers weights
-    module by module in forward, and once more in backward if they are too many to be kept.
+    module by module in forward, and again in backward if they are too large to keep.
     """
     stage = ds["zero_optimization"]["stage"]
     world = layout.world
@@ -589,7 +589,7 @@ def _replica_traffic(
     ranks_per_node: int,
     ds: dict[str, Any],
 ) -> list[Traffic]:
-    """Returns the traffic between replicas of experts: gradients to owners, weights back."""
+    """Returns the traffic between expert replicas: gradients to owners, weights back."""
     ep = config.mesh.ep
     replicas = layout.world // ep
     if replicas == 1 or not moe_section(config):
@@ -611,7 +611,7 @@ def _replica_traffic(
 def _row_traffic(
     plain: nn.Module, config: Config, layout: BatchLayout, local_ranks: int
 ) -> list[Traffic]:
-    """Returns gradient traffic for vocabulary matrices that are updated by row."""
+    """Returns gradient traffic for row-sparse vocabulary matrices."""
     row_bytes = touched_row_bytes(plain, config)
     if not row_bytes:
         return []
@@ -629,11 +629,11 @@ def _num_dense_modules(plain: nn.Module) -> int:
 
 
 def touched_row_bytes(plain: nn.Module, config: Config) -> float:
-    """Returns the bytes in the gradient rows that a step touches in the vocabulary matrices.
+    """Returns the bytes in a step's touched gradient rows in the vocabulary matrices.
 
-    The embedding has a row per distinct word read, the softmax a row and a bias per distinct word
-    scored (targets and negative samples). Each matrix also reduces one byte per word of the
-    vocabulary that marks touched rows.
+    The embedding has a row per distinct input word, the softmax a row and a bias per distinct
+    scored word (targets and negative samples). Each matrix also reduces one byte per vocabulary
+    word to mark touched rows.
     """
     model = config.model
     if not isinstance(model, LSTMConfig) or model.softmax_samples is None:
@@ -668,7 +668,7 @@ def step_traffic(
     else:
         routings = sum(block.routes for block in plain.encoder.blocks)
     if moe_section(config) and gate_choice(config).has_groups:
-        routings *= 6  # reductions of one hierarchical routing
+        routings *= 6  # reductions in one hierarchical routing
     width = bytes_per_element(ds)
     return [
         *dispatch_traffic(config, layout, ranks_per_node, uses, width, rows),
@@ -700,7 +700,7 @@ def step_seconds(
         machine: The links.
 
     Returns:
-        Seconds by part of `metric_keys.PARTS`, and the traffic.
+        Seconds by part (`metric_keys.PARTS`), and the traffic.
     """
     traffic = step_traffic(plain, config, layout, ranks_per_node, ds)
     num_nodes = math.ceil(layout.world / ranks_per_node)
@@ -709,10 +709,10 @@ def step_seconds(
         seconds[messages.part] += messages.seconds(machine, num_nodes)
 
     dispatcher = layout_dispatcher(config, ranks_per_node)
-    crosses_nodes = ranks_per_node % config.mesh.ep != 0  # some group does, and others wait for it
+    crosses_nodes = ranks_per_node % config.mesh.ep != 0  # if one group does, all others wait
     num_chunks = num_overlap_chunks(config.mesh, crosses_nodes)
     if dispatcher != "local" and num_chunks:
-        # only all_to_all cuts its rows, and not those to groups of experts
+        # only all_to_all sends chunks, and only to experts, not to expert groups
         if dispatcher != "all_to_all" or gate_choice(config).has_groups:
             num_chunks = 1
         seconds["dispatch"] -= overlapped_s(seconds["dispatch"], seconds["experts"], num_chunks)
@@ -720,15 +720,14 @@ def step_seconds(
 
 
 def overlapped_s(dispatch_s: float, experts_s: float, num_chunks: int) -> float:
-    """Returns the seconds of dispatch and combine during which experts run.
+    """Returns the dispatch and combine seconds during which experts run.
 
     Two kinds of overlap exist, and the larger one counts:
 
-      weight gradients   the last of four transfers (dispatch and combine, forward
-                         and backward) runs while experts compute the gradients of their weights, a
-                         third of their work
-      chunks             rows in C chunks travel while experts compute other chunks: of the shorter
-                         of the two all but the first chunk is hidden, (1 - 1 / C) of it
+      weight gradients   the last of four transfers (dispatch and combine, forward and backward)
+                         runs while experts compute their weight gradients, a third of their work
+      chunks             rows in C chunks are sent while experts compute other chunks: the shorter
+                         time is hidden except for its first chunk, (1 - 1 / C) of it
 
     For example, dispatch of 560 ms and experts of 500 ms in 4 chunks: max(min(140, 167), 500 x
     3/4) = 375 ms.
@@ -736,7 +735,7 @@ def overlapped_s(dispatch_s: float, experts_s: float, num_chunks: int) -> float:
     Args:
         dispatch_s: Dispatch and combine seconds without overlap.
         experts_s: Expert seconds.
-        num_chunks: C; 1 for rows that travel in one piece.
+        num_chunks: C; 1 if all rows are sent at once.
 
     Returns:
         Seconds, at most `dispatch_s`.
@@ -749,7 +748,7 @@ def overlapped_s(dispatch_s: float, experts_s: float, num_chunks: int) -> float:
 def rank_memory(
     plain: Any, config: Config, layout: BatchLayout, ds: dict[str, Any], rank_cost: RankCost
 ) -> dict[str, int]:
-    """Returns the bytes that one rank holds, by kind.
+    """Returns one rank's memory in bytes, by kind.
 
     Args:
         plain: The plain model.

@@ -1,30 +1,30 @@
-"""Short measurements of this machine from which every layout's cost is computed.
+"""Measures this machine with short runs, and computes every layout's cost from them.
 
 No layout is trained as a whole. Four kinds of short runs, each with a dataclass for its result,
-stand for all layouts:
+represent all layouts:
 
   links        As many processes as a node has ranks time all-reduce and all-to-all on a small and a
                large tensor (`Links`).
   single rank  For each expert-parallel degree, a world of one trains on one rank's share of the
                batch and the experts (`ShortRun`). In loopback (`distributed.loopback`) it receives
-               the rows that it sends, so it has the work of a rank of that layout without
-               communication. As many such worlds as a node has ranks run at the same time, because
-               ranks share the caches and the memory of the machine too.
+               the rows it sends, so it does a rank's work in this layout without communication. As
+               many such worlds as a node has ranks run at the same time, because real ranks also
+               share the machine's caches and memory.
   ZeRO stage   For each stage, single ranks of the largest degree form one data-parallel world that
                reduces gradients, each still in loopback for its rows. The time beyond the estimate
-               for that world, mostly waiting for the slowest rank, is divided by the calls
+               for this world, mostly the wait for the slowest rank, is divided by the calls
                (`ZeroStageOverhead`).
-  wait         The same world once more, and each rank waits in each all-to-all until all ranks have
-               arrived. The additional time of dispatch is the wait for the slowest rank (seconds).
+  wait         The same world again, but in each all-to-all each rank waits until all ranks have
+               arrived. The additional dispatch time is the wait for the slowest rank (seconds).
 
 A layout's cost per rank (`RankCost`) is then, by part of the step:
 
-  gate, experts     as the single rank measured
-  dispatch          single rank + wait - calls x latency of an all-to-all (the estimate of traffic
-                    counts it already)
+  gate, experts     as measured by the single rank
+  dispatch          single rank + wait - calls x all-to-all latency (already counted in the traffic
+                    estimate)
   rest              single rank + stage overhead per call x the layout's calls
-  optimizer         single rank x (bytes that the layout's update moves / bytes that the single
-                    rank's update moves) + stage overhead per call x the layout's calls
+  optimizer         single rank x (bytes moved by the layout's update / bytes moved by the single
+                    rank's update) + stage overhead per call x the layout's calls
 
 Worked example: lstm_moe_demo on two ranks, ep 1 and ep 2, ZeRO 1; the measured seconds are made up.
   single rank, ep 2    experts 4.0, rest 9.0, optimizer 0.8
@@ -36,7 +36,7 @@ Worked example: lstm_moe_demo on two ranks, ep 1 and ep 2, ZeRO 1; the measured 
   layout ep 2, ZeRO 1  experts 4.0; rest 9.0 + 2.0 = 11.0; optimizer 0.8 x (moved bytes' ratio) + 1
                        call x 1.0
   layout ep 1, ZeRO 1  experts 6.0; rest 10.0 + 2.0 = 12.0; optimizer 1.0 x (ratio) + 9 calls x 1.0
-(`test_measured_parts_are_combined_by_layout` of tests/unit/planner holds these numbers.)
+(`test_measured_parts_are_combined_by_layout` in tests/unit/planner checks these numbers.)
 """
 
 import contextlib
@@ -83,11 +83,11 @@ from moe_dist.training.step import train_step
 WARMUP_STEPS = 6
 TIMED_STEPS = 18
 COLLECTIVE_REPEATS = 30
-LARGE_MESSAGE = 2**21  # float32 elements of a large collective
+LARGE_MESSAGE = 2**21  # float32 elements in a large collective
 LINKS_TIMEOUT_S = 300
 TRAINING_TIMEOUT_S = 600
-DATA_TIMEOUT_S = 7 * 86400  # data of any size may be read for the first time
-OTHER_MEMORY = "activations and buffers"  # kind of all measured bytes that no count names
+DATA_TIMEOUT_S = 7 * 86400  # a first read of very large data may take days
+OTHER_MEMORY = "activations and buffers"  # kind for all measured but not counted bytes
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,13 @@ class Links:
 
 @dataclass(frozen=True)
 class ShortRun:
-    """A short training as one rank measured it.
+    """One rank's measurement of a short training.
 
     Attributes:
         seconds: Median seconds per step by part.
         step_s: Median seconds per whole step.
-        library_bytes: Peak memory when all libraries were imported, before the training.
-        training_bytes: Peak memory beyond `library_bytes`. On CUDA both are counted by torch's
-            allocator.
+        library_bytes: Peak memory after all imports, before the training.
+        training_bytes: Peak memory beyond `library_bytes`. On CUDA torch's allocator counts both.
     """
 
     seconds: dict[str, float]
@@ -123,10 +122,10 @@ class ShortRun:
 
 @dataclass(frozen=True)
 class ZeroStageOverhead:
-    """The cost that a ZeRO stage adds to the estimate.
+    """A ZeRO stage's cost beyond the estimate.
 
     Attributes:
-        seconds_per_call: Seconds for each call by part; without parts that have no calls.
+        seconds_per_call: Seconds for each call by part, without parts that make no calls.
         memory_bytes: Bytes per rank.
     """
 
@@ -136,12 +135,12 @@ class ZeroStageOverhead:
 
 @dataclass(frozen=True)
 class SingleRank:
-    """A world of one that stands for one rank of an expert-parallel degree.
+    """A world of one that represents one rank at an expert-parallel degree.
 
     Attributes:
         ep: The expert-parallel degree.
-        config: The config that it trains in loopback: a rank's share of the batch, and all experts,
-            of which the loopback mesh leaves it one rank's share.
+        config: Its config for training in loopback, with a rank's share of the batch and all
+            experts; the loopback mesh keeps one rank's share of the experts.
     """
 
     ep: int
@@ -149,11 +148,11 @@ class SingleRank:
 
     @property
     def counted_config(self) -> Config:
-        """The config with the counts of this rank: its share of the experts, and k = 1."""
+        """The config with this rank's counts: its share of the experts, and k = 1."""
         return _shrink_experts(self.config, self.ep)
 
     def repeated(self, ranks: int, zero_stage: int) -> Config:
-        """Returns the config of a world of `ranks` such ranks with the same share of the batch."""
+        """Returns the config for a world of `ranks` such ranks, with the same share per rank."""
         global_batch_size = self.config.batch.global_batch_size * ranks
         return override(
             self.config,
@@ -164,17 +163,18 @@ class SingleRank:
 def run_short_training(
     config: Config, loopback_ep: int | None = None, first_rank: int = 0, waits: bool = False
 ) -> ShortRun:
-    """Trains a few steps and measures them. Every rank of a world calls it.
+    """Trains a few steps and measures them. Every rank in a world calls it.
 
     Args:
         config: The config; its expert-parallel ranks exist unless `loopback_ep` is given.
         loopback_ep: An expert-parallel degree whose other ranks do not exist: this rank sends rows
             to itself.
-        first_rank: In loopback, the expert-parallel rank that the world's rank 0 stands for.
-        waits: In loopback, True if each all-to-all waits until all ranks of the world have arrived.
+        first_rank: In loopback, the expert-parallel rank represented by the world's rank 0.
+        waits: In loopback, if True, each all-to-all waits until all ranks in the world have
+            arrived.
 
     Returns:
-        The measurement of this rank.
+        This rank's measurement.
     """
     import_deepspeed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,9 +200,9 @@ def run_short_training(
 
 
 def adopt_data_sizes(config: Config, explicit: Collection[str]) -> Config:
-    """Returns the config with the sizes that its data determines.
+    """Returns the config with data-determined sizes.
 
-    A process of its own opens the data.
+    A separate process opens the data.
 
     Args:
         config: The config.
@@ -242,16 +242,16 @@ def calibrate(
 
     Args:
         layouts: All legal layouts of one config, by degree, then by stage.
-        ranks_per_node: Ranks on a node, which run here.
+        ranks_per_node: Ranks on a node; as many run here.
         memory_per_rank: Bytes.
-        inter_node: The link between nodes, which cannot be measured on one machine.
+        inter_node: The link between nodes; it cannot be measured on one machine.
 
     Returns:
-        This machine, and one rank's cost by expert-parallel degree and ZeRO stage. A degree
-        whose share does not fit is given the times of the nearest degree that fits.
+        This machine, and one rank's cost by expert-parallel degree and ZeRO stage. If a degree's
+        share does not fit, it has the times of the nearest degree that fits.
 
     Raises:
-        ValueError: The share of no degree fits in the memory.
+        ValueError: No degree's share fits into the memory.
     """
     singles = _single_ranks_that_fit(layouts, ranks_per_node, memory_per_rank)
     stages = {_zero_stage(config) for config, _ in layouts}
@@ -292,7 +292,7 @@ def calibrate(
 
 
 class _Progress:
-    """Prints on stderr which of the runs is next."""
+    """Prints the next run's name on stderr."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -311,7 +311,7 @@ def _single_ranks_that_fit(
 ) -> dict[int, SingleRank]:
     """Returns a world of one for each degree whose share fits, the largest degree first."""
     by_ep: dict[int, SingleRank] = {}
-    for config, layout in reversed(layouts):  # so that the lowest stage of each degree stays
+    for config, layout in reversed(layouts):  # reversed, so each degree keeps its lowest stage
         ep = config.mesh.ep
         by_ep[ep] = SingleRank(ep, _single_rank_config(config, layout, ranks_per_node))
     fitting = {}
@@ -328,7 +328,7 @@ def _single_ranks_that_fit(
 
 
 def _single_rank_config(config: Config, layout: BatchLayout, ranks_per_node: int) -> Config:
-    """Returns the config of a world of one with a rank's share of the batch."""
+    """Returns the config for a world of one with a rank's share of the batch."""
     samples = layout.samples_per_rank
     # a world of one has no nodes: loopback replaces dedup_node by dedup_rank
     is_all_to_all = layout_dispatcher(config, ranks_per_node) == "all_to_all"
@@ -358,7 +358,7 @@ def _shrink_experts(config: Config, ep: int) -> Config:
 def _run_single_ranks(single: SingleRank, ranks: int) -> ShortRun:
     """Runs `ranks` worlds of one at the same time and returns the slowest.
 
-    On CUDA one world runs, because each rank has a GPU for itself.
+    On CUDA only one world runs, because each rank has its own GPU.
     """
     num_worlds = 1 if torch.cuda.is_available() else ranks
 
@@ -375,18 +375,18 @@ def _run_single_ranks(single: SingleRank, ranks: int) -> ShortRun:
 def _rank_cost(
     config: Config, layout: BatchLayout, measured: Config, short_run: ShortRun
 ) -> RankCost:
-    """Returns one rank's cost of a layout from a single rank's short run, without overheads.
+    """Returns one rank's cost on a layout from a single rank's short run, without overheads.
 
-    The update's time is scaled by the bytes that it moves; everything else is as measured.
+    The update's time is scaled by its moved bytes; everything else is as measured.
 
     Args:
         config: The config on the layout.
         layout: The layout.
-        measured: The config whose counts are those of the single rank.
+        measured: The config with the single rank's counts.
         short_run: The single rank's measurement.
 
     Returns:
-        Seconds by part, and bytes that no count names.
+        Seconds by part, and measured but not counted bytes.
     """
     measured_layout = make_batch_layout(measured, 1)
     layout_bytes = _update_bytes(config, layout)
@@ -399,7 +399,7 @@ def _rank_cost(
     )
 
 
-# Overheads of many ranks
+# Overheads with many ranks
 
 
 def _zero_stage_overhead(
@@ -407,8 +407,8 @@ def _zero_stage_overhead(
 ) -> ZeroStageOverhead:
     """Measures a world of `ranks` single ranks at a ZeRO stage and subtracts its estimate.
 
-    Each rank holds other experts, but for the world they are replicas: their gradients are reduced
-    all the same.
+    Each rank has different experts, but in this world they count as replicas, and their gradients
+    are reduced.
     """
     config = single.repeated(ranks, stage)
     runs = run_distributed(run_short_training, ranks, config, single.ep, timeout=TRAINING_TIMEOUT_S)
@@ -430,7 +430,7 @@ def _zero_stage_overhead(
 
 
 def _wait_overhead(single: SingleRank, short_run: ShortRun, ranks: int) -> float:
-    """Measures the seconds per step in which all-to-alls wait for the slowest of `ranks` ranks."""
+    """Measures how long all-to-alls wait for the slowest of `ranks` ranks, in seconds per step."""
     config = single.repeated(ranks, _zero_stage(single.config))
     runs = run_distributed(
         run_short_training, ranks, config, single.ep, 0, True, timeout=TRAINING_TIMEOUT_S
@@ -446,7 +446,7 @@ def _with_overheads(
     wait_s: float,
     dispatch_latency_s: float,
 ) -> RankCost:
-    """Returns one rank's cost among others; no cost is below zero, whatever the noise."""
+    """Returns one rank's cost among other ranks; costs below zero, from noise, become zero."""
     added_s = {part: each * calls[part] for part, each in overhead.seconds_per_call.items()}
     added_s["dispatch"] = 0.0
     if calls["dispatch"]:
@@ -465,7 +465,7 @@ def _with_overheads(
 
 
 def _calls_by_part(config: Config, layout: BatchLayout, ranks_per_node: int) -> dict[str, float]:
-    """Returns the collective calls of a step by part."""
+    """Returns a step's collective calls by part."""
     plain = task_of(config).build_model(config)
     calls = dict.fromkeys(PARTS, 0.0)
     for messages in step_traffic(plain, config, layout, ranks_per_node, read_ds_config(config)):
@@ -474,7 +474,7 @@ def _calls_by_part(config: Config, layout: BatchLayout, ranks_per_node: int) -> 
 
 
 def _update_bytes(config: Config, layout: BatchLayout) -> float:
-    """Returns the bytes that a rank's share of one optimizer update moves."""
+    """Returns the bytes moved by a rank's share of one optimizer update."""
     plain = task_of(config).build_model(config)
     return update_bytes(plain, config, layout, read_ds_config(config))
 
@@ -487,7 +487,7 @@ def _counted_bytes(config: Config, layout: BatchLayout) -> int:
 
 
 def _min_bytes(config: Config) -> int:
-    """Returns the bytes that a world of one needs: the counted bytes and the activations."""
+    """Returns the bytes needed by a world of one: the counted bytes and the activations."""
     plain = task_of(config).build_model(config)
     layout = make_batch_layout(config, 1)
     width = bytes_per_element(read_ds_config(config))
@@ -504,7 +504,7 @@ def _zero_stage(config: Config) -> int:
 
 
 def benchmark_collectives(ranks: int) -> Links:
-    """Measures the links inside a node. Every rank of a world of `ranks` calls it."""
+    """Measures the links inside a node. Every rank in a world of `ranks` calls it."""
     mesh = meshes.init_distributed(ranks)
     axis = mesh.ep
 
@@ -515,8 +515,8 @@ def benchmark_collectives(ranks: int) -> Links:
     def all_reduce(x: torch.Tensor) -> None:
         all_reduce_sum(x, axis)
 
-    # fraction of a tensor's bytes that a rank sends: all but its own share, in a ring all-reduce
-    # twice
+    # a rank sends this fraction of a tensor's bytes: all but its own share, and twice as much in a
+    # ring all-reduce
     rows = _measure_link(all_to_all, (ranks - 1) / ranks, ranks, mesh.device)
     sums = _measure_link(all_reduce, 2 * (ranks - 1) / ranks, ranks, mesh.device)
     meshes.shutdown()
@@ -531,8 +531,8 @@ def _measure_link(
 ) -> Link:
     """Returns the latency (time for a small tensor) and the bandwidth (from a large tensor).
 
-    For example on two ranks: an all-to-all of 2 elements takes 0.1 ms, of 8.4 MB takes 4.3 ms; half
-    of the bytes leave a rank, so the bandwidth is 4.2 MB / 4.2 ms = 1 GB/s.
+    For example on two ranks: an all-to-all takes 0.1 ms for 2 elements, and 4.3 ms for 8.4 MB; half
+    the bytes leave a rank, so the bandwidth is 4.2 MB / 4.2 ms = 1 GB/s.
     """
     small = torch.zeros(ranks, device=device)
     large = torch.zeros(LARGE_MESSAGE // ranks * ranks, device=device)

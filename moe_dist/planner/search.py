@@ -1,4 +1,4 @@
-"""The search over layouts: memory and seconds of every expert-parallel degree and ZeRO stage."""
+"""Searches over layouts: memory and seconds for every expert-parallel degree and ZeRO stage."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,9 +31,9 @@ class PlannedLayout:
         zero_stage: ZeRO stage.
         memory: Bytes per rank by kind.
         seconds: Seconds per step by part.
-        intra_node_bytes: Bytes that a rank sends inside its node in a step, by purpose.
-        inter_node_bytes: Bytes that a rank sends to other nodes in a step, by purpose.
-        fits: True if the memory of a rank is large enough.
+        intra_node_bytes: Bytes sent by a rank inside its node in a step, by purpose.
+        inter_node_bytes: Bytes sent by a rank to other nodes in a step, by purpose.
+        fits: True if a rank's memory is large enough.
     """
 
     ep: int
@@ -56,14 +56,14 @@ class PlannedLayout:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a rank sends in a step."""
+        """Bytes sent by a rank in a step."""
         return sum(self.intra_node_bytes.values()) + sum(self.inter_node_bytes.values())
 
 
 def legal_layouts(
     config: Config, nodes: int, ranks_per_node: int
 ) -> Iterator[tuple[Config, BatchLayout]]:
-    """Yields every layout that the config and its DeepSpeed file allow on the ranks.
+    """Yields every layout allowed by the config and its DeepSpeed file on the ranks.
 
     Args:
         config: The config.
@@ -71,11 +71,11 @@ def legal_layouts(
         ranks_per_node: Ranks on each node.
 
     Yields:
-        The config with `mesh.ep` and `zero_stage` set, and its batch layout; by degree, then
-        by stage.
+        The config with `mesh.ep` and `zero_stage` set, and its batch layout; by degree, then by
+        stage.
 
     Raises:
-        ValueError: No layout is legal. The message is that of the first one tried.
+        ValueError: No layout is legal. The message is the first layout's error.
     """
     world = nodes * ranks_per_node
     first_error: ValueError | None = None
@@ -103,7 +103,7 @@ def legal_layouts(
 
 
 def _ep_candidates(config: Config, world: int) -> list[int]:
-    """Returns the divisors of the rank count; 1 alone for a model without experts."""
+    """Returns the rank count's divisors; only 1 for a model without experts."""
     if not moe_section(config):
         return [1]
     return [ep for ep in range(1, world + 1) if world % ep == 0]
@@ -122,12 +122,12 @@ def plan_layouts(
         config: The config.
         nodes: Node count.
         ranks_per_node: Ranks on each node.
-        machine: The links and the memory of a rank.
-        rank_costs: One rank's measured work by degree and stage. None: estimated for the GPU
-            called `machine.name`.
+        machine: A rank's links and memory.
+        rank_costs: One rank's measured work by degree and stage. None: estimated for the GPU named
+            `machine.name`.
 
     Returns:
-        The layouts that fit first; among them the fastest first.
+        The layouts: those that fit come first, and among them the fastest.
 
     Raises:
         ValueError: No layout is legal.

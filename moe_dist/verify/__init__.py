@@ -1,1 +1,1 @@
-"""The layout certificate: one rank against every other layout."""
+"""The layout certificate: compares every other layout with one rank."""

@@ -3,23 +3,23 @@
     python -m moe_dist.verify lstm_moe_demo                  1, 2 and 4 ranks at every ep and ZeRO
     python -m moe_dist.verify lstm_wide_demo --set model.dim=64 --worlds 2 --zero 0 3 --json FILE
 
-The reference is one rank at ZeRO 0. For every other layout a line shows the largest relative
-deviation from it, over all ranks, of any step's loss and gradient norm, and of any weight
-tensor after the last step (||difference|| / ||reference||). The exit status is 1 if a deviation is
-above --tolerance.
+The reference is one rank at ZeRO 0. For every other layout a line shows its largest relative
+deviation over all ranks: in any step's loss and gradient norm, and in any weight tensor after the
+last step (||difference|| / ||reference||). The exit status is 1 if a deviation is above
+--tolerance.
 
-Some choices are decided by rounding: two scores that are equal up to rounding can be ranked either
-way, and a word then visits another expert; a hidden unit whose input is zero up to rounding can be
-on or off. These are coincidences, not faults. So the reference's rankings and signs are recorded,
-and every layout replays them. A layout's own choices that differ are counted (flips, signs), and
-the widest gap among them is shown: the distance of two scores relative to the largest, or of a
-unit's input from zero relative to the largest in its row. A gap above 1e-5 is more than rounding,
-and a failure. With --free every layout uses its own choices.
+Rounding decides some choices: two scores, equal up to rounding, can be ranked either way, and a
+word then visits another expert; a hidden unit with an input of zero, up to rounding, can be on or
+off. These are coincidences, not faults. So the reference's rankings and signs are recorded, and
+every layout replays them. A layout's differing choices are counted (flips, signs), and their widest
+gap is shown: the distance between two scores relative to the largest score, or between a unit's
+input and zero relative to the largest input in its row. A gap above 1e-5 is more than rounding, and
+a failure. With --free every layout uses its own choices.
 
-A run proves something only if it is live. The figures of the reference are printed: how much of the
-first step's routing the training changed, in how many steps the norm was clipped, noise, dropout
-and drops. The column idle counts steps in which a rank had padding only and sent no row: half the
-samples are padding in one step for each number of --accumulation.
+A comparison is evidence only if training changes something. So the reference's figures are printed:
+how much of the first step's routing the training changed, the number of steps with a clipped norm,
+noise, dropout and drops. The column idle counts steps in which a rank had only padding and sent no
+row: half the samples are padding in one step for each number in --accumulation.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def _parser() -> Parser:
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that are out of range."""
+    """Raises ValueError for options out of range."""
     for key, numbers, largest in (
         ("steps", [args.steps], MAX_STEPS),
         ("worlds", args.worlds, MAX_PROCESSES),
@@ -154,9 +154,9 @@ def _check_config(config: Config, explicit: frozenset[str]) -> None:
 def _choose_layouts(
     config: Config, args: argparse.Namespace
 ) -> tuple[list[ParallelConfig], list[str]]:
-    """Returns the legal layouts among the combinations of the options, and reasons for the others.
+    """Combines the options to layouts; returns the legal ones, and reasons against the others.
 
-    Raises ValueError if no layout is left, or if this machine has too few GPUs.
+    Raises ValueError if no layout is legal, or if this machine has too few GPUs.
     """
     candidates = []
     for world, zero_stage, accumulation in itertools.product(
@@ -183,7 +183,7 @@ def _choose_layouts(
 def _print_result(
     config: Config, certificate: Certificate, illegal: list[str], tolerance: float
 ) -> int:
-    """Prints the summary below the table. Returns the number of layouts within the tolerance."""
+    """Prints the summary below the table. Returns how many layouts are within the tolerance."""
     for reason in dict.fromkeys(illegal):
         print(f"not a layout of this config: {reason}")
     if not _is_live(config, certificate.reference):

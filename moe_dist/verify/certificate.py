@@ -3,10 +3,10 @@
 The reference is one rank at ZeRO 0 with one micro-batch. The first world writes the reference to a
 file: each step's loss and gradient norm, all weights after the last step, and its discrete
 choices (`choice_replay`). Each further world trains on its layouts in turn, replays those choices,
-and computes its deviations from the file. One world of N processes serves all layouts of N ranks.
+and computes its deviations from the file. One world with N processes runs all layouts with N ranks.
 
-A comparison proves something only if the run is live, so the reference also reports how live it was
-(`ReferenceActivity`), and `pad_half` removes whole ranks' samples in some steps.
+A comparison is evidence only if training changes something, so the reference also reports its
+activity (`ReferenceActivity`), and `pad_half` removes whole ranks' samples in some steps.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from moe_dist.training.setup import Training, set_up
 from moe_dist.training.step import train_step
 from moe_dist.verify.choice_replay import RecordedChoices, Recording
 
-# two scores, or a hidden unit's input and zero, can be ordered either way by rounding if their
-# relative distance is at most this
+# rounding can order two scores, or a hidden unit's input and zero, either way if their relative
+# distance is at most this
 MAX_ROUNDING_GAP = 1e-5
 ACCUMULATIONS = (1, 2)  # micro-batches per step, by default
 FIRST_PADDED_STEP = 3
@@ -43,7 +43,7 @@ MAX_HOURS = 24  # per world
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """A layout of a run.
+    """A run's layout.
 
     Attributes:
         world: Rank count.
@@ -72,13 +72,13 @@ REFERENCE = ParallelConfig(1, 1, 0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceActivity:
-    """Figures that show how live the reference run was.
+    """Figures about the reference run's activity: how much training changed.
 
     Attributes:
-        steps_clipped: Steps in which the gradient norm was clipped.
+        steps_clipped: Number of steps with a clipped gradient norm.
         noise: True if the gates have noise.
-        dropout: The model's probability of dropout.
-        dropped: Assignments that were dropped over capacity.
+        dropout: The model's dropout probability.
+        dropped: Assignments dropped over capacity.
         routing_changed: Fraction of the first step's words that the trained weights send to other
             experts.
     """
@@ -90,27 +90,28 @@ class ReferenceActivity:
     routing_changed: float
 
     def by_name(self) -> dict[str, Any]:
-        """Returns the figures by their names for people and for JSON."""
+        """Returns the figures by their names in the output and in JSON."""
         return {name.replace("_", " "): value for name, value in vars(self).items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """One layout's deviation from the reference: the largest of any rank.
+    """One layout's largest deviation from the reference, over all ranks.
 
     Attributes:
-        world: See `ParallelConfig`, as for the three next ones.
+        world: Rank count.
         ep: Expert-parallel degree.
         zero_stage: ZeRO stage.
         grad_accum_steps: Micro-batches per step.
-        loss: Any step's relative loss deviation.
-        norm: Any step's relative gradient-norm deviation.
-        weights: Any weight tensor's relative deviation, ||difference|| / ||reference||.
+        loss: The largest relative loss deviation in any step.
+        norm: The largest relative gradient-norm deviation in any step.
+        weights: The largest relative deviation in any weight tensor, ||difference|| /
+            ||reference||.
         tensor: The tensor with this deviation.
-        flips: Words that all ranks ranked in another way than the reference.
-        signs: Hidden units that were on in one run and off in the other.
-        widest_gap: The widest relative gap of these choices (`RecordedChoices.max_gap`).
-        idle: Steps of ranks that sent no row.
+        flips: Words with another expert ranking than in the reference, summed over ranks.
+        signs: Hidden units that are on in one run and off in the other.
+        widest_gap: The widest relative gap for these choices (`RecordedChoices.max_gap`).
+        idle: Number of (step, rank) pairs without a sent row.
     """
 
     world: int
@@ -137,7 +138,7 @@ class Certificate:
     """The result of `verify`.
 
     Attributes:
-        reference: How live the reference run was.
+        reference: The reference run's activity.
         layouts: Each layout's deviation.
     """
 
@@ -145,7 +146,7 @@ class Certificate:
     layouts: list[Deviation]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the values of the file of --json."""
+        """Returns the values for the --json file."""
         return {
             "live": self.reference.by_name(),
             "layouts": [dataclasses.asdict(deviation) for deviation in self.layouts],
@@ -160,7 +161,7 @@ class TrainedRun:
         loss: Loss by step.
         norm: Gradient norm by step.
         weights: Whole weights by name after the last step, on CPU.
-        idle: Steps of ranks without a row, over all ranks.
+        idle: Number of (step, rank) pairs without a row.
         dropped: Dropped assignments, over all ranks.
         first_batches: The first step's micro-batches.
     """
@@ -190,12 +191,12 @@ class Reference:
     choices: Recording
 
     def save(self, path: Path) -> None:
-        """Writes the file as plain containers, which `torch.load` reads without pickled classes."""
+        """Writes the file with plain containers: `torch.load` then unpickles no classes."""
         torch.save(vars(self) | {"choices": vars(self.choices)}, path)
 
     @staticmethod
     def load(path: Path) -> "Reference":
-        """Reads a file that `save` wrote."""
+        """Reads a file written by `save`."""
         content = torch.load(path, weights_only=True)
         return Reference(**content | {"choices": Recording(**content["choices"])})
 
@@ -216,11 +217,11 @@ def verify(
         config: The config.
         layouts: The layouts to compare with the reference.
         steps: Optimizer steps.
-        replay: True if layouts replay the reference's discrete choices.
+        replay: If True, layouts replay the reference's discrete choices.
         explicit: Dotted keys that keep their values, as in `set_up`.
 
     Returns:
-        The deviations, by number of ranks.
+        The deviations, by rank count.
     """
     reference: ReferenceActivity | None = None
     deviations: list[Deviation] = []
@@ -254,14 +255,14 @@ def verify(
 def legal_layouts(
     config: Config, candidates: list[ParallelConfig]
 ) -> tuple[list[ParallelConfig], list[str]]:
-    """Splits candidates into legal layouts and reasons why the others are not legal.
+    """Splits candidates into legal layouts and reasons against the others.
 
     Args:
         config: The config.
         candidates: Layouts.
 
     Returns:
-        The legal layouts, and a reason for each other one.
+        The legal layouts, and a reason for each illegal one.
     """
     legal = []
     reasons = []
@@ -285,7 +286,7 @@ TABLE_HEADER = (
 
 
 def format_row(row: Deviation) -> str:
-    """Returns a line of the table whose head is `TABLE_HEADER`."""
+    """Returns a line for the table under `TABLE_HEADER`."""
     layout = f"{row.world:>5} {row.ep:>4} {row.zero_stage:>5} {row.grad_accum_steps:>6}"
     figures = f"{row.loss:>8.1e} {row.norm:>8.1e} {row.weights:>8.1e}"
     choices = f"{row.flips:>6} {row.signs:>6} {row.widest_gap:>8.1e}"
@@ -303,18 +304,18 @@ def run_layouts(
     replay: bool,
     explicit: Collection[str],
 ) -> list[ReferenceActivity | Deviation]:
-    """Trains on each layout in turn. Every rank of one world calls it.
+    """Trains on each layout in turn. Every rank in one world calls it.
 
     Args:
         config: The config.
-        layouts: Layouts of this world's number of ranks.
+        layouts: Layouts with this world's rank count.
         steps: Optimizer steps.
         path: The reference file. If it does not exist, the first layout writes it.
-        replay: True if layouts replay the reference's discrete choices.
+        replay: If True, layouts replay the reference's discrete choices.
         explicit: Dotted keys that keep their values, as in `set_up`.
 
     Returns:
-        For each layout its deviation, or, for the one that wrote the reference, its activity.
+        For the layout that writes the reference its activity, for each other layout its deviation.
     """
     meshes.init_process_group()
     results: list[ReferenceActivity | Deviation] = []
@@ -326,7 +327,7 @@ def run_layouts(
         mesh = meshes.build_mesh(layout.ep)
         ds = read_ds_config(on_layout)
         training = set_up(on_layout, ds, mesh, metadata, explicit=explicit)
-        metadata = training.metadata  # so that the data is opened and counted once
+        metadata = training.metadata  # so the data is opened and counted once
         if reference is None or replay:
             choices.attach(training.model.module, mesh)
         run = train(training, steps)
@@ -343,10 +344,10 @@ def run_layouts(
 
 
 def train(training: Training, steps: int) -> TrainedRun:
-    """Trains some steps, in some of which half the samples are padding. A collective.
+    """Trains some steps; in a few, half the samples are padding. A collective.
 
     Args:
-        training: A training that has done no step.
+        training: A training before its first step.
         steps: Optimizer steps.
 
     Returns:
@@ -379,7 +380,7 @@ def train(training: Training, steps: int) -> TrainedRun:
 
 
 def _pad_batches(training: Training) -> None:
-    """Makes the task of a training return batches that `pad_half` has padded."""
+    """Makes a training's task return batches padded by `pad_half`."""
     task: Any = training.task
     batches_without_padding = task.batches
     samples = training.layout.global_batch_size
@@ -394,7 +395,7 @@ def pad_half(batch: Any, step: int, samples: int) -> Any:
     """Makes half the samples padding in one step for each number `a` of `ACCUMULATIONS`.
 
     The global batch is cut into `a` parts, and each part's second half becomes padding. If the
-    step has `a` micro-batches on two ranks or more, some rank then has nothing but padding.
+    step has `a` micro-batches on two ranks or more, some rank then has only padding.
 
     Args:
         batch: A micro-batch.
@@ -415,7 +416,7 @@ def pad_half(batch: Any, step: int, samples: int) -> Any:
 
 
 def whole_weights(training: Training) -> dict[str, torch.Tensor]:
-    """Returns the float32 masters of all weights by name, with the experts of all ranks.
+    """Returns all weights' float32 masters by name, with all ranks' experts.
 
     A collective.
     """
@@ -433,11 +434,11 @@ def whole_weights(training: Training) -> dict[str, torch.Tensor]:
 
 
 def _activity(training: Training, run: TrainedRun, choices: RecordedChoices) -> ReferenceActivity:
-    """Returns how live the run of a training was."""
+    """Returns a training run's activity."""
     config = training.config
     experts = moe_section(config)
     max_norm = config.optim.max_grad_norm
-    # the norm of the step before may decide whether a step is clipped
+    # the previous step's norm may determine if a step is clipped
     norms = run.norm[:-1] if config.optim.clip_norm_source == "previous" else run.norm
     return ReferenceActivity(
         steps_clipped=sum(norm > max_norm for norm in norms) if max_norm else 0,
@@ -454,15 +455,15 @@ def routing_changed(
 ) -> float:
     """Returns the fraction of the first step's words that the final weights send to other experts.
 
-    The noise of the gates is the same in both. A collective.
+    The gate noise is the same in both. A collective.
 
     Args:
         training: The training after its last step.
         first_batches: The first step's micro-batches.
-        before: The choices of the run.
+        before: The run's choices.
 
     Returns:
-        A fraction of all words in all uses of MoE layers; 0 without experts.
+        A fraction over all words in all MoE layer calls; 0 without experts.
     """
     after = RecordedChoices()
     after.attach(training.model.module, training.mesh)
@@ -495,11 +496,11 @@ def compare(
         layout: The run's layout.
         run: The run.
         reference: The reference.
-        choices: The discrete choices that the run replayed.
+        choices: The discrete choices replayed in the run.
         mesh: The run's mesh.
 
     Returns:
-        The deviation, which is equal on all ranks.
+        The deviation, equal on all ranks.
     """
 
     def largest(figures: list[float]) -> list[float]:
@@ -535,7 +536,7 @@ def compare(
 
 
 def _largest_deviation(values: list[float], expected: list[float]) -> float:
-    """Returns the largest relative deviation of any value."""
+    """Returns the values' largest relative deviation."""
     return max(
         _or_infinity(abs(value - reference) / abs(reference))
         for value, reference in zip(values, expected, strict=True)
@@ -550,5 +551,5 @@ def _tensor_deviation(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _or_infinity(x: float) -> float:
-    """Returns x, or infinity for NaN, which `max` could pass over."""
+    """Returns x, or infinity for NaN, because `max` could ignore a NaN."""
     return x if math.isfinite(x) else math.inf

@@ -1,25 +1,25 @@
-"""Records the discrete choices of one run and replays them in another run of the same steps.
+"""Records one run's discrete choices and replays them in another run of the same steps.
 
-Two layouts add the same numbers in another order, so their results differ by rounding (about 1e-7).
-Almost everywhere this stays small. In two places it does not, because a real number decides between
-two discrete outcomes:
+Two layouts add the same numbers in a different order, so their results differ by rounding (about
+1e-7). Almost everywhere the difference stays small. In two places it does not, because a real
+number decides between two discrete outcomes:
 
   ranking    Top-k gating ranks experts by score. If two scores are equal up to rounding, a layout
              may rank them the other way, and the word then visits another expert.
-  ReLU sign  If the input of a hidden unit is zero up to rounding, one layout may have the unit on,
-             with its whole gradient, and the other off, with none.
+  ReLU sign  If a hidden unit's input is zero up to rounding, one layout may have the unit on, with
+             its whole gradient, and the other off, with no gradient.
 
-A comparison of layouts would report such coincidences as faults. So the reference run records its
-rankings and its ReLU masks, and each other layout uses the recorded ones in place of its own. It
-still computes its own, counts the differences (`rank_flips`, `relu_sign_flips`), and keeps the
-widest gap between the numbers that decided (`max_gap`). A real fault changes numbers by more than
-rounding and shows as a wide gap.
+A comparison between layouts would report such coincidences as faults. So the reference run records
+its rankings and its ReLU masks, and each other layout uses the recorded ones in place of its own.
+It still computes its own, counts the differences (`rank_flips`, `relu_sign_flips`), and keeps the
+widest gap between the decisive numbers (`max_gap`). A real fault changes numbers by more than
+rounding and causes a wide gap.
 
-Entries are found by key, not by place, because each layout has its words on other ranks and in
+Entries are found by key, not by index, because each layout has its words on other ranks and in
 another order. A key is one int64: (sample << BITS | position) << BITS | expert.
 
-Legend: T tokens, E experts, K chosen, or k + 1 columns in order of their scores; R rows, F hidden
-units, B bytes of 8 units each, e experts of this rank.
+Legend: T tokens, E experts, K chosen experts, or k + 1 columns in score order; R rows, F hidden
+units, B bytes with 8 units each, e this rank's experts.
 """
 
 from dataclasses import dataclass, field
@@ -37,13 +37,13 @@ from moe_dist.moe.hierarchical import ExpertGroups
 from moe_dist.moe.layer import MoE
 from moe_dist.nn.token_context import TokenContext
 
-BITS = 21  # of a position and of an expert in a key
-LayerCall = tuple[int, int, int]  # step, layer_call, gate_level of a TokenContext
+BITS = 21  # bits for a position, and for an expert, in a key
+LayerCall = tuple[int, int, int]  # a TokenContext's step, layer_call, gate_level
 
 
 @dataclass
 class Recording:
-    """A run's discrete choices, by step and use of a layer.
+    """A run's discrete choices, by step and layer call.
 
     Attributes:
         ranked: Keys (int64, one per token), ranked columns (tokens x (k + 1)), and k.
@@ -55,20 +55,20 @@ class Recording:
 
 
 class RecordedChoices:
-    """Records the choices of a model's gates and ReLUs, or replays the choices of another run.
+    """Records the choices of a model's gates and ReLUs, or replays another run's choices.
 
-    A ranking comprises the k experts that a word visits, in order of their scores, and the first
-    expert that it does not visit: the load loss (Eq. 9) compares each score with the last expert
-    that wins and the first that does not, and sends gradients to those two.
+    A ranking contains the k experts visited by a word, in score order, and the first expert not
+    visited: the load loss (Eq. 9) compares each score with the k-th and the (k + 1)-th score, and
+    sends gradients to those two experts.
 
     Attributes:
-        replayed: The recording that is replayed; None for a run that records.
-        recorded: The choices of this run so far; empty in a replay.
-        rank_flips: Words that this run ranks in another way than the recording.
+        replayed: The recording to replay; None for a run that records.
+        recorded: This run's choices so far; empty in a replay.
+        rank_flips: Words with another ranking in this run than in the recording.
         relu_sign_flips: Hidden units that are on in one run and off in the other.
-        max_gap: The widest relative gap of all flips. For a ranking: the distance of two scores,
-            divided by the largest score of the word. For a ReLU: the distance of the unit's input
-            from zero, divided by the largest input of the row.
+        max_gap: The widest relative gap over all flips. For a ranking: the distance between two
+            scores, divided by the word's largest score. For a ReLU: the distance between the unit's
+            input and zero, divided by the row's largest input.
     """
 
     def __init__(self, replayed: Recording | None = None) -> None:
@@ -78,15 +78,15 @@ class RecordedChoices:
         self.rank_flips = 0
         self.relu_sign_flips = 0
         self.max_gap = 0.0
-        # keys of the rows whose hidden units are counted, so that a recomputation counts none twice
+        # keys of the rows with counted hidden units, so a recomputation does not count them twice
         self._counted_rows: dict[LayerCall, torch.Tensor] = {}
 
     def attach(self, model: nn.Module, mesh: Mesh) -> None:
-        """Replaces the selection of all gates and the masks of all ReLUs of a model.
+        """Replaces the expert selection in a model's gates and the masks in its ReLUs.
 
         Args:
             model: The model, on the mesh.
-            mesh: The mesh, which determines this rank's experts.
+            mesh: The mesh; it determines this rank's experts.
         """
         for module in model.modules():
             if isinstance(module, FeedForward):
@@ -95,7 +95,7 @@ class RecordedChoices:
                 self._attach_to_layer(module, mesh)
 
     def _attach_to_layer(self, layer: MoE, mesh: Mesh) -> None:
-        """Attaches to the gate, to the gates inside groups, and to the experts of a layer."""
+        """Attaches to a layer's gate, to the gates inside groups, and to its experts."""
         first_expert = mesh.local_experts(layer.gate.num_experts).start
         layer.get_submodule("gate").select = self.select  # type: ignore[assignment]
         experts: Any = layer.experts
@@ -110,20 +110,20 @@ class RecordedChoices:
     def select(
         self, score_TE: torch.Tensor, k: int, expert_E: torch.Tensor, ctx: TokenContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Selects experts like `top_k_plus_one`, except that a recorded ranking wins.
+        """Selects experts like `top_k_plus_one`; a replay uses the recorded ranking instead.
 
         Args:
             score_TE: Scores.
-            k: Experts that a token visits.
+            k: Experts per token.
             expert_E: The experts' global ids, int64, (E,) or (T, E).
             ctx: The tokens' context.
 
         Returns:
-            The scores and the columns of the k + 1 first experts, both (T, k + 1).
+            The first k + 1 experts' scores and columns, both (T, k + 1).
         """
         top_TK, column_TK = top_k_plus_one(score_TE, k, expert_E, ctx)
-        # in groups of experts a word has one row per chosen group: the group's first expert makes
-        # their keys distinct
+        # in expert groups a word has one row per chosen group: the group's first expert makes the
+        # rows' keys distinct
         key_T = _key(ctx, expert_E[..., 0].expand(len(score_TE)))
         layer_call = _layer_call(ctx)
         if self.replayed is None:
@@ -134,8 +134,7 @@ class RecordedChoices:
         flipped_T = (recorded_TK != column_TK).any(1) & ctx.valid_T
         self.rank_flips += int(flipped_T.sum())
         replayed_TK = score_TE.gather(1, recorded_TK)
-        # at each rank, the score in the recorded order is below the score in this run's order by no
-        # more than rounding
+        # at each place in the ranking, the two orders' scores differ by no more than rounding
         distance_T = (top_TK - replayed_TK).abs().amax(1)
         self._widen(distance_T[flipped_T] / score_TE[flipped_T].abs().amax(1))
         return replayed_TK, recorded_TK
@@ -143,7 +142,7 @@ class RecordedChoices:
     def _record_ranking(
         self, layer_call: LayerCall, key_T: torch.Tensor, column_TK: torch.Tensor, k: int
     ) -> None:
-        """Appends the rankings of one micro-batch."""
+        """Appends one micro-batch's rankings."""
         empty = (key_T[:0], column_TK[:0], k)
         keys, columns, _ = self.recorded.ranked.get(layer_call, empty)
         all_keys = torch.cat([keys, key_T])
@@ -153,7 +152,7 @@ class RecordedChoices:
     def relu_mask(
         self, h_RF: torch.Tensor, expert_R: torch.Tensor, ctx_R: TokenContext
     ) -> torch.Tensor:
-        """Returns which hidden units are on: those above zero, or the recorded ones in a replay.
+        """Returns the mask of hidden units that are on: above zero, or as recorded in a replay.
 
         Args:
             h_RF: The hidden units' inputs.
@@ -182,7 +181,7 @@ class RecordedChoices:
         return recorded_RF
 
     def _record_mask(self, layer_call: LayerCall, key_R: torch.Tensor, on_RB: torch.Tensor) -> None:
-        """Appends the packed masks of one micro-batch."""
+        """Appends one micro-batch's packed masks."""
         empty = (key_R[:0], on_RB[:0])
         keys, packed = self.recorded.relu_masks.get(layer_call, empty)
         all_keys = torch.cat([keys, key_R])
@@ -190,7 +189,7 @@ class RecordedChoices:
         self.recorded.relu_masks[layer_call] = (all_keys, all_packed)
 
     def _expert_relu_mask(self, first_expert: int) -> ReluMaskOverride:
-        """Returns the override for this rank's experts, of which the first has this global id."""
+        """Returns the override for this rank's experts; global ids start at `first_expert`."""
 
         def mask(h_RF: torch.Tensor, which: torch.Tensor, ctx_R: TokenContext) -> torch.Tensor:
             count_e = which
@@ -200,14 +199,14 @@ class RecordedChoices:
         return mask
 
     def _dense_relu_mask(self, h_RF: torch.Tensor, which: int, ctx_R: TokenContext) -> torch.Tensor:
-        """Masks layer `which` of a dense network; its keys have the layer in place of an expert."""
+        """Masks dense network layer `which`; its keys contain the layer in place of an expert."""
         return self.relu_mask(h_RF, torch.full_like(ctx_R.sample_T, which), ctx_R)
 
     def _find(self, key_T: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Returns the index in `keys`, which are distinct, of each of `key_T`.
+        """Returns each key's index in `keys`, which are distinct.
 
-        A key is missing if the recorded run did not have this word at this expert. Rounding does
-        not cause this: the gap becomes infinite, and the index is that of another key.
+        A key is missing if the recorded run did not have this word at this expert. Rounding cannot
+        cause this: the gap becomes infinite, and another key's index is returned.
         """
         sorted_keys, order = keys.sort()
         index_T = torch.searchsorted(sorted_keys, key_T).clamp(max=len(keys) - 1)
@@ -216,18 +215,18 @@ class RecordedChoices:
         return order[index_T]
 
     def _widen(self, gaps: torch.Tensor) -> None:
-        """Raises `max_gap` to the widest of these gaps; NaN counts as infinite."""
+        """Raises `max_gap` to the widest gap; NaN counts as infinite."""
         self.max_gap = max([self.max_gap, *gaps.nan_to_num(torch.inf).tolist()])
 
     def innermost_calls(self) -> list[LayerCall]:
-        """Returns the calls in which experts were chosen, not groups of experts."""
+        """Returns the calls that chose experts, not expert groups."""
         last_level = {}
         for step, layer_call, gate_level in sorted(self.recorded.ranked):
             last_level[step, layer_call] = gate_level
         return [(step, call, gate_level) for (step, call), gate_level in last_level.items()]
 
     def visited_experts(self, layer_call: LayerCall) -> dict[int, set[int]]:
-        """Returns the global ids of the experts that each word visited, by the word's key."""
+        """Returns the global ids of the experts visited by each word, by the word's key."""
         keys, columns, k = self.recorded.ranked[layer_call]
         experts: dict[int, set[int]] = {}
         for key, chosen in zip(keys.tolist(), columns[:, :k].tolist(), strict=True):
@@ -238,12 +237,12 @@ class RecordedChoices:
 
 
 def _layer_call(ctx: TokenContext) -> LayerCall:
-    """Returns the step and the use of a layer that a context belongs to."""
+    """Returns a context's step and layer call."""
     return ctx.step, ctx.layer_call, ctx.gate_level
 
 
 def _key(ctx: TokenContext, expert_T: torch.Tensor) -> torch.Tensor:
-    """Returns the key of each word at an expert: (T,), int64."""
+    """Returns the key for each word at its expert: (T,), int64."""
     return (((ctx.sample_T << BITS) + ctx.position_T) << BITS) + expert_T
 
 
