@@ -1,5 +1,6 @@
 """A run's checkpoints: written by all ranks on any layout, and read on any other layout.
 
-Functions with torch.distributed.checkpoint or torch.distributed.tensor import them when called. The
-import takes 1.6 CPU seconds; a run spends them at its first checkpoint, not before its first step.
+Functions that need torch.distributed.checkpoint or torch.distributed.tensor import it when called.
+The import takes 1.6 CPU seconds; a run spends them at its first checkpoint, not before its first
+step.
 """

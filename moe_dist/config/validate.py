@@ -197,7 +197,7 @@ def _check_modes(config: Config) -> None:
 
 
 def _check_wandb(labels: WandbConfig) -> None:
-    """Checks names, because wandb's server would refuse them in the middle of a run."""
+    """Checks wandb names early: the server would refuse an invalid one in the middle of a run."""
     if labels.project is not None:
         forbidden = set(labels.project) & set("/\\#?%:")
         if forbidden or not 1 <= len(labels.project) <= MAX_WANDB_NAME_LENGTH:

@@ -68,7 +68,7 @@ def check_number_variable(variable: str, least: int, most: int) -> None:
         most: The largest valid value.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The value is not such a number.
     """
     text = os.environ[variable]
     is_plain = text.isascii() and text.isdecimal() and len(text) < 20 and text == str(int(text))

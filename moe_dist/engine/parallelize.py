@@ -52,7 +52,7 @@ class ParallelModel:
     row_tables: dict[str, dict[str, nn.Parameter]]
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns the parameters by name that are equal on all ranks; DeepSpeed shards them."""
+        """Returns, by name, the parameters equal on all ranks; DeepSpeed shards them."""
         others = {*self.experts, *self.group_gates}
         for table in self.row_tables.values():
             others |= table.keys()

@@ -103,7 +103,7 @@ class RunDirectory:
     def restore(self) -> None:
         """Creates the folder again if it was removed or renamed, with a warning.
 
-        It is a no-op on other ranks than the main one. Any thread may call it.
+        It does nothing on ranks other than the main rank. Any thread may call it.
 
         Raises:
             OSError: The folder cannot be created again, or another run is using it now.

@@ -154,7 +154,7 @@ def _check_config(config: Config, explicit: frozenset[str]) -> None:
 def _choose_layouts(
     config: Config, args: argparse.Namespace
 ) -> tuple[list[ParallelConfig], list[str]]:
-    """Combines the options to layouts; returns the legal ones, and reasons against the others.
+    """Combines the options into layouts; returns the legal ones, and reasons against the others.
 
     Raises ValueError if no layout is legal, or if this machine has too few GPUs.
     """
