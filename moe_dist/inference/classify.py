@@ -121,7 +121,7 @@ class Classifier:
         return self.model(token_BS, kind_BS, _context(valid_BS))[0]
 
     def _split_pair(self, sentence: str) -> tuple[str, str | None]:
-        """Splits a pair at its tab; ValueError if the item does not fit the run (pair or single)."""
+        """Splits a pair at its tab; ValueError if only the item or only the run is single."""
         first, tab, second = sentence.partition("\t")
         if self.pairs and not tab:
             raise ValueError(
