@@ -227,13 +227,13 @@ def check_shape(checkpoint: Path, index: dict[str, Any], key: str, tensor: torch
     if key not in index:
         raise ValueError(
             f"{checkpoint}: no tensor {key!r}; check that config.json is that of this run, and "
-            f"that no shard is missing"
+            "that no shard is missing"
         )
     shape, expected = tuple(index[key].size), tuple(tensor.shape)
     if shape != expected:
         raise ValueError(
             f"{checkpoint}: {key!r} has shape {shape}, but config.json needs {expected}; check "
-            f"that it is the config of this run"
+            "that it is the config of this run"
         )
 
 

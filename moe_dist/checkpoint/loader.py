@@ -124,7 +124,7 @@ def load_matching_weights(
     if not matching:
         raise ValueError(
             f"{checkpoint}: no weight has the name and shape of a weight of this model; check that "
-            f"it is a run of a similar model"
+            "it is a run of a similar model"
         )
     check_values(checkpoint, matching, mesh.checkpoint_group)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))

@@ -57,7 +57,7 @@ def read_config(run: Path, given: Container[str] = ()) -> tuple[Config, str]:
         raise ValueError(
             f"{file} differs from the copy in {sealed.name}: "
             f"{'; '.join(unexpected[:MAX_DIFFERENCES])}{more}. "
-            f"Remove the file to use the copy; change fields with --set"
+            "Remove the file to use the copy; change fields with --set"
         )
     return sealed_config, ""
 

@@ -288,7 +288,7 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(
             f"config: {prefix.rstrip('.') or 'the file'} is {shorten(repr(values))}, "
-            f"expected an object"
+            "expected an object"
         )
     hints = _hints(cls)
     fields: dict[str, Any] = {}

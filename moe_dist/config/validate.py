@@ -159,7 +159,7 @@ def _check_text(key: str, text: str) -> None:
     if has_secret(text):
         raise ValueError(
             f"{key} contains something that looks like a password or a key, and the run folder "
-            f"would store it; pass it in the environment instead (HF_TOKEN, WANDB_API_KEY)"
+            "would store it; pass it in the environment instead (HF_TOKEN, WANDB_API_KEY)"
         )
     problem = text_problem(text)
     if problem is not None:
@@ -184,7 +184,7 @@ def _check_intervals(config: Config) -> None:
     if config.save_every % config.log_every:
         raise ValueError(
             f"save_every={config.save_every} is not a multiple of log_every={config.log_every}; "
-            f"use a multiple, or set log_every to a divisor of save_every"
+            "use a multiple, or set log_every to a divisor of save_every"
         )
 
 
@@ -225,7 +225,7 @@ def _check_seq_len(config: Config) -> None:
     if not isinstance(config.model, LSTMConfig) and seq_len != BatchConfig().seq_len:
         raise ValueError(
             f"batch.seq_len={seq_len} has no effect: only a language model has timesteps; "
-            f"leave it out"
+            "leave it out"
         )
 
 

@@ -83,8 +83,7 @@ def dispatcher_kind(
         raise ValueError(
             f"mesh.dispatcher='dedup_node': {num_ranks} expert-parallel ranks do not span several "
             f"nodes of {ranks_per_node} ranks evenly; use 'auto', or set mesh.ep to the number of "
-            "ranks "
-            "of two nodes or more"
+            "ranks of two nodes or more"
         )
     if configured != "auto":
         return configured

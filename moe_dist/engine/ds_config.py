@@ -101,7 +101,7 @@ def read_ds_config(config: Config) -> dict[str, Any]:
             raise ValueError(
                 f"{file}: {key} is read at ZeRO {', '.join(map(str, stages))}, not at "
                 f"zero_stage={stage}; "
-                f"use another file or stage"
+                "use another file or stage"
             )
     ds["zero_optimization"] = ds.get("zero_optimization", {}) | {"stage": stage}
     return ds

@@ -160,7 +160,7 @@ def build_moe(config: LSTMConfig) -> MoE:
     if moe.num_groups is not None and moe.capacity_factor is not None:
         raise ValueError(
             f"model.moe.capacity_factor={moe.capacity_factor}: with num_groups nothing is dropped; "
-            f"unset it"
+            "unset it"
         )
     gate = NoisyTopK(
         config.dim,

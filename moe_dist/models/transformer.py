@@ -80,7 +80,7 @@ def build_blocks(config: EncoderConfig) -> list[Block]:
         if i in moe and experts_of_routing.setdefault(routing, ffn) != ffn:
             raise ValueError(
                 f"model.encoder.blocks_per_routing={config.blocks_per_routing}, but block {i} has "
-                f"experts of its own: blocks that share a routing need the same experts "
+                "experts of its own: blocks that share a routing need the same experts "
                 f"(blocks_per_ffn={config.blocks_per_ffn})"
             )
         attention = group(i, config.blocks_per_attention)

@@ -318,6 +318,6 @@ class Optimizer(torch.optim.AdamW):
         if self.config.fuse_expert_update_in_backward and not math.isfinite(self.norm):
             raise FloatingPointError(
                 f"after {self.updates} updates the gradient is not finite, and experts were "
-                f"already updated by it (optim.fuse_expert_update_in_backward=true); continue from "
-                f"the last checkpoint with --resume, perhaps with a lower optim.lr"
+                "already updated by it (optim.fuse_expert_update_in_backward=true); continue from "
+                "the last checkpoint with --resume, perhaps with a lower optim.lr"
             )

@@ -123,7 +123,7 @@ class LanguageModel:
         if saved:
             vocabulary = saved_vocabulary(saved)
             reason = (
-                f"the run to continue (--resume) or to start from (init_from) has "
+                "the run to continue (--resume) or to start from (init_from) has "
                 f"{len(vocabulary)} words"
             )
         else:

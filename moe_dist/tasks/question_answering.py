@@ -63,7 +63,7 @@ class QuestionAnswering(TextTask):
         if num_misplaced:
             self.notes.append(
                 f"{num_misplaced} training questions are left out: their answer is not at the "
-                f"given place in the text"
+                "given place in the text"
             )
         self.spans = EvalBuffer()
 

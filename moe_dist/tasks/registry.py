@@ -38,6 +38,6 @@ def task_of(config: Config) -> type[Task]:
         raise ValueError(
             f"task={config.task}: {type(config.model).__name__} and "
             f"{type(config.data).__name__} are another task's sections; start from a config of "
-            f"this task (train.py --list)"
+            "this task (train.py --list)"
         )
     return task

@@ -127,7 +127,7 @@ class TextTask(EncoderTask):
             tokens = WordPieceTokenizer.from_json(self.saved["tokens"])
             reason = (
                 f"the run to continue (--resume) or to start from (init_from) has {len(tokens)} "
-                f"tokens"
+                "tokens"
             )
         self.fit.take(VOCABULARY_SIZE, len(tokens), reason)
         return tokens

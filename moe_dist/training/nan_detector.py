@@ -109,9 +109,8 @@ class NonFiniteDetector:
         if self.skipped >= max_skipped:
             raise FloatingPointError(
                 f"{self.source}; {self.skipped} steps in a row were skipped "
-                f"(optim.max_consecutive_skipped_steps={max_skipped}). --resume continues from the "
-                "last "
-                f"checkpoint; a lower optim.lr may help"
+                f"(optim.max_consecutive_skipped_steps={max_skipped}). --resume continues from "
+                "the last checkpoint; a lower optim.lr may help"
             )
 
     def read_and_reset(self) -> dict[str, str]:

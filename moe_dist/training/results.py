@@ -37,9 +37,8 @@ def result_lines(
     lines = [task_result]
     if num_updates < num_steps:
         lines.append(
-            f"{num_steps - num_updates} of {num_steps} steps were skipped, because their gradients "
-            "were not "
-            f"finite; a lower optim.lr may help"
+            f"{num_steps - num_updates} of {num_steps} steps were skipped, because their "
+            "gradients were not finite; a lower optim.lr may help"
         )
     if config.baseline:
         lines += _baseline_lines(config, config.baseline, baseline_is_explicit)

@@ -203,9 +203,8 @@ def acquire(lock: IO[Any], folder: Path, timeout_s: int) -> None:
             if error.errno not in _NO_LOCKS:
                 raise
             print_on_main(
-                f"warning: {folder}: its file system has no locks ({error.strerror}); do not start "
-                "two "
-                f"runs in it",
+                f"warning: {folder}: its file system has no locks ({error.strerror}); do not "
+                "start two runs in it",
                 sys.stderr,
             )
             return

@@ -256,9 +256,8 @@ def check_memory(layout_report: dict[str, Any]) -> None:
     if needed > available:
         raise ValueError(
             f"a rank needs {needed / 1e9:.1f} GB and has {available / 1e9:.1f} GB (breakdown in "
-            "the table "
-            "above); use more ranks with a larger mesh.ep or zero_stage, or a smaller model or "
-            "batch"
+            "the table above); use more ranks with a larger mesh.ep or zero_stage, or a smaller "
+            "model or batch"
         )
 
 
@@ -334,8 +333,7 @@ def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
         if key in dotted_keys(kept_config) and not key.startswith(may_change):
             raise ValueError(
                 f"--set {key}: {source_run} cannot go on with another value; fields that may "
-                "change: "
-                f"{', '.join(may_change)}"
+                f"change: {', '.join(may_change)}"
             )
     kept_config = _fit_ep(kept_config)
     config = override(kept_config, args.set)
@@ -479,8 +477,7 @@ def _fit_ep(config: Config) -> Config:
         ep = math.gcd(config.mesh.ep, world_size())
         print_on_main(
             f"note: mesh.ep={ep}, because {config.mesh.ep} does not divide these {world_size()} "
-            "ranks; the "
-            f"result is the same"
+            "ranks; the result is the same"
         )
         config = override(config, [f"mesh.ep={ep}"])
     return config

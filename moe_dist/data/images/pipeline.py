@@ -280,9 +280,9 @@ def check_images(data: ImageDataConfig, model: VisionConfig, files: bool = True)
         num_shared = np.isin(digest_I[name], digest_I["train"]).sum()
         if num_shared:
             print(
-                f"note: {num_shared} of {len(splits[name])} images of {name!r} are also in 'train' "
-                f"(same size, first and last {DIGEST_BLOCK_BYTES} bytes), so that its accuracy is "
-                "too high",
+                f"note: {num_shared} of {len(splits[name])} images of {name!r} are also in "
+                f"'train' (same size, first and last {DIGEST_BLOCK_BYTES} bytes), so that its "
+                "accuracy is too high",
                 file=sys.stderr,
                 flush=True,
             )

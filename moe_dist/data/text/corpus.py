@@ -39,7 +39,7 @@ DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 HINT = (
     f"give {BUNDLED!r}, a file, a glob such as 'corpus/*.txt', a folder, or a dataset such as "
-    f"'wikitext'"
+    "'wikitext'"
 )
 DATASET_HINT = "give another dataset"
 
@@ -389,7 +389,7 @@ def _check_label_names(
             raise ValueError(
                 f"{key}={source!r}: numbers of labels stand for {_preview(first_names)} in "
                 f"{first_place}, and for {_preview(names)} in {place}: give both the same names in "
-                f"the same order, or names instead of numbers"
+                "the same order, or names instead of numbers"
             )
     unnamed = [place for place, names in places if not names]
     # A number in an unnamed place is ambiguous if the names are numbers other than their own index.
@@ -399,7 +399,7 @@ def _check_label_names(
         raise ValueError(
             f"{key}={source!r}: {first_place} has the names {_preview(first_names)} for numbers of "
             f"labels, and {unnamed[0]} has no names, so that a number there may be either: write "
-            f"both in one way"
+            "both in one way"
         )
 
 
@@ -437,7 +437,7 @@ def _texts_of_dataset(key: str, source: str, dataset: Any) -> Iterator[str | Non
             columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
             raise ValueError(
                 f"{key}={source!r} has no column 'text' of strings, only {columns}: "
-                f"give one that has"
+                "give one that has"
             )
         yield from table["text"].to_pylist()
 
@@ -479,9 +479,9 @@ def _check_hub(repository: str, revision: str | None) -> None:
         raise
     except Exception as error:
         raise ValueError(
-            f"no file has this name, and the Hub with its datasets cannot be reached from here "
+            "no file has this name, and the Hub with its datasets cannot be reached from here "
             f"({type(error).__name__}: {error}); if there is a network, download it and give the "
-            f"folder"
+            "folder"
         ) from error
 
 

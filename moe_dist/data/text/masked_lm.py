@@ -80,7 +80,7 @@ class Pretraining:
         if max_tokens < MIN_TOKENS:
             raise ValueError(
                 f"model.max_tokens={max_tokens}: use at least {MIN_TOKENS}, "
-                f"for [CLS] a [SEP] b [SEP]"
+                "for [CLS] a [SEP] b [SEP]"
             )
         self.tokens = tokens
         self.seed = seed

@@ -72,7 +72,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_DIGITS = 18  # of a whole-number label, which fits 64 bits; a longer number is not a class
 HINT = (
     f"give {MOVIE_REVIEWS!r}, 'glue:sst2', or a .csv, .tsv, .jsonl file or folder with columns "
-    f"text, label"
+    "text, label"
 )
 
 
@@ -200,7 +200,7 @@ class Sentences:
             if not len(a) + len(b):
                 raise ValueError(
                     f"text {i + 1} of {len(sentences)}, {sentences[i].text!r}, has no token: "
-                    f"leave it out"
+                    "leave it out"
                 )
             kept_a, kept_b = _kept_lengths(len(a), len(b), max_tokens - num_markers)
             if kept_a < len(a) or kept_b < len(b):
@@ -335,7 +335,7 @@ def _own_splits(source: str) -> dict[str, Rows]:
     if "train" not in splits:
         raise ValueError(
             f"data.sentences={source!r} has no split 'train', only {', '.join(loaded)}: "
-            f"give one that has"
+            "give one that has"
         )
     return splits
 
@@ -498,7 +498,7 @@ def label_name(label: RawLabel, where: str) -> str:
     if "\0" in name or SURROGATE.search(name):
         raise ValueError(
             f"{where} has a NUL character, or half of a surrogate pair, in its label: "
-            f"name it otherwise"
+            "name it otherwise"
         )
     if name.lower() in ("true", "false"):
         return name.capitalize()

@@ -70,7 +70,7 @@ def open_questions(source: str) -> dict[str, list[Question]]:
     if "train" not in splits:
         raise ValueError(
             f"data.questions={source!r} has no split 'train', only {', '.join(splits)}: "
-            f"give one that has"
+            "give one that has"
         )
     if "test" not in splits and "valid" in splits:
         splits["test"] = splits.pop("valid")
@@ -105,14 +105,14 @@ def _check_split(source: str, split: str, questions: list[Question]) -> None:
     if not questions:
         raise ValueError(
             f"data.questions={source!r} has no question for {split!r}: give it some, or leave it "
-            f"out"
+            "out"
         )
     counts = Counter(question.id for question in questions)
     for question_id, count in counts.items():
         if count > 1:
             raise ValueError(
                 f"data.questions={source!r}: id {question_id!r} is in {split!r} twice; "
-                f"give each its own"
+                "give each its own"
             )
 
 

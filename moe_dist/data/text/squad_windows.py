@@ -99,7 +99,7 @@ class QuestionWindows:
             if not len(self.ids[i]) or not len(token_C):
                 raise ValueError(
                     f"data.questions: question {question.id!r} or its context has no token: "
-                    f"leave it out"
+                    "leave it out"
                 )
             answer = _locate(question, offset_C2)
             if answer == MISPLACED:

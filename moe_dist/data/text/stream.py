@@ -62,7 +62,7 @@ def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool
         raise ValueError(
             f"a step reads batch.global_batch_size={num_lanes} x batch.seq_len={steps} words, the "
             f"training text has {num_words}: give more text, or make batch.global_batch_size or "
-            f"batch.seq_len smaller"
+            "batch.seq_len smaller"
         )
     if not streamed:
         return
@@ -73,7 +73,7 @@ def check_lanes(lines: Iterable[str], num_lanes: int, steps: int, streamed: bool
             f"batch.global_batch_size={num_lanes} lanes read in a step of batch.seq_len={steps} "
             f"are the same words of the training text, which has {num_lines} lines, the longest "
             f"with {max(length_L)} of its {num_words} words; use data.streamed=false, give more "
-            f"lines, or make batch.global_batch_size or batch.seq_len smaller"
+            "lines, or make batch.global_batch_size or batch.seq_len smaller"
         )
 
 

@@ -83,7 +83,7 @@ class WordPieceTokenizer:
             raise ValueError(
                 f"model.vocabulary_size={size} is too small for the {len(alphabet)} characters of "
                 f"this text: use at least {min_size} ({len(SPECIAL)} special tokens, each "
-                f"character, and each character that continues a word)"
+                "character, and each character that continues a word)"
             )
         # FENCE: the trainer numbers continuation pieces in the order of a hash table, which differs
         # between processes, and it breaks ties between pairs by number. Pieces that are passed as
