@@ -3,7 +3,6 @@
 Legend: T tokens, N rows (copies of tokens), D width.
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,16 +20,31 @@ class TokenPermutation:
         num_tokens: T.
     """
 
-    def __init__(self, token_N: torch.Tensor, num_tokens: int) -> None:
-        """Stores the rows' tokens."""
+    def __init__(
+        self,
+        token_N: torch.Tensor,
+        num_tokens: int,
+        by_token: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Stores the rows' tokens.
+
+        Args:
+            token_N: Each row's token, int64.
+            num_tokens: T.
+            by_token: What the property `by_token` returns. None: ascending rows for each token.
+        """
         self.token_N = token_N
         self.num_tokens = num_tokens
+        self._by_token = by_token
 
-    @cached_property
+    @property
     def by_token(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the row indices in token order (N,), and each token's first position (T,)."""
-        count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
-        return self.token_N.argsort(stable=True), count_T.cumsum(0) - count_T
+        if self._by_token is None:
+            count_T = torch.bincount(self.token_N, minlength=self.num_tokens)
+            first_T = count_T.cumsum(0) - count_T
+            self._by_token = (self.token_N.argsort(stable=True), first_T)
+        return self._by_token
 
     def reordered(self, order_N: torch.Tensor) -> "TokenPermutation":
         """Returns the same rows in another order: its row n is row order_N[n] of this permutation.
@@ -40,9 +54,8 @@ class TokenPermutation:
         by_token_N, first_T = self.by_token
         place_N = torch.empty_like(order_N)
         place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        other = TokenPermutation(self.token_N[order_N], self.num_tokens)
-        other.__dict__["by_token"] = (place_N[by_token_N], first_T)  # fills the cached property
-        return other
+        by_token = (place_N[by_token_N], first_T)
+        return TokenPermutation(self.token_N[order_N], self.num_tokens, by_token)
 
     def permute(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Copies tokens (T, D) to rows (N, D); differentiable."""

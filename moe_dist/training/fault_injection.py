@@ -63,7 +63,7 @@ def inject(training: Training, folder: Path, new_run: bool = True) -> None:
     place = "in the input of the first layer" if faults.fault == "nan" else f"in {faults.phase}"
     _log(mesh, f"{faults.fault} of rank {faults.rank}, {place} of step {faults.step}")
     if faults.rank == mesh.dp.index:
-        _Fault(faults, mesh, folder, training.model.module)
+        _Fault(faults, mesh, folder).install(training.model.module)
 
 
 def _check_is_reached(config: Config, mesh: Mesh) -> None:
@@ -107,18 +107,19 @@ def _log(mesh: Mesh, message: str) -> None:
 class _Fault:
     """Injects a fault on this rank at its step and phase."""
 
-    def __init__(
-        self, faults: FaultInjectionConfig, mesh: Mesh, folder: Path, model: nn.Module
-    ) -> None:
+    def __init__(self, faults: FaultInjectionConfig, mesh: Mesh, folder: Path) -> None:
         self.faults = faults
         self.flight_recorder = mesh.flight_recorder
         self.folder = folder
-        if faults.fault == "nan":
+
+    def install(self, model: nn.Module) -> None:
+        """Registers the hooks that inject the fault."""
+        if self.faults.fault == "nan":
             for module in model.modules():
                 if module._parameters:
                     module.register_forward_pre_hook(self._inject_nan)
         else:
-            mesh.flight_recorder.on_phase = self._on_phase
+            self.flight_recorder.on_phase = self._on_phase
 
     def _is_due(self) -> bool:
         """Returns True once, at the fault's step, and writes the marker file."""
