@@ -140,7 +140,8 @@ class RunSpec:
         lines_before = format_layout(self.layout_report).splitlines()
         changed = self.with_config(config)
         lines_now = format_layout(changed.layout_report).splitlines()
-        print_on_main("\n".join(line for line in lines_now if line not in lines_before))
+        lines = [line for line in lines_now if line not in lines_before]
+        print_on_main("\n".join(["with the sizes of the data:", *lines]))
         check_memory(changed.layout_report)
 
 
@@ -335,7 +336,8 @@ def _resumed(args: argparse.Namespace, source_run: Path) -> RunSpec:
                 f"--set {key}: {source_run} cannot go on with another value; fields that may "
                 f"change: {', '.join(may_change)}"
             )
-    kept_config = _fit_ep(kept_config)
+    if "mesh.ep" not in explicit_keys:
+        kept_config = _fit_ep(kept_config)
     config = override(kept_config, args.set)
     check_config(config)
     _print_moved_data(kept_config, config)
@@ -476,8 +478,8 @@ def _fit_ep(config: Config) -> Config:
     if world_size() % config.mesh.ep:
         ep = math.gcd(config.mesh.ep, world_size())
         print_on_main(
-            f"note: mesh.ep={ep}, because {config.mesh.ep} does not divide these {world_size()} "
-            "ranks; the result is the same"
+            f"note: mesh.ep={ep}, because {config.mesh.ep} does not divide the number of ranks, "
+            f"{world_size()}; the result is the same"
         )
         config = override(config, [f"mesh.ep={ep}"])
     return config
