@@ -5,7 +5,7 @@ their results.
     .venv/bin/python experiments/faults.py --runs 3
 
 Each run is one `launch/multinode.sh` with two ranks and RESTARTS=1, a checkpoint every 5 of its 20
-steps and an evaluation every 10. `chaos` of the config stops a rank where a phase begins; it gets
+steps and an evaluation every 10. `fault_injection` in the config stops a rank where a phase begins; it gets
 the signal there, or is continued and gets it up to a second later. The phases are the start, those
 of a step, evaluation, saving, the report and the end of wandb. A rank that is stopped for good is
 ended by torchrun; one that pauses goes on. Where SIGTERM to the agent ends a run, which then has

@@ -3,14 +3,14 @@
 #
 #   NODES=2 NPROC_PER_NODE=8 RDZV_ENDPOINT=node0:29400 RDZV_ID=first CONFIG=moe_256 launch/multinode.sh [--dry-run] [arguments of train.py]
 #
-# NODES     how many, or a range such as 1:2: nodes may come and go, and the run goes on with those that are there
-# NPROC_PER_NODE      ranks per node, on CPU too
-# RDZV_ENDPOINT    host:port of one of the nodes, by the name that `hostname` gives there; it has to stay
-# RDZV_ID   name of the run, whose folder is runs/$RDZV_ID: the same disk on all nodes
-# RESTARTS  how often ranks that fail are started again, and as often an agent that was killed (0)
-# ADDRESS   of this node for the others, where its host name is not known to them
-# RDZV_CONF more of torchrun's --rdzv-conf: last_call_timeout=5 waits 5 s instead of 30 for more nodes than the fewest;
-#           is_host=1 on RDZV_ENDPOINT's node and is_host=0 on others, where torchrun does not see by itself which one it is
+# NODES           how many, or a range such as 1:2: nodes may come and go, and the run continues with those present
+# NPROC_PER_NODE  ranks per node, on CPU too
+# RDZV_ENDPOINT   host:port of one of the nodes, by the name that `hostname` prints there; this node has to stay
+# RDZV_ID         name of the run, whose folder is runs/$RDZV_ID: the same disk on all nodes
+# RESTARTS        how often failed ranks are started again, and a killed agent (default 0)
+# ADDRESS         address of this node for the others, if its host name does not resolve there
+# RDZV_CONF       more of torchrun's --rdzv-conf: last_call_timeout=5 waits 5 s instead of 30 for more nodes than the
+#                 fewest; is_host=1 on RDZV_ENDPOINT's node and is_host=0 on the others, if torchrun cannot tell
 #
 # --dry-run only prints the command. SIGTERM saves a checkpoint; the same command goes on from it.
 set -euo pipefail

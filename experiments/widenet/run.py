@@ -66,15 +66,16 @@ SETS = {
         "baseline=none",
     ),
 }
-ALONE, DENSE = ("blocks_per_attention=1", "blocks_per_ffn=1"), ("moe_blocks=none", "ffn_hidden=384")
+ALONE = ("blocks_per_attention=1", "blocks_per_ffn=1")
+DENSE = ("moe_blocks=none", "ffn_hidden_dim=384")
 IMAGES, TEXTS = SETS
 ARMS = {
     "widenet": Arm(IMAGES, seeds=5),
     "shared_norms": Arm(IMAGES, ("blocks_per_norm=none",), seeds=5),
     "shared_vit": Arm(IMAGES, DENSE),
-    "shared_vit_2x": Arm(IMAGES, ("moe_blocks=none", "ffn_hidden=768")),
+    "shared_vit_2x": Arm(IMAGES, ("moe_blocks=none", "ffn_hidden_dim=768")),
     "vit": Arm(IMAGES, DENSE + ALONE),
-    "vit_moe": Arm(IMAGES, ("moe_blocks=3,5", "ffn_hidden=384", *ALONE)),
+    "vit_moe": Arm(IMAGES, ("moe_blocks=3,5", "ffn_hidden_dim=384", *ALONE)),
     "routing_1": Arm(IMAGES, ("blocks_per_routing=6",)),
     "routing_2": Arm(IMAGES, ("blocks_per_routing=3",)),
     "routing_3": Arm(IMAGES, ("blocks_per_routing=2",)),

@@ -20,7 +20,7 @@ reads it.
                           task/NAME                task state; row i is global lane i
     state.json            step                     number of steps
                           updates                  number of steps that were not skipped
-                          previous_norm            gradient norm of the last step
+                          previous_norm            gradient norm of the last of these updates
                           wandb_id                 id of the wandb run, or null
                           data                     fingerprint of the data
                           vocabulary, tokens,      the task's metadata, if it has any

@@ -46,20 +46,14 @@ class DenseView(nn.Module):
 @contextlib.contextmanager
 def experts_detached(model: ParallelModel) -> Iterator[None]:
     """Removes experts, dispatchers and row tables from the module tree inside the block."""
-    hidden = []
-    for name in model.row_tables:
-        parent_name, _, child = name.rpartition(".")
-        hidden.append((parent_name, child))
-    for name, module in model.module.named_modules():
-        if isinstance(module, MoE):
-            hidden += [(name, child) for child in HIDDEN_MODULES]
-    children_before = {}
-    for parent_name, _ in hidden:
-        parent = model.module.get_submodule(parent_name)
-        children_before[parent] = dict(parent._modules)
-    for parent_name, child in hidden:
-        del model.module.get_submodule(parent_name)._modules[child]
+    tables = [model.module.get_submodule(name) for name in model.row_tables]
+    children_before = {parent: dict(parent._modules) for parent in model.module.modules()}
     try:
+        for parent, children in children_before.items():
+            for name, child in children.items():
+                in_layer = isinstance(parent, MoE) and name in HIDDEN_MODULES
+                if in_layer or any(child is table for table in tables):
+                    del parent._modules[name]
         yield
     finally:
         for parent, children in children_before.items():

@@ -57,7 +57,10 @@ def read_metrics(run: pathlib.Path) -> list[dict]:
 
 
 def _damaged_line(path: pathlib.Path, number: int, reason: str) -> str:
-    return f"{path} line {number} {reason}: repair or remove the line"
+    return (
+        f"{path} line {number} {reason}: repair or remove the line; read a run of an earlier "
+        "version with that version (CHANGELOG.md)"
+    )
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes, dict | str]]:

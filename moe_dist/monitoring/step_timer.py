@@ -105,15 +105,15 @@ class StepTimer:
         """Times every forward of a module, and its backward, by forward hooks.
 
         Args:
-            module: Its forward takes a tensor as the first argument and returns a tuple. The first
-                element is a tensor, or a dataclass with the differentiable tensor `gate_N`
-                (`moe.routing.Routing`).
+            module: Its forward takes a tensor as the first positional argument and returns a tuple.
+                The tuple's first element is a tensor, or a dataclass with the differentiable tensor
+                `gate_N` (`moe.routing.Routing`). A call with keywords alone is not timed.
             part: One of PARTS.
             name: Name of the range in a profile.
         """
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not self.running:
+            if not self.running or not args:
                 return None
             forward = _Range(self, part, name)
             forward.begin()
@@ -126,9 +126,14 @@ class StepTimer:
             return x, *others
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> tuple[Any, ...] | None:
-            if not self._forwards or self._forwards[-1][0] is not module:
+            if all(entry[0] is not module for entry in self._forwards):
                 return None  # the timer was not running when this forward began
-            _, forward, backward = self._forwards.pop()
+            while (entry := self._forwards.pop())[0] is not module:
+                pass  # a forward inside this one that ended with an exception
+            _, forward, backward = entry
+            if output is None:  # this forward ended with an exception
+                forward.end()
+                return None
             first, *others = output
             if backward is None:
                 pass
@@ -140,7 +145,7 @@ class StepTimer:
             return first, *others
 
         module.register_forward_pre_hook(before)
-        module.register_forward_hook(after)
+        module.register_forward_hook(after, always_call=True)
 
     def _tick(self) -> None:
         """Adds the time since the last tick to the innermost open range."""

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     """Returns the command line's parser."""
-    parser = Parser(description=__doc__)
+    parser = Parser("python -m moe_dist.planner", description=__doc__)
     add = parser.add_argument
     add("name", help="a named config; train.py --list shows them")
     add("--nodes", type=int, default=1, metavar="N", help="number of nodes (1)")

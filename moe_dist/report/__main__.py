@@ -13,7 +13,7 @@ from moe_dist.report.files import PAGE_NAME, write_all, write_page
 
 def main() -> None:
     """Runs the command line. A run that cannot be drawn is one line on stderr and exit status 2."""
-    parser = Parser(description=__doc__)
+    parser = Parser("python -m moe_dist.report", description=__doc__)
     parser.add_argument(
         "runs", metavar="RUN", type=path_argument, nargs="+", help="folder of a run"
     )

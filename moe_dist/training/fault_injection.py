@@ -1,4 +1,4 @@
-"""Injects faults to test a cluster and the trainer (`config.schema.FaultInjectionConfig`).
+r"""Injects faults to test a cluster and the trainer (`config.schema.FaultInjectionConfig`).
 
     --set fault_injection.fault=kill --set fault_injection.rank=1 --set fault_injection.step=17 \
         --set fault_injection.phase=dispatch

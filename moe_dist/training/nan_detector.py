@@ -137,7 +137,9 @@ class NonFiniteDetector:
 
     def _after_forward(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         """Watches a layer's output, or its first element if it is a tuple; a forward hook."""
-        self.watch(name, output[0] if isinstance(output, tuple) else output)
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, torch.Tensor):  # a gate with parameters of its own returns a `Routing`
+            self.watch(name, first)
 
 
 def divergence_reason(values: Mapping[str, Any], uniform_loss: float) -> str:

@@ -128,12 +128,19 @@ def test_reversed_import_is_found(inside_function: bool, tmp_path: Path) -> None
     assert {"moe.routing", "engine.parallelize"} <= set(circle(graph))
 
 
-def test_gating_and_dispatch_meet_only_in_routing() -> None:
-    for path in files():
-        other = {"gating": "moe_dist.moe.dispatch", "dispatch": "moe_dist.moe.gating"}.get(
-            part(path)
-        )
-        assert other is None or not any(name.startswith(other) for name in imported(path)), path
+def crosses(path: Path) -> bool:
+    """Returns True for a gate that imports a dispatcher, and for a dispatcher that imports a gate."""
+    others = {"gating": "moe_dist.moe.dispatch", "dispatch": "moe_dist.moe.gating"}
+    other = others.get(path.parent.name)
+    return other is not None and any(name.startswith(other) for name in imported(path))
+
+
+def test_gating_and_dispatch_meet_only_in_routing(tmp_path: Path) -> None:
+    assert [path for path in files() if crosses(path)] == []
+    gate = tmp_path / "gating" / "gate.py"
+    gate.parent.mkdir()
+    gate.write_text("from moe_dist.moe.dispatch.local import LocalDispatcher\n")
+    assert crosses(gate)
 
 
 def test_config_imports_no_torch() -> None:
@@ -148,21 +155,31 @@ def test_deepspeed_is_imported_once() -> None:
     assert uses == [PACKAGE / "engine" / "deepspeed.py"]
 
 
+def imports_triton_at_top(source: str) -> bool:
+    """Returns True if code imports Triton, or the file of its kernels, outside of functions."""
+    top = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return any(re.search(r"\btriton\b|triton_kernels", ast.unparse(node)) for node in top)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import triton", True),
+        ("from triton import language", True),
+        ("from moe_dist.moe.kernels import triton_kernels", True),
+        ("def f():\n    import triton", False),
+        ("from moe_dist.moe.kernels import triton_ffn", False),
+    ],
+)
+def test_search_for_triton_imports(source: str, expected: bool) -> None:
+    assert imports_triton_at_top(source) == expected
+
+
 def test_triton_is_imported_lazily_by_its_kernels() -> None:
     """Only triton_kernels.py imports Triton at its top, and no other module imports that file
     at its top, so that nothing fails without Triton."""
-    for path in files():
-        at_top = [
-            node
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        ]
-        uses = [
-            line
-            for line in map(ast.unparse, at_top)
-            if re.search(r"import triton\b|triton_kernels", line)
-        ]
-        assert not uses or path == PACKAGE / "moe" / "kernels" / "triton_kernels.py", path
+    uses = [path for path in files() if imports_triton_at_top(path.read_text())]
+    assert uses == [PACKAGE / "moe" / "kernels" / "triton_kernels.py"]
 
 
 def test_torchvision_is_imported_once() -> None:

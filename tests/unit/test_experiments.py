@@ -23,6 +23,19 @@ def test_widenet_tables_equal_the_kept_runs(monkeypatch: pytest.MonkeyPatch) -> 
             sys.modules.pop(name, None)
 
 
+def test_widenet_arms_are_configs_of_today_and_their_kept_runs_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "widenet"))
+    run = importlib.import_module("run")
+    try:
+        for name, arm in run.ARMS.items():
+            assert arm.config().name == arm.base
+            assert run.kept(name, 0) is not None, name
+    finally:
+        sys.modules.pop("run", None)
+
+
 @pytest.mark.parametrize("name", ["lstm_moe_demo", "widenet_demo", "widenet_text_demo"])
 def test_demo_results_have_the_same_data_and_steps(name: str) -> None:
     """Otherwise they are not comparable; docs/results.md has their means."""

@@ -1,5 +1,6 @@
 """What DeepSpeed sees of a model, and what everybody else sees."""
 
+import pytest
 import torch
 from runs import tiny
 
@@ -61,8 +62,14 @@ def test_detached_experts_are_not_cast_and_come_back_in_their_order() -> None:
 def test_they_come_back_after_an_exception() -> None:
     model = parallel_model(torch.float32)
     order = list(model.module.state_dict())
-    try:
-        with experts_detached(model):
-            raise RuntimeError
-    except RuntimeError:
-        assert list(model.module.state_dict()) == order
+    with pytest.raises(RuntimeError), experts_detached(model):
+        raise RuntimeError
+    assert list(model.module.state_dict()) == order
+
+
+def test_table_with_two_parents_is_hidden_from_both() -> None:
+    model = parallel_model(torch.float32)
+    model.module.head = torch.nn.Sequential(model.module.embedding)
+    with experts_detached(model):
+        assert "head.0.weight" not in model.module.state_dict()
+    assert "head.0.weight" in model.module.state_dict()

@@ -206,6 +206,40 @@ def test_error_in_backward_does_not_affect_the_next_step(clock: StepTimer) -> No
     )
 
 
+def test_failed_forward_ends_its_range(clock: StepTimer) -> None:
+    """Experts fail after 7 ms inside of a dispatch, which goes on for 3 ms; 11 ms of rest follow."""
+
+    def fail(x: torch.Tensor) -> tuple:
+        Work.now += 7 / 1e3
+        raise ValueError("no memory")
+
+    experts = timed(clock, "experts", fail, "experts")
+
+    def dispatch(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        with pytest.raises(ValueError, match="no memory"):
+            experts(x)
+        return work(x, 3, 5), None
+
+    with clock.step():
+        y, _ = timed(clock, "dispatch", dispatch, "dispatch")(torch.ones(1, requires_grad=True))
+        work(y, 11, 0).sum().backward()
+    assert not clock._forwards
+    expected = {"gate": 0, "experts": 7, "dispatch": 3 + 5, "rest": 11, "optimizer": 0}
+    assert clock.read_and_reset() == pytest.approx({p: ms / 1e3 for p, ms in expected.items()})
+
+
+def test_call_with_keywords_is_not_timed(clock: StepTimer) -> None:
+    class ByKeyword(torch.nn.Module):
+        def forward(self, *, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return work(x, 3, 5), None
+
+    module = ByKeyword()
+    clock.attach(module, "gate", "gate")
+    with clock.step():
+        module(x=torch.ones(1, requires_grad=True))[0].sum().backward()
+    assert clock.read_and_reset()["rest"] == pytest.approx(8 / 1e3)
+
+
 def test_timer_outside_a_step_does_nothing(clock: StepTimer) -> None:
     x = torch.ones(1, requires_grad=True)
     y, _ = timed(clock, "experts", lambda x: (x * 2, None), "experts")(x)
