@@ -1,3 +1,4 @@
+# make setup    creates .venv with all packages (the other targets do it by themselves)
 # make train    sets up .venv and trains the demo on two ranks          make train CONFIG=moe_32 RANKS=4 ARGS='--set zero_stage=3'
 # make test     sets up .venv and runs all tests but those marked slow
 # make test-fast  tests/unit alone: no processes, no torch.distributed
