@@ -455,13 +455,14 @@ class Config:
         keep_last_n: Number of newest checkpoints to keep; older ones are removed.
         async_save: If True, copies the state to host memory and writes the checkpoint from there,
             while training continues.
-        ds_config: Name of a DeepSpeed config in ds_configs/, without ".json". It sets the precision
-            and the ZeRO stage.
+        ds_config: DeepSpeed config: a name in ds_configs/ without ".json", or a path that ends
+            with ".json". It sets the precision and the ZeRO stage.
         zero_stage: ZeRO stage, 0 to 3. None: the stage in `ds_config`.
         init_from: Another run's folder. Loads the weights with equal name and shape from its newest
             complete checkpoint, and uses its vocabulary or tokens. None: new weights.
         write_report: If True, writes plots and report.html at the end of the run.
-        baseline: JSON file with earlier runs' metrics, printed next to the result.
+        baseline: Earlier runs' metrics, printed next to the result: a name in
+            experiments/results/ without ".json", or a path that ends with ".json".
         mesh: How the ranks share the work.
         data: The data; its class depends on `task`.
         model: The model; its class depends on `task`.

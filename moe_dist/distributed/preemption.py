@@ -2,7 +2,8 @@
 
 `train.run_steps` reads the request after each step, saves a checkpoint and ends the loop; the
 process then exits with `EXIT_STATUS`. Before `training.session` installs the handler, and in an
-evaluation alone, SIGTERM ends the process as usual.
+evaluation alone, SIGTERM ends the process as usual. A SIGTERM during an evaluation takes effect
+after it and one more step. On the last step the run ends normally, without its report.
 """
 
 import signal

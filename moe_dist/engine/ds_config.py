@@ -15,7 +15,8 @@ import torch
 from moe_dist.config.messages import nearest
 from moe_dist.config.schema import Config
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+# a link to ds_configs/ at the top of the repository; a wheel contains its files
+DS_CONFIGS = Path(__file__).parent / "ds_configs"
 # DeepSpeed config key -> the run config's field that sets it
 RUN_CONFIG_KEYS = {
     "train_batch_size": "batch.global_batch_size",
@@ -64,7 +65,8 @@ def read_ds_config(config: Config) -> dict[str, Any]:
     """Reads a run's DeepSpeed config.
 
     Args:
-        config: `ds_config` names the file, and `zero_stage` replaces its stage unless it is None.
+        config: `ds_config` is a name in ds_configs/ or a path that ends with ".json"; `zero_stage`
+            replaces the file's stage unless it is None.
 
     Returns:
         The file's keys, with the stage.
@@ -74,15 +76,11 @@ def read_ds_config(config: Config) -> dict[str, Any]:
             not read at this ZeRO stage, or set by the run's config; fp16 is enabled; or the stage
             is not in 0..3.
     """
-    names = [path.stem for path in DS_CONFIGS.glob("*.json")]
-    if config.ds_config not in names:
-        raise ValueError(
-            f"ds_config={config.ds_config!r}: no such file in ds_configs/; "
-            f"{nearest(config.ds_config, names)}"
-        )
-    file = f"ds_configs/{config.ds_config}.json"
+    path = _find_file(config.ds_config)
+    is_own = path.parent != DS_CONFIGS
+    file = config.ds_config if is_own else f"ds_configs/{path.name}"
     try:
-        ds = _read_object(DS_CONFIGS / f"{config.ds_config}.json")
+        ds = _read_object(path)
         values = dict(_flatten(ds))
         for key, value in values.items():
             _check_key(key, value)
@@ -105,6 +103,20 @@ def read_ds_config(config: Config) -> dict[str, Any]:
             )
     ds["zero_optimization"] = ds.get("zero_optimization", {}) | {"stage": stage}
     return ds
+
+
+def _find_file(name: str) -> Path:
+    """Returns the path of a DeepSpeed config: a name in ds_configs/, or a path to a .json file."""
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ValueError(
+                f"ds_config={name!r}: no such file; give a name in ds_configs/ or a path"
+            )
+        return Path(name)
+    names = [path.stem for path in DS_CONFIGS.glob("*.json")]
+    if name not in names:
+        raise ValueError(f"ds_config={name!r}: no such file in ds_configs/; {nearest(name, names)}")
+    return DS_CONFIGS / f"{name}.json"
 
 
 def _read_object(path: Path) -> dict[str, Any]:

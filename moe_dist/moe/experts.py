@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.delayed_wgrad import DeferGrad, DelayedWeightGrads
-from moe_dist.moe.kernels import select as kernel_select
+from moe_dist.moe.kernels import kernel_choice
 from moe_dist.moe.kernels.grouped_mm import GroupedMatmul
 from moe_dist.moe.permutation import TokenPermutation
 from moe_dist.moe.routing import Routing
@@ -137,7 +137,7 @@ class Experts(nn.Module):
         self,
         x_RD: torch.Tensor,
         count_e: torch.Tensor,
-        relu_mask: kernel_select.ReluMask | None,
+        relu_mask: kernel_choice.ReluMask | None,
         defer: DeferGrad | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
@@ -185,7 +185,7 @@ class Experts(nn.Module):
 
     def _relu_mask(
         self, routing: Routing, ctx: TokenContext, first_expert: int
-    ) -> kernel_select.ReluMask | None:
+    ) -> kernel_choice.ReluMask | None:
         """Returns `relu_mask_override` bound to these rows, None without an override."""
         if self.relu_mask_override is None:
             return None
@@ -198,12 +198,12 @@ class Experts(nn.Module):
         self,
         num_rows: int,
         x_TD: torch.Tensor,
-        relu_mask: kernel_select.ReluMask | None,
+        relu_mask: kernel_choice.ReluMask | None,
         *weights: torch.Tensor,
-    ) -> kernel_select.FeedForward | None:
+    ) -> kernel_choice.FeedForward | None:
         """Returns the fast kernel for this work, None if plain torch is as fast."""
         w1_eDF, w2_eFD = weights
-        return kernel_select.select_kernel(
+        return kernel_choice.select_kernel(
             num_rows, x_TD, w1_eDF, w2_eFD, relu_mask, self.use_triton
         )
 
@@ -227,7 +227,7 @@ class GeluExperts(Experts):
         self,
         x_RD: torch.Tensor,
         count_e: torch.Tensor,
-        relu_mask: kernel_select.ReluMask | None,
+        relu_mask: kernel_choice.ReluMask | None,
         defer: DeferGrad | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
@@ -248,7 +248,7 @@ class GeluExperts(Experts):
         return None
 
 
-def masked_relu(h_RF: torch.Tensor, relu_mask: kernel_select.ReluMask | None) -> torch.Tensor:
+def masked_relu(h_RF: torch.Tensor, relu_mask: kernel_choice.ReluMask | None) -> torch.Tensor:
     """Returns ReLU(h_RF), or h_RF where `relu_mask` is on and 0 elsewhere."""
     if relu_mask is None:
         return h_RF.relu()

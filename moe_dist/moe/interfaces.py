@@ -20,8 +20,10 @@ class Gate(Protocol):
 
     A gate is an `nn.Module` without buffers. Its parameters come from `nn.init.uniform_parameter`
     and lie in submodules that return a tensor, such as `gating.noisy_topk.Projection` (for ZeRO 3).
-    It draws noise from `nn.token_noise`, and chooses through its attribute `select`
-    (`gating.noisy_topk.top_k_plus_one`), which `verify` replaces to replay recorded choices.
+    Logits are float32 or wider, noise comes from `nn.token_noise`. `routing.build_routing` makes
+    the routing, `routing.sum_by_group` and `sum_chosen_by_group` the sums. It chooses through its
+    attribute `select` (`gating.noisy_topk.top_k_plus_one`), which `verify` replaces to replay
+    recorded choices.
 
     Attributes:
         num_experts: Experts, or expert groups, over all ranks.

@@ -1,5 +1,8 @@
 """The contract between gates and dispatchers: `Routing` (assignments) and `GateStats`.
 
+The choice of experts (top k) is in `moe.gating`; this module sorts choices and limits them to the
+capacity.
+
 Legend: T tokens, K choices per token, N assignments, E experts (over all ranks), G balance groups.
 """
 

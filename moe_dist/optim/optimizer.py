@@ -1,11 +1,12 @@
 """One optimizer for the parameters that DeepSpeed shards and the parameters outside it.
 
 DeepSpeed passes the dense parameters (whole at ZeRO 0, this rank's flat float32 partition at 1 to
-3) with gradients averaged over all ranks. Expert and gate gradients are summed over the ranks that
-hold the same stack, row gradients over all ranks; both are divided by the number of all ranks, as
-if there were one rank. `Optimizer.step` documents the order.
+3) with gradients averaged over all ranks. A layer's own gate is a dense parameter; the gates inside
+expert groups are stacks, as experts are. A stack's gradients are summed over the ranks that hold
+the same stack, row gradients over all ranks; both are divided by the number of all ranks, as if
+there were one rank. `Optimizer.step` documents the order.
 
-Dense parameters use AdamW (torch's fused one, the base class); experts and gates use
+Dense parameters use AdamW (torch's fused one, the base class); experts and group gates use
 `expert_state`, vocabulary rows `row_sparse_adam`. With `optim.lamb` each matrix's step is scaled to
 lr x its norm, which turns AdamW into LAMB (You et al. 2020) on any layout. Other LAMB
 implementations need whole matrices, and ZeRO has only parts.

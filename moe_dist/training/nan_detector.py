@@ -2,8 +2,13 @@
 
 If a gradient is not finite, `Optimizer.step` skips the step on every rank, and no trained number
 changes. The detector then names the layer, and training ends after
-`optim.max_consecutive_skipped_steps` skipped steps in a row. A lane whose LSTM state is not finite
-starts again from zeros (`tasks.language_model`).
+`optim.max_consecutive_skipped_steps` skipped steps in a row. With
+`optim.fuse_expert_update_in_backward` experts are already updated then, so
+`Optimizer.check_not_skipped` ends the run at once.
+
+Other checks: a lane whose LSTM state is not finite starts again from zeros
+(`tasks.language_model`), `checkpoint.saver` does not write a NaN, `checkpoint.loader` does not read
+one, and `divergence_reason` checks the run's last losses.
 
 Each layer's output is summed in forward, and its gradient in backward: one pass over numbers in
 cache, and no synchronisation. The sums are read only after a skipped step.

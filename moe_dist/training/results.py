@@ -9,6 +9,8 @@ from moe_dist.config.schema import Config
 from moe_dist.monitoring.metric_format import format_metric
 from moe_dist.tasks.registry import task_of
 
+# a link to experiments/results/; a wheel contains its JSON files
+KEPT_RESULTS = Path(__file__).parent / "kept_results"
 KEPT_KEYS = {"given", "arms", "command"}
 
 
@@ -49,7 +51,7 @@ def read_kept_metrics(baseline: str) -> dict[str, Any] | None:
     """Reads the metrics of earlier runs, for comparison.
 
     Args:
-        baseline: A path below the repository root.
+        baseline: A name in experiments/results/, or a path that ends with ".json".
 
     Returns:
         The file's JSON object, with at least `KEPT_KEYS`; None if there is no such file.
@@ -57,7 +59,7 @@ def read_kept_metrics(baseline: str) -> dict[str, Any] | None:
     Raises:
         ValueError: The file contains something else.
     """
-    path = Path(__file__).parents[2] / baseline
+    path = Path(baseline) if baseline.endswith(".json") else KEPT_RESULTS / f"{baseline}.json"
     if not path.is_file():
         return None
     try:

@@ -365,7 +365,7 @@ def test_dry_run_reads_no_data_and_reports_it(
     [
         (["data.text=mine.txt"], 0),
         (["steps=7"], 0),
-        (["data.text=mine.txt", "baseline=experiments/results/lstm_moe_demo.json"], 1),
+        (["data.text=mine.txt", "baseline=lstm_moe_demo"], 1),
         ([], 4),  # a head, two arms, a command
     ],
 )

@@ -33,7 +33,7 @@ def lstm_moe_demo() -> Config:
         steps=1000,
         eval_every=250,
         save_every=250,
-        baseline="experiments/results/lstm_moe_demo.json",
+        baseline="lstm_moe_demo",
         model=LSTMConfig(
             dim=128, dropout=0.1, moe=MoEConfig(num_experts=64, k=4, expert_hidden_dim=256)
         ),

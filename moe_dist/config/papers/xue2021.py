@@ -54,7 +54,7 @@ def widenet_demo() -> Config:
         log_every=20,
         eval_every=200,
         save_every=200,
-        baseline="experiments/results/widenet_demo.json",
+        baseline="widenet_demo",
         data=ImageDataConfig(flip=True),
         model=VisionConfig(
             image_size=28, channels=1, patch_size=7, num_classes=10, encoder=encoder
@@ -235,7 +235,7 @@ def widenet_text_demo() -> Config:
         log_every=20,
         eval_every=100,
         save_every=100,
-        baseline="experiments/results/widenet_text_demo.json",
+        baseline="widenet_text_demo",
         data=SentenceDataConfig(),
         model=TextConfig(vocabulary_size=6000, embedding_dim=64, max_tokens=64, encoder=encoder),
         batch=BatchConfig(global_batch_size=64, balance_loss_group_size=32, capacity_group_size=16),

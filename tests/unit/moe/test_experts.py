@@ -14,8 +14,7 @@ import torch
 from contexts import NOWHERE
 
 from moe_dist.moe.experts import Experts, GeluExperts, grouped_matmul
-from moe_dist.moe.kernels import cpu_ffn, grouped_mm
-from moe_dist.moe.kernels import select as kernel_select
+from moe_dist.moe.kernels import cpu_ffn, grouped_mm, kernel_choice
 from moe_dist.moe.routing import Routing, build_routing
 from moe_dist.nn import prng
 
@@ -27,8 +26,8 @@ class Fast(Experts):
     """Experts that use the fast path at any size."""
 
     def _select_kernel(
-        self, num_rows: int, x_TD: torch.Tensor, relu_mask: kernel_select.ReluMask | None, *_: Any
-    ) -> kernel_select.FeedForward:
+        self, num_rows: int, x_TD: torch.Tensor, relu_mask: kernel_choice.ReluMask | None, *_: Any
+    ) -> kernel_choice.FeedForward:
         return partial(cpu_ffn.feedforward, relu_mask=relu_mask)
 
 
