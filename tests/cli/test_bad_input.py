@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 from processes import check_one_line, check_plan, end, ranks, set_, start
 from runs import TINY, tiny
 
@@ -74,7 +75,7 @@ from moe_dist.training.results import result_lines
         ("wandb.mode=on", "'online'"),
         ("task=translate", "task='translate'"),
         ("data.text=no/such/*.txt", "no/such/*.txt"),
-        ("baseline=README.md", "baseline=README.md: no kept metrics"),
+        (f"baseline={ROOT}/ds_configs/fp32.json", "ds_configs/fp32.json: no kept metrics"),
         ("ds_config=bf61", "did you mean 'bf16'"),
         ("zero_stage=4", "zero_stage=4 is out of range; use a value from 0 to 3"),
         # what does not fit together
